@@ -1,0 +1,34 @@
+"""What all commands share: plain errors and documented exit codes."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+
+from mpscl_ray.errors import MpsclError
+
+EXIT_CODES = (
+    "exit codes: 0 done, 2 usage or config, 3 data, 4 cluster or resources, 5 storage, 6 training failed, "
+    "130 interrupted and resumable"
+)
+"""Shown at the end of every --help."""
+
+
+def run(main: Callable[[list[str]], int]) -> None:
+    """Run a command's ``main(arguments)`` and leave the process with its exit code.
+
+    An :class:`MpsclError` is printed as one sentence; anything else is a defect and keeps its traceback.
+    ``MPSCL_RAY_DEBUG=1`` shows the traceback of the former too.
+    """
+    try:
+        code = main(sys.argv[1:])
+    except MpsclError as error:
+        if os.environ.get("MPSCL_RAY_DEBUG") == "1":
+            raise
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        code = error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        code = 130
+    sys.exit(code)

@@ -1,0 +1,7 @@
+"""Volumes, slices, datasets and the stream of batches."""
+
+SOURCE_DOMAIN = "source"
+"""The labelled domain."""
+
+TARGET_DOMAIN = "target"
+"""The unlabelled domain that the segmenter is adapted to."""

@@ -1,0 +1,22 @@
+"""Fixtures that all tests share."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def reference_data() -> Path:
+    """Folder with third-party volumes and records, which are not distributed with the code.
+
+    Looked for in ``MPSCL_RAY_TEST_DATA``, else in ``shared/data`` beside the checkout.
+    """
+    folder = Path(os.environ.get("MPSCL_RAY_TEST_DATA", ROOT.parent / "shared" / "data"))
+    if not (folder / "mscmrseg").is_dir():
+        pytest.skip(f"third-party test volumes are not at {folder}; set MPSCL_RAY_TEST_DATA to their folder")
+    return folder
