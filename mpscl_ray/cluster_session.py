@@ -1,0 +1,137 @@
+"""Being connected to Ray for as long as a command needs it."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+from mpscl_ray.errors import ClusterError
+
+_QUIET = {
+    # Nothing is reported to anyone; the rest keeps Ray's own chatter off the terminal.
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_DEDUP_LOGS": "0",
+}
+_LONGEST_TEMP_DIR = 40
+"""Ray's socket paths add about 60 characters to it, and the system allows 107."""
+
+
+@contextmanager
+def connect(
+    num_cpus: int | None = None,
+    *,
+    dashboard: bool = False,
+    log_to_driver: bool = False,
+    object_store_memory: int | None = None,
+) -> Iterator[None]:
+    """Ray inside the block: the cluster this process is on already, the one ``RAY_ADDRESS`` names, or a private one.
+
+    A private cluster listens for this process and its workers only (a fresh token guards it, and never leaves the
+    machine), logs into a short temporary folder, and is stopped with all it started when the block ends. A cluster
+    that was there before is left running, and keeps its own size.
+
+    Args:
+        num_cpus: CPUs of a private cluster; None is all there are. May be more than there are: it only counts.
+        dashboard: Whether a private cluster serves its dashboard on 127.0.0.1.
+        log_to_driver: Whether what workers print is shown here.
+        object_store_memory: Bytes of shared memory of a private cluster; None leaves it to Ray.
+
+    Raises:
+        ClusterError: where Ray cannot be reached or started.
+    """
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    import ray  # after the environment is set, and only in commands that need it: importing takes a second
+
+    if ray.is_initialized():
+        yield
+        return
+    address = os.environ.get("RAY_ADDRESS")
+    if address:
+        try:
+            ray.init(log_to_driver=log_to_driver, logging_level=logging.ERROR)
+        except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+            raise ClusterError(
+                f"the Ray cluster at RAY_ADDRESS={address} cannot be reached: {_first_line(error)}; check that it "
+                "runs, that RAY_AUTH_MODE=token is set and the token is that of the cluster (ray get-auth-token), or "
+                "unset RAY_ADDRESS to use this machine alone"
+            ) from error
+        try:
+            yield
+        finally:
+            ray.shutdown()
+        return
+    folder = _short_temp_dir()
+    restore = _guard_by_token()
+    try:
+        try:
+            ray.init(
+                address="local",
+                num_cpus=num_cpus,
+                include_dashboard=dashboard,
+                dashboard_host="127.0.0.1",
+                log_to_driver=log_to_driver,
+                logging_level=logging.ERROR,
+                object_store_memory=object_store_memory,
+                _temp_dir=str(folder),
+            )
+        except (ConnectionError, RuntimeError, ValueError, OSError, ray.exceptions.RayError) as error:
+            raise ClusterError(f"Ray cannot be started on this machine: {_first_line(error)}") from error
+        yield
+    finally:
+        ray.shutdown()
+        for name, before in restore.items():
+            if before is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = before
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _short_temp_dir() -> Path:
+    folder = Path(tempfile.mkdtemp(prefix="ray-"))
+    if len(str(folder)) > _LONGEST_TEMP_DIR:
+        folder.rmdir()
+        folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
+    return folder
+
+
+def _guard_by_token() -> dict[str, str | None]:
+    """Let the cluster that is about to start be entered only with a token of this process.
+
+    Its ports are open to the network, whatever the dashboard binds to. ``RAY_AUTH_MODE`` stays unset: Ray then turns
+    tokens on by itself, also where it was imported before, and would write one into the user's home if it found none.
+
+    Returns:
+        Environment variables as they were.
+    """
+    names = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+    before = {name: os.environ.get(name) for name in names}
+    if not any(before.values()):
+        os.environ["RAY_AUTH_TOKEN_PATH"] = str(_token_file())
+    return before
+
+
+@cache
+def _token_file() -> Path:
+    """One token for the life of the process: Ray reads it once."""
+    folder = Path(tempfile.mkdtemp(prefix="ray-token-"))  # only its owner may enter
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    path = folder / "token"
+    path.write_text(secrets.token_hex(32), encoding="ascii")
+    path.chmod(0o600)
+    return path

@@ -1,0 +1,434 @@
+"""A run's settings: frozen dataclasses, read from a preset and ``key=value`` overrides.
+
+One :func:`load_config` serves the command line, a search trial and the reload of a run folder. Unknown keys, wrong
+types and values out of range are all reported at once, each with the place it came from.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import inspect
+import math
+import textwrap
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+
+from mpscl_ray.data.augment import AugmentConfig
+from mpscl_ray.errors import ConfigError
+from mpscl_ray.methods.mpscl import MPSCLConfig
+from mpscl_ray.methods.segmentation import SegmentationConfig
+from mpscl_ray.optimisation import OptimConfig, PrecisionConfig
+
+PRESETS = Path(__file__).parent / "presets"
+"""Folder of the presets that ship with the package; a preset's name is its path below it without ``.yaml``."""
+
+METHOD_CONFIGS: dict[str, type[MPSCLConfig] | type[SegmentationConfig]] = {
+    "mpscl": MPSCLConfig,
+    "segmentation": SegmentationConfig,
+}
+"""Settings of each method by the value of ``method.name``."""
+
+SOURCE_ONLY, WARM_UP, ADAPTATION = "source_only", "warm_up", "adaptation"
+"""The phases of a run, in this order."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where a run lives and how often it looks up from its work."""
+
+    __pydantic_config__ = ConfigDict(coerce_numbers_to_str=True)  # run.name=2024 is a name
+
+    name: str = "mpscl"
+    """Name of the run and of its folder; the same name again goes on where the run stopped."""
+    storage: str = "runs"
+    """Folder that holds the run folders; on several nodes one that all of them share."""
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 1
+    """Seed of initial weights, order of slices and augmentation."""
+    report_every: Annotated[int, Field(ge=1)] = 20
+    """Steps between two readings of losses (progress line, TensorBoard, metrics.jsonl)."""
+    validate_every: Annotated[int, Field(ge=1)] = 200
+    """Steps between two validations."""
+    checkpoint_every: Annotated[int, Field(ge=1)] = 200
+    """Steps between two checkpoints: the most that a killed run repeats."""
+    keep_checkpoints: Annotated[int, Field(ge=1)] = 2
+    """Checkpoints kept beside the best one and the end of each phase."""
+    select: Literal["label_free", "oracle"] = "label_free"
+    """What decides on `best`: source validation Dice less target entropy, or target validation Dice ("oracle")."""
+    restarts: Annotated[int, Field(ge=0)] = 3
+    """How many times lost workers are replaced before the run is given up (still resumable)."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The two prepared datasets and what happens to their slices on the way to the network."""
+
+    source: str = ""
+    """Folder of the prepared labelled domain, or phantom:mr / phantom:ct."""
+    target: str = ""
+    """Folder of the prepared unlabelled domain, or phantom:mr / phantom:ct."""
+    labelled: Literal["source", "target"] = "source"
+    """Domain whose labels train the segmenter; "target" is the supervised upper bound."""
+    batch_size: Annotated[int, Field(ge=1)] = 8
+    """Slices a step takes from each domain, over all workers together."""
+    in_memory: Literal["auto"] | bool = "auto"
+    """Keep the decoded slices in shared memory; auto: if they fit."""
+    augmentation: AugmentConfig = field(default_factory=AugmentConfig)
+    """Random changes of the slices, drawn from the seed and the position in the stream."""
+
+
+@dataclass(frozen=True)
+class NetworkConfig:
+    """The segmenter, a DeepLabV2 with heads on conv4 and conv5."""
+
+    blocks: tuple[int, int, int, int] = (3, 4, 23, 3)
+    """Bottlenecks a stage; (3, 4, 23, 3) is ResNet-101."""
+    width: Annotated[int, Field(ge=4)] = 64
+    """Channels of the stem."""
+    output_stride: Literal[4, 8] = 8
+    """Input pixels per feature pixel."""
+    in_channels: Literal[1, 3] = 3
+    """3 feeds the slice three times with the channel means of the ImageNet weights taken off; 1 feeds it as it is."""
+    train_norm_affine: bool = False
+    """Train scale and shift of the batch norms, which the released code freezes (with pretrained weights)."""
+    pretrained: str | None = None
+    """File with weights to start from: ImageNet (caffe), AdaptSegNet, ADVENT or MPSCL, or an own run's checkpoint."""
+
+
+@dataclass(frozen=True)
+class PhasesConfig:
+    """Iterations of the three phases of a run; 0 leaves one out."""
+
+    source_only: Annotated[int, Field(ge=0)] = 0
+    """Plain segmentation of the labelled domain: stands in for pretrained weights where there are none."""
+    warm_up: Annotated[int, Field(ge=0)] = 0
+    """Adversarial alignment alone (beta = gamma = 0)."""
+    adaptation: Annotated[int, Field(ge=0)] = 0
+    """The whole method, prototypes initialised from all source slices (Eq. 4)."""
+    source_only_lr: Annotated[float | None, Field(gt=0)] = None
+    """Learning rate of the first phase where it is not optim.lr."""
+
+
+@dataclass(frozen=True)
+class ScalingConfig:
+    """What a run takes of the machine or cluster."""
+
+    workers: Annotated[int, Field(ge=1)] = 1
+    """Processes that share each batch; the result does not depend on their number."""
+    device: Literal["auto", "cpu", "gpu"] = "auto"
+    """auto: a GPU for each worker if the cluster has any."""
+    cpus_per_worker: Annotated[float, Field(gt=0)] = 1
+    """CPUs reserved for, and threads used by, each worker."""
+    wait_s: Annotated[float, Field(ge=0)] = 0
+    """Seconds to wait for resources that the cluster lacks now, for example while it grows."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything a run depends on."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    network: NetworkConfig = field(default_factory=NetworkConfig)
+    method: MPSCLConfig | SegmentationConfig = field(default_factory=MPSCLConfig)
+    phases: PhasesConfig = field(default_factory=PhasesConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    scaling: ScalingConfig = field(default_factory=ScalingConfig)
+
+    @property
+    def method_name(self) -> str:
+        """Key of the method in :data:`METHOD_CONFIGS`."""
+        return next(name for name, kind in METHOD_CONFIGS.items() if type(self.method) is kind)
+
+    @property
+    def schedule(self) -> list[tuple[str, int]]:
+        """Phases that run, in order, with their iterations."""
+        first = "supervised" if self.data.labelled == "target" else SOURCE_ONLY
+        lengths = ((first, self.phases.source_only), (WARM_UP, self.phases.warm_up), (ADAPTATION, self.phases.adaptation))
+        return [(name, iterations) for name, iterations in lengths if iterations > 0]
+
+
+@dataclass(frozen=True)
+class _Setting:
+    """One value with the place it was written at."""
+
+    value: Any
+    origin: str
+
+
+def preset_names() -> list[str]:
+    """Names of the presets that ship with the package."""
+    return sorted(str(path.relative_to(PRESETS).with_suffix("")) for path in PRESETS.rglob("*.yaml"))
+
+
+def load_config(preset: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a preset (by name, or a YAML file by path) and apply ``key=value`` overrides.
+
+    Args:
+        preset: a name of :func:`preset_names`, or the path of a YAML file with the same keys. A file may name the one
+            it builds on under the key ``preset``.
+        overrides: ``section.key=value``; the value is YAML, so ``null``, ``[1, 2]`` and ``true`` mean what they say.
+
+    Raises:
+        ConfigError: naming every unknown key (with the nearest known one), wrong type and value out of range, each
+            with its file and line.
+    """
+    path = _preset_path(preset)
+    settings = _read_preset(path)
+    settings.setdefault("run.name", _Setting(path.stem if path == Path(preset) else str(preset).replace("/", "-"), "by default"))
+    problems: list[str] = []
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        if not separator or not key:
+            problems.append(f"'{override}' on the command line is not key=value")
+            continue
+        try:
+            value = yaml.safe_load(text) if text.strip() else ""
+        except yaml.YAMLError:
+            value = text
+        origin = "on the command line"
+        if isinstance(value, dict):
+            settings.update({f"{key}.{sub}": _Setting(sub_value, origin) for sub, sub_value in _flatten(value)})
+        else:
+            settings[key] = _Setting(value, origin)
+    return _build(settings, problems)
+
+
+def config_from_dict(values: Mapping[str, Any], origin: str = "in the given settings") -> Config:
+    """Build a config from nested plain values, as :func:`to_dict` gives them."""
+    return _build({key: _Setting(value, origin) for key, value in _flatten(values)}, [])
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Nested plain values (strings, numbers, lists) from which :func:`config_from_dict` builds the same config."""
+    values = typing.cast("dict[str, Any]", _plain(dataclasses.asdict(config)))
+    values["method"] = {"name": config.method_name, **values["method"]}
+    return values
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved settings as YAML, readable by :func:`load_config`."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False, default_flow_style=None, width=100)
+
+
+def describe_keys() -> str:
+    """Every key with its default and meaning, for ``--help``."""
+    lines: list[str] = []
+    for key, default, doc in _documented_keys():
+        lines.append(f"  {key} = {_yaml_scalar(default)}")
+        lines.extend(textwrap.wrap(doc, 106, initial_indent="      ", subsequent_indent="      "))
+    return "\n".join(lines)
+
+
+def differences(one: Config, other: Config) -> dict[str, tuple[Any, Any]]:
+    """Keys in which two configs differ, with both values."""
+    left, right = dict(_flatten(to_dict(one))), dict(_flatten(to_dict(other)))
+    return {key: (left.get(key), right.get(key)) for key in sorted({*left, *right}) if left.get(key) != right.get(key)}
+
+
+def _preset_path(preset: str | Path) -> Path:
+    named = PRESETS / f"{preset}.yaml"
+    if named.is_file():
+        return named
+    path = Path(preset)
+    if path.suffix in (".yaml", ".yml"):
+        if path.is_file():
+            return path
+        raise ConfigError(f"there is no preset file {path}; give the path of a YAML file or one of {_listing()}")
+    near = difflib.get_close_matches(str(preset), preset_names(), n=1, cutoff=0.4)
+    hint = f"did you mean '{near[0]}'? " if near else ""
+    raise ConfigError(f"there is no preset '{preset}'; {hint}The presets are {_listing()}")
+
+
+def _listing() -> str:
+    return ", ".join(preset_names())
+
+
+def _read_preset(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, _Setting]:
+    """Settings of a preset file laid over those of the file it builds on."""
+    if path in seen:
+        raise ConfigError(f"{path} builds on itself through its key 'preset'; name another file there")
+    try:
+        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}; give a readable YAML file") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if root is None:
+        return {}
+    if not isinstance(root, yaml.MappingNode):
+        raise ConfigError(f"{path} holds a {root.tag.rsplit(':', 1)[-1]}, expected keys and values")
+    own = dict(_walk(root, path))
+    parent = own.pop("preset", None)
+    return {**(_read_preset(_preset_path(str(parent.value)), (*seen, path)) if parent else {}), **own}
+
+
+def _walk(node: yaml.MappingNode, path: Path, prefix: str = "") -> Iterator[tuple[str, _Setting]]:
+    constructor = yaml.SafeLoader("")
+    for key_node, value_node in node.value:
+        key = f"{prefix}{key_node.value}"
+        if isinstance(value_node, yaml.MappingNode) and value_node.value:
+            yield from _walk(value_node, path, f"{key}.")
+        else:
+            value = constructor.construct_object(value_node, deep=True)  # type: ignore[no-untyped-call]
+            yield key, _Setting(value, f"in {path.name}:{key_node.start_mark.line + 1}")
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _build(settings: dict[str, _Setting], problems: list[str]) -> Config:
+    """Check keys, types and limits of flat settings; raise one ConfigError with everything that is wrong."""
+    settings = dict(settings)
+    chosen = settings.pop("method.name", _Setting("mpscl", "by default"))
+    method = METHOD_CONFIGS.get(str(chosen.value))
+    if method is None:
+        problems.append(f"method.name={chosen.value!r} {chosen.origin} is not one of {', '.join(METHOD_CONFIGS)}")
+        method = MPSCLConfig
+    sections: dict[str, Any] = {f.name: f.default_factory for f in dataclasses.fields(Config)}
+    sections["method"] = method
+    known = set(_known_keys(method))
+    nested: dict[str, Any] = {}
+    for key, setting in settings.items():
+        if key not in known and not any(key.startswith(f"{name}.") for name in _free_mappings(method)):
+            if key in {k for other in METHOD_CONFIGS.values() for k in _known_keys(other)}:
+                continue  # a key of another method, inherited from the preset this one builds on
+            near = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.5)
+            hint = f"did you mean '{near[0]}'?" if near else "see --help for all keys"
+            problems.append(f"'{key}' {setting.origin} is not a setting; {hint}")
+            continue
+        *parents, last = key.split(".")
+        place = nested
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        place[last] = setting.value
+    built: dict[str, Any] = {}
+    for section, kind in sections.items():
+        try:
+            built[section] = TypeAdapter(kind).validate_python(nested.get(section, {}))
+        except ValidationError as error:
+            for detail in error.errors():
+                problems.append(_explain(section, detail, settings))
+    if not problems:
+        config = Config(**built)
+        problems += _inconsistencies(config)
+    if problems:
+        raise ConfigError("; ".join(problems) if len(problems) == 1 else "\n  ".join(["the settings are wrong:", *problems]))
+    return config
+
+
+def _explain(section: str, detail: Any, settings: Mapping[str, _Setting]) -> str:
+    parts = [section, *(str(part) for part in detail["loc"])]
+    key = ".".join(parts)
+    while key not in settings and "." in key:  # positions in a tuple and branches of a union are no keys
+        key = key.rpartition(".")[0]
+    origin = settings[key].origin if key in settings else "by default"
+    message = detail["msg"][0].lower() + detail["msg"][1:]
+    return f"{key}={_yaml_scalar(settings[key].value if key in settings else detail['input'])} {origin}: {message}"
+
+
+def _inconsistencies(config: Config) -> list[str]:
+    """What each value allows but all of them together do not."""
+    found: list[str] = []
+    if config.data.batch_size % config.scaling.workers:
+        found.append(
+            f"data.batch_size={config.data.batch_size} slices cannot be shared equally by "
+            f"scaling.workers={config.scaling.workers}; make the batch a multiple of the workers"
+        )
+    if isinstance(config.method, SegmentationConfig) and (config.phases.warm_up or config.phases.adaptation):
+        found.append("method.name=segmentation has no warm-up and no adaptation; set phases.warm_up=0 phases.adaptation=0")
+    if isinstance(config.method, MPSCLConfig) and config.data.labelled == "target":
+        found.append("data.labelled=target is the supervised bound and goes with method.name=segmentation")
+    if not config.schedule:
+        found.append("phases: all phases have 0 iterations; give at least one of them some")
+    if not config.run.name or config.run.name in (".", "..") or not set(config.run.name) <= _NAME_CHARACTERS:
+        found.append(f"run.name={config.run.name!r} must be made of letters, digits, '.', '_' and '-'")
+    for key, value in _flatten(to_dict(config)):
+        if isinstance(value, float) and not math.isfinite(value):
+            found.append(f"{key}={value} is not a finite number")
+    return found
+
+
+_NAME_CHARACTERS = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")
+
+
+def _known_keys(method: type[Any]) -> list[str]:
+    return [key for key, _, _ in _documented_keys(method)]
+
+
+def _free_mappings(method: type[Any]) -> list[str]:
+    """Keys whose value is itself a mapping from names that are not settings."""
+    return [key for key, _, kind in _leaves(Config, method) if dict in _origins(kind)]
+
+
+def _documented_keys(method: type[Any] | None = None) -> list[tuple[str, Any, str]]:
+    """(key, default, meaning) of every setting; of all methods if none is given."""
+    methods = [method] if method else list(METHOD_CONFIGS.values())
+    found: dict[str, tuple[str, Any, str]] = {}
+    for kind in methods:
+        for key, item, _ in _leaves(Config, kind):
+            found.setdefault(key, (key, _default(item[1]), _docs(item[0]).get(item[1].name, "")))
+    found.setdefault("method.name", ("method.name", "mpscl", f"The method: {', '.join(METHOD_CONFIGS)}."))
+    return sorted(found.values(), key=lambda entry: _SECTIONS.index(entry[0].partition(".")[0]))
+
+
+_SECTIONS = [f.name for f in dataclasses.fields(Config)]
+
+
+def _leaves(kind: type[Any], method: type[Any], prefix: str = "") -> Iterator[tuple[str, tuple[type, Any], Any]]:
+    hints = typing.get_type_hints(kind)
+    for item in dataclasses.fields(kind):
+        hint = method if prefix == "" and item.name == "method" else hints[item.name]
+        if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+            yield from _leaves(hint, method, f"{prefix}{item.name}.")
+        else:
+            yield f"{prefix}{item.name}", (kind, item), hint
+
+
+def _default(item: Any) -> Any:
+    if item.default is not dataclasses.MISSING:
+        return item.default
+    return item.default_factory() if item.default_factory is not dataclasses.MISSING else None
+
+
+def _docs(kind: type) -> dict[str, str]:
+    """Meaning of each field of a dataclass: the string below it."""
+    (body,) = [node.body for node in ast.parse(textwrap.dedent(inspect.getsource(kind))).body if isinstance(node, ast.ClassDef)]
+    docs: dict[str, str] = {}
+    for node, after in zip(body, body[1:], strict=False):
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and isinstance(after, ast.Expr):
+            if isinstance(after.value, ast.Constant) and isinstance(after.value.value, str):
+                docs[node.target.id] = " ".join(after.value.value.split())
+    return docs
+
+
+def _origins(hint: Any) -> set[Any]:
+    if isinstance(hint, types.UnionType) or typing.get_origin(hint) in (typing.Union, Annotated):
+        return set().union(*(_origins(part) for part in typing.get_args(hint)))
+    return {typing.get_origin(hint) or hint}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _yaml_scalar(value: Any) -> str:
+    return yaml.safe_dump(_plain(value), default_flow_style=True, width=10_000).removesuffix("...\n").strip()

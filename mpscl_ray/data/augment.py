@@ -1,0 +1,202 @@
+"""Random changes of training slices: position and size of the anatomy, and the mapping of tissue to intensity.
+
+The result for a sample depends on its key and the settings only, bit for bit: not on the samples that share its batch,
+and so not on how a batch is divided among workers. For that reason random numbers are hashes of the key, and pixels are
+touched by additions, multiplications and roundings only, which give the same bits wherever in an array a pixel lies.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Annotated
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from pydantic import Field
+from torch import Tensor
+
+from mpscl_ray.data.order import Keys, hash_integers
+
+_CHANNELS = 2
+"""Feature maps between the layers of a random intensity mapping."""
+
+_AFFINE_DRAWS = 4
+_MAPPING_DRAWS = 3
+_WEIGHT_DRAWS = 64
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """Ranges of the random changes; the defaults change nothing.
+
+    Attributes:
+        rotation_deg: largest rotation in the slice plane, in degrees; drawn evenly from +-rotation_deg.
+        scale: smallest and largest magnification of the anatomy; drawn evenly on a logarithmic scale.
+        translation: largest shift along either side, as a fraction of that side; drawn evenly from +-translation.
+        intensity_mapping: probability that the intensities of a sample are remapped at random.
+        intensity_mapping_strength: largest weight of the remapped image in the blend with the original; drawn evenly from
+            0 to this.
+        intensity_mapping_layers: largest number of convolutions of a mapping; drawn evenly from 1 to this.
+    """
+
+    rotation_deg: Annotated[float, Field(ge=0, le=180)] = 0.0
+    scale: tuple[Annotated[float, Field(ge=0.1, le=10)], Annotated[float, Field(ge=0.1, le=10)]] = (1.0, 1.0)
+    translation: Annotated[float, Field(ge=0, le=0.5)] = 0.0
+    intensity_mapping: Annotated[float, Field(ge=0, le=1)] = 0.0
+    intensity_mapping_strength: Annotated[float, Field(ge=0, le=1)] = 1.0
+    intensity_mapping_layers: Annotated[int, Field(ge=1, le=3)] = 3
+
+    def __post_init__(self) -> None:
+        if self.scale[0] > self.scale[1]:
+            raise ValueError(f"scale is (smallest, largest), and {self.scale[0]} is larger than {self.scale[1]}")
+
+    @property
+    def moves(self) -> bool:
+        """Whether the anatomy is moved, turned or scaled."""
+        return self.rotation_deg > 0 or self.translation > 0 or tuple(self.scale) != (1.0, 1.0)
+
+
+def augment(image: Tensor, label: Tensor | None, keys: Keys, config: AugmentConfig) -> tuple[Tensor, Tensor | None]:
+    """Change each sample of a batch at random, as its key says.
+
+    Args:
+        image: (B, 1, H, W) float32 intensities.
+        label: (B, H, W) integers below 2^24, or None.
+        keys: (B,) one 64-bit key per sample.
+        config: ranges of the changes.
+
+    Returns:
+        Image and label of the same shapes and types; the very tensors that came in when nothing is to be changed.
+    """
+    draws = _uniforms(keys, _AFFINE_DRAWS + _MAPPING_DRAWS + _WEIGHT_DRAWS)
+    if config.moves:
+        grid = _sampling_grid(draws[:, :_AFFINE_DRAWS], (image.shape[2], image.shape[3]), config)
+        image = F.grid_sample(image, grid, mode="bilinear", padding_mode="border", align_corners=False)
+        if label is not None:
+            sampled = F.grid_sample(
+                label.unsqueeze(1).float(), grid, mode="nearest", padding_mode="border", align_corners=False
+            )
+            label = sampled.squeeze(1).to(label.dtype)
+    if config.intensity_mapping > 0:
+        image = _map_intensities(image, draws[:, _AFFINE_DRAWS:], config)
+    return image, label
+
+
+def _uniforms(keys: Keys, count: int) -> NDArray[np.float64]:
+    """(B, count) numbers in [0, 1), each row a function of its key."""
+    counters: Keys = keys[:, None] + np.arange(count, dtype=np.uint64)
+    return (hash_integers(counters, 0) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def _sampling_grid(draws: NDArray[np.float64], size: tuple[int, int], config: AugmentConfig) -> Tensor:
+    """(B, H, W, 2) places in the input, as ``grid_sample`` wants them, for every pixel of the output.
+
+    A pixel at x from the centre of the output, in pixels, is taken from R(angle)^-1 (x - shift) / scale. Beyond the edge
+    the image and the label both repeat their outermost pixels, so they still belong together, and no intensity appears
+    that the image has not.
+    """
+    height, width = size
+    low, high = (math.log(bound) for bound in config.scale)
+    coefficients = np.empty((len(draws), 2, 3), dtype=np.float32)
+    for sample, (turn, zoom, down, right) in enumerate(draws):
+        angle = math.radians(config.rotation_deg) * (2 * turn - 1)
+        scale = math.exp(low + (high - low) * zoom)
+        cosine, sine = math.cos(angle) / scale, math.sin(angle) / scale
+        shift_x = config.translation * width * (2 * right - 1)
+        shift_y = config.translation * height * (2 * down - 1)
+        coefficients[sample, 0] = cosine, sine, -cosine * shift_x - sine * shift_y
+        coefficients[sample, 1] = -sine, cosine, sine * shift_x - cosine * shift_y
+        coefficients[sample, 0] *= 2 / width
+        coefficients[sample, 1] *= 2 / height
+    matrix = torch.from_numpy(coefficients)[:, :, :, None, None]
+    x = (torch.arange(width, dtype=torch.float32) - (width - 1) / 2)[None, None, :]
+    y = (torch.arange(height, dtype=torch.float32) - (height - 1) / 2)[None, :, None]
+    grid = torch.empty(len(draws), height, width, 2)
+    for axis in (0, 1):
+        grid[..., axis] = (matrix[:, axis, 0] * x + matrix[:, axis, 2]) + matrix[:, axis, 1] * y
+    return grid
+
+
+def _map_intensities(image: Tensor, draws: NDArray[np.float64], config: AugmentConfig) -> Tensor:
+    """Blend some of the images with the output of a random shallow convolution; their mean and deviation stay.
+
+    With the standardised image u and the standardised output v of the convolution, the result is the blend
+    (1 - a) u + a v, standardised, times the standard deviation of the image, plus its mean. An image of one intensity
+    stays as it is.
+    """
+    chosen = np.flatnonzero(draws[:, 0] < config.intensity_mapping)
+    layers = 1 + (draws[:, 1] * config.intensity_mapping_layers).astype(np.int64)
+    mapped = image.clone()
+    for depth in np.unique(layers[chosen]):
+        members = chosen[layers[chosen] == depth]
+        original = image[members]
+        standardised, mean, deviation = _standardise(original)
+        weights = torch.from_numpy((2 * draws[members, _MAPPING_DRAWS:] - 1).astype(np.float32))
+        convolved, _, _ = _standardise(_random_convolution(standardised, weights, int(depth)))
+        blend = torch.from_numpy((config.intensity_mapping_strength * draws[members, 2]).astype(np.float32))
+        blend = blend[:, None, None, None]
+        result, _, remaining = _standardise(standardised * (1 - blend) + convolved * blend)
+        mapped[members] = torch.where((deviation > 0) & (remaining > 0), result * deviation + mean, original)
+    return mapped
+
+
+def _random_convolution(x: Tensor, weights: Tensor, depth: int) -> Tensor:
+    """Put each image through its own small random network.
+
+    The first layer is a 3 x 3 convolution, the others are 1 x 1; between layers the values are folded into [-1, 1] by a
+    triangle wave of period 4, which is not monotone: tissues change their order of brightness.
+
+    Args:
+        x: (B, 1, H, W) standardised images.
+        weights: (B, at least 30) numbers drawn evenly from [-1, 1).
+        depth: number of layers, 1 to 3.
+
+    Returns:
+        (B, 1, H, W).
+    """
+    taken = 0
+    for layer in range(depth):
+        inputs = _neighbours(x) if layer == 0 else [x[:, channel : channel + 1] for channel in range(_CHANNELS)]
+        channels = len(inputs)
+        outputs = _CHANNELS if layer < depth - 1 else 1
+        kernel = weights[:, taken : taken + outputs * channels].reshape(-1, outputs, channels, 1, 1)
+        taken += outputs * channels
+        kernel = kernel * math.sqrt(3 / channels)
+        x = kernel[:, :, 0] * inputs[0]
+        for channel in range(1, channels):
+            x += kernel[:, :, channel] * inputs[channel]
+        if layer < depth - 1:
+            phase = 2 * weights[:, taken : taken + outputs].reshape(-1, outputs, 1, 1)
+            taken += outputs
+            quarter = (x + phase) * 0.25
+            x = ((quarter - quarter.floor()) * 4 - 2).abs() - 1
+    return x
+
+
+def _neighbours(x: Tensor) -> list[Tensor]:
+    """The nine (B, 1, H, W) images that make up each pixel's 3 x 3 neighbourhood, the edge repeated."""
+    height, width = x.shape[2:]
+    padded = F.pad(x, (1, 1, 1, 1), mode="replicate")
+    return [padded[:, :, i : i + height, j : j + width] for i in range(3) for j in range(3)]
+
+
+def _standardise(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Subtract each image's mean and divide by its standard deviation; returns the result, the mean and the deviation.
+
+    The sums are NumPy's, which adds up one image in the same order whatever else is in the batch.
+    """
+    flat = x.numpy().reshape(len(x), -1)
+    centred = flat - flat.mean(axis=1, keepdims=True)
+    deviation = np.sqrt((centred * centred).mean(axis=1, keepdims=True))
+    # Rounding leaves a constant image with a deviation of about 1e-7 of its value, not zero.
+    deviation[deviation <= 1e-6 * np.abs(flat).max(axis=1, keepdims=True)] = 0
+    standardised = centred / np.where(deviation > 0, deviation, 1)
+    shape = (-1, 1, 1, 1)
+    return (
+        torch.from_numpy(standardised).reshape(x.shape),
+        torch.from_numpy(flat.mean(axis=1)).reshape(shape),
+        torch.from_numpy(deviation).reshape(shape),
+    )

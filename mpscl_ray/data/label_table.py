@@ -1,0 +1,122 @@
+"""What the numbers in a label file mean: classes are data, never a constant of the program."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from mpscl_ray.errors import ConfigError
+
+BACKGROUND = "background"
+UnknownLabels = Literal["error", "background"]
+
+
+@dataclass(frozen=True)
+class LabelTable:
+    """Class names in the order of the prepared label values, and the class of each raw id."""
+
+    classes: tuple[str, ...]
+    """Background first."""
+    values: Mapping[int, int]
+    """Raw id -> prepared label value."""
+    ignored: frozenset[int] = frozenset()
+    """Raw ids that are background on purpose."""
+    unknown: UnknownLabels = "error"
+    """What becomes of any other raw id: an error, or background with a notice."""
+    corrections: Mapping[int, int] = field(default_factory=dict)
+    """Raw ids that are slips for another raw id, put right before anything else."""
+
+    def record(self) -> dict[str, Any]:
+        """The table for the manifest."""
+        return {
+            "values": {str(raw): self.classes[value] for raw, value in sorted(self.values.items())},
+            "background": sorted(self.ignored),
+            "unknown": self.unknown,
+            "corrections": {str(wrong): right for wrong, right in sorted(self.corrections.items())},
+        }
+
+    def effective(self) -> dict[int, int]:
+        """Raw id -> prepared label value with the corrections applied."""
+        values = dict(self.values)
+        for wrong, right in self.corrections.items():
+            values[wrong] = 0 if right in self.ignored else values[right]
+        return values
+
+
+MMWHS = LabelTable(
+    (BACKGROUND, "MYO", "LAC", "LVC", "AA"),
+    {0: 0, 205: 1, 420: 2, 500: 3, 820: 4},
+    frozenset({550, 600, 850}),
+)
+"""Raw ids of MM-WHS 2017; right atrium, right ventricle and pulmonary artery are background.
+
+Source: Sec. IV-A, Liu et al. 2022 (the four structures).
+"""
+
+RELEASED = LabelTable(MMWHS.classes, {0: 0, 1: 1, 2: 2, 3: 3, 4: 4}, frozenset(), "background")
+"""Values in the SIFA, PnP-AdaNet and MPSCL releases; 5 occurs and is none of the four structures."""
+
+
+def parse_label_table(text: str) -> LabelTable:
+    """Table from ``200=MYO,500=LV,600=RV``: classes in the order of first mention; several ids may share a class.
+
+    ``0=background`` is understood and may be left out.
+
+    Raises:
+        ConfigError: for anything else.
+    """
+    classes = [BACKGROUND]
+    values = {0: 0}
+    for entry in filter(None, (part.strip() for part in text.split(","))):
+        match = re.fullmatch(r"(-?\d+)\s*=\s*(\S(?:.*\S)?)", entry)
+        if not match:
+            raise ConfigError(f"--labels: {entry!r} is not ID=NAME; write e.g. 200=MYO,500=LV,600=RV")
+        raw, name = int(match[1]), match[2]
+        if raw in values and (raw != 0 or name.lower() != BACKGROUND):
+            raise ConfigError(f"--labels: id {raw} has two meanings, {classes[values[raw]]} and {name}")
+        if name.lower() == BACKGROUND:
+            values[raw] = 0
+            continue
+        if name not in classes:
+            classes.append(name)
+        values[raw] = classes.index(name)
+    if len(classes) < 2:
+        raise ConfigError("--labels: no class but background; write e.g. 200=MYO,500=LV,600=RV")
+    if len(classes) > 255:
+        raise ConfigError(f"--labels: {len(classes)} classes; at most 255 fit the label type uint8")
+    return LabelTable(tuple(classes), values)
+
+
+def parse_ids(text: str, option: str) -> frozenset[int]:
+    """Ids from ``550,600,850``.
+
+    Raises:
+        ConfigError: for anything else.
+    """
+    try:
+        return frozenset(int(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        raise ConfigError(f"{option} {text!r}: expected whole numbers with commas between, e.g. 550,600,850") from None
+
+
+def with_corrections(table: LabelTable, text: str) -> LabelTable:
+    """Table that also understands slips given as ``421=420``: the wrong raw id and the one that was meant.
+
+    Raises:
+        ConfigError: where an entry is no such pair, or the meant id is not in the table.
+    """
+    corrections = dict(table.corrections)
+    for entry in filter(None, (part.strip() for part in text.split(","))):
+        match = re.fullmatch(r"(-?\d+)\s*=\s*(-?\d+)", entry)
+        if not match:
+            raise ConfigError(f"--fix-label: {entry!r} is not WRONG=MEANT; write e.g. 421=420")
+        wrong, meant = int(match[1]), int(match[2])
+        if meant not in table.values and meant not in table.ignored:
+            known = ", ".join(str(raw) for raw in sorted({*table.values, *table.ignored}))
+            raise ConfigError(f"--fix-label {entry}: {meant} is not in the label table, which has {known}")
+        if wrong in table.values:
+            raise ConfigError(f"--fix-label {entry}: {wrong} already means {table.classes[table.values[wrong]]}")
+        corrections[wrong] = meant
+    return replace(table, corrections=corrections)

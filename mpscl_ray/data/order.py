@@ -1,0 +1,173 @@
+"""The order of training samples: a pure function of the seed, the domain and the position.
+
+A domain is one endless stream of samples. Epoch e of it is a permutation of all rows, a function of (seed, domain, e);
+position p of the stream is element p mod N of epoch p // N, N being the number of rows. The global step k takes
+positions [k*G, (k+1)*G), G being the global batch size, and rank r of W workers the r-th of W equal parts of these. So
+what a step sees does not depend on the number of workers, every rank has the same number of steps, a shorter domain
+simply repeats, no sample is ever dropped, and the step number is all that a resumed run has to know.
+
+The permutations come from an integer hash and a stable sort, not from a library's generator, so they are the same in
+all versions of all libraries.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpscl_ray.errors import ConfigError
+
+Keys = NDArray[np.uint64]
+Rows = NDArray[np.int64]
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_MIX1 = np.uint64(0xBF58476D1CE4E5B9)
+_MIX2 = np.uint64(0x94D049BB133111EB)
+
+
+def hash_integers(values: NDArray[np.unsignedinteger | np.signedinteger], key: int) -> Keys:
+    """Hash each integer under a key: the output function of SplitMix64, a bijection of 64-bit integers for every key.
+
+    Args:
+        values: integers of any shape.
+        key: 64-bit integer that selects the function.
+
+    Returns:
+        64-bit integers of the same shape, which look uniform and independent.
+
+    Source: Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators".
+    """
+    x = (values.astype(np.uint64) + np.uint64(1)) * _GOLDEN + np.uint64(key)
+    x = (x ^ (x >> np.uint64(30))) * _MIX1
+    x = (x ^ (x >> np.uint64(27))) * _MIX2
+    hashed: Keys = x ^ (x >> np.uint64(31))
+    return hashed
+
+
+def stream_key(*parts: int | str) -> int:
+    """64-bit key of a named stream of random numbers, for example ``stream_key(seed, "source", "augment")``."""
+    digest = hashlib.sha256("/".join(str(part) for part in parts).encode()).digest()
+    return int.from_bytes(digest[:8], "little")
+
+
+@functools.lru_cache(maxsize=8)
+def epoch_permutation(seed: int, domain: str, epoch: int, rows: int) -> Rows:
+    """Permutation of all rows in one epoch of one domain.
+
+    Args:
+        seed: seed of the run.
+        domain: name of the domain; source and target are shuffled independently.
+        epoch: number of the pass over the rows, from 0.
+        rows: number of rows, at least 1.
+
+    Returns:
+        (rows,) row indices; read-only, because it is remembered for the next call.
+    """
+    hashes = hash_integers(np.arange(rows), stream_key(seed, domain, "order", epoch))
+    permutation = np.argsort(hashes, kind="stable").astype(np.int64)
+    permutation.setflags(write=False)
+    return permutation
+
+
+def sample_positions(seed: int, domain: str, rows: int, start: int, stop: int) -> Rows:
+    """Row index at each position [start, stop) of the endless stream of a domain.
+
+    Args:
+        seed: seed of the run.
+        domain: name of the domain.
+        rows: number of rows of the domain, at least 1.
+        start: first position.
+        stop: one past the last position; may be any number of epochs further.
+
+    Returns:
+        (stop - start,) row indices.
+    """
+    parts = []
+    for epoch in range(start // rows, -(-stop // rows)):
+        first = epoch * rows
+        parts.append(epoch_permutation(seed, domain, epoch, rows)[max(start - first, 0) : stop - first])
+    return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
+
+
+def sample_keys(seed: int, domain: str, start: int, stop: int) -> Keys:
+    """Seed of the augmentation at each position [start, stop): its own for every position of the stream.
+
+    Args:
+        seed: seed of the run.
+        domain: name of the domain.
+        start: first position.
+        stop: one past the last position.
+
+    Returns:
+        (stop - start,) 64-bit keys.
+    """
+    return hash_integers(np.arange(start, stop), stream_key(seed, domain, "augment"))
+
+
+@dataclass(frozen=True)
+class StepOrder:
+    """What one rank takes at each global step of one domain.
+
+    Attributes:
+        seed: seed of the run.
+        domain: name of the domain.
+        rows: number of rows of the domain.
+        global_batch: samples of this domain per step over all ranks.
+        rank: number of this worker.
+        world_size: number of workers.
+
+    Raises:
+        ConfigError: the global batch cannot be divided evenly among the workers, or there are no rows.
+    """
+
+    seed: int
+    domain: str
+    rows: int
+    global_batch: int
+    rank: int = 0
+    world_size: int = 1
+
+    def __post_init__(self) -> None:
+        assert 0 <= self.rank < self.world_size
+        if self.rows < 1:
+            raise ConfigError(f"the {self.domain} domain has no slices; give a split with at least one case")
+        if self.global_batch < 1 or self.global_batch % self.world_size:
+            raise ConfigError(
+                f"a global batch of {self.global_batch} {self.domain} slices cannot be divided evenly among "
+                f"{self.world_size} workers; choose a batch size that is a multiple of the number of workers"
+            )
+
+    @property
+    def local_batch(self) -> int:
+        """Samples of this rank per step."""
+        return self.global_batch // self.world_size
+
+    def positions(self, step: int) -> tuple[int, int]:
+        """Positions [start, stop) of the stream that this rank takes at a global step."""
+        start = step * self.global_batch + self.rank * self.local_batch
+        return start, start + self.local_batch
+
+    def batch_rows(self, step: int) -> Rows:
+        """(local_batch,) row indices that this rank takes at a global step."""
+        return sample_positions(self.seed, self.domain, self.rows, *self.positions(step))
+
+    def batch_keys(self, step: int) -> Keys:
+        """(local_batch,) seeds of the augmentation of these samples."""
+        return sample_keys(self.seed, self.domain, *self.positions(step))
+
+    def steps(self, start_step: int = 0) -> Iterator[Rows]:
+        """Row indices of this rank's batches from a step on, without end."""
+        step = start_step
+        while True:
+            yield self.batch_rows(step)
+            step += 1
+
+
+def share(count: int, rank: int, world_size: int) -> range:
+    """Contiguous part of ``range(count)`` of one rank; together the parts cover it, their sizes differ by at most 1."""
+    return range(count * rank // world_size, count * (rank + 1) // world_size)

@@ -1,0 +1,118 @@
+"""Slices that someone prepared before: SIFA / PnP-AdaNet TFRecords, and the npy / npz files of the MPSCL authors."""
+
+from __future__ import annotations
+
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpscl_ray.data.layouts import SourceCase
+from mpscl_ray.data.tfrecord import read_slices
+from mpscl_ray.errors import DataError
+
+Flip = Literal["auto", "none", "both"]
+RELEASED_RANGES = {"ct": (-2.8, 3.2), "mr": (-1.8, 4.4)}
+"""Intensities that SIFA and MPSCL map to [-1, 1].
+
+Source: the constants of the released evaluation code.
+"""
+_MOST_VOXELS = 2**31
+
+
+@dataclass
+class ReleasedSlices:
+    """Slices (H, W) of one file with their raw labels."""
+
+    images: list[NDArray[np.float32]]
+    labels: list[NDArray[Any] | None]
+    steps: list[str]
+    """What was done to them, here and before."""
+    scaled_by: tuple[float, float] | None = None
+    """The range that they were scaled to [-1, 1] by; None for z-scored ones."""
+
+
+def read_released(source: SourceCase, path: Path, label_path: Path | None, flip: Flip) -> ReleasedSlices:
+    """Slices of one file, raw labels with them where it or its partner has any.
+
+    Args:
+        source: the case that the file belongs to.
+        path: a TFRecord, npy or npz file.
+        label_path: the label file of an npy slice.
+        flip: whether npz volumes are flipped along rows and columns; auto: those named like the released test volumes.
+
+    Raises:
+        DataError: where the file is damaged or not what the releases hold.
+    """
+    if source.kind == "tfrecord":
+        records = read_slices(path)
+        if not records:
+            raise DataError(f"{path}: holds no record")
+        return ReleasedSlices(
+            [record.image for record in records],
+            [record.label for record in records],
+            ["middle slice of each record's three; z-scored volumes by the publisher"],
+        )
+    if source.kind == "npy":
+        image = _load_npy(path)
+        label = None if label_path is None else _load_npy(label_path)
+        if label is not None and label.shape != image.shape:
+            raise DataError(f"{label_path}: its shape {label.shape} is not that of its image, {image.shape}")
+        low, high = float(image.min()), float(image.max())
+        if low < -1.5 or high > 1.5:
+            raise DataError(f"{path}: intensities from {low:g} to {high:g}; npy slices of the release lie in [-1, 1]")
+        scaled_by = RELEASED_RANGES.get(source.modality)
+        if scaled_by is None:
+            raise DataError(f"{path}: no published range for the modality {source.modality!r}, only for ct and mr")
+        steps = [f"npy slices in [-1, 1], scaled by the publisher with {scaled_by[0]:g} to {scaled_by[1]:g}"]
+        return ReleasedSlices([image.astype(np.float32)], [label], steps, scaled_by)
+    return _load_npz(source, path, flip)
+
+
+def _load_npy(path: Path) -> NDArray[Any]:
+    try:
+        array = np.load(path, allow_pickle=False, mmap_mode="r")
+        if array.size > _MOST_VOXELS or array.dtype.kind not in "fiub":
+            raise ValueError(f"{array.size} values of type {array.dtype}")
+        array = np.squeeze(np.array(array))
+    except (ValueError, EOFError, OSError) as error:
+        raise DataError(f"{path}: not a readable npy array of numbers ({error}); copy or download it again") from None
+    if array.ndim != 2:
+        raise DataError(f"{path}: an array of shape {array.shape}, expected one slice (H, W)")
+    return array
+
+
+def _load_npz(source: SourceCase, path: Path, flip: Flip) -> ReleasedSlices:
+    """A test volume: ``arr_0`` image and ``arr_1`` label (H, W, D), turned as the released evaluation turns them."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(entry.file_size for entry in archive.infolist())
+            if unpacked > 8 * _MOST_VOXELS:
+                raise ValueError(f"it unpacks to {unpacked} bytes")
+            damaged = archive.testzip()
+            if damaged:
+                raise ValueError(f"wrong checksum of {damaged}")
+        with np.load(path, allow_pickle=False) as arrays:
+            names = sorted(arrays.files)
+            if "arr_0" not in names:
+                raise ValueError(f"it holds {', '.join(names) or 'nothing'}, expected arr_0 (image) and arr_1 (label)")
+            image = np.asarray(arrays["arr_0"], dtype=np.float32)
+            label = np.asarray(arrays["arr_1"]) if "arr_1" in names else None
+    except (ValueError, EOFError, OSError, zipfile.BadZipFile, KeyError) as error:
+        raise DataError(f"{path}: not a readable npz volume ({error}); copy or download it again") from None
+    if image.ndim != 3 or (label is not None and (label.shape != image.shape or label.dtype.kind not in "fiub")):
+        found = "no label" if label is None else f"label {label.shape} {label.dtype}"
+        raise DataError(f"{path}: image {image.shape}, {found}; expected two arrays of numbers (H, W, D)")
+    steps = ["slices along axis 2 of the npz volume; z-scored by the publisher"]
+    if flip == "both" or (flip == "auto" and path.name.endswith(".nii.gz.npz")):
+        image = image[::-1, ::-1]
+        label = None if label is None else label[::-1, ::-1]
+        steps.append("axes 0 and 1 flipped to the orientation of the training slices")
+    else:
+        steps.append("not flipped")
+    planes = [np.ascontiguousarray(image[:, :, k]) for k in range(image.shape[2])]
+    labels: list[NDArray[Any] | None] = [None if label is None else label[:, :, k] for k in range(image.shape[2])]
+    return ReleasedSlices(planes, labels, steps)

@@ -1,0 +1,101 @@
+"""Files that survive a kill, a crash and a full disk: written aside, synced, renamed; failures said in one sentence."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from mpscl_ray.errors import StorageError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
+_NOT_A_FOLDER = (errno.ENOTDIR, errno.EEXIST)
+
+
+def megabytes(size: int) -> str:
+    """A number of bytes for a person and, exactly, for a script: ``520.1 MB (520100000 bytes)``."""
+    return f"{size / 1e6:.1f} MB ({size} bytes)"
+
+
+def free_bytes(folder: Path) -> int | None:
+    """Bytes that may still be written to the file system of an existing folder; None where it does not say."""
+    usage = shutil.disk_usage(folder)
+    return usage.free if usage.total > 0 else None
+
+
+def disk_full(path: Path, needed: int | None, free: int | None) -> StorageError:
+    """The error of a disk, a quota or a file-size limit that leaves no room for ``path``."""
+    numbers = [
+        f"{word} {megabytes(value)}" for word, value in (("needed", needed), ("free", free)) if value is not None
+    ]
+    return StorageError(
+        f"cannot write {path}: no space left{': ' if numbers else ''}{', '.join(numbers)}; "
+        f"free some space or choose another folder, then give the same command again to go on"
+    )
+
+
+@contextmanager
+def storage_errors(path: Path, needed: int | None = None) -> Iterator[None]:
+    """Turn an operating system's refusal inside the block into a :class:`StorageError` that names ``path``.
+
+    Args:
+        path: What is being written.
+        needed: Bytes that this takes, for the message of a full disk.
+
+    Raises:
+        StorageError: In place of any OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            existing = next((folder for folder in path.absolute().parents if folder.is_dir()), Path("/"))
+            raise disk_full(path, needed, free_bytes(existing)) from error
+        if error.errno in _REFUSED:
+            raise StorageError(
+                f"cannot write {path}: {error.strerror} ({error.filename or path}); "
+                f"give yourself write permission there or choose another folder"
+            ) from error
+        if error.errno in _NOT_A_FOLDER:
+            raise StorageError(
+                f"cannot write {path}: {error.filename or path} is a file where a folder is needed; "
+                f"move it away or choose another folder"
+            ) from error
+        raise StorageError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def fsync_directory(folder: Path) -> None:
+    """Make the names in a folder durable (a file's own fsync does not cover its name)."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some network file systems have no fsync of folders: there a rename is durable when it returns, or never.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Replace a file as a whole: a reader, or a restart after a crash, finds the old contents or the new.
+
+    Raises:
+        StorageError: The file cannot be written; the old one is intact.
+    """
+    aside = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    with storage_errors(path, len(data)):
+        try:
+            with open(aside, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(aside, path)
+        except BaseException:
+            aside.unlink(missing_ok=True)
+            raise
+        fsync_directory(path.parent)

@@ -1,0 +1,77 @@
+"""Ctrl-C and SIGTERM: the first asks the loop to stop after its step, the second stops at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from types import FrameType, TracebackType
+from typing import Self
+
+EXIT_CODE = 130
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interruption:
+    """While the block runs, a signal only sets a flag::
+
+        with Interruption() as interruption:
+            for iteration in ...:
+                step()
+                if interruption.requested:
+                    save_checkpoint()
+                    raise Interrupted(...)      # exit code 130
+
+    The second signal leaves the process at once with exit code 130 and no clean-up: whoever sends it does not want to
+    wait for a checkpoint. Handlers can be set in the main thread alone (Python's rule); elsewhere entering the block
+    raises, and the flag must come from outside through :meth:`request`.
+    """
+
+    def __init__(self) -> None:
+        self._event = threading.Event()
+        self._previous: dict[signal.Signals, object] = {}
+        self.signal_name = ""
+        """What asked for the stop: SIGINT, SIGTERM or the word given to :meth:`request`; empty before that."""
+
+    @property
+    def requested(self) -> bool:
+        """Whether the loop should stop after the step it is in."""
+        return self._event.is_set()
+
+    def request(self, name: str) -> None:
+        """Ask for the stop without a signal, from any thread."""
+        self.signal_name = self.signal_name or name
+        self._event.set()
+
+    def wait(self, seconds: float) -> bool:
+        """Sleep, but not beyond a request; returns :attr:`requested`."""
+        return self._event.wait(seconds)
+
+    def __enter__(self) -> Self:
+        for number in SIGNALS:
+            self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._previous.items():
+            # None stands for a handler that was not set from Python and cannot be put back.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # type: ignore[arg-type]
+        self._previous.clear()
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        name = signal.Signals(number).name
+        if self.requested:
+            _say(f"\n{name} again: leaving at once; the last complete checkpoint stays\n")
+            os._exit(EXIT_CODE)
+        self.request(name)
+        _say(f"\n{name}: finishing this step and writing a checkpoint; once more to leave at once\n")
+
+
+def _say(text: str) -> None:
+    """Write to standard error from a handler, where buffered streams may be in use and must not be entered again."""
+    try:
+        os.write(2, text.encode())
+    except OSError:
+        return

@@ -1,0 +1,250 @@
+"""Losses of MPSCL as pure functions of tensors.
+
+What has to be divided by a quantity of the whole global batch is returned as :class:`Sums`, so that the caller can
+add numerator and denominator over all workers before it divides. Everything is computed in at least float32 whatever
+the dtype of the inputs (float64 stays float64), and nothing here waits for the device.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+SOURCE_LABEL = 0
+"""What a discriminator answers on the source domain."""
+
+TARGET_LABEL = 1
+"""What a discriminator answers on the target domain."""
+
+MASK_EPS = 1e-4
+"""Added once to the global number of selected target pixels, so that a batch without any has loss 0."""
+
+MarginForm = Literal["released", "paper"]
+
+_DICE_EPS = 1e-5
+_LOG_EPS = 1e-4
+_RELEASED_SQUARED_SINE_FLOOR = 1e-4
+_PAPER_SQUARED_SINE_FLOOR = 1e-8
+_SQUARED_NORM_FLOOR = 1e-24
+
+
+class Sums(NamedTuple):
+    """A ratio whose parts are still to be added over the workers: value = sum(numerator) / sum(denominator)."""
+
+    numerator: Tensor
+    denominator: Tensor
+
+
+def full_precision(x: Tensor) -> Tensor:
+    """Return ``x`` in float32, or as it is where it is float64."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def class_counts(labels: Tensor, num_classes: int) -> Tensor:
+    """Count the pixels of each class.
+
+    Args:
+        labels: (...) int64, classes 0..num_classes-1.
+        num_classes: C.
+
+    Returns:
+        (C,) float64, exact, ready to be added over workers.
+    """
+    # A comparison instead of torch.bincount, which reads the largest label back from the device.
+    classes = torch.arange(num_classes, device=labels.device)
+    return (labels.reshape(1, -1) == classes[:, None]).sum(dim=1).double()
+
+
+def weighted_cross_entropy(logits: Tensor, labels: Tensor, counts: Tensor) -> Sums:
+    """Cross-entropy in which a class weighs the less the more pixels it has.
+
+    w_c = 1 - n_c / sum_k n_k;  value = sum_i w_{y_i} CE_i / sum_i w_{y_i}.
+    A batch of one class alone has w = 0 everywhere; its pixels then all weigh 1, which is the limit of the ratio.
+
+    Args:
+        logits: (B, C, H, W).
+        labels: (B, H, W) int64.
+        counts: (C,) pixels of each class in the global batch, see :func:`class_counts`.
+
+    Returns:
+        The sums over the pixels given.
+
+    Source: the segmentation term of Eq. (2), Liu et al. 2022, which names no weights; weights as released.
+    Differs from the released code: a batch of one class is the plain cross-entropy instead of NaN.
+    """
+    logits = full_precision(logits)
+    weights = 1.0 - counts / counts.sum()
+    single_class = (counts * weights).sum() == 0
+    weights = torch.where(single_class, torch.ones_like(weights), weights).to(logits.dtype)
+    numerator = F.nll_loss(F.log_softmax(logits, dim=1), labels, weight=weights, reduction="sum")
+    return Sums(numerator, weights[labels].sum())
+
+
+def soft_dice_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Soft Dice loss with squared denominator, of each image and class, background included.
+
+    d_{b,c} = 2 sum_i p g / (sum_i p^2 + sum_i g^2 + 1e-5);  value = 1 - mean_{b,c} d_{b,c}.
+    It is a plain mean over images: with equal local batches the mean over workers is the value of the global batch.
+
+    Args:
+        logits: (B, C, H, W).
+        labels: (B, H, W) int64.
+
+    Returns:
+        0-dim loss.
+
+    Source: the Dice term of Eq. (2), Liu et al. 2022; squares and constant as released.
+    """
+    probabilities = F.softmax(full_precision(logits), dim=1).flatten(2)
+    classes = torch.arange(logits.shape[1], device=labels.device)
+    truth = labels.flatten(1)[:, None, :] == classes[:, None]
+    intersection = (probabilities * truth).sum(dim=2)
+    total = probabilities.square().sum(dim=2) + truth.sum(dim=2)
+    return 1.0 - (2.0 * intersection / (total + _DICE_EPS)).mean()
+
+
+def self_information(logits: Tensor, eps: float = 1e-7, normalised: bool = True) -> Tensor:
+    """Weighted self-information map of each class, what the discriminators see.
+
+    I_c = -p_c log(p_c + eps), divided by log C if normalised (the same as log2 / log2 C).
+
+    Args:
+        logits: (B, C, H, W).
+        eps: Keeps the logarithm finite.
+        normalised: The released form; False is the paper's, in nats.
+
+    Returns:
+        (B, C, H, W), float32 or float64.
+
+    Source: text above Eq. (1), Liu et al. 2022.
+    """
+    probabilities = F.softmax(full_precision(logits), dim=1)
+    scale = 1.0 / math.log(logits.shape[1]) if normalised else 1.0
+    return probabilities * torch.log(probabilities + eps) * -scale
+
+
+def domain_loss(domain_logits: Tensor, domain: int) -> Tensor:
+    """Binary cross-entropy of a discriminator's logits against one domain, mean over patches and batch.
+
+    Args:
+        domain_logits: Any shape.
+        domain: ``SOURCE_LABEL`` or ``TARGET_LABEL``.
+
+    Returns:
+        0-dim loss.
+
+    Source: Eqs. (1) and (2), Liu et al. 2022.
+    Differs from the paper: source is 0 and target 1, as released; the loss is symmetric in the choice.
+    """
+    domain_logits = full_precision(domain_logits)
+    # log(1 + e^x) is the loss against 0; against 1 the sign of x turns.
+    return F.softplus(-domain_logits if domain == TARGET_LABEL else domain_logits).mean()
+
+
+def cosine_to_prototypes(features: Tensor, prototypes: Tensor) -> Tensor:
+    """Cosine between every pixel's feature and every class's prototype.
+
+    A feature or prototype of norm zero has cosine 0 with everything, and a finite gradient.
+
+    Args:
+        features: (B, d, h, w), raw; normalised here.
+        prototypes: (C, d), raw; normalised here.
+
+    Returns:
+        (B, C, h, w), float32 or float64.
+
+    Source: Eq. (6), Liu et al. 2022.
+    """
+    # Autocast and TF32 would round the factors of this product, and near cosine 1 the sine loses what is rounded off.
+    # TF32 is a process-wide switch; a float64 product is the one it never touches.
+    with torch.autocast(features.device.type, enabled=False):
+        features = full_precision(features)
+        directions = full_precision(prototypes)
+        directions = (directions * _inverse_norm(directions, dim=1)).to(features.dtype)
+        exact = torch.float64 if features.is_cuda else features.dtype
+        product = torch.matmul(directions.to(exact), features.flatten(2).to(exact)).to(features.dtype)
+        return product.reshape(*product.shape[:2], *features.shape[2:]) * _inverse_norm(features, dim=1)
+
+
+def margin_contrastive_loss(
+    cosine: Tensor,
+    labels: Tensor,
+    margin: float,
+    temperature: float,
+    base_temperature: float = 1.0,
+    form: MarginForm = "released",
+    weights: Tensor | None = None,
+) -> Sums:
+    """Margin preserving contrastive loss of pixels against prototypes.
+
+    With theta_j the angle to prototype j, y the label, m the margin, t the temperature:
+
+    - ``paper``: l = -log( e^{cos(theta_y + m)/t} / (e^{cos(theta_y + m)/t} + sum_{j != y} e^{cos(theta_j)/t}) ).
+    - ``released``: phi(c) = c cos m - sqrt(clamp(1 - c^2, 1e-4, 1)) sin m, or c - m sin m where theta > pi - m;
+      q = (phi(c_y) - max_k phi(c_k))/t and a_j = (c_j - max_k c_k)/t, both maxima without gradient;
+      l = -(t / base_temperature) (q - log(e^q + sum_{j != y} e^{a_j} + 1e-4)).
+      Where the label already has the largest cosine its value does not depend on m; the gradient of c_y does, by the
+      factor cos m + sin m cot(theta_y).
+
+    Args:
+        cosine: (B, C, h, w) from :func:`cosine_to_prototypes`.
+        labels: (B, h, w) int64.
+        margin: m, radians in [0, pi/2].
+        temperature: t.
+        base_temperature: Only in the released form.
+        form: ``released`` or ``paper``.
+        weights: (B, h, w), bool or float: the self-paced mask. None counts every pixel.
+
+    Returns:
+        numerator: sum of weights times loss; denominator: sum of weights (number of pixels without weights). For the
+        target domain the released code adds ``MASK_EPS`` to the denominator: add it once, to the global sum.
+
+    Source: Eq. (8), Liu et al. 2022.
+    Differs from the paper: mean instead of sum over pixels, at feature resolution, as released.
+    """
+    cosine = full_precision(cosine)
+    positive = cosine.gather(1, labels[:, None]).squeeze(1)
+    is_positive = labels[:, None] == torch.arange(cosine.shape[1], device=labels.device)[:, None, None]
+    if form == "paper":
+        logit = _shift_angle(positive, margin, _PAPER_SQUARED_SINE_FLOOR) / temperature
+        logits = torch.where(is_positive, logit[:, None], cosine / temperature)
+        loss = torch.logsumexp(logits, dim=1) - logit
+    elif form == "released":
+        # phi grows with the cosine, so its maximum over the classes is phi of the largest cosine.
+        largest = cosine.detach().amax(dim=1)
+        logit = (_released_phi(positive, margin) - _released_phi(largest, margin)) / temperature
+        logits = torch.where(is_positive, logit[:, None], (cosine - largest[:, None]) / temperature)
+        loss = (torch.log(logits.exp().sum(dim=1) + _LOG_EPS) - logit) * (temperature / base_temperature)
+    else:
+        raise ValueError(f"the margin form must be 'released' or 'paper', got {form!r}")
+    if weights is None:
+        return Sums(loss.sum(), torch.full((), loss.numel(), dtype=loss.dtype, device=loss.device))
+    weights = weights.to(loss.dtype)
+    return Sums((weights * loss).sum(), weights.sum())
+
+
+def poly_lr(base: float, iteration: int, max_iterations: int, power: float = 0.9) -> float:
+    """Learning rate of the polynomial decay, base (1 - iteration/max_iterations)^power, and 0 from there on."""
+    return float(base * max(0.0, 1.0 - iteration / max_iterations) ** power)
+
+
+def _inverse_norm(x: Tensor, dim: int) -> Tensor:
+    """1 / |x| along ``dim`` (kept), and 1 with zero gradient where |x| is zero."""
+    squared = x.square().sum(dim=dim, keepdim=True)
+    return torch.where(squared > _SQUARED_NORM_FLOOR, squared, torch.ones_like(squared)).rsqrt()
+
+
+def _shift_angle(cosine: Tensor, margin: float, squared_sine_floor: float) -> Tensor:
+    """cos(theta + margin) of cos(theta), theta in [0, pi]; the floor keeps the gradient of the sine finite."""
+    sine = (1.0 - cosine.square()).clamp(squared_sine_floor, 1.0).sqrt()
+    return cosine * math.cos(margin) - sine * math.sin(margin)
+
+
+def _released_phi(cosine: Tensor, margin: float) -> Tensor:
+    phi = _shift_angle(cosine, margin, _RELEASED_SQUARED_SINE_FLOOR)
+    # Keeps phi monotonic past pi. Never met with features after a ReLU, whose cosines are not negative.
+    return torch.where(cosine > math.cos(math.pi - margin), phi, cosine - margin * math.sin(math.pi - margin))

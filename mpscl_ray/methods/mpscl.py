@@ -1,0 +1,320 @@
+"""MPSCL: margin preserving self-paced contrastive learning, Liu et al. 2022 (IEEE JBHI)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from mpscl_ray import distributed
+from mpscl_ray.errors import DataError
+from mpscl_ray.losses import (
+    MASK_EPS,
+    SOURCE_LABEL,
+    TARGET_LABEL,
+    class_counts,
+    cosine_to_prototypes,
+    domain_loss,
+    margin_contrastive_loss,
+    self_information,
+)
+from mpscl_ray.methods import base
+from mpscl_ray.methods.base import Batch
+from mpscl_ray.networks import initialise
+from mpscl_ray.networks.deeplab import DeepLabV2
+from mpscl_ray.networks.discriminators import FCDiscriminator, PatchGANDiscriminator
+from mpscl_ray.optimisation import (
+    DiscriminatorAdam,
+    NonFiniteGuard,
+    OptimConfig,
+    Optimiser,
+    PrecisionConfig,
+    SegmenterSGD,
+    Snapshot,
+    autocast,
+    prepare_network,
+)
+from mpscl_ray.prototypes import downsample_labels, initial_prototypes, prototype_sums, update_prototypes
+from mpscl_ray.pseudo_labels import self_paced_pseudo_labels
+
+Margin = Annotated[float, Field(ge=0, le=math.pi / 2)]
+Temperature = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+DISCRIMINATORS = {"fc": FCDiscriminator, "patchgan": PatchGANDiscriminator}
+
+
+@dataclass(frozen=True)
+class MPSCLConfig:
+    """Settings of MPSCL; the defaults are those of the released MR to CT run."""
+
+    margin_source: Margin = 0.4
+    """m on source pixels, radians (Eq. 8)."""
+    margin_target: Margin = 0.2
+    """m on selected target pixels, radians (Eq. 8)."""
+    temperature_source: Temperature = 1.0
+    """tau on source pixels (Eq. 8)."""
+    temperature_target: Temperature = 1.0
+    """tau on selected target pixels (Eq. 8)."""
+    base_temperature: Temperature = 1.0
+    """tau_b: the released form multiplies its loss by tau / tau_b; not in the paper."""
+    delta_th: Annotated[float, Field(ge=0, le=2)] = 0.25
+    """delta_th: how much closer (in cosine) the nearest prototype must be than the second nearest (Eq. 7)."""
+    alpha: Annotated[float, Field(ge=0, le=1)] = 0.2
+    """alpha: share of the old prototype that one update keeps (Eq. 5)."""
+    gamma: Weight = 1.0
+    """gamma: weight of the contrastive loss on source pixels (Eq. 11)."""
+    beta: Weight = 0.1
+    """beta: weight of the contrastive loss on selected target pixels (Eq. 11)."""
+    lambda_main: Weight = 0.003
+    """lambda_adv of the main head: weight of its adversarial loss (Eq. 11)."""
+    lambda_aux: Weight = 2e-5
+    """lambda_adv of the auxiliary head; 2e-5 in the released code, a fifth of the main one in AdaptSegNet."""
+    form: Literal["released", "paper"] = "released"
+    """Form of the margin loss: as released, with two maxima, or Eq. 8."""
+    normalised_self_information: bool = True
+    """Divide the self-information maps by log C, as released; false is the paper's."""
+    halve_discriminator_loss: bool = True
+    """Halve the discriminators' loss on each domain, as released."""
+    discriminator: Literal["fc", "patchgan"] = "fc"
+    """D: fc of AdaptSegNet (MR to CT in the paper) or patchgan of pix2pix (CT to MR)."""
+    discriminator_width: Annotated[int, Field(ge=1)] = 64
+    """Channels of a discriminator's first convolution."""
+    segmentation_aux_weight: Weight = 0.1
+    """Weight of cross-entropy and Dice on the auxiliary head; 0.1 in the released code, unnamed in the paper."""
+    norm_statistics: Literal["mixture", "target"] = "mixture"
+    """Whose forward passes move the running statistics that evaluation uses: both domains' (as released) or the target's
+    alone."""
+
+
+class MPSCL:
+    """Adapt a segmenter from a labelled source to an unlabelled target domain.
+
+    Args:
+        segmenter: with its initial weights; trained in place.
+        config: the method's settings.
+        optim: optimisers and decay.
+        num_classes: C, background included.
+        device: where to train.
+        precision: how GPUs compute.
+        seed: of the discriminators' initial weights.
+
+    Source: Liu et al. 2022; total loss Eq. (11).
+    """
+
+    def __init__(
+        self,
+        segmenter: DeepLabV2,
+        config: MPSCLConfig,
+        optim: OptimConfig,
+        num_classes: int,
+        device: torch.device,
+        precision: PrecisionConfig,
+        seed: int,
+    ) -> None:
+        self.config, self.optim, self.num_classes = config, optim, num_classes
+        self.device, self.precision = device, precision
+        self.segmenter = segmenter
+        self.discriminators: dict[str, nn.Module] = {}
+        dtype = next(segmenter.parameters()).dtype
+        for number, head in enumerate(("main", "aux") if segmenter.layer5 is not None else ("main",)):
+            discriminator = DISCRIMINATORS[config.discriminator](num_classes, config.discriminator_width)
+            initialise(discriminator, seed + number)
+            self.discriminators[head] = discriminator.to(dtype)
+        self.networks: dict[str, nn.Module] = {"segmenter": segmenter}
+        self.networks |= {f"discriminator_{head}": network for head, network in self.discriminators.items()}
+        for network in self.networks.values():
+            prepare_network(network, device, precision)
+        self.prototypes = torch.zeros(num_classes, segmenter.feature_channels, dtype=dtype, device=device)
+
+        # One wrapped forward for one backward, both domains in it, is what gradient averaging can follow.
+        moves = (config.norm_statistics == "mixture", True)
+        self._segment = distributed.wrap(distributed.ForEach(segmenter, None if all(moves) else moves), device)
+        self._discriminate = {
+            head: distributed.wrap(distributed.ForEach(network), device)
+            for head, network in self.discriminators.items()
+        }
+        self._buffers = [buffer for network in self.networks.values() for buffer in network.buffers()]
+        self._guard = NonFiniteGuard(device)
+        self._optimisers: dict[str, Optimiser] = {}
+        self._iterations = 0
+        self._adapt = True
+
+    def start_phase(self, iterations: int, adapt: bool = True) -> None:
+        """Begin a phase with fresh optimisers; ``adapt=False`` is the warm-up, beta = gamma = 0 and no prototypes."""
+        self._iterations = iterations
+        self._adapt = adapt and (self.config.beta > 0 or self.config.gamma > 0)
+        self._optimisers = {"segmenter": SegmenterSGD(self.segmenter, self.optim)}
+        for head, discriminator in self.discriminators.items():
+            self._optimisers[f"discriminator_{head}"] = DiscriminatorAdam(discriminator, self.optim)
+        for network in self.networks.values():
+            network.train()
+
+    def step(self, batch: Batch, iteration: int) -> dict[str, Tensor]:
+        assert self._iterations > 0, "start_phase comes before the first step"
+        assert batch.target_image is not None, "MPSCL needs slices of the target domain"
+        c = self.config
+        labels = batch.source_label
+        before = Snapshot(self._buffers)
+        for optimiser in self._optimisers.values():
+            optimiser.begin(iteration, self._iterations)
+
+        with autocast(self.device, self.precision):
+            source, target = self._segment(
+                base.to_network(batch.source_image, self.segmenter, self.precision),
+                base.to_network(batch.target_image, self.segmenter, self.precision),
+            )
+        source_logits = base.upsampled(source, labels.shape[-2:])
+        target_logits = base.upsampled(target, labels.shape[-2:])
+
+        # Statistics of the global source batch, and with them the prototypes (Eq. 5), before any loss.
+        counts = class_counts(labels, self.num_classes)
+        prototypes = self.prototypes
+        if self._adapt:
+            labels_small = downsample_labels(labels, source.features.shape[-2:])
+            sums, pixels = prototype_sums(source.features, labels_small, self.num_classes)
+            counts, sums, pixels = distributed.all_reduce_sums(counts, sums, pixels)
+            prototypes = update_prototypes(self.prototypes, sums, pixels, c.alpha)
+        else:
+            counts = distributed.all_reduce_sum(counts)
+
+        # Segmenter, with frozen discriminators.
+        segmentation = base.segmentation_loss(source_logits, labels, counts, c.segmentation_aux_weight)
+        losses = dict(segmentation.parts)
+        total = segmentation.total
+        information = {head: self._self_information(logits) for head, logits in target_logits.items()}
+        self._discriminators_require_grad(False)
+        for head, weight in (("main", c.lambda_main), ("aux", c.lambda_aux)):
+            if head in information:
+                with autocast(self.device, self.precision):
+                    verdict = self.discriminators[head](information[head])
+                adversarial = domain_loss(verdict, SOURCE_LABEL)
+                losses[f"loss_adversarial_{head}"] = adversarial
+                total = total + weight * adversarial
+        metrics: dict[str, Tensor] = {"loss_segmentation": segmentation.total}
+        if self._adapt:
+            cosine = cosine_to_prototypes(source.features, prototypes)
+            contrast = margin_contrastive_loss(
+                cosine, labels_small, c.margin_source, c.temperature_source, c.base_temperature, c.form
+            )
+            losses["loss_contrastive_source"] = contrast.numerator / contrast.denominator
+            cosine = cosine_to_prototypes(target.features, prototypes)
+            pseudo_labels, mask = self_paced_pseudo_labels(cosine, c.delta_th)
+            contrast = margin_contrastive_loss(
+                cosine, pseudo_labels, c.margin_target, c.temperature_target, c.base_temperature, c.form, weights=mask
+            )
+            selected = distributed.all_reduce_sum(contrast.denominator)
+            selected = selected + MASK_EPS if c.form == "released" else selected.clamp(min=1.0)
+            losses["loss_contrastive_target"] = distributed.share_of_ratio(contrast.numerator, selected)
+            total = total + c.gamma * losses["loss_contrastive_source"] + c.beta * losses["loss_contrastive_target"]
+            metrics["selected_fraction"] = mask.to(total.dtype).mean()
+            metrics["prototype_angle_min"], metrics["prototype_angle_mean"] = prototype_angles(prototypes)
+        total.backward()
+
+        # Discriminators, on detached maps.
+        self._discriminators_require_grad(True)
+        total_discriminators = torch.zeros((), device=self.device)
+        for head, discriminate in self._discriminate.items():
+            with torch.no_grad():
+                source_information = self._self_information(source_logits[head])
+            with autocast(self.device, self.precision):
+                on_source, on_target = discriminate(source_information, information[head].detach())
+            loss = domain_loss(on_source, SOURCE_LABEL) + domain_loss(on_target, TARGET_LABEL)
+            losses[f"loss_discriminator_{head}"] = loss / 2 if c.halve_discriminator_loss else loss
+            total_discriminators = total_discriminators + losses[f"loss_discriminator_{head}"]
+            correct = torch.cat([on_source.detach().flatten() < 0, on_target.detach().flatten() > 0])
+            metrics[f"discriminator_accuracy_{head}"] = correct.to(loss.dtype).mean()
+        total_discriminators.backward()  # type: ignore[no-untyped-call]
+
+        # Nothing moves unless all of it is finite on all workers.
+        gradients = [gradient for optimiser in self._optimisers.values() for gradient in optimiser.gradients()]
+        self._guard.update(losses, gradients)
+        before.restore_where(self._guard.flag)
+        self.prototypes = torch.where(self._guard.flag > 0, self.prototypes, prototypes)
+        for optimiser in self._optimisers.values():
+            optimiser.step(self._guard.flag)
+        metrics = {**losses, **metrics, "non_finite": self._guard.flag}
+        return {name: value.detach() for name, value in metrics.items()}
+
+    def _self_information(self, logits: Tensor) -> Tensor:
+        return self_information(logits, normalised=self.config.normalised_self_information)
+
+    def _discriminators_require_grad(self, required: bool) -> None:
+        for discriminator in self.discriminators.values():
+            discriminator.requires_grad_(required)
+
+    def non_finite_losses(self) -> dict[str, Tensor]:
+        return self._guard.losses()
+
+    def predict(self, images: Tensor) -> Tensor:
+        return base.predict(self.segmenter, images.to(self.device), self.precision)
+
+    @torch.no_grad()
+    def initialise_prototypes(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Set the prototypes to the mean feature of each class over all source slices of all workers (Eq. 4).
+
+        The segmenter is in evaluation mode. A class that occurs nowhere gets the zero prototype.
+
+        Args:
+            batches: this worker's share of (image (B, 1, H, W), label (B, H, W)); shares may differ in length.
+
+        Source: Eq. (4), Liu et al. 2022.
+        """
+        sums = torch.zeros(self.prototypes.shape, dtype=torch.float64, device=self.device)
+        counts = sums.new_zeros(self.num_classes)
+        for image, label in batches:
+            features = base.evaluate(self.segmenter, image.to(self.device), self.precision).features
+            labels_small = downsample_labels(label.to(self.device), features.shape[-2:])
+            batch_sums, batch_counts = prototype_sums(features, labels_small, self.num_classes)
+            sums += batch_sums
+            counts += batch_counts
+        sums, counts = distributed.all_reduce_sums(sums, counts)
+        self.prototypes = initial_prototypes(sums, counts).to(self.prototypes.dtype)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "networks": {name: network.state_dict() for name, network in self.networks.items()},
+            "optimisers": {name: optimiser.state_dict() for name, optimiser in self._optimisers.items()},
+            "prototypes": self.prototypes,
+            "phase": {"iterations": self._iterations, "adapt": self._adapt},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        base.load_networks(self.networks, state["networks"])
+        prototypes = state["prototypes"]
+        if prototypes.shape != self.prototypes.shape:
+            raise DataError(
+                f"the checkpoint's prototypes are {tuple(prototypes.shape)}, expected {tuple(self.prototypes.shape)}; "
+                "use the classes and the network settings that it was trained with"
+            )
+        self.prototypes = prototypes.to(self.prototypes, copy=True)
+        self._guard = NonFiniteGuard(self.device)
+        if state["phase"]["iterations"]:
+            self.start_phase(state["phase"]["iterations"], state["phase"]["adapt"])
+            for name, optimiser in self._optimisers.items():
+                optimiser.load_state_dict(state["optimisers"][name])
+
+
+@torch.no_grad()
+def prototype_angles(prototypes: Tensor) -> tuple[Tensor, Tensor]:
+    """Smallest and mean angle between two prototypes, radians; zero prototypes are left out.
+
+    Args:
+        prototypes: (C, d).
+
+    Returns:
+        Two 0-dim tensors; 0 where there are no two prototypes.
+    """
+    directions = F.normalize(prototypes, dim=1)
+    angles = torch.arccos((directions @ directions.T).clamp(-1.0, 1.0))
+    known = prototypes.any(dim=1)
+    pairs = (known[:, None] & known).triu(diagonal=1)
+    number = pairs.sum()
+    smallest = torch.where(pairs, angles, math.pi).amin() * (number > 0)
+    return smallest, (angles * pairs).sum() / number.clamp(min=1)

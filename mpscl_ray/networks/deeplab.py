@@ -1,0 +1,227 @@
+"""DeepLab-v2 on a residual network, with heads on the third and the fourth stage."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+EXPANSION = 4
+"""Output channels of a bottleneck over its inner channels."""
+
+ATROUS_RATES = (6, 12, 18, 24)
+
+CAFFE_MEANS = (104.00698793, 116.66876762, 122.67891434)
+"""Channel means that the ImageNet weights of the DeepLab lineage were trained with."""
+
+
+class SegmenterOutput(NamedTuple):
+    """What the segmenter gives, all at feature resolution (h, w)."""
+
+    aux: Tensor | None
+    """(B, C, h, w) logits of the head on the third stage; None without multi_level."""
+    main: Tensor
+    """(B, C, h, w) logits of the head on the fourth stage."""
+    features: Tensor
+    """(B, 32 width, h, w) output of the fourth stage, after the ReLU: what prototypes and contrast work on."""
+
+
+def network_input(image: Tensor, in_channels: int) -> Tensor:
+    """Turn slices in [-1, 1] into what the segmenter was made for.
+
+    Args:
+        image: (B, 1, H, W) in [-1, 1].
+        in_channels: 3 for the released transform, (x + 1) 127.5 in three equal channels less the caffe means;
+            1 for the slices as they are.
+
+    Returns:
+        (B, in_channels, H, W).
+
+    Raises:
+        ValueError: in_channels is neither 1 nor 3.
+    """
+    if in_channels == 1:
+        return image
+    if in_channels != 3:
+        raise ValueError(f"the segmenter takes 1 or 3 input channels, got in_channels={in_channels}")
+    grey = (image + 1.0) * 127.5
+    # Plain numbers, not a tensor of means, which would have to be copied to the device at every call.
+    return torch.cat([grey - mean for mean in CAFFE_MEANS], dim=1)
+
+
+def upsample_logits(logits: Tensor, size: Sequence[int]) -> Tensor:
+    """Bilinear (align_corners) logits at image resolution; always before the softmax.
+
+    Args:
+        logits: (B, C, h, w).
+        size: (H, W).
+
+    Returns:
+        (B, C, H, W).
+    """
+    return F.interpolate(logits, size=tuple(size), mode="bilinear", align_corners=True)
+
+
+class Bottleneck(nn.Module):
+    """Residual bottleneck of the caffe kind: the stride is on the first 1x1 convolution."""
+
+    def __init__(self, in_channels: int, channels: int, stride: int, dilation: int) -> None:
+        super().__init__()
+        out_channels = EXPANSION * channels
+        self.conv1 = nn.Conv2d(in_channels, channels, 1, stride=stride, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=dilation, dilation=dilation, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.conv3 = nn.Conv2d(channels, out_channels, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(out_channels)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample: nn.Sequential | None = None
+        if stride != 1 or in_channels != out_channels:
+            self.downsample = nn.Sequential(
+                nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False), nn.BatchNorm2d(out_channels)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.relu(self.bn2(self.conv2(out)))
+        out = self.bn3(self.conv3(out))
+        shortcut = x if self.downsample is None else self.downsample(x)
+        activated: Tensor = self.relu(out + shortcut)
+        return activated
+
+
+class AtrousHead(nn.Module):
+    """Sum of four parallel 3x3 convolutions with dilations 6, 12, 18 and 24."""
+
+    def __init__(self, in_channels: int, num_classes: int) -> None:
+        super().__init__()
+        self.conv2d_list = nn.ModuleList(
+            nn.Conv2d(in_channels, num_classes, 3, padding=rate, dilation=rate) for rate in ATROUS_RATES
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (B, C, h, w) of features (B, d, h, w)."""
+        if x.device.type == "cpu":
+            return self._forward_on_cpu(x)
+        first, *others = self.conv2d_list
+        out: Tensor = first(x)
+        for conv in others:
+            out = out + conv(x)
+        return out
+
+    def _forward_on_cpu(self, x: Tensor) -> Tensor:
+        """The same sum as one matrix product over the channels, whose few outputs are then shifted and added.
+
+        CPU kernels for dilated convolutions with a handful of output channels are 3 to 10 times slower, forward and
+        backward. A rate that reaches over the whole map leaves only its centre tap inside.
+        """
+        size = x.shape[-2:]
+        rows: list[Tensor] = []
+        for conv, rate in zip(self.conv2d_list, ATROUS_RATES, strict=True):
+            weight = conv.get_parameter("weight")
+            if rate < max(size):
+                # Flipped, because fold adds tap k at -k where a convolution reads it at +k.
+                rows.append(weight.flip(2, 3).permute(0, 2, 3, 1).flatten(0, 2))
+            else:
+                rows.append(weight[:, :, 1, 1])
+        products = torch.matmul(torch.cat(rows), x.flatten(2))
+        biases = torch.stack([conv.get_parameter("bias") for conv in self.conv2d_list])
+        out = biases.sum(dim=0)[:, None, None]
+        taps = torch.split(products, [len(row) for row in rows], dim=1)
+        for values, rate in zip(taps, ATROUS_RATES, strict=True):
+            if rate < max(size):
+                out = out + F.fold(values, size, 3, dilation=rate, padding=rate)
+            else:
+                out = out + values.reshape(*values.shape[:2], *size)
+        return out
+
+
+class DeepLabV2(nn.Module):
+    """DeepLab-v2 with multi-level heads.
+
+    The defaults are the paper's ResNet-101; parameter names and shapes are those of the released checkpoints.
+
+    Args:
+        num_classes: C, background included.
+        blocks: Bottlenecks in each of the four stages.
+        width: Channels of the stem and inner channels of the first stage (64 in a ResNet); the stages put out
+            4, 8, 16 and 32 times as many.
+        output_stride: Image pixels per feature pixel: 8, or 4 for small images, where the second stage keeps its
+            resolution (its stride is dropped, the dilations stay).
+        in_channels: Channels of the network's input, 1 or 3, see :func:`network_input`.
+        multi_level: With the auxiliary head on the third stage.
+        train_norm_affine: Whether scale and shift of the batch norms are trained. The running statistics move either
+            way when the network is in training mode.
+
+    Raises:
+        ValueError: An argument is out of range.
+
+    Source: section IV.B, Liu et al. 2022 ("DeepLabV2 ... multi-level outputs from conv4 and conv5").
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        blocks: Sequence[int] = (3, 4, 23, 3),
+        width: int = 64,
+        output_stride: int = 8,
+        in_channels: int = 3,
+        multi_level: bool = True,
+        train_norm_affine: bool = False,
+    ) -> None:
+        super().__init__()
+        if num_classes < 2:
+            raise ValueError(f"a segmenter needs background and at least one structure, got num_classes={num_classes}")
+        if len(blocks) != 4 or min(blocks) < 1:
+            raise ValueError(f"blocks must be four numbers of bottlenecks, each at least 1, got {tuple(blocks)}")
+        if width < 1:
+            raise ValueError(f"width must be at least 1 channel, got {width}")
+        if output_stride not in (4, 8):
+            raise ValueError(f"output_stride must be 8 or 4, got {output_stride}")
+        if in_channels not in (1, 3):
+            raise ValueError(f"in_channels must be 1 or 3, got {in_channels}")
+        self.num_classes = num_classes
+        self.in_channels = in_channels
+        self.output_stride = output_stride
+        self.feature_channels = 8 * EXPANSION * width
+
+        self.conv1 = nn.Conv2d(in_channels, width, 7, stride=2, padding=3, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.relu = nn.ReLU(inplace=True)
+        self.maxpool = nn.MaxPool2d(3, stride=2, padding=1, ceil_mode=True)
+        second_stride = 2 if output_stride == 8 else 1
+        self.layer1 = _stage(width, width, blocks[0], stride=1, dilation=1)
+        self.layer2 = _stage(4 * width, 2 * width, blocks[1], stride=second_stride, dilation=1)
+        self.layer3 = _stage(8 * width, 4 * width, blocks[2], stride=1, dilation=2)
+        self.layer4 = _stage(16 * width, 8 * width, blocks[3], stride=1, dilation=4)
+        self.layer5 = AtrousHead(16 * width, num_classes) if multi_level else None
+        self.layer6 = AtrousHead(32 * width, num_classes)
+
+        if not train_norm_affine:
+            for module in self.modules():
+                if isinstance(module, nn.BatchNorm2d):
+                    module.weight.requires_grad_(False)
+                    module.bias.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> SegmenterOutput:
+        """Segment.
+
+        Args:
+            x: (B, in_channels, H, W), see :func:`network_input`.
+
+        Returns:
+            Logits and features at feature resolution.
+        """
+        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        third: Tensor = self.layer3(self.layer2(self.layer1(x)))
+        aux = None if self.layer5 is None else self.layer5(third)
+        features: Tensor = self.layer4(third)
+        return SegmenterOutput(aux, self.layer6(features), features)
+
+
+def _stage(in_channels: int, channels: int, blocks: int, stride: int, dilation: int) -> nn.Sequential:
+    first = Bottleneck(in_channels, channels, stride, dilation)
+    return nn.Sequential(first, *(Bottleneck(EXPANSION * channels, channels, 1, dilation) for _ in range(blocks - 1)))

@@ -1,0 +1,268 @@
+"""Optimisers, their decay, precision, and the guard that keeps a non-finite step from moving anything."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from mpscl_ray import distributed
+from mpscl_ray.errors import DataError
+from mpscl_ray.losses import poly_lr
+
+ParameterKind = Literal["stem", "block", "downsample", "head"]
+"""Where a convolution of the segmenter stands; decides its sub-steps, see ``OptimConfig.legacy_param_repeats``."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """SGD for the segmenter, Adam for the discriminators, polynomial decay for both, restarted with every phase."""
+
+    lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 2.5e-4
+    """Learning rate of the segmenter at the start of a phase."""
+    head_lr_factor: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 10.0
+    """Learning rate of the two classifier heads over that of the backbone."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Momentum of SGD."""
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 5e-4
+    """Weight decay of SGD; 5e-4 in the released code, 1e-4 in the paper."""
+    lr_discriminator: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-4
+    """Learning rate of Adam at the start of a phase."""
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.99)
+    """Moment decays of Adam."""
+    power: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.9
+    """Exponent of the decay lr (1 - i / iterations)^power."""
+    legacy_param_repeats: dict[ParameterKind, Annotated[int, Field(ge=1)]] | None = None
+    """SGD sub-steps a parameter takes in one iteration, by where it stands: {stem: 1, block: 3, downsample: 4, head: 1} is
+    what the released code does by listing parameters several times. null: one each."""
+
+
+@dataclass(frozen=True)
+class PrecisionConfig:
+    """How GPUs compute. Cosines, logarithms, margin and Dice are in float32 whatever is set here."""
+
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """bf16 runs the networks under autocast; weights and optimisers stay float32."""
+    tf32: bool = True
+    """Let float32 products of GPUs use TF32."""
+    channels_last: bool = False
+    """Keep images and convolution weights in NHWC order."""
+    compile: bool = False
+    """Compile the networks with torch.compile; takes a minute at the start."""
+
+
+def prepare_network(network: nn.Module, device: torch.device, precision: PrecisionConfig) -> None:
+    """Bring a network, in place, to where and how it will be trained.
+
+    Args:
+        network: on any device; keeps its parameters' names.
+        device: where it goes.
+        precision: memory format and compilation.
+    """
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high" if precision.tf32 else "highest")
+        torch.backends.cudnn.allow_tf32 = precision.tf32
+    network.to(device)
+    if precision.channels_last:
+        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    distributed.convert_batch_norm(network, device)
+    if precision.compile:
+        network.compile()
+
+
+def autocast(device: torch.device, precision: PrecisionConfig) -> AbstractContextManager[Any]:
+    """Context in which networks run forward."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision.dtype == "bf16")
+
+
+class Optimiser:
+    """A torch optimiser with its decay, that leaves everything as it is where the non-finite flag is set.
+
+    It is a fused one, which reads the flag on the device: the host waits for nothing.
+
+    Args:
+        optimiser: fused; its groups carry ``base_lr``.
+        parameters: what it trains, by name.
+        power: exponent of the decay.
+    """
+
+    def __init__(self, optimiser: torch.optim.Optimizer, parameters: Mapping[str, Tensor], power: float) -> None:
+        self._optimiser = optimiser
+        self._parameters = dict(parameters)
+        self._power = power
+        for parameter in self._parameters.values():
+            optimiser.state[parameter].update(self._initial_state(parameter))
+
+    def _initial_state(self, parameter: Tensor) -> dict[str, Tensor]:
+        # Explicit zeros instead of the optimiser's own lazy ones, which a flagged first step leaves uninitialised.
+        if isinstance(self._optimiser, torch.optim.SGD):
+            return {"momentum_buffer": torch.zeros_like(parameter)}
+        step = torch.zeros((), dtype=torch.float32, device=parameter.device)
+        return {"step": step, "exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
+
+    def begin(self, iteration: int, iterations: int) -> None:
+        """Forget the gradients and set the learning rate of this iteration of the phase."""
+        self._optimiser.zero_grad(set_to_none=True)
+        for group in self._optimiser.param_groups:
+            group["lr"] = poly_lr(group["base_lr"], iteration, iterations, self._power)
+
+    def gradients(self) -> list[Tensor]:
+        """Gradients of all parameters that have one."""
+        return [parameter.grad for parameter in self._parameters.values() if parameter.grad is not None]
+
+    def step(self, non_finite: Tensor) -> None:
+        """Move the parameters unless ``non_finite`` (0-dim float32 on their device) is 1."""
+        self._optimiser.found_inf = non_finite  # type: ignore[attr-defined]
+        self._optimiser.step()
+
+    def state_dict(self) -> dict[str, dict[str, Tensor]]:
+        """State tensors by kind, then by parameter name. They are the live ones."""
+        state: dict[str, dict[str, Tensor]] = {}
+        for name, parameter in self._parameters.items():
+            for kind, tensor in self._optimiser.state[parameter].items():
+                state.setdefault(kind, {})[name] = tensor
+        return state
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Take over what :meth:`state_dict` gave.
+
+        Raises:
+            DataError: the state is not of an optimiser of these parameters.
+        """
+        for name, parameter in self._parameters.items():
+            for kind, tensor in self._optimiser.state[parameter].items():
+                saved = state.get(kind, {}).get(name)
+                if saved is None or saved.shape != tensor.shape:
+                    found = "nothing" if saved is None else f"shape {tuple(saved.shape)}"
+                    raise DataError(
+                        f"the checkpoint has {found} for the optimiser's '{kind}' of {name}, expected shape "
+                        f"{tuple(tensor.shape)}; resume with the settings that the run was started with"
+                    )
+                tensor.copy_(saved)
+
+
+class SegmenterSGD(Optimiser):
+    """SGD with momentum of the segmenter, the heads at their own rate.
+
+    With ``legacy_param_repeats`` a parameter takes r sub-steps on one gradient g, into which every sub-step adds the weight
+    decay anew: g_k = g_{k-1} + wd p_{k-1}; v_k = momentum v_{k-1} + g_k; p_k = p_{k-1} - lr v_k, k = 1..r.
+
+    Source: SGD of torch 1.3 with the duplicate parameter lists of the DeepLab-v2 lineage, released code of Liu et al. 2022.
+    """
+
+    def __init__(self, segmenter: nn.Module, config: OptimConfig) -> None:
+        named = {name: p for name, p in segmenter.named_parameters() if p.requires_grad}
+        kinds = {name: parameter_kind(name) for name in named}
+        backbone = [p for name, p in named.items() if kinds[name] != "head"]
+        heads = [p for name, p in named.items() if kinds[name] == "head"]
+        head_lr = config.lr * config.head_lr_factor
+        repeats = config.legacy_param_repeats
+        sgd = torch.optim.SGD(
+            [
+                {"params": backbone, "base_lr": config.lr},
+                {"params": heads, "base_lr": head_lr},
+            ],
+            lr=config.lr,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay if repeats is None else 0.0,
+            fused=True,
+        )
+        super().__init__(sgd, named, config.power)
+        self._weight_decay = config.weight_decay
+        self._repeats = None if repeats is None else {name: repeats.get(kind, 1) for name, kind in kinds.items()}
+
+    def step(self, non_finite: Tensor) -> None:
+        if self._repeats is None:
+            super().step(non_finite)
+            return
+        for sub_step in range(1, max(self._repeats.values()) + 1):
+            active = [p for name, p in self._parameters.items() if self._repeats[name] >= sub_step]
+            for name, parameter in self._parameters.items():
+                if self._repeats[name] < sub_step:
+                    parameter.grad = None
+            with torch.no_grad():
+                torch._foreach_add_([p.grad for p in active], active, alpha=self._weight_decay)
+            super().step(non_finite)
+
+
+class DiscriminatorAdam(Optimiser):
+    """Adam of one discriminator."""
+
+    def __init__(self, discriminator: nn.Module, config: OptimConfig) -> None:
+        named = dict(discriminator.named_parameters())
+        adam = torch.optim.Adam(
+            [{"params": list(named.values()), "base_lr": config.lr_discriminator}],
+            lr=config.lr_discriminator,
+            betas=config.betas,
+            fused=True,
+        )
+        super().__init__(adam, named, config.power)
+
+
+def parameter_kind(name: str) -> ParameterKind:
+    """Where a parameter of the segmenter stands, by its state-dict name."""
+    if name.startswith(("layer5.", "layer6.")):
+        return "head"
+    if ".downsample." in name:
+        return "downsample"
+    return "block" if name.startswith("layer") else "stem"
+
+
+class NonFiniteGuard:
+    """Agrees with all workers on whether a step is finite, and remembers the first that was not.
+
+    ``flag`` is 0-dim float32 on the device: 0, and 1 from the first non-finite step on.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.flag = torch.zeros((), dtype=torch.float32, device=device)
+        self._names: tuple[str, ...] = ()
+        self._losses = torch.zeros(0, dtype=torch.float64, device=device)
+
+    @torch.no_grad()
+    def update(self, losses: Mapping[str, Tensor], gradients: Sequence[Tensor]) -> None:
+        """Look at a step whose gradients are averaged already. One collective of one number.
+
+        Args:
+            losses: this worker's component losses, 0-dim, by name.
+            gradients: everything that an optimiser is about to use.
+        """
+        values = torch.stack([loss.detach().double() for loss in losses.values()])
+        norm = torch.nn.utils.get_total_norm(gradients)
+        finite = values.isfinite().all() & norm.isfinite()
+        if self._names == tuple(losses):
+            values = torch.where(self.flag > 0, self._losses, values)
+        self._names, self._losses = tuple(losses), values
+        self.flag = torch.maximum(self.flag, distributed.any_worker(~finite))
+
+    def losses(self) -> dict[str, Tensor]:
+        """This worker's component losses of the first non-finite step, or of the last step while all are finite."""
+        return dict(zip(self._names, self._losses.unbind(), strict=True))
+
+
+class Snapshot:
+    """Values of tensors at one moment, to go back to where a flag on the device says so."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        by_dtype: dict[torch.dtype, list[Tensor]] = {}
+        for tensor in tensors:
+            by_dtype.setdefault(tensor.dtype, []).append(tensor)
+        # One flat copy for each dtype: a handful of kernels where a copy of each tensor would be hundreds.
+        self._groups = [(group, _flat(group)) for group in by_dtype.values()]
+
+    @torch.no_grad()
+    def restore_where(self, flag: Tensor) -> None:
+        """Bring the values back if ``flag`` (0-dim) is positive."""
+        for tensors, before in self._groups:
+            values = torch.where(flag > 0, before, _flat(tensors)).split([tensor.numel() for tensor in tensors])
+            torch._foreach_copy_(tensors, [value.view_as(t) for value, t in zip(values, tensors, strict=True)])
+
+
+def _flat(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat([tensor.detach().reshape(-1) for tensor in tensors])

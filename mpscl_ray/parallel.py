@@ -1,0 +1,110 @@
+"""The same function over many volumes, in Ray tasks or in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from mpscl_ray.errors import ClusterError, MpsclError
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+_TASKS_PER_WORKER = 8
+"""So many tasks a worker, where there are far more items: tiny items are not worth a task each."""
+
+
+def map_volumes(
+    function: Callable[[Item], Result],
+    items: Sequence[Item],
+    *,
+    workers: int,
+    name: Callable[[Item], str],
+    done: Callable[[int], None],
+) -> list[Result]:
+    """Results of ``function`` for each item, in order.
+
+    Args:
+        function: what to do; importable by workers, its results small.
+        items: one for each volume.
+        workers: volumes at a time, in a Ray that is connected already; 0 works in this process.
+        name: what an item is called in an error.
+        done: told the number of finished items, whenever it grows.
+
+    Raises:
+        MpsclError: the first that the function raised.
+        ClusterError: where a worker died.
+        Exception: any other error of the function, with the item's name as a note.
+    """
+    if workers == 0:
+        results = []
+        for item in items:
+            try:
+                results.append(function(item))
+            except Exception as error:
+                error.add_note(f"while working on {name(item)}")
+                raise
+            done(len(results))
+        return results
+    return _in_tasks(function, items, workers, name, done)
+
+
+def _batch(function: Callable[[Any], Any], items: Sequence[Any], names: Sequence[str]) -> list[Any] | MpsclError:
+    """What one task does. An error for the user travels as a value: Ray would wrap it in its own traceback."""
+    results = []
+    for item, name in zip(items, names, strict=True):
+        try:
+            results.append(function(item))
+        except MpsclError as error:
+            return error
+        except Exception as error:
+            error.add_note(f"while working on {name}")
+            raise
+    return results
+
+
+def _in_tasks(
+    function: Callable[[Item], Result],
+    items: Sequence[Item],
+    workers: int,
+    name: Callable[[Item], str],
+    done: Callable[[int], None],
+) -> list[Result]:
+    import ray  # only here: work in this process needs no Ray
+
+    size = max(1, len(items) // (workers * _TASKS_PER_WORKER))
+    starts = list(range(0, len(items), size))
+    task = ray.remote(num_cpus=1, max_retries=1)(_batch)
+    results: dict[int, list[Result]] = {}
+    running: dict[Any, int] = {}
+    finished = 0
+    waiting = iter(starts)
+    try:
+        while True:
+            for start in waiting:
+                batch = items[start : start + size]
+                running[task.remote(function, batch, [name(item) for item in batch])] = start
+                if len(running) >= 2 * workers:
+                    break
+            if not running:
+                return [result for start in starts for result in results[start]]
+            (ready,), _ = ray.wait(list(running), num_returns=1)
+            start = running.pop(ready)
+            names = ", ".join(name(item) for item in items[start : start + size][:3])
+            try:
+                result = ray.get(ready)
+            except ray.exceptions.RayTaskError as error:
+                raise RuntimeError(f"a defect while working on {names}: {error}") from error
+            except ray.exceptions.RayError as error:
+                raise ClusterError(
+                    f"the worker that had {names} died ({type(error).__name__}), most often for want of memory; give "
+                    "fewer --workers"
+                ) from error
+            if isinstance(result, MpsclError):
+                raise result
+            results[start] = result
+            finished += len(result)
+            done(finished)
+    finally:
+        for reference in running:
+            ray.cancel(reference, force=True)

@@ -1,0 +1,330 @@
+"""The folder of a run: everything it needs to go on, and everything it leaves.
+
+Layout::
+
+    STORAGE/NAME/
+        config.yaml        the resolved config, as the run was started with
+        model.json         what a prediction needs besides the weights: classes, scaling, recipe, network
+        environment.json   versions, platform, GPUs, commit, command line of the newest start (logs/ has older ones)
+        metrics.jsonl      one record a line (mpscl_ray.metrics_log): global_step, phase, iteration and tags of
+                           mpscl_ray.progress
+        status.json        state (running, finished, failed, interrupted), exit_code, reason, resume_command, phase,
+                           iteration, global_step, pid, updated
+        progress.png       curves of the run so far
+        checkpoints/       step-NNNNNNN, the newest few (mpscl_ray.checkpoint)
+        phases/NAME/       the checkpoint at the end of each phase
+        best/              the checkpoint with the best validation score
+        results/           tables of the evaluation
+        tensorboard/       event files
+        logs/              text of each worker, older environments
+        .lock              held while a process runs the run; names its pid
+
+One process writes at a time (:meth:`RunFolder.lock`); any number read. Files that are replaced are replaced as a whole.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import platform
+import re
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from mpscl_ray.durable_files import storage_errors, write_atomically
+from mpscl_ray.environment import environment, now
+from mpscl_ray.errors import ConfigError, DataError, StorageError
+from mpscl_ray.metrics_log import MetricsLog
+
+State = Literal["running", "finished", "failed", "interrupted"]
+
+_NO_FLOCK = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)
+_ABSENT = object()
+
+
+class RunFolder:
+    """A run's folder by its path ``storage/name``. Making the object touches no file."""
+
+    def __init__(self, path: Path) -> None:
+        if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)):
+            raise ConfigError(
+                f"run.storage {path} is a URL, expected a folder on a file system that all nodes share; mount it there"
+            )
+        self.path = path
+        self.name = path.name
+        self.config_file = path / "config.yaml"
+        self.model_file = path / "model.json"
+        self.environment_file = path / "environment.json"
+        self.status_file = path / "status.json"
+        self.progress_image = path / "progress.png"
+        self.checkpoints = path / "checkpoints"
+        self.phases = path / "phases"
+        self.best = path / "best"
+        self.results = path / "results"
+        self.tensorboard = path / "tensorboard"
+        self.logs = path / "logs"
+        self.metrics_file = path / "metrics.jsonl"
+        self._metrics = MetricsLog(self.metrics_file)
+
+    @property
+    def exists(self) -> bool:
+        """Whether a run was started here before."""
+        return self.config_file.is_file()
+
+    def create(self) -> None:
+        """Make the folder and its parts, and try that it can be written.
+
+        Raises:
+            StorageError: A file is in the way, or there is no permission or no space.
+        """
+        with storage_errors(self.path):
+            for folder in (self.checkpoints, self.phases, self.results, self.tensorboard, self.logs):
+                folder.mkdir(parents=True, exist_ok=True)
+            probe = self.path / f".probe-{os.getpid()}"
+            probe.write_bytes(b"written")
+            probe.unlink()
+
+    def require(self) -> None:
+        """For commands that read a run.
+
+        Raises:
+            ConfigError: There is no run here; names the runs that are beside it.
+        """
+        if self.exists:
+            return
+        beside = sorted(file.parent.name for file in self.path.parent.glob("*/config.yaml"))
+        hint = f"; runs in {self.path.parent}: {', '.join(beside)}" if beside else ""
+        raise ConfigError(f"{self.path} is not the folder of a run: it has no config.yaml{hint}")
+
+    # ---- one writer ----
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the run for this process. The system gives the lock up when the process ends, however it ends.
+
+        Raises:
+            ConfigError: Another process of this host holds it; names its pid.
+            StorageError: The lock file cannot be written.
+        """
+        file = self.path / ".lock"
+        with storage_errors(file):
+            descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            self._take(descriptor)
+            with storage_errors(file):
+                os.ftruncate(descriptor, 0)
+                os.pwrite(descriptor, f"{os.getpid()} {platform.node()} {now()}\n".encode(), 0)
+            self._remove_leftovers()
+            yield
+            os.ftruncate(descriptor, 0)
+        finally:
+            os.close(descriptor)
+
+    def _take(self, descriptor: int) -> None:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except OSError as error:
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES, *_NO_FLOCK):
+                raise StorageError(f"cannot lock {self.path / '.lock'}: {error.strerror}") from error
+            supported = error.errno not in _NO_FLOCK
+        pid, host, since = [*os.pread(descriptor, 1000, 0).decode("utf-8", "replace").split(), "?", "?", "?"][:3]
+        # Without flock (some network file systems) the pid in the file is all there is to go by.
+        if not supported and (host != platform.node() or not _alive(pid)):
+            return
+        raise ConfigError(
+            f"the run {self.name} is in use by process {pid} on {host} since {since} ({self.path}); wait for it, "
+            f'stop it with "kill {pid}", or give this one another run.name'
+        )
+
+    def _remove_leftovers(self) -> None:
+        """Files that a killed process was writing aside."""
+        for file in self.path.glob(".*.partial-*"):
+            if file.is_file():
+                file.unlink(missing_ok=True)
+
+    # ---- what is written once ----
+
+    def write_config(self, text: str) -> None:
+        """Keep the resolved config as YAML."""
+        write_atomically(self.config_file, text.encode())
+
+    def read_config(self) -> str:
+        """Text of config.yaml. Raises ConfigError where there is no run."""
+        self.require()
+        try:
+            return self.config_file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"cannot read {self.config_file}: {error}") from error
+
+    def check_config(self, text: str, may_change: Collection[str] = ()) -> list[str]:
+        """Compare the config of a resumed run with the one it was started with.
+
+        Args:
+            text: The resolved config now, as YAML.
+            may_change: Dotted keys that may differ; ``scaling`` covers ``scaling.workers`` too.
+
+        Returns:
+            A sentence for each key of ``may_change`` that did change.
+
+        Raises:
+            ConfigError: Lists every other key that differs, with both values.
+        """
+        stored = _flatten(self._parse(self.read_config()))
+        given = _flatten(self._parse(text))
+        changed: list[str] = []
+        refused: list[str] = []
+        for key in sorted(stored.keys() | given.keys()):
+            before, after = stored.get(key, _ABSENT), given.get(key, _ABSENT)
+            if before == after:
+                continue
+            allowed = any(key == other or key.startswith(f"{other}.") for other in may_change)
+            sentence = f"{key}: {_spell(before)} in the run, {_spell(after)} now"
+            (changed if allowed else refused).append(sentence)
+        if refused:
+            may = f" (only these may change: {', '.join(sorted(may_change))})" if may_change else ""
+            raise ConfigError(
+                f"the run {self.name} was started with another config: {'; '.join(refused)}; set "
+                f"{'it' if len(refused) == 1 else 'them'} back to go on, or give another run.name to start anew{may}"
+            )
+        return changed
+
+    def _parse(self, text: str) -> Any:
+        try:
+            return yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise DataError(f"{self.config_file} is damaged, it does not read as YAML: {error}") from error
+
+    def write_model(self, model: Mapping[str, Any]) -> None:
+        """Keep what a prediction needs besides the weights, as JSON."""
+        write_atomically(self.model_file, (json.dumps(model, indent=1, allow_nan=False) + "\n").encode())
+
+    def read_model(self) -> dict[str, Any]:
+        """Raises DataError where model.json is missing or damaged."""
+        return _read_json(self.model_file)
+
+    def write_environment(self, command: list[str] | None = None) -> None:
+        """Keep what the run runs on; what an earlier start wrote moves to ``logs/environment-<its time>.json``."""
+        with storage_errors(self.environment_file):
+            if self.environment_file.exists():
+                stamp = re.sub(r"\D", "", str(_lenient(self.environment_file).get("started", "")))[:14] or "earlier"
+                os.replace(self.environment_file, self.logs / f"environment-{stamp}.json")
+        write_atomically(self.environment_file, (json.dumps(environment(command), indent=1) + "\n").encode())
+
+    # ---- status ----
+
+    def write_status(
+        self,
+        state: State,
+        *,
+        exit_code: int | None = None,
+        reason: str = "",
+        resume_command: str | None = None,
+        phase: str | None = None,
+        iteration: int | None = None,
+        global_step: int | None = None,
+    ) -> None:
+        """Replace status.json; of resume_command, phase, iteration and global_step, what is not given stays."""
+        kept = _lenient(self.status_file)
+        given = {
+            "resume_command": resume_command,
+            "phase": phase,
+            "iteration": iteration,
+            "global_step": global_step,
+        }
+        status = {
+            "state": state,
+            "exit_code": exit_code,
+            "reason": reason,
+            **{key: kept.get(key) if value is None else value for key, value in given.items()},
+            "pid": os.getpid(),
+            "updated": now(),
+        }
+        write_atomically(self.status_file, (json.dumps(status, indent=1) + "\n").encode())
+
+    def read_status(self) -> dict[str, Any]:
+        """status.json as it is; {} before the first. A killed run still says ``running``: see :meth:`holder`."""
+        return _read_json(self.status_file) if self.status_file.exists() else {}
+
+    def holder(self) -> int | None:
+        """Pid of the process that holds the run now; None when nobody does."""
+        try:
+            descriptor = os.open(self.path / ".lock", os.O_RDONLY)
+        except OSError:
+            return None
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
+            pid = os.pread(descriptor, 1000, 0).decode("utf-8", "replace").split(" ")[0]
+            return int(pid) if pid.isdigit() and _alive(pid) else None
+        else:
+            return None
+        finally:
+            os.close(descriptor)
+
+    # ---- metrics ----
+
+    def append_metrics(self, record: Mapping[str, Any]) -> None:
+        """Add a record to metrics.jsonl; it is on the disk when this returns. Raises StorageError."""
+        self._metrics.append(record)
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """All whole records of metrics.jsonl. Raises DataError where a line other than the last is damaged."""
+        return self._metrics.read()
+
+    def rewind_metrics(self, global_step: int) -> int:
+        """Drop the records after the global step that a resumed run goes on from. Returns how many were dropped."""
+        return self._metrics.rewind(global_step)
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_bytes())
+    except FileNotFoundError as error:
+        raise DataError(f"{file} is missing: the run was stopped before it wrote one") from error
+    except OSError as error:
+        raise StorageError(f"cannot read {file}: {error.strerror}") from error
+    except ValueError as error:
+        raise DataError(f"{file} is damaged: it does not read as JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise DataError(f"{file} is damaged: expected a JSON object")
+    return content
+
+
+def _lenient(file: Path) -> dict[str, Any]:
+    """Contents of a JSON file that is about to be replaced; {} where it is missing or damaged."""
+    try:
+        return _read_json(file)
+    except (DataError, StorageError):
+        return {}
+
+
+def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict) or not value:
+        return {prefix: value}
+    flat: dict[str, Any] = {}
+    for key, item in value.items():
+        flat.update(_flatten(item, f"{prefix}.{key}" if prefix else str(key)))
+    return flat
+
+
+def _spell(value: Any) -> str:
+    return "absent" if value is _ABSENT else json.dumps(value, default=str)
+
+
+def _alive(pid: str) -> bool:
+    if not pid.isdigit():
+        return False
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

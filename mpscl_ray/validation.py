@@ -1,0 +1,79 @@
+"""Validation during training: Dice per structure over whole volumes, and the entropy of the predictions, by all workers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mpscl_ray import distributed
+from mpscl_ray.data.stream import Slices, tensors
+
+
+@dataclass(frozen=True)
+class Validation:
+    """What a domain's validation volumes say of the segmenter.
+
+    Attributes:
+        dice: mean over volumes per foreground structure, in [0, 1]; empty for a domain without labels. A volume that
+            has a structure neither in the label nor in the prediction does not count for it.
+        entropy: mean over pixels of the prediction's entropy over log C, in [0, 1]. Needs no labels.
+    """
+
+    dice: dict[str, float]
+    entropy: float
+
+    @property
+    def mean_dice(self) -> float:
+        """Mean over the structures; NaN without labels."""
+        values = [value for value in self.dice.values() if not math.isnan(value)]
+        return sum(values) / len(values) if values else math.nan
+
+
+def validate(
+    predict: Callable[[Tensor], Tensor],
+    slices: Slices,
+    classes: Sequence[str],
+    batch_size: int,
+    device: torch.device,
+) -> Validation:
+    """Predict this worker's share of the validation volumes and put the shares together.
+
+    Args:
+        predict: images (B, 1, H, W) to probabilities (B, C, H, W).
+        slices: the validation split of one domain; Dice is taken where they are opened with labels.
+        classes: names, background first.
+        batch_size: slices predicted at once.
+        device: where the network is.
+
+    Returns:
+        The same values on every worker.
+    """
+    num_classes = len(classes)
+    sums = torch.zeros(len(slices.files.cases), num_classes, 3, dtype=torch.float64, device=device)  # overlap, predicted, true
+    entropy = torch.zeros(2, dtype=torch.float64, device=device)  # sum, pixels
+    rank, world_size = distributed.rank(), distributed.world_size()
+    for index, (_, arrays) in zip(
+        range(rank, len(slices.files.cases), world_size), slices.volumes(rank, world_size), strict=True
+    ):
+        volume = tensors(arrays)
+        for start in range(0, len(volume["image"]), batch_size):
+            images = volume["image"][start : start + batch_size].to(device)
+            probabilities = predict(images).double()
+            entropy[0] += torch.special.entr(probabilities).sum() / math.log(num_classes)
+            entropy[1] += images.numel()
+            if "label" in volume:
+                labels = volume["label"][start : start + batch_size].to(device)
+                predicted = F.one_hot(probabilities.argmax(1).flatten(), num_classes)
+                true = F.one_hot(labels.flatten(), num_classes)
+                sums[index] += torch.stack([(predicted * true).sum(0), predicted.sum(0), true.sum(0)], dim=1)
+    sums, entropy = distributed.all_reduce_sums(sums, entropy)
+    dice: dict[str, float] = {}
+    if slices.files.labels:
+        per_case = 2 * sums[..., 0] / (sums[..., 1] + sums[..., 2])  # 0/0 = NaN where a structure is nowhere
+        dice = dict(zip(classes[1:], torch.nanmean(per_case, dim=0)[1:].tolist(), strict=True))
+    return Validation(dice, float(entropy[0] / entropy[1]))

@@ -1,0 +1,67 @@
+"""Imports go downwards only: maths < seam < methods < files and settings < orchestration."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[2] / "mpscl_ray"
+
+LAYERS: tuple[frozenset[str], ...] = (
+    frozenset({"errors", "__init__", "data.__init__"}),
+    frozenset(
+        "networks losses prototypes pseudo_labels metrics data.order data.slices data.orientation data.phantom "
+        "data.phantom_imaging data.augment".split()
+    ),
+    frozenset({"distributed"}),
+    frozenset({"optimisation", "methods"}),
+    frozenset(
+        "config checkpoint run_folder progress plots interruption inference score_table data.schema data.nifti data.tfrecord "
+        "data.layouts data.splits data.stream data.phantom_files cli".split()
+    ),
+    frozenset("validation training".split()),
+    frozenset("cluster_session data.pipeline prepare worker train evaluate predict".split()),
+)
+ONLY_THESE_IMPORT_RAY = LAYERS[-1]
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+
+
+def layer_of(name: str) -> int:
+    for number, names in enumerate(LAYERS):
+        if name in names or any(name.startswith(f"{prefix}.") for prefix in names - {"__init__"}):
+            return number
+    pytest.fail(f"mpscl_ray/{name.replace('.', '/')}.py stands in no layer: add it to LAYERS")
+
+
+def imported(path: Path) -> set[str]:
+    """Modules imported anywhere in a file: own ones without the package's name, others by their top-level name."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            submodules = [f"{node.module}.{alias.name}" for alias in node.names]
+            names = [name if (PACKAGE.parent / f"{name.replace('.', '/')}.py").exists() else node.module for name in submodules]
+        else:
+            continue
+        for name in names:
+            top, _, rest = name.partition(".")
+            found.add(rest or "__init__" if top == "mpscl_ray" else f"third-party {top}")
+    return found
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=module_name)
+def test_imports_go_downwards(path: Path) -> None:
+    name = module_name(path)
+    own = layer_of(name)
+    for other in imported(path):
+        if other.startswith("third-party"):
+            assert other != "third-party ray" or name in ONLY_THESE_IMPORT_RAY, f"{name} imports ray"
+        else:
+            target = other if (PACKAGE / f"{other.replace('.', '/')}.py").exists() else f"{other}.__init__"
+            assert layer_of(target) <= own, f"{name} (layer {own}) imports {other} (layer {layer_of(target)})"
