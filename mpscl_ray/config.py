@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import difflib
+import functools
 import inspect
 import math
 import textwrap
@@ -101,6 +102,8 @@ class NetworkConfig:
     """Train scale and shift of the batch norms, which the released code freezes (with pretrained weights)."""
     pretrained: str | None = None
     """File with weights to start from: ImageNet (caffe), AdaptSegNet, ADVENT or MPSCL, or an own run's checkpoint."""
+    pretrained_heads: bool = True
+    """Take the classifier heads from that file too; false where it was trained on other classes."""
 
 
 @dataclass(frozen=True)
@@ -301,11 +304,12 @@ def _build(settings: dict[str, _Setting], problems: list[str]) -> Config:
         method = MPSCLConfig
     sections: dict[str, Any] = {f.name: f.default_factory for f in dataclasses.fields(Config)}
     sections["method"] = method
-    known = set(_known_keys(method))
+    known, of_any_method = _known_keys(method), set[str]().union(*map(_known_keys, METHOD_CONFIGS.values()))
+    free = _free_mappings(method)
     nested: dict[str, Any] = {}
     for key, setting in settings.items():
-        if key not in known and not any(key.startswith(f"{name}.") for name in _free_mappings(method)):
-            if key in {k for other in METHOD_CONFIGS.values() for k in _known_keys(other)}:
+        if key not in known and not any(key.startswith(f"{name}.") for name in free):
+            if key in of_any_method and "command line" not in setting.origin:
                 continue  # a key of another method, inherited from the preset this one builds on
             near = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.5)
             hint = f"did you mean '{near[0]}'?" if near else "see --help for all keys"
@@ -366,8 +370,8 @@ def _inconsistencies(config: Config) -> list[str]:
 _NAME_CHARACTERS = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")
 
 
-def _known_keys(method: type[Any]) -> list[str]:
-    return [key for key, _, _ in _documented_keys(method)]
+def _known_keys(method: type[Any]) -> set[str]:
+    return {key for key, _, _ in _leaves(Config, method)}
 
 
 def _free_mappings(method: type[Any]) -> list[str]:
@@ -375,13 +379,12 @@ def _free_mappings(method: type[Any]) -> list[str]:
     return [key for key, _, kind in _leaves(Config, method) if dict in _origins(kind)]
 
 
-def _documented_keys(method: type[Any] | None = None) -> list[tuple[str, Any, str]]:
-    """(key, default, meaning) of every setting; of all methods if none is given."""
-    methods = [method] if method else list(METHOD_CONFIGS.values())
+def _documented_keys() -> list[tuple[str, Any, str]]:
+    """(key, default, meaning) of every setting of all methods."""
     found: dict[str, tuple[str, Any, str]] = {}
-    for kind in methods:
-        for key, item, _ in _leaves(Config, kind):
-            found.setdefault(key, (key, _default(item[1]), _docs(item[0]).get(item[1].name, "")))
+    for kind in METHOD_CONFIGS.values():
+        for key, (owner, item), _ in _leaves(Config, kind):
+            found.setdefault(key, (key, _default(item), _docs(owner).get(item.name, "")))
     found.setdefault("method.name", ("method.name", "mpscl", f"The method: {', '.join(METHOD_CONFIGS)}."))
     return sorted(found.values(), key=lambda entry: _SECTIONS.index(entry[0].partition(".")[0]))
 
@@ -405,6 +408,7 @@ def _default(item: Any) -> Any:
     return item.default_factory() if item.default_factory is not dataclasses.MISSING else None
 
 
+@functools.cache
 def _docs(kind: type) -> dict[str, str]:
     """Meaning of each field of a dataclass: the string below it."""
     (body,) = [node.body for node in ast.parse(textwrap.dedent(inspect.getsource(kind))).body if isinstance(node, ast.ClassDef)]

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -163,42 +162,54 @@ def _device_of_collectives() -> torch.device:
 
 
 class ForEach(nn.Module):
-    """Run a network on several inputs in one forward, one after the other.
+    """Run a network on several inputs in one forward, with batch statistics of each input by itself.
 
-    A wrapped network may be run forward once per backward; batch normalisation still sees each input by itself.
+    A wrapped network may be run forward once per backward. Inputs of the same shape go through the network as one batch
+    where its normalisation can tell them apart, which halves the collectives of two inputs; else one after the other.
 
     Args:
-        network: the network, or anything that holds it and takes one input.
-        moves_statistics: for each input, whether its pass moves running statistics (where a network has them). ``None``:
-            all do.
+        network: takes one input; gives a tensor, or a named tuple of tensors and None, with the batch in front.
+        moves_statistics: for each input, whether its pass moves the running statistics. None: all do.
     """
 
     def __init__(self, network: nn.Module, moves_statistics: Sequence[bool] | None = None) -> None:
         super().__init__()
         self.network = network
         self.moves_statistics = moves_statistics
+        self._norms = [layer for layer in network.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
 
     def forward(self, *inputs: Tensor) -> tuple[Any, ...]:
-        if self.moves_statistics is None:
-            return tuple(self.network(x) for x in inputs)
+        moves = self.moves_statistics or (True,) * len(inputs)
+        tell_apart = all(isinstance(layer, WorkersBatchNorm2d) for layer in self._norms)
+        if tell_apart and len({x.shape for x in inputs}) == 1:
+            for layer in self._norms:
+                layer.parts = moves  # type: ignore[assignment]
+            try:
+                return _split(self.network(torch.cat(inputs)), len(inputs))
+            finally:
+                for layer in self._norms:
+                    layer.parts = (True,)  # type: ignore[assignment]
         outputs = []
-        for x, moves in zip(inputs, self.moves_statistics, strict=True):
-            with batch_statistics(self.network, tracked=moves):
+        for x, tracked in zip(inputs, moves, strict=True):
+            # With the attribute off, a pass in training mode leaves the running statistics alone.
+            for layer in self._norms:
+                layer.track_running_stats = tracked
+            try:
                 outputs.append(self.network(x))
+            finally:
+                for layer in self._norms:
+                    layer.track_running_stats = True
         return tuple(outputs)
 
 
-@contextmanager
-def batch_statistics(module: nn.Module, *, tracked: bool) -> Iterator[None]:
-    """While open, passes in training mode use batch statistics and move the running ones only if ``tracked``."""
-    layers = [] if tracked else [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    for layer in layers:
-        layer.track_running_stats = False
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.track_running_stats = True
+def _split(output: Any, number: int) -> tuple[Any, ...]:
+    """Cut what a network gave for inputs that went in as one batch."""
+    if output is None:
+        return (None,) * number
+    if isinstance(output, Tensor):
+        return output.split(len(output) // number)
+    kind = type(output)
+    return tuple(kind(*fields) for fields in zip(*(_split(field, number) for field in output), strict=True))
 
 
 def wrap(module: nn.Module, device: torch.device) -> nn.Module:
@@ -299,27 +310,35 @@ class WorkersBatchNorm2d(nn.BatchNorm2d):
     """Batch normalisation over the images of all workers, on CPUs, where SyncBatchNorm does not run.
 
     Equals nn.BatchNorm2d on the union of the workers' batches, running statistics (with the unbiased variance of the
-    union) and gradients included. Batches of unequal size are allowed.
+    union) and gradients included. The workers' batches may differ in size.
     """
 
+    parts: Sequence[bool] = (True,)
+    """The batch is that many equal parts, normalised as if they came one after the other; whether each one moves the
+    running statistics."""
+
     def forward(self, input: Tensor) -> Tensor:
-        if not self.training or world_size() == 1:
+        if not self.training:
             return super().forward(input)
         if self.momentum is None:
             raise NotImplementedError("WorkersBatchNorm2d has no cumulative average (momentum=None)")
-        output, mean, variance, count = _WorkersNorm.apply(input, self.weight, self.bias, self.eps)
+        output, means, variances, counts = _WorkersNorm.apply(
+            input, self.weight, self.bias, self.eps, len(self.parts)
+        )
         if self.track_running_stats and self.running_mean is not None and self.running_var is not None:
             with torch.no_grad():
-                self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
-                unbiased = (variance * (count / (count - 1))).to(self.running_var.dtype)
-                self.running_var.lerp_(unbiased, self.momentum)
+                for moves, mean, variance, count in zip(self.parts, means, variances, counts, strict=True):
+                    if moves:
+                        unbiased = variance * (count / (count - 1))
+                        self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+                        self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
                 if self.num_batches_tracked is not None:
-                    self.num_batches_tracked.add_(1)
+                    self.num_batches_tracked.add_(sum(self.parts))
         return output  # type: ignore[no-any-return]
 
 
 class _WorkersNorm(torch.autograd.Function):
-    """``y = weight * (x - mean) / sqrt(variance + eps) + bias`` with mean and variance over all workers.
+    """``y = weight * (x - mean) / sqrt(variance + eps) + bias`` with mean and variance over all workers, part by part.
 
     With ``g`` the gradient of y, ``h = (x - mean) / sqrt(variance + eps)`` and means over all workers:
     ``dx = weight / sqrt(variance + eps) * (g - mean(g) - h * mean(g h))``, ``dweight = sum g h``, ``dbias = sum g`` (these two
@@ -328,45 +347,56 @@ class _WorkersNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, parts: int
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         # torch.var_mean takes several times as long on CPUs as the kernel that batch normalisation itself uses.
-        mean, variance = torch.ops.aten.batch_norm_update_stats(x, None, None, 0.0)
-        mean, variance = mean.double(), variance.double()
-        local = x.new_tensor([x.numel() // x.shape[1]], dtype=torch.float64)
-        total = all_reduce_sum(torch.cat([local, local * mean, local * (variance + mean * mean)]))
-        count, sums, squares = total.split([1, x.shape[1], x.shape[1]])
+        local = [torch.ops.aten.batch_norm_update_stats(part, None, None, 0.0) for part in x.chunk(parts)]
+        mean = torch.stack([part[0] for part in local]).double()
+        variance = torch.stack([part[1] for part in local]).double()
+        count = mean.new_full((parts, 1), x.numel() // x.shape[1] // parts)
+        count, sums, squares = all_reduce_sums(count, count * mean, count * (variance + mean * mean))
         mean = sums / count
         variance = (squares / count - mean * mean).clamp_(min=0.0)
         dtype = x.dtype if weight is None else weight.dtype
+        means, variances = mean.to(dtype), variance.to(dtype)
         ctx.eps = eps
-        ctx.save_for_backward(x, weight, mean.to(dtype), variance.to(dtype), count)
-        output = torch.batch_norm(x, weight, bias, mean.to(dtype), variance.to(dtype), False, 0.0, eps, False)
+        ctx.save_for_backward(x, weight, means, variances, count)
         ctx.mark_non_differentiable(mean, variance, count)
-        return output, mean, variance, count
+        normalised = [
+            torch.batch_norm(part, weight, bias, means[i], variances[i], False, 0.0, eps, False)
+            for i, part in enumerate(x.chunk(parts))
+        ]
+        return torch.cat(normalised) if parts > 1 else normalised[0], mean, variance, count
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
-        x, weight, mean, variance, count = ctx.saved_tensors
-        g = grads[0]
-        ones = weight if weight is not None else torch.ones_like(mean)
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
+        x, weight, means, variances, count = ctx.saved_tensors
+        scale = torch.ones_like(means[0]) if weight is None else weight
+        parts = len(means)
         # In evaluation mode this kernel gives sum(g h) and sum(g) for the mean and variance that it is handed.
-        _, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
-            g, x, ones, mean, variance, None, None, False, ctx.eps, [False, True, True]
-        )
+        local = [
+            torch.ops.aten.native_batch_norm_backward(
+                g, part, scale, means[i], variances[i], None, None, False, ctx.eps, [False, True, True]
+            )
+            for i, (g, part) in enumerate(zip(grads[0].chunk(parts), x.chunk(parts), strict=True))
+        ]
+        sum_gh = torch.stack([part[1] for part in local])
+        sum_g = torch.stack([part[2] for part in local])
         dx = None
         if ctx.needs_input_grad[0]:
-            sum_gh, sum_g = all_reduce_sums(grad_weight, grad_bias)
-            inverse = torch.rsqrt(variance + ctx.eps)
-            scale = ones * inverse
-            slope = -scale * inverse * (sum_gh / count.to(mean.dtype))
-            offset = -scale * (sum_g / count.to(mean.dtype)) - slope * mean
-            shape = (1, -1, 1, 1)
-            dx = torch.addcmul(offset.view(shape), g, scale.view(shape))
-            dx = dx.addcmul_(x, slope.view(shape)).to(x.dtype)
+            all_gh, all_g = all_reduce_sums(sum_gh, sum_g)
+            inverse = torch.rsqrt(variances + ctx.eps)
+            factor = scale * inverse
+            slope = -factor * inverse * (all_gh / count.to(means.dtype))
+            offset = -factor * (all_g / count.to(means.dtype)) - slope * means
+            dx = torch.empty_like(x)
+            for i, (out, g, part) in enumerate(zip(dx.chunk(parts), grads[0].chunk(parts), x.chunk(parts), strict=True)):
+                a, b, c = (values[i].view(1, -1, 1, 1) for values in (factor, slope, offset))
+                torch.addcmul(c, g, a, out=out).addcmul_(part, b)
         return (
             dx,
-            grad_weight if ctx.needs_input_grad[1] else None,
-            grad_bias if ctx.needs_input_grad[2] else None,
+            sum_gh.sum(dim=0) if ctx.needs_input_grad[1] else None,
+            sum_g.sum(dim=0) if ctx.needs_input_grad[2] else None,
+            None,
             None,
         )

@@ -233,16 +233,16 @@ class NonFiniteGuard:
             losses: this worker's component losses, 0-dim, by name.
             gradients: everything that an optimiser is about to use.
         """
-        values = torch.stack([loss.detach().double() for loss in losses.values()])
-        norm = torch.nn.utils.get_total_norm(gradients)
-        finite = values.isfinite().all() & norm.isfinite()
-        if self._names == tuple(losses):
+        watched = {**losses, "gradient_norm": torch.nn.utils.get_total_norm(gradients)}
+        values = torch.stack([value.detach().double() for value in watched.values()])
+        bad = distributed.any_worker(~values.isfinite().all())
+        if self._names == tuple(watched):
             values = torch.where(self.flag > 0, self._losses, values)
-        self._names, self._losses = tuple(losses), values
-        self.flag = torch.maximum(self.flag, distributed.any_worker(~finite))
+        self._names, self._losses = tuple(watched), values
+        self.flag = torch.maximum(self.flag, bad)
 
     def losses(self) -> dict[str, Tensor]:
-        """This worker's component losses of the first non-finite step, or of the last step while all are finite."""
+        """This worker's component losses and gradient norm of the first non-finite step; of the last while all are finite."""
         return dict(zip(self._names, self._losses.unbind(), strict=True))
 
 

@@ -16,10 +16,11 @@ from matplotlib.image import imsave
 from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
+from mpscl_ray.data.label_maps import COLOURS, colour
 from mpscl_ray.durable_files import write_atomically
 
-COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
-"""Okabe and Ito (2008): distinct with all common kinds of colour blindness, and on grey. Class c has COLOURS[c - 1]."""
+_CURVES = tuple("#{:02x}{:02x}{:02x}".format(*rgb) for rgb in COLOURS[1:-1])
+"""The colours of the classes, less the last, yellow, which is too pale for a line on white."""
 
 _LINES = ("-", "--", "-.", ":")
 _GREY = "#666666"
@@ -115,14 +116,6 @@ def save_png(path: Path, image: NDArray[np.uint8]) -> None:
     write_atomically(path, buffer.getvalue())
 
 
-def class_colour(index: int) -> tuple[int, int, int]:
-    """RGB, 0..255, of class ``index`` > 0; from the eighth class on colours repeat, darker each time."""
-    repeat, place = divmod(index - 1, len(COLOURS))
-    text = COLOURS[place]
-    red, green, blue = (int(int(text[start : start + 2], 16) * 0.6**repeat) for start in (1, 3, 5))
-    return red, green, blue
-
-
 def _tags(records: Sequence[Record], prefix: str) -> list[str]:
     return list({tag: None for record in records for tag in record if tag.startswith(prefix)})
 
@@ -147,13 +140,11 @@ def _curves(axes: Axes, records: Sequence[Record], tags: Sequence[str], prefix: 
         points = [point for point in points if math.isfinite(point[1])]
         if not points:
             continue
-        # Yellow is too pale for a line on white.
-        palette = [colour for colour in COLOURS if colour != "#F0E442"]
         mean = tag.endswith("/mean")
         axes.plot(
             *zip(*points, strict=True),
-            color="black" if mean else palette[drawn % len(palette)],
-            linestyle=_LINES[(drawn // len(palette) + drawn) % len(_LINES)],
+            color="black" if mean else _CURVES[drawn % len(_CURVES)],
+            linestyle=_LINES[(drawn // len(_CURVES) + drawn) % len(_LINES)],
             linewidth=2 if mean else 1.2,
             marker="o" if len(points) < 30 else "",
             markersize=3,
@@ -176,7 +167,7 @@ def _grey(images: NDArray[np.floating[Any]]) -> NDArray[np.uint8]:
 
 
 def _overlay(grey: NDArray[np.uint8], labels: NDArray[np.integer[Any]]) -> NDArray[np.uint8]:
-    colours = np.array([(0, 0, 0), *(class_colour(index) for index in range(1, int(labels.max()) + 1))])
+    colours = np.array([(0, 0, 0), *(colour(index) for index in range(1, int(labels.max()) + 1))])
     mixed = (1 - _OPACITY) * grey + _OPACITY * colours[labels]
     return np.where(labels[..., None] > 0, mixed.round(), grey).astype(np.uint8)
 
@@ -201,7 +192,7 @@ def _titles(titles: Sequence[str], tile: int, width: int) -> NDArray[np.uint8]:
 def _legend(classes: Sequence[str], width: int) -> NDArray[np.uint8]:
     """Colour and name of each class but the background, in as many rows as the width asks for."""
     handles = [
-        Patch(facecolor="#{:02x}{:02x}{:02x}".format(*class_colour(index)), label=name)
+        Patch(facecolor="#{:02x}{:02x}{:02x}".format(*colour(index)), label=name)
         for index, name in enumerate(classes)
         if index > 0
     ]

@@ -6,56 +6,53 @@ appears as a finished folder. Until then its files are in a hidden folder beside
 
 from __future__ import annotations
 
-import contextlib
 import os
+import shlex
 import shutil
 import socket
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
-import mpscl_ray
-from mpscl_ray import cli
+from mpscl_ray import cli, prepare_plan
 from mpscl_ray.cluster_session import connect
 from mpscl_ray.data.dataset_checks import check_cases, check_staged, summarise_notices
-from mpscl_ray.data.label_table import MMWHS, RELEASED, LabelTable, parse_ids, parse_label_table, with_corrections
-from mpscl_ray.data.layouts import Scan, SourceCase, scan
-from mpscl_ray.data.released_slices import RELEASED_RANGES
-from mpscl_ray.data.schema import FORMAT_VERSION, MANIFEST, SPLITS, Case, Manifest, Scaling, load_manifest, save_manifest
+from mpscl_ray.data.label_table import LabelTable
+from mpscl_ray.data.layouts import SourceCase, scan
+from mpscl_ray.data.schema import MANIFEST, SPLITS, Manifest, Scaling, load_manifest, save_manifest
 from mpscl_ray.data.source_volumes import Request, Settings, Staged, finish_case, stage_case
-from mpscl_ray.data.splits import (
-    Member,
-    Splitting,
-    read_split_file,
-    split_fractions,
-    split_listed,
-    split_published,
-)
+from mpscl_ray.data.splits import Splitting
 from mpscl_ray.durable_files import fsync_directory, storage_errors
 from mpscl_ray.errors import ConfigError, DataError, StorageError
 from mpscl_ray.parallel import map_volumes
 from mpscl_ray.prepare_options import PrepareOptions, parse
 from mpscl_ray.progress import ProgressLine
 
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
 _WORTH_RAY = 500 * 2**20
 """Bytes of input below which starting Ray takes longer than the work."""
-_DEFAULT_FRACTIONS = (0.7, 0.1, 0.2)
 _LISTED_PROBLEMS = 50
+_SMALL = 128
 
 
 @dataclass
-class _Modality:
-    """One dataset in the making."""
+class _Dataset:
+    """The dataset of one modality in the making."""
 
-    name: str
-    splitting: Splitting
+    modality: str
     folder: Path
     """Where its files are until it is finished."""
+    splitting: Splitting
     requests: list[Request]
-    staged: list[Staged]
     notices: list[str]
+    staged: list[Staged]
 
 
 def prepare(options: PrepareOptions, *, progress: bool = True) -> dict[str, Path]:
@@ -69,90 +66,277 @@ def prepare(options: PrepareOptions, *, progress: bool = True) -> dict[str, Path
         Modality -> folder of its dataset.
 
     Raises:
-        ConfigError: where options are wrong or contradict each other.
+        ConfigError: where options are wrong or contradict each other, or a dataset is there already.
         DataError: listing everything that is wrong with the input; nothing is written then.
         StorageError: where the output cannot be written.
     """
-    found = scan(options.input, options.layout, _layout_options(options))
-    table = _label_table(options, found.table)
-    settings = Settings(
-        recipe=_recipe(options),
-        table=table,
-        assume_spacing_mm=_three(options.assume_spacing),
-        copy_geometry_from_image=options.fix_geometry is not None,
-        flip=options.flip,
-    )
-    _range(options, "ct")  # a mistyped range should not wait for the volumes
-    names = sorted({case.modality for case in found.cases})
-    for name in names:
-        _check_target(options.out / name, options.overwrite)
+    prepare_plan.given_range(options, options.modality or "ct")  # a mistyped one should not wait for the volumes
+    found = scan(options.input, options.layout, prepare_plan.layout_options(options))
+    table = prepare_plan.label_table(options, found.table)
+    settings = prepare_plan.settings(options, table)
     problems = list(found.problems)
-    with contextlib.ExitStack() as stack:
-        modalities = []
-        for name in names:
-            folder = stack.enter_context(_partial_folder(options.out, name))
-            cases = [case for case in found.cases if case.modality == name]
-            modalities.append(_plan(name, cases, options, folder, table, problems))
-        requests = [request for modality in modalities for request in modality.requests]
-        workers = _workers(options, requests)
+    modalities = sorted({case.modality for case in found.cases})
+    for modality in modalities:
+        _check_place(options.out / modality, options.overwrite)
+    with ExitStack() as stack:
+        datasets = []
+        for modality in modalities:
+            folder = stack.enter_context(_unfinished(options.out, modality))
+            cases = [case for case in found.cases if case.modality == modality]
+            datasets.append(_plan(modality, cases, options, folder, table, problems, found.notices))
+        workers = _workers(options, [request for dataset in datasets for request in dataset.requests])
         if workers:
             stack.enter_context(connect(workers))
-        _stage(modalities, settings, workers, problems, progress)
-        for modality in modalities:
+        _stage(datasets, settings, workers, problems, progress)
+        for dataset in datasets:
             wrong, notices = check_staged(
-                modality.staged,
+                dataset.staged,
                 table.classes if table else (),
                 transductive=options.transductive,
                 allow_missing_classes=options.allow_missing_classes,
             )
-            problems += [f"{modality.name}: {problem}" for problem in wrong]
-            modality.notices += notices
+            problems += [f"{dataset.modality}: {problem}" for problem in wrong]
+            dataset.notices += notices
         if problems:
-            raise DataError(_problem_list(options, problems))
-        scalings = {modality.name: _scaling(options, modality) for modality in modalities}
-        for modality in modalities:
-            cases_done = _finish(modality, scalings[modality.name], table, workers, progress)
-            manifest = _manifest(options, settings, found, modality, scalings[modality.name], table, cases_done)
-            save_manifest(modality.folder, manifest)
-        return {modality.name: _publish(modality, options) for modality in modalities}
+            raise DataError(_listed(options.input, problems))
+        _note_shared_images(datasets)
+        scalings = [
+            prepare_plan.given_range(options, dataset.modality)
+            or prepare_plan.estimated_range(dataset.modality, dataset.staged)
+            for dataset in datasets
+        ]
+        for dataset, scaling in zip(datasets, scalings, strict=True):
+            save_manifest(dataset.folder, _finish(dataset, scaling, options, settings, workers, progress))
+        return {dataset.modality: _publish(dataset, options) for dataset in datasets}
 
 
-# ------------------------------------------------------------------------------------------------------ options
+def _plan(
+    modality: str,
+    cases: list[SourceCase],
+    options: PrepareOptions,
+    folder: Path,
+    table: LabelTable | None,
+    problems: list[str],
+    notices: Sequence[str],
+) -> _Dataset:
+    try:
+        splitting = prepare_plan.split_cases(options, modality, cases)
+    except DataError as error:
+        # The files are still looked at, so that one run finds all that is wrong.
+        problems.append(str(error))
+        splitting = Splitting({"train": tuple(case.id for case in cases), "val": (), "test": ()}, {"method": "none"})
+    staging = folder / ".staged"
+    with storage_errors(staging):
+        staging.mkdir()
+    requests = prepare_plan.requests(options, modality, cases, splitting, staging, table, problems)
+    if not requests:
+        problems.append(f"{modality}: every case is left out by --split {options.split}")
+    return _Dataset(modality, folder, splitting, requests, list(notices), [])
 
 
-def _layout_options(options: PrepareOptions) -> LayoutOptions:
-    return LayoutOptions(
-        modality=options.modality,
-        image_pattern=options.image_pattern,
-        label_pattern=options.label_pattern,
-        patient_pattern=options.patient_pattern,
-        group_slices=options.group_slices,
-        channel=options.channel,
+def _workers(options: PrepareOptions, requests: Sequence[Request]) -> int:
+    """Volumes at a time; 0 where Ray is not worth starting."""
+    if options.workers is not None:
+        return min(options.workers, len(requests))
+    ray = sys.modules.get("ray")
+    running = ray is not None and ray.is_initialized()
+    size = sum(path.stat().st_size for request in requests for path in request.source.images)
+    if not running and size < _WORTH_RAY:
+        return 0
+    return min(os.cpu_count() or 1, len(requests))
+
+
+def _map(
+    function: Callable[[Item], Result],
+    items: Sequence[Item],
+    workers: int,
+    name: Callable[[Item], str],
+    label: str,
+    progress: bool,
+) -> list[Result]:
+    if not progress:
+        return map_volumes(function, items, workers=workers, name=name, done=lambda count: None)
+    with ProgressLine(len(items), label) as line:
+        return map_volumes(function, items, workers=workers, name=name, done=line.update)
+
+
+def _stage(datasets: Sequence[_Dataset], settings: Settings, workers: int, problems: list[str], progress: bool) -> None:
+    requests = [request for dataset in datasets for request in dataset.requests]
+    results = _map(
+        partial(stage_case, settings=settings),
+        requests,
+        workers,
+        lambda request: str(request.source.images[0]),
+        "reading and normalising",
+        progress,
+    )
+    seen: set[str] = set()
+    owner = {request.folder: dataset for dataset in datasets for request in dataset.requests}
+    for request, result in zip(requests, results, strict=True):
+        if isinstance(result, Staged):
+            owner[request.folder].staged.append(result)
+            continue
+        # A file that is in two splits is wrong once.
+        problems += [problem for problem in result if problem not in seen]
+        seen.update(result)
+
+
+def _finish(
+    dataset: _Dataset, scaling: Scaling, options: PrepareOptions, settings: Settings, workers: int, progress: bool
+) -> Manifest:
+    classes = settings.table.classes if settings.table else ()
+    cases = _map(
+        partial(finish_case, scaling=scaling, classes=classes, folder=dataset.folder),
+        dataset.staged,
+        workers,
+        lambda staged: staged.request.source.id,
+        f"writing {dataset.modality}",
+        progress,
+    )
+    shutil.rmtree(dataset.folder / ".staged")
+    for split in SPLITS:
+        if (dataset.folder / split).is_dir():
+            fsync_directory(dataset.folder / split)
+    notices = [
+        *dataset.notices,
+        *check_cases(cases),
+        *summarise_notices((case.id, case.notices) for case in cases),
+    ]
+    return prepare_plan.manifest(
+        options, settings, dataset.modality, dataset.splitting, scaling, dataset.staged, cases, notices
     )
 
 
-def _three(values: Sequence[float] | None) -> tuple[float, float, float] | None:
-    return None if values is None else (values[0], values[1], values[2])
+def _note_shared_images(datasets: Sequence[_Dataset]) -> None:
+    owners: dict[str, tuple[_Dataset, str]] = {}
+    for dataset in datasets:
+        for case in dataset.staged:
+            other, name = owners.setdefault(case.content_sha256, (dataset, case.request.source.id))
+            if other is not dataset:
+                dataset.notices.append(f"{case.request.source.id} is the same image as {name} of {other.modality}")
 
 
-def _label_table(options: PrepareOptions, implied: LabelTable | None) -> LabelTable | None:
-    """The user's table, else that of the layout; None where there is none."""
-    table = parse_label_table(options.labels) if options.labels else implied
-    if table is None:
-        if options.ignore_labels or options.fix_label or options.unknown_labels:
-            raise ConfigError("--ignore-labels, --fix-label and --unknown-labels need a label table: give --labels")
-        return None
-    if options.ignore_labels:
-        table = replace(table, ignored=table.ignored | parse_ids(options.ignore_labels, "--ignore-labels"))
-    if options.fix_label:
-        table = with_corrections(table, options.fix_label)
-    if options.unknown_labels:
-        table = replace(table, unknown=options.unknown_labels)
-    return table
+def _listed(folder: Path, problems: Sequence[str]) -> str:
+    count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+    lines = [f"{folder}: {count}, nothing was written:", *(f"  - {problem}" for problem in problems[:_LISTED_PROBLEMS])]
+    if len(problems) > _LISTED_PROBLEMS:
+        lines.append(f"  - and {len(problems) - _LISTED_PROBLEMS} more")
+    return "\n".join(lines)
 
 
-def _recipe(options: PrepareOptions) -> Recipe:
-    """The recipe; where some splits have no labels, all crops are placed without, so that they are alike."""
-    if options.recipe.centre == "auto" and options.splits_without_labels:
-        return replace(options.recipe, centre="image")
-    return options.recipe
+# ------------------------------------------------------------------------------------------- folders on the disk
+
+
+def _check_place(target: Path, overwrite: bool) -> None:
+    """Refuse a place that is taken, before any work is done."""
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        return
+    if not (target / MANIFEST).is_file():
+        raise StorageError(f"{target}: there is something else than a dataset; move it away or choose another --out")
+    if not overwrite:
+        raise ConfigError(f"{target}: there is a finished dataset already; give --overwrite to replace it")
+
+
+@contextmanager
+def _unfinished(out: Path, modality: str) -> Iterator[Path]:
+    """A hidden folder beside the finished datasets; gone after the block unless it was published."""
+    prefix = f".{modality}.unfinished-{socket.gethostname()}-"
+    with storage_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+        for left in out.glob(f"{prefix}*"):
+            process = left.name.removeprefix(prefix).partition("-")[0]
+            if process.isdecimal() and not _is_running(int(process)):
+                shutil.rmtree(left)
+        folder = Path(tempfile.mkdtemp(prefix=f"{prefix}{os.getpid()}-", dir=out))
+        folder.chmod(0o777 & ~_umask())  # mkdtemp lets nobody else in; a dataset is readable like any other folder
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _publish(dataset: _Dataset, options: PrepareOptions) -> Path:
+    """Give the finished folder its name; an old dataset of the name goes when the new one is in place."""
+    target = options.out / dataset.modality
+    old = dataset.folder.with_name(dataset.folder.name.replace("unfinished", "replaced"))
+    with storage_errors(target):
+        fsync_directory(dataset.folder)
+        _check_place(target, options.overwrite)
+        if target.exists():
+            target.rename(old)
+        dataset.folder.rename(target)
+        fsync_directory(options.out)
+        shutil.rmtree(old, ignore_errors=True)
+    return target
+
+
+# ------------------------------------------------------------------------------------------------------ summary
+
+
+def summary(folder: Path) -> str:
+    """Text on a finished dataset: its splits, classes, range, and what is worth knowing."""
+    manifest = load_manifest(folder)
+    lines = [
+        f"{manifest.modality}: {folder}",
+        f"  slices of {manifest.size[0]} x {manifest.size[1]}; z-scored intensities {manifest.scaling.low:g} to "
+        f"{manifest.scaling.high:g} are [-1, 1] ({manifest.scaling.origin})",
+    ]
+    rows = [["split", "patients", "cases", "labelled", "slices", *manifest.classes]]
+    for split in SPLITS:
+        cases = manifest.split(split)
+        voxels = [
+            sum(case.class_voxels[index] for case in cases if case.class_voxels)
+            for index in range(len(manifest.classes))
+        ]
+        total = sum(voxels)
+        rows.append(
+            [
+                split,
+                str(len({case.patient for case in cases})),
+                str(len(cases)),
+                str(sum(case.labelled for case in cases)),
+                str(sum(case.slices for case in cases)),
+                *(f"{100 * count / total:.2f} %" if total else "-" for count in voxels),
+            ]
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines += ["  " + "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    lines += [f"  note: {notice}" for notice in manifest.notices]
+    return "\n".join(lines)
+
+
+def _next_command(folders: dict[str, Path]) -> str:
+    """What to type now; the small preset for slices that a CPU can train on."""
+    first = next(iter(folders.values()))
+    source, target = (str(folders["mr"]), str(folders["ct"])) if {"ct", "mr"} <= set(folders) else (str(first), "OTHER")
+    preset = "small/mpscl" if max(load_manifest(first).size) <= _SMALL else "mr2ct/mpscl"
+    return shlex.join(["python", "-m", "mpscl_ray.train", preset, f"data.source={source}", f"data.target={target}"])
+
+
+def main(arguments: list[str]) -> int:
+    """The command line; returns its exit code."""
+    folders = prepare(parse(arguments))
+    for folder in folders.values():
+        print(summary(folder))
+    print(f"next: {_next_command(folders)}")
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)

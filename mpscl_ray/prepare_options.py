@@ -92,12 +92,13 @@ class PrepareOptions:
 
     def command(self) -> str:
         """Command line that does the same; settings that do not change the dataset are left out."""
-        words = ["python", "-m", "mpscl_ray.prepare", str(self.input)]
+        words = ["python", "-m", "mpscl_ray.prepare", str(self.input.absolute())]
         values = {item.name: getattr(self, item.name) for item in fields(self)}
         defaults = {item.name: item.default for item in fields(self)}
         for name in ("input", "recipe", "workers", "overwrite"):
             del values[name]
         values |= self.recipe.to_json()
+        values["out"] = self.out.absolute()
         defaults |= Recipe().to_json()
         for name, value in values.items():
             if value == defaults.get(name):
@@ -213,7 +214,7 @@ def parser() -> argparse.ArgumentParser:
         type=_list(int, 2, "256,256"),
         default=default.crop,
         metavar="H,W",
-        help="rows and columns cut out around the heart, default %(default)s; none: whole slices",
+        help="rows and columns cut out around the heart, default 256,256; none: whole slices",
     )
     steps.add_argument("--crop-depth", type=int, metavar="D", help="at most so many slices")
     steps.add_argument(

@@ -87,8 +87,10 @@ class RunFolder:
             for folder in (self.checkpoints, self.phases, self.results, self.tensorboard, self.logs):
                 folder.mkdir(parents=True, exist_ok=True)
             probe = self.path / f".probe-{os.getpid()}"
-            probe.write_bytes(b"written")
-            probe.unlink()
+            try:
+                probe.write_bytes(b"written")
+            finally:
+                probe.unlink(missing_ok=True)
 
     def require(self) -> None:
         """For commands that read a run.
@@ -121,8 +123,10 @@ class RunFolder:
                 os.ftruncate(descriptor, 0)
                 os.pwrite(descriptor, f"{os.getpid()} {platform.node()} {now()}\n".encode(), 0)
             self._remove_leftovers()
-            yield
-            os.ftruncate(descriptor, 0)
+            try:
+                yield
+            finally:
+                os.ftruncate(descriptor, 0)
         finally:
             os.close(descriptor)
 

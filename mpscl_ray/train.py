@@ -147,8 +147,7 @@ def _train_and_evaluate(config: Config, folder: RunFolder, interruption: Interru
         )
     if outcome.state == "interrupted":
         raise Interrupted(f"stopped at iteration {outcome.iteration} of the phase {outcome.phase}, a checkpoint is written")
-    if domains.target.split("test"):
-        evaluate_phases(folder.path, [name for name, _ in config.schedule])
+    evaluate_phases(folder.path, [name for name, _ in config.schedule])
     _stop_if(interruption, "during the evaluation")
 
 

@@ -24,6 +24,7 @@ from mpscl_ray.config import ADAPTATION, WARM_UP, Config
 from mpscl_ray.data import SOURCE_DOMAIN, TARGET_DOMAIN
 from mpscl_ray.data.augment import AugmentConfig
 from mpscl_ray.data.stream import Slices, SliceStream, tensors
+from mpscl_ray.errors import DataError
 from mpscl_ray.methods.base import Batch, Method
 from mpscl_ray.methods.mpscl import MPSCL, MPSCLConfig
 from mpscl_ray.methods.segmentation import Segmentation, SegmentationConfig
@@ -107,7 +108,7 @@ class Observer:
 def network_arguments(config: Config, num_classes: int) -> dict[str, Any]:
     """Arguments of :class:`DeepLabV2` for a config."""
     arguments = dataclasses.asdict(config.network)
-    del arguments["pretrained"]
+    del arguments["pretrained"], arguments["pretrained_heads"]
     return {"num_classes": num_classes, **arguments}
 
 
@@ -116,7 +117,7 @@ def build_segmenter(config: Config, num_classes: int) -> DeepLabV2:
     segmenter = DeepLabV2(**network_arguments(config, num_classes))
     initialise(segmenter, config.run.seed)
     if config.network.pretrained:
-        report = load_pretrained(segmenter, Path(config.network.pretrained))
+        report = load_pretrained(segmenter, Path(config.network.pretrained), heads=config.network.pretrained_heads)
         if distributed.rank() == 0:
             log.info("%s: %s", config.network.pretrained, report)
     return segmenter
@@ -345,6 +346,11 @@ class _Training:
             found, notices = checkpoint.latest(self.folder.checkpoints)
             for notice in notices:
                 log.warning("%s", notice)
+            if found is None and notices:
+                raise DataError(
+                    f"every checkpoint in {self.folder.checkpoints} is damaged ({'; '.join(notices)}); restore one, or start "
+                    "anew with another run.name"
+                )
         found = distributed.broadcast_object(found)
         step = 0
         state: dict[str, Any] | None = None

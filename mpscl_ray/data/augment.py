@@ -30,24 +30,20 @@ _WEIGHT_DRAWS = 64
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """Ranges of the random changes; the defaults change nothing.
-
-    Attributes:
-        rotation_deg: largest rotation in the slice plane, in degrees; drawn evenly from +-rotation_deg.
-        scale: smallest and largest magnification of the anatomy; drawn evenly on a logarithmic scale.
-        translation: largest shift along either side, as a fraction of that side; drawn evenly from +-translation.
-        intensity_mapping: probability that the intensities of a sample are remapped at random.
-        intensity_mapping_strength: largest weight of the remapped image in the blend with the original; drawn evenly from
-            0 to this.
-        intensity_mapping_layers: largest number of convolutions of a mapping; drawn evenly from 1 to this.
-    """
+    """Ranges of the random changes; the defaults change nothing."""
 
     rotation_deg: Annotated[float, Field(ge=0, le=180)] = 0.0
+    """Largest rotation in the slice plane, in degrees; drawn evenly from +-rotation_deg."""
     scale: tuple[Annotated[float, Field(ge=0.1, le=10)], Annotated[float, Field(ge=0.1, le=10)]] = (1.0, 1.0)
+    """Smallest and largest magnification of the anatomy; drawn evenly on a logarithmic scale."""
     translation: Annotated[float, Field(ge=0, le=0.5)] = 0.0
+    """Largest shift along either side, as a fraction of that side; drawn evenly from +-translation."""
     intensity_mapping: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Probability that the intensities of a slice are remapped by a random shallow convolution."""
     intensity_mapping_strength: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """Largest weight of the remapped image in the blend with the original; drawn evenly from 0 to this."""
     intensity_mapping_layers: Annotated[int, Field(ge=1, le=3)] = 3
+    """Largest number of convolutions of a mapping; drawn evenly from 1 to this."""
 
     def __post_init__(self) -> None:
         if self.scale[0] > self.scale[1]:
@@ -87,16 +83,16 @@ def augment(image: Tensor, label: Tensor | None, keys: Keys, config: AugmentConf
 
 def _uniforms(keys: Keys, count: int) -> NDArray[np.float64]:
     """(B, count) numbers in [0, 1), each row a function of its key."""
-    counters: Keys = keys[:, None] + np.arange(count, dtype=np.uint64)
+    counters: Keys = np.add(keys[:, None], np.arange(count, dtype=np.uint64), dtype=np.uint64)
     return (hash_integers(counters, 0) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def _sampling_grid(draws: NDArray[np.float64], size: tuple[int, int], config: AugmentConfig) -> Tensor:
     """(B, H, W, 2) places in the input, as ``grid_sample`` wants them, for every pixel of the output.
 
-    A pixel at x from the centre of the output, in pixels, is taken from R(angle)^-1 (x - shift) / scale. Beyond the edge
-    the image and the label both repeat their outermost pixels, so they still belong together, and no intensity appears
-    that the image has not.
+    A pixel at x from the centre of the output, in pixels, is taken from R(angle)^-1 (x - shift) / scale. Beyond the
+    edge the image and the label both repeat their outermost pixels, so they still belong together, and no intensity
+    appears that the image has not.
     """
     height, width = size
     low, high = (math.log(bound) for bound in config.scale)

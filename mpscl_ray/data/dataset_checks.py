@@ -36,7 +36,7 @@ def check_staged(
         found = "; ".join(f"{size[0]} x {size[1]} ({_some(names)})" for size, names in sorted(by_size.items()))
         problems.append(f"slices of different sizes: {found}; give --crop or --size")
     training = [case for case in staged if case.request.split == "train" and case.class_voxels is not None]
-    volumes = [case for case in training if case.request.source.kind in ("nifti", "npz")]
+    volumes = [case for case in training if case.request.source.kind in ("nifti", "npz", "released_nifti")]
     empty = [
         case.request.source.id for case in staged if case.class_voxels is not None and not sum(case.class_voxels[1:])
     ]
@@ -48,7 +48,7 @@ def check_staged(
             "--unlabelled train"
         )
     elif empty:
-        notices.append(f"{len(empty)} cases are labelled but show no structure: {_some(empty)}")
+        notices.append(f"labelled cases that show no structure, {len(empty)}: {_some(empty)}")
     if training and 2 * len(empty_volumes) <= len(volumes):
         for index, name in enumerate(classes[1:], start=1):
             if any(case.class_voxels is not None and case.class_voxels[index] for case in training):
@@ -68,8 +68,8 @@ def check_cases(cases: Sequence[Case]) -> list[str]:
     leaking = [case.id for case in held_out if case.cropped_around_labels]
     if leaking:
         notices.append(
-            f"{len(leaking)} validation and test cases are cropped around their own labels ({_some(leaking)}): a mild "
-            "leak, usual in the published protocol; --centre image does without"
+            f"validation and test cases that are cropped around their own labels, {len(leaking)}: {_some(leaking)}; a "
+            "mild leak, usual in the published protocol, which --centre image does without"
         )
     notice = orientation_notice(
         [case for case in cases if case.split == "train"], held_out, ("the training cases", "the held-out cases")
@@ -96,8 +96,8 @@ def summarise_notices(cases: Iterable[tuple[str, Iterable[str]]]) -> list[str]:
     summary = []
     for same in kinds.values():
         names = list(dict.fromkeys(case for case, _ in same))
-        example = "" if len({notice for _, notice in same}) == 1 else " (e.g.)"
-        summary.append(f"{_some(names)}: {same[0][1]}{example}")
+        numbers = "" if len({notice for _, notice in same}) == 1 else f" (numbers of {names[0]})"
+        summary.append(f"{_some(names)}: {same[0][1]}{numbers}")
     return summary
 
 

@@ -17,7 +17,7 @@ from mpscl_ray.data.file_listing import Listing, is_dicom, list_files, pair_by_n
 from mpscl_ray.data.label_table import BACKGROUND, MMWHS, RELEASED, LabelTable
 from mpscl_ray.errors import ConfigError, DataError
 
-Kind = Literal["nifti", "tfrecord", "npy", "npz"]
+Kind = Literal["nifti", "tfrecord", "npy", "npz", "released_nifti"]
 LAYOUTS = ("mmwhs", "nnunet", "folder", "tfrecord", "npy")
 _NIFTI = (".nii.gz", ".nii")
 _MAX_ID_BYTES = 200
@@ -25,7 +25,10 @@ _MAX_ID_BYTES = 200
 
 @dataclass(frozen=True)
 class SourceCase:
-    """The files of one case. ``labels`` is as long as ``images`` or empty; TFRecord and npz files hold their own."""
+    """The files of one case. ``labels`` is as long as ``images`` or empty; TFRecord and npz files hold their own.
+
+    ``released_nifti`` is a test volume of the SIFA release, z-scored by its publisher; ``nifti`` is any other volume.
+    """
 
     id: str
     modality: str
@@ -83,7 +86,7 @@ def scan(folder: Path, layout: str, options: LayoutOptions) -> Scan:
     if not cases and not listing.problems:
         raise DataError(_nothing_found(listing, layout, options, strays))
     if strays:
-        listing.notices.append(f"{len(strays)} files are not part of the layout: {listing.some(strays)}")
+        listing.notices.append(f"files that are not part of the layout, {len(strays)}: {listing.some(strays)}")
     cases = sorted((_with_patient(case, options, listing.problems) for case in cases), key=_natural)
     _check_ids(listing, cases)
     return Scan(tuple(cases), table, tuple(listing.problems), tuple(listing.notices))
@@ -351,11 +354,6 @@ def _slice_case(listing: Listing, options: LayoutOptions, path: Path, stem: str,
 
 def _grouped(listing: Listing, cases: list[SourceCase], size: int | None) -> list[SourceCase]:
     """Cases of ``size`` consecutive slice numbers each, where asked; a case for each file otherwise."""
-    if any(case.modality == "mr" and case.split == "val" and case.kind in ("tfrecord", "npy") for case in cases):
-        listing.notices.append(
-            "in the public release the MR validation slices come from the MR test patients: never select a model for "
-            "MR on them"
-        )
     if size is None:
         return cases
     if size < 1:
@@ -388,18 +386,30 @@ def _grouped(listing: Listing, cases: list[SourceCase], size: int | None) -> lis
 
 
 def _tfrecord(listing: Listing, options: LayoutOptions) -> tuple[list[SourceCase], LabelTable | None, set[Path]]:
-    """``*.tfrecords`` of SIFA / PnP-AdaNet; modality and split from the words of the name, a case for each file."""
+    """``*.tfrecords`` of SIFA / PnP-AdaNet, a case for each file; modality and split from the words of the name.
+
+    The test volumes of the release are NIfTI files, ``image_ct_1003.nii.gz`` with ``gth_ct_1003.nii.gz``.
+    """
     cases = []
     used = set()
+    images: dict[str, list[Path]] = {}
+    labels: dict[str, list[Path]] = {}
     for path in listing.files:
+        volume = re.fullmatch(r"(image|gth)_((?:ct|mr)_\d+)\.nii\.gz", path.name)
         stem = stem_before(path.name, (".tfrecords", ".tfrecord"))
-        if stem is None:
-            continue
-        used.add(path)
-        case = _slice_case(listing, options, path, stem, "tfrecord")
-        if case is not None:
-            cases.append(case)
-    return _grouped(listing, cases, options.group_slices), RELEASED, used
+        if volume:
+            used.add(path)
+            _collect(images if volume[1] == "image" else labels, volume[2], path)
+        elif stem is not None:
+            used.add(path)
+            case = _slice_case(listing, options, path, stem, "tfrecord")
+            if case is not None:
+                cases.append(case)
+    volumes = [
+        SourceCase(name, name[:2], name, "released_nifti", (image,), label, "test", f"gth_{name}.nii.gz")
+        for name, image, label in pair_by_name(listing, images, labels)
+    ]
+    return _grouped(listing, cases, options.group_slices) + volumes, RELEASED, used
 
 
 def _npy(listing: Listing, options: LayoutOptions) -> tuple[list[SourceCase], LabelTable | None, set[Path]]:

@@ -144,7 +144,7 @@ def read_label(
     flat = np.empty(stored.voxels.size, dtype=np.int32)
     wrong, first, example = 0, -1, 0.0
     for start in range(0, flat.size, _PIECE):
-        values = _scaled(stored.voxels[start : start + _PIECE], slope, intercept)
+        values = _scaled(stored.voxels[start : start + _PIECE], slope, intercept).astype(np.float64)
         with np.errstate(invalid="ignore"):
             whole = np.rint(values)
             good = (np.abs(values - whole) <= _WHOLE_NUMBER_TOLERANCE) & (np.abs(whole) < 2**31)
@@ -247,6 +247,7 @@ def _geometry(
     return affine, spacing
 
 
+@np.errstate(over="ignore", invalid="ignore")
 def _stored_affine(header: Any) -> tuple[npt.NDArray[np.float64], str]:
     """Affine as stored, sform before qform, and what is wrong with it if anything is."""
     none = np.full((4, 4), np.nan)
@@ -263,8 +264,7 @@ def _stored_affine(header: Any) -> tuple[npt.NDArray[np.float64], str]:
         positive = header.copy()
         positive["pixdim"][1:4] = np.abs(positive["pixdim"][1:4])
         try:
-            with np.errstate(over="ignore", invalid="ignore"):
-                affine = np.asarray(positive.get_qform(), dtype=np.float64)
+            affine = np.asarray(positive.get_qform(), dtype=np.float64)
         except (HeaderDataError, ValueError):
             return none, "has a qform whose quaternion is no rotation"
         kind = "a qform"
@@ -276,13 +276,13 @@ def _stored_affine(header: Any) -> tuple[npt.NDArray[np.float64], str]:
     return affine, ""
 
 
+@np.errstate(over="ignore", invalid="ignore")
 def _compare_forms(header: Any, shape: tuple[int, int, int], notices: list[str]) -> None:
     """Notice where sform and qform disagree, since programs differ in which of them they use."""
     if int(header["sform_code"]) <= 0 or int(header["qform_code"]) <= 0:
         return
     try:
-        with np.errstate(over="ignore", invalid="ignore"):
-            difference = _largest_shift(np.asarray(header.get_sform()), np.asarray(header.get_qform()), shape)
+        difference = _largest_shift(np.asarray(header.get_sform()), np.asarray(header.get_qform()), shape)
     except (HeaderDataError, ValueError):
         return
     if not difference <= 1.0:

@@ -301,8 +301,7 @@ def _heart(rng: np.random.Generator) -> list[Part]:
         return frame.ellipsoid(ra_centre, (ra_radii[0] + grow, ra_radii[1] + grow, ra_radii[2] + grow), upright)
 
     parts = [
-        Part(Tissue.FAT, solid)
-        for solid in (ventricle(wall + fat), atrium(fat), right(fat + 3), right_atrium(fat))
+        Part(Tissue.FAT, solid) for solid in (ventricle(wall + fat), atrium(fat), right(fat + 3), right_atrium(fat))
     ]
     parts += [
         Part(Tissue.FAT, frame.tube([root, *ascent], [r + 6 for r in aorta])),
@@ -408,7 +407,10 @@ def make_case(modality: Modality, number: int, seed: int, scan: MrScan | CtScan 
     spacing, size = scan.draw_grid(rng)
     centre = np.array([-3.0, -4.0, 14.0]) + rng.normal(0, 4, 3)
     origin = centre - (np.asarray(size) - 1) / 2 * spacing
-    x, y, z = (np.float32(o) + np.float32(s) * np.arange(n, dtype=np.float32) for o, s, n in zip(origin, spacing, size, strict=True))
+    x, y, z = (
+        np.float32(o) + np.float32(s) * np.arange(n, dtype=np.float32)
+        for o, s, n in zip(origin, spacing, size, strict=True)
+    )
     grid = (x[:, None, None], y[None, :, None], z[None, None, :])
     warp = [np.float32(2.0) * smooth_field(rng, grid, waves=4, length=70.0) for _ in range(3)]
     values = scan.draw_values(rng)

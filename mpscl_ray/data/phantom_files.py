@@ -48,9 +48,15 @@ def make_phantom(
     ]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        return [path for modality, number, scan in wanted for path in _write(folder, make_case(modality, number, seed, scan))]
+        return [
+            path
+            for modality, number, scan in wanted
+            for path in _write(folder, make_case(modality, number, seed, scan))
+        ]
     except OSError as error:
-        raise StorageError(f"the phantom cannot be written to {folder}: {error}; give a folder with free space") from error
+        raise StorageError(
+            f"the phantom cannot be written to {folder}: {error}; give a folder with free space"
+        ) from error
 
 
 def _write(folder: Path, case: PhantomCase) -> tuple[Path, Path]:

@@ -102,7 +102,7 @@ class CtScan:
     slice_mm: Range = (1.8, 2.4)
     field_mm: tuple[float, float, float] = (182.0, 172.0, 166.0)
     enhancement_hu: Range = (270.0, 400.0)
-    injection_s: Range = (11.0, 15.0)
+    injection_s: Range = (11.0, 18.0)
     delay_s: Range = (5.0, 9.0)
     perfusion_hu: Range = (40.0, 70.0)
     noise_hu: Range = (18.0, 32.0)
@@ -207,7 +207,9 @@ class MrScan:
         """Finite k-space (blur of one voxel), coil sensitivity, Rician noise, arbitrary gain, whole numbers."""
         image = ndimage.gaussian_filter(signal, FWHM_TO_SIGMA, mode="nearest", truncate=3)
         depth = (grid[1].max() - grid[1]) / np.float32(100)
-        sensitivity = np.exp(-np.float32(_draw(rng, self.coil_fall)) * depth + np.float32(_draw(rng, self.bias)) * smooth)
+        sensitivity = np.exp(
+            -np.float32(_draw(rng, self.coil_fall)) * depth + np.float32(_draw(rng, self.bias)) * smooth
+        )
         image *= sensitivity / sensitivity.mean()
         level = np.float32(1 / _draw(rng, self.snr))
         real = image + level * rng.standard_normal(signal.shape, dtype=np.float32)

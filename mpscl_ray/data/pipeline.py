@@ -27,7 +27,7 @@ from mpscl_ray.data.reading import Arrays, SplitFiles, read_block, table_column
 from mpscl_ray.data.stream import ResidentSlices, Slices
 from mpscl_ray.errors import ClusterError, MpsclError
 
-KEPT_FRACTION = 0.35
+KEPT_FRACTION = 0.3
 """Largest part of a node's object store that ``auto`` lets one split fill; two domains leave room for other blocks."""
 
 SPAN_BYTES = 16 * 2**20
@@ -56,11 +56,11 @@ def open_slices(
         split: name of the split.
         labels: whether to read the labels. Without, their bytes are never touched.
         in_memory: True to keep the decoded slices in the object store, False to stream them from the files, "auto" to
-            keep them if they take at most 35 % of the object store of the smallest node.
+            keep them if they take at most 30 % of the object store of the smallest node.
 
     Raises:
         DataError: no such dataset or split, labels missing, or a file missing or damaged, which it names.
-        ClusterError: the slices are to be kept and do not fit.
+        ClusterError: the slices are to be kept and do not fit, or Ray fails.
     """
     files = SplitFiles.find(folder, split, labels=labels)
     need, capacity = files.rows * files.slice_bytes, object_store_bytes()

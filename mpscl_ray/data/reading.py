@@ -104,7 +104,7 @@ class SplitFiles:
 
 
 def read_block(piece: pa.Table, files: SplitFiles) -> pa.Table:
-    """Read the rows that the one list in the column ``rows`` names, into the columns ``row``, ``image`` and ``label``."""
+    """Read the rows in the one list that column ``rows`` holds, into the columns ``row``, ``image`` and ``label``."""
     rows = piece.column("rows").combine_chunks().flatten().to_numpy()
     tensors = {name: pa.FixedShapeTensorArray.from_numpy_ndarray(array) for name, array in files.read(rows).items()}
     return pa.table({"row": rows, **tensors})
@@ -138,7 +138,7 @@ def _read_case_slices(files: SplitFiles, case: Case, wanted: Rows, arrays: Array
                     array[places[members]] = table_column(table, name)[wanted[members] - start]
     except FileNotFoundError:
         raise DataError(f"{path}: missing, though the manifest lists it; {_AGAIN}") from None
-    except (pa.ArrowException, OSError, ValueError) as error:
+    except (pa.ArrowException, OSError, ValueError, LookupError) as error:
         raise DataError(f"{path}: damaged or unreadable ({error}); {_AGAIN}") from error
 
 
@@ -151,9 +151,11 @@ def _check_columns(files: SplitFiles, file: pq.ParquetFile, path: Path, case: Ca
         )
     if file.metadata.num_rows != case.slices:
         raise DataError(f"{path}: {file.metadata.num_rows} slices, the manifest says {case.slices}; {_AGAIN}")
-    for name, dtype in files.columns.items():
+    types = {
+        name: pa.fixed_shape_tensor(pa.from_numpy_dtype(dtype), files.size) for name, dtype in files.columns.items()
+    }
+    for name, expected in {"slice_index": pa.int32(), **types}.items():
         if name not in schema.names:
             raise DataError(f"{path}: has no column {name!r}; {_AGAIN}")
-        expected = pa.fixed_shape_tensor(pa.from_numpy_dtype(dtype), files.size)
         if schema.field(name).type != expected:
             raise DataError(f"{path}: column {name!r} is {schema.field(name).type}, expected {expected}; {_AGAIN}")

@@ -1,8 +1,10 @@
-"""Slices that someone prepared before: SIFA / PnP-AdaNet TFRecords, and the npy / npz files of the MPSCL authors."""
+"""Slices and volumes that someone prepared before: the SIFA / PnP-AdaNet release, and that of the MPSCL authors."""
 
 from __future__ import annotations
 
+import re
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -11,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpscl_ray.data.layouts import SourceCase
+from mpscl_ray.data.nifti import check_same_geometry, read_image, read_label
 from mpscl_ray.data.tfrecord import read_slices
 from mpscl_ray.errors import DataError
 
@@ -40,9 +43,9 @@ def read_released(source: SourceCase, path: Path, label_path: Path | None, flip:
 
     Args:
         source: the case that the file belongs to.
-        path: a TFRecord, npy or npz file.
-        label_path: the label file of an npy slice.
-        flip: whether npz volumes are flipped along rows and columns; auto: those named like the released test volumes.
+        path: a TFRecord, npy, npz or NIfTI file.
+        label_path: the label file of an npy slice or a NIfTI volume.
+        flip: whether test volumes are flipped along rows and columns; auto: those named like the released test volumes.
 
     Raises:
         DataError: where the file is damaged or not what the releases hold.
@@ -69,7 +72,13 @@ def read_released(source: SourceCase, path: Path, label_path: Path | None, flip:
             raise DataError(f"{path}: no published range for the modality {source.modality!r}, only for ct and mr")
         steps = [f"npy slices in [-1, 1], scaled by the publisher with {scaled_by[0]:g} to {scaled_by[1]:g}"]
         return ReleasedSlices([image.astype(np.float32)], [label], steps, scaled_by)
-    return _load_npz(source, path, flip)
+    if source.kind == "released_nifti":
+        volume = read_image(path)
+        label_volume = None if label_path is None else read_label(label_path)
+        if label_volume is not None:
+            check_same_geometry(volume, label_volume)
+        return _turned(path, volume.array, None if label_volume is None else label_volume.array, flip)
+    return _turned(path, *_load_npz(path), flip)
 
 
 def _load_npy(path: Path) -> NDArray[Any]:
@@ -85,8 +94,8 @@ def _load_npy(path: Path) -> NDArray[Any]:
     return array
 
 
-def _load_npz(source: SourceCase, path: Path, flip: Flip) -> ReleasedSlices:
-    """A test volume: ``arr_0`` image and ``arr_1`` label (H, W, D), turned as the released evaluation turns them."""
+def _load_npz(path: Path) -> tuple[NDArray[np.float32], NDArray[Any] | None]:
+    """``arr_0``, the image, and ``arr_1``, its label."""
     try:
         with zipfile.ZipFile(path) as archive:
             unpacked = sum(entry.file_size for entry in archive.infolist())
@@ -96,18 +105,22 @@ def _load_npz(source: SourceCase, path: Path, flip: Flip) -> ReleasedSlices:
             if damaged:
                 raise ValueError(f"wrong checksum of {damaged}")
         with np.load(path, allow_pickle=False) as arrays:
-            names = sorted(arrays.files)
-            if "arr_0" not in names:
-                raise ValueError(f"it holds {', '.join(names) or 'nothing'}, expected arr_0 (image) and arr_1 (label)")
+            if "arr_0" not in arrays.files:
+                found = ", ".join(sorted(arrays.files)) or "nothing"
+                raise ValueError(f"it holds {found}, expected arr_0 (image) and arr_1 (label)")
             image = np.asarray(arrays["arr_0"], dtype=np.float32)
-            label = np.asarray(arrays["arr_1"]) if "arr_1" in names else None
-    except (ValueError, EOFError, OSError, zipfile.BadZipFile, KeyError) as error:
+            return image, np.asarray(arrays["arr_1"]) if "arr_1" in arrays.files else None
+    except (ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
         raise DataError(f"{path}: not a readable npz volume ({error}); copy or download it again") from None
+
+
+def _turned(path: Path, image: NDArray[np.float32], label: NDArray[Any] | None, flip: Flip) -> ReleasedSlices:
+    """Slices of a test volume (H, W, D), turned as the released evaluation turns them."""
     if image.ndim != 3 or (label is not None and (label.shape != image.shape or label.dtype.kind not in "fiub")):
         found = "no label" if label is None else f"label {label.shape} {label.dtype}"
         raise DataError(f"{path}: image {image.shape}, {found}; expected two arrays of numbers (H, W, D)")
-    steps = ["slices along axis 2 of the npz volume; z-scored by the publisher"]
-    if flip == "both" or (flip == "auto" and path.name.endswith(".nii.gz.npz")):
+    steps = ["slices along axis 2 of the test volume; z-scored by the publisher"]
+    if flip == "both" or (flip == "auto" and re.search(r"_\d+\.nii\.gz(\.npz)?$", path.name)):
         image = image[::-1, ::-1]
         label = None if label is None else label[::-1, ::-1]
         steps.append("axes 0 and 1 flipped to the orientation of the training slices")

@@ -216,7 +216,8 @@ def _place_axis(
     start = (length - 1) / 2 - step * (samples - 1) / 2
     if crop is not None:
         position = ((length - 1 - centre if reverse else centre) - start) / step
-        first = int(np.floor(position - (crop - 1) / 2 + 0.5))
+        # Half the crop before the centre, crop // 2 where that is a voxel; rounded so that no last digit decides.
+        first = int(np.ceil(round(position - crop / 2, 6)))
         last = first + crop
         if keep_inside:
             first, last = max(first, 0), min(last, samples)

@@ -21,7 +21,7 @@ from mpscl_ray.data.released_slices import Flip, ReleasedSlices, read_released
 from mpscl_ray.data.schema import Case, Scaling, write_case
 from mpscl_ray.data.slices import Recipe, intensity_range, prepare_volume, scale
 from mpscl_ray.durable_files import storage_errors
-from mpscl_ray.errors import DataError
+from mpscl_ray.errors import DataError, StorageError
 
 _MOST_VOXELS = 2**31
 
@@ -98,9 +98,19 @@ def stage_case(request: Request, settings: Settings) -> Staged | list[str]:
 
 
 def finish_case(staged: Staged, scaling: Scaling, classes: Sequence[str], folder: Path) -> Case:
-    """Scale the waiting slices to [-1, 1] and write them as the case's Parquet file."""
+    """Scale the waiting slices to [-1, 1] and write them as the case's Parquet file.
+
+    Raises:
+        StorageError: where the waiting slices are gone, or the file cannot be written.
+    """
     request = staged.request
-    image = np.load(request.image_file, allow_pickle=False)
+    try:
+        image = np.load(request.image_file, allow_pickle=False)
+    except FileNotFoundError:
+        raise StorageError(
+            f"{request.image_file}: written by another worker and not visible here; --out has to be on storage that all "
+            "nodes of the cluster share"
+        ) from None
     if staged.scaled_by != (scaling.low, scaling.high):
         if staged.scaled_by is not None:
             image = _unscaled(image, *staged.scaled_by)
@@ -150,10 +160,6 @@ def _save(request: Request, image: NDArray[np.float32], label: NDArray[np.uint8]
         np.save(request.image_file, image, allow_pickle=False)
         if label is not None:
             np.save(request.label_file, label, allow_pickle=False)
-
-
-def _without_name(notice: str, path: Path) -> str:
-    return notice.removeprefix(f"{path.name}: ")
 
 
 # ------------------------------------------------------------------------------------------------------- volumes
@@ -225,7 +231,9 @@ def _stage_volume(request: Request, settings: Settings) -> Staged | list[str]:
 def _map(array: NDArray[Any], table: LabelTable | None, path: Path) -> tuple[NDArray[np.uint8], list[str]]:
     assert table is not None, "labels without a label table"
     mapped, notices = map_labels(array, table.effective(), table.ignored, path, table.unknown)
-    return mapped, [_without_name(notice, path) for notice in notices]
+    # That nothing is labelled is told for all cases together.
+    told = [notice for notice in notices if mapped.any() or "no voxel" not in notice]
+    return mapped, [notice.removeprefix(f"{path.name}: ") for notice in told]
 
 
 def _looks_odd(image: NDArray[np.float32], modality: str) -> list[str]:
@@ -273,7 +281,7 @@ def _stage_slices(request: Request, settings: Settings) -> Staged | list[str]:
     if broken:
         return [f"{source.images[0]}: {broken} pixels of its slices are NaN or infinite; expected finite intensities"]
     constant = int(sum(plane.min() == plane.max() for plane in image))
-    if constant == len(image) and source.kind == "npz":
+    if constant == len(image) and source.kind in ("npz", "released_nifti"):
         return [
             f"{source.images[0]}: every pixel has the intensity {image.flat[0]:g}, so it shows nothing; leave it out"
         ]

@@ -27,6 +27,9 @@ _VALIDATION_OF_MMWHS = 8
 """One in so many of the remaining patients validates: 2 of 16, as in the CT half of the release."""
 
 
+_LISTED = 6
+
+
 @dataclass(frozen=True)
 class Member:
     """A case as far as splitting sees it."""
@@ -214,7 +217,8 @@ def overlaps(
     for same in by_content.values():
         if len(same) < 2:
             continue
-        names = ", ".join(f"{case} ({split})" for split, case, _ in sorted(same))
+        names = ", ".join(f"{case} ({split})" for split, case, _ in sorted(same)[:_LISTED])
+        names += f" and {len(same) - _LISTED} more" if len(same) > _LISTED else ""
         if len({patient for _, _, patient in same}) > 1 and _conflict({split for split, _, _ in same}, transductive):
             forbidden.append(f"the same image under several names: {names}")
         elif len({case for _, case, _ in same}) > 1:

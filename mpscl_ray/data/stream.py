@@ -1,8 +1,8 @@
 """Batches of slices for one worker: which slices there are, in which order they come, and their way into tensors.
 
 :class:`Slices` is a split of a prepared dataset, opened for reading; :class:`LocalSlices` holds it in the memory of
-this process, the kinds that Ray Data reads are in :mod:`mpscl_ray.data.pipeline`. :class:`SliceStream` turns any of them
-into the endless, augmented batches of one rank.
+this process, the kinds that Ray Data reads are in :mod:`mpscl_ray.data.pipeline`. :class:`SliceStream` turns any of
+them into the endless, augmented batches of one rank.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ class LocalSlices(ResidentSlices):
 
 
 def tensors(arrays: Arrays, keys: Keys | None = None, config: AugmentConfig | None = None) -> dict[str, Tensor]:
-    """Turn arrays into the tensors of a batch, augmented if wanted: image (B, 1, H, W) float32, label (B, H, W) int64."""
+    """Turn arrays into a batch, augmented if wanted: image (B, 1, H, W) float32, label (B, H, W) int64."""
     image = torch.from_numpy(arrays["image"]).unsqueeze(1)
     label = torch.from_numpy(arrays["label"]) if "label" in arrays else None
     if keys is not None and config is not None:

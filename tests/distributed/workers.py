@@ -1,6 +1,6 @@
 """What each gloo process of the distributed tests runs: ``workers.py RANK WORLD_SIZE FOLDER CASE...``.
 
-Each case writes ``FOLDER/CASE-WORLD_SIZE-RANK.npz``. The global batch of a step is the same for every number of workers.
+Each case writes ``FOLDER/CASE-RANK.npz``. The global batch of a step is the same for every number of workers.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mpscl_ray import distributed
+from mpscl_ray.errors import TrainingError
 from mpscl_ray.methods import MPSCL, Batch, MPSCLConfig, Segmentation, SegmentationConfig
 from mpscl_ray.networks import initialise
 from mpscl_ray.networks.deeplab import DeepLabV2
@@ -25,6 +26,7 @@ CLASSES = 4
 GLOBAL_BATCH = 8
 SIZE = 32
 STEPS = 20
+WARM_UP = 3
 CPU = torch.device("cpu")
 
 
@@ -59,8 +61,8 @@ def segmenter(seed: int) -> DeepLabV2:
 
 
 def method(seed: int = 0, **settings: Any) -> MPSCL:
-    config = MPSCLConfig(**{"discriminator_width": 4, "delta_th": 0.02, "lambda_main": 0.1, "lambda_aux": 0.02, **settings})
-    return MPSCL(segmenter(seed), config, OPTIM, CLASSES, CPU, PrecisionConfig(), seed)
+    chosen = {"discriminator_width": 4, "delta_th": 0.1, "lambda_main": 0.1, "lambda_aux": 0.02, **settings}
+    return MPSCL(segmenter(seed), MPSCLConfig(**chosen), OPTIM, CLASSES, CPU, PrecisionConfig(), seed)
 
 
 OPTIM = OptimConfig(lr=2e-3, lr_discriminator=1e-3)
@@ -85,31 +87,39 @@ def flat_state(state: dict[str, Any], prefix: str = "") -> dict[str, Tensor]:
     return tensors
 
 
-def parity(settings: dict[str, Any]) -> dict[str, Tensor | np.ndarray[Any, Any]]:
-    """Warm-up and adaptation (or plain segmentation) with everything that must not depend on the number of workers."""
-    results: dict[str, Any] = {}
+def parity(settings: dict[str, Any]) -> dict[str, Any]:
+    """Warm-up and adaptation with everything that must not depend on the number of workers."""
     # A start that differs between the ranks: wrapping must bring rank 0's weights to all.
-    seed = distributed.rank()
-    if settings.get("method") == "segmentation":
-        trained: MPSCL | Segmentation = Segmentation(
-            segmenter(seed), SegmentationConfig(), OPTIM, CLASSES, CPU, PrecisionConfig(), seed
-        )
-    else:
-        trained = method(seed, **settings)
-    trained.start_phase(5, adapt=False)
-    for step in range(5):
+    trained = method(distributed.rank(), **settings)
+    trained.start_phase(WARM_UP, adapt=False)
+    for step in range(WARM_UP):
         trained.step(my_part(global_batch(step)), step)
-    slices = my_part(global_batch(100))
-    # Shares of different lengths: the last rank brings its slices one by one, twice over in all.
-    batches = [(slices.source_image, slices.source_label)]
-    trained.initialise_prototypes(batches)
-    if isinstance(trained, MPSCL):
-        results["prototypes_initial"] = trained.prototypes
+    trained.initialise_prototypes(uneven_shares(global_batch(100)))
+    return {"prototypes_initial": trained.prototypes, **record(trained)}
+
+
+def source_only_then_adapted() -> dict[str, Any]:
+    """Two methods that are wrapped around the same segmenter, one after the other."""
+    shared = segmenter(distributed.rank())
+    first = Segmentation(shared, SegmentationConfig(), OPTIM, CLASSES, CPU, PrecisionConfig(), 0)
+    config = MPSCLConfig(discriminator_width=4, delta_th=0.1, norm_statistics="target")
+    second = MPSCL(shared, config, OPTIM, CLASSES, CPU, PrecisionConfig(), distributed.rank())
+    first.start_phase(STEPS)
+    results = record(first)
+    second.start_phase(WARM_UP)
+    for step in range(WARM_UP):
+        second.step(my_part(global_batch(50 + step)), step)
+    distributed.assert_same_weights(second.networks)
+    return results | {f"state.adapted.{name}": tensor for name, tensor in flat_state(second.state_dict()).items()}
+
+
+def record(trained: MPSCL | Segmentation) -> dict[str, Any]:
+    results: dict[str, Any] = {}
     trained.start_phase(STEPS)
     local: list[dict[str, float]] = []
     reduced: list[dict[str, float]] = []
     for step in range(STEPS):
-        metrics = trained.step(my_part(global_batch(5 + step)), step)
+        metrics = trained.step(my_part(global_batch(WARM_UP + step)), step)
         local.append({name: float(value) for name, value in metrics.items()})
         reduced.append(distributed.reduce_metrics(metrics))
         if step in (0, STEPS - 1):
@@ -122,12 +132,128 @@ def parity(settings: dict[str, Any]) -> dict[str, Tensor | np.ndarray[Any, Any]]
     return results
 
 
+def uneven_shares(batch: Batch) -> list[tuple[Tensor, Tensor]]:
+    """All slices of a global batch, of which the last worker has all but one for each other worker."""
+    rank, last = distributed.rank(), distributed.world_size() - 1
+    rows = [rank] if rank < last else list(range(last, GLOBAL_BATCH))
+    return [(batch.source_image[row : row + 1], batch.source_label[row : row + 1]) for row in rows]
+
+
+def non_finite(place: str) -> dict[str, Any]:
+    """Two good steps, one with a NaN or an infinity in the batch of the last rank alone, and one more good step."""
+    trained = method(0, discriminator="patchgan")
+    trained.start_phase(STEPS)
+    results: dict[str, Any] = {}
+    flags: list[float] = []
+    for step, name in enumerate(("first", "before", "after", "later")):
+        batch = my_part(global_batch(step))
+        assert batch.target_image is not None
+        if name == "after" and distributed.rank() == distributed.world_size() - 1:
+            image = {"source": batch.source_image, "target": batch.target_image}[place]
+            image[0, 0, 3, 4] = torch.nan if place == "source" else torch.inf
+        metrics = trained.step(batch, step)
+        flags.append(float(metrics["non_finite"]))
+        results |= {f"{name}.{key}": tensor for key, tensor in flat_state(trained.state_dict()).items()}
+        if name == "after":
+            results |= {f"local.{key}": value for key, value in trained.non_finite_losses().items()}
+    losses = distributed.reduce_metrics(trained.non_finite_losses())
+    results |= {f"loss.{key}": np.array(value) for key, value in losses.items()}
+    return {"flags": np.array(flags), **results}
+
+
+def batch_norm() -> dict[str, Any]:
+    """One layer over the workers, and nn.BatchNorm2d on the union of their batches."""
+    results: dict[str, Any] = {}
+    rank = distributed.rank()
+    cases = {
+        "plain": {"dtype": torch.float64},
+        "single": {"dtype": torch.float32},
+        "channels_last": {"dtype": torch.float32, "memory_format": torch.channels_last},
+        "no_affine": {"dtype": torch.float64, "affine": False},
+        "two_parts": {"dtype": torch.float64, "inputs": 2},
+        "second_moves": {"dtype": torch.float64, "inputs": 2, "moves": (False, True)},
+        "uneven": {"dtype": torch.float64, "sizes": [5, 1, 2, 4]},
+    }
+    for name, case in cases.items():
+        dtype = case["dtype"]
+        sizes = case.get("sizes", [3] * 4)[: distributed.world_size()]
+        rows = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
+        reference = nn.BatchNorm2d(6, affine=case.get("affine", True)).to(dtype)
+        generator = torch.Generator().manual_seed(1)
+        if reference.affine:
+            with torch.no_grad():
+                reference.weight.normal_(generator=generator)
+                reference.bias.normal_(generator=generator)
+        layer = nn.BatchNorm2d(6, affine=reference.affine).to(dtype)
+        layer.load_state_dict(reference.state_dict())
+        converted = distributed.convert_batch_norm(layer, CPU)
+        assert isinstance(converted, distributed.WorkersBatchNorm2d)
+        assert distributed.convert_batch_norm(converted, CPU) is converted
+        assert list(converted.state_dict()) == list(reference.state_dict())
+        ours, plain = distributed.ForEach(converted, case.get("moves")), distributed.ForEach(reference, case.get("moves"))
+        for _ in range(2):
+            whole = [torch.randn(sum(sizes), 6, 5, 4, generator=generator, dtype=dtype) * 3 + 7 for _ in range(case.get("inputs", 1))]
+            weights = [torch.randn(x.shape, generator=generator, dtype=dtype) for x in whole]
+            union = [x.clone().requires_grad_() for x in whole]
+            part = [x[rows].contiguous(memory_format=case.get("memory_format", torch.contiguous_format)).requires_grad_() for x in whole]
+            expected, output = plain(*union), ours(*part)
+            sum((y.tanh() * w).sum() for y, w in zip(expected, weights, strict=True)).backward()
+            sum((y.tanh() * w[rows]).sum() for y, w in zip(output, weights, strict=True)).backward()
+            for i in range(len(whole)):
+                results[f"ours.{name}.output{i}"], results[f"reference.{name}.output{i}"] = output[i], expected[i][rows]
+                results[f"ours.{name}.gradient{i}"], results[f"reference.{name}.gradient{i}"] = part[i].grad, union[i].grad[rows]
+        if reference.affine:
+            for key in ("weight", "bias"):
+                results[f"ours.{name}.{key}"] = distributed.all_reduce_sum(getattr(converted, key).grad)
+                results[f"reference.{name}.{key}"] = getattr(reference, key).grad
+        results |= {f"ours.{name}.{key}": value for key, value in converted.named_buffers()}
+        results |= {f"reference.{name}.{key}": value for key, value in reference.named_buffers()}
+        results[f"ours.{name}.evaluated"] = converted.eval()(whole[0])
+        results[f"reference.{name}.evaluated"] = reference.eval()(whole[0])
+    return {name: value.detach() for name, value in results.items()}
+
+
+def objects() -> dict[str, Any]:
+    """What every rank gets of objects and sums that differ between the ranks."""
+    rank = distributed.rank()
+    everything = distributed.gather_objects({"rank": rank, "text": "ä" * (10 * rank)})
+    assert [item["rank"] for item in everything] == list(range(distributed.world_size()))
+    assert [len(item["text"]) for item in everything] == [10 * r for r in range(distributed.world_size())]
+    assert distributed.broadcast_object([rank, None, 0.5]) == [0, None, 0.5]
+    counts, halves = distributed.all_reduce_sums(torch.tensor([[rank, 1]]), torch.tensor(0.5))
+    assert counts.dtype == torch.int64
+    network = nn.Linear(2, 2)
+    nn.init.constant_(network.weight, rank)
+    try:
+        distributed.assert_same_weights({"linear": network})
+        message = ""
+    except TrainingError as error:
+        message = str(error)
+    value = torch.tensor(float(rank + 1), requires_grad=True)
+    share = distributed.global_ratio(value * value, torch.tensor(2.0 * rank), eps=1.0)
+    share.backward()
+    distributed.barrier()
+    return {
+        "counts": counts,
+        "halves": halves,
+        "drift_was_seen": np.array("linear" in message),
+        "any": distributed.any_worker(torch.tensor(rank == 1)),
+        "none": distributed.any_worker(torch.tensor(False)),
+        "ratio": np.array(distributed.reduce_metrics({"ratio": share})["ratio"]),
+        "ratio_gradient": value.grad,
+    }
+
+
 CASES: dict[str, Callable[[], dict[str, Any]]] = {
     "fc-released": lambda: parity({"discriminator": "fc", "form": "released"}),
-    "fc-paper": lambda: parity({"discriminator": "fc", "form": "paper", "norm_statistics": "target"}),
+    "fc-paper": lambda: parity({"discriminator": "fc", "form": "paper"}),
     "patchgan-released": lambda: parity({"discriminator": "patchgan", "form": "released", "temperature_source": 2.0}),
     "patchgan-paper": lambda: parity({"discriminator": "patchgan", "form": "paper"}),
-    "segmentation": lambda: parity({"method": "segmentation"}),
+    "segmentation": source_only_then_adapted,
+    "non-finite-source": lambda: non_finite("source"),
+    "non-finite-target": lambda: non_finite("target"),
+    "batch-norm": batch_norm,
+    "objects": objects,
 }
 
 
@@ -135,11 +261,11 @@ def main(arguments: list[str]) -> None:
     rank, world_size, folder = int(arguments[0]), int(arguments[1]), Path(arguments[2])
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store-{world_size}", rank=rank, world_size=world_size
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size
     )
     for case in arguments[3:]:
-        results = {name: np.asarray(value) for name, value in CASES[case]().items()}
-        np.savez(folder / f"{case}-{world_size}-{rank}.npz", **results)
+        results = {name: np.asarray(value.detach() if isinstance(value, Tensor) else value) for name, value in CASES[case]().items()}
+        np.savez(folder / f"{case}-{rank}.npz", **results)
     dist.destroy_process_group()
 
 

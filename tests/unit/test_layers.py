@@ -12,17 +12,22 @@ PACKAGE = Path(__file__).resolve().parents[2] / "mpscl_ray"
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"errors", "__init__", "data.__init__"}),
     frozenset(
-        "networks losses prototypes pseudo_labels metrics data.order data.slices data.orientation data.phantom "
+        "networks losses prototypes pseudo_labels metrics data.order data.geometry data.slices data.phantom "
         "data.phantom_imaging data.augment".split()
     ),
     frozenset({"distributed"}),
     frozenset({"optimisation", "methods"}),
     frozenset(
-        "config checkpoint run_folder progress plots interruption inference score_table data.schema data.nifti data.tfrecord "
-        "data.layouts data.splits data.stream data.phantom_files cli".split()
+        "config checkpoint checkpoint_format durable_files environment run_folder metrics_log progress plots interruption "
+        "inference score_table evaluation data.schema data.agreement data.dataset_checks data.nifti data.nifti_file "
+        "data.file_listing data.label_maps data.label_table data.layouts data.reading data.released_slices "
+        "data.source_volumes data.splits data.stream data.tfrecord data.phantom_files cli".split()
     ),
     frozenset("validation training".split()),
-    frozenset("cluster_session data.pipeline prepare worker train evaluate predict".split()),
+    frozenset(
+        "cluster_session parallel data.pipeline prepare prepare_options prepare_plan phantom_dataset worker launch train "
+        "evaluate predict".split()
+    ),
 )
 ONLY_THESE_IMPORT_RAY = LAYERS[-1]
 

@@ -360,10 +360,10 @@ def test_paper_form_gradient(generator: torch.Generator) -> None:
 
 @pytest.mark.parametrize("form", ["released", "paper"])
 def test_gradient_at_the_prototype_itself_is_finite(form: losses.MarginForm) -> None:
-    features = torch.ones(1, 6, 1, 1).requires_grad_()
     centres = torch.eye(C, 6)
-    centres[1] = 3.0
+    features = centres[1].clone().reshape(1, 6, 1, 1).requires_grad_()
     cosine = losses.cosine_to_prototypes(features, centres)
+    assert float(cosine[0, 1].detach()) == 1.0
     label = torch.ones(1, 1, 1, dtype=torch.int64)
     losses.margin_contrastive_loss(cosine, label, 0.4, 1.0, form=form).numerator.backward()
     assert features.grad is not None

@@ -307,7 +307,7 @@ def test_an_image_of_one_intensity_is_refused(tmp_path: Path) -> None:
 
 
 def test_any_header_is_read_or_refused_in_a_sentence(tmp_path: Path) -> None:
-    """Thousands of headers with random bytes: no other error, no room beyond the cap."""
+    """Many headers with random bytes: no other error, no room beyond the cap."""
     random = np.random.default_rng(7)
     contents = [save(tmp_path / "v.nii").read_bytes()]
     nib.save(nib.Nifti2Image(ramp(), AFFINE), tmp_path / "v2.nii")
@@ -316,7 +316,7 @@ def test_any_header_is_read_or_refused_in_a_sentence(tmp_path: Path) -> None:
     outcomes = {True: 0, False: 0}
     tracemalloc.start()
     try:
-        for number in range(40000):
+        for number in range(1500):
             content = bytearray(contents[number % 2])
             for position in random.integers(0, len(content) - ramp().nbytes, random.integers(1, 6)):
                 content[position] = random.integers(0, 256)

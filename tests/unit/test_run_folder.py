@@ -57,7 +57,7 @@ def test_layout_is_the_documented_one(run: RunFolder) -> None:
     assert run.read_config() == CONFIG
     assert run.read_model() == {"classes": ["background", "MYO"]}
     assert run_folder.__doc__ is not None
-    documented = re.findall(r"^        ([\w./]+?)(?:/\w*)?  +", run_folder.__doc__, re.MULTILINE)
+    documented = re.findall(r"^        ([\w.]+)(?:/\w*)*  +", run_folder.__doc__, re.MULTILINE)
     assert set(os.listdir(run.path)) <= set(documented)
 
 
@@ -212,7 +212,7 @@ def test_metrics_on_a_full_disk_keep_what_was_written(run: RunFolder, monkeypatc
         with pytest.raises(StorageError, match=r"metrics.jsonl: no space left"):
             run.append_metrics({"global_step": 2})
     run.append_metrics({"global_step": 3})
-    assert [record["global_step"] for record in run.read_metrics()][::2] == [1, 3]
+    assert [record["global_step"] for record in run.read_metrics()] in ([1, 3], [1, 2, 3])
 
 
 # ---- status and environment ----

@@ -1,0 +1,84 @@
+"""The phantom hearts as a prepared dataset: made once for a storage folder, by the same code as real data."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+from mpscl_ray.config import Config
+from mpscl_ray.data.phantom_files import FIRST_CASE, make_phantom
+from mpscl_ray.data.schema import MANIFEST
+from mpscl_ray.data.slices import Recipe
+from mpscl_ray.durable_files import storage_errors, write_atomically
+from mpscl_ray.errors import ConfigError
+from mpscl_ray.prepare import prepare
+from mpscl_ray.prepare_options import PrepareOptions
+
+PREFIX = "phantom:"
+"""``data.source=phantom:mr`` stands for the dataset that is made here."""
+
+MODALITIES = ("mr", "ct")
+
+TRAIN, VAL, TEST = 12, 2, 4
+"""Cases of each modality."""
+
+SEED = 7
+"""Of the hearts; the same for all runs, so that seeds of runs are compared on the same data."""
+
+RECIPE = Recipe(spacing_mm=(2.4, 2.4, 2.4), crop=(64, 64), crop_depth=44)
+"""Coronal slices of 64 x 64 at 2.4 mm, which hold the heart."""
+
+
+def resolve(config: Config) -> Config:
+    """Replace ``phantom:mr`` and ``phantom:ct`` by folders of prepared datasets, making them where they are missing.
+
+    Raises:
+        ConfigError: another word after ``phantom:``.
+        StorageError: the storage folder cannot be written.
+    """
+    wanted = {key: getattr(config.data, key) for key in ("source", "target")}
+    folders: dict[str, str] = {}
+    for key, value in wanted.items():
+        if value.startswith(PREFIX):
+            modality = value.removeprefix(PREFIX)
+            if modality not in MODALITIES:
+                raise ConfigError(f"data.{key}={value}: the phantom has {' and '.join(PREFIX + m for m in MODALITIES)}")
+            folders[key] = str(phantom_dataset(Path(config.run.storage)) / modality)
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, **folders)) if folders else config
+
+
+def phantom_dataset(storage: Path) -> Path:
+    """Folder with the prepared datasets ``mr`` and ``ct`` of the phantom, made on first use.
+
+    The name of the folder carries a hash of everything that decides what it holds, so that another version of the
+    phantom is another dataset.
+    """
+    recipe = json.dumps([TRAIN, VAL, TEST, SEED, RECIPE.to_json(), _code_hash()])
+    folder = storage / f"phantom-{hashlib.sha256(recipe.encode()).hexdigest()[:8]}"
+    prepared = folder / "prepared"
+    if all((prepared / modality / MANIFEST).is_file() for modality in MODALITIES):
+        return prepared
+    print(f"making the phantom hearts in {folder}", flush=True)
+    count = TRAIN + VAL + TEST
+    raw = folder / "nifti"
+    with storage_errors(folder):
+        shutil.rmtree(folder, ignore_errors=True)
+    make_phantom(raw, count, count, SEED)
+    for modality in MODALITIES:
+        names = [f"{modality}_{FIRST_CASE + number}" for number in range(count)]
+        split = {"train": names[:TRAIN], "val": names[TRAIN : TRAIN + VAL], "test": names[TRAIN + VAL :]}
+        file = folder / f"split-{modality}.json"
+        write_atomically(file, json.dumps(split, indent=1).encode())
+        prepare(PrepareOptions(raw, prepared, "mmwhs", modality=modality, split=str(file), recipe=RECIPE))
+    return prepared
+
+
+def _code_hash() -> str:
+    """Hash of the source that makes the hearts: a changed phantom must not be mistaken for the old one."""
+    from mpscl_ray.data import phantom, phantom_imaging
+
+    sources = [Path(module.__file__ or "").read_bytes() for module in (phantom, phantom_imaging)]
+    return hashlib.sha256(b"".join(sources)).hexdigest()

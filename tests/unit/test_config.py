@@ -1,0 +1,136 @@
+"""Settings: presets, overrides, and what is said of wrong ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mpscl_ray.config import (
+    METHOD_CONFIGS,
+    PRESETS,
+    config_from_dict,
+    describe_keys,
+    differences,
+    load_config,
+    preset_names,
+    to_dict,
+    to_yaml,
+)
+from mpscl_ray.errors import ConfigError
+from mpscl_ray.methods import METHODS
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_every_preset_survives_a_round_trip(name: str, tmp_path: Path) -> None:
+    config = load_config(name)
+    assert config_from_dict(to_dict(config)) == config
+    file = tmp_path / "config.yaml"
+    file.write_text(to_yaml(config), encoding="utf-8")
+    assert load_config(file) == config
+
+
+def test_methods_and_their_settings_have_the_same_names() -> None:
+    assert METHODS.keys() == METHOD_CONFIGS.keys()
+
+
+def test_presets_ship_for_both_directions_with_bounds() -> None:
+    expected = {f"{folder}/{name}" for folder in ("mr2ct", "ct2mr", "small") for name in ("mpscl", "source_only", "supervised")}
+    assert expected | {"phantom", "phantom/source_only", "phantom/supervised"} <= set(preset_names())
+
+
+def test_paper_and_released_numbers() -> None:
+    released, paper = load_config("mr2ct/mpscl_released"), load_config("mr2ct/mpscl_paper")
+    assert (released.method.form, paper.method.form) == ("released", "paper")
+    assert (released.optim.weight_decay, paper.optim.weight_decay) == (5e-4, 1e-4)
+    assert (released.method.lambda_aux, paper.method.lambda_aux) == (2e-5, 6e-4)
+    assert released.optim.legacy_param_repeats == {"stem": 1, "block": 3, "downsample": 4, "head": 1}
+    assert load_config("ct2mr/mpscl_released").method.temperature_source == 2.0
+    assert load_config("ct2mr/mpscl_paper").method.temperature_source == 1.0
+    assert load_config("ct2mr/mpscl").method.discriminator == "patchgan"
+
+
+def test_overrides_have_the_types_of_their_fields() -> None:
+    config = load_config("phantom", ["optim.lr=1e-4", "run.name=2024", "network.blocks=[1,2,3,4]", "data.in_memory=false"])
+    assert config.optim.lr == 1e-4
+    assert config.run.name == "2024"
+    assert config.network.blocks == (1, 2, 3, 4)
+    assert config.data.in_memory is False
+    assert differences(config, load_config("phantom")).keys() == {
+        "optim.lr",
+        "run.name",
+        "network.blocks",
+        "data.in_memory",
+    }
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("method.margin_sorce=0.2", "did you mean 'method.margin_source'"),
+        ("method.margin_source=-0.1", "greater than or equal to 0"),
+        ("method.margin_target=4", "less than or equal to"),
+        ("method.temperature_source=0", "greater than 0"),
+        ("method.alpha=1.5", "less than or equal to 1"),
+        ("method.delta_th=nan", "method.delta_th"),
+        ("data.batch_size=0", "greater than or equal to 1"),
+        ("optim.lr=nan", "finite"),
+        ("optim.lr=fast", "valid number"),
+        ("scaling.workers=3", "scaling.workers=3"),
+        ("scaling.workers=two", "valid integer"),
+        ("network.output_stride=16", "4 or 8"),
+        ("data.labelled=target", "supervised"),
+        ("method.name=mpslc", "mpscl, segmentation"),
+        ("run.name=../elsewhere", "letters, digits"),
+        ("nonsense", "not key=value"),
+        ("phases={source_only: 0, warm_up: 0, adaptation: 0}", "0 iterations"),
+    ],
+)
+def test_wrong_settings_are_told_plainly(override: str, sentence: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        load_config("phantom", [override])
+    assert sentence in str(error.value)
+    assert "on the command line" in str(error.value) or override.split("=")[0].split(".")[0] in str(error.value)
+
+
+def test_all_errors_are_told_at_once_with_file_and_line(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("preset: small/mpscl\noptim:\n  lr: -1\nmethd:\n  margin_source: 0.1\n", encoding="utf-8")
+    with pytest.raises(ConfigError) as error:
+        load_config(file, ["data.batch_size=0"])
+    text = str(error.value)
+    assert "optim.lr=-1 in mine.yaml:3" in text
+    assert "'methd.margin_source' in mine.yaml:5" in text
+    assert "data.batch_size=0 on the command line" in text
+
+
+@pytest.mark.parametrize("name", ["mr2ct/mpsl", "nothing-like-it", "missing.yaml"])
+def test_unknown_presets_name_the_known_ones(name: str) -> None:
+    with pytest.raises(ConfigError, match="small/mpscl"):
+        load_config(name)
+
+
+def test_presets_that_build_on_each_other_in_a_circle(tmp_path: Path) -> None:
+    file = tmp_path / "circle.yaml"
+    file.write_text(f"preset: {file}\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match="builds on itself"):
+        load_config(file)
+
+
+@pytest.mark.parametrize("content", ["- a list", "key: [unclosed", "just words"])
+def test_a_file_that_holds_no_settings(content: str, tmp_path: Path) -> None:
+    file = tmp_path / "bad.yaml"
+    file.write_text(content, encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"bad\.yaml"):
+        load_config(file)
+
+
+def test_every_setting_is_documented() -> None:
+    lines = describe_keys().splitlines()
+    for line, following in zip(lines, [*lines[1:], ""], strict=True):
+        if " = " in line and not line.startswith("      "):
+            assert following.startswith("      "), f"{line.strip()} has no description"
+
+
+def test_presets_are_installed_with_the_package() -> None:
+    assert {path.suffix for path in PRESETS.rglob("*") if path.is_file()} == {".yaml"}
