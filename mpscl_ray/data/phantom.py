@@ -15,8 +15,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from mpscl_ray.data import phantom_imaging
 from mpscl_ray.data.phantom_imaging import CtScan, MrScan, Tissue
+from mpscl_ray.data.phantom_shapes import Cut, Ellipsoid, Field, Solid, Tube
 
 Modality = Literal["mr", "ct"]
 Floats = NDArray[np.float32]
@@ -51,100 +51,11 @@ class PhantomCase:
 
 
 @dataclass(frozen=True)
-class Ellipsoid:
-    """Ellipsoid with semi-axes ``radii`` along the columns of ``axes``."""
-
-    centre: NDArray[np.float64]
-    radii: tuple[float, float, float]
-    axes: NDArray[np.float64]
-
-    def distance(self, x: Floats, y: Floats, z: Floats) -> Floats:
-        """Signed distance in mm, first order at the surface: k0 (k0 - 1) / k1, k0 = |p/r|, k1 = |p/r^2|."""
-        k0 = np.zeros(np.broadcast_shapes(x.shape, y.shape, z.shape), np.float32)
-        k1 = np.zeros_like(k0)
-        for axis, radius in zip(self.axes.T.astype(np.float32), self.radii, strict=True):
-            offset = np.float32(axis @ self.centre)
-            u = (axis[0] * x + axis[1] * y + axis[2] * z - offset) / np.float32(radius)
-            u *= u
-            k0 += u
-            k1 += u / np.float32(radius**2)
-        np.sqrt(k0, out=k0)
-        np.sqrt(k1, out=k1)
-        result: Floats = k0 * (k0 - 1) / np.maximum(k1, 1e-6)
-        return result
-
-    def bounds(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Corners of the box that holds it."""
-        half = np.sqrt(((self.axes * np.asarray(self.radii)) ** 2).sum(axis=1))
-        return self.centre - half, self.centre + half
-
-
-@dataclass(frozen=True)
-class Tube:
-    """Round tube along a polyline, its radius interpolated between the points."""
-
-    points: NDArray[np.float64]
-    radii: tuple[float, ...]
-
-    def distance(self, x: Floats, y: Floats, z: Floats) -> Floats:
-        """Signed distance to the surface in mm."""
-        best: Floats | None = None
-        for a, b, ra, rb in zip(self.points[:-1], self.points[1:], self.radii[:-1], self.radii[1:], strict=True):
-            d = (b - a).astype(np.float32)
-            px, py, pz = (c - np.float32(v) for c, v in zip((x, y, z), a, strict=True))
-            t = np.clip((px * d[0] + py * d[1] + pz * d[2]) / np.float32(d @ d), 0, 1)
-            gap = np.sqrt((px - t * d[0]) ** 2 + (py - t * d[1]) ** 2 + (pz - t * d[2]) ** 2)
-            gap -= np.float32(ra) + t * np.float32(rb - ra)
-            best = gap if best is None else np.minimum(best, gap)
-        assert best is not None
-        return best
-
-    def bounds(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Corners of the box that holds it."""
-        reach = max(self.radii)
-        return self.points.min(axis=0) - reach, self.points.max(axis=0) + reach
-
-
-@dataclass(frozen=True)
-class Cut:
-    """What of ``solid`` lies where (p - point) . normal < 0, e.g. a ventricle below its valve plane."""
-
-    solid: Ellipsoid
-    point: NDArray[np.float64]
-    normal: NDArray[np.float64]
-
-    def distance(self, x: Floats, y: Floats, z: Floats) -> Floats:
-        """Signed distance to the surface in mm."""
-        n = self.normal.astype(np.float32)
-        plane = n[0] * x + n[1] * y + n[2] * z - np.float32(self.normal @ self.point)
-        return np.maximum(self.solid.distance(x, y, z), plane)
-
-    def bounds(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Corners of the box that holds it."""
-        return self.solid.bounds()
-
-
-@dataclass(frozen=True)
-class Field:
-    """A solid of unlimited extent given by its distance function, e.g. the chest wall or the ribs."""
-
-    function: Callable[[Floats, Floats, Floats], Floats]
-
-    def distance(self, x: Floats, y: Floats, z: Floats) -> Floats:
-        """Signed distance to the surface in mm."""
-        return self.function(x, y, z)
-
-    def bounds(self) -> None:
-        """Everywhere."""
-        return None
-
-
-@dataclass(frozen=True)
 class Part:
     """A solid of one tissue; ``label`` is its MM-WHS id or 0; a later part covers the earlier ones."""
 
     tissue: Tissue
-    solid: Ellipsoid | Tube | Cut | Field
+    solid: Solid
     label: int = 0
 
 
@@ -232,7 +143,11 @@ def _thorax(rng: np.random.Generator) -> list[Part]:
     upright = np.eye(3)
     spine = np.array([rng.normal(0, 3), middle - depth + 2, 0.0])
     descending = np.array([-20 + rng.normal(0, 3), spine[1] + 24, 0.0])
-    top, bottom = np.array([0, 0, 160.0]), np.array([0, 0, -160.0])
+
+    def beside(middle_line: NDArray[np.float64], *away: float) -> NDArray[np.float64]:
+        result: NDArray[np.float64] = middle_line + np.asarray(away)
+        return result
+
     parts = [
         Part(Tissue.FAT, Field(chest(wall + fat))),
         Part(Tissue.MUSCLE, Field(chest(wall))),
@@ -249,10 +164,16 @@ def _thorax(rng: np.random.Generator) -> list[Part]:
         Part(Tissue.FAT, Ellipsoid(np.array([-3.0, middle, 0]), mediastinum, upright)),
         Part(Tissue.LIVER, Field(diaphragm(48, dome, 260.0))),
         Part(Tissue.STOMACH, Field(diaphragm(-62, dome_left, 170.0))),
-        Part(Tissue.BONE, Tube(np.stack([spine + bottom, spine + top]), (19.0, 17.0))),
+        Part(Tissue.BONE, Tube(np.stack([beside(spine, 0, 0, -160), beside(spine, 0, 0, 160)]), (19.0, 17.0))),
         Part(Tissue.BONE, Ellipsoid(np.array([0, middle + depth + 3, 25.0]), (17, 7, 75), upright)),
-        Part(Tissue.MUSCLE, Tube(np.stack([descending + [16, 2, 160], descending + [10, 6, -160]]), (7.0, 7.0))),
-        Part(Tissue.DESCENDING, Tube(np.stack([descending + bottom, descending + [0, 0, 88]]), (10.5, 12.0))),
+        Part(
+            Tissue.MUSCLE,  # oesophagus
+            Tube(np.stack([beside(descending, 16, 2, 160), beside(descending, 10, 6, -160)]), (7.0, 7.0)),
+        ),
+        Part(
+            Tissue.DESCENDING,
+            Tube(np.stack([beside(descending, 0, 0, -160), beside(descending, 0, 0, 88)]), (10.5, 12.0)),
+        ),
     ]
     return parts
 
@@ -438,9 +359,6 @@ def _store(
         if flipped:
             change[old, 3] = image.shape[old] - 1
             flips.append(new)
-    image = np.ascontiguousarray(np.flip(image.transpose(order), flips))
-    label = np.ascontiguousarray(np.flip(label.transpose(order), flips))
+    image = np.ascontiguousarray(np.flip(image.transpose(order), tuple(flips)))
+    label = np.ascontiguousarray(np.flip(label.transpose(order), tuple(flips)))
     return image, label, affine @ change
-
-
-__all__ = ["LABEL_IDS", "PhantomCase", "anatomy", "make_case", "phantom_imaging", "render"]

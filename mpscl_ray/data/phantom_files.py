@@ -64,9 +64,9 @@ def _write(folder: Path, case: PhantomCase) -> tuple[Path, Path]:
     stem = f"{case.modality}_train_{case.number}"
     paths = folder / f"{stem}_image.nii.gz", folder / f"{stem}_label.nii.gz"
     for path, array in zip(paths, (case.image, case.label.astype(np.int16)), strict=True):
-        volume = nib.Nifti1Image(array, case.affine)
-        volume.set_qform(case.affine, code=1)
-        volume.set_sform(case.affine, code=1)
-        volume.header.set_xyzt_units("mm")
+        volume = nib.Nifti1Image(array, case.affine)  # type: ignore[no-untyped-call]
+        volume.set_qform(case.affine, code=1)  # type: ignore[no-untyped-call]
+        volume.set_sform(case.affine, code=1)  # type: ignore[no-untyped-call]
+        volume.header.set_xyzt_units("mm")  # type: ignore[no-untyped-call]
         nib.save(volume, path)
     return paths

@@ -76,8 +76,8 @@ RELAXATION: dict[Tissue, tuple[float, float, float]] = {
     Tissue.LIVER: (0.75, 600.0, 48.0),
     Tissue.STOMACH: (0.85, 1400.0, 90.0),
     Tissue.MYOCARDIUM: (0.80, 1000.0, 52.0),
-    **{tissue: (0.93, 1480.0, 240.0) for tissue in ARTERIAL},
-    **{tissue: (0.93, 1520.0, 170.0) for tissue in VENOUS},
+    **dict.fromkeys(ARTERIAL, (0.93, 1480.0, 240.0)),
+    **dict.fromkeys(VENOUS, (0.93, 1520.0, 170.0)),
 }
 """Proton density, T1 and T2 in ms at 1.5 T. Venous blood has the shorter T2 because of deoxygenated haemoglobin."""
 
@@ -215,4 +215,5 @@ class MrScan:
         real = image + level * rng.standard_normal(signal.shape, dtype=np.float32)
         imaginary = level * rng.standard_normal(signal.shape, dtype=np.float32)
         magnitude = np.hypot(real, imaginary) * np.float32(_draw(rng, self.gain))
-        return np.clip(np.round(magnitude), 0, 32767).astype(np.int16)
+        stored: NDArray[np.int16] = np.clip(np.round(magnitude), 0, 32767).astype(np.int16)
+        return stored

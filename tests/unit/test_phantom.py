@@ -10,9 +10,10 @@ import pytest
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from mpscl_ray.data.phantom import AA, LABEL_IDS, LAC, LVC, MYO, PA, RA, RV, Ellipsoid, Modality, Tube, make_case
+from mpscl_ray.data.phantom import AA, LABEL_IDS, LAC, LVC, MYO, PA, RA, RV, Modality, make_case
 from mpscl_ray.data.phantom_files import make_phantom
 from mpscl_ray.data.phantom_imaging import ARTERIAL, VENOUS, CtScan, MrScan, Tissue
+from mpscl_ray.data.phantom_shapes import Ellipsoid, Tube
 from mpscl_ray.errors import StorageError
 
 SEED = 3
