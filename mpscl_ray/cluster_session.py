@@ -7,6 +7,7 @@ import logging
 import os
 import secrets
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +26,8 @@ _QUIET = {
 _LONGEST_TEMP_DIR = 40
 """Ray's socket paths add about 60 characters to it, and the system allows 107."""
 
+_KNOCK_S = 10.0
+
 
 @contextmanager
 def connect(
@@ -36,9 +39,9 @@ def connect(
 ) -> Iterator[None]:
     """Ray inside the block: the cluster this process is on already, the one ``RAY_ADDRESS`` names, or a private one.
 
-    A private cluster listens for this process and its workers only (a fresh token guards it, and never leaves the
-    machine), logs into a short temporary folder, and is stopped with all it started when the block ends. A cluster
-    that was there before is left running, and keeps its own size.
+    A private cluster obeys this process and its workers only (a fresh token guards it, and never leaves the machine),
+    logs into a short temporary folder, and is stopped with all it started when the block ends. A cluster that was
+    there before is left running, and keeps its own size.
 
     Args:
         num_cpus: CPUs of a private cluster; None is all there are. May be more than there are: it only counts.
@@ -59,8 +62,9 @@ def connect(
     address = os.environ.get("RAY_ADDRESS")
     if address:
         try:
+            _knock(address)
             ray.init(log_to_driver=log_to_driver, logging_level=logging.ERROR)
-        except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
             raise ClusterError(
                 f"the Ray cluster at RAY_ADDRESS={address} cannot be reached: {_first_line(error)}; check that it "
                 "runs, that RAY_AUTH_MODE=token is set and the token is that of the cluster (ray get-auth-token), or "
@@ -85,7 +89,7 @@ def connect(
                 object_store_memory=object_store_memory,
                 _temp_dir=str(folder),
             )
-        except (ConnectionError, RuntimeError, ValueError, OSError, ray.exceptions.RayError) as error:
+        except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
             raise ClusterError(f"Ray cannot be started on this machine: {_first_line(error)}") from error
         yield
     finally:
@@ -96,6 +100,17 @@ def connect(
             else:
                 os.environ[name] = before
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _knock(address: str) -> None:
+    """Whether anything listens there: Ray itself would try for minutes.
+
+    Raises:
+        OSError: where nothing does.
+    """
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_KNOCK_S).close()
 
 
 def _first_line(error: BaseException) -> str:

@@ -156,7 +156,11 @@ class Config:
     def schedule(self) -> list[tuple[str, int]]:
         """Phases that run, in order, with their iterations."""
         first = "supervised" if self.data.labelled == "target" else SOURCE_ONLY
-        lengths = ((first, self.phases.source_only), (WARM_UP, self.phases.warm_up), (ADAPTATION, self.phases.adaptation))
+        lengths = (
+            (first, self.phases.source_only),
+            (WARM_UP, self.phases.warm_up),
+            (ADAPTATION, self.phases.adaptation),
+        )
         return [(name, iterations) for name, iterations in lengths if iterations > 0]
 
 
@@ -187,7 +191,9 @@ def load_config(preset: str | Path, overrides: Sequence[str] = ()) -> Config:
     """
     path = _preset_path(preset)
     settings = _read_preset(path)
-    settings.setdefault("run.name", _Setting(path.stem if path == Path(preset) else str(preset).replace("/", "-"), "by default"))
+    settings.setdefault(
+        "run.name", _Setting(path.stem if path == Path(preset) else str(preset).replace("/", "-"), "by default")
+    )
     problems: list[str] = []
     for override in overrides:
         key, separator, text = override.partition("=")
@@ -331,7 +337,9 @@ def _build(settings: dict[str, _Setting], problems: list[str]) -> Config:
         config = Config(**built)
         problems += _inconsistencies(config)
     if problems:
-        raise ConfigError("; ".join(problems) if len(problems) == 1 else "\n  ".join(["the settings are wrong:", *problems]))
+        raise ConfigError(
+            "; ".join(problems) if len(problems) == 1 else "\n  ".join(["the settings are wrong:", *problems])
+        )
     return config
 
 
@@ -354,7 +362,9 @@ def _inconsistencies(config: Config) -> list[str]:
             f"scaling.workers={config.scaling.workers}; make the batch a multiple of the workers"
         )
     if isinstance(config.method, SegmentationConfig) and (config.phases.warm_up or config.phases.adaptation):
-        found.append("method.name=segmentation has no warm-up and no adaptation; set phases.warm_up=0 phases.adaptation=0")
+        found.append(
+            "method.name=segmentation has no warm-up and no adaptation; set phases.warm_up=0 phases.adaptation=0"
+        )
     if isinstance(config.method, MPSCLConfig) and config.data.labelled == "target":
         found.append("data.labelled=target is the supervised bound and goes with method.name=segmentation")
     if not config.schedule:
@@ -411,7 +421,9 @@ def _default(item: Any) -> Any:
 @functools.cache
 def _docs(kind: type) -> dict[str, str]:
     """Meaning of each field of a dataclass: the string below it."""
-    (body,) = [node.body for node in ast.parse(textwrap.dedent(inspect.getsource(kind))).body if isinstance(node, ast.ClassDef)]
+    (body,) = [
+        node.body for node in ast.parse(textwrap.dedent(inspect.getsource(kind))).body if isinstance(node, ast.ClassDef)
+    ]
     docs: dict[str, str] = {}
     for node, after in zip(body, body[1:], strict=False):
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and isinstance(after, ast.Expr):

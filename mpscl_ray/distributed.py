@@ -67,7 +67,7 @@ def all_reduce_sums(*tensors: Tensor) -> list[Tensor]:
     if world_size() == 1:
         return [tensor.detach() for tensor in tensors]
     total = all_reduce_sum(torch.cat([tensor.detach().reshape(-1).double() for tensor in tensors]))
-    parts = total.split([tensor.numel() for tensor in tensors])
+    parts = total.split_with_sizes([tensor.numel() for tensor in tensors])
     return [part.view_as(tensor).to(tensor.dtype) for part, tensor in zip(parts, tensors, strict=True)]
 
 
@@ -207,7 +207,7 @@ def _split(output: Any, number: int) -> tuple[Any, ...]:
     if output is None:
         return (None,) * number
     if isinstance(output, Tensor):
-        return output.split(len(output) // number)
+        return output.chunk(number)
     kind = type(output)
     return tuple(kind(*fields) for fields in zip(*(_split(field, number) for field in output), strict=True))
 
@@ -228,9 +228,7 @@ def wrap(module: nn.Module, device: torch.device) -> nn.Module:
     if world_size() == 1:
         return module
     devices = [device] if device.type == "cuda" else None
-    return DistributedDataParallel(
-        module, device_ids=devices, forward_sync_buffers=False, gradient_as_bucket_view=True
-    )
+    return DistributedDataParallel(module, device_ids=devices, forward_sync_buffers=False, gradient_as_bucket_view=True)
 
 
 def unwrap(module: nn.Module) -> nn.Module:
@@ -292,7 +290,7 @@ def _replace(module: nn.Module, convert: Callable[[nn.BatchNorm2d], nn.Module]) 
 
 
 def _sync_batch_norm(layer: nn.BatchNorm2d) -> nn.Module:
-    converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(layer)
+    converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(layer)  # type: ignore[no-untyped-call]
     return converted
 
 
@@ -322,7 +320,7 @@ class WorkersBatchNorm2d(nn.BatchNorm2d):
             return super().forward(input)
         if self.momentum is None:
             raise NotImplementedError("WorkersBatchNorm2d has no cumulative average (momentum=None)")
-        output, means, variances, counts = _WorkersNorm.apply(
+        output, means, variances, counts = _WorkersNorm.apply(  # type: ignore[no-untyped-call]
             input, self.weight, self.bias, self.eps, len(self.parts)
         )
         if self.track_running_stats and self.running_mean is not None and self.running_var is not None:
@@ -341,12 +339,12 @@ class _WorkersNorm(torch.autograd.Function):
     """``y = weight * (x - mean) / sqrt(variance + eps) + bias`` with mean and variance over all workers, part by part.
 
     With ``g`` the gradient of y, ``h = (x - mean) / sqrt(variance + eps)`` and means over all workers:
-    ``dx = weight / sqrt(variance + eps) * (g - mean(g) - h * mean(g h))``, ``dweight = sum g h``, ``dbias = sum g`` (these two
-    over the own images: whoever averages gradients adds the others').
+    ``dx = weight / sqrt(variance + eps) * (g - mean(g) - h * mean(g h))``, ``dweight = sum g h``, ``dbias = sum g``
+    (these two over the own images: whoever averages gradients adds the others').
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, parts: int
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         # torch.var_mean takes several times as long on CPUs as the kernel that batch normalisation itself uses.
@@ -390,7 +388,9 @@ class _WorkersNorm(torch.autograd.Function):
             slope = -factor * inverse * (all_gh / count.to(means.dtype))
             offset = -factor * (all_g / count.to(means.dtype)) - slope * means
             dx = torch.empty_like(x)
-            for i, (out, g, part) in enumerate(zip(dx.chunk(parts), grads[0].chunk(parts), x.chunk(parts), strict=True)):
+            for i, (out, g, part) in enumerate(
+                zip(dx.chunk(parts), grads[0].chunk(parts), x.chunk(parts), strict=True)
+            ):
                 a, b, c = (values[i].view(1, -1, 1, 1) for values in (factor, slope, offset))
                 torch.addcmul(c, g, a, out=out).addcmul_(part, b)
         return (

@@ -179,7 +179,7 @@ class Predictor:
         if slices.ndim != 3:
             raise ValueError(f"slices must have shape (D, H, W), got {slices.shape}")
         for start in range(0, len(slices), self.batch_slices):
-            batch = np.ascontiguousarray(slices[start : start + self.batch_slices], dtype=np.float32)
+            batch = np.array(slices[start : start + self.batch_slices], dtype=np.float32)  # torch wants its own memory
             # For this call alone: TF32 rounding and the search for the fastest kernel would make results vary.
             exact = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
             with exact, torch.inference_mode():

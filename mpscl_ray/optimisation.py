@@ -38,8 +38,8 @@ class OptimConfig:
     power: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.9
     """Exponent of the decay lr (1 - i / iterations)^power."""
     legacy_param_repeats: dict[ParameterKind, Annotated[int, Field(ge=1)]] | None = None
-    """SGD sub-steps a parameter takes in one iteration, by where it stands: {stem: 1, block: 3, downsample: 4, head: 1} is
-    what the released code does by listing parameters several times. null: one each."""
+    """SGD sub-steps a parameter takes in one iteration, by where it stands: {stem: 1, block: 3, downsample: 4, head: 1}
+    is what the released code does by listing parameters several times. null: one each."""
 
 
 @dataclass(frozen=True)
@@ -150,10 +150,10 @@ class Optimiser:
 class SegmenterSGD(Optimiser):
     """SGD with momentum of the segmenter, the heads at their own rate.
 
-    With ``legacy_param_repeats`` a parameter takes r sub-steps on one gradient g, into which every sub-step adds the weight
-    decay anew: g_k = g_{k-1} + wd p_{k-1}; v_k = momentum v_{k-1} + g_k; p_k = p_{k-1} - lr v_k, k = 1..r.
+    With ``legacy_param_repeats`` a parameter takes r sub-steps on one gradient g, into which every sub-step adds the
+    weight decay anew: g_k = g_{k-1} + wd p_{k-1}; v_k = momentum v_{k-1} + g_k; p_k = p_{k-1} - lr v_k, k = 1..r.
 
-    Source: SGD of torch 1.3 with the duplicate parameter lists of the DeepLab-v2 lineage, released code of Liu et al. 2022.
+    Source: released code of Liu et al. 2022, run with the SGD of torch 1.3 on lists that hold parameters several times.
     """
 
     def __init__(self, segmenter: nn.Module, config: OptimConfig) -> None:
@@ -182,12 +182,12 @@ class SegmenterSGD(Optimiser):
             super().step(non_finite)
             return
         for sub_step in range(1, max(self._repeats.values()) + 1):
-            active = [p for name, p in self._parameters.items() if self._repeats[name] >= sub_step]
             for name, parameter in self._parameters.items():
                 if self._repeats[name] < sub_step:
                     parameter.grad = None
+            active = [parameter for parameter in self._parameters.values() if parameter.grad is not None]
             with torch.no_grad():
-                torch._foreach_add_([p.grad for p in active], active, alpha=self._weight_decay)
+                torch._foreach_add_(self.gradients(), active, alpha=self._weight_decay)
             super().step(non_finite)
 
 
@@ -242,7 +242,7 @@ class NonFiniteGuard:
         self.flag = torch.maximum(self.flag, bad)
 
     def losses(self) -> dict[str, Tensor]:
-        """This worker's component losses and gradient norm of the first non-finite step; of the last while all are finite."""
+        """This worker's losses and gradient norm at the first non-finite step; while all are finite, at the last."""
         return dict(zip(self._names, self._losses.unbind(), strict=True))
 
 
@@ -260,7 +260,7 @@ class Snapshot:
     def restore_where(self, flag: Tensor) -> None:
         """Bring the values back if ``flag`` (0-dim) is positive."""
         for tensors, before in self._groups:
-            values = torch.where(flag > 0, before, _flat(tensors)).split([tensor.numel() for tensor in tensors])
+            values = torch.where(flag > 0, before, _flat(tensors)).split_with_sizes([t.numel() for t in tensors])
             torch._foreach_copy_(tensors, [value.view_as(t) for value, t in zip(values, tensors, strict=True)])
 
 

@@ -58,8 +58,12 @@ def main(arguments: Sequence[str]) -> int:
         epilog=f"{_EXAMPLES}\npresets: {', '.join(preset_names())}\n\nsettings, with their defaults:\n{describe_keys()}\n\n{cli.EXIT_CODES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("settings", nargs="*", metavar="PRESET | key=value", help="preset (default: phantom) and settings")
-    parser.add_argument("--show", action="store_true", help="print the resolved settings as YAML, which train also reads")
+    parser.add_argument(
+        "settings", nargs="*", metavar="PRESET | key=value", help="preset (default: phantom) and settings"
+    )
+    parser.add_argument(
+        "--show", action="store_true", help="print the resolved settings as YAML, which train also reads"
+    )
     parser.add_argument("--dashboard", action="store_true", help="serve the Ray dashboard of a Ray started here")
     parser.add_argument(
         "--allow-change", action="store_true", help="go on with a run although settings that matter differ from its own"
@@ -146,7 +150,9 @@ def _train_and_evaluate(config: Config, folder: RunFolder, interruption: Interru
             f"for example optim.lr={config.optim.lr / 2:g} --allow-change"
         )
     if outcome.state == "interrupted":
-        raise Interrupted(f"stopped at iteration {outcome.iteration} of the phase {outcome.phase}, a checkpoint is written")
+        raise Interrupted(
+            f"stopped at iteration {outcome.iteration} of the phase {outcome.phase}, a checkpoint is written"
+        )
     evaluate_phases(folder.path, [name for name, _ in config.schedule])
     _stop_if(interruption, "during the evaluation")
 
@@ -169,12 +175,14 @@ def _write_model(folder: RunFolder, description: dict[str, Any]) -> None:
     folder.write_model(description)
 
 
-def _summary(
-    config: Config, folder: RunFolder, domains: launch.Domains, data: TrainingData, use_gpu: bool
-) -> str:
+def _summary(config: Config, folder: RunFolder, domains: launch.Domains, data: TrainingData, use_gpu: bool) -> str:
     source, target = domains.source, domains.target
     phases = ", ".join(f"{name.replace('_', ' ')} {iterations}" for name, iterations in config.schedule)
-    unlabelled = f"{data.unlabelled.files.rows} {target.modality} slices without labels" if data.unlabelled else "no other slices"
+    unlabelled = (
+        f"{data.unlabelled.files.rows} {target.modality} slices without labels"
+        if data.unlabelled
+        else "no other slices"
+    )
     workers = f"{config.scaling.workers} {'GPU' if use_gpu else 'CPU'} worker{'s' * (config.scaling.workers > 1)}"
     labelled = target.modality if config.data.labelled == "target" else source.modality
     return (
@@ -190,9 +198,7 @@ def _summary(
 class _Watcher:
     """Shows how far training is from the records in the run folder, and passes on the wish to stop."""
 
-    def __init__(
-        self, config: Config, folder: RunFolder, training: launch.Launch, interruption: Interruption
-    ) -> None:
+    def __init__(self, config: Config, folder: RunFolder, training: launch.Launch, interruption: Interruption) -> None:
         self.config, self.folder, self.training, self.interruption = config, folder, training, interruption
         self.seen = folder.read_metrics()[-1]["global_step"] if folder.read_metrics() else 0
         self.phase = ""
@@ -255,7 +261,9 @@ class _Watcher:
 def _print_results(folder: RunFolder) -> None:
     table = folder.results / PHASES_TABLE
     if table.exists():
-        print(f"\nDice and average surface distance on the target's test volumes\n\n{table.read_text(encoding='utf-8')}")
+        print(
+            f"\nDice and average surface distance on the target's test volumes\n\n{table.read_text(encoding='utf-8')}"
+        )
 
 
 def _print_next_steps(folder: RunFolder, config: Config) -> None:

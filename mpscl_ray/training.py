@@ -6,37 +6,25 @@ Knows nothing of Ray: a single process, torchrun and Ray run it alike.
 from __future__ import annotations
 
 import dataclasses
-import logging
-import math
-import random
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from mpscl_ray import checkpoint, distributed
 from mpscl_ray.config import ADAPTATION, WARM_UP, Config
+from mpscl_ray.construction import build_method, build_segmenter, load_start_weights
 from mpscl_ray.data import SOURCE_DOMAIN, TARGET_DOMAIN
 from mpscl_ray.data.augment import AugmentConfig
 from mpscl_ray.data.stream import Slices, SliceStream, tensors
-from mpscl_ray.errors import DataError
+from mpscl_ray.errors import ConfigError, DataError
 from mpscl_ray.methods.base import Batch, Method
-from mpscl_ray.methods.mpscl import MPSCL, MPSCLConfig
-from mpscl_ray.methods.segmentation import Segmentation, SegmentationConfig
-from mpscl_ray.networks import DeepLabV2, initialise
-from mpscl_ray.networks.pretrained import load_pretrained
+from mpscl_ray.pace import Clock, StopLooks
 from mpscl_ray.run_folder import RunFolder
-from mpscl_ray.validation import Validation, validate
-
-log = logging.getLogger(__name__)
-
-STOP_EVERY = 5
-"""Steps between two looks at whether the run was asked to stop; all workers look at the same steps."""
+from mpscl_ray.validation import Validation, selection_score, validate
 
 PANEL_SLICES = 4
 """Slices in the panel of image, prediction and label."""
@@ -66,8 +54,8 @@ class Outcome:
     Attributes:
         state: finished; interrupted (resumable); or non_finite (resumable from the checkpoint before).
         phase: phase it ended in.
-        iteration: iterations of this phase that were done.
-        step: iterations of all phases that were done.
+        iteration: iterations of this phase that were done; for non_finite, at the reading that showed it.
+        step: the same over all phases.
         losses: component losses of the first non-finite step.
     """
 
@@ -80,7 +68,7 @@ class Outcome:
 
 @dataclass
 class Position:
-    """How far a run is: all that a resumed run has to know beside weights and optimisers.
+    """How far a run is: all that a resumed run has to know beside weights, optimisers and random state.
 
     Attributes:
         phase: number of the phase in the schedule.
@@ -98,41 +86,17 @@ class Position:
 class Observer:
     """Is told what happens, on every worker at the same points; does nothing unless a method is overridden."""
 
+    def started(self, step: int) -> None:
+        """Training begins at this step: 0, or that of the checkpoint it goes on from."""
+
+    def notice(self, text: str) -> None:
+        """Worker 0 only: a sentence that whoever runs the training should read."""
+
     def record(self, record: Mapping[str, Any], validated: bool) -> None:
         """Metrics were read; ``validated`` if the record has those of a validation."""
 
     def panel(self, step: int, images: Tensor, predictions: Tensor, labels: Tensor | None) -> None:
         """Worker 0 only: some slices (N, H, W) of a validation volume of the target, predicted, and their labels."""
-
-
-def network_arguments(config: Config, num_classes: int) -> dict[str, Any]:
-    """Arguments of :class:`DeepLabV2` for a config."""
-    arguments = dataclasses.asdict(config.network)
-    del arguments["pretrained"], arguments["pretrained_heads"]
-    return {"num_classes": num_classes, **arguments}
-
-
-def build_segmenter(config: Config, num_classes: int) -> DeepLabV2:
-    """The segmenter at its start: seeded initial weights, then pretrained ones where the config names a file."""
-    segmenter = DeepLabV2(**network_arguments(config, num_classes))
-    initialise(segmenter, config.run.seed)
-    if config.network.pretrained:
-        report = load_pretrained(segmenter, Path(config.network.pretrained), heads=config.network.pretrained_heads)
-        if distributed.rank() == 0:
-            log.info("%s: %s", config.network.pretrained, report)
-    return segmenter
-
-
-def build_method(config: Config, phase: str, segmenter: DeepLabV2, num_classes: int, device: torch.device) -> Method:
-    """The method that trains the segmenter in one phase; MPSCL in warm-up and adaptation."""
-    if phase in (WARM_UP, ADAPTATION):
-        assert isinstance(config.method, MPSCLConfig)
-        return MPSCL(segmenter, config.method, config.optim, num_classes, device, config.precision, config.run.seed)
-    optim = config.optim
-    if config.phases.source_only_lr is not None:
-        optim = dataclasses.replace(optim, lr=config.phases.source_only_lr)
-    settings = SegmentationConfig(segmentation_aux_weight=config.method.segmentation_aux_weight)
-    return Segmentation(segmenter, settings, optim, num_classes, device, config.precision, config.run.seed)
 
 
 def train(
@@ -150,14 +114,30 @@ def train(
         data: slices; the same on every worker.
         run: folder on a file system that all workers share; worker 0 writes, all read.
         device: of this worker.
-        observer: told of metrics and panels.
-        stop_requested: asked on worker 0 every few steps; True ends training after a checkpoint.
+        observer: told of metrics, panels and notices.
+        stop_requested: asked on worker 0 about every second; True ends training after a checkpoint.
 
     Raises:
+        ConfigError: the newest checkpoint is of a phase that the settings do not have.
         DataError: a checkpoint or a dataset is damaged beyond what can be passed over.
         StorageError: a checkpoint cannot be written.
     """
     return _Training(config, data, run, device, observer or Observer(), stop_requested).run()
+
+
+def newest_checkpoint(run: RunFolder) -> tuple[Path | None, list[str]]:
+    """The checkpoint that a run goes on from, and a sentence for each newer one that is damaged.
+
+    Raises:
+        DataError: there are checkpoints, and all of them are damaged.
+    """
+    found, notices = checkpoint.latest(run.checkpoints)
+    if found is None and notices:
+        raise DataError(
+            f"every checkpoint in {run.checkpoints} is damaged ({'; '.join(notices)}); put an intact one back, or start "
+            "anew with another run.name"
+        )
+    return found, notices
 
 
 class _Training:
@@ -173,23 +153,27 @@ class _Training:
         stop_requested: Callable[[], bool],
     ) -> None:
         self.config, self.data, self.folder, self.device = config, data, run, device
-        self.observer, self.stop_requested = observer, stop_requested
+        self.observer, self.looks = observer, StopLooks(stop_requested)
         self.rank, self.world_size = distributed.rank(), distributed.world_size()
         self.position = Position()
         self.schedule = config.schedule
-        _seed_everything(config.run.seed)
+        torch.manual_seed(config.run.seed)
 
     def run(self) -> Outcome:
-        resumed = self._load_latest()
+        resumed = self._load_newest()
+        self.observer.started(self.position.step)
         weights: dict[str, dict[str, Tensor]] = {}
         for number in range(self.position.phase, len(self.schedule)):
             name, iterations = self.schedule[number]
             # A segmenter of its own for each phase: DistributedDataParallel leaves hooks on the parameters it wrapped.
             segmenter = build_segmenter(self.config, len(self.data.classes))
+            if resumed is None and not weights:
+                self._notice(load_start_weights(segmenter, self.config))
             method = build_method(self.config, name, segmenter, len(self.data.classes), self.device)
             for network in method.networks.keys() & weights.keys():
                 method.networks[network].load_state_dict(weights[network])
             if resumed is not None:
+                resumed["method"]["phase"]["iterations"] = iterations  # the decay follows a phase that was made longer
                 method.load_state_dict(resumed["method"])
                 _restore_random_state(resumed["random"])
                 resumed = None
@@ -211,7 +195,7 @@ class _Training:
         run, position = self.config.run, self.position
         source = self._stream(SOURCE_DOMAIN, self.data.labelled)
         target = self._stream(TARGET_DOMAIN, self.data.unlabelled) if name in (WARM_UP, ADAPTATION) else None
-        clock = _Clock(position.step, source, target)
+        clock = Clock(position.step, source, target)
         try:
             while position.iteration < iterations:
                 labelled = source.next()
@@ -222,31 +206,33 @@ class _Training:
                 at_end = position.iteration == iterations
                 validating = position.iteration % run.validate_every == 0 or at_end
                 saving = position.iteration % run.checkpoint_every == 0 or at_end
-                stopping = position.step % STOP_EVERY == 0 and distributed.broadcast_object(self._stop_now())
-                if position.iteration % run.report_every == 0 or validating or saving or stopping:
-                    record = self._read(name, iterations, metrics, clock)
-                    if record["train/non_finite"]:
-                        losses = distributed.reduce_metrics(method.non_finite_losses())
-                        return Outcome("non_finite", name, position.iteration - 1, position.step - 1, losses)
-                    if validating:
-                        record |= self._validate(name, method)
-                        clock.restart(position.step)
-                    if self.rank == 0:
-                        self.folder.append_metrics(record)
-                    self.observer.record(record, validating)
+                stopping = self.looks.stop_after(position.step)
+                if not (position.iteration % run.report_every == 0 or validating or saving or stopping):
+                    continue
+                record = self._read(name, iterations, metrics, clock)
+                if record["train/non_finite"]:
+                    losses = distributed.reduce_metrics(method.non_finite_losses())
+                    return Outcome("non_finite", name, position.iteration, position.step, losses)
+                if validating:
+                    record |= self._validate(name, method)
+                if self.rank == 0:
+                    self.folder.append_metrics(record)
+                self.observer.record(record, validating)
                 if saving or stopping:
                     self._save(method, name, self.folder.checkpoints / checkpoint.checkpoint_name(position.step))
-                    clock.restart(position.step)
                 if stopping:
                     return Outcome("interrupted", name, position.iteration, position.step)
+                if saving or validating:
+                    clock.restart(position.step)
         finally:
             source.close()
             if target:
                 target.close()
         return None
 
-    def _stop_now(self) -> bool:
-        return self.rank == 0 and self.stop_requested()
+    def _notice(self, text: str | None) -> None:
+        if self.rank == 0 and text:
+            self.observer.notice(text)
 
     def _stream(self, domain: str, slices: Slices | None) -> SliceStream:
         assert slices is not None
@@ -267,12 +253,12 @@ class _Training:
         augmentation = self.config.data.augmentation
         return augmentation if domain == SOURCE_DOMAIN else dataclasses.replace(augmentation, intensity_mapping=0.0)
 
-    def _labelled_batches(self) -> Any:
+    def _labelled_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """This worker's share of all labelled slices, un-augmented (Eq. 4)."""
         share = self.data.labelled.shard(self.rank, self.world_size, self.config.data.batch_size)
         return ((batch["image"].to(self.device), batch["label"].to(self.device)) for batch in share)
 
-    def _read(self, name: str, iterations: int, metrics: Mapping[str, Any], clock: _Clock) -> dict[str, Any]:
+    def _read(self, name: str, iterations: int, metrics: Mapping[str, Tensor], clock: Clock) -> dict[str, Any]:
         """Wait for the device once and read the metrics of the last step."""
         position = self.position
         values = distributed.reduce_metrics(metrics)
@@ -284,16 +270,18 @@ class _Training:
             **{f"train/{key}": value for key, value in values.items()},
         }
         seconds, waited = clock.read(position.step)
-        domains = 1 if self.data.unlabelled is None or name not in (WARM_UP, ADAPTATION) else 2
+        domains = 2 if name in (WARM_UP, ADAPTATION) else 1
         record["speed/images_per_s"] = domains * self.config.data.batch_size / seconds
         record["speed/data_wait_fraction"] = waited
         return record
 
     def _validate(self, name: str, method: Method) -> dict[str, Any]:
-        """Validate on both domains and remember the checkpoint if it is the best of the phase."""
+        """Validate on both domains and keep the weights if they are the best of the phase."""
         results: dict[str, Validation] = {}
         for domain, slices in self.data.validation.items():
-            results[domain] = validate(method.predict, slices, self.data.classes, self.config.data.batch_size, self.device)
+            results[domain] = validate(
+                method.predict, slices, self.data.classes, self.config.data.batch_size, self.device
+            )
         record: dict[str, Any] = {}
         for domain, result in results.items():
             prefix = "val" if domain == TARGET_DOMAIN else f"val/{domain}"
@@ -303,7 +291,7 @@ class _Training:
             record[f"{prefix}/entropy"] = result.entropy
         if self.rank == 0 and TARGET_DOMAIN in self.data.validation:
             self._show_panel(method, self.data.validation[TARGET_DOMAIN])
-        score = selection_score(results, self.config.run.select)
+        score = selection_score(results, self.config.run.select, self.config.data.labelled)
         if score is not None:
             record["val/selection"] = score
             if self.position.best is None or score > self.position.best:
@@ -339,72 +327,33 @@ class _Training:
                 checkpoint.prune(self.folder.checkpoints, self.config.run.keep_checkpoints)
         distributed.barrier()
 
-    def _load_latest(self) -> dict[str, Any] | None:
+    def _load_newest(self) -> dict[str, Any] | None:
         """State of the newest intact checkpoint, chosen by worker 0 for all; None for a new run."""
         found: Path | None = None
         if self.rank == 0:
-            found, notices = checkpoint.latest(self.folder.checkpoints)
+            found, notices = newest_checkpoint(self.folder)
             for notice in notices:
-                log.warning("%s", notice)
-            if found is None and notices:
-                raise DataError(
-                    f"every checkpoint in {self.folder.checkpoints} is damaged ({'; '.join(notices)}); restore one, or start "
-                    "anew with another run.name"
-                )
-        found = distributed.broadcast_object(found)
-        step = 0
+                self._notice(notice)
+        name = distributed.broadcast_object(found.name if found else None)
         state: dict[str, Any] | None = None
-        if found is not None:
-            state = checkpoint.load(found)
-            self.position = Position(**state["position"])
-            step = self.position.step
-            if self.rank == 0:
-                log.info("going on from %s", found)
+        if name is not None:
+            state = checkpoint.load(self.folder.checkpoints / name)
+            self.position = self._position(state, name)
+            place = f"iteration {self.position.iteration} of the phase {state['phase']}"
+            self._notice(f"going on from the checkpoint {name}: {place}")
         if self.rank == 0:
-            self.folder.rewind_metrics(step)
+            self.folder.rewind_metrics(self.position.step)
         return state
 
-
-class _Clock:
-    """Seconds a step takes, and the share of them spent waiting for data, since the last reading."""
-
-    def __init__(self, step: int, *streams: SliceStream | None) -> None:
-        self._streams = [stream for stream in streams if stream is not None]
-        self.restart(step)
-
-    def restart(self, step: int) -> None:
-        """Begin anew, after something that is no step."""
-        self._step, self._start, self._waited = step, time.perf_counter(), self._waits()
-
-    def read(self, step: int) -> tuple[float, float]:
-        """Seconds a step and share of waiting since the last reading or restart."""
-        elapsed, waited = time.perf_counter() - self._start, self._waits() - self._waited
-        seconds = elapsed / max(step - self._step, 1)
-        self.restart(step)
-        return seconds, waited / elapsed
-
-    def _waits(self) -> float:
-        return sum(stream.wait_seconds for stream in self._streams)
-
-
-def selection_score(results: Mapping[str, Validation], select: str) -> float | None:
-    """What decides which checkpoint is `best`; larger is better, None where it cannot be told.
-
-    - label_free: mean Dice on source validation less the normalised entropy on target slices. Uses no target label.
-    - oracle: mean Dice on target validation, which an unlabelled target does not have.
-    """
-    source, target = results.get(SOURCE_DOMAIN), results.get(TARGET_DOMAIN)
-    if select == "oracle":
-        score = target.mean_dice if target else math.nan
-    else:
-        score = (source.mean_dice if source else math.nan) - (target.entropy if target else math.nan)
-    return None if math.isnan(score) else score
-
-
-def _seed_everything(seed: int) -> None:
-    random.seed(seed)
-    np.random.seed(seed)  # noqa: NPY002  (libraries that still use the global generator)
-    torch.manual_seed(seed)
+    def _position(self, state: Mapping[str, Any], name: str) -> Position:
+        """Where a checkpoint stands in the schedule, of which other phases may have been added or dropped since."""
+        phases = [phase for phase, _ in self.schedule]
+        if state["phase"] not in phases:
+            raise ConfigError(
+                f"the checkpoint {name} is of the phase {state['phase']}, and the settings have only {', '.join(phases)}; "
+                "give that phase its iterations back, or start anew with another run.name"
+            )
+        return Position(**{**state["position"], "phase": phases.index(state["phase"])})
 
 
 def _random_state() -> dict[str, Any]:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mpscl_ray import distributed
+from mpscl_ray.data import TARGET_DOMAIN
 from mpscl_ray.data.stream import Slices, tensors
 
 
@@ -54,12 +54,12 @@ def validate(
         The same values on every worker.
     """
     num_classes = len(classes)
-    sums = torch.zeros(len(slices.files.cases), num_classes, 3, dtype=torch.float64, device=device)  # overlap, predicted, true
+    # Overlap, predicted and true pixels.
+    sums = torch.zeros(len(slices.files.cases), num_classes, 3, dtype=torch.float64, device=device)
     entropy = torch.zeros(2, dtype=torch.float64, device=device)  # sum, pixels
     rank, world_size = distributed.rank(), distributed.world_size()
-    for index, (_, arrays) in zip(
-        range(rank, len(slices.files.cases), world_size), slices.volumes(rank, world_size), strict=True
-    ):
+    own = range(rank, len(slices.files.cases), world_size)
+    for index, (_, arrays) in zip(own, slices.volumes(rank, world_size), strict=True):
         volume = tensors(arrays)
         for start in range(0, len(volume["image"]), batch_size):
             images = volume["image"][start : start + batch_size].to(device)
@@ -68,12 +68,32 @@ def validate(
             entropy[1] += images.numel()
             if "label" in volume:
                 labels = volume["label"][start : start + batch_size].to(device)
-                predicted = F.one_hot(probabilities.argmax(1).flatten(), num_classes)
-                true = F.one_hot(labels.flatten(), num_classes)
-                sums[index] += torch.stack([(predicted * true).sum(0), predicted.sum(0), true.sum(0)], dim=1)
+                pairs = (labels * num_classes + probabilities.argmax(1)).flatten()
+                confusion = torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes)
+                sums[index] += torch.stack([confusion.diag(), confusion.sum(0), confusion.sum(1)], dim=1)
     sums, entropy = distributed.all_reduce_sums(sums, entropy)
     dice: dict[str, float] = {}
     if slices.files.labels:
         per_case = 2 * sums[..., 0] / (sums[..., 1] + sums[..., 2])  # 0/0 = NaN where a structure is nowhere
         dice = dict(zip(classes[1:], torch.nanmean(per_case, dim=0)[1:].tolist(), strict=True))
     return Validation(dice, float(entropy[0] / entropy[1]))
+
+
+def selection_score(results: Mapping[str, Validation], select: str, labelled: str) -> float | None:
+    """What decides which checkpoint is `best`; larger is better, None where it cannot be told.
+
+    - label_free: mean Dice on validation volumes of the labelled domain, less the entropy on those of the target where
+      there are any. Uses no label that training has not.
+    - oracle: mean Dice on validation volumes of the target, which an unlabelled target does not have.
+
+    Args:
+        results: by domain.
+        select: label_free or oracle.
+        labelled: domain whose labels are trained on.
+    """
+    own, target = results.get(labelled), results.get(TARGET_DOMAIN)
+    if select == "oracle":
+        score = target.mean_dice if target else math.nan
+    else:
+        score = (own.mean_dice if own else math.nan) - (target.entropy if target else 0.0)
+    return None if math.isnan(score) else score

@@ -91,7 +91,9 @@ class _RunObserver(training.Observer):
     def record(self, record: Mapping[str, Any], validated: bool) -> None:
         if self.writes:
             if self.board is None:
-                self.board = TensorBoard(self.folder.tensorboard, resume_step=record["global_step"] - 1, notice=log.warning)
+                self.board = TensorBoard(
+                    self.folder.tensorboard, resume_step=record["global_step"] - 1, notice=log.warning
+                )
             self.board.record(record)
         if validated:
             if self.writes:

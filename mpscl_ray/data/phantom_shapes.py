@@ -31,7 +31,7 @@ class Ellipsoid:
             k1 += u / np.float32(radius**2)
         np.sqrt(k0, out=k0)
         np.sqrt(k1, out=k1)
-        distance: Floats = k0 * (k0 - 1) / np.maximum(k1, np.float32(1e-6))
+        distance: Floats = (k0 * (k0 - 1) / np.maximum(k1, np.float32(1e-6))).astype(np.float32, copy=False)
         return distance
 
     def bounds(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

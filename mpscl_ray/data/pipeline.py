@@ -20,7 +20,7 @@ import pyarrow as pa
 import ray
 from ray.data import Dataset, ExecutionResources, TaskPoolStrategy
 from ray.data.exceptions import SystemException
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 
 from mpscl_ray.data.order import Rows
 from mpscl_ray.data.reading import Arrays, SplitFiles, read_block, table_column
@@ -31,7 +31,10 @@ KEPT_FRACTION = 0.3
 """Largest part of a node's object store that ``auto`` lets one split fill; two domains leave room for other blocks."""
 
 SPAN_BYTES = 16 * 2**20
-"""Decoded bytes that one reading task of a stream makes, give or take a batch."""
+"""Decoded bytes that one reading task of a stream makes, if so many batches are allowed."""
+
+SPAN_BATCHES = 32
+"""Most batches that one reading task of a stream makes, however small."""
 
 AHEAD_BYTES = 4 * SPAN_BYTES
 """Decoded bytes that a stream may have read ahead in the object store."""
@@ -136,7 +139,7 @@ class StreamedSlices(Slices):
         span: list[Rows] = []
         for rows in batches:
             span.append(rows)
-            if sum(map(len, span)) * self.files.slice_bytes >= SPAN_BYTES:
+            if len(span) == SPAN_BATCHES or sum(map(len, span)) * self.files.slice_bytes >= SPAN_BYTES:
                 yield span
                 span = []
         if span:
@@ -160,8 +163,10 @@ def _read_through_ray(files: SplitFiles, pieces: list[Rows], *, tasks: int, ahea
     context.target_max_block_size = None  # A block is never cut up: it stays the piece that was asked for.
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    # Which dataset starts and ends when is not news during training, and its warning about busy CPUs is wrong here.
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    context.raise_original_map_exception = True
+    # When an execution starts and ends is not news during training, its warning about busy CPUs is wrong here, and all
+    # errors that it logs are raised too.
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     reader: Any = read_block
     return dataset.map_batches(
         reader,
@@ -169,7 +174,7 @@ def _read_through_ray(files: SplitFiles, pieces: list[Rows], *, tasks: int, ahea
         batch_format="pyarrow",
         fn_kwargs={"files": files},
         num_cpus=0,
-        compute=TaskPoolStrategy(tasks),
+        compute=TaskPoolStrategy(min(tasks, len(pieces))),
     )
 
 
@@ -183,11 +188,10 @@ def _plain_errors(files: SplitFiles) -> Iterator[None]:
     """Raise what a reading task raised as itself, and a failure of Ray as an error of the cluster."""
     try:
         yield
+    except RayTaskError as error:
+        if isinstance(error.cause, MpsclError):
+            # Ray adds lines on how often it was tried.
+            raise type(error.cause)(str(error.cause).splitlines()[0]) from None
+        raise ClusterError(f"{files.folder}: the split {files.split!r} could not be read: {error.cause!r}") from error
     except (RayError, SystemException) as error:
-        cause: BaseException | None = error
-        while cause is not None:
-            for known in (cause, getattr(cause, "cause", None)):
-                if isinstance(known, MpsclError):
-                    raise type(known)(str(known)) from error
-            cause = cause.__cause__
         raise ClusterError(f"{files.folder}: Ray could not read the split {files.split!r}: {error}") from error

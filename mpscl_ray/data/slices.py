@@ -212,7 +212,7 @@ def _place_axis(
     if abs(step - 1.0) < _SAME_SPACING:
         step = 1.0
     samples = max(1, int(np.floor(length / step + 0.5)))
-    # Middle on middle: the grid is then the same whichever way round the array is stored.
+    # Middle on middle: where the new spacing does not divide the extent, both ends share the difference.
     start = (length - 1) / 2 - step * (samples - 1) / 2
     if crop is not None:
         position = ((length - 1 - centre if reverse else centre) - start) / step

@@ -189,7 +189,7 @@ def split_listed(members: Sequence[Member], listed: Mapping[str, Sequence[str]],
     notices = []
     if left_out:
         notices.append(f"{len(left_out)} cases are in no split and are left out: {', '.join(left_out[:8])}")
-    return Splitting(chosen, {"method": origin, "cases": {k: list(v) for k, v in chosen.items()}}, tuple(notices))
+    return Splitting(chosen, {"method": origin}, tuple(notices))
 
 
 def overlaps(

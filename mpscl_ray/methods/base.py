@@ -92,9 +92,7 @@ class SegmentationLoss:
     """The unweighted terms by name."""
 
 
-def segmentation_loss(
-    logits: dict[str, Tensor], labels: Tensor, counts: Tensor, aux_weight: float
-) -> SegmentationLoss:
+def segmentation_loss(logits: dict[str, Tensor], labels: Tensor, counts: Tensor, aux_weight: float) -> SegmentationLoss:
     """L_seg = CE_main + Dice_main + w_aux (CE_aux + Dice_aux).
 
     Args:
@@ -159,7 +157,9 @@ def load_networks(networks: dict[str, nn.Module], state: dict[str, dict[str, Ten
     for name, network in networks.items():
         saved = state.get(name)
         if saved is None:
-            raise DataError(f"the checkpoint has no network '{name}', only {sorted(state)}; was it made by another method?")
+            raise DataError(
+                f"the checkpoint has no network '{name}', only {sorted(state)}; was it made by another method?"
+            )
         own = network.state_dict()
         for key in sorted(own.keys() | saved.keys()):
             found = tuple(saved[key].shape) if key in saved else "no such tensor"

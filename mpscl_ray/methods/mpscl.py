@@ -47,7 +47,10 @@ Margin = Annotated[float, Field(ge=0, le=math.pi / 2)]
 Temperature = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
-DISCRIMINATORS = {"fc": FCDiscriminator, "patchgan": PatchGANDiscriminator}
+DISCRIMINATORS: dict[str, type[FCDiscriminator] | type[PatchGANDiscriminator]] = {
+    "fc": FCDiscriminator,
+    "patchgan": PatchGANDiscriminator,
+}
 
 
 @dataclass(frozen=True)
@@ -89,8 +92,8 @@ class MPSCLConfig:
     segmentation_aux_weight: Weight = 0.1
     """Weight of cross-entropy and Dice on the auxiliary head; 0.1 in the released code, unnamed in the paper."""
     norm_statistics: Literal["mixture", "target"] = "mixture"
-    """Whose forward passes move the running statistics that evaluation uses: both domains' (as released) or the target's
-    alone."""
+    """Whose forward passes move the running statistics that evaluation uses: both domains' (as released) or the
+    target's alone."""
 
 
 class MPSCL:
@@ -177,7 +180,7 @@ class MPSCL:
         counts = class_counts(labels, self.num_classes)
         prototypes = self.prototypes
         if self._adapt:
-            labels_small = downsample_labels(labels, source.features.shape[-2:])
+            labels_small = downsample_labels(labels, (source.features.shape[2], source.features.shape[3]))
             sums, pixels = prototype_sums(source.features, labels_small, self.num_classes)
             counts, sums, pixels = distributed.all_reduce_sums(counts, sums, pixels)
             prototypes = update_prototypes(self.prototypes, sums, pixels, c.alpha)
@@ -215,7 +218,7 @@ class MPSCL:
             total = total + c.gamma * losses["loss_contrastive_source"] + c.beta * losses["loss_contrastive_target"]
             metrics["selected_fraction"] = mask.to(total.dtype).mean()
             metrics["prototype_angle_min"], metrics["prototype_angle_mean"] = prototype_angles(prototypes)
-        total.backward()
+        total.backward()  # type: ignore[no-untyped-call]
 
         # Discriminators, on detached maps.
         self._discriminators_require_grad(True)
@@ -270,7 +273,7 @@ class MPSCL:
         counts = sums.new_zeros(self.num_classes)
         for image, label in batches:
             features = base.evaluate(self.segmenter, image.to(self.device), self.precision).features
-            labels_small = downsample_labels(label.to(self.device), features.shape[-2:])
+            labels_small = downsample_labels(label.to(self.device), (features.shape[2], features.shape[3]))
             batch_sums, batch_counts = prototype_sums(features, labels_small, self.num_classes)
             sums += batch_sums
             counts += batch_counts

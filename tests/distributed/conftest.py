@@ -1,4 +1,4 @@
-"""Runs cases of workers.py in gloo processes."""
+"""Runs the cases of workers.py in gloo processes: all cases of one number of workers in one set of processes."""
 
 from __future__ import annotations
 
@@ -6,42 +6,52 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-Arrays = dict[str, np.ndarray[Any, Any]]
-RunWorkers = Callable[[int, tuple[str, ...]], dict[str, list[Arrays]]]
+Ranks = list[dict[str, np.ndarray[Any, Any]]]
+Run = Callable[[str, int], Ranks]
 
 ROOT = Path(__file__).resolve().parents[2]
+PARITY = ("fc-released", "fc-paper", "patchgan-released", "patchgan-paper", "segmentation")
+CASES = {
+    1: PARITY,
+    2: (*PARITY, "non-finite-source", "non-finite-target", "batch-norm", "objects"),
+    4: ("fc-released", "patchgan-paper", "batch-norm", "objects"),
+}
 
 
 @pytest.fixture(scope="session")
-def run_workers(tmp_path_factory: pytest.TempPathFactory) -> RunWorkers:
-    """``run_workers(world_size, cases)``: what each rank wrote, by case."""
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """``run(case, world_size)``: the arrays that each rank wrote."""
 
-    def run(world_size: int, cases: tuple[str, ...]) -> dict[str, list[Arrays]]:
-        folder = tmp_path_factory.mktemp("workers")
+    @cache
+    def folder_of(world_size: int) -> Path:
+        folder = tmp_path_factory.mktemp(f"workers-{world_size}")
         environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(ROOT)}
         script = str(Path(__file__).with_name("workers.py"))
         logs = [folder / f"log-{rank}" for rank in range(world_size)]
         processes = []
         for rank, log in enumerate(logs):
-            command = [sys.executable, "-W", "error", script, str(rank), str(world_size), str(folder), *cases]
+            arguments = [script, str(rank), str(world_size), str(folder), *CASES[world_size]]
             with log.open("w") as stream:
+                command = [sys.executable, "-W", "error", *arguments]
                 processes.append(subprocess.Popen(command, env=environment, stdout=stream, stderr=stream))
         try:
-            codes = [process.wait(timeout=300) for process in processes]
+            codes = [process.wait(timeout=600) for process in processes]
         finally:
             for process in processes:
                 process.kill()
                 process.wait()
         assert not any(codes), "\n".join(f"rank {rank}:\n{log.read_text()}" for rank, log in enumerate(logs))
-        return {
-            case: [dict(np.load(folder / f"{case}-{rank}.npz", allow_pickle=False)) for rank in range(world_size)]
-            for case in cases
-        }
+        return folder
 
-    return run
+    def read(case: str, world_size: int) -> Ranks:
+        folder = folder_of(world_size)
+        return [dict(np.load(folder / f"{case}-{rank}.npz", allow_pickle=False)) for rank in range(world_size)]
+
+    return read

@@ -8,18 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-Arrays = dict[str, np.ndarray[Any, Any]]
+Run = Callable[[str, int], list[dict[str, np.ndarray[Any, Any]]]]
+several = pytest.mark.parametrize("world_size", [2, 4])
 
 
-@pytest.fixture(scope="module", params=[2, 4])
-def ranks(
-    request: pytest.FixtureRequest, run_workers: Callable[[int, tuple[str, ...]], dict[str, list[Arrays]]]
-) -> dict[str, list[Arrays]]:
-    return run_workers(request.param, ("batch-norm", "objects"))
-
-
-def test_equals_the_layer_on_the_union_of_the_batches(ranks: dict[str, list[Arrays]]) -> None:
-    for arrays in ranks["batch-norm"]:
+@several
+def test_equals_the_layer_on_the_union_of_the_batches(run: Run, world_size: int) -> None:
+    for arrays in run("batch-norm", world_size):
         names = [name for name in arrays if name.startswith("ours.")]
         assert len(names) > 40
         for name in names:
@@ -29,17 +24,18 @@ def test_equals_the_layer_on_the_union_of_the_batches(ranks: dict[str, list[Arra
             np.testing.assert_allclose(ours, reference, rtol=0, atol=tolerance * scale, err_msg=name)
 
 
-def test_running_statistics_move_only_where_asked(ranks: dict[str, list[Arrays]]) -> None:
-    for arrays in ranks["batch-norm"]:
+@several
+def test_running_statistics_move_only_where_asked(run: Run, world_size: int) -> None:
+    for arrays in run("batch-norm", world_size):
         assert int(arrays["ours.two_parts.num_batches_tracked"]) == 4
         assert int(arrays["ours.second_moves.num_batches_tracked"]) == 2
 
 
-def test_objects_and_sums(ranks: dict[str, list[Arrays]]) -> None:
-    world_size = len(ranks["objects"])
+@several
+def test_objects_and_sums(run: Run, world_size: int) -> None:
     squares = sum((rank + 1) ** 2 for rank in range(world_size))
     denominator = 2 * sum(range(world_size)) + 1
-    for rank, arrays in enumerate(ranks["objects"]):
+    for rank, arrays in enumerate(run("objects", world_size)):
         np.testing.assert_array_equal(arrays["counts"], [[sum(range(world_size)), world_size]])
         assert float(arrays["halves"]) == 0.5 * world_size
         assert bool(arrays["drift_was_seen"])

@@ -8,17 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-Arrays = dict[str, np.ndarray[Any, Any]]
-
-
-@pytest.fixture(scope="module")
-def ranks(run_workers: Callable[[int, tuple[str, ...]], dict[str, list[Arrays]]]) -> dict[str, list[Arrays]]:
-    return run_workers(2, ("non-finite-source", "non-finite-target"))
+Run = Callable[[str, int], list[dict[str, np.ndarray[Any, Any]]]]
 
 
 @pytest.mark.parametrize("case", ["non-finite-source", "non-finite-target"])
-def test_nothing_moves_on_any_rank(ranks: dict[str, list[Arrays]], case: str) -> None:
-    for arrays in ranks[case]:
+def test_nothing_moves_on_any_rank(run: Run, case: str) -> None:
+    for arrays in run(case, 2):
         np.testing.assert_array_equal(arrays["flags"], [0, 0, 1, 1])
         names = [name.removeprefix("before.") for name in arrays if name.startswith("before.")]
         moved = [name for name in names if not np.array_equal(arrays[f"first.{name}"], arrays[f"before.{name}"])]
@@ -32,9 +27,11 @@ def test_nothing_moves_on_any_rank(ranks: dict[str, list[Arrays]], case: str) ->
 
 
 @pytest.mark.parametrize("case", ["non-finite-source", "non-finite-target"])
-def test_the_component_losses_of_the_first_bad_step_are_kept(ranks: dict[str, list[Arrays]], case: str) -> None:
-    for arrays in ranks[case]:
-        bad = {name.removeprefix("loss.") for name in arrays if name.startswith("loss.") and not np.isfinite(arrays[name])}
+def test_the_component_losses_of_the_first_bad_step_are_kept(run: Run, case: str) -> None:
+    for arrays in run(case, 2):
+        bad = {
+            name.removeprefix("loss.") for name in arrays if name.startswith("loss.") and not np.isfinite(arrays[name])
+        }
         expected = {"gradient_norm", "loss_contrastive_target", "loss_discriminator_main", "loss_discriminator_aux"}
         if case == "non-finite-source":
             # The prototypes carry the NaN of the source features into the loss on target pixels.

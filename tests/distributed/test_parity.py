@@ -8,26 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-Arrays = dict[str, np.ndarray[Any, Any]]
-Runs = dict[tuple[str, int], list[Arrays]]
+Ranks = list[dict[str, np.ndarray[Any, Any]]]
+Run = Callable[[str, int], Ranks]
 
 RELATIVE = 1e-5
 MPSCL_CASES = ["fc-released", "fc-paper", "patchgan-released", "patchgan-paper"]
-WORLDS = {
-    1: [*MPSCL_CASES, "segmentation"],
-    2: [*MPSCL_CASES, "segmentation"],
-    4: ["fc-released", "patchgan-paper", "segmentation"],
-}
-SEVERAL = [(case, world_size) for world_size in (2, 4) for case in WORLDS[world_size]]
-
-
-@pytest.fixture(scope="module")
-def runs(run_workers: Callable[[int, tuple[str, ...]], dict[str, list[Arrays]]]) -> Runs:
-    """Arrays of every rank, by case and number of workers."""
-    found: Runs = {}
-    for world_size, cases in WORLDS.items():
-        found |= {(case, world_size): ranks for case, ranks in run_workers(world_size, tuple(cases)).items()}
-    return found
+SEVERAL = [*((case, 2) for case in [*MPSCL_CASES, "segmentation"]), ("fc-released", 4), ("patchgan-paper", 4)]
 
 
 def relative_deviation(ours: np.ndarray[Any, Any], reference: np.ndarray[Any, Any]) -> float:
@@ -38,20 +24,20 @@ def relative_deviation(ours: np.ndarray[Any, Any], reference: np.ndarray[Any, An
 
 
 @pytest.mark.parametrize(("case", "world_size"), SEVERAL)
-def test_result_does_not_depend_on_the_number_of_workers(runs: Runs, case: str, world_size: int) -> None:
-    (reference,) = runs[case, 1]
+def test_result_does_not_depend_on_the_number_of_workers(run: Run, case: str, world_size: int) -> None:
+    (reference,) = run(case, 1)
     compared = [name for name in reference if not name.startswith("local.") and name != "checksum"]
     for kind in ("gradient0.", "gradient19.", "metric.loss_", "state.networks.segmenter.", "state.optimisers."):
         assert any(name.startswith(kind) for name in compared), kind
-    for ours in runs[case, world_size]:
+    for ours in run(case, world_size):
         deviations = {name: relative_deviation(ours[name], reference[name]) for name in compared}
         worst = max(deviations, key=lambda name: deviations[name])
         assert deviations[worst] < RELATIVE, f"{worst}: {deviations[worst]}"
 
 
 @pytest.mark.parametrize(("case", "world_size"), SEVERAL)
-def test_all_ranks_hold_the_same(runs: Runs, case: str, world_size: int) -> None:
-    first, *others = runs[case, world_size]
+def test_all_ranks_hold_the_same(run: Run, case: str, world_size: int) -> None:
+    first, *others = run(case, world_size)
     for other in others:
         for name in first:
             if not name.startswith("local."):
@@ -59,22 +45,22 @@ def test_all_ranks_hold_the_same(runs: Runs, case: str, world_size: int) -> None
 
 
 @pytest.mark.parametrize("case", MPSCL_CASES)
-def test_the_batches_are_as_uneven_as_the_claim_needs(runs: Runs, case: str) -> None:
-    selected = np.stack([ours["local.selected_fraction"] for ours in runs[case, 2]])
+def test_the_batches_are_as_uneven_as_the_claim_needs(run: Run, case: str) -> None:
+    selected = np.stack([ours["local.selected_fraction"] for ours in run(case, 2)])
     few, many = np.sort(selected.mean(axis=1))
     assert few > 0
     assert many > 2 * few
     assert np.any(selected.max(axis=0) > 10 * selected.min(axis=0))
     # A mean of the workers' means would be another number: the local losses differ.
-    local = [ours["local.loss_cross_entropy_main"] for ours in runs[case, 2]]
+    local = [ours["local.loss_cross_entropy_main"] for ours in run(case, 2)]
     assert np.all(np.abs(local[0] - local[1]) > 1e-3)
     # Class 2 is on the last rank alone, so rank 0 would divide by another sum of weights; class 3 is nowhere.
-    (reference,) = runs[case, 1]
+    (reference,) = run(case, 1)
     assert np.all(reference["state.prototypes"][3] == 0)
     assert np.all(reference["state.prototypes"][2].any())
 
 
-def test_training_moved_the_weights(runs: Runs) -> None:
-    (reference,) = runs["fc-released", 1]
+def test_training_moved_the_weights(run: Run) -> None:
+    (reference,) = run("fc-released", 1)
     losses = reference["metric.loss_segmentation"]
     assert losses[-1] < 0.9 * losses[0]

@@ -190,18 +190,30 @@ def batch_norm() -> dict[str, Any]:
         assert isinstance(converted, distributed.WorkersBatchNorm2d)
         assert distributed.convert_batch_norm(converted, CPU) is converted
         assert list(converted.state_dict()) == list(reference.state_dict())
-        ours, plain = distributed.ForEach(converted, case.get("moves")), distributed.ForEach(reference, case.get("moves"))
+        ours, plain = (
+            distributed.ForEach(converted, case.get("moves")),
+            distributed.ForEach(reference, case.get("moves")),
+        )
         for _ in range(2):
-            whole = [torch.randn(sum(sizes), 6, 5, 4, generator=generator, dtype=dtype) * 3 + 7 for _ in range(case.get("inputs", 1))]
+            whole = [
+                torch.randn(sum(sizes), 6, 5, 4, generator=generator, dtype=dtype) * 3 + 7
+                for _ in range(case.get("inputs", 1))
+            ]
             weights = [torch.randn(x.shape, generator=generator, dtype=dtype) for x in whole]
             union = [x.clone().requires_grad_() for x in whole]
-            part = [x[rows].contiguous(memory_format=case.get("memory_format", torch.contiguous_format)).requires_grad_() for x in whole]
+            part = [
+                x[rows].contiguous(memory_format=case.get("memory_format", torch.contiguous_format)).requires_grad_()
+                for x in whole
+            ]
             expected, output = plain(*union), ours(*part)
             sum((y.tanh() * w).sum() for y, w in zip(expected, weights, strict=True)).backward()
             sum((y.tanh() * w[rows]).sum() for y, w in zip(output, weights, strict=True)).backward()
             for i in range(len(whole)):
                 results[f"ours.{name}.output{i}"], results[f"reference.{name}.output{i}"] = output[i], expected[i][rows]
-                results[f"ours.{name}.gradient{i}"], results[f"reference.{name}.gradient{i}"] = part[i].grad, union[i].grad[rows]
+                results[f"ours.{name}.gradient{i}"], results[f"reference.{name}.gradient{i}"] = (
+                    part[i].grad,
+                    union[i].grad[rows],
+                )
         if reference.affine:
             for key in ("weight", "bias"):
                 results[f"ours.{name}.{key}"] = distributed.all_reduce_sum(getattr(converted, key).grad)
@@ -260,11 +272,12 @@ CASES: dict[str, Callable[[], dict[str, Any]]] = {
 def main(arguments: list[str]) -> None:
     rank, world_size, folder = int(arguments[0]), int(arguments[1]), Path(arguments[2])
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size
-    )
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
     for case in arguments[3:]:
-        results = {name: np.asarray(value.detach() if isinstance(value, Tensor) else value) for name, value in CASES[case]().items()}
+        results = {
+            name: np.asarray(value.detach() if isinstance(value, Tensor) else value)
+            for name, value in CASES[case]().items()
+        }
         np.savez(folder / f"{case}-{rank}.npz", **results)
     dist.destroy_process_group()
 

@@ -39,7 +39,7 @@ def fill_from_names(module: nn.Module) -> None:
     for key, tensor in state.items():
         if key.endswith("num_batches_tracked"):
             continue
-        values = np.random.RandomState(zlib.crc32(key.encode())).standard_normal(tuple(tensor.shape))  # noqa: NPY002
+        values = np.random.RandomState(zlib.crc32(key.encode())).standard_normal(tuple(tensor.shape))
         if key.endswith("running_var"):
             values = 1 + 0.1 * np.abs(values)
         elif key.endswith("running_mean"):

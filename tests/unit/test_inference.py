@@ -1,4 +1,4 @@
-"""From a run folder to labels: weights found and checked, every slice predicted, label maps on the grid of the image."""
+"""From a run folder to labels: weights found and checked, every slice predicted, label maps on the image's grid."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ NETWORK = {"blocks": [1, 1, 1, 1], "width": 4, "output_stride": 4, "in_channels"
 def segmenter(seed: int = 0) -> DeepLabV2:
     network = DeepLabV2(num_classes=len(CLASSES), **NETWORK)
     initialise(network, seed)
-    # Wide enough weights that the classes of a random network differ between pixels.
-    for name, parameter in network.named_parameters():
-        if name.startswith("layer6"):
-            nn.init.normal_(parameter, std=1.0, generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    for layer in network.modules():
+        if isinstance(layer, nn.Conv2d):  # larger than for training, so that the classes differ between pixels
+            nn.init.kaiming_normal_(layer.weight, generator=generator)
     return network.eval()
 
 
@@ -88,15 +88,18 @@ def test_every_slice_is_predicted_whatever_the_batch() -> None:
     with torch.no_grad():
         logits = network(network_input(torch.from_numpy(slices)[:, None], 1)).main
         expected = torch.softmax(upsample_logits(logits, (32, 40)), dim=1)
+    highest = expected.topk(2, dim=1).values.numpy()
+    clear = highest[:, 0] - highest[:, 1] > 1e-4  # rounding differs between batch sizes
+    assert clear.mean() > 0.99
     for batch_slices in (1, 4, 11, 64):
         predictor = Predictor(network, CLASSES, device="cpu", batch_slices=batch_slices)
         labels = predictor.predict_slices(slices)
         assert labels.shape == slices.shape
         assert labels.dtype == np.uint8
-        assert np.array_equal(labels, expected.argmax(1).numpy())
+        assert np.array_equal(labels[clear], expected.argmax(1).numpy()[clear])
         probabilities = predictor.predict_probabilities(slices)
         assert probabilities.shape == (3, *slices.shape)
-        np.testing.assert_allclose(probabilities, expected.transpose(0, 1).numpy(), atol=1e-6)
+        np.testing.assert_allclose(probabilities, expected.transpose(0, 1).numpy(), atol=1e-5)
     assert len(np.unique(labels)) > 1, "a constant prediction would prove nothing"
     assert np.array_equal(predictor.predict_slices(slices), labels)
 
@@ -254,12 +257,9 @@ def landmarks(shape: tuple[int, int, int]) -> np.ndarray:
 
 def stub(image: np.ndarray, affine: np.ndarray, recipe: Recipe) -> Predictor:
     own = Domain("ct", -2.0, 5.0, recipe, None, None, {"LV": 500, "RV": 40000})
-    levels = np.unique(own.scale(prepare_volume(image, affine, None, recipe).image))
+    geometry = prepare_volume(image, affine, None, recipe).geometry
+    levels = own.scale((np.array([0, 100, 200], np.float32) - geometry.mean) / geometry.standard_deviation)
     model = Model(CLASSES, (32, 32), {}, {"source": own, "target": own}, ())
-    assert len(levels) >= 3
-    if len(levels) > 3:  # resampled: the three that most voxels have
-        values, counts = np.unique(own.scale(prepare_volume(image, affine, None, recipe).image), return_counts=True)
-        levels = np.sort(values[np.argsort(counts)[-3:]])
     return Predictor(Levels(levels), CLASSES, device="cpu", batch_slices=3, model=model)
 
 
@@ -304,7 +304,8 @@ def test_an_image_larger_than_the_crop_comes_back_in_its_own_shape(tmp_path: Pat
     done = predict_image(stub(image, affine, recipe), job(tmp_path), tmp_path / "image.nii.gz")
     written = np.asarray(nib.load(tmp_path / "image_prediction.nii.gz").dataobj)
     assert np.array_equal(written, (image / 100).astype(np.uint8))
-    assert done.volumes_ml == {"LV": np.count_nonzero(image == 100) / 1000, "RV": np.count_nonzero(image == 200) / 1000}
+    found = {"LV": np.count_nonzero(image == 100), "RV": np.count_nonzero(image == 200)}
+    assert done.volumes_ml == pytest.approx({name: count / 1000 for name, count in found.items()})
     assert not any("edge of the crop" in notice for notice in done.notices)
     tight = dataclasses.replace(recipe, crop=(14, 14))
     done = predict_image(stub(image, affine, tight), job(tmp_path), tmp_path / "image.nii.gz")

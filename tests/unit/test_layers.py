@@ -13,20 +13,20 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"errors", "__init__", "data.__init__"}),
     frozenset(
         "networks losses prototypes pseudo_labels metrics data.order data.geometry data.slices data.phantom "
-        "data.phantom_imaging data.augment".split()
+        "data.phantom_shapes data.phantom_imaging data.augment".split()
     ),
     frozenset({"distributed"}),
     frozenset({"optimisation", "methods"}),
     frozenset(
         "config checkpoint checkpoint_format durable_files environment run_folder metrics_log progress plots interruption "
-        "inference score_table evaluation data.schema data.agreement data.dataset_checks data.nifti data.nifti_file "
+        "inference score_table prediction panels data.schema data.agreement data.dataset_checks data.nifti data.nifti_file "
         "data.file_listing data.label_maps data.label_table data.layouts data.reading data.released_slices "
         "data.source_volumes data.splits data.stream data.tfrecord data.phantom_files cli".split()
     ),
-    frozenset("validation training".split()),
+    frozenset("validation construction pace training".split()),
     frozenset(
         "cluster_session parallel data.pipeline prepare prepare_options prepare_plan phantom_dataset worker launch train "
-        "evaluate predict".split()
+        "evaluation evaluate predict".split()
     ),
 )
 ONLY_THESE_IMPORT_RAY = LAYERS[-1]

@@ -431,7 +431,7 @@ def test_forms_that_disagree_are_noticed(tmp_path: Path) -> None:
     np.testing.assert_allclose(volume.affine, moved)
 
 
-@pytest.mark.parametrize(("code", "factor"), [(0, 1.0), (2, 1.0), (1, 1000.0), (3, 0.001), (10, 1.0)])
+@pytest.mark.parametrize(("code", "factor"), [(0, 1.0), (2, 1.0), (1, 1000.0), (3, 0.001), (10, 1.0), (9, 1000.0)])
 def test_units_are_converted_to_mm(tmp_path: Path, code: int, factor: float) -> None:
     volume = read_image(save(tmp_path / "v.nii.gz", patch={123: bytes([code])}))
     np.testing.assert_allclose(volume.spacing_mm, np.array([1.5, 2, 3]) * factor)

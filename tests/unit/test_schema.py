@@ -29,7 +29,9 @@ from mpscl_ray.errors import DataError
 CLASSES = ("background", "MYO", "LV")
 
 
-def make_case(folder: Path, name: str = "patient1", split: str = "train", slices: int = 5, labelled: bool = True) -> Case:
+def make_case(
+    folder: Path, name: str = "patient1", split: str = "train", slices: int = 5, labelled: bool = True
+) -> Case:
     random = np.random.default_rng(slices)
     image = random.uniform(-1, 1, size=(slices, 8, 6)).astype(np.float32)
     label = random.integers(0, 3, size=image.shape).astype(np.uint8) if labelled else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import tracemalloc
+from dataclasses import replace
 from typing import Any
 
 import nibabel as nib
@@ -264,10 +265,24 @@ def test_spacings_that_differ_by_rounding_are_the_same() -> None:
     assert all(axis.is_plain_crop() for axis in prepared.geometry.axes)
 
 
+@pytest.mark.parametrize(("crop", "size"), [(8, 4), (8, 20), (7, 3), (40, 16)])
+def test_resizing_covers_the_crop_from_edge_to_edge(crop: int, size: int) -> None:
+    image, label, affine = ras_volume((30, 30, 6))
+    recipe = Recipe(orientation="stored", slice_axis="2", crop=(crop, crop), spacing_mm=(None, 2.4, 1.0))
+    plain = prepare_volume(image, affine, label, recipe).geometry.axes
+    resized = prepare_volume(image, affine, label, replace(recipe, size=(size, size))).geometry.axes
+    for before, after in zip(plain[1:], resized[1:], strict=True):
+        assert (before.samples, after.samples) == (crop, size)
+        assert after.start - after.step / 2 == pytest.approx(before.start - before.step / 2)
+        assert after.step * size == pytest.approx(before.step * crop)
+
+
 def test_resampling_keeps_the_size_in_mm() -> None:
     image, _, affine = ras_volume((40, 30, 20))
     prepared = prepare_volume(image, affine, None, Recipe(spacing_mm=(1.0, 1.0, 1.0), **WHOLE))
     assert prepared.image.shape == (60, 60, 60)
+    for axis in prepare_volume(image, affine, None, Recipe(spacing_mm=(2.6, 1.7, 2.2), **WHOLE)).geometry.axes:
+        assert axis.positions()[0] == pytest.approx(axis.length - 1 - axis.positions()[-1])
     assert prepared.geometry.spacing_mm == pytest.approx((1.0, 1.0, 1.0))
 
 

@@ -25,9 +25,7 @@ def members(count: int, scans: int = 1) -> list[Member]:
     return [Member(f"p{k:02d}_{scan}", f"p{k:02d}") for k in range(count) for scan in range(scans)]
 
 
-@pytest.mark.parametrize(
-    ("modality", "test"), [("ct", (1003, 1008, 1014, 1019)), ("mr", (1007, 1009, 1018, 1019))]
-)
+@pytest.mark.parametrize(("modality", "test"), [("ct", (1003, 1008, 1014, 1019)), ("mr", (1007, 1009, 1018, 1019))])
 def test_the_published_split(modality: str, test: tuple[int, ...]) -> None:
     cases = [Member(f"{modality}_{number}", f"{modality}_{number}") for number in range(1001, 1021)]
     found = split_published(cases, modality)
@@ -139,7 +137,12 @@ def test_a_patient_in_two_splits_is_named() -> None:
 
 
 def test_the_same_image_under_two_names_is_found() -> None:
-    entries = [("train", "a", "a", "same"), ("test", "b", "b", "same"), ("train", "c", "c", "x"), ("train", "d", "d", "x")]
+    entries = [
+        ("train", "a", "a", "same"),
+        ("test", "b", "b", "same"),
+        ("train", "c", "c", "x"),
+        ("train", "d", "d", "x"),
+    ]
     forbidden, copies = overlaps(entries)
     assert forbidden == ["the same image under several names: b (test), a (train)"]
     assert copies == ["the same image under several names: c (train), d (train)"]

@@ -1,0 +1,51 @@
+"""From a config to what is trained: the segmenter at its start, and the method of each phase."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mpscl_ray.config import ADAPTATION, WARM_UP, Config
+from mpscl_ray.methods.base import Method
+from mpscl_ray.methods.mpscl import MPSCL, MPSCLConfig
+from mpscl_ray.methods.segmentation import Segmentation, SegmentationConfig
+from mpscl_ray.networks import DeepLabV2, initialise
+from mpscl_ray.networks.pretrained import load_pretrained
+
+
+def network_arguments(config: Config, num_classes: int) -> dict[str, Any]:
+    """Arguments of :class:`DeepLabV2` for a config."""
+    arguments = dataclasses.asdict(config.network)
+    del arguments["pretrained"], arguments["pretrained_heads"]
+    return {"num_classes": num_classes, **arguments}
+
+
+def build_segmenter(config: Config, num_classes: int) -> DeepLabV2:
+    """The segmenter with its seeded initial weights."""
+    segmenter = DeepLabV2(**network_arguments(config, num_classes))
+    initialise(segmenter, config.run.seed)
+    return segmenter
+
+
+def load_start_weights(segmenter: DeepLabV2, config: Config) -> str | None:
+    """Load the pretrained weights that a config names; returns a sentence on what was loaded, None without a file."""
+    if not config.network.pretrained:
+        return None
+    report = load_pretrained(segmenter, Path(config.network.pretrained), heads=config.network.pretrained_heads)
+    left_out = f", {len(report.skipped)} of the file left out" if report.skipped else ""
+    return f"{len(report.loaded)} tensors loaded from {config.network.pretrained}{left_out}"
+
+
+def build_method(config: Config, phase: str, segmenter: DeepLabV2, num_classes: int, device: torch.device) -> Method:
+    """The method that trains the segmenter in one phase; MPSCL in warm-up and adaptation."""
+    if phase in (WARM_UP, ADAPTATION):
+        assert isinstance(config.method, MPSCLConfig)
+        return MPSCL(segmenter, config.method, config.optim, num_classes, device, config.precision, config.run.seed)
+    optim = config.optim
+    if config.phases.source_only_lr is not None:
+        optim = dataclasses.replace(optim, lr=config.phases.source_only_lr)
+    settings = SegmentationConfig(segmentation_aux_weight=config.method.segmentation_aux_weight)
+    return Segmentation(segmenter, settings, optim, num_classes, device, config.precision, config.run.seed)

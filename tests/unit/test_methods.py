@@ -1,0 +1,429 @@
+"""The contract that every method keeps, and what is particular to MPSCL."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from pydantic import TypeAdapter, ValidationError
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mpscl_ray.distributed import reduce_metrics, weights_checksum
+from mpscl_ray.errors import DataError
+from mpscl_ray.losses import MASK_EPS
+from mpscl_ray.methods import METHODS, MPSCL, Batch, Method, MPSCLConfig, Segmentation, SegmentationConfig, mpscl
+from mpscl_ray.methods.mpscl import prototype_angles
+from mpscl_ray.networks import initialise
+from mpscl_ray.networks.deeplab import DeepLabV2
+from mpscl_ray.optimisation import OptimConfig, PrecisionConfig
+from mpscl_ray.prototypes import downsample_labels
+
+CLASSES = 3
+SIZE = 32
+CPU = torch.device("cpu")
+OPTIM = OptimConfig(lr=0.02, head_lr_factor=1.0, lr_discriminator=1e-3)
+
+
+def segmenter(seed: int, *, multi_level: bool = True) -> DeepLabV2:
+    network = DeepLabV2(
+        CLASSES, (1, 1, 1, 1), width=4, output_stride=4, in_channels=1, multi_level=multi_level, train_norm_affine=True
+    )
+    initialise(network, seed)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            if parameter.ndim == 4:
+                parameter.mul_(10)
+    return network
+
+
+def make_mpscl(
+    seed: int = 0,
+    *,
+    network: DeepLabV2 | None = None,
+    optim: OptimConfig = OPTIM,
+    precision: PrecisionConfig | None = None,
+    **settings: Any,
+) -> MPSCL:
+    config = MPSCLConfig(**{"discriminator_width": 4, "delta_th": 0.05, **settings})
+    return MPSCL(network or segmenter(seed), config, optim, CLASSES, CPU, precision or PrecisionConfig(), seed)
+
+
+def make_segmentation(seed: int = 0, optim: OptimConfig = OPTIM) -> Segmentation:
+    return Segmentation(segmenter(seed), SegmentationConfig(), optim, CLASSES, CPU, PrecisionConfig(), seed)
+
+
+MAKE: dict[str, Callable[..., Method]] = {"mpscl": make_mpscl, "segmentation": make_segmentation}
+
+
+def batch(step: int, size: int = 4) -> Batch:
+    """Discs of two classes on dark ground; the target is less bright and its contrast is weaker."""
+    rng = np.random.default_rng(step)
+    rows, columns = np.mgrid[:SIZE, :SIZE]
+
+    def domain(levels: tuple[float, float, float]) -> tuple[Tensor, Tensor]:
+        label = np.zeros((size, SIZE, SIZE), np.int64)
+        for image in label:
+            for disc in (1, 2):
+                centre = rng.uniform((6, 6), (26, 12)) + np.array([0, 14 * (disc - 1)])
+                image[np.hypot(rows - centre[0], columns - centre[1]) < 5] = disc
+        noise = rng.normal(0, 0.05, label.shape)
+        image = (np.asarray(levels)[label] + noise)[:, None].astype(np.float32)
+        return torch.from_numpy(image), torch.from_numpy(label)
+
+    source_image, source_label = domain((-0.6, 0.1, 0.7))
+    target_image, _ = domain((-0.5, 0.1, 0.5))
+    return Batch(source_image, source_label, target_image)
+
+
+def leaves(state: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in state.items():
+        assert isinstance(name, str)
+        found |= leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return found
+
+
+def assert_equal_states(one: dict[str, Any], other: dict[str, Any]) -> None:
+    left, right = leaves(one), leaves(other)
+    assert left.keys() == right.keys()
+    for name, value in left.items():
+        if isinstance(value, Tensor):
+            assert torch.equal(value, right[name]), name
+        else:
+            assert value == right[name], name
+
+
+def test_every_method_is_tested() -> None:
+    assert MAKE.keys() == METHODS.keys()
+    for name, make in MAKE.items():
+        assert type(make()) is METHODS[name]
+
+
+def test_a_batch_cannot_carry_target_labels() -> None:
+    assert [field.name for field in dataclasses.fields(Batch)] == ["source_image", "source_label", "target_image"]
+
+
+@pytest.mark.parametrize("name", METHODS)
+class TestContract:
+    def test_step_gives_detached_numbers_and_trains_every_network(self, name: str) -> None:
+        method = MAKE[name]()
+        method.start_phase(10)
+        before = {key: weights_checksum({key: network}) for key, network in method.networks.items()}
+        metrics = method.step(batch(0), 0)
+        assert {"loss_segmentation", "non_finite"} <= metrics.keys()
+        for key, value in metrics.items():
+            assert value.shape == (), key
+            assert not value.requires_grad, key
+            assert math.isfinite(float(value)), key
+        assert float(metrics["non_finite"]) == 0
+        for key, network in method.networks.items():
+            assert weights_checksum({key: network}) != before[key]
+
+    def test_predict_gives_probabilities_and_changes_nothing(self, name: str) -> None:
+        method = MAKE[name]()
+        method.start_phase(10)
+        method.step(batch(0), 0)
+        before = copy.deepcopy(method.state_dict())
+        probabilities = method.predict(batch(1).source_image)
+        assert probabilities.shape == (4, CLASSES, SIZE, SIZE)
+        assert not probabilities.requires_grad
+        torch.testing.assert_close(probabilities.sum(dim=1), torch.ones(4, SIZE, SIZE))
+        one_by_one = torch.cat([method.predict(image[None]) for image in batch(1).source_image])
+        torch.testing.assert_close(one_by_one, probabilities)
+        assert_equal_states(method.state_dict(), before)
+        assert all(network.training for network in method.networks.values())
+
+    @pytest.mark.parametrize("adapt", [False, True])
+    def test_five_steps_saved_and_five_more_are_ten(self, name: str, adapt: bool) -> None:
+        straight = MAKE[name](seed=0)
+        straight.start_phase(10, adapt)
+        for step in range(10):
+            straight.step(batch(step), step)
+
+        first = MAKE[name](seed=0)
+        first.start_phase(10, adapt)
+        for step in range(5):
+            first.step(batch(step), step)
+        saved = copy.deepcopy(first.state_dict())
+        second = MAKE[name](seed=7)
+        second.load_state_dict(saved)
+        assert_equal_states(second.state_dict(), saved)
+        for step in range(5, 10):
+            second.step(batch(step), step)
+        assert_equal_states(second.state_dict(), straight.state_dict())
+
+    def test_state_is_of_tensors_and_plain_values(self, name: str) -> None:
+        method = MAKE[name]()
+        assert method.state_dict()["optimisers"] == {}
+        method.start_phase(10)
+        for key, value in leaves(method.state_dict()).items():
+            assert isinstance(value, Tensor | int | float | str), key
+
+    def test_loading_does_not_share_memory(self, name: str) -> None:
+        one, other = MAKE[name](seed=0), MAKE[name](seed=1)
+        one.start_phase(10)
+        other.load_state_dict(one.state_dict())
+        before = copy.deepcopy(one.state_dict())
+        other.step(batch(0), 0)
+        assert_equal_states(one.state_dict(), before)
+
+    def test_a_new_phase_starts_fresh_optimisers_and_keeps_weights(self, name: str) -> None:
+        method = MAKE[name]()
+        method.start_phase(10)
+        method.step(batch(0), 0)
+        before = copy.deepcopy(method.state_dict())
+        method.start_phase(20)
+        after = method.state_dict()
+        assert_equal_states({"networks": after["networks"]}, {"networks": before["networks"]})
+        assert all(not value.any() for value in leaves(after["optimisers"]).values())
+
+    def test_the_decay_reaches_zero_at_the_end_of_the_phase(self, name: str) -> None:
+        method = MAKE[name]()
+        method.start_phase(4)
+        method.step(batch(0), 0)
+        before = copy.deepcopy(dict(method.networks["segmenter"].named_parameters()))
+        method.step(batch(1), 4)
+        for key, parameter in method.networks["segmenter"].named_parameters():
+            assert torch.equal(parameter, before[key]), key
+
+    def test_nothing_moves_from_the_first_non_finite_step_on(self, name: str) -> None:
+        method = MAKE[name]()
+        method.start_phase(10)
+        bad = batch(0)
+        bad.source_image[1, 0, 5, 5] = torch.nan
+        before = copy.deepcopy(method.state_dict())
+        flags = [float(method.step(part, 0)["non_finite"]) for part in (bad, batch(1))]
+        assert flags == [1, 1]
+        assert_equal_states(method.state_dict(), before)
+        losses = reduce_metrics(method.non_finite_losses())
+        assert math.isnan(losses["loss_cross_entropy_main"])
+        # Loaded from before it, training goes on.
+        method.load_state_dict(before)
+        assert float(method.step(batch(1), 0)["non_finite"]) == 0
+        with pytest.raises(AssertionError):
+            assert_equal_states(method.state_dict(), before)
+
+    def test_a_step_reads_nothing_back_from_the_device(self, name: str) -> None:
+        read: list[str] = []
+
+        class Watch(TorchDispatchMode):
+            def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+                if func.overloadpacket.__name__ in ("_local_scalar_dense", "nonzero", "equal", "is_nonzero"):
+                    read.append(str(func))
+                return func(*args, **(kwargs or {}))
+
+        method = MAKE[name]()
+        method.start_phase(10)
+        with Watch():
+            method.step(batch(0), 0)
+            assert read == []
+            method.step(batch(0), 0)["loss_segmentation"].item()
+        assert len(read) == 1
+
+    def test_learns_discs(self, name: str) -> None:
+        method = MAKE[name]()
+        method.start_phase(60)
+        for step in range(60):
+            metrics = method.step(batch(step, size=8), step)
+        assert float(metrics["loss_segmentation"]) < 0.7
+        test = batch(1000, size=16)
+        predicted = method.predict(test.source_image).argmax(dim=1)
+        for disc in (1, 2):
+            ours, truth = predicted == disc, test.source_label == disc
+            assert 2 * (ours & truth).sum() / (ours.sum() + truth.sum()) > 0.7
+
+    def test_a_checkpoint_that_does_not_fit_is_named(self, name: str) -> None:
+        method = MAKE[name]()
+        method.start_phase(10)
+        state = method.state_dict()
+        wrong = copy.deepcopy(state)
+        wrong["networks"]["segmenter"]["conv1.weight"] = torch.zeros(2, 1, 7, 7)
+        with pytest.raises(DataError, match=r"segmenter: conv1\.weight is \(2, 1, 7, 7\), expected \(4, 1, 7, 7\)"):
+            method.load_state_dict(wrong)
+        wrong = copy.deepcopy(state)
+        del wrong["optimisers"]["segmenter"]["momentum_buffer"]["conv1.weight"]
+        with pytest.raises(DataError, match=r"momentum_buffer' of conv1\.weight"):
+            method.load_state_dict(wrong)
+        with pytest.raises(DataError, match="no network 'segmenter'"):
+            method.load_state_dict({**state, "networks": {}})
+
+
+@pytest.mark.parametrize("form", ["released", "paper"])
+@pytest.mark.parametrize("discriminator", ["fc", "patchgan"])
+def test_a_class_that_is_nowhere_and_a_batch_of_one_class_are_finite(form: str, discriminator: str) -> None:
+    method = make_mpscl(form=form, discriminator=discriminator)
+    method.start_phase(10)
+    for step in range(4):
+        part = batch(step)
+        label = part.source_label.clamp(max=1) if step < 3 else torch.zeros_like(part.source_label)
+        metrics = method.step(dataclasses.replace(part, source_label=label), step)
+        assert all(math.isfinite(float(value)) for value in metrics.values())
+    assert torch.equal(method.prototypes[2], torch.zeros(method.prototypes.shape[1]))
+    assert float(metrics["non_finite"]) == 0
+
+
+@pytest.mark.parametrize("form", ["released", "paper"])
+def test_no_selected_pixel_is_no_loss(form: str) -> None:
+    method = make_mpscl(form=form, delta_th=2.0)
+    method.start_phase(10)
+    metrics = method.step(batch(0), 0)
+    assert float(metrics["selected_fraction"]) == 0
+    assert float(metrics["loss_contrastive_target"]) == 0
+    assert float(metrics["non_finite"]) == 0
+
+
+@pytest.mark.parametrize("form", ["released", "paper"])
+def test_target_loss_is_a_mean_over_selected_pixels(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    sums: list[tuple[float, float]] = []
+    contrast = mpscl.margin_contrastive_loss
+
+    def spy(*args: Any, **kwargs: Any) -> Any:
+        result = contrast(*args, **kwargs)
+        sums.append((float(result.numerator.detach()), float(result.denominator)))
+        return result
+
+    monkeypatch.setattr(mpscl, "margin_contrastive_loss", spy)
+    method = make_mpscl(form=form)
+    method.start_phase(10)
+    metrics = method.step(batch(0), 0)
+    numerator, denominator = sums[1]
+    assert 0 < denominator < 4 * 9 * 9
+    expected = numerator / (denominator + (MASK_EPS if form == "released" else 0))
+    assert float(metrics["loss_contrastive_target"]) == pytest.approx(expected, rel=1e-6)
+    assert float(metrics["selected_fraction"]) == pytest.approx(denominator / (4 * 9 * 9))
+
+
+def test_warm_up_leaves_prototypes_and_contrast_out() -> None:
+    method = make_mpscl()
+    method.start_phase(10, adapt=False)
+    metrics = method.step(batch(0), 0)
+    assert not any("contrastive" in key or "prototype" in key or "selected" in key for key in metrics)
+    assert not method.prototypes.any()
+
+
+def test_prototypes_start_as_the_mean_feature_over_all_slices() -> None:
+    method = make_mpscl()
+    method.start_phase(10)
+    method.step(batch(0), 0)
+    before = weights_checksum(method.networks)
+    parts = [batch(step, size) for step, size in ((1, 4), (2, 1), (3, 3))]
+    method.initialise_prototypes((part.source_image, part.source_label) for part in parts)
+    assert weights_checksum(method.networks) == before
+
+    network = method.segmenter.eval()
+    with torch.no_grad():
+        features = network(torch.cat([part.source_image for part in parts])).features
+    network.train()
+    labels = downsample_labels(torch.cat([part.source_label for part in parts]), (9, 9))
+    for number in range(CLASSES):
+        expected = features.permute(0, 2, 3, 1)[labels == number].mean(dim=0)
+        torch.testing.assert_close(method.prototypes[number], expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("domains", ["mixture", "target"])
+def test_whose_passes_move_the_running_statistics(domains: str) -> None:
+    method = make_mpscl(norm_statistics=domains)
+    method.start_phase(10)
+    expected = copy.deepcopy(method.segmenter)
+    part = batch(0)
+    assert part.target_image is not None
+    method.step(part, 0)
+    with torch.no_grad():
+        if domains == "mixture":
+            expected(part.source_image)
+        expected(part.target_image)
+    for (key, ours), reference in zip(method.segmenter.named_buffers(), expected.buffers(), strict=True):
+        torch.testing.assert_close(ours, reference, msg=key)
+
+
+def test_without_auxiliary_head() -> None:
+    method = make_mpscl(network=segmenter(0, multi_level=False))
+    assert method.networks.keys() == {"segmenter", "discriminator_main"}
+    method.start_phase(10)
+    metrics = method.step(batch(0), 0)
+    assert not any("aux" in key for key in metrics)
+
+
+def test_total_loss_weighs_its_terms() -> None:
+    """The gradient is linear in each weight of Eq. (11)."""
+
+    def gradient(**weights: float) -> Tensor:
+        zero = {"gamma": 1e-30, "beta": 0.0, "lambda_main": 0.0, "lambda_aux": 0.0, "segmentation_aux_weight": 0.0}
+        method = make_mpscl(**{**zero, **weights})
+        method.start_phase(10)
+        method.step(batch(0), 0)
+        found = method.segmenter.conv1.weight.grad
+        assert found is not None
+        return found.double()
+
+    base = gradient()
+    for name in ("gamma", "beta", "lambda_main", "lambda_aux", "segmentation_aux_weight"):
+        one, three = gradient(**{name: 1.0}) - base, gradient(**{name: 3.0}) - base
+        assert one.norm() > 1e-5 * base.norm(), name
+        torch.testing.assert_close(three, 3 * one, rtol=0, atol=1e-4 * float(base.norm()), msg=name)
+
+
+def test_halved_discriminator_loss() -> None:
+    losses = []
+    for halve in (True, False):
+        method = make_mpscl(halve_discriminator_loss=halve)
+        method.start_phase(10)
+        losses.append(float(method.step(batch(0), 0)["loss_discriminator_main"]))
+    assert losses[1] == pytest.approx(2 * losses[0])
+
+
+@pytest.mark.parametrize(
+    ("precision", "tolerance"), [(PrecisionConfig(channels_last=True), 1e-4), (PrecisionConfig(dtype="bf16"), 0.05)]
+)
+def test_other_precisions_are_near_float32(precision: PrecisionConfig, tolerance: float) -> None:
+    plain, other = make_mpscl(), make_mpscl(precision=precision)
+    for method in (plain, other):
+        method.start_phase(10)
+    for step in range(2):
+        expected, metrics = plain.step(batch(step), step), other.step(batch(step), step)
+        for key in expected:
+            if key.startswith("loss"):
+                assert float(metrics[key]) == pytest.approx(float(expected[key]), rel=tolerance), key
+    assert all(parameter.dtype == torch.float32 for parameter in other.segmenter.parameters())
+
+
+def test_prototype_angles() -> None:
+    prototypes = torch.tensor([[1.0, 0.0], [2.0, 2.0], [0.0, 0.0], [0.0, 3.0]])
+    smallest, mean = prototype_angles(prototypes)
+    assert float(smallest) == pytest.approx(math.pi / 4, abs=1e-6)
+    assert float(mean) == pytest.approx((math.pi / 4 + math.pi / 4 + math.pi / 2) / 3, abs=1e-6)
+    assert [float(angle) for angle in prototype_angles(torch.zeros(3, 2))] == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "setting"),
+    [
+        (MPSCLConfig, {"margin_source": -0.1}),
+        (MPSCLConfig, {"margin_target": 1.6}),
+        (MPSCLConfig, {"temperature_source": 0.0}),
+        (MPSCLConfig, {"alpha": 1.1}),
+        (MPSCLConfig, {"delta_th": 2.1}),
+        (MPSCLConfig, {"gamma": math.nan}),
+        (MPSCLConfig, {"beta": math.inf}),
+        (MPSCLConfig, {"margin_source": math.nan}),
+        (MPSCLConfig, {"form": "published"}),
+        (OptimConfig, {"lr": 0.0}),
+        (OptimConfig, {"momentum": 1.0}),
+        (OptimConfig, {"betas": [0.9, 1.0]}),
+        (OptimConfig, {"legacy_param_repeats": {"stem": 0}}),
+        (OptimConfig, {"legacy_param_repeats": {"tail": 1}}),
+        (PrecisionConfig, {"dtype": "fp16"}),
+        (SegmentationConfig, {"segmentation_aux_weight": -1.0}),
+    ],
+)
+def test_settings_out_of_range_are_refused(kind: type, setting: dict[str, Any]) -> None:
+    TypeAdapter(kind).validate_python({})
+    with pytest.raises(ValidationError):
+        TypeAdapter(kind).validate_python(setting)
