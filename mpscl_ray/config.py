@@ -1,4 +1,4 @@
-"""A run's settings: frozen dataclasses, read from a preset and ``key=value`` overrides.
+"""Reading a run's settings from a preset and ``key=value`` overrides; what they are is in mpscl_ray.config_schema.
 
 One :func:`load_config` serves the command line, a search trial and the reload of a run folder. Unknown keys, wrong
 types and values out of range are all reported at once, each with the place it came from.
@@ -11,157 +11,57 @@ import dataclasses
 import difflib
 import functools
 import inspect
+import itertools
 import math
 import textwrap
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import yaml
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 
-from mpscl_ray.data.augment import AugmentConfig
+from mpscl_ray.config_schema import (
+    ADAPTATION,
+    METHOD_CONFIGS,
+    SOURCE_ONLY,
+    WARM_UP,
+    Config,
+    DataConfig,
+    NetworkConfig,
+    PhasesConfig,
+    RunConfig,
+    ScalingConfig,
+)
 from mpscl_ray.errors import ConfigError
 from mpscl_ray.methods.mpscl import MPSCLConfig
 from mpscl_ray.methods.segmentation import SegmentationConfig
-from mpscl_ray.optimisation import OptimConfig, PrecisionConfig
+
+__all__ = [
+    "ADAPTATION",
+    "METHOD_CONFIGS",
+    "SOURCE_ONLY",
+    "WARM_UP",
+    "Config",
+    "DataConfig",
+    "NetworkConfig",
+    "PhasesConfig",
+    "RunConfig",
+    "ScalingConfig",
+    "config_from_dict",
+    "describe_keys",
+    "differences",
+    "load_config",
+    "preset_names",
+    "to_dict",
+    "to_yaml",
+]
 
 PRESETS = Path(__file__).parent / "presets"
 """Folder of the presets that ship with the package; a preset's name is its path below it without ``.yaml``."""
-
-METHOD_CONFIGS: dict[str, type[MPSCLConfig] | type[SegmentationConfig]] = {
-    "mpscl": MPSCLConfig,
-    "segmentation": SegmentationConfig,
-}
-"""Settings of each method by the value of ``method.name``."""
-
-SOURCE_ONLY, WARM_UP, ADAPTATION = "source_only", "warm_up", "adaptation"
-"""The phases of a run, in this order."""
-
-
-@dataclass(frozen=True)
-class RunConfig:
-    """Where a run lives and how often it looks up from its work."""
-
-    __pydantic_config__ = ConfigDict(coerce_numbers_to_str=True)  # run.name=2024 is a name
-
-    name: str = "mpscl"
-    """Name of the run and of its folder; the same name again goes on where the run stopped."""
-    storage: str = "runs"
-    """Folder that holds the run folders; on several nodes one that all of them share."""
-    seed: Annotated[int, Field(ge=0, lt=2**31)] = 1
-    """Seed of initial weights, order of slices and augmentation."""
-    report_every: Annotated[int, Field(ge=1)] = 20
-    """Steps between two readings of losses (progress line, TensorBoard, metrics.jsonl)."""
-    validate_every: Annotated[int, Field(ge=1)] = 200
-    """Steps between two validations."""
-    checkpoint_every: Annotated[int, Field(ge=1)] = 200
-    """Steps between two checkpoints: the most that a killed run repeats."""
-    keep_checkpoints: Annotated[int, Field(ge=1)] = 2
-    """Checkpoints kept beside the best one and the end of each phase."""
-    select: Literal["label_free", "oracle"] = "label_free"
-    """What decides on `best`: source validation Dice less target entropy, or target validation Dice ("oracle")."""
-    restarts: Annotated[int, Field(ge=0)] = 3
-    """How many times lost workers are replaced before the run is given up (still resumable)."""
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """The two prepared datasets and what happens to their slices on the way to the network."""
-
-    source: str = ""
-    """Folder of the prepared labelled domain, or phantom:mr / phantom:ct."""
-    target: str = ""
-    """Folder of the prepared unlabelled domain, or phantom:mr / phantom:ct."""
-    labelled: Literal["source", "target"] = "source"
-    """Domain whose labels train the segmenter; "target" is the supervised upper bound."""
-    batch_size: Annotated[int, Field(ge=1)] = 8
-    """Slices a step takes from each domain, over all workers together."""
-    in_memory: Literal["auto"] | bool = "auto"
-    """Keep the decoded slices in shared memory; auto: if they fit."""
-    augmentation: AugmentConfig = field(default_factory=AugmentConfig)
-    """Random changes of the slices, drawn from the seed and the position in the stream."""
-
-
-@dataclass(frozen=True)
-class NetworkConfig:
-    """The segmenter, a DeepLabV2 with heads on conv4 and conv5."""
-
-    blocks: tuple[int, int, int, int] = (3, 4, 23, 3)
-    """Bottlenecks a stage; (3, 4, 23, 3) is ResNet-101."""
-    width: Annotated[int, Field(ge=4)] = 64
-    """Channels of the stem."""
-    output_stride: Literal[4, 8] = 8
-    """Input pixels per feature pixel."""
-    in_channels: Literal[1, 3] = 3
-    """3 feeds the slice three times with the channel means of the ImageNet weights taken off; 1 feeds it as it is."""
-    train_norm_affine: bool = False
-    """Train scale and shift of the batch norms, which the released code freezes (with pretrained weights)."""
-    pretrained: str | None = None
-    """File with weights to start from: ImageNet (caffe), AdaptSegNet, ADVENT or MPSCL, or an own run's checkpoint."""
-    pretrained_heads: bool = True
-    """Take the classifier heads from that file too; false where it was trained on other classes."""
-
-
-@dataclass(frozen=True)
-class PhasesConfig:
-    """Iterations of the three phases of a run; 0 leaves one out."""
-
-    source_only: Annotated[int, Field(ge=0)] = 0
-    """Plain segmentation of the labelled domain: stands in for pretrained weights where there are none."""
-    warm_up: Annotated[int, Field(ge=0)] = 0
-    """Adversarial alignment alone (beta = gamma = 0)."""
-    adaptation: Annotated[int, Field(ge=0)] = 0
-    """The whole method, prototypes initialised from all source slices (Eq. 4)."""
-    source_only_lr: Annotated[float | None, Field(gt=0)] = None
-    """Learning rate of the first phase where it is not optim.lr."""
-
-
-@dataclass(frozen=True)
-class ScalingConfig:
-    """What a run takes of the machine or cluster."""
-
-    workers: Annotated[int, Field(ge=1)] = 1
-    """Processes that share each batch; the result does not depend on their number."""
-    device: Literal["auto", "cpu", "gpu"] = "auto"
-    """auto: a GPU for each worker if the cluster has any."""
-    cpus_per_worker: Annotated[float, Field(gt=0)] = 1
-    """CPUs reserved for, and threads used by, each worker."""
-    wait_s: Annotated[float, Field(ge=0)] = 0
-    """Seconds to wait for resources that the cluster lacks now, for example while it grows."""
-
-
-@dataclass(frozen=True)
-class Config:
-    """Everything a run depends on."""
-
-    run: RunConfig = field(default_factory=RunConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    network: NetworkConfig = field(default_factory=NetworkConfig)
-    method: MPSCLConfig | SegmentationConfig = field(default_factory=MPSCLConfig)
-    phases: PhasesConfig = field(default_factory=PhasesConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
-    scaling: ScalingConfig = field(default_factory=ScalingConfig)
-
-    @property
-    def method_name(self) -> str:
-        """Key of the method in :data:`METHOD_CONFIGS`."""
-        return next(name for name, kind in METHOD_CONFIGS.items() if type(self.method) is kind)
-
-    @property
-    def schedule(self) -> list[tuple[str, int]]:
-        """Phases that run, in order, with their iterations."""
-        first = "supervised" if self.data.labelled == "target" else SOURCE_ONLY
-        lengths = (
-            (first, self.phases.source_only),
-            (WARM_UP, self.phases.warm_up),
-            (ADAPTATION, self.phases.adaptation),
-        )
-        return [(name, iterations) for name, iterations in lengths if iterations > 0]
 
 
 @dataclass(frozen=True)
@@ -425,10 +325,10 @@ def _docs(kind: type) -> dict[str, str]:
         node.body for node in ast.parse(textwrap.dedent(inspect.getsource(kind))).body if isinstance(node, ast.ClassDef)
     ]
     docs: dict[str, str] = {}
-    for node, after in zip(body, body[1:], strict=False):
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and isinstance(after, ast.Expr):
-            if isinstance(after.value, ast.Constant) and isinstance(after.value.value, str):
-                docs[node.target.id] = " ".join(after.value.value.split())
+    for node, after in itertools.pairwise(body):
+        match node, after:
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                docs[name] = " ".join(text.split())
     return docs
 
 

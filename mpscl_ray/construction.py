@@ -12,7 +12,8 @@ from mpscl_ray.config import ADAPTATION, WARM_UP, Config
 from mpscl_ray.methods.base import Method
 from mpscl_ray.methods.mpscl import MPSCL, MPSCLConfig
 from mpscl_ray.methods.segmentation import Segmentation, SegmentationConfig
-from mpscl_ray.networks import DeepLabV2, initialise
+from mpscl_ray.networks import initialise
+from mpscl_ray.networks.deeplab import DeepLabV2
 from mpscl_ray.networks.pretrained import load_pretrained
 
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,13 @@ from typing import Any
 import ray
 import ray.train
 import ray.train.torch
+import torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
+from ray.util.placement_group import placement_group, remove_placement_group
 
 from mpscl_ray import __version__
-from mpscl_ray.config import Config, to_dict
+from mpscl_ray.config import ADAPTATION, WARM_UP, Config, to_dict
+from mpscl_ray.construction import network_arguments
 from mpscl_ray.data import SOURCE_DOMAIN, TARGET_DOMAIN
 from mpscl_ray.data.agreement import check_pair
 from mpscl_ray.data.pipeline import open_slices
@@ -29,13 +33,23 @@ from mpscl_ray.data.schema import Manifest, load_manifest
 from mpscl_ray.data.stream import Slices
 from mpscl_ray.errors import ClusterError, ConfigError, DataError, MpsclError, StorageError, TrainingError
 from mpscl_ray.run_folder import RunFolder
-from mpscl_ray.training import Outcome, TrainingData, network_arguments
-from mpscl_ray.worker import FAILURE_FILE, STOP_FILE, WorkerTask, run_worker
+from mpscl_ray.training import Outcome, TrainingData
+from mpscl_ray.worker import FAILURE_FILE, STOP_FILE, WorkerTask, add_notice, run_worker
 
-FAILURES_LOG = "failures.log"
-"""Name of the file in the run's logs that has a line for each time workers were lost."""
+RAY_FOLDER = "ray"
+"""Folder in the run folder where Ray Train keeps its own files while it runs."""
 
 _POLL_S = 0.5
+_SETTLE_S = 5.0
+"""So long may a cluster that is large enough take to free what a run before this one held."""
+
+_START_TIMEOUT_S = 30
+_RAY_TRAIN_SETTINGS = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": str(_POLL_S),
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(_START_TIMEOUT_S),
+}
+"""Environment variables that Ray Train reads when a training starts. By its own defaults it looks for lost workers, and
+takes reports, every two seconds."""
 
 _FINAL: dict[int, type[MpsclError]] = {
     kind.exit_code: kind for kind in (ConfigError, DataError, ClusterError, StorageError, TrainingError)
@@ -64,7 +78,7 @@ def load_domains(config: Config) -> tuple[Domains, list[str]]:
         The domains, and a sentence for each thing that deserves a warning.
 
     Raises:
-        ConfigError: data.source or data.target is not set.
+        ConfigError: data.source or data.target is not set, or run.select needs labels that the target does not have.
         DataError: a dataset is missing, damaged, or does not fit the other one.
     """
     for key, value in (("data.source", config.data.source), ("data.target", config.data.target)):
@@ -75,7 +89,20 @@ def load_domains(config: Config) -> tuple[Domains, list[str]]:
             )
     source_folder, target_folder = Path(config.data.source).absolute(), Path(config.data.target).absolute()
     domains = Domains(load_manifest(source_folder), load_manifest(target_folder), source_folder, target_folder)
-    return domains, check_pair(domains.source, domains.target)
+    warnings = check_pair(domains.source, domains.target)
+    held_out = domains.target.split("val")
+    if config.run.select == "oracle" and not (held_out and all(case.labelled for case in held_out)):
+        raise ConfigError(
+            f"run.select=oracle needs labels of all validation cases of the target {target_folder}, and "
+            f"{sum(case.labelled for case in held_out)} of its {len(held_out)} have any; use run.select=label_free"
+        )
+    own = (domains.target if config.data.labelled == TARGET_DOMAIN else domains.source).split("val")
+    if config.run.select == "label_free" and not (own and all(case.labelled for case in own)):
+        warnings.append(
+            f"the {config.data.labelled} dataset has no labelled validation cases, by which the best checkpoint would "
+            "be chosen: there will be the last one and the end of each phase"
+        )
+    return domains, warnings
 
 
 def model_description(config: Config, domains: Domains) -> dict[str, Any]:
@@ -109,9 +136,8 @@ def open_data(config: Config, domains: Domains) -> TrainingData:
     def opened(folder: Path, split: str, labels: bool) -> Slices:
         return open_slices(folder, split, labels=labels, in_memory=config.data.in_memory)
 
-    supervised = config.data.labelled == "target"
-    labelled = opened(domains.target_folder if supervised else domains.source_folder, "train", True)
-    adapts = any(name not in ("source_only", "supervised") for name, _ in config.schedule)
+    supervised = config.data.labelled == TARGET_DOMAIN
+    adapts = any(name in (WARM_UP, ADAPTATION) for name, _ in config.schedule)
     validation: dict[str, Slices] = {}
     for domain, manifest, folder in (
         (SOURCE_DOMAIN, domains.source, domains.source_folder),
@@ -122,7 +148,7 @@ def open_data(config: Config, domains: Domains) -> TrainingData:
             validation[domain] = opened(folder, "val", all(case.labelled for case in cases))
     return TrainingData(
         classes=domains.classes,
-        labelled=labelled,
+        labelled=opened(domains.target_folder if supervised else domains.source_folder, "train", True),
         unlabelled=opened(domains.target_folder, "train", False) if adapts else None,
         validation=validation,
     )
@@ -132,66 +158,114 @@ def check_machine(config: Config) -> None:
     """Refuse, before Ray starts, what this machine cannot give to a run of its own.
 
     Raises:
-        ClusterError: with the numbers, where more CPUs are asked for than there are.
+        ClusterError: with the numbers, where more CPUs or GPUs are asked for than there are.
     """
-    have = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    need = config.scaling.workers * config.scaling.cpus_per_worker
-    if need > have and not os.environ.get("RAY_ADDRESS") and not ray.is_initialized():
+    if os.environ.get("RAY_ADDRESS") or ray.is_initialized():
+        return
+    scaling = config.scaling
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    gpus = torch.cuda.device_count()
+    fits = int(cpus / scaling.cpus_per_worker)
+    if scaling.workers > fits:
         raise ClusterError(
-            f"{config.scaling.workers} workers with {config.scaling.cpus_per_worker:g} CPUs each need {need:g} CPUs and "
-            f"this machine has {have}; ask for fewer with scaling.workers={max(1, int(have / config.scaling.cpus_per_worker))}, "
-            "or set RAY_ADDRESS to a larger cluster"
+            f"{scaling.workers} workers with {scaling.cpus_per_worker:g} CPUs each need "
+            f"{scaling.workers * scaling.cpus_per_worker:g} CPUs and this machine has {cpus}; "
+            f"{_offer(config, fits, [])}, or set RAY_ADDRESS to a larger cluster"
+        )
+    if scaling.device == "gpu" and scaling.workers > gpus:
+        raise ClusterError(
+            f"scaling.device=gpu gives each of {scaling.workers} workers a GPU and this machine has {gpus} that torch "
+            f"can use; {_offer(config, gpus, ['scaling.device=cpu'])}, or set RAY_ADDRESS to a cluster with GPUs"
         )
 
 
 def check_cluster(config: Config) -> bool:
-    """Compare what a run asks for with what the cluster has, so that nobody waits for what will never come.
+    """Try whether the cluster has what a run asks for, so that nobody waits for what will never come.
+
+    The workers' places are asked for as training will ask for them, for ``scaling.wait_s`` seconds: a cluster that can
+    grow then does.
 
     Returns:
         Whether workers get a GPU each.
 
     Raises:
-        ClusterError: with the numbers, where the cluster is too small or too busy and stays so for
-            ``scaling.wait_s`` seconds.
+        ClusterError: with the numbers, where the cluster is too small or too busy and stays so.
     """
-    deadline = time.monotonic() + config.scaling.wait_s
-    while True:
-        total, free = ray.cluster_resources(), ray.available_resources()
-        gpus = total.get("GPU", 0.0)
-        use_gpu = config.scaling.device == "gpu" or (config.scaling.device == "auto" and gpus > 0)
-        need = {"CPU": config.scaling.workers * config.scaling.cpus_per_worker}
-        if use_gpu:
-            need["GPU"] = config.scaling.workers
-        lacking = [name for name, amount in need.items() if amount > total.get(name, 0.0)]
-        busy = [name for name, amount in need.items() if amount > free.get(name, 0.0)]
-        if not busy:
-            return use_gpu
-        if time.monotonic() >= deadline:
-            break
-        time.sleep(_POLL_S)
-    asked = " and ".join(f"{amount:g} {name}s" for name, amount in need.items())
-    has = " and ".join(f"{total.get(name, 0.0):g} {name}s ({free.get(name, 0.0):g} free)" for name in need)
-    fits = min(math.floor(free.get(name, 0.0) / (amount / config.scaling.workers)) for name, amount in need.items())
-    offers = [f"scaling.workers={fits}"] if fits >= 1 else []
-    offers += ["scaling.device=cpu"] if "GPU" in lacking else []
-    offers += ["scaling.wait_s=SECONDS to wait for more"]
-    raise ClusterError(
-        f"{config.scaling.workers} workers need {asked}, and the cluster has {has}; use {', or '.join(offers)}"
-    )
+    scaling = config.scaling
+    total: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    use_gpu = scaling.device == "gpu" or (scaling.device == "auto" and total.get("GPU", 0) > 0)
+    place = {"CPU": scaling.cpus_per_worker} | ({"GPU": 1.0} if use_gpu else {})
+    enough = scaling.workers <= _places(place)
+    if enough or scaling.wait_s:
+        group = placement_group([place] * scaling.workers, strategy="PACK")
+        try:
+            if group.wait(max(scaling.wait_s, _SETTLE_S) if enough else scaling.wait_s):
+                return use_gpu
+        finally:
+            remove_placement_group(group)
+    raise ClusterError(cluster_shortage(config, use_gpu))
 
 
-class _FailuresToFile(UserCallback):  # type: ignore[misc]
-    """Writes a line for each time that workers were lost; runs in the controller of Ray Train."""
+def cluster_shortage(config: Config, use_gpu: bool) -> str:
+    """A sentence on what a run asks for and what the cluster has."""
+    scaling = config.scaling
+    place = {"CPU": scaling.cpus_per_worker} | ({"GPU": 1.0} if use_gpu else {})
+    total: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    free: dict[str, float] = ray.available_resources()  # type: ignore[no-untyped-call]
+    asked = " and ".join(f"{amount * scaling.workers:g} {name}s" for name, amount in place.items())
+    has = " and ".join(f"{total.get(name, 0):g} {name}s ({free.get(name, 0):g} free)" for name in place)
+    nodes = len(_nodes())
+    spread = f" on {nodes} nodes" if nodes > 1 else ""
+    fits = min(_places(place), *(int(free.get(name, 0) / amount) for name, amount in place.items()))
+    others = ["scaling.device=cpu"] if use_gpu and total.get("GPU", 0) < scaling.workers else []
+    others.append("scaling.wait_s=SECONDS to wait for more")
+    return f"{scaling.workers} workers need {asked}, and the cluster has {has}{spread}; {_offer(config, fits, others)}"
 
-    def __init__(self, file: Path) -> None:
-        self.file = file
+
+def _places(place: dict[str, float]) -> int:
+    """Workers that all nodes together have room for, were they idle; a worker cannot be split between nodes."""
+    return sum(min(math.floor(node.get(name, 0) / amount) for name, amount in place.items()) for node in _nodes())
+
+
+def _nodes() -> list[dict[str, float]]:
+    """Resources of each node."""
+    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    return [node["Resources"] for node in nodes if node["Alive"]]
+
+
+def _offer(config: Config, fits: int, others: list[str]) -> str:
+    """What to ask for instead: as many workers as fit and can share the batch."""
+    workers = next((number for number in range(fits, 0, -1) if config.data.batch_size % number == 0), 0)
+    offers = [f"scaling.workers={workers}", *others] if workers else others
+    return f"use {' or '.join(offers)}" if offers else "use a larger machine"
+
+
+class _LossesToNotices(UserCallback):
+    """Leaves a notice each time that workers were lost; runs in the controller of Ray Train."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self.folder = folder
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        stamp = time.strftime("%Y-%m-%d %H:%M:%S")
-        with self.file.open("a", encoding="utf-8") as stream:
-            for rank, error in sorted(worker_exceptions.items()):
-                text = str(error).strip().splitlines() or [type(error).__name__]
-                stream.write(f"{stamp} worker {rank} was lost: {text[-1][:300]}\n")
+        if not (self.folder.path / FAILURE_FILE).exists():
+            add_notice(self.folder, f"{_causes(worker_exceptions)}; the workers are replaced and go on")
+
+
+def _causes(worker_exceptions: Mapping[int, BaseException]) -> str:
+    """Which workers failed and how. Where one died, errors of the others are only its consequence."""
+    died = {rank: error for rank, error in worker_exceptions.items() if _is_death(error)}
+    lines = []
+    for rank, error in sorted((died or worker_exceptions).items()):
+        if _is_death(error):
+            lines.append(f"worker {rank} was lost: its process died")
+        else:
+            lines.append(f"worker {rank} failed: {_last_line(error)}")
+    return "; ".join(lines)
+
+
+def _is_death(error: BaseException) -> bool:
+    causes = (error, getattr(error, "health_check_failure", None), error.__cause__)
+    return any(isinstance(cause, ray.exceptions.ActorDiedError) for cause in causes)
 
 
 class Launch:
@@ -201,25 +275,33 @@ class Launch:
     """
 
     def __init__(self, config: Config, folder: RunFolder, data: TrainingData, use_gpu: bool) -> None:
-        self.config, self.folder = config, folder
+        self.config, self.folder, self.use_gpu = config, folder, use_gpu
         self._result: Any = None
         self._error: BaseException | None = None
         for name in (STOP_FILE, FAILURE_FILE):
             (folder.path / name).unlink(missing_ok=True)
+        self._ray_folder = folder.path.absolute() / RAY_FOLDER
+        shutil.rmtree(self._ray_folder, ignore_errors=True)
+        for name, value in _RAY_TRAIN_SETTINGS.items():
+            os.environ.setdefault(name, value)
         resources = {"CPU": config.scaling.cpus_per_worker} | ({"GPU": 1} if use_gpu else {})
-        # The name is new each time: going on from a checkpoint is our own business, and Ray's idea of it would get in the way.
-        launch = f"{folder.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        patience = math.ceil(config.scaling.wait_s / _START_TIMEOUT_S)
         self._trainer = ray.train.torch.TorchTrainer(
-            run_worker,
+            run_worker,  # type: ignore[arg-type]
             train_loop_config=WorkerTask(to_dict(config), str(folder.path.absolute()), data),  # type: ignore[arg-type]
             scaling_config=ScalingConfig(
                 num_workers=config.scaling.workers, use_gpu=use_gpu, resources_per_worker=resources
             ),
             run_config=RunConfig(
-                name=launch,
-                storage_path=str((folder.path / "ray").absolute()),
-                failure_config=FailureConfig(max_failures=config.run.restarts),
-                callbacks=[_FailuresToFile(folder.logs.absolute() / FAILURES_LOG)],
+                # New each time: going on from a checkpoint is our own business, Ray's idea of it would get in the way.
+                name=f"{folder.name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",
+                storage_path=str(self._ray_folder),
+                failure_config=FailureConfig(  # type: ignore[call-arg]
+                    max_failures=config.run.restarts,
+                    # Without a limit Ray Train waits for ever for workers that have no place any more.
+                    controller_failure_limit=max(config.run.restarts, patience),
+                ),
+                callbacks=[_LossesToNotices(RunFolder(folder.path.absolute()))],  # type: ignore[list-item]
             ),
         )
         self._thread = threading.Thread(target=self._fit, name="ray train", daemon=True)
@@ -243,18 +325,22 @@ class Launch:
         Raises:
             MpsclError: what a worker could not go on with, as it raised it.
             TrainingError: workers were lost more often than run.restarts allows.
+            ClusterError: the cluster has no room for the workers any more.
         """
         while self.running:
             look()
             self._thread.join(_POLL_S)
         look()
         (self.folder.path / STOP_FILE).unlink(missing_ok=True)
+        shutil.rmtree(self._ray_folder, ignore_errors=True)
+        failure = self.folder.path / FAILURE_FILE
+        if failure.exists():
+            content = json.loads(failure.read_text(encoding="utf-8"))
+            failure.unlink()
+            raise _FINAL.get(content["exit_code"], TrainingError)(content["reason"])
         if self._error is not None:
             raise self._explained(self._error)
-        outcome = self._result.return_value
-        if outcome["state"] == "failed":
-            raise _FINAL.get(outcome["exit_code"], TrainingError)(outcome["reason"])
-        return Outcome(**outcome)
+        return Outcome(**self._result.return_value)
 
     def _fit(self) -> None:
         try:
@@ -263,18 +349,19 @@ class Launch:
             self._error = error
 
     def _explained(self, error: BaseException) -> BaseException:
-        """The error of a worker as a sentence; what it left in the run folder comes first."""
-        failure = self.folder.path / FAILURE_FILE
-        if failure.exists():
-            content = json.loads(failure.read_text(encoding="utf-8"))
-            return _FINAL.get(content["exit_code"], TrainingError)(content["reason"])
+        """What ended the training, as a sentence."""
+        logs = f"see {self.folder.logs} for each worker's log; the same command goes on from the last checkpoint"
         if isinstance(error, ray.train.WorkerGroupError):
-            workers = "; ".join(
-                f"worker {rank}: {(str(cause).strip().splitlines() or [type(cause).__name__])[-1][:300]}"
-                for rank, cause in sorted(error.worker_failures.items())
-            )
             return TrainingError(
-                f"workers were lost {self.config.run.restarts + 1} times, which is once more than run.restarts allows "
-                f"({workers}); see {self.folder.logs} for each worker's log"
+                f"workers failed {self.config.run.restarts + 1} times, which is once more than run.restarts allows "
+                f"({_causes(error.worker_failures)}); {logs}"
             )
+        if isinstance(error, ray.train.ControllerError):
+            return ClusterError(f"the workers found no place any more: {cluster_shortage(self.config, self.use_gpu)}")
+        if isinstance(error, (ray.train.TrainingFailedError, ray.exceptions.RayError)):
+            return ClusterError(f"Ray ended the training ({_last_line(error)}); {logs}")
         return error
+
+
+def _last_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1][:300]

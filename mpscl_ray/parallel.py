@@ -10,7 +10,7 @@ from mpscl_ray.errors import ClusterError, MpsclError
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-_TASKS_PER_WORKER = 8
+_TASKS_PER_WORKER = 32
 """So many tasks a worker, where there are far more items: tiny items are not worth a task each."""
 
 

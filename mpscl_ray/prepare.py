@@ -170,15 +170,15 @@ def _stage(datasets: Sequence[_Dataset], settings: Settings, workers: int, probl
         "reading and normalising",
         progress,
     )
-    seen: set[str] = set()
+    wrong: set[str] = set()
     owner = {request.folder: dataset for dataset in datasets for request in dataset.requests}
     for request, result in zip(requests, results, strict=True):
         if isinstance(result, Staged):
             owner[request.folder].staged.append(result)
-            continue
-        # A file that is in two splits is wrong once.
-        problems += [problem for problem in result if problem not in seen]
-        seen.update(result)
+        else:
+            wrong.update(result)
+    # Sorted by file; a file that is in two splits is wrong once.
+    problems += sorted(wrong)
 
 
 def _finish(

@@ -5,33 +5,43 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import shlex
+import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
-from mpscl_ray import cli, launch, phantom_dataset
+from mpscl_ray import checkpoint, cli, launch, phantom_dataset
 from mpscl_ray.cluster_session import connect
 from mpscl_ray.config import ADAPTATION, WARM_UP, Config, describe_keys, load_config, preset_names, to_yaml
+from mpscl_ray.construction import build_segmenter, load_start_weights
 from mpscl_ray.errors import ConfigError, Interrupted, MpsclError, TrainingError
 from mpscl_ray.evaluate import PHASES_TABLE, evaluate_phases
-from mpscl_ray.interruption import Interruption
+from mpscl_ray.interruption import SIGNALS, Interruption
+from mpscl_ray.panels import draw_phases
 from mpscl_ray.progress import ProgressLine
 from mpscl_ray.run_folder import RunFolder
-from mpscl_ray.training import TrainingData
+from mpscl_ray.training import Outcome, TrainingData, newest_checkpoint
+from mpscl_ray.worker import NOTICES_FILE
 
 MAY_CHANGE = (
     "scaling",
+    "run.name",
     "run.report_every",
     "run.validate_every",
     "run.checkpoint_every",
     "run.keep_checkpoints",
     "run.restarts",
     "run.storage",
+    "data.source",
+    "data.target",
     "data.in_memory",
     "precision.compile",
 )
-"""Keys that a resumed run may set anew; none of them changes what is computed."""
+"""Keys that a resumed run may set anew; none of them changes what is computed. The datasets may have moved, but must be
+the same: their fingerprints are compared."""
 
 _EXAMPLES = """\
 examples:
@@ -52,10 +62,12 @@ def main(arguments: Sequence[str]) -> int:
     Returns:
         The exit code: 0, or 130 when the run was stopped and can go on.
     """
+    presets = f"presets: {', '.join(preset_names())}"
+    settings = f"settings, with their defaults:\n{describe_keys()}"
     parser = argparse.ArgumentParser(
         prog="python -m mpscl_ray.train",
         description="Train a segmenter on a labelled domain and adapt it to an unlabelled one.",
-        epilog=f"{_EXAMPLES}\npresets: {', '.join(preset_names())}\n\nsettings, with their defaults:\n{describe_keys()}\n\n{cli.EXIT_CODES}",
+        epilog=f"{_EXAMPLES}\n{presets}\n\n{settings}\n\n{cli.EXIT_CODES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
@@ -93,86 +105,145 @@ def train(config: Config, command: list[str], *, dashboard: bool = False, allow_
     launch.check_machine(config)
     folder = RunFolder(Path(config.run.storage) / config.run.name)
     folder.create()
-    resume = shlex.join(["python", "-m", "mpscl_ray.train", *command])
+    words = ["python", "-m", "mpscl_ray.train", *command]
+    resume = shlex.join(words)
     with folder.lock():
-        if folder.exists:
-            _check_resume(folder, config, allow_change)
-            if folder.read_status().get("state") == "finished":
-                print(f"the run {folder.name} is finished; for another one give it a name with run.name=NAME\n")
+        # A run that has no checkpoint yet begins anew, with whatever settings.
+        if folder.exists and checkpoint.list_checkpoints(folder.checkpoints):
+            changes = _check_resume(folder, config, allow_change)
+            if folder.read_status().get("state") == "finished" and not (changes and allow_change):
+                print(f"the run {folder.name} is finished; for another one give it a name with run.name=NAME")
                 _print_results(folder)
                 return 0
+            for change in changes:
+                print(f"changed for the rest of the run: {change}", flush=True)
         folder.write_config(to_yaml(config))
-        folder.write_environment(["python", "-m", "mpscl_ray.train", *command])
+        folder.write_environment(words)
         folder.write_status("running", resume_command=resume)
         try:
-            with connect(dashboard=dashboard), Interruption() as interruption:
-                _train_and_evaluate(config, folder, interruption)
-        except Interrupted as stop:
-            folder.write_status("interrupted", exit_code=stop.exit_code, reason=str(stop))
-            print(f"{stop}; to go on:\n  {resume}", flush=True)
-            return stop.exit_code
+            with _signals_end("before training began"):
+                _check_before_ray(config, folder)
+                # Ray's start replaces the handler of SIGTERM by one that raises SystemExit.
+                with connect(dashboard=dashboard):
+                    _train_and_evaluate(config, folder)
+        except (Interrupted, SystemExit) as stop:
+            reason = str(stop) if isinstance(stop, Interrupted) else "stopped by SIGTERM while Ray started or ended"
+            folder.write_status("interrupted", exit_code=Interrupted.exit_code, reason=reason, **_place(folder))
+            print(f"{reason}; to go on:\n  {resume}", flush=True)
+            return Interrupted.exit_code
         except MpsclError as error:
-            folder.write_status("failed", exit_code=error.exit_code, reason=str(error))
+            folder.write_status("failed", exit_code=error.exit_code, reason=str(error), **_place(folder))
             raise
         except BaseException as error:
-            folder.write_status("failed", exit_code=1, reason=f"{type(error).__name__}: {error}")
+            folder.write_status("failed", exit_code=1, reason=f"{type(error).__name__}: {error}", **_place(folder))
             raise
-        folder.write_status("finished", exit_code=0)
+        folder.write_status("finished", exit_code=0, **_place(folder))
     _print_results(folder)
-    _print_next_steps(folder, config)
+    _print_next_steps(folder)
     return 0
 
 
-def _check_resume(folder: RunFolder, config: Config, allow_change: bool) -> None:
-    every_section = tuple(field.name for field in dataclasses.fields(Config))
-    for change in folder.check_config(to_yaml(config), every_section if allow_change else MAY_CHANGE):
-        print(f"changed for the rest of the run: {change}", flush=True)
+def _check_resume(folder: RunFolder, config: Config, allow_change: bool) -> list[str]:
+    """A sentence for each setting that changes on the way; ConfigError where one must not."""
+    every_section = tuple(section.name for section in dataclasses.fields(Config))
+    return folder.check_config(to_yaml(config), every_section if allow_change else MAY_CHANGE)
 
 
-def _train_and_evaluate(config: Config, folder: RunFolder, interruption: Interruption) -> None:
-    config = phantom_dataset.resolve(config)
-    domains, warnings = launch.load_domains(config)
-    for warning in warnings:
-        print(f"warning: {warning}", flush=True)
-    _write_model(folder, launch.model_description(config, domains))
-    data = launch.open_data(config, domains)
-    use_gpu = launch.check_cluster(config)
-    print(_summary(config, folder, domains, data, use_gpu), flush=True)
-    _stop_if(interruption, "before training began")
-    training = launch.Launch(config, folder, data, use_gpu)
-    with _Watcher(config, folder, training, interruption) as watcher:
+def _place(folder: RunFolder) -> dict[str, Any]:
+    """Phase, iteration and global_step of the last record of metrics."""
+    try:
+        records = folder.read_metrics()
+    except MpsclError:
+        return {}  # The status has something more urgent to say.
+    return {key: records[-1][key] for key in ("phase", "iteration", "global_step")} if records else {}
+
+
+@contextmanager
+def _signals_end(when: str) -> Iterator[None]:
+    """Inside the block Ctrl-C and SIGTERM end the command at once, but in order: nothing has to be saved."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise Interrupted(f"stopped by {signal.Signals(number).name} {when}")
+
+    previous = {number: signal.signal(number, end) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _check_before_ray(config: Config, folder: RunFolder) -> None:
+    """Find what is wrong with datasets, checkpoints and pretrained weights while it takes a second, not a minute."""
+    found, _ = newest_checkpoint(folder)
+    if not _wants_phantom(config):
+        domains, _ = _read_domains(config, folder)
+        if found is None:
+            load_start_weights(build_segmenter(config, len(domains.classes)), config)
+
+
+def _wants_phantom(config: Config) -> bool:
+    return any(value.startswith(phantom_dataset.PREFIX) for value in (config.data.source, config.data.target))
+
+
+def _train_and_evaluate(config: Config, folder: RunFolder) -> None:
+    with _signals_end("before training began"):
+        use_gpu = launch.check_cluster(config)
+        config = phantom_dataset.resolve(config)
+        domains, warnings = _read_domains(config, folder)
+        for warning in warnings:
+            print(f"warning: {warning}", flush=True)
+        data = launch.open_data(config, domains)
+        print(_summary(config, folder, domains, data, use_gpu), flush=True)
+        training = launch.Launch(config, folder, data, use_gpu)
+    with Interruption() as interruption, _Watcher(config, folder, training, interruption) as watcher:
         outcome = training.watch(watcher.look)
     if outcome.state == "non_finite":
-        losses = ", ".join(f"{name} {value:g}" for name, value in outcome.losses.items())
-        raise TrainingError(
-            f"a loss or gradient was not finite at iteration {outcome.iteration} of the phase {outcome.phase} ({losses}); "
-            f"nothing was changed by that step and the checkpoint before it is kept: go on from there with other settings, "
-            f"for example optim.lr={config.optim.lr / 2:g} --allow-change"
-        )
+        raise TrainingError(_non_finite(config, folder, outcome))
+    place = f"iteration {outcome.iteration} of the phase {outcome.phase}"
     if outcome.state == "interrupted":
-        raise Interrupted(
-            f"stopped at iteration {outcome.iteration} of the phase {outcome.phase}, a checkpoint is written"
-        )
-    evaluate_phases(folder.path, [name for name, _ in config.schedule])
-    _stop_if(interruption, "during the evaluation")
-
-
-def _stop_if(interruption: Interruption, when: str) -> None:
+        raise Interrupted(f"stopped by {interruption.signal_name} at {place}, a checkpoint is written")
     if interruption.requested:
-        raise Interrupted(f"stopped {when}")
+        raise Interrupted(f"stopped by {interruption.signal_name} between training, which is done, and its evaluation")
+    with _signals_end("during the evaluation"):
+        phases = [name for name, _ in config.schedule]
+        evaluate_phases(folder.path, phases)
+        draw_phases(folder.path, phases)
 
 
-def _write_model(folder: RunFolder, description: dict[str, Any]) -> None:
-    """Keep what prediction needs; a run that goes on must go on with the same data."""
-    if folder.model_file.exists():
+def _non_finite(config: Config, folder: RunFolder, outcome: Outcome) -> str:
+    losses = ", ".join(f"{name} {value:g}" for name, value in outcome.losses.items())
+    found, _ = newest_checkpoint(folder)
+    if outcome.phase not in (WARM_UP, ADAPTATION) and config.phases.source_only_lr is not None:
+        setting = f"phases.source_only_lr={config.phases.source_only_lr / 2:g}"
+    else:
+        setting = f"optim.lr={config.optim.lr / 2:g}"
+    advice = (
+        f"the checkpoint {found.name} is from before it: go on from there with other settings, for example {setting} "
+        "--allow-change"
+        if found
+        else f"there is no checkpoint yet: start again with other settings, for example {setting}"
+    )
+    return (
+        f"a loss or gradient was not finite, seen at iteration {outcome.iteration} of the phase {outcome.phase} "
+        f"({losses}); nothing was changed by that step, and {advice}"
+    )
+
+
+def _read_domains(config: Config, folder: RunFolder) -> tuple[launch.Domains, list[str]]:
+    """Both datasets, kept in model.json for evaluation and prediction; a run that goes on must have the same ones."""
+    domains, warnings = launch.load_domains(config)
+    description = launch.model_description(config, domains)
+    if folder.model_file.exists() and checkpoint.list_checkpoints(folder.checkpoints):
         before = folder.read_model()
         for domain in ("source", "target"):
             if before[domain]["fingerprint"] != description[domain]["fingerprint"]:
                 raise ConfigError(
-                    f"the {domain} dataset {description[domain]['dataset']} is not the one that the run {folder.name} was "
-                    "started with; put that one back, or start a new run with another run.name"
+                    f"the {domain} dataset {description[domain]['dataset']} is not the one that the run {folder.name} "
+                    "was started with; put that one back, or start a new run with another run.name"
                 )
     folder.write_model(description)
+    return domains, warnings
 
 
 def _summary(config: Config, folder: RunFolder, domains: launch.Domains, data: TrainingData, use_gpu: bool) -> str:
@@ -196,15 +267,16 @@ def _summary(config: Config, folder: RunFolder, domains: launch.Domains, data: T
 
 
 class _Watcher:
-    """Shows how far training is from the records in the run folder, and passes on the wish to stop."""
+    """Shows how far training is from what it leaves in the run folder, and passes on the wish to stop."""
 
     def __init__(self, config: Config, folder: RunFolder, training: launch.Launch, interruption: Interruption) -> None:
         self.config, self.folder, self.training, self.interruption = config, folder, training, interruption
-        self.seen = folder.read_metrics()[-1]["global_step"] if folder.read_metrics() else 0
         self.phase = ""
         self.line: ProgressLine | None = None
-        self.failures = folder.logs / launch.FAILURES_LOG
-        self.failures_shown = self.failures.stat().st_size if self.failures.exists() else 0
+        self.seen = max((record["global_step"] for record in folder.read_metrics()), default=0)
+        self.size_read = -1
+        self.notices = folder.logs / NOTICES_FILE
+        self.notices_read = self.notices.stat().st_size if self.notices.exists() else 0
         self.stop_passed_on = False
 
     def __enter__(self) -> _Watcher:
@@ -220,10 +292,16 @@ class _Watcher:
         if self.interruption.requested and not self.stop_passed_on:
             self.training.request_stop()
             self.stop_passed_on = True
-        self._show_failures()
+        self._show_notices()
+        size = self.folder.metrics_file.stat().st_size if self.folder.metrics_file.exists() else 0
+        if size == self.size_read:
+            return
+        self.size_read = size
         records = self.folder.read_metrics()
-        if records and records[-1]["global_step"] < self.seen:
-            self.seen = records[-1]["global_step"]  # workers were restarted from a checkpoint
+        if self.seen > (records[-1]["global_step"] if records else 0):
+            # The workers went back to a checkpoint.
+            self.seen = records[-1]["global_step"] if records else 0
+            self._end_line()
         for record in records:
             if record["global_step"] > self.seen:
                 self.seen = record["global_step"]
@@ -231,8 +309,7 @@ class _Watcher:
 
     def _show(self, record: Mapping[str, Any]) -> None:
         if record["phase"] != self.phase or self.line is None:
-            if self.line is not None:
-                self.line.close()
+            self._end_line()
             self.phase = record["phase"]
             domains = 2 if self.phase in (WARM_UP, ADAPTATION) else 1
             self.line = ProgressLine(
@@ -242,31 +319,43 @@ class _Watcher:
                 start=record["iteration"],
             )
         self.line.update(record["iteration"], loss=record.get("train/loss_segmentation"))
-        if "val/entropy" in record or "val/source/entropy" in record:
-            parts = [
-                f"{domain} Dice {record[f'{prefix}/dice/mean']:.3f}"
-                for domain, prefix in (("target", "val"), ("source", "val/source"))
-                if f"{prefix}/dice/mean" in record
-            ]
+        parts = [
+            f"{domain} Dice {record[f'{prefix}/dice/mean']:.3f}"
+            for domain, prefix in (("target", "val"), ("source", "val/source"))
+            if f"{prefix}/dice/mean" in record
+        ]
+        if parts:
             self.line.message(f"  {self.phase.replace('_', ' ')} {record['iteration']}: validation {', '.join(parts)}")
 
-    def _show_failures(self) -> None:
-        if self.failures.exists() and self.failures.stat().st_size > self.failures_shown:
-            text = self.failures.read_text(encoding="utf-8")
-            for sentence in text[self.failures_shown :].splitlines():
-                print(f"{sentence}; restarting from the last checkpoint", file=sys.stderr, flush=True)
-            self.failures_shown = len(text.encode())
+    def _end_line(self) -> None:
+        if self.line is not None:
+            self.line.close()
+            self.line = None
+
+    def _show_notices(self) -> None:
+        if not self.notices.exists() or self.notices.stat().st_size <= self.notices_read:
+            return
+        with self.notices.open("rb") as stream:
+            stream.seek(self.notices_read)
+            new = stream.read()
+        whole = new[: new.rfind(b"\n") + 1]
+        self.notices_read += len(whole)
+        for sentence in whole.decode("utf-8", "replace").splitlines():
+            if self.line is not None:
+                self.line.message(sentence)
+            else:
+                print(sentence, file=sys.stderr, flush=True)
 
 
 def _print_results(folder: RunFolder) -> None:
     table = folder.results / PHASES_TABLE
     if table.exists():
-        print(
-            f"\nDice and average surface distance on the target's test volumes\n\n{table.read_text(encoding='utf-8')}"
-        )
+        print(f"\nDice and average surface distance, every slice counted\n\n{table.read_text(encoding='utf-8')}")
+    else:
+        print("\nno test or validation volume of the target is labelled, so there is no table of scores")
 
 
-def _print_next_steps(folder: RunFolder, config: Config) -> None:
+def _print_next_steps(folder: RunFolder) -> None:
     print(
         f"\n{folder.path} has the tables (results/), curves (progress.png), TensorBoard events and checkpoints. Next:\n"
         f"  python -m mpscl_ray.evaluate {folder.path}                      per volume and structure\n"

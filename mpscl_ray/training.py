@@ -134,8 +134,8 @@ def newest_checkpoint(run: RunFolder) -> tuple[Path | None, list[str]]:
     found, notices = checkpoint.latest(run.checkpoints)
     if found is None and notices:
         raise DataError(
-            f"every checkpoint in {run.checkpoints} is damaged ({'; '.join(notices)}); put an intact one back, or start "
-            "anew with another run.name"
+            f"every checkpoint in {run.checkpoints} is damaged ({'; '.join(notices)}); put an intact one back, or "
+            "start anew with another run.name"
         )
     return found, notices
 
@@ -304,7 +304,7 @@ class _Training:
         _, arrays = next(slices.volumes())
         volume = tensors(arrays)
         depth = len(volume["image"])
-        chosen = torch.linspace(0, depth - 1, min(depth, PANEL_SLICES) + 2).round().long()[1:-1].unique()
+        chosen = torch.unique(torch.linspace(0, depth - 1, min(depth, PANEL_SLICES) + 2).round().long()[1:-1])
         images = volume["image"][chosen]
         predictions = method.predict(images.to(self.device)).argmax(1).cpu()
         labels = volume["label"][chosen] if "label" in volume else None
@@ -350,8 +350,8 @@ class _Training:
         phases = [phase for phase, _ in self.schedule]
         if state["phase"] not in phases:
             raise ConfigError(
-                f"the checkpoint {name} is of the phase {state['phase']}, and the settings have only {', '.join(phases)}; "
-                "give that phase its iterations back, or start anew with another run.name"
+                f"the checkpoint {name} is of the phase {state['phase']}, and the settings have only "
+                f"{', '.join(phases)}; give that phase its iterations back, or start anew with another run.name"
             )
         return Position(**{**state["position"], "phase": phases.index(state["phase"])})
 

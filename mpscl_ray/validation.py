@@ -1,4 +1,4 @@
-"""Validation during training: Dice per structure over whole volumes, and the entropy of the predictions, by all workers."""
+"""Validation during training, by all workers: Dice per structure over whole volumes, and entropy of the predictions."""
 
 from __future__ import annotations
 

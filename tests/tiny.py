@@ -42,7 +42,7 @@ def make_dataset(
     labelled: tuple[str, ...] = ("train", "val", "test"),
     cases: dict[str, int] | None = None,
 ) -> Path:
-    """Write a dataset of discs with rings, brighter or darker than the ground by modality; labels on the given splits."""
+    """Write a dataset of discs with rings, whose contrast depends on the modality; labels on the given splits."""
     counts = {"train": 3, "val": 2, "test": 2} if cases is None else cases
     rng = np.random.default_rng(seed)
     rows, columns = np.mgrid[: SIZE[0], : SIZE[1]]

@@ -108,8 +108,8 @@ def finish_case(staged: Staged, scaling: Scaling, classes: Sequence[str], folder
         image = np.load(request.image_file, allow_pickle=False)
     except FileNotFoundError:
         raise StorageError(
-            f"{request.image_file}: written by another worker and not visible here; --out has to be on storage that all "
-            "nodes of the cluster share"
+            f"{request.image_file}: written by another worker and not visible here; --out has to be on storage that "
+            "all nodes of the cluster share"
         ) from None
     if staged.scaled_by != (scaling.low, scaling.high):
         if staged.scaled_by is not None:
@@ -156,10 +156,14 @@ def _class_voxels(label: NDArray[np.uint8] | None, table: LabelTable | None) -> 
 
 
 def _save(request: Request, image: NDArray[np.float32], label: NDArray[np.uint8] | None) -> None:
-    with storage_errors(request.image_file, needed=image.nbytes):
-        np.save(request.image_file, image, allow_pickle=False)
-        if label is not None:
-            np.save(request.label_file, label, allow_pickle=False)
+    for path, array in ((request.image_file, image), (request.label_file, label)):
+        if array is None:
+            continue
+        array = np.ascontiguousarray(array)
+        with storage_errors(path, needed=array.nbytes), path.open("wb") as stream:
+            # Not np.save: its errors do not say that the disk is full.
+            np.lib.format.write_array_header_1_0(stream, np.lib.format.header_data_from_array_1_0(array))
+            stream.write(array.data)
 
 
 # ------------------------------------------------------------------------------------------------------- volumes

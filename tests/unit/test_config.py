@@ -35,7 +35,9 @@ def test_methods_and_their_settings_have_the_same_names() -> None:
 
 
 def test_presets_ship_for_both_directions_with_bounds() -> None:
-    expected = {f"{folder}/{name}" for folder in ("mr2ct", "ct2mr", "small") for name in ("mpscl", "source_only", "supervised")}
+    expected = {
+        f"{folder}/{name}" for folder in ("mr2ct", "ct2mr", "small") for name in ("mpscl", "source_only", "supervised")
+    }
     assert expected | {"phantom", "phantom/source_only", "phantom/supervised"} <= set(preset_names())
 
 
@@ -51,7 +53,9 @@ def test_paper_and_released_numbers() -> None:
 
 
 def test_overrides_have_the_types_of_their_fields() -> None:
-    config = load_config("phantom", ["optim.lr=1e-4", "run.name=2024", "network.blocks=[1,2,3,4]", "data.in_memory=false"])
+    config = load_config(
+        "phantom", ["optim.lr=1e-4", "run.name=2024", "network.blocks=[1,2,3,4]", "data.in_memory=false"]
+    )
     assert config.optim.lr == 1e-4
     assert config.run.name == "2024"
     assert config.network.blocks == (1, 2, 3, 4)

@@ -18,15 +18,15 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"distributed"}),
     frozenset({"optimisation", "methods"}),
     frozenset(
-        "config checkpoint checkpoint_format durable_files environment run_folder metrics_log progress plots interruption "
-        "inference score_table prediction panels data.schema data.agreement data.dataset_checks data.nifti data.nifti_file "
-        "data.file_listing data.label_maps data.label_table data.layouts data.reading data.released_slices "
+        "config config_schema checkpoint checkpoint_format durable_files environment run_folder metrics_log progress plots "
+        "interruption inference score_table prediction panels data.schema data.agreement data.dataset_checks "
+        "data.nifti data.nifti_file data.file_listing data.label_maps data.label_table data.layouts data.reading data.released_slices "
         "data.source_volumes data.splits data.stream data.tfrecord data.phantom_files cli".split()
     ),
     frozenset("validation construction pace training".split()),
     frozenset(
-        "cluster_session parallel data.pipeline prepare prepare_options prepare_plan phantom_dataset worker launch train "
-        "evaluation evaluate predict".split()
+        "cluster_session parallel data.pipeline prepare prepare_options prepare_plan phantom_dataset worker launch "
+        "train evaluation evaluate predict".split()
     ),
 )
 ONLY_THESE_IMPORT_RAY = LAYERS[-1]
@@ -51,7 +51,10 @@ def imported(path: Path) -> set[str]:
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module:
             submodules = [f"{node.module}.{alias.name}" for alias in node.names]
-            names = [name if (PACKAGE.parent / f"{name.replace('.', '/')}.py").exists() else node.module for name in submodules]
+            names = [
+                name if (PACKAGE.parent / f"{name.replace('.', '/')}.py").exists() else node.module
+                for name in submodules
+            ]
         else:
             continue
         for name in names:

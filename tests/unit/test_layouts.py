@@ -192,7 +192,7 @@ def test_folders_that_hold_nothing_of_it(tmp_path: Path, layout: str) -> None:
 
 def test_a_dicom_folder_points_to_the_converter(tmp_path: Path) -> None:
     (tmp_path / "IM0001").write_bytes(b"\0" * 128 + b"DICM" + b"\0" * 50)
-    with pytest.raises(DataError, match="DICOM files.*dcm2niix -ba y"):
+    with pytest.raises(DataError, match=r"DICOM files.*dcm2niix -ba y"):
         scan(tmp_path, "mmwhs", LayoutOptions())
     os.remove(tmp_path / "IM0001")
     touch(tmp_path, "slice.dcm")

@@ -183,6 +183,23 @@ def test_every_flipped_bit_is_found(tmp_path: Path) -> None:
             read_slices(path)
 
 
+def test_garbage_with_right_checksums_is_refused_or_read_but_never_crashes(tmp_path: Path) -> None:
+    payload = sample(*triplet())
+    random = np.random.default_rng(0)
+    refused = 0
+    for _ in range(300):
+        garbage = bytearray(payload)
+        # The first bytes hold most of the structure; the volumes are long and free of it.
+        for position in random.integers(0, 120, size=3):
+            garbage[position] = random.integers(256)
+        path = write(tmp_path / "a.tfrecords", bytes(garbage))
+        try:
+            read_slices(path)
+        except DataError as error:
+            refused += "a.tfrecords" in str(error)
+    assert refused > 200
+
+
 def test_every_truncation_is_found(tmp_path: Path) -> None:
     path = write(tmp_path / "a.tfrecords", sample(*triplet()))
     good = path.read_bytes()
