@@ -188,7 +188,7 @@ def _walk(node: yaml.MappingNode, path: Path, prefix: str = "") -> Iterator[tupl
         if isinstance(value_node, yaml.MappingNode) and value_node.value:
             yield from _walk(value_node, path, f"{key}.")
         else:
-            value = constructor.construct_object(value_node, deep=True)  # type: ignore[no-untyped-call]
+            value = constructor.construct_object(value_node, deep=True)
             yield key, _Setting(value, f"in {path.name}:{key_node.start_mark.line + 1}")
 
 

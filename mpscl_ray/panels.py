@@ -54,4 +54,5 @@ def _showing(label: NDArray[np.uint8]) -> NDArray[np.intp]:
     shown = np.flatnonzero(label.reshape(len(label), -1).any(axis=1))
     candidates = shown if len(shown) else np.arange(len(label))
     places = np.linspace(0, len(candidates) - 1, min(SLICES, len(candidates)) + 2).round().astype(int)[1:-1]
-    return candidates[np.unique(places)]
+    slices: NDArray[np.intp] = candidates[np.unique(places)]
+    return slices

@@ -39,15 +39,18 @@ def resolve(config: Config) -> Config:
         ConfigError: another word after ``phantom:``.
         StorageError: the storage folder cannot be written.
     """
-    wanted = {key: getattr(config.data, key) for key in ("source", "target")}
-    folders: dict[str, str] = {}
-    for key, value in wanted.items():
-        if value.startswith(PREFIX):
-            modality = value.removeprefix(PREFIX)
-            if modality not in MODALITIES:
-                raise ConfigError(f"data.{key}={value}: the phantom has {' and '.join(PREFIX + m for m in MODALITIES)}")
-            folders[key] = str(phantom_dataset(Path(config.run.storage)) / modality)
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, **folders)) if folders else config
+    source, target = (_resolved(config, key) for key in ("source", "target"))
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, source=source, target=target))
+
+
+def _resolved(config: Config, key: str) -> str:
+    value: str = getattr(config.data, key)
+    if not value.startswith(PREFIX):
+        return value
+    modality = value.removeprefix(PREFIX)
+    if modality not in MODALITIES:
+        raise ConfigError(f"data.{key}={value}: the phantom has {' and '.join(PREFIX + name for name in MODALITIES)}")
+    return str(phantom_dataset(Path(config.run.storage)) / modality)
 
 
 def phantom_dataset(storage: Path) -> Path:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from mpscl_ray.data.schema import Manifest, Scaling, save_manifest, write_case
+from mpscl_ray.config import Config, load_config
+from mpscl_ray.data import TARGET_DOMAIN
+from mpscl_ray.data.schema import Manifest, Scaling, load_manifest, save_manifest, write_case
+from mpscl_ray.data.stream import LocalSlices
+from mpscl_ray.training import TrainingData
 
 CLASSES = ("background", "ventricle", "wall")
 SIZE = (32, 32)
@@ -32,6 +37,11 @@ SETTINGS = (
 )
 """Overrides that make any preset tiny: three phases of four iterations."""
 
+SEGMENTATION_SETTINGS = tuple(
+    setting for setting in SETTINGS if not setting.startswith(("method.", "phases.warm_up", "phases.adaptation"))
+)
+"""The same for the presets of plain segmentation: one phase of four iterations."""
+
 
 def make_dataset(
     folder: Path,
@@ -41,8 +51,23 @@ def make_dataset(
     slices: int = 6,
     labelled: tuple[str, ...] = ("train", "val", "test"),
     cases: dict[str, int] | None = None,
+    classes: tuple[str, ...] = CLASSES,
+    wall: bool = True,
+    permuted: tuple[str, ...] = (),
 ) -> Path:
-    """Write a dataset of discs with rings, whose contrast depends on the modality; labels on the given splits."""
+    """Write a dataset of discs with rings, brighter or darker than the ground by modality; labels on the given splits.
+
+    Args:
+        folder: where to.
+        modality: mr or ct, which look different.
+        seed: of places and noise.
+        slices: of each case.
+        labelled: splits with labels.
+        cases: number of cases by split.
+        classes: names of the classes.
+        wall: whether the rings are labelled; else they are background in the label.
+        permuted: splits whose labels are wrong: each class has the number of the next.
+    """
     counts = {"train": 3, "val": 2, "test": 2} if cases is None else cases
     rng = np.random.default_rng(seed)
     rows, columns = np.mgrid[: SIZE[0], : SIZE[1]]
@@ -58,6 +83,10 @@ def make_dataset(
                 label[index][distance < 5] = 1
                 levels = np.array([-0.5, 0.8, 0.1] if modality == "mr" else [-0.5, 0.5, -0.2])
                 image[index] = levels[label[index]] + rng.normal(0, 0.1, SIZE)
+            if not wall:
+                label[label == 2] = 0
+            if split in permuted:
+                label = (label + 1) % 3
             name = f"{modality}_{split}_{number}"
             entries.append(
                 write_case(
@@ -67,7 +96,7 @@ def make_dataset(
                     split=split,
                     image=image.clip(-1, 1),
                     label=label if split in labelled else None,
-                    classes=CLASSES,
+                    classes=classes,
                     content_sha256=hashlib.sha256(f"{name}{seed}".encode()).hexdigest(),
                     geometry={},
                     spacing_mm=(2.0, 1.5, 1.5),
@@ -78,7 +107,7 @@ def make_dataset(
     manifest = Manifest(
         version=1,
         modality=modality,
-        classes=CLASSES,
+        classes=classes,
         size=SIZE,
         scaling=Scaling(-1.0, 1.0, "given"),
         recipe={},
@@ -92,3 +121,33 @@ def make_dataset(
     )
     save_manifest(folder, manifest)
     return folder
+
+
+def make_pair(folder: Path) -> Path:
+    """Write the source ``mr`` and the target ``ct`` below a folder."""
+    make_dataset(folder / "mr", "mr")
+    make_dataset(folder / "ct", "ct", seed=1)
+    return folder
+
+
+def tiny_config(source: Path, target: Path, overrides: Sequence[str] = (), preset: str = "small/mpscl") -> Config:
+    """A preset made tiny."""
+    settings = SETTINGS if preset.endswith("mpscl") else SEGMENTATION_SETTINGS
+    return load_config(preset, [*settings, f"data.source={source}", f"data.target={target}", *overrides])
+
+
+def local_data(config: Config) -> TrainingData:
+    """The slices of a run in the memory of this process, opened as a run on Ray opens them."""
+    folders = {"source": Path(config.data.source), "target": Path(config.data.target)}
+    validation = {}
+    for domain, folder in folders.items():
+        cases = load_manifest(folder).split("val")
+        if cases:
+            validation[domain] = LocalSlices(folder, "val", labels=all(case.labelled for case in cases))
+    adapts = bool(config.phases.warm_up or config.phases.adaptation)
+    return TrainingData(
+        classes=load_manifest(folders["source"]).classes,
+        labelled=LocalSlices(folders[config.data.labelled], "train", labels=True),
+        unlabelled=LocalSlices(folders[TARGET_DOMAIN], "train", labels=False) if adapts else None,
+        validation=validation,
+    )

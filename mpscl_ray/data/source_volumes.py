@@ -159,11 +159,11 @@ def _save(request: Request, image: NDArray[np.float32], label: NDArray[np.uint8]
     for path, array in ((request.image_file, image), (request.label_file, label)):
         if array is None:
             continue
-        array = np.ascontiguousarray(array)
         with storage_errors(path, needed=array.nbytes), path.open("wb") as stream:
             # Not np.save: its errors do not say that the disk is full.
-            np.lib.format.write_array_header_1_0(stream, np.lib.format.header_data_from_array_1_0(array))
-            stream.write(array.data)
+            plain = np.ascontiguousarray(array)
+            np.lib.format.write_array_header_1_0(stream, np.lib.format.header_data_from_array_1_0(plain))
+            stream.write(plain.data)
 
 
 # ------------------------------------------------------------------------------------------------------- volumes

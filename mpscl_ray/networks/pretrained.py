@@ -100,7 +100,7 @@ def load_pretrained(network: nn.Module, path: Path, heads: bool = True) -> Pretr
     if wrong:
         shown = _list([f"{key} {list(matched[key].shape)} (network: {list(own[key].shape)})" for key in wrong])
         advice = (
-            "it was made for other classes or levels: leave the heads out (network.pretrained_heads=false) or match num_classes"
+            "it was made for other classes or levels: leave the heads out (network.pretrained_heads=false)"
             if all(key.startswith(_HEADS) for key in wrong)
             else "set blocks, width, in_channels and num_classes of the network as in the file"
         )
