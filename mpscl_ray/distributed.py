@@ -109,17 +109,6 @@ def share_of_ratio(numerator: Tensor, global_denominator: Tensor) -> Tensor:
     return numerator * world_size() / global_denominator
 
 
-def global_ratio(numerator: Tensor, denominator: Tensor, eps: float = 0.0) -> Tensor:
-    """A worker's share of ``sum_r numerator_r / (sum_r denominator_r + eps)``; one collective.
-
-    Args:
-        numerator: this worker's sum, 0-dim, with gradient.
-        denominator: this worker's sum, 0-dim.
-        eps: added once to the global sum.
-    """
-    return share_of_ratio(numerator, all_reduce_sum(denominator) + eps)
-
-
 def any_worker(flag: Tensor) -> Tensor:
     """1.0 on every worker if the 0-dim ``flag`` is true on one of them, else 0.0 (float32)."""
     return (all_reduce_sum(flag.to(torch.float32)) > 0).to(torch.float32)
@@ -229,11 +218,6 @@ def wrap(module: nn.Module, device: torch.device) -> nn.Module:
         return module
     devices = [device] if device.type == "cuda" else None
     return DistributedDataParallel(module, device_ids=devices, forward_sync_buffers=False, gradient_as_bucket_view=True)
-
-
-def unwrap(module: nn.Module) -> nn.Module:
-    """The module that :func:`wrap` was given."""
-    return module.module if isinstance(module, DistributedDataParallel) else module
 
 
 def weights_checksum(modules: Mapping[str, nn.Module]) -> str:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from mpscl_ray.config import Config, load_config
+from mpscl_ray.config import Config, load_config, to_dict
 from mpscl_ray.data import TARGET_DOMAIN
 from mpscl_ray.data.schema import Manifest, Scaling, load_manifest, save_manifest, write_case
 from mpscl_ray.data.stream import LocalSlices
@@ -52,7 +57,7 @@ def make_dataset(
     labelled: tuple[str, ...] = ("train", "val", "test"),
     cases: dict[str, int] | None = None,
     classes: tuple[str, ...] = CLASSES,
-    wall: bool = True,
+    shown: tuple[int, ...] = (1, 2),
     permuted: tuple[str, ...] = (),
 ) -> Path:
     """Write a dataset of discs with rings, brighter or darker than the ground by modality; labels on the given splits.
@@ -65,7 +70,7 @@ def make_dataset(
         labelled: splits with labels.
         cases: number of cases by split.
         classes: names of the classes.
-        wall: whether the rings are labelled; else they are background in the label.
+        shown: classes that are labelled; the others are background in the label.
         permuted: splits whose labels are wrong: each class has the number of the next.
     """
     counts = {"train": 3, "val": 2, "test": 2} if cases is None else cases
@@ -83,8 +88,7 @@ def make_dataset(
                 label[index][distance < 5] = 1
                 levels = np.array([-0.5, 0.8, 0.1] if modality == "mr" else [-0.5, 0.5, -0.2])
                 image[index] = levels[label[index]] + rng.normal(0, 0.1, SIZE)
-            if not wall:
-                label[label == 2] = 0
+            label[~np.isin(label, shown)] = 0
             if split in permuted:
                 label = (label + 1) % 3
             name = f"{modality}_{split}_{number}"
@@ -151,3 +155,28 @@ def local_data(config: Config) -> TrainingData:
         unlabelled=LocalSlices(folders[TARGET_DOMAIN], "train", labels=False) if adapts else None,
         validation=validation,
     )
+
+
+def train_in_processes(config: Config, run: Path, *, workers: int = 1, stop_after: int | None = None) -> list[Any]:
+    """Train without Ray, each worker in a new process; what each of them saw, see training_process.py."""
+    run.mkdir(parents=True, exist_ok=True)
+    meeting = len(list(run.glob("task-*.json")))
+    content = {"world_size": workers, "run": str(run), "config": to_dict(config), "meeting": meeting}
+    task = run / f"task-{meeting}.json"
+    task.write_text(json.dumps(content | ({} if stop_after is None else {"stop_after": stop_after})))
+    script = Path(__file__).with_name("training_process.py")
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(script), str(task), str(rank)], env=environment, stderr=subprocess.PIPE, text=True
+        )
+        for rank in range(workers)
+    ]
+    try:
+        errors = [process.communicate(timeout=300)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    assert not any(process.returncode for process in processes), "\n".join(errors)
+    return [json.loads((run / f"process-{rank}.json").read_text()) for rank in range(workers)]

@@ -93,9 +93,8 @@ class CtScan:
     """ECG-gated CT angiogram of the heart, timed on the ascending aorta.
 
     spacing_mm in-plane, slice_mm along z; field_mm per RAS axis. The bolus of ``injection_s`` raises the left heart by
-    ``enhancement_hu``; as much again follows, diluted to a share of ``second_phase`` (0 is a saline flush). The scan
-    starts ``delay_s`` after the front reaches the ascending aorta: the right heart is anywhere between enhanced and
-    washed out. ``noise_hu`` is the standard deviation after a reconstruction kernel of
+    ``enhancement_hu``, and saline follows; the scan starts ``delay_s`` after the front reaches the ascending aorta: the
+    right heart is anywhere between enhanced and washed out. ``noise_hu`` is the standard deviation after a reconstruction kernel of
     ``kernel_mm`` (FWHM), which also blurs the anatomy.
     """
 
@@ -103,8 +102,7 @@ class CtScan:
     slice_mm: Range = (1.8, 2.4)
     field_mm: tuple[float, float, float] = (182.0, 172.0, 166.0)
     enhancement_hu: Range = (310.0, 460.0)
-    injection_s: Range = (11.0, 15.0)
-    second_phase: Range = (0.0, 0.7)
+    injection_s: Range = (11.0, 18.0)
     delay_s: Range = (5.0, 9.0)
     perfusion_hu: Range = (40.0, 70.0)
     noise_hu: Range = (18.0, 32.0)
@@ -119,21 +117,19 @@ class CtScan:
     def draw_values(self, rng: np.random.Generator) -> dict[Tissue, float]:
         """Hounsfield units of every tissue of one patient.
 
-        The enhancement of a chamber is the bolus, two boxes of length T from the chamber's arrival time t0 on, the second
-        diluted to a share q, dispersed by a Gaussian of width s that grows on the way, plus recirculated contrast agent:
-        E / peak = 0.88 {Phi(u_0) - Phi(u_1) + q [Phi(u_1) - Phi(u_2)]} + 0.12, u_k = (t - t0 - k T) / s.
+        The enhancement of a chamber is the bolus, a box of the injection's length T from the chamber's arrival time t0
+        on, dispersed by a Gaussian of width s that grows on the way, plus recirculated contrast agent:
+        E / peak = 0.88 {Phi((t - t0) / s) - Phi((t - t0 - T) / s)} + 0.12.
         """
         values = {tissue: hu + float(rng.normal(0, 6)) for tissue, hu in HOUNSFIELD.items()}
         values[Tissue.AIR] = HOUNSFIELD[Tissue.AIR]
         values[Tissue.LUNG] += float(rng.normal(0, 25))
         values[Tissue.MYOCARDIUM] += _draw(rng, self.perfusion_hu)
         peak, injection = _draw(rng, self.enhancement_hu), _draw(rng, self.injection_s)
-        second = _draw(rng, self.second_phase)
         time = ARRIVAL_S[Tissue.AORTA] + _draw(rng, self.delay_s)
         for tissue, arrival in ARRIVAL_S.items():
             width = 1.5 + 0.1 * arrival
-            front, change, end = (ndtr((time - arrival - k * injection) / width) for k in (0, 1, 2))
-            bolus = front - change + second * (change - end)
+            bolus = ndtr((time - arrival) / width) - ndtr((time - arrival - injection) / width)
             values[tissue] = BLOOD_HU + peak * float(0.88 * bolus + 0.12) + float(rng.normal(0, 8))
         return values
 

@@ -242,7 +242,8 @@ def objects() -> dict[str, Any]:
     except TrainingError as error:
         message = str(error)
     value = torch.tensor(float(rank + 1), requires_grad=True)
-    share = distributed.global_ratio(value * value, torch.tensor(2.0 * rank), eps=1.0)
+    denominator = distributed.all_reduce_sum(torch.tensor(2.0 * rank)) + 1.0
+    share = distributed.share_of_ratio(value * value, denominator)
     share.backward()
     distributed.barrier()
     return {

@@ -26,14 +26,13 @@ def test_one_process_is_the_identity() -> None:
     assert distributed.reduce_metrics({}) == {}
     network = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2))
     assert distributed.wrap(network, CPU) is network
-    assert distributed.unwrap(network) is network
     assert type(distributed.convert_batch_norm(network, CPU)[1]) is nn.BatchNorm2d  # type: ignore[index]
     distributed.assert_same_weights({"network": network})
 
 
-def test_global_ratio_keeps_the_gradient_of_the_numerator() -> None:
+def test_share_of_ratio_keeps_the_gradient_of_the_numerator() -> None:
     numerator = torch.tensor(3.0, requires_grad=True)
-    ratio = distributed.global_ratio(numerator, torch.tensor(4.0), eps=2.0)
+    ratio = distributed.share_of_ratio(numerator, torch.tensor(6.0))
     assert float(ratio.detach()) == pytest.approx(0.5)
     ratio.backward()
     assert float(numerator.grad) == pytest.approx(1 / 6)  # type: ignore[arg-type]
