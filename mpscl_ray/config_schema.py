@@ -81,7 +81,8 @@ class NetworkConfig:
     train_norm_affine: bool = False
     """Train scale and shift of the batch norms, which the released code freezes (with pretrained weights)."""
     pretrained: str | None = None
-    """File with weights to start from: ImageNet (caffe), AdaptSegNet, ADVENT or MPSCL, or an own run's checkpoint."""
+    """File with weights to start from: ImageNet (caffe), AdaptSegNet, ADVENT or MPSCL, or the folder of
+    a run's checkpoint such as runs/NAME/phases/source_only."""
     pretrained_heads: bool = True
     """Take the classifier heads from that file too; false where it was trained on other classes."""
 

@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 
+from mpscl_ray import checkpoint
 from mpscl_ray.config import ADAPTATION, WARM_UP, Config
 from mpscl_ray.methods.base import Method
 from mpscl_ray.methods.mpscl import MPSCL, MPSCLConfig
 from mpscl_ray.methods.segmentation import Segmentation, SegmentationConfig
 from mpscl_ray.networks import initialise
 from mpscl_ray.networks.deeplab import DeepLabV2
-from mpscl_ray.networks.pretrained import load_pretrained
+from mpscl_ray.networks.pretrained import load_pretrained, load_tensors
 
 
 def network_arguments(config: Config, num_classes: int) -> dict[str, Any]:
@@ -32,10 +33,19 @@ def build_segmenter(config: Config, num_classes: int) -> DeepLabV2:
 
 
 def load_start_weights(segmenter: DeepLabV2, config: Config) -> str | None:
-    """Load the pretrained weights that a config names; returns a sentence on what was loaded, None without a file."""
+    """Load the pretrained weights that a config names: a released file, or the folder of a checkpoint of a run.
+
+    Returns:
+        A sentence on what was loaded; None where none are named.
+    """
     if not config.network.pretrained:
         return None
-    report = load_pretrained(segmenter, Path(config.network.pretrained), heads=config.network.pretrained_heads)
+    path = Path(config.network.pretrained)
+    if path.is_dir():
+        weights = checkpoint.load(path)["method"]["networks"]["segmenter"]
+        report = load_tensors(segmenter, weights, path, heads=config.network.pretrained_heads)
+    else:
+        report = load_pretrained(segmenter, path, heads=config.network.pretrained_heads)
     left_out = f", {len(report.skipped)} of the file left out" if report.skipped else ""
     return f"{len(report.loaded)} tensors loaded from {config.network.pretrained}{left_out}"
 

@@ -157,11 +157,14 @@ def local_data(config: Config) -> TrainingData:
     )
 
 
-def train_in_processes(config: Config, run: Path, *, workers: int = 1, stop_after: int | None = None) -> list[Any]:
+def train_in_processes(
+    config: Config, run: Path, *, workers: int = 1, stop_after: int | None = None, double: bool = False
+) -> list[Any]:
     """Train without Ray, each worker in a new process; what each of them saw, see training_process.py."""
     run.mkdir(parents=True, exist_ok=True)
     meeting = len(list(run.glob("task-*.json")))
-    content = {"world_size": workers, "run": str(run), "config": to_dict(config), "meeting": meeting}
+    content: dict[str, Any] = {"world_size": workers, "run": str(run), "config": to_dict(config), "double": double}
+    content["meeting"] = meeting
     task = run / f"task-{meeting}.json"
     task.write_text(json.dumps(content | ({} if stop_after is None else {"stop_after": stop_after})))
     script = Path(__file__).with_name("training_process.py")

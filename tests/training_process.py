@@ -1,8 +1,9 @@
 """The training of one worker without Ray, in a process of its own: ``training_process.py TASK.json RANK``.
 
-The task names the workers there are (``world_size``), the run folder (``run``), nested settings (``config``) and,
-perhaps, after how many steps of this process to ask for a stop (``stop_after``). What was seen is written to
-``RUN/process-RANK.json``: the outcome, and a hash of each slice that was trained on, by step.
+The task names the workers there are (``world_size``), the run folder (``run``), nested settings (``config``), whether
+to compute in double precision (``double``) and, perhaps, after how many steps of this process to ask for a stop
+(``stop_after``). What was seen is written to ``RUN/process-RANK.json``: the outcome, and a hash of each slice that was
+trained on, by step.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mpscl_ray import pace, training  # noqa: E402
+from mpscl_ray import pace, training, validation  # noqa: E402
 from mpscl_ray.config import config_from_dict  # noqa: E402
+from mpscl_ray.data import stream  # noqa: E402
 from mpscl_ray.methods.base import Batch  # noqa: E402
 from mpscl_ray.run_folder import RunFolder  # noqa: E402
 from tests.tiny import local_data  # noqa: E402
@@ -39,9 +41,23 @@ def hashes(batch: Batch) -> list[list[str]]:
     return domains if batch.target_image is None else [*domains, of(batch.target_image)]
 
 
+def compute_in_double() -> None:
+    """The segmenter is made of doubles, the discriminators follow it, and images have to be."""
+    single_tensors, single_segmenter = stream.tensors, training.build_segmenter
+
+    def tensors(*arguments: Any) -> dict[str, torch.Tensor]:
+        return {name: t.double() if name == "image" else t for name, t in single_tensors(*arguments).items()}
+
+    for module in (stream, training, validation):
+        module.tensors = tensors  # type: ignore[attr-defined]
+    training.build_segmenter = lambda *arguments: single_segmenter(*arguments).double()  # type: ignore[assignment]
+
+
 def main(task: dict[str, Any], rank: int) -> None:
     """Train, and write down what was seen."""
     torch.set_num_threads(1)
+    if task["double"]:
+        compute_in_double()
     if task["world_size"] > 1:
         store = f"file://{Path(task['run']).absolute()}/rendezvous-{task['meeting']}"
         dist.init_process_group("gloo", init_method=store, rank=rank, world_size=task["world_size"])

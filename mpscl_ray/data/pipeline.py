@@ -30,7 +30,7 @@ from mpscl_ray.errors import ClusterError, MpsclError
 KEPT_FRACTION = 0.3
 """Largest part of a node's object store that ``auto`` lets one split fill; two domains leave room for other blocks."""
 
-SPAN_BYTES = 16 * 2**20
+SPAN_BYTES = 8 * 2**20
 """Decoded bytes that one reading task of a stream makes, if so many batches are allowed."""
 
 SPAN_BATCHES = 32

@@ -74,7 +74,11 @@ def load_pretrained(network: nn.Module, path: Path, heads: bool = True) -> Pretr
         DataError: The file is missing, damaged, holds anything but plain weights, or does not fit the network. The
             network is then as it was.
     """
-    weights = _read_state_dict(path)
+    return load_tensors(network, _read_state_dict(path), path, heads)
+
+
+def load_tensors(network: nn.Module, weights: Mapping[str, Tensor], path: Path, heads: bool = True) -> PretrainedReport:
+    """Load weights that are read already, as :func:`load_pretrained` does; ``path`` is where they are from."""
     own = network.state_dict()
     matched: dict[str, Tensor] = {}
     skipped: list[str] = []

@@ -12,24 +12,39 @@ from mpscl_ray import checkpoint
 from mpscl_ray.run_folder import RunFolder
 from tests.tiny import make_pair, tiny_config, train_in_processes
 
-TOLERANCE = 1e-4
-SETTINGS = ("phases.source_only=3", "phases.warm_up=3", "run.report_every=1")
-"""Ten steps."""
-DISCRETE = ("train/selected_fraction", "train/discriminator_accuracy", "val/dice", "val/source/dice", "val/selection")
-"""What counts pixels moves in jumps of a pixel."""
+SINGLE = ("phases.source_only=3", "phases.warm_up=2", "phases.adaptation=2", "optim.lr=1e-3", "run.report_every=1")
+"""Seven steps. At higher rates, and beyond them, a difference of one rounding in the initial weights of one worker grows
+as far as that between one and two workers: nothing is to be seen there in single precision."""
+DOUBLE = ("phases.source_only=3", "phases.warm_up=3", "run.report_every=1")
+"""Ten steps at a high rate."""
+
+RUNS = {
+    "one": [(1, None)],
+    "two": [(2, None)],
+    "two, stopped": [(2, 4), (2, None)],
+    "two, then one": [(2, 4), (1, None)],
+    "one in double": [(1, None)],
+    "two in double": [(2, None)],
+}
+"""Workers, and the number of steps after which they are stopped, for each process group in turn."""
+
+Runs = dict[str, tuple[RunFolder, list[Any]]]
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[RunFolder, list[Any]]]:
-    """Run folder and what each worker saw: of one worker, of two, and of two, one, and two in turn."""
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """Run folder and what the workers saw."""
     data = make_pair(tmp_path_factory.mktemp("data"))
-    config = tiny_config(data / "mr", data / "ct", SETTINGS)
-    found = {}
-    for name, parts in {"one": [(1, None)], "two": [(2, None)], "cut": [(2, 5), (2, None)], "mixed": [(2, 4), (1, None)]}.items():
-        run = tmp_path_factory.mktemp(name)
-        seen = [train_in_processes(config, run, workers=workers, stop_after=stop) for workers, stop in parts]
-        assert all(process["outcome"]["step"] == 10 for process in seen[-1])
-        found[name] = RunFolder(run), [step for part in seen for step in by_step(part)]
+    found: Runs = {}
+    for name, groups in RUNS.items():
+        double = "double" in name
+        config = tiny_config(data / "mr", data / "ct", DOUBLE if double else SINGLE)
+        run = tmp_path_factory.mktemp(name.replace(" ", "-"))
+        seen = [
+            train_in_processes(config, run, workers=workers, stop_after=stop, double=double) for workers, stop in groups
+        ]
+        assert all(process["outcome"]["state"] == "finished" for process in seen[-1])
+        found[name] = RunFolder(run), [step for processes in seen for step in by_step(processes)]
     return found
 
 
@@ -41,34 +56,40 @@ def by_step(processes: list[Any]) -> list[list[list[str]]]:
     ]
 
 
-@pytest.mark.parametrize("name", ["two", "cut", "mixed"])
-def test_the_data_and_their_order_do_not_depend_on_the_number_of_workers(runs: dict[str, Any], name: str) -> None:
+@pytest.mark.parametrize("name", ["two", "two, stopped", "two, then one"])
+def test_the_data_and_their_order_do_not_depend_on_the_number_of_workers(runs: Runs, name: str) -> None:
     expected = runs["one"][1]
-    assert len(expected) == 10
-    assert [len(domains) for domains in expected] == [1] * 3 + [2] * 7
+    assert [len(domains) for domains in expected] == [1] * 3 + [2] * 4
+    assert all(len(slices) == 4 for domains in expected for slices in domains)
     assert runs[name][1] == expected
 
 
-@pytest.mark.parametrize("name", ["two", "mixed"])
-def test_metrics_and_weights_do_not_depend_on_the_number_of_workers(runs: dict[str, Any], name: str) -> None:
-    reference, run = runs["one"][0], runs[name][0]
+@pytest.mark.parametrize(
+    ("one", "other", "tolerance"),
+    [("one", "two", 1e-4), ("one", "two, then one", 1e-4), ("one in double", "two in double", 1e-7)],
+)
+def test_metrics_and_weights_do_not_depend_on_the_number_of_workers(
+    runs: Runs, one: str, other: str, tolerance: float
+) -> None:
+    reference, run = runs[one][0], runs[other][0]
     for ours, theirs in zip(run.read_metrics(), reference.read_metrics(), strict=True):
         assert ours.keys() == theirs.keys()
         for key, value in theirs.items():
             if isinstance(value, float) and not key.startswith("speed/"):
-                tolerance = 2e-2 if key.startswith(DISCRETE) else TOLERANCE
                 assert ours[key] == pytest.approx(value, rel=tolerance, abs=tolerance), (key, ours["global_step"])
     for phase in ("source_only", "warm_up", "adaptation"):
-        one, other = (checkpoint.load(folder.phases / phase)["method"] for folder in (reference, run))
-        for network, weights in one["networks"].items():
+        ours, theirs = (checkpoint.load(folder.phases / phase)["method"] for folder in (run, reference))
+        for network, weights in theirs["networks"].items():
             for key, tensor in weights.items():
-                deviation = (other["networks"][network][key] - tensor).abs().max() / tensor.abs().max().clamp(min=1e-12)
-                assert deviation < TOLERANCE, (phase, network, key, float(deviation))
-    assert torch.allclose(one["prototypes"], other["prototypes"], rtol=TOLERANCE, atol=TOLERANCE)
+                torch.testing.assert_close(
+                    ours["networks"][network][key], tensor, rtol=tolerance, atol=tolerance / 100, msg=f"{phase} {key}"
+                )
+    assert theirs["prototypes"].abs().sum() > 0
+    torch.testing.assert_close(ours["prototypes"], theirs["prototypes"], rtol=tolerance, atol=tolerance)
 
 
-def test_two_workers_that_were_stopped_go_on_bit_for_bit(runs: dict[str, Any]) -> None:
+def test_two_workers_that_were_stopped_go_on_bit_for_bit(runs: Runs) -> None:
     for phase in ("source_only", "warm_up", "adaptation"):
         for file in (checkpoint.TENSORS, checkpoint.STATE):
-            whole, cut = ((runs[name][0].phases / phase / file).read_bytes() for name in ("two", "cut"))
+            whole, cut = ((runs[name][0].phases / phase / file).read_bytes() for name in ("two", "two, stopped"))
             assert whole == cut, (phase, file)
