@@ -94,8 +94,9 @@ class CtScan:
 
     spacing_mm in-plane, slice_mm along z; field_mm per RAS axis. The bolus of ``injection_s`` raises the left heart by
     ``enhancement_hu``, and saline follows; the scan starts ``delay_s`` after the front reaches the ascending aorta: the
-    right heart is anywhere between enhanced and washed out. ``noise_hu`` is the standard deviation after a reconstruction kernel of
-    ``kernel_mm`` (FWHM), which also blurs the anatomy.
+    right heart is anywhere between enhanced and washed out. ``perfusion_hu`` is the enhancement of the myocardium,
+    ``noise_hu`` the standard deviation after a reconstruction kernel of ``kernel_mm`` (FWHM), which also blurs the
+    anatomy.
     """
 
     spacing_mm: Range = (1.7, 2.1)

@@ -12,9 +12,9 @@ from mpscl_ray import checkpoint
 from mpscl_ray.run_folder import RunFolder
 from tests.tiny import make_pair, tiny_config, train_in_processes
 
-SINGLE = ("phases.source_only=3", "phases.warm_up=2", "phases.adaptation=2", "optim.lr=1e-3", "run.report_every=1")
-"""Seven steps. At higher rates, and beyond them, a difference of one rounding in the initial weights of one worker grows
-as far as that between one and two workers: nothing is to be seen there in single precision."""
+SINGLE = ("phases.source_only=3", "phases.warm_up=2", "phases.adaptation=2", "optim.lr=1e-5", "run.report_every=1")
+"""Seven steps at a low rate. At a usual one a single rounding in the initial weights changes the third gradient of one
+worker by a third, because ReLUs have kinks: what the loop does can then be compared in double precision only."""
 DOUBLE = ("phases.source_only=3", "phases.warm_up=3", "run.report_every=1")
 """Ten steps at a high rate."""
 
