@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import json
 import logging
 import os
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +23,7 @@ from torch import Tensor
 from mpscl_ray import training
 from mpscl_ray.config import config_from_dict
 from mpscl_ray.durable_files import write_atomically
-from mpscl_ray.errors import MpsclError
+from mpscl_ray.errors import ClusterError, MpsclError
 from mpscl_ray.plots import panel, plot_progress
 from mpscl_ray.progress import TensorBoard
 from mpscl_ray.run_folder import RunFolder
@@ -35,6 +38,9 @@ FAILURE_FILE = "failure.json"
 
 NOTICES_FILE = "notices.log"
 """Name of the file in the run's logs that has, a line each, what the user should see of workers and their losses."""
+
+_FORMER_WORKER_S = 60.0
+"""So long may a worker take to end after the command that started it was killed."""
 
 
 @dataclass(frozen=True)
@@ -73,9 +79,10 @@ def run_worker(task: WorkerTask) -> dict[str, Any]:
 
     observer = _RunObserver(folder, task.data.classes, writes=rank == 0)
     try:
-        outcome = training.train(
-            config, task.data, folder, device, observer, stop_requested=(folder.path / STOP_FILE).exists
-        )
+        with _only_writer(folder) if rank == 0 else nullcontext():
+            outcome = training.train(
+                config, task.data, folder, device, observer, stop_requested=(folder.path / STOP_FILE).exists
+            )
     except MpsclError as error:
         log.error("%s", error)
         write_atomically(failure, json.dumps({"exit_code": error.exit_code, "reason": str(error)}).encode())
@@ -87,6 +94,37 @@ def run_worker(task: WorkerTask) -> dict[str, Any]:
         observer.close()
     log.info("worker ends: %s", outcome)
     return dataclasses.asdict(outcome)
+
+
+@contextmanager
+def _only_writer(folder: RunFolder) -> Iterator[None]:
+    """Hold the right to write checkpoints; the system takes it from a process that ends, however it ends.
+
+    A command that is killed gives its run free at once, but on a cluster its workers live on for some seconds.
+
+    Raises:
+        ClusterError: another worker goes on holding it.
+    """
+    with (folder.path / ".worker-lock").open("a+", encoding="utf-8") as file:
+        deadline = time.monotonic() + _FORMER_WORKER_S
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    file.seek(0)
+                    raise ClusterError(
+                        f"a worker of an earlier start ({file.read().strip()}) still trains the run {folder.path}; end it, "
+                        "or wait until the cluster has, and give the same command again"
+                    ) from None
+                time.sleep(0.5)
+            except OSError:
+                break  # Some network file systems have no locks.
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {os.uname().nodename}")
+        file.flush()
+        yield
 
 
 def add_notice(folder: RunFolder, text: str) -> None:

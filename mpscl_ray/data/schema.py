@@ -31,6 +31,8 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 SPLITS = ("train", "val", "test")
 ROW_GROUP_SLICES = 64
+"""Most slices in a row group; fewer where they are large, because a stream reads whole groups to get single slices."""
+ROW_GROUP_BYTES = 2**20
 _METADATA_KEY = b"mpscl_ray"
 _PREPARE = "python -m mpscl_ray.prepare INPUT --layout mmwhs --out DIR"
 
@@ -252,7 +254,7 @@ def write_case(
         buffer,
         compression="lz4",
         use_dictionary=False,
-        row_group_size=ROW_GROUP_SLICES,
+        row_group_size=max(1, min(ROW_GROUP_SLICES, ROW_GROUP_BYTES // image[0].nbytes)),
         write_statistics=False,
         write_page_checksum=True,
     )

@@ -230,6 +230,9 @@ class SliceStream:
     def _prepare(self) -> None:
         fetched = self._slices.fetch(self.order.steps(self._start_step))
         try:
+            if self._device.type == "cuda":
+                # A thread starts with the first GPU; pinning would make every worker of a node open a context on it.
+                torch.cuda.set_device(self._device)
             for step in count(self._start_step):
                 if not self._wait_for_room():
                     return

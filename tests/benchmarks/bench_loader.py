@@ -138,7 +138,7 @@ def measure(batches: Iterator[int], seconds: float) -> tuple[float, float]:
 
 
 def private_bytes() -> int:
-    """Private memory of this process and of all processes of Ray."""
+    """Private memory of this process and of all processes that Ray runs on this machine."""
     total = 0
     for status in Path("/proc").glob("[0-9]*/status"):
         try:
