@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 
 from mpscl_ray.config import Config
+from mpscl_ray.data import phantom, phantom_imaging, phantom_shapes
 from mpscl_ray.data.phantom_files import FIRST_CASE, make_phantom
 from mpscl_ray.data.schema import MANIFEST
 from mpscl_ray.data.slices import Recipe
@@ -81,7 +82,5 @@ def phantom_dataset(storage: Path) -> Path:
 
 def _code_hash() -> str:
     """Hash of the source that makes the hearts: a changed phantom must not be mistaken for the old one."""
-    from mpscl_ray.data import phantom, phantom_imaging
-
-    sources = [Path(module.__file__ or "").read_bytes() for module in (phantom, phantom_imaging)]
+    sources = [Path(module.__file__ or "").read_bytes() for module in (phantom, phantom_shapes, phantom_imaging)]
     return hashlib.sha256(b"".join(sources)).hexdigest()

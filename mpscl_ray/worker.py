@@ -115,8 +115,8 @@ def _only_writer(folder: RunFolder) -> Iterator[None]:
                 if time.monotonic() > deadline:
                     file.seek(0)
                     raise ClusterError(
-                        f"a worker of an earlier start ({file.read().strip()}) still trains the run {folder.path}; end it, "
-                        "or wait until the cluster has, and give the same command again"
+                        f"a worker of an earlier start ({file.read().strip()}) still trains the run {folder.path}; end "
+                        "it, or wait until the cluster has, and give the same command again"
                     ) from None
                 time.sleep(0.5)
             except OSError:

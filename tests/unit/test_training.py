@@ -213,7 +213,9 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(pair: Path,
     assert run.read_metrics()[-1]["global_step"] == 6
 
 
-def test_a_phase_that_was_made_longer_decays_over_its_new_length(pair: Path, tmp_path: Path, rates: list[float]) -> None:
+def test_a_phase_that_was_made_longer_decays_over_its_new_length(
+    pair: Path, tmp_path: Path, rates: list[float]
+) -> None:
     short = tiny_config(pair / "mr", pair / "ct", ["phases.warm_up=0", "phases.adaptation=0", "phases.source_only=4"])
     train(short, tmp_path)
     long = tiny_config(pair / "mr", pair / "ct", ["phases.warm_up=0", "phases.adaptation=2", "phases.source_only=8"])
@@ -246,7 +248,9 @@ def test_a_phase_that_was_dropped_while_in_it_is_an_error(pair: Path, tmp_path: 
 
 def test_pretrained_weights_are_read_at_the_start_alone(pair: Path, tmp_path: Path) -> None:
     weights = tmp_path / "weights.pth"
-    config = tiny_config(pair / "mr", pair / "ct", ["optim.lr=1e-30", "data.batch_size=2", f"network.pretrained={weights}"])
+    config = tiny_config(
+        pair / "mr", pair / "ct", ["optim.lr=1e-30", "data.batch_size=2", f"network.pretrained={weights}"]
+    )
     _, other = train(tiny_config(pair / "mr", pair / "ct", ["run.seed=5", "phases.warm_up=0"]), tmp_path / "other")
     trained = checkpoint.load(other.phases / "source_only")["method"]["networks"]["segmenter"]
     torch.save(trained, weights)
@@ -312,7 +316,9 @@ def test_what_a_run_leaves_and_tells(pair: Path, tmp_path: Path) -> None:
 def test_each_phase_begins_with_the_weights_of_the_one_before(pair: Path, tmp_path: Path) -> None:
     config = tiny_config(pair / "mr", pair / "ct", ["optim.lr=1e-30", "optim.lr_discriminator=1e-30"])
     _, run = train(config, tmp_path)
-    phases = [checkpoint.load(run.phases / phase)["method"]["networks"] for phase in ("source_only", "warm_up", "adaptation")]
+    phases = [
+        checkpoint.load(run.phases / phase)["method"]["networks"] for phase in ("source_only", "warm_up", "adaptation")
+    ]
     for one, other in itertools.pairwise(phases):
         for network in one.keys() & other.keys():
             for name in (name for name in one[network] if name.endswith("weight")):
@@ -500,7 +506,10 @@ def test_validation_scores_are_those_of_whole_volumes(tmp_path: Path) -> None:
         predicted = predict(torch.from_numpy(arrays["image"]).unsqueeze(1)).argmax(1).numpy()
         label = arrays["label"]
         expected.append(
-            [2 * ((predicted == c) & (label == c)).sum() / ((predicted == c).sum() + (label == c).sum()) for c in (1, 2)]
+            [
+                2 * ((predicted == c) & (label == c)).sum() / ((predicted == c).sum() + (label == c).sum())
+                for c in (1, 2)
+            ]
         )
     means = torch.tensor(expected, dtype=torch.float64).mean(0)
     assert found.dice == pytest.approx(dict(zip(CLASSES[1:], means.tolist(), strict=True)))
