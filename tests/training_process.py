@@ -22,12 +22,12 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mpscl_ray import pace, training, validation  # noqa: E402
-from mpscl_ray.config import config_from_dict  # noqa: E402
-from mpscl_ray.data import stream  # noqa: E402
-from mpscl_ray.methods.base import Batch  # noqa: E402
-from mpscl_ray.run_folder import RunFolder  # noqa: E402
-from tests.tiny import local_data  # noqa: E402
+from mpscl_ray import pace, training, validation
+from mpscl_ray.config import config_from_dict
+from mpscl_ray.data import stream
+from mpscl_ray.methods.base import Batch
+from mpscl_ray.run_folder import RunFolder
+from tests.tiny import local_data
 
 
 def hashes(batch: Batch) -> list[list[str]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import itertools
 from typing import Any
 
 import pytest
@@ -31,6 +31,9 @@ RUNS = {
 Runs = dict[str, tuple[RunFolder, list[Any]]]
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     """Run folder and what the workers saw."""
@@ -51,7 +54,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 def by_step(processes: list[Any]) -> list[list[list[str]]]:
     """What all workers saw, one after the other, by step and domain."""
     return [
-        [sum(parts, []) for parts in zip(*domains, strict=True)]
+        [list(itertools.chain(*parts)) for parts in zip(*domains, strict=True)]
         for domains in zip(*(process["seen"] for process in processes), strict=True)
     ]
 

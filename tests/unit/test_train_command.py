@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -30,7 +30,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def no_ray(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing here gets as far as starting Ray."""
 
     def start(*arguments: object, **options: object) -> None:
@@ -38,7 +38,6 @@ def no_ray(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     monkeypatch.setattr(train, "connect", start)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    yield
 
 
 Command = Callable[..., tuple[int, str, str]]

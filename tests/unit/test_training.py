@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -208,7 +207,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(pair: Path,
     _, run = train(config, tmp_path, stop_after=6)
     for directory in checkpoint.list_checkpoints(run.checkpoints):
         flip_a_bit(directory / checkpoint.TENSORS)
-    with pytest.raises(DataError, match="every checkpoint in .* is damaged"):
+    with pytest.raises(DataError, match=r"every checkpoint in .* is damaged"):
         train(config, tmp_path)
     assert run.read_metrics()[-1]["global_step"] == 6
 
