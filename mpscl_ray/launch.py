@@ -39,13 +39,13 @@ from mpscl_ray.worker import FAILURE_FILE, STOP_FILE, WorkerTask, add_notice, ru
 RAY_FOLDER = "ray"
 """Folder in the run folder where Ray Train keeps its own files while it runs."""
 
-_POLL_S = 0.5
+_LOOK_S = 0.25
 _SETTLE_S = 5.0
 """So long may a cluster that is large enough take to free what a run before this one held."""
 
 _START_TIMEOUT_S = 30
 _RAY_TRAIN_SETTINGS = {
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": str(_POLL_S),
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(_START_TIMEOUT_S),
 }
 """Environment variables that Ray Train reads when a training starts. By its own defaults it looks for lost workers, and
@@ -320,7 +320,7 @@ class Launch:
         (self.folder.path / STOP_FILE).touch()
 
     def watch(self, look: Callable[[], None]) -> Outcome:
-        """Call ``look`` twice a second until training ends, and return how it did.
+        """Call ``look`` several times a second until training ends, and return how it did.
 
         Raises:
             MpsclError: what a worker could not go on with, as it raised it.
@@ -329,7 +329,7 @@ class Launch:
         """
         while self.running:
             look()
-            self._thread.join(_POLL_S)
+            self._thread.join(_LOOK_S)
         look()
         (self.folder.path / STOP_FILE).unlink(missing_ok=True)
         shutil.rmtree(self._ray_folder, ignore_errors=True)

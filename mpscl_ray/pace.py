@@ -8,7 +8,7 @@ from collections.abc import Callable
 from mpscl_ray import distributed
 from mpscl_ray.data.stream import SliceStream
 
-LOOK_S = 1.0
+LOOK_S = 0.5
 """Seconds, about, between two looks at whether the run was asked to stop."""
 
 MOST_STEPS_UNSEEN = 50

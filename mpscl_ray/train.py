@@ -288,7 +288,7 @@ class _Watcher:
             self.line.close()
 
     def look(self) -> None:
-        """Called twice a second."""
+        """Called several times a second."""
         if self.interruption.requested and not self.stop_passed_on:
             self.training.request_stop()
             self.stop_passed_on = True

@@ -115,7 +115,7 @@ def train(
         run: folder on a file system that all workers share; worker 0 writes, all read.
         device: of this worker.
         observer: told of metrics, panels and notices.
-        stop_requested: asked on worker 0 about every second; True ends training after a checkpoint.
+        stop_requested: asked on worker 0 about twice a second; True ends training after a checkpoint.
 
     Raises:
         ConfigError: the newest checkpoint is of a phase that the settings do not have.

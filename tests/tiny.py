@@ -59,6 +59,7 @@ def make_dataset(
     classes: tuple[str, ...] = CLASSES,
     shown: tuple[int, ...] = (1, 2),
     permuted: tuple[str, ...] = (),
+    size: tuple[int, int] = SIZE,
 ) -> Path:
     """Write a dataset of discs with rings, brighter or darker than the ground by modality; labels on the given splits.
 
@@ -72,22 +73,23 @@ def make_dataset(
         classes: names of the classes.
         shown: classes that are labelled; the others are background in the label.
         permuted: splits whose labels are wrong: each class has the number of the next.
+        size: height and width of a slice.
     """
     counts = {"train": 3, "val": 2, "test": 2} if cases is None else cases
     rng = np.random.default_rng(seed)
-    rows, columns = np.mgrid[: SIZE[0], : SIZE[1]]
+    rows, columns = np.mgrid[: size[0], : size[1]]
     entries = []
     for split, count in counts.items():
         for number in range(count):
-            image = np.empty((slices, *SIZE), np.float32)
-            label = np.zeros((slices, *SIZE), np.uint8)
+            image = np.empty((slices, *size), np.float32)
+            label = np.zeros((slices, *size), np.uint8)
             for index in range(slices):
                 centre = rng.uniform(12, 20, 2)
                 distance = np.hypot(rows - centre[0], columns - centre[1])
                 label[index][distance < 9] = 2
                 label[index][distance < 5] = 1
                 levels = np.array([-0.5, 0.8, 0.1] if modality == "mr" else [-0.5, 0.5, -0.2])
-                image[index] = levels[label[index]] + rng.normal(0, 0.1, SIZE)
+                image[index] = levels[label[index]] + rng.normal(0, 0.1, size)
             label[~np.isin(label, shown)] = 0
             if split in permuted:
                 label = (label + 1) % 3
@@ -112,7 +114,7 @@ def make_dataset(
         version=1,
         modality=modality,
         classes=classes,
-        size=SIZE,
+        size=size,
         scaling=Scaling(-1.0, 1.0, "given"),
         recipe={},
         splitting={},
@@ -158,13 +160,19 @@ def local_data(config: Config) -> TrainingData:
 
 
 def train_in_processes(
-    config: Config, run: Path, *, workers: int = 1, stop_after: int | None = None, double: bool = False
+    config: Config,
+    run: Path,
+    *,
+    workers: int = 1,
+    stop_after: int | None = None,
+    double: bool = False,
+    watched: bool = True,
 ) -> list[Any]:
     """Train without Ray, each worker in a new process; what each of them saw, see training_process.py."""
     run.mkdir(parents=True, exist_ok=True)
     meeting = len(list(run.glob("task-*.json")))
     content: dict[str, Any] = {"world_size": workers, "run": str(run), "config": to_dict(config), "double": double}
-    content["meeting"] = meeting
+    content |= {"meeting": meeting, "watched": watched}
     task = run / f"task-{meeting}.json"
     task.write_text(json.dumps(content | ({} if stop_after is None else {"stop_after": stop_after})))
     script = Path(__file__).with_name("training_process.py")

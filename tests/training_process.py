@@ -1,9 +1,9 @@
 """The training of one worker without Ray, in a process of its own: ``training_process.py TASK.json RANK``.
 
 The task names the workers there are (``world_size``), the run folder (``run``), nested settings (``config``), whether
-to compute in double precision (``double``) and, perhaps, after how many steps of this process to ask for a stop
-(``stop_after``). What was seen is written to ``RUN/process-RANK.json``: the outcome, and a hash of each slice that was
-trained on, by step.
+to compute in double precision (``double``), whether to look at each batch (``watched``) and, perhaps, after how many
+steps of this process to ask for a stop (``stop_after``). What was seen is written to ``RUN/process-RANK.json``: the
+outcome, and a hash of each slice that was trained on, by step.
 """
 
 from __future__ import annotations
@@ -69,8 +69,9 @@ def main(task: dict[str, Any], rank: int) -> None:
         seen.append(hashes(batch))
         return batch
 
-    training.Batch = recorded  # type: ignore[assignment,misc]
-    pace.LOOK_S = 0.0  # After each step.
+    if task["watched"]:
+        training.Batch = recorded  # type: ignore[assignment,misc]
+        pace.LOOK_S = 0.0  # After each step.
     steps = itertools.count(1)
     folder = RunFolder(Path(task["run"]))
     if rank == 0:

@@ -347,14 +347,14 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_anything_moves(pair: Path
     assert_same_state(run.phases / "adaptation", other.phases / "adaptation")
 
 
-def test_stop_looks_come_about_every_second(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stop_looks_come_about_twice_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr(pace.time, "perf_counter", lambda: now[0])
     asked: list[int] = []
     step = 0
     looks = pace.StopLooks(lambda: bool(asked.append(step)))
     for step in range(1, 41):
-        now[0] += 0.1 if step <= 20 else 5.0
+        now[0] += 0.05 if step <= 20 else 5.0
         looks.stop_after(step)
     assert asked[:3] == [1, 11, 21]
     assert asked[3:] == list(range(22, 41)), "slow steps: after each"
