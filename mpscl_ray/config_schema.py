@@ -85,6 +85,8 @@ class NetworkConfig:
     a run's checkpoint such as runs/NAME/phases/source_only."""
     pretrained_heads: bool = True
     """Take the classifier heads from that file too; false where it was trained on other classes."""
+    pretrained_prototypes: str | None = None
+    """npy file with released class centres to begin the adaptation with, instead of those of Eq. 4."""
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from mpscl_ray import checkpoint
 from mpscl_ray.config import ADAPTATION, WARM_UP, Config
@@ -15,13 +17,14 @@ from mpscl_ray.methods.mpscl import MPSCL, MPSCLConfig
 from mpscl_ray.methods.segmentation import Segmentation, SegmentationConfig
 from mpscl_ray.networks import initialise
 from mpscl_ray.networks.deeplab import DeepLabV2
-from mpscl_ray.networks.pretrained import load_pretrained, load_tensors
+from mpscl_ray.networks.pretrained import load_pretrained, load_prototypes, load_tensors
 
 
 def network_arguments(config: Config, num_classes: int) -> dict[str, Any]:
     """Arguments of :class:`DeepLabV2` for a config."""
     arguments = dataclasses.asdict(config.network)
-    del arguments["pretrained"], arguments["pretrained_heads"]
+    for key in ("pretrained", "pretrained_heads", "pretrained_prototypes"):
+        del arguments[key]
     return {"num_classes": num_classes, **arguments}
 
 
@@ -48,6 +51,15 @@ def load_start_weights(segmenter: DeepLabV2, config: Config) -> str | None:
         report = load_pretrained(segmenter, path, heads=config.network.pretrained_heads)
     left_out = f", {len(report.skipped)} of the file left out" if report.skipped else ""
     return f"{len(report.loaded)} tensors loaded from {config.network.pretrained}{left_out}"
+
+
+def initialise_prototypes(method: Method, config: Config, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Set the prototypes that the adaptation begins with: those of a file, else Eq. 4 over this worker's batches."""
+    path = config.network.pretrained_prototypes
+    if path is None or not isinstance(method, MPSCL):
+        method.initialise_prototypes(batches)
+    else:
+        method.prototypes = load_prototypes(Path(path), *method.prototypes.shape).to(method.prototypes)
 
 
 def build_method(config: Config, phase: str, segmenter: DeepLabV2, num_classes: int, device: torch.device) -> Method:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mpscl_ray import checkpoint, distributed
 from mpscl_ray.config import ADAPTATION, WARM_UP, Config
-from mpscl_ray.construction import build_method, build_segmenter, load_start_weights
+from mpscl_ray.construction import build_method, build_segmenter, initialise_prototypes, load_start_weights
 from mpscl_ray.data import SOURCE_DOMAIN, TARGET_DOMAIN
 from mpscl_ray.data.augment import AugmentConfig
 from mpscl_ray.data.stream import Slices, SliceStream, tensors
@@ -181,7 +181,7 @@ class _Training:
                 self.position = Position(number, 0, self.position.step)
                 method.start_phase(iterations, adapt=name == ADAPTATION)
                 if name == ADAPTATION:
-                    method.initialise_prototypes(self._labelled_batches())
+                    initialise_prototypes(method, self.config, self._labelled_batches())
             ended = self._run_phase(name, iterations, method)
             if ended is not None:
                 return ended

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from mpscl_ray import checkpoint
-from mpscl_ray.config import load_config
-from mpscl_ray.construction import build_segmenter, load_start_weights
+from mpscl_ray.config import ADAPTATION, load_config
+from mpscl_ray.construction import build_method, build_segmenter, initialise_prototypes, load_start_weights
 from mpscl_ray.errors import DataError
+from mpscl_ray.methods.mpscl import MPSCL
 from tests.tiny import SETTINGS
 
 
@@ -51,3 +53,18 @@ def test_a_damaged_start_is_refused(tmp_path: Path) -> None:
     config = load_config("small/mpscl", [*SETTINGS, f"network.pretrained={path}"])
     with pytest.raises(DataError, match=r"tensors\.safetensors"):
         load_start_weights(build_segmenter(config, 3), config)
+
+
+def test_the_adaptation_begins_with_the_prototypes_of_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "centres.npy"
+    config = load_config("small/mpscl", [*SETTINGS, f"network.pretrained_prototypes={file}"])
+    segmenter = build_segmenter(config, 3)
+    method = build_method(config, ADAPTATION, segmenter, 3, torch.device("cpu"))
+    assert isinstance(method, MPSCL)
+    centres = np.random.default_rng(0).normal(size=(1, 3, segmenter.feature_channels, 1)).astype(np.float32)
+    np.save(file, centres)
+    initialise_prototypes(method, config, ())
+    assert np.array_equal(method.prototypes.numpy(), centres.reshape(3, -1))
+    np.save(file, centres[:, :2])
+    with pytest.raises(DataError, match="class centres"):
+        initialise_prototypes(method, config, ())
