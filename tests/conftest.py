@@ -5,6 +5,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+# One thread here and in all processes that tests start, as Ray gives a worker of one CPU: with another number, sums are
+# taken in another order, and runs that are compared bit for bit differ in the last one. Before anything imports torch.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
