@@ -33,6 +33,7 @@ SETTINGS = (
     "phases.source_only=4",
     "phases.warm_up=4",
     "phases.adaptation=4",
+    "phases.source_only_lr=null",
     "optim.lr=0.01",
     "optim.head_lr_factor=1",
     "run.report_every=2",
