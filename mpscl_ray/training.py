@@ -175,7 +175,7 @@ class _Training:
             if resumed is not None:
                 resumed["method"]["phase"]["iterations"] = iterations  # the decay follows a phase that was made longer
                 method.load_state_dict(resumed["method"])
-                _restore_random_state(resumed["random"])
+                _restore_random_state(resumed["random"], self.device)
                 resumed = None
             else:
                 self.position = Position(number, 0, self.position.step)
@@ -316,7 +316,7 @@ class _Training:
         if self.rank == 0:
             state = {
                 "method": method.state_dict(),
-                "random": _random_state(),
+                "random": _random_state(self.device),
                 "position": dataclasses.asdict(self.position),
                 "phase": phase,
                 "classes": list(self.data.classes),
@@ -356,14 +356,14 @@ class _Training:
         return Position(**{**state["position"], "phase": phases.index(state["phase"])})
 
 
-def _random_state() -> dict[str, Any]:
+def _random_state(device: torch.device) -> dict[str, Any]:
     state: dict[str, Any] = {"torch": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
     return state
 
 
-def _restore_random_state(state: Mapping[str, Any]) -> None:
+def _restore_random_state(state: Mapping[str, Any], device: torch.device) -> None:
     torch.set_rng_state(state["torch"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
+    if "cuda" in state and device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], device)

@@ -74,9 +74,6 @@ def run_worker(task: WorkerTask) -> dict[str, Any]:
     _log_to(folder.logs / f"worker-{rank}.log")
     torch.set_num_threads(max(1, int(config.scaling.cpus_per_worker)))
     device = ray.train.torch.get_device()
-    if isinstance(device, list):
-        device = device[0]
-
     observer = _RunObserver(folder, task.data.classes, writes=rank == 0)
     try:
         with _only_writer(folder) if rank == 0 else nullcontext():

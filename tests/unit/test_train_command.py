@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,9 +19,10 @@ ray = pytest.importorskip("ray")
 from mpscl_ray import checkpoint, cli, launch, train  # noqa: E402
 from mpscl_ray.config import load_config  # noqa: E402
 from mpscl_ray.data.stream import LocalSlices  # noqa: E402
-from mpscl_ray.errors import ClusterError, ConfigError, DataError, StorageError  # noqa: E402
+from mpscl_ray.errors import ClusterError, ConfigError, DataError, StorageError, TrainingError  # noqa: E402
 from mpscl_ray.run_folder import RunFolder  # noqa: E402
-from tests.tiny import CLASSES, SETTINGS, make_dataset, make_pair, tiny_config  # noqa: E402
+from mpscl_ray.training import Outcome  # noqa: E402
+from tests.tiny import CLASSES, SETTINGS, local_data, make_dataset, make_pair, tiny_config  # noqa: E402
 
 ONE_WORKER = ("scaling.workers=1",)
 
@@ -301,8 +304,6 @@ def test_a_finished_run_says_so(begun: RunFolder, command: Command, pair: Path, 
 def test_interrupted_before_ray_starts(
     command: Command, pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import signal
-
     def send(*arguments: object) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
@@ -315,6 +316,87 @@ def test_interrupted_before_ray_starts(
     assert "SIGTERM before training began" in status["reason"]
     assert status["resume_command"] in text
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+class Trained:
+    """Stands in for a training on Ray; leaves a checkpoint as one does."""
+
+    outcome = Outcome("finished", "adaptation", 4, 12)
+
+    def __init__(self, config: object, folder: RunFolder, data: object, use_gpu: bool) -> None:
+        self.folder = folder
+
+    def start(self) -> None:
+        checkpoint.save(self.folder.checkpoints / "step-0000012", {"phase": "adaptation"})
+        self.folder.append_metrics({"global_step": 12, "phase": "adaptation", "iteration": 4, "iterations": 4})
+
+    def watch(self, look: Callable[[], None]) -> Outcome:
+        look()
+        return self.outcome
+
+
+@pytest.fixture
+def pretend_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "connect", lambda **options: contextlib.nullcontext())
+    monkeypatch.setattr(launch, "check_cluster", lambda config: False)
+    monkeypatch.setattr(launch, "open_data", lambda config, domains: local_data(config))
+    monkeypatch.setattr(launch, "Launch", Trained)
+    monkeypatch.setattr(train, "evaluate_phases", lambda *arguments: None)
+    monkeypatch.setattr(train, "draw_phases", lambda *arguments: None)
+
+
+@pytest.mark.usefixtures("pretend_ray")
+def test_interrupted_during_the_evaluation(
+    command: Command, pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "evaluate_phases", lambda *arguments: os.kill(os.getpid(), signal.SIGINT))
+        code, text, _ = command(*tiny(pair, tmp_path))
+    assert code == 130
+    assert "stopped by SIGINT during the evaluation; to go on:" in text
+    status = RunFolder(tmp_path / "run").read_status()
+    assert (status["state"], status["phase"], status["global_step"]) == ("interrupted", "adaptation", 12)
+    assert command(*tiny(pair, tmp_path))[0] == 0
+    assert RunFolder(tmp_path / "run").read_status()["state"] == "finished"
+
+
+@pytest.mark.usefixtures("pretend_ray")
+def test_a_stop_that_came_too_late_for_training_is_not_forgotten(
+    command: Command, pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def watch(self: Trained, look: Callable[[], None]) -> Outcome:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return self.outcome
+
+    monkeypatch.setattr(Trained, "watch", watch)
+    code, text, _ = command(*tiny(pair, tmp_path))
+    assert code == 130
+    assert "stopped by SIGTERM between training, which is done, and its evaluation" in text
+
+
+@pytest.mark.usefixtures("pretend_ray")
+def test_a_defect_keeps_its_traceback_and_is_in_the_status(
+    command: Command, pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train, "evaluate_phases", lambda *arguments: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        command(*tiny(pair, tmp_path))
+    status = RunFolder(tmp_path / "run").read_status()
+    assert (status["state"], status["exit_code"]) == ("failed", 1)
+    assert status["reason"] == "ZeroDivisionError: division by zero"
+
+
+@pytest.mark.usefixtures("pretend_ray")
+def test_a_run_with_longer_phases_goes_on_although_it_was_finished(
+    command: Command, pair: Path, tmp_path: Path
+) -> None:
+    assert command(*tiny(pair, tmp_path))[0] == 0
+    longer = tiny(pair, tmp_path, "phases.adaptation=8")
+    assert command(*longer)[0] == ConfigError.exit_code
+    code, text, _ = command(*longer, "--allow-change")
+    assert code == 0
+    assert "phases.adaptation: 4 in the run, 8 now" in text
+    assert "trains on 18 labelled mr slices" in text
 
 
 # ------------------------------------------------------------------------------------------------------ opens
@@ -367,3 +449,19 @@ def test_causes_name_the_worker_that_died_not_those_that_noticed() -> None:
     noticed = RuntimeError("Connection closed by peer")
     assert launch._causes({0: noticed, 1: died}) == "worker 1 was lost: its process died"
     assert launch._causes({0: noticed}) == "worker 0 failed: Connection closed by peer"
+
+
+def test_workers_that_fail_too_often_end_the_run_with_their_causes(pair: Path, tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    config = tiny_config(pair / "mr", pair / "ct", ["run.restarts=2"])
+    launched = launch.Launch(config, folder, local_data(config), False)
+    died = ray.exceptions.ActorDiedError()
+    error = launched._explained(ray.train.WorkerGroupError("text", {1: died}))
+    assert isinstance(error, TrainingError)
+    assert "workers failed 3 times, which is once more than run.restarts allows" in str(error)
+    assert "worker 1 was lost: its process died" in str(error)
+    error = launched._explained(ray.exceptions.RaySystemError("gone"))
+    assert isinstance(error, ClusterError)
+    assert "Ray ended the training" in str(error)
+    defect = KeyError("x")
+    assert launched._explained(defect) is defect
