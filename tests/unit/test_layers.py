@@ -24,7 +24,7 @@ LAYERS: tuple[frozenset[str], ...] = (
         "data.reading data.released_slices data.source_volumes data.splits data.stream data.tfrecord "
         "data.phantom_files cli".split()
     ),
-    frozenset("validation construction pace training".split()),
+    frozenset("validation construction pace training fork".split()),
     frozenset(
         "cluster_session parallel data.pipeline prepare prepare_options prepare_plan phantom_dataset worker launch "
         "train evaluation evaluate predict".split()
