@@ -8,10 +8,10 @@ from pathlib import Path
 
 import mpscl_ray
 from mpscl_ray.data.label_table import LabelTable, parse_ids, parse_label_table, with_corrections
-from mpscl_ray.data.layouts import LayoutOptions, SourceCase
 from mpscl_ray.data.released_slices import RELEASED_RANGES
 from mpscl_ray.data.schema import FORMAT_VERSION, SPLITS, Case, Manifest, Scaling
 from mpscl_ray.data.slices import Recipe
+from mpscl_ray.data.source_cases import LayoutOptions, SourceCase
 from mpscl_ray.data.source_volumes import Request, Settings, Staged
 from mpscl_ray.data.splits import (
     Member,

@@ -12,8 +12,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from mpscl_ray.data.layouts import SourceCase
 from mpscl_ray.data.nifti import check_same_geometry, read_image, read_label
+from mpscl_ray.data.source_cases import SourceCase
 from mpscl_ray.data.tfrecord import read_slices
 from mpscl_ray.errors import DataError
 

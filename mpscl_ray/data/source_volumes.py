@@ -15,11 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpscl_ray.data.label_table import LabelTable
-from mpscl_ray.data.layouts import SourceCase
 from mpscl_ray.data.nifti import check_same_geometry, map_labels, phi_fields, read_image, read_label
 from mpscl_ray.data.released_slices import Flip, ReleasedSlices, read_released
 from mpscl_ray.data.schema import Case, Scaling, write_case
 from mpscl_ray.data.slices import Recipe, intensity_range, prepare_volume, scale
+from mpscl_ray.data.source_cases import SourceCase
 from mpscl_ray.durable_files import storage_errors
 from mpscl_ray.errors import DataError, StorageError
 

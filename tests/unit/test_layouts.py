@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from mpscl_ray.data.label_table import MMWHS, RELEASED, LabelTable, parse_ids, parse_label_table, with_corrections
-from mpscl_ray.data.layouts import LayoutOptions, Scan, scan
+from mpscl_ray.data.layouts import Scan, scan
+from mpscl_ray.data.source_cases import LayoutOptions
 from mpscl_ray.errors import ConfigError, DataError
 
 
