@@ -194,8 +194,8 @@ def check_cluster(config: Config) -> bool:
     scaling = config.scaling
     total: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
     use_gpu = scaling.device == "gpu" or (scaling.device == "auto" and total.get("GPU", 0) > 0)
-    place = {"CPU": scaling.cpus_per_worker} | ({"GPU": 1.0} if use_gpu else {})
-    enough = scaling.workers <= _places(place)
+    place = worker_place(config, use_gpu)
+    enough = scaling.workers <= places(place)
     if enough or scaling.wait_s:
         group = placement_group([place] * scaling.workers, strategy="PACK")
         try:
@@ -209,22 +209,35 @@ def check_cluster(config: Config) -> bool:
 def cluster_shortage(config: Config, use_gpu: bool) -> str:
     """A sentence on what a run asks for and what the cluster has."""
     scaling = config.scaling
-    place = {"CPU": scaling.cpus_per_worker} | ({"GPU": 1.0} if use_gpu else {})
+    place = worker_place(config, use_gpu)
     total: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
     free: dict[str, float] = ray.available_resources()  # type: ignore[no-untyped-call]
     asked = " and ".join(f"{amount * scaling.workers:g} {name}s" for name, amount in place.items())
     has = " and ".join(f"{total.get(name, 0):g} {name}s ({free.get(name, 0):g} free)" for name in place)
     nodes = len(_nodes())
     spread = f" on {nodes} nodes" if nodes > 1 else ""
-    fits = min(_places(place), *(int(free.get(name, 0) / amount) for name, amount in place.items()))
+    fits = min(places(place), *(int(free.get(name, 0) / amount) for name, amount in place.items()))
     others = ["scaling.device=cpu"] if use_gpu and total.get("GPU", 0) < scaling.workers else []
     others.append("scaling.wait_s=SECONDS to wait for more")
     return f"{scaling.workers} workers need {asked}, and the cluster has {has}{spread}; {_offer(config, fits, others)}"
 
 
-def _places(place: dict[str, float]) -> int:
+def places(place: dict[str, float]) -> int:
     """Workers that all nodes together have room for, were they idle; a worker cannot be split between nodes."""
     return sum(min(math.floor(node.get(name, 0) / amount) for name, amount in place.items()) for node in _nodes())
+
+
+def trainings_at_once(config: Config, use_gpu: bool) -> int:
+    """How many trainings with this config's workers the cluster has room for now, at least one."""
+    place = worker_place(config, use_gpu)
+    free: dict[str, float] = ray.available_resources()  # type: ignore[no-untyped-call]
+    fits = min(places(place), *(int(free.get(name, 0) / amount) for name, amount in place.items()))
+    return max(1, fits // config.scaling.workers)
+
+
+def worker_place(config: Config, use_gpu: bool) -> dict[str, float]:
+    """Resources of one worker."""
+    return {"CPU": config.scaling.cpus_per_worker} | ({"GPU": 1.0} if use_gpu else {})
 
 
 def _nodes() -> list[dict[str, float]]:
@@ -284,7 +297,7 @@ class Launch:
         shutil.rmtree(self._ray_folder, ignore_errors=True)
         for name, value in _RAY_TRAIN_SETTINGS.items():
             os.environ.setdefault(name, value)
-        resources = {"CPU": config.scaling.cpus_per_worker} | ({"GPU": 1} if use_gpu else {})
+        resources = worker_place(config, use_gpu)
         patience = math.ceil(config.scaling.wait_s / _START_TIMEOUT_S)
         self._trainer = ray.train.torch.TorchTrainer(
             run_worker,  # type: ignore[arg-type]

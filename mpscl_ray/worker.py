@@ -18,6 +18,7 @@ from typing import Any
 import ray.train
 import ray.train.torch
 import torch
+from ray.util.placement_group import get_current_placement_group
 from torch import Tensor
 
 from mpscl_ray import training
@@ -38,6 +39,9 @@ FAILURE_FILE = "failure.json"
 
 NOTICES_FILE = "notices.log"
 """Name of the file in the run's logs that has, a line each, what the user should see of workers and their losses."""
+
+PLACE_FILE = ".placement-group"
+"""Name of the file in the run folder that names the placement group of the workers, while they have one."""
 
 _FORMER_WORKER_S = 60.0
 """So long may a worker take to end after the command that started it was killed."""
@@ -121,6 +125,9 @@ def _only_writer(folder: RunFolder) -> Iterator[None]:
         file.truncate(0)
         file.write(f"process {os.getpid()} on {os.uname().nodename}")
         file.flush()
+        group = get_current_placement_group()
+        if group is not None:
+            write_atomically(folder.path / PLACE_FILE, group.id.hex().encode())
         yield
 
 

@@ -1,0 +1,150 @@
+"""One of many trainings side by side: the same launch as the train command's, on data that all of them share.
+
+The command that runs them opens the data once (:func:`open_shared`), before it starts any. Each training then has a
+run folder of its own, and :func:`run_trial` may be called in any process of the cluster, such as a task or an actor
+that holds no CPU itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import ray
+from ray.util.placement_group import PlacementGroup, remove_placement_group
+
+from mpscl_ray import launch
+from mpscl_ray.config import Config, to_yaml
+from mpscl_ray.errors import MpsclError, TrainingError
+from mpscl_ray.run_folder import RunFolder
+from mpscl_ray.training import Outcome, TrainingData
+from mpscl_ray.worker import PLACE_FILE
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What trainings side by side share. Travels to other processes as references.
+
+    Attributes:
+        domains: manifests of both datasets.
+        data: slices, opened by the process that runs the trainings; valid as long as that process lives.
+        use_gpu: whether each worker gets a GPU.
+        at_once: how many trainings the cluster has room for at a time.
+    """
+
+    domains: launch.Domains
+    data: TrainingData
+    use_gpu: bool
+    at_once: int
+
+
+def open_shared(config: Config) -> tuple[Shared, list[str]]:
+    """Open the data of trainings that differ in settings which do not decide on what is read.
+
+    Args:
+        config: of any of them; its datasets are folders already (:mod:`mpscl_ray.phantom_dataset`).
+
+    Returns:
+        What the trainings share, and a sentence for each thing that deserves a warning.
+
+    Raises:
+        ConfigError, DataError: the datasets are missing, damaged, or do not go together.
+        ClusterError: the cluster has no room for even one of them.
+    """
+    use_gpu = launch.check_cluster(config)
+    domains, warnings = launch.load_domains(config)
+    data = launch.open_data(config, domains)
+    return Shared(domains, data, use_gpu, launch.trainings_at_once(config, use_gpu)), warnings
+
+
+def run_trial(
+    config: Config,
+    folder: RunFolder,
+    shared: Shared,
+    look: Callable[[launch.Launch], None] = lambda training: None,
+    *,
+    resume_command: str | None = None,
+) -> Outcome:
+    """Train in a run folder, from its newest checkpoint if it has one; a run that is finished is left as it is.
+
+    The folder's status.json tells how it went, also where this raises. Nothing of the training is left when this
+    returns: no worker, no reserved place. Where this process is killed meanwhile, :func:`release` does the rest.
+
+    Args:
+        config: settings of this training.
+        folder: its run folder; may have been forked from another run (:mod:`mpscl_ray.fork`).
+        shared: of :func:`open_shared`.
+        look: called several times a second while it trains; ``training.request_stop()`` ends it after a checkpoint.
+        resume_command: what to give to go on, for status.json.
+
+    Returns:
+        The outcome: finished or interrupted.
+
+    Raises:
+        TrainingError: a loss was not finite, or workers were lost more often than run.restarts allows.
+        MpsclError: whatever else it could not go on with.
+    """
+    folder.create()
+    with folder.lock():
+        release(folder)
+        status = folder.read_status()
+        if status.get("state") == "finished":
+            return Outcome("finished", status["phase"], status["iteration"], status["global_step"])
+        folder.write_config(to_yaml(config))
+        folder.write_environment()
+        folder.write_model(launch.model_description(config, shared.domains))
+        folder.write_status("running", resume_command=resume_command)
+        try:
+            training = launch.Launch(config, folder, shared.data, shared.use_gpu)
+            training.start()
+            outcome = training.watch(lambda: look(training))
+            if outcome.state == "non_finite":
+                raise TrainingError(_non_finite(outcome))
+        except BaseException as error:
+            code, reason = (
+                (error.exit_code, str(error))
+                if isinstance(error, MpsclError)
+                else (1, f"{type(error).__name__}: {error}")
+            )
+            folder.write_status("failed", exit_code=code, reason=reason)
+            raise
+        finally:
+            release(folder)
+        finished = outcome.state == "finished"
+        folder.write_status(
+            "finished" if finished else "interrupted",
+            exit_code=0 if finished else 130,
+            reason="" if finished else "stopped from outside",
+            phase=outcome.phase,
+            iteration=outcome.iteration,
+            global_step=outcome.step,
+        )
+        return outcome
+
+
+def release(folder: RunFolder) -> None:
+    """Give back the place of a training that does not run any more.
+
+    Ray Train does this itself when a training ends. Where its controller was killed, Ray would keep the place reserved
+    until the whole job ends, and trainings after it would wait for it.
+    """
+    file = folder.path / PLACE_FILE
+    if not file.exists():
+        return
+    group = PlacementGroup(ray.PlacementGroupID(bytes.fromhex(file.read_text(encoding="ascii"))))
+    remove_placement_group(group)
+    file.unlink()
+
+
+def _non_finite(outcome: Outcome) -> str:
+    losses = ", ".join(f"{name} {value:g}" for name, value in outcome.losses.items())
+    return (
+        f"a loss or gradient was not finite, seen at iteration {outcome.iteration} of the phase {outcome.phase} "
+        f"({losses}); try smaller learning rates or weights"
+    )
+
+
+def trial_folder(parent: Path, number: int) -> RunFolder:
+    """Run folder of a numbered training below a folder."""
+    return RunFolder(parent / f"{number:03d}")
