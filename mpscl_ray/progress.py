@@ -10,6 +10,8 @@ train/prototype_angle_*          smallest and mean angle between prototypes, rad
 val/dice/<structure> and mean    Dice on the target's validation slices
 val/source/dice/... and mean     the same on the source
 val/entropy, val/source/entropy  mean self-information of the predictions
+val/loss_cross_entropy           weighted cross-entropy on the target's validation slices, where they are labelled
+val/source/loss_cross_entropy    the same on the source
 val/selection                    the score that decides which checkpoint is the best
 speed/images_per_s               training images of both domains per second, all workers
 speed/data_wait_fraction         share of the time that the step waits for data

@@ -11,6 +11,8 @@ Layout::
         status.json        state (running, finished, failed, interrupted), exit_code, reason, resume_command, phase,
                            iteration, global_step, pid, updated
         progress.png       curves of the run so far
+        features.jsonl     angles to the prototypes at each validation (mpscl_ray.feature_record)
+        pseudo_labels/     a few target slices with their pseudo-labels at each validation
         checkpoints/       step-NNNNNNN, the newest few (mpscl_ray.checkpoint)
         phases/NAME/       the checkpoint at the end of each phase
         best/              the checkpoint with the best validation score

@@ -21,6 +21,7 @@ from mpscl_ray.data import SOURCE_DOMAIN, TARGET_DOMAIN
 from mpscl_ray.data.augment import AugmentConfig
 from mpscl_ray.data.stream import Slices, SliceStream, tensors
 from mpscl_ray.errors import ConfigError, DataError
+from mpscl_ray.feature_record import FeatureRecord, middle_slices
 from mpscl_ray.methods.base import Batch, Method
 from mpscl_ray.pace import Clock, StopLooks
 from mpscl_ray.run_folder import RunFolder
@@ -154,6 +155,7 @@ class _Training:
     ) -> None:
         self.config, self.data, self.folder, self.device = config, data, run, device
         self.observer, self.looks = observer, StopLooks(stop_requested)
+        self.features = FeatureRecord(run.path)
         self.rank, self.world_size = distributed.rank(), distributed.world_size()
         self.position = Position()
         self.schedule = config.schedule
@@ -182,6 +184,9 @@ class _Training:
                 method.start_phase(iterations, adapt=name == ADAPTATION)
                 if name == ADAPTATION:
                     initialise_prototypes(method, self.config, self._labelled_batches())
+                    if self.rank == 0:
+                        self.features.rewind(self.position.step - 1)  # a start that was interrupted may have looked
+                    self._look_at_features(name, method)
             ended = self._run_phase(name, iterations, method)
             if ended is not None:
                 return ended
@@ -288,7 +293,9 @@ class _Training:
             record |= {f"{prefix}/dice/{structure}": value for structure, value in result.dice.items()}
             if result.dice:
                 record[f"{prefix}/dice/mean"] = result.mean_dice
+                record[f"{prefix}/loss_cross_entropy"] = result.cross_entropy
             record[f"{prefix}/entropy"] = result.entropy
+        self._look_at_features(name, method)
         if self.rank == 0 and TARGET_DOMAIN in self.data.validation:
             self._show_panel(method, self.data.validation[TARGET_DOMAIN])
         score = selection_score(results, self.config.run.select, self.config.data.labelled)
@@ -299,12 +306,17 @@ class _Training:
                 self._save(method, name, self.folder.best)
         return record
 
+    def _look_at_features(self, name: str, method: Method) -> None:
+        if name == ADAPTATION:
+            place = {"global_step": self.position.step, "phase": name, "iteration": self.position.iteration}
+            slices = self.data.validation.get(TARGET_DOMAIN)
+            self.features.look(method, slices, self.config.data.batch_size, place)
+
     def _show_panel(self, method: Method, slices: Slices) -> None:
         """Predict evenly spaced slices of the first volume, the ends left out."""
         _, arrays = next(slices.volumes())
         volume = tensors(arrays)
-        depth = len(volume["image"])
-        chosen = torch.unique(torch.linspace(0, depth - 1, min(depth, PANEL_SLICES) + 2).round().long()[1:-1])
+        chosen = torch.from_numpy(middle_slices(len(volume["image"]), PANEL_SLICES))
         images = volume["image"][chosen]
         predictions = method.predict(images.to(self.device)).argmax(1).cpu()
         labels = volume["label"][chosen] if "label" in volume else None
@@ -343,6 +355,7 @@ class _Training:
             self._notice(f"going on from the checkpoint {name}: {place}")
         if self.rank == 0:
             self.folder.rewind_metrics(self.position.step)
+            self.features.rewind(self.position.step)
         return state
 
     def _position(self, state: Mapping[str, Any], name: str) -> Position:

@@ -1,4 +1,4 @@
-"""Validation during training, by all workers: Dice per structure over whole volumes, and entropy of the predictions."""
+"""Validation during training, by all workers: Dice per structure over whole volumes, loss and entropy."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ from mpscl_ray import distributed
 from mpscl_ray.data import TARGET_DOMAIN
 from mpscl_ray.data.stream import Slices, tensors
 
+_SMALLEST_PROBABILITY = 1e-12
+"""One pixel that is surely wrong has no infinite loss."""
+
 
 @dataclass(frozen=True)
 class Validation:
@@ -22,10 +25,12 @@ class Validation:
         dice: mean over volumes per foreground structure, in [0, 1]; empty for a domain without labels. A volume that
             has a structure neither in the label nor in the prediction does not count for it.
         entropy: mean over pixels of the prediction's entropy over log C, in [0, 1]. Needs no labels.
+        cross_entropy: weighted as in training, with the class counts of all validation pixels; NaN without labels.
     """
 
     dice: dict[str, float]
     entropy: float
+    cross_entropy: float = math.nan
 
     @property
     def mean_dice(self) -> float:
@@ -57,6 +62,7 @@ def validate(
     # Overlap, predicted and true pixels.
     sums = torch.zeros(len(slices.files.cases), num_classes, 3, dtype=torch.float64, device=device)
     entropy = torch.zeros(2, dtype=torch.float64, device=device)  # sum, pixels
+    information = torch.zeros(num_classes, 2, dtype=torch.float64, device=device)  # sum of -log p_y, pixels, by class y
     rank, world_size = distributed.rank(), distributed.world_size()
     own = range(rank, len(slices.files.cases), world_size)
     for index, (_, arrays) in zip(own, slices.volumes(rank, world_size), strict=True):
@@ -71,12 +77,39 @@ def validate(
                 pairs = (labels * num_classes + probabilities.argmax(1)).flatten()
                 confusion = torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes)
                 sums[index] += torch.stack([confusion.diag(), confusion.sum(0), confusion.sum(1)], dim=1)
-    sums, entropy = distributed.all_reduce_sums(sums, entropy)
+                information += _information(probabilities, labels)
+    sums, entropy, information = distributed.all_reduce_sums(sums, entropy, information)
     dice: dict[str, float] = {}
+    cross_entropy = math.nan
     if slices.files.labels:
         per_case = 2 * sums[..., 0] / (sums[..., 1] + sums[..., 2])  # 0/0 = NaN where a structure is nowhere
         dice = dict(zip(classes[1:], torch.nanmean(per_case, dim=0)[1:].tolist(), strict=True))
-    return Validation(dice, float(entropy[0] / entropy[1]))
+        cross_entropy = weighted_mean(information)
+    return Validation(dice, float(entropy[0] / entropy[1]), cross_entropy)
+
+
+def _information(probabilities: Tensor, labels: Tensor) -> Tensor:
+    """For each class of the labels, the sum of -log p of its pixels and their number: (C, 2)."""
+    losses = -probabilities.gather(1, labels[:, None])[:, 0].clamp_min(_SMALLEST_PROBABILITY).log()
+    number = probabilities.shape[1]
+    pixels = torch.bincount(labels.flatten(), minlength=number)
+    return torch.stack([torch.bincount(labels.flatten(), losses.flatten(), number), pixels], dim=1)
+
+
+def weighted_mean(information: Tensor) -> float:
+    """Cross-entropy in which a class weighs the less the more pixels it has.
+
+    Args:
+        information: (C, 2), the sum of -log p of the pixels of each class, and their number.
+
+    Returns:
+        As :func:`mpscl_ray.losses.weighted_cross_entropy` of all these pixels at once.
+    """
+    loss, pixels = information.unbind(1)
+    weights = 1.0 - pixels / pixels.sum()
+    if (pixels * weights).sum() == 0:
+        weights = torch.ones_like(weights)
+    return float((weights * loss).sum() / (weights * pixels).sum())
 
 
 def selection_score(results: Mapping[str, Validation], select: str, labelled: str) -> float | None:

@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mpscl_ray import pace, training, validation
+from mpscl_ray import feature_record, pace, training, validation
 from mpscl_ray.config import config_from_dict
 from mpscl_ray.data import stream
 from mpscl_ray.methods.base import Batch
@@ -48,7 +48,7 @@ def compute_in_double() -> None:
     def tensors(*arguments: Any) -> dict[str, torch.Tensor]:
         return {name: t.double() if name == "image" else t for name, t in single_tensors(*arguments).items()}
 
-    for module in (stream, training, validation):
+    for module in (stream, training, validation, feature_record):
         module.tensors = tensors  # type: ignore[attr-defined]
     training.build_segmenter = lambda *arguments: single_segmenter(*arguments).double()  # type: ignore[assignment]
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from mpscl_ray import checkpoint
+from mpscl_ray.feature_record import FeatureRecord
 from mpscl_ray.run_folder import RunFolder
 from tests.tiny import make_pair, tiny_config, train_in_processes
 
@@ -96,3 +97,9 @@ def test_two_workers_that_were_stopped_go_on_bit_for_bit(runs: Runs) -> None:
         for file in (checkpoint.TENSORS, checkpoint.STATE):
             whole, cut = ((runs[name][0].phases / phase / file).read_bytes() for name in ("two", "two, stopped"))
             assert whole == cut, (phase, file)
+
+
+def test_angle_histograms_do_not_depend_on_the_number_of_workers(runs: Runs) -> None:
+    one, two = (FeatureRecord(runs[f"{name} in double"][0].path).read() for name in ("one", "two"))
+    assert [record["iteration"] for record in one] == [0, 4]
+    assert one == two

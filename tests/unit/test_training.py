@@ -15,8 +15,10 @@ from torch import Tensor
 
 from mpscl_ray import checkpoint, pace, training
 from mpscl_ray.config import Config
-from mpscl_ray.data.stream import LocalSlices
+from mpscl_ray.data.stream import LocalSlices, tensors
 from mpscl_ray.errors import ConfigError, DataError
+from mpscl_ray.feature_record import FeatureRecord
+from mpscl_ray.losses import class_counts, weighted_cross_entropy
 from mpscl_ray.methods.base import Batch
 from mpscl_ray.run_folder import RunFolder
 from mpscl_ray.validation import Validation, selection_score, validate
@@ -108,6 +110,16 @@ def comparable(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{key: value for key, value in record.items() if not key.startswith("speed/")} for record in records]
 
 
+def assert_same_features(one: RunFolder, other: RunFolder) -> None:
+    """What was recorded of the features and the pseudo-labels."""
+    records = [FeatureRecord(folder.path) for folder in (one, other)]
+    assert records[0].read() == records[1].read()
+    for ours, theirs in zip(*(record.read_panels() for record in records), strict=True):
+        assert ours.global_step == theirs.global_step
+        for name in ("nearest", "difference", "selected"):
+            assert (getattr(ours, name) == getattr(theirs, name)).all(), name
+
+
 # ------------------------------------------------------------------------------------------------------ going on
 
 
@@ -158,6 +170,8 @@ def test_a_run_goes_on_from_any_step_as_if_it_had_not_stopped(
     assert_same_state(folder.phases / "adaptation", run.phases / "adaptation")
     assert contents(folder.phases / "source_only") == contents(run.phases / "source_only")
     assert comparable(folder.read_metrics()) == comparable(run.read_metrics())
+    assert [record["iteration"] for record in FeatureRecord(run.path).read()] == [0, 4]
+    assert_same_features(folder, run)
 
 
 def test_a_killed_run_repeats_what_came_after_its_last_checkpoint(
@@ -187,6 +201,7 @@ def test_a_killed_run_repeats_what_came_after_its_last_checkpoint(
     assert [record["global_step"] for record in records] == list(range(1, 11))
     assert comparable(records) == comparable(straight[0].read_metrics())
     assert_same_state(straight[0].phases / "adaptation", folder.phases / "adaptation")
+    assert_same_features(straight[0], folder)
 
 
 def test_a_damaged_checkpoint_is_passed_over_with_a_notice(
@@ -518,6 +533,11 @@ def test_validation_scores_are_those_of_whole_volumes(tmp_path: Path) -> None:
     assert 0.5 < found.mean_dice < 1
     assert found.entropy == pytest.approx(-(0.8 * math.log(0.8) + 0.2 * math.log(0.1)) / math.log(3), rel=1e-6)
 
+    volumes = [tensors(arrays) for _, arrays in slices.volumes()]
+    images, labels = (torch.cat([volume[name] for volume in volumes]) for name in ("image", "label"))
+    sums = weighted_cross_entropy(predict(images).log(), labels, class_counts(labels, 3))
+    assert found.cross_entropy == pytest.approx(float(sums.numerator / sums.denominator), rel=1e-6)
+
 
 def test_a_structure_that_is_nowhere_does_not_count(tmp_path: Path) -> None:
     slices = LocalSlices(make_dataset(tmp_path, "mr", shown=(1,)), "val", labels=True)
@@ -527,6 +547,7 @@ def test_a_structure_that_is_nowhere_does_not_count(tmp_path: Path) -> None:
     assert math.isnan(found.dice["wall"])
     assert found.mean_dice == 0
     assert found.entropy == 0
+    assert math.isfinite(found.cross_entropy)
 
 
 SCORES: dict[str, Validation] = {
