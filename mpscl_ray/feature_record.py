@@ -111,7 +111,7 @@ class FeatureRecord:
         with storage_errors(self.panels):
             self.panels.mkdir(parents=True, exist_ok=True)
         if not (self.panels / SLICES_FILE).exists():
-            about = {"case": np.array(case), "slice_index": chosen}
+            about: dict[str, NDArray[Any]] = {"case": np.array(case), "slice_index": chosen}
             _save(self.panels / SLICES_FILE, about | {name: array[chosen] for name, array in arrays.items()})
         cosine = _cosine(method, tensors({"image": arrays["image"][chosen]})["image"])
         nearest, selected = self_paced_pseudo_labels(cosine, method.config.delta_th)

@@ -19,16 +19,16 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"optimisation", "methods"}),
     frozenset(
         "config config_schema checkpoint checkpoint_format durable_files environment run_folder metrics_log progress "
-        "plots systems interruption inference score_table prediction panels data.schema data.agreement data.dataset_checks "
+        "plots interruption inference score_table prediction panels data.schema data.agreement data.dataset_checks "
         "data.nifti data.nifti_file data.file_listing data.label_maps data.label_table data.layouts "
         "data.source_cases data.slice_layouts data.volume_layouts "
         "data.reading data.released_slices data.source_volumes data.splits data.stream data.tfrecord "
         "data.phantom_files cli".split()
     ),
-    frozenset("validation feature_record construction pace training fork figures".split()),
+    frozenset("validation feature_record construction pace training fork".split()),
     frozenset(
         "cluster_session parallel data.pipeline prepare prepare_options prepare_plan phantom_dataset worker launch "
-        "train evaluation evaluate predict".split()
+        "trial train evaluation evaluate predict".split()
     ),
 )
 ONLY_THESE_IMPORT_RAY = LAYERS[-1]
