@@ -111,8 +111,8 @@ class FeatureRecord:
         with storage_errors(self.panels):
             self.panels.mkdir(parents=True, exist_ok=True)
         if not (self.panels / SLICES_FILE).exists():
-            about: dict[str, NDArray[Any]] = {"case": np.array(case), "slice_index": chosen}
-            _save(self.panels / SLICES_FILE, about | {name: array[chosen] for name, array in arrays.items()})
+            kept: dict[str, NDArray[Any]] = {name: array[chosen] for name, array in arrays.items()}
+            _save(self.panels / SLICES_FILE, {"case": np.array(case), "slice_index": chosen, **kept})
         cosine = _cosine(method, tensors({"image": arrays["image"][chosen]})["image"])
         nearest, selected = self_paced_pseudo_labels(cosine, method.config.delta_th)
         two = cosine.topk(2, dim=1).values
