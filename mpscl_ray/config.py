@@ -25,10 +25,6 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from mpscl_ray.config_schema import (
-    ADAPTATION,
-    METHOD_CONFIGS,
-    SOURCE_ONLY,
-    WARM_UP,
     Config,
     DataConfig,
     NetworkConfig,
@@ -37,8 +33,8 @@ from mpscl_ray.config_schema import (
     ScalingConfig,
 )
 from mpscl_ray.errors import ConfigError
-from mpscl_ray.methods.mpscl import MPSCLConfig
-from mpscl_ray.methods.segmentation import SegmentationConfig
+from mpscl_ray.methods import METHOD_CONFIGS
+from mpscl_ray.methods.base import ADAPTATION, SOURCE_ONLY, WARM_UP
 
 __all__ = [
     "ADAPTATION",
@@ -207,7 +203,7 @@ def _build(settings: dict[str, _Setting], problems: list[str]) -> Config:
     method = METHOD_CONFIGS.get(str(chosen.value))
     if method is None:
         problems.append(f"method.name={chosen.value!r} {chosen.origin} is not one of {', '.join(METHOD_CONFIGS)}")
-        method = MPSCLConfig
+        method = METHOD_CONFIGS["mpscl"]
     sections: dict[str, Any] = {f.name: f.default_factory for f in dataclasses.fields(Config)}
     sections["method"] = method
     known, of_any_method = _known_keys(method), set[str]().union(*map(_known_keys, METHOD_CONFIGS.values()))
@@ -261,11 +257,12 @@ def _inconsistencies(config: Config) -> list[str]:
             f"data.batch_size={config.data.batch_size} slices cannot be shared equally by "
             f"scaling.workers={config.scaling.workers}; make the batch a multiple of the workers"
         )
-    if isinstance(config.method, SegmentationConfig) and (config.phases.warm_up or config.phases.adaptation):
-        found.append(
-            "method.name=segmentation has no warm-up and no adaptation; set phases.warm_up=0 phases.adaptation=0"
-        )
-    if isinstance(config.method, MPSCLConfig) and config.data.labelled == "target":
+    absent = [phase for phase in (SOURCE_ONLY, WARM_UP, ADAPTATION) if phase not in config.method_phases]
+    if any(getattr(config.phases, phase) for phase in absent):
+        words = " and ".join(f"no {_PHASE_WORDS[phase]}" for phase in absent)
+        settings = " ".join(f"phases.{phase}=0" for phase in absent)
+        found.append(f"method.name={config.method_name} has {words}; set {settings}")
+    if config.data.labelled == "target" and config.method_phases != (SOURCE_ONLY,):
         found.append("data.labelled=target is the supervised bound and goes with method.name=segmentation")
     if not config.schedule:
         found.append("phases: all phases have 0 iterations; give at least one of them some")
@@ -277,6 +274,7 @@ def _inconsistencies(config: Config) -> list[str]:
     return found
 
 
+_PHASE_WORDS = {SOURCE_ONLY: "source-only phase", WARM_UP: "warm-up", ADAPTATION: "adaptation"}
 _NAME_CHARACTERS = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")
 
 
@@ -320,15 +318,15 @@ def _default(item: Any) -> Any:
 
 @functools.cache
 def _docs(kind: type) -> dict[str, str]:
-    """Meaning of each field of a dataclass: the string below it."""
-    (body,) = [
-        node.body for node in ast.parse(textwrap.dedent(inspect.getsource(kind))).body if isinstance(node, ast.ClassDef)
-    ]
+    """Meaning of each field of a dataclass, inherited ones too: the string below it."""
     docs: dict[str, str] = {}
-    for node, after in itertools.pairwise(body):
-        match node, after:
-            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
-                docs[name] = " ".join(text.split())
+    for owner in reversed(kind.__mro__[:-1]):
+        tree = ast.parse(textwrap.dedent(inspect.getsource(owner)))
+        (body,) = [node.body for node in tree.body if isinstance(node, ast.ClassDef)]
+        for node, after in itertools.pairwise(body):
+            match node, after:
+                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                    docs[name] = " ".join(text.split())
     return docs
 
 

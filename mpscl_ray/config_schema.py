@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field
 
 from mpscl_ray.data.augment import AugmentConfig
-from mpscl_ray.methods.mpscl import MPSCLConfig
-from mpscl_ray.methods.segmentation import SegmentationConfig
+from mpscl_ray.methods import METHOD_CONFIGS, METHODS, MPSCLConfig
+from mpscl_ray.methods.base import ADAPTATION, SOURCE_ONLY, WARM_UP
 from mpscl_ray.optimisation import OptimConfig, PrecisionConfig
 
-METHOD_CONFIGS: dict[str, type[MPSCLConfig] | type[SegmentationConfig]] = {
-    "mpscl": MPSCLConfig,
-    "segmentation": SegmentationConfig,
-}
-"""Settings of each method by the value of ``method.name``."""
+SUPERVISED = "supervised"
+"""What the first phase is called where it trains on labels of the target."""
 
-SOURCE_ONLY, WARM_UP, ADAPTATION = "source_only", "warm_up", "adaptation"
-"""The phases of a run, in this order."""
+
+def reads_target(phase: str) -> bool:
+    """Whether a phase takes unlabelled slices of the target."""
+    return phase not in (SOURCE_ONLY, SUPERVISED)
+
+
+def is_adaptation(phase: str) -> bool:
+    """Whether a phase is the method's own, or one of the rounds of it (``adaptation_1``, ``adaptation_2``...)."""
+    return phase.startswith(ADAPTATION)
 
 
 @dataclass(frozen=True)
@@ -96,9 +100,10 @@ class PhasesConfig:
     source_only: Annotated[int, Field(ge=0)] = 0
     """Plain segmentation of the labelled domain: stands in for pretrained weights where there are none."""
     warm_up: Annotated[int, Field(ge=0)] = 0
-    """Adversarial alignment alone (beta = gamma = 0)."""
+    """AdvEnt, which is what the warm-up of MPSCL is (beta = gamma = 0)."""
     adaptation: Annotated[int, Field(ge=0)] = 0
-    """The whole method, prototypes initialised from all source slices (Eq. 4)."""
+    """What is particular to the method, over all its rounds; MPSCL's prototypes are initialised from all source slices
+    (Eq. 4)."""
     source_only_lr: Annotated[float | None, Field(gt=0)] = None
     """Learning rate of the first phase where it is not optim.lr."""
 
@@ -124,7 +129,7 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
     data: DataConfig = field(default_factory=DataConfig)
     network: NetworkConfig = field(default_factory=NetworkConfig)
-    method: MPSCLConfig | SegmentationConfig = field(default_factory=MPSCLConfig)
+    method: Any = field(default_factory=MPSCLConfig)
     phases: PhasesConfig = field(default_factory=PhasesConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
@@ -136,12 +141,19 @@ class Config:
         return next(name for name, kind in METHOD_CONFIGS.items() if type(self.method) is kind)
 
     @property
+    def method_phases(self) -> tuple[str, ...]:
+        """Phases that a run of this method can have."""
+        phases: tuple[str, ...] = METHODS[self.method_name].phases
+        return phases
+
+    @property
     def schedule(self) -> list[tuple[str, int]]:
         """Phases that run, in order, with their iterations."""
-        first = "supervised" if self.data.labelled == "target" else SOURCE_ONLY
-        lengths = (
-            (first, self.phases.source_only),
-            (WARM_UP, self.phases.warm_up),
-            (ADAPTATION, self.phases.adaptation),
-        )
+        first = SUPERVISED if self.data.labelled == "target" else SOURCE_ONLY
+        lengths = [(first, self.phases.source_only), (WARM_UP, self.phases.warm_up)]
+        rounds = getattr(self.method, "rounds", 1)
+        for number in range(rounds):
+            name = ADAPTATION if rounds == 1 else f"{ADAPTATION}_{number + 1}"
+            share = self.phases.adaptation * (number + 1) // rounds - self.phases.adaptation * number // rounds
+            lengths.append((name, share))
         return [(name, iterations) for name, iterations in lengths if iterations > 0]

@@ -3,34 +3,36 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mpscl_ray import checkpoint
-from mpscl_ray.config import ADAPTATION, WARM_UP, Config
-from mpscl_ray.methods.base import Method
-from mpscl_ray.methods.mpscl import MPSCL, MPSCLConfig
-from mpscl_ray.methods.segmentation import Segmentation, SegmentationConfig
+from mpscl_ray.config import WARM_UP, Config
+from mpscl_ray.config_schema import is_adaptation
+from mpscl_ray.methods import METHODS, MPSCL, AdvEnt, AdvEntConfig, Segmentation, SegmentationConfig
+from mpscl_ray.methods.base import Method, TrainingSlices
 from mpscl_ray.networks import initialise
 from mpscl_ray.networks.deeplab import DeepLabV2
 from mpscl_ray.networks.pretrained import load_pretrained, load_prototypes, load_tensors
 
 
-def network_arguments(config: Config, num_classes: int) -> dict[str, Any]:
-    """Arguments of :class:`DeepLabV2` for a config."""
+def network_arguments(config: Config, num_classes: int, phase: str | None = None) -> dict[str, Any]:
+    """Arguments of :class:`DeepLabV2` in a phase; None for the last one."""
     arguments = dataclasses.asdict(config.network)
     for key in ("pretrained", "pretrained_heads", "pretrained_prototypes"):
         del arguments[key]
+    if is_adaptation(config.schedule[-1][0] if phase is None else phase):
+        arguments |= getattr(METHODS[config.method_name], "segmenter_arguments", {})
     return {"num_classes": num_classes, **arguments}
 
 
-def build_segmenter(config: Config, num_classes: int) -> DeepLabV2:
-    """The segmenter with its seeded initial weights."""
-    segmenter = DeepLabV2(**network_arguments(config, num_classes))
+def build_segmenter(config: Config, num_classes: int, phase: str | None = None) -> DeepLabV2:
+    """The segmenter of a phase (None: the last one) with its seeded initial weights."""
+    segmenter = DeepLabV2(**network_arguments(config, num_classes, phase))
     initialise(segmenter, config.run.seed)
     return segmenter
 
@@ -53,22 +55,45 @@ def load_start_weights(segmenter: DeepLabV2, config: Config) -> str | None:
     return f"{len(report.loaded)} tensors loaded from {config.network.pretrained}{left_out}"
 
 
-def initialise_prototypes(method: Method, config: Config, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
-    """Set the prototypes that the adaptation begins with: those of a file, else Eq. 4 over this worker's batches."""
+def carry_over(networks: Mapping[str, nn.Module], weights: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Give the networks of a phase the weights that those of the same name had at the end of the one before.
+
+    A head that stands on another stage now, and so has another shape, keeps its initial weights.
+    """
+    for name in networks.keys() & weights.keys():
+        own = networks[name].state_dict()
+        fitting = {key: tensor for key, tensor in weights[name].items() if own[key].shape == tensor.shape}
+        networks[name].load_state_dict({**own, **fitting})
+
+
+def prepare(method: Method, config: Config, slices: TrainingSlices) -> None:
+    """Let a method look at the training slices, unless a file has what MPSCL would see there, its prototypes."""
     path = config.network.pretrained_prototypes
     if path is None or not isinstance(method, MPSCL):
-        method.initialise_prototypes(batches)
+        method.prepare(slices)
     else:
         method.prototypes = load_prototypes(Path(path), *method.prototypes.shape).to(method.prototypes)
 
 
+def settings_of_phase(config: Config, phase: str) -> tuple[type[Any], Any]:
+    """The class that trains a phase and its settings, those of the run's method that have the same name.
+
+    Plain segmentation comes first and AdvEnt is the warm-up, whatever the method.
+    """
+    if is_adaptation(phase):
+        return METHODS[config.method_name], config.method
+    kind, settings = (AdvEnt, AdvEntConfig) if phase == WARM_UP else (Segmentation, SegmentationConfig)
+    shared = {field.name for field in dataclasses.fields(settings)} & {
+        field.name for field in dataclasses.fields(config.method)
+    }
+    return kind, settings(**{name: getattr(config.method, name) for name in shared})
+
+
 def build_method(config: Config, phase: str, segmenter: DeepLabV2, num_classes: int, device: torch.device) -> Method:
-    """The method that trains the segmenter in one phase; MPSCL in warm-up and adaptation."""
-    if phase in (WARM_UP, ADAPTATION):
-        assert isinstance(config.method, MPSCLConfig)
-        return MPSCL(segmenter, config.method, config.optim, num_classes, device, config.precision, config.run.seed)
+    """The method that trains the segmenter in one phase."""
+    kind, settings = settings_of_phase(config, phase)
     optim = config.optim
-    if config.phases.source_only_lr is not None:
+    if kind is Segmentation and config.phases.source_only_lr is not None:
         optim = dataclasses.replace(optim, lr=config.phases.source_only_lr)
-    settings = SegmentationConfig(segmentation_aux_weight=config.method.segmentation_aux_weight)
-    return Segmentation(segmenter, settings, optim, num_classes, device, config.precision, config.run.seed)
+    method: Method = kind(segmenter, settings, optim, num_classes, device, config.precision, config.run.seed)
+    return method

@@ -18,7 +18,7 @@ from torch import Tensor
 from mpscl_ray import checkpoint as checkpoints
 from mpscl_ray.data.slices import Recipe, scale
 from mpscl_ray.errors import ConfigError, DataError
-from mpscl_ray.networks.deeplab import DeepLabV2, network_input, upsample_logits
+from mpscl_ray.networks.deeplab import DeepLabV2
 from mpscl_ray.networks.pretrained import load_pretrained
 from mpscl_ray.run_folder import RunFolder
 
@@ -184,8 +184,7 @@ class Predictor:
             exact = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
             with exact, torch.inference_mode():
                 images = torch.from_numpy(batch)[:, None].to(self.device)
-                logits = self.network(network_input(images, self.network.in_channels)).main
-                probabilities = torch.softmax(upsample_logits(logits.float(), slices.shape[1:]), dim=1)
+                probabilities = torch.softmax(self.network.logits(images), dim=1)
                 finite = bool(torch.isfinite(probabilities).all())
             if not finite:
                 origin = f"the weights in {self.weights.path}" if self.weights else "the segmenter's weights"
@@ -291,11 +290,8 @@ def load_weights(
     Raises:
         DataError: damaged, or of another network.
     """
-    try:
-        network = DeepLabV2(**model.network)
-    except (TypeError, ValueError) as error:
-        raise DataError(f"model.json describes no network of this version: {error}") from error
     if weights.path.is_file():
+        network = _build(model.network, "model.json")
         report = load_pretrained(network, weights.path)
         missing = [key for key in report.untouched if not key.endswith("num_batches_tracked")]
         if missing:
@@ -305,6 +301,8 @@ def load_weights(
             )
         return Predictor(network, model.classes, device=device, batch_slices=batch_slices, model=model, weights=weights)
     state = checkpoints.load(weights.path)
+    # The network of a phase may differ from the one that the run ends with.
+    network = _build(state.get("network", model.network), str(weights.path))
     try:
         tensors = state["method"]["networks"]["segmenter"]
         network.load_state_dict(tensors)
@@ -328,6 +326,13 @@ def load_weights(
         selected_by=state.get("selected_by"),
     )
     return Predictor(network, model.classes, device=device, batch_slices=batch_slices, model=model, weights=weights)
+
+
+def _build(description: Mapping[str, Any], origin: str) -> DeepLabV2:
+    try:
+        return DeepLabV2(**description)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{origin} describes no network of this version: {error}") from error
 
 
 @lru_cache(maxsize=1)

@@ -24,7 +24,8 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.util.placement_group import placement_group, remove_placement_group
 
 from mpscl_ray import __version__
-from mpscl_ray.config import ADAPTATION, WARM_UP, Config, to_dict
+from mpscl_ray.config import Config, to_dict
+from mpscl_ray.config_schema import reads_target
 from mpscl_ray.construction import network_arguments
 from mpscl_ray.data import SOURCE_DOMAIN, TARGET_DOMAIN
 from mpscl_ray.data.agreement import check_pair
@@ -33,7 +34,8 @@ from mpscl_ray.data.schema import Manifest, load_manifest
 from mpscl_ray.data.stream import Slices
 from mpscl_ray.errors import ClusterError, ConfigError, DataError, MpsclError, StorageError, TrainingError
 from mpscl_ray.run_folder import RunFolder
-from mpscl_ray.training import Outcome, TrainingData
+from mpscl_ray.training import Outcome
+from mpscl_ray.training_data import TrainingData
 from mpscl_ray.worker import FAILURE_FILE, STOP_FILE, WorkerTask, add_notice, run_worker
 
 RAY_FOLDER = "ray"
@@ -137,7 +139,7 @@ def open_data(config: Config, domains: Domains) -> TrainingData:
         return open_slices(folder, split, labels=labels, in_memory=config.data.in_memory)
 
     supervised = config.data.labelled == TARGET_DOMAIN
-    adapts = any(name in (WARM_UP, ADAPTATION) for name, _ in config.schedule)
+    adapts = any(reads_target(name) for name, _ in config.schedule)
     validation: dict[str, Slices] = {}
     for domain, manifest, folder in (
         (SOURCE_DOMAIN, domains.source, domains.source_folder),

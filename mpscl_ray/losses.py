@@ -145,6 +145,21 @@ def domain_loss(domain_logits: Tensor, domain: int) -> Tensor:
     return F.softplus(-domain_logits if domain == TARGET_LABEL else domain_logits).mean()
 
 
+def least_squares_domain_loss(output: Tensor, domain: int) -> Tensor:
+    """Mean squared distance of a discriminator's plain outputs to the number of one domain.
+
+    Args:
+        output: Any shape.
+        domain: ``SOURCE_LABEL`` or ``TARGET_LABEL``.
+
+    Returns:
+        0-dim loss.
+
+    Source: the least-squares variant of the released code of Tsai et al. 2018 (AdaptSegNet).
+    """
+    return (full_precision(output) - domain).square().mean()
+
+
 def cosine_to_prototypes(features: Tensor, prototypes: Tensor) -> Tensor:
     """Cosine between every pixel's feature and every class's prototype.
 

@@ -105,11 +105,13 @@ class Optimiser:
         step = torch.zeros((), dtype=torch.float32, device=parameter.device)
         return {"step": step, "exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
 
-    def begin(self, iteration: int, iterations: int) -> None:
-        """Forget the gradients and set the learning rate of this iteration of the phase."""
+    def begin(self, iteration: int, iterations: int, lr_factor: float | None = None) -> None:
+        """Forget the gradients and set the learning rate: by the decay at this iteration, or by a factor."""
         self._optimiser.zero_grad(set_to_none=True)
         for group in self._optimiser.param_groups:
-            group["lr"] = poly_lr(group["base_lr"], iteration, iterations, self._power)
+            base = group["base_lr"]
+            decayed = poly_lr(base, iteration, iterations, self._power)
+            group["lr"] = decayed if lr_factor is None else base * lr_factor
 
     def gradients(self) -> list[Tensor]:
         """Gradients of all parameters that have one."""
@@ -191,18 +193,20 @@ class SegmenterSGD(Optimiser):
             super().step(non_finite)
 
 
-class DiscriminatorAdam(Optimiser):
+class NetworkAdam(Optimiser):
+    """Adam of all of one network, as discriminators and image translators are trained."""
+
+    def __init__(self, network: nn.Module, lr: float, betas: tuple[float, float], power: float) -> None:
+        named = dict(network.named_parameters())
+        adam = torch.optim.Adam([{"params": list(named.values()), "base_lr": lr}], lr=lr, betas=betas, fused=True)
+        super().__init__(adam, named, power)
+
+
+class DiscriminatorAdam(NetworkAdam):
     """Adam of one discriminator."""
 
     def __init__(self, discriminator: nn.Module, config: OptimConfig) -> None:
-        named = dict(discriminator.named_parameters())
-        adam = torch.optim.Adam(
-            [{"params": list(named.values()), "base_lr": config.lr_discriminator}],
-            lr=config.lr_discriminator,
-            betas=config.betas,
-            fused=True,
-        )
-        super().__init__(adam, named, config.power)
+        super().__init__(discriminator, config.lr_discriminator, config.betas, config.power)
 
 
 def parameter_kind(name: str) -> ParameterKind:
@@ -233,7 +237,9 @@ class NonFiniteGuard:
             losses: this worker's component losses, 0-dim, by name.
             gradients: everything that an optimiser is about to use.
         """
-        watched = {**losses, "gradient_norm": torch.nn.utils.get_total_norm(gradients)}
+        watched = dict(losses)
+        if gradients:
+            watched["gradient_norm"] = torch.nn.utils.get_total_norm(gradients)
         values = torch.stack([value.detach().double() for value in watched.values()])
         bad = distributed.any_worker(~values.isfinite().all())
         if self._names == tuple(watched):
@@ -262,6 +268,77 @@ class Snapshot:
         for tensors, before in self._groups:
             values = torch.where(flag > 0, before, _flat(tensors)).split_with_sizes([t.numel() for t in tensors])
             torch._foreach_copy_(tensors, [value.view_as(t) for value, t in zip(values, tensors, strict=True)])
+
+
+class Optimisers:
+    """What moves in a training iteration: all optimisers of a method and the buffers of its networks, or none of it.
+
+    Args:
+        networks: of the method, prepared.
+        device: where they are.
+    """
+
+    def __init__(self, networks: Mapping[str, nn.Module], device: torch.device) -> None:
+        self._networks, self._device = networks, device
+        self._buffers = [buffer for network in networks.values() for buffer in network.buffers()]
+        self._before = Snapshot([])
+        self._optimisers: dict[str, Optimiser] = {}
+        self.guard = NonFiniteGuard(device)
+        self.iterations = 0
+
+    def start(self, optimisers: Mapping[str, Optimiser], iterations: int) -> None:
+        """Begin a phase of so many iterations with fresh optimisers, the networks in training mode."""
+        self._optimisers, self.iterations = dict(optimisers), iterations
+        for network in self._networks.values():
+            network.train()
+
+    def begin(self, iteration: int, lr_factor: float | None = None) -> None:
+        """Begin an iteration: remember the buffers, forget the gradients, set the learning rates.
+
+        Args:
+            iteration: of the phase, from 0.
+            lr_factor: what the learning rates are of those at the start; None for the polynomial decay.
+        """
+        assert self.iterations > 0, "start_phase comes before the first step"
+        self._before = Snapshot(self._buffers)
+        for optimiser in self._optimisers.values():
+            optimiser.begin(iteration, self.iterations, lr_factor)
+
+    def finish(self, losses: Mapping[str, Tensor]) -> Tensor:
+        """Move, unless a loss or a gradient is not finite on some worker or was not before.
+
+        Args:
+            losses: this worker's component losses, 0-dim, by name.
+
+        Returns:
+            The flag: 0-dim, 1 where nothing moved.
+        """
+        gradients = [gradient for optimiser in self._optimisers.values() for gradient in optimiser.gradients()]
+        self.guard.update(losses, gradients)
+        self._before.restore_where(self.guard.flag)
+        for optimiser in self._optimisers.values():
+            optimiser.step(self.guard.flag)
+        return self.guard.flag
+
+    def state_dict(self) -> dict[str, Any]:
+        """State of the optimisers by name, and the phase. The tensors are the live ones."""
+        return {
+            "optimisers": {name: optimiser.state_dict() for name, optimiser in self._optimisers.items()},
+            "phase": {"iterations": self.iterations},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what :meth:`state_dict` gave, into the optimisers of a phase that was started.
+
+        Raises:
+            DataError: the state is not of these optimisers.
+        """
+        for name, optimiser in self._optimisers.items():
+            optimiser.load_state_dict(state["optimisers"].get(name, {}))
+
+    def forget_non_finite(self) -> None:
+        """Begin anew with a flag that is not set."""
+        self.guard = NonFiniteGuard(self._device)
 
 
 def _flat(tensors: Sequence[Tensor]) -> Tensor:

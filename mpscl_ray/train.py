@@ -15,7 +15,8 @@ from typing import Any
 
 from mpscl_ray import checkpoint, cli, launch, phantom_dataset
 from mpscl_ray.cluster_session import connect
-from mpscl_ray.config import ADAPTATION, WARM_UP, Config, describe_keys, load_config, preset_names, to_yaml
+from mpscl_ray.config import Config, describe_keys, load_config, preset_names, to_yaml
+from mpscl_ray.config_schema import reads_target
 from mpscl_ray.construction import build_segmenter, load_start_weights
 from mpscl_ray.errors import ConfigError, Interrupted, MpsclError, TrainingError
 from mpscl_ray.evaluate import PHASES_TABLE, evaluate_phases
@@ -23,7 +24,8 @@ from mpscl_ray.interruption import SIGNALS, Interruption
 from mpscl_ray.panels import draw_phases
 from mpscl_ray.progress import ProgressLine
 from mpscl_ray.run_folder import RunFolder
-from mpscl_ray.training import Outcome, TrainingData, newest_checkpoint
+from mpscl_ray.training import Outcome, newest_checkpoint
+from mpscl_ray.training_data import TrainingData
 from mpscl_ray.worker import NOTICES_FILE
 
 MAY_CHANGE = (
@@ -214,7 +216,7 @@ def _train_and_evaluate(config: Config, folder: RunFolder) -> None:
 def _non_finite(config: Config, folder: RunFolder, outcome: Outcome) -> str:
     losses = ", ".join(f"{name} {value:g}" for name, value in outcome.losses.items())
     found, _ = newest_checkpoint(folder)
-    if outcome.phase not in (WARM_UP, ADAPTATION) and config.phases.source_only_lr is not None:
+    if not reads_target(outcome.phase) and config.phases.source_only_lr is not None:
         setting = f"phases.source_only_lr={config.phases.source_only_lr / 2:g}"
     else:
         setting = f"optim.lr={config.optim.lr / 2:g}"
@@ -311,7 +313,7 @@ class _Watcher:
         if record["phase"] != self.phase or self.line is None:
             self._end_line()
             self.phase = record["phase"]
-            domains = 2 if self.phase in (WARM_UP, ADAPTATION) else 1
+            domains = 2 if reads_target(self.phase) else 1
             self.line = ProgressLine(
                 record["iterations"],
                 self.phase.replace("_", " "),

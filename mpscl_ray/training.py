@@ -6,7 +6,7 @@ Knows nothing of Ray: a single process, torchrun and Ray run it alike.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -15,37 +15,28 @@ import torch
 from torch import Tensor
 
 from mpscl_ray import checkpoint, distributed
-from mpscl_ray.config import ADAPTATION, WARM_UP, Config
-from mpscl_ray.construction import build_method, build_segmenter, initialise_prototypes, load_start_weights
-from mpscl_ray.data import SOURCE_DOMAIN, TARGET_DOMAIN
-from mpscl_ray.data.augment import AugmentConfig
-from mpscl_ray.data.stream import Slices, SliceStream, tensors
+from mpscl_ray.config import SOURCE_ONLY, Config
+from mpscl_ray.config_schema import is_adaptation, reads_target
+from mpscl_ray.construction import (
+    build_method,
+    build_segmenter,
+    carry_over,
+    load_start_weights,
+    network_arguments,
+    prepare,
+)
+from mpscl_ray.data import TARGET_DOMAIN
+from mpscl_ray.data.stream import Slices, tensors
 from mpscl_ray.errors import ConfigError, DataError
 from mpscl_ray.feature_record import FeatureRecord, middle_slices
 from mpscl_ray.methods.base import Batch, Method
 from mpscl_ray.pace import Clock, StopLooks
 from mpscl_ray.run_folder import RunFolder
+from mpscl_ray.training_data import TrainingData, open_streams, training_slices
 from mpscl_ray.validation import Validation, selection_score, validate
 
 PANEL_SLICES = 4
 """Slices in the panel of image, prediction and label."""
-
-
-@dataclass(frozen=True)
-class TrainingData:
-    """The slices that one run reads.
-
-    Attributes:
-        classes: names, background first.
-        labelled: slices with labels that train the segmenter.
-        unlabelled: slices of the target, opened without labels; None for plain segmentation.
-        validation: slices by domain, with labels where there are any. Never trained on.
-    """
-
-    classes: tuple[str, ...]
-    labelled: Slices
-    unlabelled: Slices | None
-    validation: Mapping[str, Slices]
 
 
 @dataclass
@@ -168,12 +159,11 @@ class _Training:
         for number in range(self.position.phase, len(self.schedule)):
             name, iterations = self.schedule[number]
             # A segmenter of its own for each phase: DistributedDataParallel leaves hooks on the parameters it wrapped.
-            segmenter = build_segmenter(self.config, len(self.data.classes))
+            segmenter = build_segmenter(self.config, len(self.data.classes), name)
             if resumed is None and not weights:
                 self._notice(load_start_weights(segmenter, self.config))
             method = build_method(self.config, name, segmenter, len(self.data.classes), self.device)
-            for network in method.networks.keys() & weights.keys():
-                method.networks[network].load_state_dict(weights[network])
+            carry_over(method.networks, weights)
             if resumed is not None:
                 resumed["method"]["phase"]["iterations"] = iterations  # the decay follows a phase that was made longer
                 method.load_state_dict(resumed["method"])
@@ -181,9 +171,10 @@ class _Training:
                 resumed = None
             else:
                 self.position = Position(number, 0, self.position.step)
-                method.start_phase(iterations, adapt=name == ADAPTATION)
-                if name == ADAPTATION:
-                    initialise_prototypes(method, self.config, self._labelled_batches())
+                method.start_phase(iterations)
+                if is_adaptation(name):
+                    slices = training_slices(self.config, self.data, self.device, self._start_weights)
+                    prepare(method, self.config, slices)
                     if self.rank == 0:
                         self.features.rewind(self.position.step - 1)  # a start that was interrupted may have looked
                     self._look_at_features(name, method)
@@ -198,8 +189,7 @@ class _Training:
     def _run_phase(self, name: str, iterations: int, method: Method) -> Outcome | None:
         """Iterations of one phase from where it stands; an outcome only if the run ends here."""
         run, position = self.config.run, self.position
-        source = self._stream(SOURCE_DOMAIN, self.data.labelled)
-        target = self._stream(TARGET_DOMAIN, self.data.unlabelled) if name in (WARM_UP, ADAPTATION) else None
+        source, target = open_streams(self.config, self.data, method, name, position.step, self.device)
         clock = Clock(position.step, source, target)
         try:
             while position.iteration < iterations:
@@ -239,29 +229,15 @@ class _Training:
         if self.rank == 0 and text:
             self.observer.notice(text)
 
-    def _stream(self, domain: str, slices: Slices | None) -> SliceStream:
-        assert slices is not None
-        return SliceStream(
-            slices,
-            seed=self.config.run.seed,
-            domain=domain,
-            global_batch=self.config.data.batch_size,
-            rank=self.rank,
-            world_size=self.world_size,
-            augment=self._augmentation(domain),
-            start_step=self.position.step,
-            device=self.device,
-        )
-
-    def _augmentation(self, domain: str) -> AugmentConfig:
-        """Intensities are remapped in the labelled domain only: the target has to keep the look it is adapted to."""
-        augmentation = self.config.data.augmentation
-        return augmentation if domain == SOURCE_DOMAIN else dataclasses.replace(augmentation, intensity_mapping=0.0)
-
-    def _labelled_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """This worker's share of all labelled slices, un-augmented (Eq. 4)."""
-        share = self.data.labelled.shard(self.rank, self.world_size, self.config.data.batch_size)
-        return ((batch["image"].to(self.device), batch["label"].to(self.device)) for batch in share)
+    def _start_weights(self) -> dict[str, Tensor]:
+        """The segmenter's weights at the end of the source-only phase, or where there is none those it began with."""
+        if SOURCE_ONLY in (name for name, _ in self.schedule):
+            end = checkpoint.load(self.folder.phases / SOURCE_ONLY)
+            weights: dict[str, Tensor] = end["method"]["networks"]["segmenter"]
+            return weights
+        segmenter = build_segmenter(self.config, len(self.data.classes))
+        load_start_weights(segmenter, self.config)
+        return segmenter.state_dict()
 
     def _read(self, name: str, iterations: int, metrics: Mapping[str, Tensor], clock: Clock) -> dict[str, Any]:
         """Wait for the device once and read the metrics of the last step."""
@@ -275,7 +251,7 @@ class _Training:
             **{f"train/{key}": value for key, value in values.items()},
         }
         seconds, waited = clock.read(position.step)
-        domains = 2 if name in (WARM_UP, ADAPTATION) else 1
+        domains = 2 if reads_target(name) else 1
         record["speed/images_per_s"] = domains * self.config.data.batch_size / seconds
         record["speed/data_wait_fraction"] = waited
         return record
@@ -307,7 +283,7 @@ class _Training:
         return record
 
     def _look_at_features(self, name: str, method: Method) -> None:
-        if name == ADAPTATION:
+        if is_adaptation(name):
             place = {"global_step": self.position.step, "phase": name, "iteration": self.position.iteration}
             slices = self.data.validation.get(TARGET_DOMAIN)
             self.features.look(method, slices, self.config.data.batch_size, place)
@@ -331,6 +307,7 @@ class _Training:
                 "random": _random_state(self.device),
                 "position": dataclasses.asdict(self.position),
                 "phase": phase,
+                "network": network_arguments(self.config, len(self.data.classes), phase),
                 "classes": list(self.data.classes),
                 "selected_by": self.config.run.select if directory == self.folder.best else None,
             }

@@ -28,6 +28,7 @@ from mpscl_ray.errors import ClusterError, MpsclError
 from mpscl_ray.plots import panel, plot_progress
 from mpscl_ray.progress import TensorBoard
 from mpscl_ray.run_folder import RunFolder
+from mpscl_ray.training_data import TrainingData
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +60,7 @@ class WorkerTask:
 
     config: dict[str, Any]
     folder: str
-    data: training.TrainingData
+    data: TrainingData
 
 
 def run_worker(task: WorkerTask) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -14,10 +15,12 @@ from typing import Any
 import numpy as np
 
 from mpscl_ray.config import Config, load_config, to_dict
+from mpscl_ray.config_schema import reads_target
 from mpscl_ray.data import TARGET_DOMAIN
 from mpscl_ray.data.schema import Manifest, Scaling, load_manifest, save_manifest, write_case
 from mpscl_ray.data.stream import LocalSlices
-from mpscl_ray.training import TrainingData
+from mpscl_ray.methods import METHOD_CONFIGS, METHODS
+from mpscl_ray.training_data import TrainingData
 
 CLASSES = ("background", "ventricle", "wall")
 SIZE = (32, 32)
@@ -47,11 +50,6 @@ SETTINGS = (
     "data.augmentation.rotation_deg=10",
 )
 """Overrides that make any preset tiny: three phases of four iterations."""
-
-SEGMENTATION_SETTINGS = tuple(
-    setting for setting in SETTINGS if not setting.startswith(("method.", "phases.warm_up", "phases.adaptation"))
-)
-"""The same for the presets of plain segmentation: one phase of four iterations."""
 
 
 def make_dataset(
@@ -142,10 +140,20 @@ def make_pair(folder: Path) -> Path:
     return folder
 
 
+def tiny_settings(preset: str) -> list[str]:
+    """Those of SETTINGS that the method of a preset has."""
+    name = load_config(preset).method_name
+    method = {f"method.{field.name}" for field in dataclasses.fields(METHOD_CONFIGS[name])}
+    phases = {f"phases.{phase}" for phase in METHODS[name].phases} | {"phases.source_only_lr"}
+    keys = {setting: setting.partition("=")[0] for setting in SETTINGS}
+    return [
+        setting for setting, key in keys.items() if key in method | phases or not key.startswith(("method.", "phases."))
+    ]
+
+
 def tiny_config(source: Path, target: Path, overrides: Sequence[str] = (), preset: str = "small/mpscl") -> Config:
     """A preset made tiny."""
-    settings = SETTINGS if preset.endswith("mpscl") else SEGMENTATION_SETTINGS
-    return load_config(preset, [*settings, f"data.source={source}", f"data.target={target}", *overrides])
+    return load_config(preset, [*tiny_settings(preset), f"data.source={source}", f"data.target={target}", *overrides])
 
 
 def local_data(config: Config) -> TrainingData:
@@ -156,7 +164,7 @@ def local_data(config: Config) -> TrainingData:
         cases = load_manifest(folder).split("val")
         if cases:
             validation[domain] = LocalSlices(folder, "val", labels=all(case.labelled for case in cases))
-    adapts = bool(config.phases.warm_up or config.phases.adaptation)
+    adapts = any(reads_target(phase) for phase, _ in config.schedule)
     return TrainingData(
         classes=load_manifest(folders["source"]).classes,
         labelled=LocalSlices(folders[config.data.labelled], "train", labels=True),

@@ -40,6 +40,11 @@ class Slices(ABC):
         """Open the slices of these files."""
         self.files = files
 
+    @property
+    def rows(self) -> int:
+        """Number of slices."""
+        return self.files.rows
+
     @abstractmethod
     def fetch(self, batches: Iterable[Rows]) -> Generator[Arrays, None, None]:
         """Fetch one batch of slices after the other.
@@ -64,7 +69,7 @@ class Slices(ABC):
         Yields:
             Batches as :meth:`SliceStream.next` gives them.
         """
-        own = share(self.files.rows, rank, world_size)
+        own = share(self.rows, rank, world_size)
         firsts = range(0, len(own), batch_size)
         for arrays in self.fetch(np.asarray(own[first : first + batch_size]) for first in firsts):
             yield tensors(arrays)
@@ -165,7 +170,7 @@ class SliceStream:
         Raises:
             ConfigError: the global batch cannot be divided evenly among the workers.
         """
-        self.order = StepOrder(seed, domain, slices.files.rows, global_batch, rank, world_size)
+        self.order = StepOrder(seed, domain, slices.rows, global_batch, rank, world_size)
         self.wait_seconds = 0.0
         self._slices = slices
         self._augment = augment

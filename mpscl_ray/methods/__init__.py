@@ -2,11 +2,46 @@
 
 from __future__ import annotations
 
-from mpscl_ray.methods.base import Batch, Method
+from typing import Any
+
+from mpscl_ray.methods.adabn import AdaBN, AdaBNConfig
+from mpscl_ray.methods.adaoutput import AdaOutput, AdaOutputConfig
+from mpscl_ray.methods.advent import AdvEnt, AdvEntConfig
+from mpscl_ray.methods.base import Batch, Method, SegmentationConfig
 from mpscl_ray.methods.mpscl import MPSCL, MPSCLConfig
-from mpscl_ray.methods.segmentation import Segmentation, SegmentationConfig
+from mpscl_ray.methods.segmentation import Segmentation
 
-METHODS: dict[str, type[MPSCL] | type[Segmentation]] = {"mpscl": MPSCL, "segmentation": Segmentation}
-"""Every method by the name it has in a config."""
+METHODS: dict[str, Any] = {
+    "mpscl": MPSCL,
+    "segmentation": Segmentation,
+    "adabn": AdaBN,
+    "adaoutput": AdaOutput,
+    "advent": AdvEnt,
+}
+"""The class of every method by the name it has in a config."""
 
-__all__ = ["METHODS", "MPSCL", "Batch", "MPSCLConfig", "Method", "Segmentation", "SegmentationConfig"]
+METHOD_CONFIGS: dict[str, type[SegmentationConfig]] = {
+    "mpscl": MPSCLConfig,
+    "segmentation": SegmentationConfig,
+    "adabn": AdaBNConfig,
+    "adaoutput": AdaOutputConfig,
+    "advent": AdvEntConfig,
+}
+"""The settings of every method by the same name."""
+
+__all__ = [
+    "METHODS",
+    "METHOD_CONFIGS",
+    "MPSCL",
+    "AdaBN",
+    "AdaBNConfig",
+    "AdaOutput",
+    "AdaOutputConfig",
+    "AdvEnt",
+    "AdvEntConfig",
+    "Batch",
+    "MPSCLConfig",
+    "Method",
+    "Segmentation",
+    "SegmentationConfig",
+]

@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Annotated, Any, ClassVar, Literal, Protocol
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from mpscl_ray import distributed
 from mpscl_ray.errors import DataError
 from mpscl_ray.losses import full_precision, soft_dice_loss, weighted_cross_entropy
 from mpscl_ray.networks.deeplab import DeepLabV2, SegmenterOutput, network_input, upsample_logits
-from mpscl_ray.optimisation import PrecisionConfig, autocast
+from mpscl_ray.optimisation import Optimisers, PrecisionConfig, autocast
+
+SOURCE_ONLY, WARM_UP, ADAPTATION = "source_only", "warm_up", "adaptation"
+"""The phases that a run can have, in this order: plain segmentation, AdvEnt, and what is particular to the method."""
+
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+"""Weight of a term of a loss."""
+
+
+@dataclass(frozen=True)
+class SegmentationConfig:
+    """Settings of plain segmentation, which the first phase of every method with a DeepLab is."""
+
+    segmentation_aux_weight: Weight = 0.1
+    """Weight of cross-entropy and Dice on the auxiliary head; 0.1 in the released code, unnamed in the paper."""
 
 
 @dataclass(frozen=True)
@@ -35,19 +50,56 @@ class Batch:
         )
 
 
+@dataclass(frozen=True)
+class TrainingSlices:
+    """The training slices as a method may look at them before its phase: each once, in order, unchanged.
+
+    What is iterated over is this worker's share; shares may differ in length, so no collective may be in the loop.
+    """
+
+    labelled: Callable[[], Iterable[tuple[Tensor, Tensor]]]
+    """Batches of (image (B, 1, H, W), label (B, H, W)) of the labelled domain."""
+    unlabelled: Callable[[], Iterable[tuple[Tensor, Tensor]]]
+    """Batches of (rows (B,) int64, image (B, 1, H, W)) of the target; a row is the slice's number."""
+    target_volumes: tuple[range, ...]
+    """Rows of each volume of the target, over all workers, in the order of the volumes' ids."""
+    start_weights: Callable[[], dict[str, Tensor]]
+    """The segmenter's weights at the end of the source-only phase, or where that was left out those it began with."""
+
+
+@dataclass(frozen=True)
+class TargetSplit:
+    """Slices of the target that take both places in the batches: pseudo-labelled ones that of the source."""
+
+    easy: Tensor
+    """(n,) int64 rows, ascending: they come as source_image, with their pseudo-labels."""
+    hard: Tensor
+    """(m,) int64 rows, ascending: they come as target_image."""
+    pseudo_labels: Tensor
+    """(n, H, W) uint8, of the easy rows."""
+
+
 class Method(Protocol):
-    """A published method: owns its networks, optimisers and state, and makes one training step at a time."""
+    """A published method: owns its networks, optimisers and state, and makes one training step at a time.
+
+    Methods that segment with a DeepLab are built from (segmenter, config, optim, num_classes, device, precision, seed).
+    """
+
+    phases: ClassVar[tuple[str, ...]]
+    """Phases that a run of this method can have. Only the last one is made by this class: what comes before is plain
+    segmentation and AdvEnt, the same for all methods, so that runs can share it."""
 
     networks: dict[str, nn.Module]
-    """The networks, unwrapped: "segmenter" and what else the method has."""
+    """The networks that are trained, unwrapped: "segmenter" and what else the method has."""
 
-    def start_phase(self, iterations: int, adapt: bool = True) -> None:
-        """Begin a phase with fresh optimisers and the decay over ``iterations``.
+    split: TargetSplit | None
+    """Where not None: which slices the batches of this phase are made of."""
 
-        Args:
-            iterations: length of the phase.
-            adapt: False for a warm-up without the parts that need good features (nothing, in plain segmentation).
-        """
+    def start_phase(self, iterations: int) -> None:
+        """Begin a phase of so many iterations with fresh optimisers."""
+
+    def prepare(self, slices: TrainingSlices) -> None:
+        """Look at the training slices once, after :meth:`start_phase` and before the first step; not on resume."""
 
     def step(self, batch: Batch, iteration: int) -> dict[str, Tensor]:
         """One training iteration, optimiser steps included, without waiting for the device.
@@ -67,13 +119,6 @@ class Method(Protocol):
 
     def predict(self, images: Tensor) -> Tensor:
         """Class probabilities (B, C, H, W) of slices (B, 1, H, W), in evaluation mode, without gradient."""
-
-    def initialise_prototypes(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
-        """Look once at all labelled slices before the adaptation (nothing, where a method has no prototypes).
-
-        Args:
-            batches: this worker's share of (image, label); shares may differ in length.
-        """
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that training goes on from: nested, of live tensors and plain values."""
@@ -131,6 +176,20 @@ def to_network(image: Tensor, segmenter: DeepLabV2, precision: PrecisionConfig) 
     return x.contiguous(memory_format=torch.channels_last) if precision.channels_last else x
 
 
+def heads(segmenter: DeepLabV2) -> tuple[str, ...]:
+    """Names of the segmenter's heads."""
+    return ("main",) if segmenter.layer5 is None else ("main", "aux")
+
+
+def wrap_segmenter(
+    segmenter: DeepLabV2, norm_statistics: Literal["mixture", "target"], device: torch.device
+) -> nn.Module:
+    """The segmenter as a function of source and target input: one wrapped forward for one backward, both domains in
+    it, is what gradient averaging can follow."""
+    moves = None if norm_statistics == "mixture" else (False, True)
+    return distributed.wrap(distributed.ForEach(segmenter, moves), device)
+
+
 @torch.no_grad()
 def evaluate(segmenter: DeepLabV2, image: Tensor, precision: PrecisionConfig) -> SegmenterOutput:
     """Run the segmenter in evaluation mode, and leave it in the mode it was in."""
@@ -144,8 +203,8 @@ def evaluate(segmenter: DeepLabV2, image: Tensor, precision: PrecisionConfig) ->
 
 def predict(segmenter: DeepLabV2, image: Tensor, precision: PrecisionConfig) -> Tensor:
     """Class probabilities (B, C, H, W) of slices (B, 1, H, W)."""
-    logits = upsample_logits(full_precision(evaluate(segmenter, image, precision).main), image.shape[-2:])
-    return logits.softmax(dim=1)
+    logits = segmenter.prediction(evaluate(segmenter, image, precision))
+    return upsample_logits(full_precision(logits), image.shape[-2:]).softmax(dim=1)
 
 
 def load_networks(networks: dict[str, nn.Module], state: dict[str, dict[str, Tensor]]) -> None:
@@ -170,3 +229,26 @@ def load_networks(networks: dict[str, nn.Module], state: dict[str, dict[str, Ten
                     "use the network settings that it was trained with"
                 )
         network.load_state_dict(saved)
+
+
+def state_dict(networks: dict[str, nn.Module], optimisers: Optimisers) -> dict[str, Any]:
+    """What every method's state has: networks, optimisers and phase."""
+    return {"networks": {name: network.state_dict() for name, network in networks.items()}, **optimisers.state_dict()}
+
+
+def load_state_dict(method: Method, optimisers: Optimisers, state: dict[str, Any]) -> None:
+    """Take over what :func:`state_dict` gave, the phase started if it was.
+
+    Raises:
+        DataError: the state is of other networks.
+    """
+    load_networks(method.networks, state["networks"])
+    optimisers.forget_non_finite()
+    if state["phase"]["iterations"]:
+        method.start_phase(state["phase"]["iterations"])
+        optimisers.load_state_dict(state)
+
+
+def metrics(*tables: dict[str, Tensor], non_finite: Tensor) -> dict[str, Tensor]:
+    """What a step returns: its numbers, detached."""
+    return {name: value.detach() for table in (*tables, {"non_finite": non_finite}) for name, value in table.items()}

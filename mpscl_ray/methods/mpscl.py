@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -16,45 +16,25 @@ from mpscl_ray import distributed
 from mpscl_ray.errors import DataError
 from mpscl_ray.losses import (
     MASK_EPS,
-    SOURCE_LABEL,
-    TARGET_LABEL,
     class_counts,
     cosine_to_prototypes,
-    domain_loss,
     margin_contrastive_loss,
     self_information,
 )
 from mpscl_ray.methods import base
-from mpscl_ray.methods.base import Batch
-from mpscl_ray.networks import initialise
+from mpscl_ray.methods.adversarial import AdversarialConfig, Adversary
+from mpscl_ray.methods.base import Batch, TargetSplit, TrainingSlices, Weight
 from mpscl_ray.networks.deeplab import DeepLabV2
-from mpscl_ray.networks.discriminators import FCDiscriminator, PatchGANDiscriminator
-from mpscl_ray.optimisation import (
-    DiscriminatorAdam,
-    NonFiniteGuard,
-    OptimConfig,
-    Optimiser,
-    PrecisionConfig,
-    SegmenterSGD,
-    Snapshot,
-    autocast,
-    prepare_network,
-)
+from mpscl_ray.optimisation import OptimConfig, Optimisers, PrecisionConfig, SegmenterSGD, autocast, prepare_network
 from mpscl_ray.prototypes import downsample_labels, initial_prototypes, prototype_sums, update_prototypes
 from mpscl_ray.pseudo_labels import self_paced_pseudo_labels
 
 Margin = Annotated[float, Field(ge=0, le=math.pi / 2)]
 Temperature = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-
-DISCRIMINATORS: dict[str, type[FCDiscriminator] | type[PatchGANDiscriminator]] = {
-    "fc": FCDiscriminator,
-    "patchgan": PatchGANDiscriminator,
-}
 
 
 @dataclass(frozen=True)
-class MPSCLConfig:
+class MPSCLConfig(AdversarialConfig):
     """Settings of MPSCL; the defaults are those of the released MR to CT run."""
 
     margin_source: Margin = 0.4
@@ -75,25 +55,10 @@ class MPSCLConfig:
     """gamma: weight of the contrastive loss on source pixels (Eq. 11)."""
     beta: Weight = 0.1
     """beta: weight of the contrastive loss on selected target pixels (Eq. 11)."""
-    lambda_main: Weight = 0.003
-    """lambda_adv of the main head: weight of its adversarial loss (Eq. 11)."""
-    lambda_aux: Weight = 2e-5
-    """lambda_adv of the auxiliary head; 2e-5 in the released code, a fifth of the main one in AdaptSegNet."""
     form: Literal["released", "paper"] = "released"
     """Form of the margin loss: as released, with two maxima, or Eq. 8."""
     normalised_self_information: bool = True
     """Divide the self-information maps by log C, as released; false is the paper's."""
-    halve_discriminator_loss: bool = True
-    """Halve the discriminators' loss on each domain, as released."""
-    discriminator: Literal["fc", "patchgan"] = "fc"
-    """D: fc of AdaptSegNet (MR to CT in the paper) or patchgan of pix2pix (CT to MR)."""
-    discriminator_width: Annotated[int, Field(ge=1)] = 64
-    """Channels of a discriminator's first convolution."""
-    segmentation_aux_weight: Weight = 0.1
-    """Weight of cross-entropy and Dice on the auxiliary head; 0.1 in the released code, unnamed in the paper."""
-    norm_statistics: Literal["mixture", "target"] = "mixture"
-    """Whose forward passes move the running statistics that evaluation uses: both domains' (as released) or the
-    target's alone."""
 
 
 class MPSCL:
@@ -111,6 +76,9 @@ class MPSCL:
     Source: Liu et al. 2022; total loss Eq. (11).
     """
 
+    phases: ClassVar[tuple[str, ...]] = (base.SOURCE_ONLY, base.WARM_UP, base.ADAPTATION)
+    split: TargetSplit | None = None
+
     def __init__(
         self,
         segmenter: DeepLabV2,
@@ -124,49 +92,24 @@ class MPSCL:
         self.config, self.optim, self.num_classes = config, optim, num_classes
         self.device, self.precision = device, precision
         self.segmenter = segmenter
-        self.discriminators: dict[str, nn.Module] = {}
+        prepare_network(segmenter, device, precision)
+        self._segment = base.wrap_segmenter(segmenter, config.norm_statistics, device)
         dtype = next(segmenter.parameters()).dtype
-        for number, head in enumerate(("main", "aux") if segmenter.layer5 is not None else ("main",)):
-            discriminator = DISCRIMINATORS[config.discriminator](num_classes, config.discriminator_width)
-            initialise(discriminator, seed + number)
-            self.discriminators[head] = discriminator.to(dtype)
-        self.networks: dict[str, nn.Module] = {"segmenter": segmenter}
-        self.networks |= {f"discriminator_{head}": network for head, network in self.discriminators.items()}
-        for network in self.networks.values():
-            prepare_network(network, device, precision)
+        self._adversary = Adversary(config, base.heads(segmenter), num_classes, dtype, seed, device, precision)
+        self.networks: dict[str, nn.Module] = {"segmenter": segmenter, **self._adversary.networks}
         self.prototypes = torch.zeros(num_classes, segmenter.feature_channels, dtype=dtype, device=device)
+        self._optimisers = Optimisers(self.networks, device)
+        self._contrast = config.beta > 0 or config.gamma > 0
 
-        # One wrapped forward for one backward, both domains in it, is what gradient averaging can follow.
-        moves = (config.norm_statistics == "mixture", True)
-        self._segment = distributed.wrap(distributed.ForEach(segmenter, None if all(moves) else moves), device)
-        self._discriminate = {
-            head: distributed.wrap(distributed.ForEach(network), device)
-            for head, network in self.discriminators.items()
-        }
-        self._buffers = [buffer for network in self.networks.values() for buffer in network.buffers()]
-        self._guard = NonFiniteGuard(device)
-        self._optimisers: dict[str, Optimiser] = {}
-        self._iterations = 0
-        self._adapt = True
-
-    def start_phase(self, iterations: int, adapt: bool = True) -> None:
-        """Begin a phase with fresh optimisers; ``adapt=False`` is the warm-up, beta = gamma = 0 and no prototypes."""
-        self._iterations = iterations
-        self._adapt = adapt and (self.config.beta > 0 or self.config.gamma > 0)
-        self._optimisers = {"segmenter": SegmenterSGD(self.segmenter, self.optim)}
-        for head, discriminator in self.discriminators.items():
-            self._optimisers[f"discriminator_{head}"] = DiscriminatorAdam(discriminator, self.optim)
-        for network in self.networks.values():
-            network.train()
+    def start_phase(self, iterations: int) -> None:
+        segmenter = {"segmenter": SegmenterSGD(self.segmenter, self.optim)}
+        self._optimisers.start(segmenter | self._adversary.optimisers(self.optim), iterations)
 
     def step(self, batch: Batch, iteration: int) -> dict[str, Tensor]:
-        assert self._iterations > 0, "start_phase comes before the first step"
         assert batch.target_image is not None, "MPSCL needs slices of the target domain"
         c = self.config
         labels = batch.source_label
-        before = Snapshot(self._buffers)
-        for optimiser in self._optimisers.values():
-            optimiser.begin(iteration, self._iterations)
+        self._optimisers.begin(iteration)
 
         with autocast(self.device, self.precision):
             source, target = self._segment(
@@ -179,7 +122,7 @@ class MPSCL:
         # Statistics of the global source batch, and with them the prototypes (Eq. 5), before any loss.
         counts = class_counts(labels, self.num_classes)
         prototypes = self.prototypes
-        if self._adapt:
+        if self._contrast:
             labels_small = downsample_labels(labels, (source.features.shape[2], source.features.shape[3]))
             sums, pixels = prototype_sums(source.features, labels_small, self.num_classes)
             counts, sums, pixels = distributed.all_reduce_sums(counts, sums, pixels)
@@ -192,16 +135,13 @@ class MPSCL:
         losses = dict(segmentation.parts)
         total = segmentation.total
         information = {head: self._self_information(logits) for head, logits in target_logits.items()}
-        self._discriminators_require_grad(False)
+        adversarial = self._adversary.fool(information)
         for head, weight in (("main", c.lambda_main), ("aux", c.lambda_aux)):
-            if head in information:
-                with autocast(self.device, self.precision):
-                    verdict = self.discriminators[head](information[head])
-                adversarial = domain_loss(verdict, SOURCE_LABEL)
-                losses[f"loss_adversarial_{head}"] = adversarial
-                total = total + weight * adversarial
+            if head in adversarial:
+                losses[f"loss_adversarial_{head}"] = adversarial[head]
+                total = total + weight * adversarial[head]
         metrics: dict[str, Tensor] = {"loss_segmentation": segmentation.total}
-        if self._adapt:
+        if self._contrast:
             cosine = cosine_to_prototypes(source.features, prototypes)
             contrast = margin_contrastive_loss(
                 cosine, labels_small, c.margin_source, c.temperature_source, c.base_temperature, c.form
@@ -221,42 +161,28 @@ class MPSCL:
         total.backward()  # type: ignore[no-untyped-call]
 
         # Discriminators, on detached maps.
-        self._discriminators_require_grad(True)
-        total_discriminators = torch.zeros((), device=self.device)
-        for head, discriminate in self._discriminate.items():
-            with torch.no_grad():
-                source_information = self._self_information(source_logits[head])
-            with autocast(self.device, self.precision):
-                on_source, on_target = discriminate(source_information, information[head].detach())
-            loss = domain_loss(on_source, SOURCE_LABEL) + domain_loss(on_target, TARGET_LABEL)
-            losses[f"loss_discriminator_{head}"] = loss / 2 if c.halve_discriminator_loss else loss
-            total_discriminators = total_discriminators + losses[f"loss_discriminator_{head}"]
-            correct = torch.cat([on_source.detach().flatten() < 0, on_target.detach().flatten() > 0])
-            metrics[f"discriminator_accuracy_{head}"] = correct.to(loss.dtype).mean()
-        total_discriminators.backward()  # type: ignore[no-untyped-call]
+        with torch.no_grad():
+            source_information = {head: self._self_information(logits) for head, logits in source_logits.items()}
+        learnt, accuracies = self._adversary.learn(source_information, information, c.halve_discriminator_loss)
+        losses |= learnt
 
         # Nothing moves unless all of it is finite on all workers.
-        gradients = [gradient for optimiser in self._optimisers.values() for gradient in optimiser.gradients()]
-        self._guard.update(losses, gradients)
-        before.restore_where(self._guard.flag)
-        self.prototypes = torch.where(self._guard.flag > 0, self.prototypes, prototypes)
-        for optimiser in self._optimisers.values():
-            optimiser.step(self._guard.flag)
-        metrics = {**losses, **metrics, "non_finite": self._guard.flag}
-        return {name: value.detach() for name, value in metrics.items()}
+        flag = self._optimisers.finish(losses)
+        self.prototypes = torch.where(flag > 0, self.prototypes, prototypes)
+        return base.metrics(losses, metrics, accuracies, non_finite=flag)
 
     def _self_information(self, logits: Tensor) -> Tensor:
         return self_information(logits, normalised=self.config.normalised_self_information)
 
-    def _discriminators_require_grad(self, required: bool) -> None:
-        for discriminator in self.discriminators.values():
-            discriminator.requires_grad_(required)
-
     def non_finite_losses(self) -> dict[str, Tensor]:
-        return self._guard.losses()
+        return self._optimisers.guard.losses()
 
     def predict(self, images: Tensor) -> Tensor:
         return base.predict(self.segmenter, images.to(self.device), self.precision)
+
+    def prepare(self, slices: TrainingSlices) -> None:
+        """Begin with the prototypes of the whole source set."""
+        self.initialise_prototypes(slices.labelled())
 
     @torch.no_grad()
     def initialise_prototypes(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
@@ -281,15 +207,10 @@ class MPSCL:
         self.prototypes = initial_prototypes(sums, counts).to(self.prototypes.dtype)
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "networks": {name: network.state_dict() for name, network in self.networks.items()},
-            "optimisers": {name: optimiser.state_dict() for name, optimiser in self._optimisers.items()},
-            "prototypes": self.prototypes,
-            "phase": {"iterations": self._iterations, "adapt": self._adapt},
-        }
+        return {**base.state_dict(self.networks, self._optimisers), "prototypes": self.prototypes}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        base.load_networks(self.networks, state["networks"])
+        base.load_state_dict(self, self._optimisers, state)
         prototypes = state["prototypes"]
         if prototypes.shape != self.prototypes.shape:
             raise DataError(
@@ -297,11 +218,6 @@ class MPSCL:
                 "use the classes and the network settings that it was trained with"
             )
         self.prototypes = prototypes.to(self.prototypes, copy=True)
-        self._guard = NonFiniteGuard(self.device)
-        if state["phase"]["iterations"]:
-            self.start_phase(state["phase"]["iterations"], state["phase"]["adapt"])
-            for name, optimiser in self._optimisers.items():
-                optimiser.load_state_dict(state["optimisers"][name])
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ class SegmenterOutput(NamedTuple):
     """What the segmenter gives, all at feature resolution (h, w)."""
 
     aux: Tensor | None
-    """(B, C, h, w) logits of the head on the third stage; None without multi_level."""
+    """(B, C, h, w) logits of the head on the third stage, or of the first of twin heads; None without multi_level."""
     main: Tensor
     """(B, C, h, w) logits of the head on the fourth stage."""
     features: Tensor
@@ -155,6 +155,7 @@ class DeepLabV2(nn.Module):
         multi_level: With the auxiliary head on the third stage.
         train_norm_affine: Whether scale and shift of the batch norms are trained. The running statistics move either
             way when the network is in training mode.
+        twin_heads: Both heads on the fourth stage, as CLAN has them; the prediction is then the sum of their logits.
 
     Raises:
         ValueError: An argument is out of range.
@@ -171,6 +172,7 @@ class DeepLabV2(nn.Module):
         in_channels: int = 3,
         multi_level: bool = True,
         train_norm_affine: bool = False,
+        twin_heads: bool = False,
     ) -> None:
         super().__init__()
         if num_classes < 2:
@@ -186,6 +188,7 @@ class DeepLabV2(nn.Module):
         self.num_classes = num_classes
         self.in_channels = in_channels
         self.output_stride = output_stride
+        self.twin_heads = twin_heads
         self.feature_channels = 8 * EXPANSION * width
 
         self.conv1 = nn.Conv2d(in_channels, width, 7, stride=2, padding=3, bias=False)
@@ -197,7 +200,7 @@ class DeepLabV2(nn.Module):
         self.layer2 = _stage(4 * width, 2 * width, blocks[1], stride=second_stride, dilation=1)
         self.layer3 = _stage(8 * width, 4 * width, blocks[2], stride=1, dilation=2)
         self.layer4 = _stage(16 * width, 8 * width, blocks[3], stride=1, dilation=4)
-        self.layer5 = AtrousHead(16 * width, num_classes) if multi_level else None
+        self.layer5 = AtrousHead((32 if twin_heads else 16) * width, num_classes) if multi_level else None
         self.layer6 = AtrousHead(32 * width, num_classes)
 
         if not train_norm_affine:
@@ -217,9 +220,20 @@ class DeepLabV2(nn.Module):
         """
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
         third: Tensor = self.layer3(self.layer2(self.layer1(x)))
-        aux = None if self.layer5 is None else self.layer5(third)
+        aux = None if self.layer5 is None or self.twin_heads else self.layer5(third)
         features: Tensor = self.layer4(third)
+        if self.layer5 is not None and self.twin_heads:
+            aux = self.layer5(features)
         return SegmenterOutput(aux, self.layer6(features), features)
+
+    def prediction(self, output: SegmenterOutput) -> Tensor:
+        """Logits (B, C, h, w) that a prediction is made from."""
+        return output.main + output.aux if self.twin_heads and output.aux is not None else output.main
+
+    def logits(self, images: Tensor) -> Tensor:
+        """Float32 logits (B, C, H, W) of slices (B, 1, H, W) in [-1, 1]."""
+        output = self(network_input(images, self.in_channels))
+        return upsample_logits(self.prediction(output).float(), images.shape[-2:])
 
 
 def _stage(in_channels: int, channels: int, blocks: int, stride: int, dilation: int) -> nn.Sequential:

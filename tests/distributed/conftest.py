@@ -18,10 +18,11 @@ Run = Callable[[str, int], Ranks]
 
 ROOT = Path(__file__).resolve().parents[2]
 PARITY = ("fc-released", "fc-paper", "patchgan-released", "patchgan-paper", "segmentation")
+METHODS = ("advent", "minent", "adaoutput", "adaoutput-least-squares", "adabn")
 CASES = {
-    1: PARITY,
-    2: (*PARITY, "non-finite-source", "non-finite-target", "batch-norm", "objects"),
-    4: ("fc-released", "patchgan-paper", "batch-norm", "objects"),
+    1: (*PARITY, *METHODS),
+    2: (*PARITY, *METHODS, "non-finite-source", "non-finite-target", "batch-norm", "objects"),
+    4: ("fc-released", "patchgan-paper", "adaoutput", "batch-norm", "objects"),
 }
 
 

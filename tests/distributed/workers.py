@@ -16,8 +16,21 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mpscl_ray import distributed
+from mpscl_ray.construction import carry_over
 from mpscl_ray.errors import TrainingError
-from mpscl_ray.methods import MPSCL, Batch, MPSCLConfig, Segmentation, SegmentationConfig
+from mpscl_ray.methods import (
+    METHOD_CONFIGS,
+    METHODS,
+    MPSCL,
+    AdvEnt,
+    AdvEntConfig,
+    Batch,
+    Method,
+    MPSCLConfig,
+    Segmentation,
+    SegmentationConfig,
+)
+from mpscl_ray.methods.base import TrainingSlices
 from mpscl_ray.networks import initialise
 from mpscl_ray.networks.deeplab import DeepLabV2
 from mpscl_ray.optimisation import OptimConfig, PrecisionConfig
@@ -50,8 +63,10 @@ def my_part(batch: Batch) -> Batch:
     return Batch(batch.source_image[rows], batch.source_label[rows], batch.target_image[rows])
 
 
-def segmenter(seed: int) -> DeepLabV2:
-    network = DeepLabV2(CLASSES, (1, 1, 1, 1), width=4, output_stride=4, in_channels=1, train_norm_affine=True)
+def segmenter(seed: int, **arguments: Any) -> DeepLabV2:
+    network = DeepLabV2(
+        CLASSES, (1, 1, 1, 1), width=4, output_stride=4, in_channels=1, train_norm_affine=True, **arguments
+    )
     initialise(network, seed)
     with torch.no_grad():
         for name, parameter in network.named_parameters():  # larger than the official start, so that features differ
@@ -65,6 +80,7 @@ def method(seed: int = 0, **settings: Any) -> MPSCL:
     return MPSCL(segmenter(seed), MPSCLConfig(**chosen), OPTIM, CLASSES, CPU, PrecisionConfig(), seed)
 
 
+STRONG = {"lambda_main": 0.1, "lambda_aux": 0.02}
 OPTIM = OptimConfig(lr=2e-3, lr_discriminator=1e-3)
 
 
@@ -90,12 +106,45 @@ def flat_state(state: dict[str, Any], prefix: str = "") -> dict[str, Tensor]:
 def parity(settings: dict[str, Any]) -> dict[str, Any]:
     """Warm-up and adaptation with everything that must not depend on the number of workers."""
     # A start that differs between the ranks: wrapping must bring rank 0's weights to all.
-    trained = method(distributed.rank(), **settings)
-    trained.start_phase(WARM_UP, adapt=False)
+    seed = distributed.rank()
+    config = AdvEntConfig(
+        discriminator=settings["discriminator"], discriminator_width=4, lambda_main=0.1, lambda_aux=0.02
+    )
+    warm_up = AdvEnt(segmenter(seed), config, OPTIM, CLASSES, CPU, PrecisionConfig(), seed)
+    warm_up.start_phase(WARM_UP)
     for step in range(WARM_UP):
-        trained.step(my_part(global_batch(step)), step)
+        warm_up.step(my_part(global_batch(step)), step)
+    trained = method(seed, **settings)
+    carry_over(trained.networks, {name: network.state_dict() for name, network in warm_up.networks.items()})
+    trained.start_phase(STEPS)
     trained.initialise_prototypes(uneven_shares(global_batch(100)))
     return {"prototypes_initial": trained.prototypes, **record(trained)}
+
+
+def look_and_train(name: str, **settings: Any) -> dict[str, Any]:
+    """Any method, after it has looked at slices that the workers share unevenly."""
+    seed = distributed.rank()
+    kind = METHODS[name]
+    network = segmenter(seed, **getattr(kind, "segmenter_arguments", {}))
+    method = kind(network, METHOD_CONFIGS[name](**settings), OPTIM, CLASSES, CPU, PrecisionConfig(), seed)
+    method.start_phase(STEPS)
+    method.prepare(slices())
+    return record(method)
+
+
+def slices() -> TrainingSlices:
+    """Eight slices of each domain, the target's in four volumes; the last worker has nearly all of them."""
+    rank, last = distributed.rank(), distributed.world_size() - 1
+    rows = torch.tensor([rank] if rank < last else list(range(last, GLOBAL_BATCH)))
+    whole = global_batch(100)
+    assert whole.target_image is not None
+    target = [(row[None], whole.target_image[row][None]) for row in rows]
+    return TrainingSlices(
+        labelled=lambda: uneven_shares(whole),
+        unlabelled=lambda: target,
+        target_volumes=(range(3), range(3, 4), range(4, 7), range(7, 8)),
+        start_weights=lambda: segmenter(7).state_dict(),
+    )
 
 
 def source_only_then_adapted() -> dict[str, Any]:
@@ -113,9 +162,9 @@ def source_only_then_adapted() -> dict[str, Any]:
     return results | {f"state.adapted.{name}": tensor for name, tensor in flat_state(second.state_dict()).items()}
 
 
-def record(trained: MPSCL | Segmentation) -> dict[str, Any]:
+def record(trained: Method) -> dict[str, Any]:
+    """Twenty steps of a phase that has been started."""
     results: dict[str, Any] = {}
-    trained.start_phase(STEPS)
     local: list[dict[str, float]] = []
     reduced: list[dict[str, float]] = []
     for step in range(STEPS):
@@ -263,6 +312,13 @@ CASES: dict[str, Callable[[], dict[str, Any]]] = {
     "patchgan-released": lambda: parity({"discriminator": "patchgan", "form": "released", "temperature_source": 2.0}),
     "patchgan-paper": lambda: parity({"discriminator": "patchgan", "form": "paper"}),
     "segmentation": source_only_then_adapted,
+    "advent": lambda: look_and_train("advent", discriminator_width=4, **STRONG),
+    "minent": lambda: look_and_train("advent", variant="minent", **STRONG),
+    "adaoutput": lambda: look_and_train("adaoutput", discriminator_width=4, discriminator="patchgan", **STRONG),
+    "adaoutput-least-squares": lambda: look_and_train(
+        "adaoutput", discriminator_width=4, adversarial_loss="least_squares", **STRONG
+    ),
+    "adabn": lambda: look_and_train("adabn"),
     "non-finite-source": lambda: non_finite("source"),
     "non-finite-target": lambda: non_finite("target"),
     "batch-norm": batch_norm,

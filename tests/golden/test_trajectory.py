@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from mpscl_ray.methods import base, mpscl
+from mpscl_ray.methods import adversarial, base
 from mpscl_ray.methods.base import Batch
 from mpscl_ray.methods.mpscl import MPSCL, MPSCLConfig
 from mpscl_ray.networks.deeplab import DeepLabV2
@@ -59,15 +59,15 @@ def test_four_iterations_equal_the_released_code(monkeypatch: pytest.MonkeyPatch
     # The stored images are network inputs already.
     monkeypatch.setattr(base, "network_input", lambda image, in_channels: image)
     target_halves: list[float] = []
-    domain_loss = mpscl.domain_loss
+    domain_loss = adversarial.domain_loss
 
     def spy(logits: torch.Tensor, domain: int) -> torch.Tensor:
         loss = domain_loss(logits, domain)
-        if domain == mpscl.TARGET_LABEL:
+        if domain == adversarial.TARGET_LABEL:
             target_halves.append(float(loss.detach()) / 2)
         return loss
 
-    monkeypatch.setattr(mpscl, "domain_loss", spy)
+    monkeypatch.setattr(adversarial, "domain_loss", spy)
     segmenter = DeepLabV2(5, blocks=(1, 1, 1, 1))
     method = MPSCL(
         segmenter,
@@ -142,7 +142,7 @@ def test_four_iterations_equal_the_released_code(monkeypatch: pytest.MonkeyPatch
     bottleneck = segmenter.layer4[0]
     sums = {
         "final_layer4_abs_sum": [bottleneck.conv1.weight, bottleneck.conv2.weight, bottleneck.conv3.weight],
-        "final_d_main_abs_sum": list(method.discriminators["main"].parameters()),
+        "final_d_main_abs_sum": list(method.networks["discriminator_main"].parameters()),
     }
     for name, parameters in sums.items():
         total = sum(float(parameter.detach().double().abs().sum()) for parameter in parameters)

@@ -28,7 +28,7 @@ from mpscl_ray.config import load_config, to_yaml  # noqa: E402
 from mpscl_ray.errors import ClusterError, DataError, TrainingError  # noqa: E402
 from mpscl_ray.inference import load_segmenter  # noqa: E402
 from mpscl_ray.run_folder import RunFolder  # noqa: E402
-from tests.tiny import SEGMENTATION_SETTINGS, SETTINGS, make_dataset, make_pair  # noqa: E402
+from tests.tiny import make_dataset, make_pair, tiny_settings  # noqa: E402
 
 pytestmark = pytest.mark.slow
 
@@ -164,9 +164,8 @@ def arguments(data: Path, storage: Path) -> Callable[..., list[str]]:
     def build(name: str, *overrides: str, preset: str = "small/mpscl") -> list[str]:
         file = storage / f"{preset.replace('/', '-')}.yaml"
         if not file.exists():
-            settings = SETTINGS if preset == "small/mpscl" else SEGMENTATION_SETTINGS
             folders = [f"data.source={data / 'mr'}", f"data.target={data / 'ct'}", f"run.storage={storage}"]
-            file.write_text(to_yaml(load_config(preset, [*settings, *folders])))
+            file.write_text(to_yaml(load_config(preset, [*tiny_settings(preset), *folders])))
         return [str(file), f"run.name={name}", *overrides]
 
     return build

@@ -10,8 +10,9 @@ import torch
 
 from mpscl_ray import checkpoint
 from mpscl_ray.config import ADAPTATION, load_config
-from mpscl_ray.construction import build_method, build_segmenter, initialise_prototypes, load_start_weights
+from mpscl_ray.construction import build_method, build_segmenter, load_start_weights, prepare
 from mpscl_ray.errors import DataError
+from mpscl_ray.methods.base import TrainingSlices
 from mpscl_ray.methods.mpscl import MPSCL
 from tests.tiny import SETTINGS
 
@@ -63,8 +64,9 @@ def test_the_adaptation_begins_with_the_prototypes_of_a_file(tmp_path: Path) -> 
     assert isinstance(method, MPSCL)
     centres = np.random.default_rng(0).normal(size=(1, 3, segmenter.feature_channels, 1)).astype(np.float32)
     np.save(file, centres)
-    initialise_prototypes(method, config, ())
+    nothing = TrainingSlices(list, list, (), dict)
+    prepare(method, config, nothing)
     assert np.array_equal(method.prototypes.numpy(), centres.reshape(3, -1))
     np.save(file, centres[:, :2])
     with pytest.raises(DataError, match="class centres"):
-        initialise_prototypes(method, config, ())
+        prepare(method, config, nothing)

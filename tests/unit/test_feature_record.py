@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from mpscl_ray.config import Config
-from mpscl_ray.construction import build_method, build_segmenter, initialise_prototypes
+from mpscl_ray.construction import build_method, build_segmenter
 from mpscl_ray.data.stream import LocalSlices
 from mpscl_ray.errors import StorageError
 from mpscl_ray.feature_record import PANEL_SLICES, FeatureRecord, middle_slices
@@ -26,7 +26,7 @@ def method_of(config: Config, source: Path) -> MPSCL:
     assert isinstance(method, MPSCL)
     method.start_phase(10)
     slices = LocalSlices(source, "train", labels=True)
-    initialise_prototypes(method, config, ((b["image"], b["label"]) for b in slices.shard(0, 1, 4)))
+    method.initialise_prototypes((b["image"], b["label"]) for b in slices.shard(0, 1, 4))
     return method
 
 

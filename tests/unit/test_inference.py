@@ -29,7 +29,7 @@ from mpscl_ray.inference import (
     volumes_at_a_time,
 )
 from mpscl_ray.networks import DeepLabV2, initialise
-from mpscl_ray.networks.deeplab import SegmenterOutput, network_input, upsample_logits
+from mpscl_ray.networks.deeplab import network_input, upsample_logits
 from mpscl_ray.prediction import Job, outputs, predict_image
 from mpscl_ray.run_folder import RunFolder
 
@@ -236,14 +236,14 @@ def test_only_the_largest_part_of_each_structure_is_kept() -> None:
 class Levels(nn.Module):
     """A segmenter that tells three intensities apart, so that what it finds is known beforehand."""
 
-    num_classes, in_channels = 3, 1
+    num_classes = 3
 
     def __init__(self, levels: np.ndarray) -> None:
         super().__init__()
         self.levels = torch.tensor(levels, dtype=torch.float32)
 
-    def forward(self, x: torch.Tensor) -> SegmenterOutput:
-        return SegmenterOutput(None, -30 * (x - self.levels[:, None, None]).abs(), x)
+    def logits(self, images: torch.Tensor) -> torch.Tensor:
+        return -30 * (images - self.levels[:, None, None]).abs()
 
 
 def landmarks(shape: tuple[int, int, int]) -> np.ndarray:

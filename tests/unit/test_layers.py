@@ -22,10 +22,10 @@ LAYERS: tuple[frozenset[str], ...] = (
         "plots interruption inference score_table prediction panels data.schema data.agreement data.dataset_checks "
         "data.nifti data.nifti_file data.file_listing data.label_maps data.label_table data.layouts "
         "data.source_cases data.slice_layouts data.volume_layouts "
-        "data.reading data.released_slices data.source_volumes data.splits data.stream data.tfrecord "
+        "data.chosen data.reading data.released_slices data.source_volumes data.splits data.stream data.tfrecord "
         "data.phantom_files cli".split()
     ),
-    frozenset("validation feature_record construction pace training fork".split()),
+    frozenset("validation systems feature_record construction pace training training_data fork".split()),
     frozenset(
         "cluster_session parallel data.pipeline prepare prepare_options prepare_plan phantom_dataset worker launch "
         "trial train evaluation evaluate predict".split()

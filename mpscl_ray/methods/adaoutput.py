@@ -1,0 +1,123 @@
+"""AdaOutput, called AdaptSegNet by its authors: alignment of the output space, Tsai et al. 2018 (CVPR)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from mpscl_ray import distributed
+from mpscl_ray.losses import class_counts
+from mpscl_ray.methods import base
+from mpscl_ray.methods.adversarial import AdversarialConfig, Adversary
+from mpscl_ray.methods.base import Batch, TargetSplit, TrainingSlices
+from mpscl_ray.networks.deeplab import DeepLabV2
+from mpscl_ray.optimisation import OptimConfig, Optimisers, PrecisionConfig, SegmenterSGD, autocast, prepare_network
+
+
+@dataclass(frozen=True)
+class AdaOutputConfig(AdversarialConfig):
+    """Settings of AdaOutput; its own adversarial weights are 0.001 and 0.0002, those of MPSCL's fork the default."""
+
+    adversarial_loss: Literal["bce", "least_squares"] = "bce"
+    """bce: cross-entropy of the discriminators' logits; least_squares: squared distance of their plain outputs."""
+
+
+class AdaOutput:
+    """Make the class probabilities of the target look like those of the source, on both heads.
+
+    Args:
+        segmenter: with its initial weights; trained in place.
+        config: the method's settings.
+        optim: optimisers and decay.
+        num_classes: C, background included.
+        device: where to train.
+        precision: how GPUs compute.
+        seed: of the discriminators' initial weights.
+
+    Source: Tsai et al. 2018, L_seg + lambda_adv L_adv on softmax outputs of two levels (their Eq. 5).
+    Differs from the released code: weighted cross-entropy and Dice instead of plain cross-entropy.
+    Differs from the paper: the discriminators' outputs are not brought to image size, as released.
+    """
+
+    phases: ClassVar[tuple[str, ...]] = (base.SOURCE_ONLY, base.ADAPTATION)
+    split: TargetSplit | None = None
+
+    def __init__(
+        self,
+        segmenter: DeepLabV2,
+        config: AdaOutputConfig,
+        optim: OptimConfig,
+        num_classes: int,
+        device: torch.device,
+        precision: PrecisionConfig,
+        seed: int,
+    ) -> None:
+        self.config, self.optim, self.num_classes = config, optim, num_classes
+        self.device, self.precision = device, precision
+        self.segmenter = segmenter
+        prepare_network(segmenter, device, precision)
+        self._segment = base.wrap_segmenter(segmenter, config.norm_statistics, device)
+        dtype = next(segmenter.parameters()).dtype
+        least_squares = config.adversarial_loss == "least_squares"
+        self._adversary = Adversary(
+            config, base.heads(segmenter), num_classes, dtype, seed, device, precision, least_squares
+        )
+        self.networks: dict[str, nn.Module] = {"segmenter": segmenter, **self._adversary.networks}
+        self._optimisers = Optimisers(self.networks, device)
+
+    def start_phase(self, iterations: int) -> None:
+        segmenter = {"segmenter": SegmenterSGD(self.segmenter, self.optim)}
+        self._optimisers.start(segmenter | self._adversary.optimisers(self.optim), iterations)
+
+    def step(self, batch: Batch, iteration: int) -> dict[str, Tensor]:
+        assert batch.target_image is not None, "AdaOutput needs slices of the target domain"
+        c = self.config
+        labels = batch.source_label
+        self._optimisers.begin(iteration)
+
+        with autocast(self.device, self.precision):
+            source, target = self._segment(
+                base.to_network(batch.source_image, self.segmenter, self.precision),
+                base.to_network(batch.target_image, self.segmenter, self.precision),
+            )
+        source_logits = base.upsampled(source, labels.shape[-2:])
+        target_logits = base.upsampled(target, labels.shape[-2:])
+        counts = distributed.all_reduce_sum(class_counts(labels, self.num_classes))
+
+        # Segmenter, with frozen discriminators.
+        segmentation = base.segmentation_loss(source_logits, labels, counts, c.segmentation_aux_weight)
+        losses = dict(segmentation.parts)
+        total = segmentation.total
+        target_maps = {head: logits.softmax(dim=1) for head, logits in target_logits.items()}
+        adversarial = self._adversary.fool(target_maps)
+        for head, weight in (("main", c.lambda_main), ("aux", c.lambda_aux)):
+            if head in adversarial:
+                losses[f"loss_adversarial_{head}"] = adversarial[head]
+                total = total + weight * adversarial[head]
+        total.backward()  # type: ignore[no-untyped-call]
+
+        # Discriminators, on detached maps.
+        source_maps = {head: logits.detach().softmax(dim=1) for head, logits in source_logits.items()}
+        learnt, accuracies = self._adversary.learn(source_maps, target_maps, c.halve_discriminator_loss)
+        losses |= learnt
+
+        flag = self._optimisers.finish(losses)
+        return base.metrics(losses, {"loss_segmentation": segmentation.total}, accuracies, non_finite=flag)
+
+    def non_finite_losses(self) -> dict[str, Tensor]:
+        return self._optimisers.guard.losses()
+
+    def predict(self, images: Tensor) -> Tensor:
+        return base.predict(self.segmenter, images.to(self.device), self.precision)
+
+    def prepare(self, slices: TrainingSlices) -> None:
+        """Nothing."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return base.state_dict(self.networks, self._optimisers)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        base.load_state_dict(self, self._optimisers, state)

@@ -1,0 +1,158 @@
+"""What adversarial methods share: discriminators on a map of the logits, and their part of an iteration.
+
+The order of one iteration is that of AdaptSegNet and its descendants: the segmenter's losses with frozen
+discriminators, its backward pass, the discriminators' losses on detached maps, their backward pass, and only then all
+optimisers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from mpscl_ray import distributed
+from mpscl_ray.losses import SOURCE_LABEL, TARGET_LABEL, domain_loss, least_squares_domain_loss
+from mpscl_ray.methods.base import SegmentationConfig, Weight
+from mpscl_ray.networks import initialise
+from mpscl_ray.networks.discriminators import FCDiscriminator, PatchGANDiscriminator
+from mpscl_ray.optimisation import DiscriminatorAdam, OptimConfig, Optimiser, PrecisionConfig, autocast, prepare_network
+
+DISCRIMINATORS: dict[str, type[FCDiscriminator] | type[PatchGANDiscriminator]] = {
+    "fc": FCDiscriminator,
+    "patchgan": PatchGANDiscriminator,
+}
+
+
+@dataclass(frozen=True)
+class DiscriminatorConfig(SegmentationConfig):
+    """Settings of a method with discriminators."""
+
+    discriminator: Literal["fc", "patchgan"] = "fc"
+    """D: fc of AdaptSegNet (MR to CT in the paper) or patchgan of pix2pix (CT to MR, and Table III)."""
+    discriminator_width: Annotated[int, Field(ge=1)] = 64
+    """Channels of a discriminator's first convolution."""
+    norm_statistics: Literal["mixture", "target"] = "mixture"
+    """Whose forward passes move the running statistics that evaluation uses: both domains' (as released) or the
+    target's alone."""
+
+
+@dataclass(frozen=True)
+class AdversarialConfig(DiscriminatorConfig):
+    """Settings of a method that aligns the outputs of both heads by discriminators."""
+
+    lambda_main: Weight = 0.003
+    """lambda_adv of the main head: weight of its adversarial loss (Eq. 11)."""
+    lambda_aux: Weight = 2e-5
+    """lambda_adv of the auxiliary head; 2e-5 in the released code, a fifth of the main one in AdaptSegNet."""
+    halve_discriminator_loss: bool = True
+    """Halve the discriminators' loss on each domain, as released."""
+
+
+class Adversary:
+    """One discriminator for each head of the segmenter.
+
+    Args:
+        config: kind and width of the discriminators.
+        heads: names of the heads.
+        channels: of the maps.
+        dtype: of the weights.
+        seed: of the initial weights; head number n gets ``seed + n``.
+        device: where to train.
+        precision: how GPUs compute.
+        least_squares: least squares on the plain outputs instead of cross-entropy.
+    """
+
+    def __init__(
+        self,
+        config: DiscriminatorConfig,
+        heads: Sequence[str],
+        channels: int,
+        dtype: torch.dtype,
+        seed: int,
+        device: torch.device,
+        precision: PrecisionConfig,
+        least_squares: bool = False,
+    ) -> None:
+        self.discriminators: dict[str, nn.Module] = {}
+        for number, head in enumerate(heads):
+            discriminator = DISCRIMINATORS[config.discriminator](channels, config.discriminator_width)
+            initialise(discriminator, seed + number)
+            self.discriminators[head] = discriminator.to(dtype)
+            prepare_network(discriminator, device, precision)
+        self._discriminate = {
+            head: distributed.wrap(distributed.ForEach(network), device)
+            for head, network in self.discriminators.items()
+        }
+        self._device, self._precision = device, precision
+        self._loss = least_squares_domain_loss if least_squares else domain_loss
+        self._border = (SOURCE_LABEL + TARGET_LABEL) / 2 if least_squares else 0.0
+
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        """The discriminators, unwrapped, by the name they have in a method."""
+        return {f"discriminator_{head}": network for head, network in self.discriminators.items()}
+
+    def optimisers(self, optim: OptimConfig) -> dict[str, Optimiser]:
+        """A fresh optimiser for each discriminator."""
+        return {name: DiscriminatorAdam(network, optim) for name, network in self.networks.items()}
+
+    def fool(self, target: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Adversarial loss of each head: frozen discriminators should take the target's maps for the source's.
+
+        The discriminators are called unwrapped, because their gradients are not wanted.
+
+        Args:
+            target: map (B, channels, H, W) of each head, with gradient.
+        """
+        verdicts = {head: self.frozen(head, x) for head, x in target.items() if head in self.discriminators}
+        return {head: self._loss(verdict, SOURCE_LABEL) for head, verdict in verdicts.items()}
+
+    def frozen(self, head: str, x: Tensor) -> Tensor:
+        """Output of a discriminator that is not trained by it."""
+        self.discriminators[head].requires_grad_(False)
+        with autocast(self._device, self._precision):
+            output: Tensor = self.discriminators[head](x)
+        return output
+
+    def tell(self, head: str, source: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Outputs of a discriminator that is trained by them, on maps of both domains without gradient."""
+        self.discriminators[head].requires_grad_(True)
+        with autocast(self._device, self._precision):
+            on_source, on_target = self._discriminate[head](source.detach(), target.detach())
+        return on_source, on_target
+
+    def accuracy(self, on_source: Tensor, on_target: Tensor) -> Tensor:
+        """Fraction of a discriminator's outputs that are on the right side."""
+        correct = [on_source.detach().flatten() < self._border, on_target.detach().flatten() > self._border]
+        return torch.cat(correct).to(torch.float32 if on_source.dtype != torch.float64 else torch.float64).mean()
+
+    def learn(
+        self, source: Mapping[str, Tensor], target: Mapping[str, Tensor], halve: bool
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Losses of the discriminators, and their backward pass.
+
+        Args:
+            source: map (B, channels, H, W) of each head.
+            target: the same of the target.
+            halve: halve each loss.
+
+        Returns:
+            The losses and the accuracies, by the names they have in the metrics.
+        """
+        losses: dict[str, Tensor] = {}
+        accuracies: dict[str, Tensor] = {}
+        total = torch.zeros((), device=self._device)
+        for head in self.discriminators:
+            on_source, on_target = self.tell(head, source[head], target[head])
+            loss = self._loss(on_source, SOURCE_LABEL) + self._loss(on_target, TARGET_LABEL)
+            losses[f"loss_discriminator_{head}"] = loss / 2 if halve else loss
+            total = total + losses[f"loss_discriminator_{head}"]
+            accuracies[f"discriminator_accuracy_{head}"] = self.accuracy(on_source, on_target)
+        if losses:
+            total.backward()  # type: ignore[no-untyped-call]
+        return losses, accuracies

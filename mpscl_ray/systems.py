@@ -1,0 +1,65 @@
+"""The systems of the comparison: which presets there are, and which runs can share their beginning."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from mpscl_ray.config import Config, to_dict
+from mpscl_ray.config_schema import is_adaptation
+from mpscl_ray.construction import settings_of_phase
+
+SYSTEMS: dict[str, str] = {
+    "source_only": "W/o adaptation",
+    "adabn": "AdaBN",
+    "adaoutput": "AdaOutput",
+    "minent": "MinEnt",
+    "advent": "AdvEnt",
+    "baseline": "Baseline",
+    "cscl": "CSCL",
+    "mpscl": "MPSCL",
+    "supervised": "Supervised",
+}
+"""Every system as tables name it, in their order, by the last part of its presets ``mr2ct/NAME``, ``ct2mr/NAME``,
+``small/NAME`` and ``phantom/NAME``."""
+
+
+def beginning(config: Config, phase: str) -> dict[str, Any]:
+    """Everything that decides what a run has learnt when a phase ends, up to rounding.
+
+    Two runs for which this is equal can share their beginning: train one, and ``fork`` the other from there.
+
+    Args:
+        config: of the run.
+        phase: name of one of its phases.
+
+    Raises:
+        ValueError: the run has no such phase.
+    """
+    names = [name for name, _ in config.schedule]
+    if phase not in names:
+        raise ValueError(f"the run has no phase {phase}, only {', '.join(names)}")
+    values = to_dict(config)
+    del values["scaling"], values["method"], values["phases"]
+    del values["data"]["in_memory"], values["network"]["pretrained_prototypes"]
+    values["run"] = config.run.seed
+    learnt = []
+    for name, iterations in config.schedule[: names.index(phase) + 1]:
+        kind, settings = settings_of_phase(config, name)
+        learnt.append((name, iterations, kind.__name__, dataclasses.asdict(settings)))
+    values["phases"] = learnt
+    values["source_only_lr"] = config.phases.source_only_lr
+    return values
+
+
+def shared_phase(one: Config, other: Config) -> str | None:
+    """The last phase up to which two runs learn the same, so that one can be forked from the other; None if none is.
+
+    Rounds of an adaptation are not shared.
+    """
+    common = None
+    for (name, _), (same, _) in zip(one.schedule, other.schedule, strict=False):
+        if name != same or is_adaptation(name) or beginning(one, name) != beginning(other, name):
+            break
+        common = name
+    return common

@@ -1,0 +1,92 @@
+"""The systems of the comparison: their presets, their budgets, and the beginnings that they share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from mpscl_ray import checkpoint, training
+from mpscl_ray.config import Config, load_config
+from mpscl_ray.fork import fork
+from mpscl_ray.inference import Checkpoint, Model, load_weights
+from mpscl_ray.run_folder import RunFolder
+from mpscl_ray.systems import SYSTEMS, beginning, shared_phase
+from tests.tiny import CLASSES, local_data, make_pair, tiny_config
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("folder", ["phantom", "small", "mr2ct", "ct2mr"])
+def test_every_system_has_a_preset_with_the_same_budget(folder: str) -> None:
+    budgets = {}
+    for name in SYSTEMS:
+        config = load_config(f"{folder}/{name}")
+        phases = [(phase, length) for phase, length in config.schedule if name != "adabn" or phase != "adaptation"]
+        budgets[name] = sum(length for _, length in phases)
+        assert config.data.batch_size == load_config(f"{folder}/mpscl").data.batch_size
+    assert budgets["mpscl"] > 0
+    without = {"source_only", "supervised", "adabn"} if folder in ("mr2ct", "ct2mr") else set()
+    assert {name for name in SYSTEMS if budgets[name] != budgets["mpscl"]} == without, budgets
+
+
+def test_what_is_shared_on_the_phantom() -> None:
+    mpscl = load_config("phantom/mpscl")
+    shared = {name: shared_phase(load_config(f"phantom/{name}"), mpscl) for name in SYSTEMS}
+    assert shared["source_only"] is shared["supervised"] is None
+    assert {name for name in SYSTEMS if shared[name] == "warm_up"} >= {"mpscl", "baseline", "cscl"}
+    assert {name for name in SYSTEMS if shared[name] == "source_only"} >= {"adaoutput", "advent", "minent"}
+    assert shared_phase(load_config("phantom/adabn"), load_config("phantom/source_only")) == "source_only"
+    for change in ("run.seed=2", "optim.lr=1e-3", "data.source=phantom:mr", "network.width=8"):
+        assert shared_phase(load_config("phantom/mpscl", [change]), mpscl) is None, change
+    for change in ("method.lambda_main=0.1", "phases.warm_up=99", "optim.lr_discriminator=1e-5"):
+        other = load_config("phantom/mpscl", [change])
+        assert beginning(other, "warm_up") != beginning(mpscl, "warm_up"), change
+    for change in ("method.beta=0", "run.name=other", "scaling.workers=1", "phases.adaptation=1"):
+        assert shared_phase(load_config("phantom/mpscl", [change]), mpscl) == "warm_up", change
+    with pytest.raises(ValueError, match="no phase"):
+        beginning(mpscl, "supervised")
+
+
+def train(config: Config, run: Path) -> RunFolder:
+    folder = RunFolder(run)
+    folder.create()
+    assert training.train(config, local_data(config), folder, CPU).state == "finished"
+    return folder
+
+
+@pytest.fixture(scope="module")
+def parent(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Config, RunFolder]:
+    """A tiny run of MPSCL."""
+    base = make_pair(tmp_path_factory.mktemp("systems"))
+    config = tiny_config(base / "mr", base / "ct")
+    return base, config, train(config, base / "mpscl")
+
+
+@pytest.mark.parametrize("name", [name for name in SYSTEMS if name != "supervised"])
+def test_what_configs_say_is_shared_is_the_same_in_weights(
+    parent: tuple[Path, Config, RunFolder], name: str, tmp_path: Path
+) -> None:
+    """Trained whole or forked from MPSCL's run, a system ends alike; its weights predict, from every phase."""
+    base, mpscl, begun = parent
+    config = tiny_config(base / "mr", base / "ct", preset=f"small/{name}")
+    whole = train(config, tmp_path / "whole")
+    common = shared_phase(config, mpscl)
+    last = config.schedule[-1][0]
+    if common is not None:
+        ours, theirs = (checkpoint.load(run.phases / common)["method"]["networks"] for run in (whole, begun))
+        assert ours.keys() == theirs.keys()
+        for network, weights in ours.items():
+            assert all(torch.equal(tensor, theirs[network][key]) for key, tensor in weights.items())
+        forked = RunFolder(tmp_path / "forked")
+        fork(forked, begun, common)
+        train(config, forked.path)
+        assert (forked.phases / last / checkpoint.TENSORS).read_bytes() == (
+            whole.phases / last / checkpoint.TENSORS
+        ).read_bytes()
+    model = Model(CLASSES, (32, 32), {}, {}, ())
+    _, arrays = next(local_data(config).validation["target"].volumes())
+    for phase, _ in config.schedule:
+        labels = load_weights(model, Checkpoint(phase, whole.phases / phase), "cpu").predict_slices(arrays["image"])
+        assert labels.shape == arrays["image"].shape
