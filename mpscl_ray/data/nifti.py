@@ -278,8 +278,17 @@ def _stored_affine(header: Any) -> tuple[npt.NDArray[np.float64], str]:
 
 @np.errstate(over="ignore", invalid="ignore")
 def _compare_forms(header: Any, shape: tuple[int, int, int], notices: list[str]) -> None:
-    """Notice where sform and qform disagree, since programs differ in which of them they use."""
-    if int(header["sform_code"]) <= 0 or int(header["qform_code"]) <= 0:
+    """Notice where the header says two things of the geometry, since programs differ in which of them they use."""
+    if int(header["sform_code"]) <= 0:
+        return
+    used = np.sqrt((np.asarray(header.get_sform(), dtype=np.float64)[:3, :3] ** 2).sum(axis=0))
+    stated = np.abs(np.asarray(header["pixdim"][1:4], dtype=np.float64))
+    if not np.allclose(used, stated, rtol=0.01):
+        sizes = [" x ".join(f"{size:.4g}" for size in three) for three in (stated, used)]
+        notices.append(
+            f"the voxel sizes of the header, {sizes[0]}, are not those of its sform, {sizes[1]}, which is used"
+        )
+    if int(header["qform_code"]) <= 0:
         return
     try:
         difference = _largest_shift(np.asarray(header.get_sform()), np.asarray(header.get_qform()), shape)

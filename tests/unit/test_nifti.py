@@ -431,6 +431,14 @@ def test_forms_that_disagree_are_noticed(tmp_path: Path) -> None:
     np.testing.assert_allclose(volume.affine, moved)
 
 
+def test_voxel_sizes_that_are_not_those_of_the_sform_are_noticed(tmp_path: Path) -> None:
+    path = save(tmp_path / "v.nii.gz", patch={80: np.array([1.5, 2, 6], "<f4").tobytes(), **forms(0, 1)})
+    (notice,) = read_image(path).notices
+    assert (
+        notice == "the voxel sizes of the header, 1.5 x 2 x 6, are not those of its sform, 1.5 x 2 x 3, which is used"
+    )
+
+
 @pytest.mark.parametrize(("code", "factor"), [(0, 1.0), (2, 1.0), (1, 1000.0), (3, 0.001), (10, 1.0), (9, 1000.0)])
 def test_units_are_converted_to_mm(tmp_path: Path, code: int, factor: float) -> None:
     volume = read_image(save(tmp_path / "v.nii.gz", patch={123: bytes([code])}))
