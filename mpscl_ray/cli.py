@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -21,6 +22,9 @@ def run(main: Callable[[list[str]], int]) -> None:
     An :class:`MpsclError` is printed as one sentence; anything else is a defect and keeps its traceback.
     ``MPSCL_RAY_DEBUG=1`` shows the traceback of the former too.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # A name of a file may hold what the terminal cannot show.
     try:
         code = main(sys.argv[1:])
     except MpsclError as error:

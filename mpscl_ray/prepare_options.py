@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
 import shlex
 from collections.abc import Callable, Sequence
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mpscl_ray import cli
+from mpscl_ray.data.file_listing import spelt_out
 from mpscl_ray.data.layouts import LAYOUTS
 from mpscl_ray.data.released_slices import Flip
 from mpscl_ray.data.schema import SPLITS
@@ -60,6 +62,7 @@ class PrepareOptions:
     flip: Flip = "auto"
     assume_spacing: tuple[float, ...] | None = None
     fix_geometry: Literal["copy-from-image"] | None = None
+    any_modality: bool = False
     allow_missing_classes: bool = False
     overwrite: bool = False
     workers: int | None = None
@@ -82,6 +85,9 @@ class PrepareOptions:
             raise ConfigError(f"--channel {self.channel}: expected 0 or more")
         if self.seed < 0:
             raise ConfigError(f"--seed {self.seed}: expected 0 or more")
+        spacing = self.assume_spacing
+        if spacing is not None and not all(size is not None and 0 < size < math.inf for size in spacing):
+            raise ConfigError(f"--assume-spacing {_text(spacing)}: expected three sizes in mm above 0")
         if self.modality is not None and not self.modality.replace("_", "").replace("-", "").isalnum():
             raise ConfigError(f"--modality {self.modality!r}: expected a short name such as ct, mr, lge")
 
@@ -105,7 +111,7 @@ class PrepareOptions:
                 continue
             flag = "--" + name.replace("_", "-")
             words += [flag] if value is True else [flag, _text(value)]
-        return shlex.join(words)
+        return spelt_out(shlex.join(words))
 
 
 def _text(value: Any) -> str:
@@ -242,6 +248,9 @@ def parser() -> argparse.ArgumentParser:
     )
     steps.add_argument(
         "--fix-geometry", choices=("copy-from-image",), help="trust the image where the geometry of its label differs"
+    )
+    steps.add_argument(
+        "--any-modality", action="store_true", help="take images whose intensities look like those of another modality"
     )
     return top
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import mpscl_ray
-from mpscl_ray.data.label_table import LabelTable, parse_ids, parse_label_table, with_corrections
+from mpscl_ray.data.label_table import LabelTable, parse_label_table, with_corrections, with_ignored
 from mpscl_ray.data.released_slices import RELEASED_RANGES
 from mpscl_ray.data.schema import FORMAT_VERSION, SPLITS, Case, Manifest, Scaling
 from mpscl_ray.data.slices import Recipe
@@ -58,7 +58,7 @@ def label_table(options: PrepareOptions, implied: LabelTable | None) -> LabelTab
             raise ConfigError("--ignore-labels, --fix-label and --unknown-labels need a label table: give --labels")
         return None
     if options.ignore_labels:
-        table = replace(table, ignored=table.ignored | parse_ids(options.ignore_labels, "--ignore-labels"))
+        table = with_ignored(table, options.ignore_labels)
     if options.fix_label:
         table = with_corrections(table, options.fix_label)
     if options.unknown_labels:
@@ -80,6 +80,7 @@ def settings(options: PrepareOptions, table: LabelTable | None) -> Settings:
         table=table,
         assume_spacing_mm=None if spacing is None else (spacing[0], spacing[1], spacing[2]),
         copy_geometry_from_image=options.fix_geometry is not None,
+        any_modality=options.any_modality,
         flip=options.flip,
     )
 

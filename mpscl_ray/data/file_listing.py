@@ -25,7 +25,8 @@ class Listing:
 
     def some(self, paths: Sequence[Path], count: int = 5) -> str:
         """The first few of many paths, for a sentence."""
-        return ", ".join(self.relative(path) for path in paths[:count]) + (", ..." if len(paths) > count else "")
+        shown = ", ".join(self.relative(path) for path in paths[:count])
+        return spelt_out(shown + (", ..." if len(paths) > count else ""))
 
 
 def list_files(root: Path) -> Listing:
@@ -63,6 +64,11 @@ def list_files(root: Path) -> Listing:
     if not listing.files and not listing.problems:
         raise DataError(f"{root}: the folder holds no files")
     return listing
+
+
+def spelt_out(name: str) -> str:
+    """The name with bytes that are no text written as escapes: as they are, no JSON file could hold it."""
+    return name.encode(errors="backslashreplace").decode()
 
 
 def is_dicom(path: Path) -> bool:

@@ -193,10 +193,10 @@ def interpolation_matrix(positions: npt.NDArray[np.float64], step: float, length
         Sparse (samples, length), float32.
     """
     radius = max(1.0, step)
-    taps = np.arange(2 * int(np.ceil(radius)) + 1)
-    columns = np.floor(positions - radius).astype(np.int64)[:, None] + taps[None, :]
+    taps = np.arange(min(2 * int(np.ceil(radius)) + 1, length))
+    columns = np.maximum(np.floor(positions - radius), 0.0).astype(np.int64)[:, None] + taps[None, :]
     weights = np.clip(1.0 - np.abs(columns - positions[:, None]) / radius, 0.0, None)
-    weights[(columns < 0) | (columns >= length)] = 0.0
+    weights[columns >= length] = 0.0
     weights /= weights.sum(axis=1, keepdims=True)
     rows, taps_used = np.nonzero(weights)
     entries = (weights[rows, taps_used].astype(np.float32), (rows, columns[rows, taps_used]))

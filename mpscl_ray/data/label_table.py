@@ -89,16 +89,25 @@ def parse_label_table(text: str) -> LabelTable:
     return LabelTable(tuple(classes), values)
 
 
-def parse_ids(text: str, option: str) -> frozenset[int]:
-    """Ids from ``550,600,850``.
+def with_ignored(table: LabelTable, text: str) -> LabelTable:
+    """Table in which the ids of ``550,600,850`` are background on purpose too.
 
     Raises:
-        ConfigError: for anything else.
+        ConfigError: for anything else, and for an id that means a class.
     """
     try:
-        return frozenset(int(part) for part in text.split(",") if part.strip())
+        ids = frozenset(int(part) for part in text.split(",") if part.strip())
     except ValueError:
-        raise ConfigError(f"{option} {text!r}: expected whole numbers with commas between, e.g. 550,600,850") from None
+        raise ConfigError(
+            f"--ignore-labels {text!r}: expected whole numbers with commas between, e.g. 550,600,850"
+        ) from None
+    for raw in sorted(ids):
+        if table.values.get(raw, 0) != 0:
+            raise ConfigError(
+                f"--ignore-labels {text}: {raw} means {table.classes[table.values[raw]]}; a table without it "
+                "(--labels) leaves that class out"
+            )
+    return replace(table, ignored=table.ignored | ids)
 
 
 def with_corrections(table: LabelTable, text: str) -> LabelTable:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
@@ -45,6 +46,10 @@ Centre = Literal["labels", "image", "auto"]
 
 _SAME_SPACING = 1e-4
 """Relative difference of spacings that is rounding of a header, not a reason to interpolate."""
+
+_MOST_VOXELS = 2**31
+_LEAST_CONTRAST = 0.05
+"""Standard deviations that all but a few voxels of a crop must spread over."""
 
 _CENTRE_GRID_MM = 4.0
 """Coarse grid on which the heart is looked for."""
@@ -94,7 +99,7 @@ class Recipe:
                     f"{', '.join(allowed)}"
                 )
         for name, pair in (("crop", self.crop), ("size", self.size)):
-            if pair is not None and (len(pair) != 2 or min(pair) < 2):
+            if pair is not None and (len(pair) != 2 or any(n is None or n < 2 for n in pair)):
                 raise ConfigError(f"{name} is {pair}; expected rows and columns, both at least 2, such as 256 256")
         if self.crop_depth is not None and self.crop_depth < 1:
             raise ConfigError(f"crop_depth is {self.crop_depth}; expected a number of slices, at least 1")
@@ -286,6 +291,11 @@ def prepare_volume(
         for number, (array_axis, reverse) in enumerate(layout)
     )
     axes = (depth, height, width)
+    if math.prod(axis.samples for axis in axes) > _MOST_VOXELS:
+        raise DataError(
+            f"{case} would become {depth.samples} slices of {height.samples} x {width.samples}, more than "
+            f"{_MOST_VOXELS} voxels; choose a larger spacing, a smaller crop or a smaller size"
+        )
     block = sample_image(image, axes)
     clip_value = float(np.percentile(block, recipe.clip_percentile))
     np.minimum(block, np.float32(clip_value), out=block)
@@ -300,6 +310,15 @@ def prepare_volume(
         )
     block -= np.float32(mean)
     block /= np.float32(deviation)
+    # A sample first: only a crop that looks drowned is worth sorting all of its voxels.
+    if (
+        _contrast(block.reshape(-1)[:: block.size // 100_000 + 1]) < _LEAST_CONTRAST
+        and _contrast(block) < _LEAST_CONTRAST
+    ):
+        raise DataError(
+            f"nearly all of the crop of {case} lies within {_LEAST_CONTRAST} standard deviations, drowned by a few "
+            f"voxels down to {float(block.min()) * deviation + mean:g}; set these to the intensity of the background"
+        )
     prepared = np.zeros([axis.samples for axis in axes], dtype=np.float32)
     prepared[tuple(axis.inside() for axis in axes)] = block
     d_mm, h_mm, w_mm = (voxel_mm[axis.array_axis] * axis.step for axis in axes)
@@ -362,6 +381,11 @@ def intensity_range(image: npt.NDArray[np.float32]) -> tuple[float, float]:
     """The 0.1th and 99.9th percentile of one prepared volume, so that a few odd voxels set no range."""
     low, high = np.percentile(image, (0.1, 99.9))
     return float(low), float(high)
+
+
+def _contrast(image: npt.NDArray[np.float32]) -> float:
+    low, high = np.percentile(image, (1.0, 99.0))
+    return float(high - low)
 
 
 def estimate_range(volumes: Iterable[npt.NDArray[np.float32]]) -> tuple[float, float]:

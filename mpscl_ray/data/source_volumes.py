@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mpscl_ray.data.file_listing import spelt_out
 from mpscl_ray.data.label_table import LabelTable
 from mpscl_ray.data.nifti import check_same_geometry, map_labels, phi_fields, read_image, read_label
 from mpscl_ray.data.released_slices import Flip, ReleasedSlices, read_released
@@ -24,6 +25,7 @@ from mpscl_ray.durable_files import storage_errors
 from mpscl_ray.errors import DataError, StorageError
 
 _MOST_VOXELS = 2**31
+_LUNG_HU = (-1200.0, -700.0)
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,8 @@ class Settings:
     table: LabelTable | None
     assume_spacing_mm: tuple[float, float, float] | None = None
     copy_geometry_from_image: bool = False
+    any_modality: bool = False
+    """Take images whose intensities are those of another modality."""
     flip: Flip = "auto"
 
 
@@ -95,6 +99,8 @@ def stage_case(request: Request, settings: Settings) -> Staged | list[str]:
         return _stage_slices(request, settings)
     except DataError as error:
         return [str(error)]
+    except MemoryError:
+        return [f"{request.source.images[0]}: does not fit into memory; give fewer --workers, or a smaller --crop"]
 
 
 def finish_case(staged: Staged, scaling: Scaling, classes: Sequence[str], folder: Path) -> Case:
@@ -178,9 +184,17 @@ def _stage_volume(request: Request, settings: Settings) -> Staged | list[str]:
         image = read_image(source.images[0], assume_spacing_mm=settings.assume_spacing_mm, max_voxels=_MOST_VOXELS)
     except DataError as error:
         problems.append(str(error))
+    if image is not None and not settings.any_modality and _is_ct_among_mr(image.array, source.modality):
+        problems.append(
+            f"{source.images[0]}: the intensities, from {image.array.min():g} on, are Hounsfield units: a CT image "
+            f"among the {source.modality} ones; take it out, or give --any-modality if it is none"
+        )
     if request.keep_labels and source.labels:
+        # A label whose own geometry is not trusted need not have any.
+        copied = image.spacing_mm if image is not None and settings.copy_geometry_from_image else None
+        assumed = copied or settings.assume_spacing_mm
         try:
-            label = read_label(source.labels[0], assume_spacing_mm=settings.assume_spacing_mm, max_voxels=_MOST_VOXELS)
+            label = read_label(source.labels[0], assume_spacing_mm=assumed, max_voxels=_MOST_VOXELS)
         except DataError as error:
             problems.append(str(error))
     mapped: NDArray[np.uint8] | None = None
@@ -212,9 +226,9 @@ def _stage_volume(request: Request, settings: Settings) -> Staged | list[str]:
     from_labels = prepared.geometry.centre_from == "labels" and (
         settings.recipe.crop is not None or settings.recipe.crop_depth is not None
     )
-    sources = {"image": source.images[0].name, "image_sha256": image.sha256}
+    sources = {"image": spelt_out(source.images[0].name), "image_sha256": image.sha256}
     if label is not None:
-        sources |= {"label": source.labels[0].name, "label_sha256": label.sha256}
+        sources |= {"label": spelt_out(source.labels[0].name), "label_sha256": label.sha256}
     depth, height, width = prepared.image.shape
     return Staged(
         request=request,
@@ -240,14 +254,24 @@ def _map(array: NDArray[Any], table: LabelTable | None, path: Path) -> tuple[NDA
     return mapped, [notice.removeprefix(f"{path.name}: ") for notice in told]
 
 
+def _is_ct_among_mr(image: NDArray[np.float32], modality: str) -> bool:
+    """Whether an image of MR is made of whole numbers that begin where the Hounsfield units of air and lung lie."""
+    if not modality.lower().startswith("mr") or image.min() > _LUNG_HU[1]:
+        return False
+    sample = image.ravel(order="K")[:: image.size // 100_000 + 1]
+    return bool(np.all(sample == np.rint(sample))) and _LUNG_HU[0] < float(np.percentile(sample, 1)) < _LUNG_HU[1]
+
+
 def _looks_odd(image: NDArray[np.float32], modality: str) -> list[str]:
     """Intensities that are not those of a raw volume of this modality."""
     low, high = float(image.min()), float(image.max())
     notices = []
-    if modality.startswith("mr") and low <= -500:
+    if modality.lower().startswith("mr") and low <= -500:
         notices.append(
             f"intensities from {low:g} to {high:g} look like Hounsfield units: a CT image among the {modality} ones?"
         )
+    elif modality.lower() == "ct" and low >= 0:
+        notices.append("no intensity is below 0, so they are no Hounsfield units: an MR image among the ct ones?")
     mean, deviation = float(image.mean(dtype=np.float64)), float(image.std(dtype=np.float64))
     if -1.0001 <= low < 0 and high <= 1.0001:
         notices.append("intensities are within [-1, 1], as if scaled already; they are normalised again")
@@ -355,6 +379,6 @@ def _hashes(source: SourceCase, labelled: bool) -> dict[str, str]:
         digest = hashlib.sha256()
         for path in paths:
             digest.update(path.read_bytes())
-        sources[kind] = paths[0].name if len(paths) == 1 else f"{paths[0].name} to {paths[-1].name}"
+        sources[kind] = spelt_out(paths[0].name if len(paths) == 1 else f"{paths[0].name} to {paths[-1].name}")
         sources[f"{kind}_sha256"] = digest.hexdigest()
     return sources

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ def nnunet_cases(listing: Listing, options: LayoutOptions) -> Found:
     """``imagesTr labelsTr imagesTs labelsTs dataset.json``; files without a channel suffix are the MSD form of it."""
     path = listing.root / "dataset.json"
     try:
-        about = json.loads(path.read_text(encoding="utf-8"))
+        about = json.loads(path.read_text(encoding="utf-8-sig"))
         if not isinstance(about, dict):
             raise ValueError("expected an object")
     except OSError as error:
@@ -67,15 +68,14 @@ def nnunet_cases(listing: Listing, options: LayoutOptions) -> Found:
         images: dict[str, list[Path]] = {}
         labels: dict[str, list[Path]] = {}
         other_channels = 0
-        for file in listing.files:
-            stem = stem_before(file.name, endings)
-            if stem is None or file.parent.name not in (images_name, labels_name):
-                continue
+        for stem, file in _stems(listing, labels_name, endings):
+            used.add(file)
+            collect(labels, stem, file)
+        for stem, file in _stems(listing, images_name, endings):
             used.add(file)
             channel = re.fullmatch(r"(.+)_(\d{4})", stem)
-            if file.parent.name == labels_name:
-                collect(labels, stem, file)
-            elif channel is None:
+            # In the MSD form a number at the end is part of the case's name, and of its label's.
+            if channel is None or stem in labels:
                 collect(images, stem, file)
             elif int(channel[2]) == options.channel:
                 collect(images, channel[1], file)
@@ -100,6 +100,13 @@ def nnunet_cases(listing: Listing, options: LayoutOptions) -> Found:
     if isinstance(count, int) and count != training:
         listing.notices.append(f"dataset.json says numTraining {count}, imagesTr holds {training} cases")
     return cases, table, used
+
+
+def _stems(listing: Listing, folder: str, endings: Sequence[str]) -> Iterator[tuple[str, Path]]:
+    for file in listing.files:
+        stem = stem_before(file.name, endings)
+        if stem is not None and file.parent.name == folder:
+            yield stem, file
 
 
 def _nnunet_modality(path: Path, about: Mapping[str, Any], channel: int) -> str:
@@ -130,8 +137,17 @@ def _nnunet_labels(path: Path, about: Mapping[str, Any], notices: list[str]) -> 
     ignored = frozenset(raw for raw, name in pairs if name == "ignore")
     if ignored:
         notices.append("dataset.json: the label 'ignore' becomes background")
-    classes = [BACKGROUND, *(name for raw, name in pairs if raw != 0 and raw not in ignored)]
-    values = {0: 0, **{raw: classes.index(name) for raw, name in pairs if raw != 0 and raw not in ignored}}
+    for (raw, name), (other, another) in pairwise(pairs):
+        if raw == other:
+            raise DataError(f"{path}: the label {raw} has two names, {name} and {another}; correct dataset.json")
+    notices += [
+        f"dataset.json: the label 0, called {name!r}, becomes background"
+        for raw, name in pairs
+        if raw == 0 and name.lower() != BACKGROUND
+    ]
+    named = {raw: name for raw, name in pairs if raw != 0 and raw not in ignored}
+    classes = list(dict.fromkeys([BACKGROUND, *named.values()]))  # several ids may share a name
+    values = {0: 0, **{raw: classes.index(name) for raw, name in named.items()}}
     if len(classes) < 2 or len(classes) > 255:
         raise DataError(f"{path}: {len(classes) - 1} labels besides background; expected 1 to 254")
     return LabelTable(tuple(classes), values, ignored)

@@ -408,6 +408,35 @@ def test_odd_intensities_are_told(tmp_path: Path) -> None:
     assert not any(notice.startswith(("mr_1005", "mr_1006")) for notice in manifest.notices)
 
 
+def test_a_ct_image_among_those_of_mr_is_refused_unless_told_otherwise(tmp_path: Path) -> None:
+    folder = mmwhs(tmp_path / "in", "mr")
+    image, _ = volume(1002, low=-1000.0)
+    image[:5] = -1000.0  # air
+    write(folder / "mr_train_1002_image.nii.gz", np.rint(image).astype(np.int16))
+    (problem,) = refusal(folder)
+    assert "mr_train_1002_image.nii.gz: the intensities, from -1000 on, are Hounsfield units" in problem
+    _, manifest = made(folder, "mr", any_modality=True)
+    assert any(notice.startswith("mr_1002: intensities from -1000") for notice in manifest.notices)
+
+
+def test_a_voxel_that_would_drown_all_others_is_refused(source: Path) -> None:
+    image, _ = volume(1003)
+    image[8, 12, 9] = -1e30
+    write(source / "ct_train_1003_image.nii.gz", image)
+    (problem,) = refusal(source, recipe=Recipe(crop=(16, 16)))
+    assert "ct_train_1003_image.nii.gz lies within 0.05 standard deviations" in problem
+    assert "down to -1e+30" in problem
+
+
+def test_names_that_are_no_text_end_up_as_escapes(source: Path) -> None:
+    folder = Path(os.fsdecode(os.fsencode(source.parent) + b"/caf\xe9"))
+    source.rename(folder)
+    (folder / os.fsdecode(b"lis\xe9z")).touch()
+    _, manifest = made(folder)
+    assert "caf\\udce9" in manifest.command
+    assert any("lis\\udce9z" in notice for notice in manifest.notices)
+
+
 def test_volumes_of_different_sizes_need_a_crop(source: Path) -> None:
     image, label = volume(1001)
     write(source / "ct_train_1001_image.nii.gz", image[:, :, :-2])
@@ -425,6 +454,9 @@ def test_a_geometry_that_differs_is_refused_unless_told_otherwise(source: Path) 
     (problem,) = refusal(source)
     assert "3 mm apart" in problem
     _, manifest = made(source, fix_geometry="copy-from-image")
+    assert len(manifest.cases) == 6
+    nib.save(nib.Nifti1Image(label, None), source / "ct_train_1002_label.nii.gz")  # nor need it have a geometry at all
+    _, manifest = made(source, fix_geometry="copy-from-image", overwrite=True)
     assert len(manifest.cases) == 6
 
 
@@ -554,6 +586,9 @@ def test_the_command_prints_a_table_and_the_next_command(source: Path, capsys: p
         (["--layout", "mmwhs", "--unlabelled", "trian"], 2, "'trian' is none of train, val, test"),
         (["--layout", "mmwhs", "--orientation", "stored"], 2, "slice_axis is 'coronal'"),
         (["--layout", "mmwhs", "--crop", "16"], 2, "expected 2 numbers"),
+        (["--layout", "mmwhs", "--crop", "keep,16"], 2, "crop is (None, 16); expected rows and columns"),
+        (["--layout", "mmwhs", "--assume-spacing", "0,1,1"], 2, "expected three sizes in mm above 0"),
+        (["--layout", "mmwhs", "--split", "1,0,0", "--spacing-mm", "1e-9,1,1"], 3, "choose a larger spacing"),
         (["--layout", "tfrecord"], 3, "no *.tfrecords files"),
         (["--layout", "mmwhs", "--modality", "mr"], 3, "of the modality 'mr'"),
     ],

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from mpscl_ray.data.label_table import MMWHS, RELEASED, LabelTable, parse_ids, parse_label_table, with_corrections
+from mpscl_ray.data.label_table import MMWHS, RELEASED, LabelTable, parse_label_table, with_corrections, with_ignored
 from mpscl_ray.data.layouts import Scan, scan
 from mpscl_ray.data.source_cases import LayoutOptions
 from mpscl_ray.errors import ConfigError, DataError
@@ -257,6 +257,20 @@ def test_nnunet_older_forms(tmp_path: Path) -> None:
     assert found.table.classes == ("background", "left atrium")
 
 
+def test_the_decathlon_may_number_its_cases_by_four_digits(tmp_path: Path) -> None:
+    names = ("imagesTr/ct_1001.nii.gz", "labelsTr/ct_1001.nii.gz", "imagesTr/ct_1002.nii.gz", "labelsTr/ct_1002.nii.gz")
+    found = scan(nnunet(tmp_path, *names), "nnunet", LayoutOptions())
+    assert pairs(found, tmp_path) == {"ct/ct_1001": names[:2], "ct/ct_1002": names[2:]}
+    assert (found.problems, found.notices) == ((), ())
+
+
+def test_nnunet_ids_that_share_a_name_are_one_class_and_a_structure_of_id_0_is_told(tmp_path: Path) -> None:
+    labels = {"0": "AA", "1": "LV", "2": "MYO", "3": "LV"}
+    found = scan(nnunet(tmp_path, *NAMES, labels=labels), "nnunet", LayoutOptions())
+    assert found.table == LabelTable(("background", "LV", "MYO"), {0: 0, 1: 1, 2: 2, 3: 1})
+    assert found.notices == ("dataset.json: the label 0, called 'AA', becomes background",)
+
+
 def test_nnunet_channels_counts_and_ignored_labels(tmp_path: Path) -> None:
     labels = {"background": 0, "MYO": 1, "LV": 3, "ignore": 4}
     nnunet(
@@ -280,6 +294,7 @@ def test_nnunet_channels_counts_and_ignored_labels(tmp_path: Path) -> None:
     [
         ({"labels": {"background": 0, "whole": [1, 2]}}, "regions are not supported"),
         ({"labels": {}}, "are not NAME: ID pairs"),
+        ({"labels": {"background": 0, "MYO": 1, "LV": 1}}, "the label 1 has two names, LV and MYO"),
         ({"labels": {"background": 0}}, "0 labels besides background"),
         ({"channel_names": {}}, "no name for channel 0; give --modality"),
         ({"file_ending": ".png"}, r"file_ending '\.png'"),
@@ -392,7 +407,7 @@ def test_label_tables_from_text() -> None:
     assert table.classes == ("background", "MYO", "left ventricle", "RV")
     assert table.values == {0: 0, 200: 1, 500: 2, 600: 3, 601: 3}
     assert table.unknown == "error"
-    assert parse_ids("550, 600,850", "--ignore-labels") == frozenset({550, 600, 850})
+    assert with_ignored(RELEASED, "0, 550, 600").ignored == frozenset({0, 550, 600})
 
 
 @pytest.mark.parametrize(
@@ -422,4 +437,6 @@ def test_slips_are_put_right() -> None:
     with pytest.raises(ConfigError, match="is not WRONG=MEANT"):
         with_corrections(MMWHS, "421")
     with pytest.raises(ConfigError, match="expected whole numbers"):
-        parse_ids("a,b", "--ignore-labels")
+        with_ignored(MMWHS, "a,b")
+    with pytest.raises(ConfigError, match="--ignore-labels 600,420: 420 means LAC; a table without it"):
+        with_ignored(MMWHS, "600,420")
