@@ -198,7 +198,7 @@ def find_dataset(run: Path, model: Model, data: Path | str | None) -> tuple[Path
         data = target.dataset
     folder = Path(data).absolute()
     manifest = load_manifest(folder)
-    if manifest.classes != model.classes:
+    if manifest.classes and manifest.classes != model.classes:  # none: an unlabelled dataset without a label table
         raise DataError(
             f"{folder} has the classes {', '.join(manifest.classes) or 'none'}, but the run {run} was trained on "
             f"{', '.join(model.classes)}; prepare it with the label table of the training data"

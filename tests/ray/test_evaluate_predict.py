@@ -26,6 +26,7 @@ from mpscl_ray.data.slices import Recipe, prepare_volume
 from mpscl_ray.errors import ConfigError, DataError
 from mpscl_ray.inference import load_segmenter
 from mpscl_ray.networks import DeepLabV2
+from mpscl_ray.panels import draw_phases
 from mpscl_ray.run_folder import RunFolder
 
 CLASSES = ("background", "MYO", "LAC", "LVC", "AA")
@@ -52,7 +53,7 @@ def truth(rng: np.random.Generator, depth: int) -> np.ndarray:
     return label
 
 
-def write_dataset(folder: Path, modality: str, **changes: Any) -> Path:
+def write_dataset(folder: Path, modality: str, labelled_at_all: bool = True, **changes: Any) -> Path:
     rng = np.random.default_rng(len(modality))
     cases = []
     for split, depth, labelled in (
@@ -75,7 +76,7 @@ def write_dataset(folder: Path, modality: str, **changes: Any) -> Path:
                 patient=name,
                 split=split,
                 image=image,
-                label=label if labelled else None,
+                label=label if labelled and labelled_at_all else None,
                 classes=CLASSES,
                 content_sha256=name,
                 geometry={},
@@ -217,6 +218,19 @@ def test_the_table_of_phases_has_a_row_for_each(run: Path) -> None:
     assert lines[4].startswith("adaptation")
     assert {row["row"] for row in rows_of(run / "results" / "phases.csv")} == {"source only", "adaptation"}
     assert (run / "results" / "source_only_test" / "summary.json").exists()
+
+
+def test_a_target_without_labels_and_their_table_has_no_table_of_phases(run: Path, tmp_path: Path) -> None:
+    dataset = write_dataset(tmp_path / "ct", "ct", labelled_at_all=False, classes=(), labels={})
+    other = RunFolder(tmp_path / "run")
+    other.create()
+    other.write_config(RunFolder(run).read_config())
+    model = RunFolder(run).read_model()
+    other.write_model({**model, "target": {**model["target"], "dataset": str(dataset)}})
+    assert evaluate.evaluate_phases(other.path, ["source_only"], workers=0, progress=False) == {}
+    assert draw_phases(other.path, ["source_only"]) is None
+    with pytest.raises(DataError, match=r"no case of the split test .* is labelled .*no other split has labels either"):
+        evaluate.main([str(run), "--data", str(dataset)])
 
 
 def test_a_choice_by_target_labels_is_called_oracle(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
