@@ -8,7 +8,10 @@ import os
 import secrets
 import shutil
 import socket
+import sys
 import tempfile
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -28,6 +31,9 @@ _LONGEST_TEMP_DIR = 40
 
 _KNOCK_S = 10.0
 
+_SHOW_IN_DASHBOARD = "RAY_TRAIN_ENABLE_STATE_TRACKING"
+"""With it Ray Train keeps account of its runs for the Train view; without a dashboard that is a process for nothing."""
+
 
 @contextmanager
 def connect(
@@ -41,7 +47,7 @@ def connect(
 
     A private cluster obeys this process and its workers only (a fresh token guards it, and never leaves the machine),
     logs into a short temporary folder, and is stopped with all it started when the block ends. A cluster that was
-    there before is left running, and keeps its own size.
+    there before is left running, and keeps its own size; if it lets in whoever has no token, a warning says so.
 
     Args:
         num_cpus: CPUs of a private cluster; None is all there are. May be more than there are: it only counts.
@@ -60,10 +66,12 @@ def connect(
         yield
         return
     address = os.environ.get("RAY_ADDRESS")
+    if address or dashboard:
+        os.environ.setdefault(_SHOW_IN_DASHBOARD, "1")
     if address:
         try:
             _knock(address)
-            ray.init(log_to_driver=log_to_driver, logging_level=logging.ERROR)
+            context = ray.init(log_to_driver=log_to_driver, logging_level=logging.ERROR)
         except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
             raise ClusterError(
                 f"the Ray cluster at RAY_ADDRESS={address} cannot be reached: {_first_line(error)}; check that it "
@@ -71,6 +79,8 @@ def connect(
                 "unset RAY_ADDRESS to use this machine alone"
             ) from error
         try:
+            if _is_open(context.dashboard_url):
+                print(_OPEN_DOOR.format(address=address), file=sys.stderr, flush=True)
             yield
         finally:
             ray.shutdown()
@@ -111,6 +121,31 @@ def _knock(address: str) -> None:
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if host and port.isdecimal():
         socket.create_connection((host.strip("[]"), int(port)), timeout=_KNOCK_S).close()
+
+
+_OPEN_DOOR = (
+    "warning: the Ray cluster at {address} lets in whoever can reach its ports, which listen beyond this machine: "
+    "anyone there can run code on it, and read and change data and runs; start it with RAY_AUTH_MODE=token and a "
+    "token (ray get-auth-token --generate), as the files in cluster/ do"
+)
+
+
+def _is_open(dashboard: str | None) -> bool:
+    """Whether a cluster works for those who have no token.
+
+    Its dashboard is asked without one, as a stranger would. Where it cannot be asked, only this is known: a process
+    that is not in token mode, and was let in, needed none.
+    """
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with direct.open(f"http://{dashboard}/api/version", timeout=_KNOCK_S):
+            return True
+    except urllib.error.HTTPError as error:
+        if error.code in (401, 403):
+            return False
+    except (OSError, ValueError):
+        pass
+    return os.environ.get("RAY_AUTH_MODE", "").lower() != "token"
 
 
 def _first_line(error: BaseException) -> str:

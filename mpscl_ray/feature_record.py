@@ -116,7 +116,7 @@ class FeatureRecord:
         cosine = _cosine(method, tensors({"image": arrays["image"][chosen]})["image"])
         nearest, selected = self_paced_pseudo_labels(cosine, method.config.delta_th)
         two = cosine.topk(2, dim=1).values
-        content = {
+        content: Arrays = {
             "nearest": nearest.cpu().numpy().astype(np.uint8),
             "difference": (two[:, 0] - two[:, 1]).cpu().numpy().astype(np.float32),
             "selected": selected.cpu().numpy(),

@@ -5,9 +5,11 @@ The same launch serves the train command and a search trial. Ray must be connect
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
+import re
 import shutil
 import threading
 import time
@@ -33,10 +35,11 @@ from mpscl_ray.data.pipeline import open_slices
 from mpscl_ray.data.schema import Manifest, load_manifest
 from mpscl_ray.data.stream import Slices
 from mpscl_ray.errors import ClusterError, ConfigError, DataError, MpsclError, StorageError, TrainingError
+from mpscl_ray.monitoring import count_restart
 from mpscl_ray.run_folder import RunFolder
 from mpscl_ray.training import Outcome
 from mpscl_ray.training_data import TrainingData
-from mpscl_ray.worker import FAILURE_FILE, STOP_FILE, WorkerTask, add_notice, run_worker
+from mpscl_ray.worker import FAILURE_FILE, STOP_FILE, add_notice, run_worker
 
 RAY_FOLDER = "ray"
 """Folder in the run folder where Ray Train keeps its own files while it runs."""
@@ -256,14 +259,21 @@ def _offer(config: Config, fits: int, others: list[str]) -> str:
 
 
 class _LossesToNotices(UserCallback):
-    """Leaves a notice each time that workers were lost; runs in the controller of Ray Train."""
+    """Counts, and leaves a notice, each time that workers were lost; runs in the controller of Ray Train."""
 
     def __init__(self, folder: RunFolder) -> None:
         self.folder = folder
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         if not (self.folder.path / FAILURE_FILE).exists():
+            count_restart(self.folder.name)
             add_notice(self.folder, f"{_causes(worker_exceptions)}; the workers are replaced and go on")
+
+
+_PEER_IS_GONE = re.compile(
+    r"Connection (?:reset|closed|refused)|Broken pipe|remote process (?:exited|closed)", re.IGNORECASE
+)
+"""What gloo and NCCL say where one of the processes is there no more, which Ray Train may learn only later."""
 
 
 def _causes(worker_exceptions: Mapping[int, BaseException]) -> str:
@@ -273,6 +283,8 @@ def _causes(worker_exceptions: Mapping[int, BaseException]) -> str:
     for rank, error in sorted((died or worker_exceptions).items()):
         if _is_death(error):
             lines.append(f"worker {rank} was lost: its process died")
+        elif _PEER_IS_GONE.search(str(error)):
+            lines.append(f"worker {rank} reached another worker no more: its process or its node was lost")
         else:
             lines.append(f"worker {rank} failed: {_last_line(error)}")
     return "; ".join(lines)
@@ -302,8 +314,9 @@ class Launch:
         resources = worker_place(config, use_gpu)
         patience = math.ceil(config.scaling.wait_s / _START_TIMEOUT_S)
         self._trainer = ray.train.torch.TorchTrainer(
-            run_worker,  # type: ignore[arg-type]
-            train_loop_config=WorkerTask(to_dict(config), str(folder.path.absolute()), data),  # type: ignore[arg-type]
+            # The settings alone are Ray's train_loop_config: the Train view of the dashboard shows that to everybody.
+            functools.partial(run_worker, folder=str(folder.path.absolute()), data=data),  # type: ignore[arg-type]
+            train_loop_config=to_dict(config),
             scaling_config=ScalingConfig(
                 num_workers=config.scaling.workers, use_gpu=use_gpu, resources_per_worker=resources
             ),
@@ -379,4 +392,6 @@ class Launch:
 
 
 def _last_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[-1][:300]
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    # Of a death for want of memory Ray says so early, and then goes on for a page.
+    return next((line for line in lines if "low on memory" in line), lines[-1])[:300]

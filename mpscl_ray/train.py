@@ -45,6 +45,9 @@ MAY_CHANGE = (
 """Keys that a resumed run may set anew; none of them changes what is computed. The datasets may have moved, but must be
 the same: their fingerprints are compared."""
 
+_WORKING_DIR = "_ray_pkg_"
+"""So begins the name of the folder into which Ray unpacks the working directory of a job, on each node."""
+
 _EXAMPLES = """\
 examples:
   python -m mpscl_ray.train                                  the phantom hearts, two CPU workers, a few minutes
@@ -119,6 +122,12 @@ def train(config: Config, command: list[str], *, dashboard: bool = False, allow_
                 return 0
             for change in changes:
                 print(f"changed for the rest of the run: {change}", flush=True)
+        if any(part.startswith(_WORKING_DIR) for part in folder.path.absolute().parts):
+            print(
+                f"warning: run.storage={config.run.storage} lies in the working directory of this job, which Ray "
+                "deletes after it; give a folder that stays and that all nodes share, such as run.storage=/shared/runs",
+                flush=True,
+            )
         folder.write_config(to_yaml(config))
         folder.write_environment(words)
         folder.write_status("running", resume_command=resume)
@@ -293,6 +302,11 @@ class _Watcher:
         """Called several times a second."""
         if self.interruption.requested and not self.stop_passed_on:
             self.training.request_stop()
+            # Whoever stopped the command may not wait for the checkpoint: a job is killed soon after it.
+            reason = f"stopped by {self.interruption.signal_name}; goes on from the last complete checkpoint"
+            self.folder.write_status(
+                "interrupted", exit_code=Interrupted.exit_code, reason=reason, **_place(self.folder)
+            )
             self.stop_passed_on = True
         self._show_notices()
         size = self.folder.metrics_file.stat().st_size if self.folder.metrics_file.exists() else 0

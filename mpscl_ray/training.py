@@ -87,6 +87,9 @@ class Observer:
     def record(self, record: Mapping[str, Any], validated: bool) -> None:
         """Metrics were read; ``validated`` if the record has those of a validation."""
 
+    def saved(self) -> None:
+        """A checkpoint was written from which the run can go on."""
+
     def panel(self, step: int, images: Tensor, predictions: Tensor, labels: Tensor | None) -> None:
         """Worker 0 only: some slices (N, H, W) of a validation volume of the target, predicted, and their labels."""
 
@@ -215,6 +218,7 @@ class _Training:
                 self.observer.record(record, validating)
                 if saving or stopping:
                     self._save(method, name, self.folder.checkpoints / checkpoint.checkpoint_name(position.step))
+                    self.observer.saved()
                 if stopping:
                     return Outcome("interrupted", name, position.iteration, position.step)
                 if saving or validating:

@@ -11,7 +11,6 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from mpscl_ray import training
 from mpscl_ray.config import config_from_dict
 from mpscl_ray.durable_files import write_atomically
 from mpscl_ray.errors import ClusterError, MpsclError
+from mpscl_ray.monitoring import Monitoring
 from mpscl_ray.plots import panel, plot_progress
 from mpscl_ray.progress import TensorBoard
 from mpscl_ray.run_folder import RunFolder
@@ -48,43 +48,31 @@ _FORMER_WORKER_S = 60.0
 """So long may a worker take to end after the command that started it was killed."""
 
 
-@dataclass(frozen=True)
-class WorkerTask:
-    """What the driver hands to each worker.
-
-    Attributes:
-        config: nested plain values of the config.
-        folder: run folder.
-        data: slices, as handles that each worker opens.
-    """
-
-    config: dict[str, Any]
-    folder: str
-    data: TrainingData
-
-
-def run_worker(task: WorkerTask) -> dict[str, Any]:
+def run_worker(settings: dict[str, Any], *, folder: str, data: TrainingData) -> dict[str, Any]:
     """Train on this worker; returns the outcome as plain values, the same on every worker.
+
+    Args:
+        settings: nested plain values of the config.
+        folder: path of the run folder.
+        data: slices, as handles that each worker opens.
 
     An error that a restart cannot mend (settings, data, storage) is left in the run folder, where the restarted
     workers find it and end at once: Ray Train restarts on any exception and knows none that is final. Returning
     instead of raising would leave the other workers waiting for this one.
     """
-    folder = RunFolder(Path(task.folder))
-    failure = folder.path / FAILURE_FILE
+    run = RunFolder(Path(folder))
+    failure = run.path / FAILURE_FILE
     if failure.exists():
         return {"state": "failed", **json.loads(failure.read_text(encoding="utf-8"))}
     rank = ray.train.get_context().get_world_rank()
-    config = config_from_dict(task.config)
-    _log_to(folder.logs / f"worker-{rank}.log")
+    config = config_from_dict(settings)
+    _log_to(run.logs / f"worker-{rank}.log")
     torch.set_num_threads(max(1, int(config.scaling.cpus_per_worker)))
     device = ray.train.torch.get_device()
-    observer = _RunObserver(folder, task.data.classes, writes=rank == 0)
+    observer = _RunObserver(run, data.classes, Monitoring(run.name, rank, device), writes=rank == 0)
     try:
-        with _only_writer(folder) if rank == 0 else nullcontext():
-            outcome = training.train(
-                config, task.data, folder, device, observer, stop_requested=(folder.path / STOP_FILE).exists
-            )
+        with _only_writer(run) if rank == 0 else nullcontext():
+            outcome = training.train(config, data, run, device, observer, stop_requested=(run.path / STOP_FILE).exists)
     except MpsclError as error:
         log.error("%s", error)
         write_atomically(failure, json.dumps({"exit_code": error.exit_code, "reason": str(error)}).encode())
@@ -139,14 +127,16 @@ def add_notice(folder: RunFolder, text: str) -> None:
 
 
 class _RunObserver(training.Observer):
-    """Reports validations to Ray Train; worker 0 keeps TensorBoard, curves and notices of the run folder up to date."""
+    """Exports metrics, and reports validations to Ray Train; worker 0 keeps TensorBoard, curves and notices of the run
+    folder up to date."""
 
-    def __init__(self, folder: RunFolder, classes: tuple[str, ...], writes: bool) -> None:
-        self.folder, self.classes, self.writes = folder, classes, writes
+    def __init__(self, folder: RunFolder, classes: tuple[str, ...], monitoring: Monitoring, writes: bool) -> None:
+        self.folder, self.classes, self.monitoring, self.writes = folder, classes, monitoring, writes
         self.board: TensorBoard | None = None
 
     def started(self, step: int) -> None:
         log.info("training starts at step %d", step)
+        self.monitoring.saved()
         if self.writes:
             self.board = TensorBoard(self.folder.tensorboard, resume_step=step, notice=self.notice)
 
@@ -155,6 +145,7 @@ class _RunObserver(training.Observer):
         add_notice(self.folder, text)
 
     def record(self, record: Mapping[str, Any], validated: bool) -> None:
+        self.monitoring.record(record)
         if self.board is not None:
             self.board.record(record)
         if validated:
@@ -162,6 +153,9 @@ class _RunObserver(training.Observer):
                 plot_progress(self.folder.read_metrics(), self.folder.progress_image, self.folder.name)
             # A report makes all workers wait for the controller: only after a validation.
             ray.train.report(dict(record))
+
+    def saved(self) -> None:
+        self.monitoring.saved()
 
     def panel(self, step: int, images: Tensor, predictions: Tensor, labels: Tensor | None) -> None:
         maps = {"prediction": predictions.numpy()} | ({} if labels is None else {"label": labels.numpy()})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -24,6 +25,8 @@ with connect(3):
     assert len(token.read_text()) >= 32
     mode = ray.remote(lambda: os.environ.get("RAY_AUTH_MODE"))
     assert ray.get(mode.remote()) == "token"
+    from ray._common.usage.usage_lib import usage_stats_enabled
+    assert not usage_stats_enabled()
     session = Path(ray._private.worker._global_node.get_session_dir_path())
     assert session.is_dir()
     with connect(1):
@@ -34,6 +37,21 @@ assert not session.exists()
 assert not any(name in os.environ for name in AUTH)
 assert not Path.home().joinpath(".ray").exists()
 print("all well")
+"""
+
+OPEN = """
+import os, subprocess, sys
+import ray
+
+context = ray.init(address="local", num_cpus=1, include_dashboard=True, logging_level="ERROR")
+join = "from mpscl_ray.cluster_session import connect\\nwith connect(): print('joined')"
+environment = {**os.environ, "RAY_ADDRESS": context.address_info["gcs_address"]}
+for mode in ("disabled", "token"):
+    done = subprocess.run(
+        [sys.executable, "-c", join], env={**environment, "RAY_AUTH_MODE": mode}, capture_output=True, text=True
+    )
+    assert done.stdout == "joined\\n", done.stderr
+    print(done.stderr)
 """
 
 UNREACHABLE = """
@@ -60,6 +78,18 @@ def run(script: str, **environment: str) -> str:
 @pytest.mark.slow
 def test_a_private_cluster_is_guarded_and_leaves_nothing(tmp_path_factory: pytest.TempPathFactory) -> None:
     assert run(PRIVATE, HOME=str(tmp_path_factory.mktemp("home"))) == "all well\n"
+
+
+@pytest.mark.slow
+def test_a_cluster_that_lets_in_whoever_comes_is_told_of(tmp_path: Path) -> None:
+    token = tmp_path / "token"
+    token.write_text("0" * 64)
+    printed = run(OPEN, RAY_AUTH_MODE="disabled", RAY_AUTH_TOKEN_PATH=str(token), RAY_USAGE_STATS_ENABLED="0")
+    warnings = [line for line in printed.splitlines() if line.startswith("warning: the Ray cluster at ")]
+    assert len(warnings) == 2, printed
+    for warning in warnings:
+        assert "lets in whoever can reach its ports, which listen beyond this machine" in warning
+        assert "start it with RAY_AUTH_MODE=token" in warning
 
 
 def test_an_address_where_nothing_listens_is_told_soon() -> None:

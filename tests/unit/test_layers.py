@@ -27,8 +27,8 @@ LAYERS: tuple[frozenset[str], ...] = (
     ),
     frozenset("validation systems feature_record construction pace training training_data fork".split()),
     frozenset(
-        "cluster_session parallel data.pipeline prepare prepare_options prepare_plan phantom_dataset worker launch "
-        "trial train evaluation evaluate predict".split()
+        "cluster_session parallel data.pipeline prepare prepare_options prepare_plan phantom_dataset monitoring "
+        "worker launch trial train evaluation evaluate predict".split()
     ),
 )
 ONLY_THESE_IMPORT_RAY = LAYERS[-1]

@@ -1,0 +1,120 @@
+"""What a training exports through Ray, for Prometheus to collect from the nodes and for Grafana to draw.
+
+Every metric has the tag ``run``, the run's name. Ray puts ``ray_`` before the names, ``_total`` behind that of a
+counter, and tags of its own beside these (SessionName, NodeAddress, WorkerId, ...):
+
+==================================  =================  ===========================================================
+mpscl_step                                             iterations done, over all phases
+mpscl_phase_progress                phase              share of the phase's iterations that are done
+mpscl_loss                          loss               each loss of the step, such as contrastive_target
+mpscl_selected_fraction                                share of the target pixels that the self-paced mask selects
+mpscl_discriminator_accuracy        head               share of the pixels whose domain the discriminator tells
+mpscl_prototype_angle_radians       statistic          smallest (min) and mean angle between prototypes
+mpscl_dice                          domain, structure  Dice on validation slices, and its mean over structures
+mpscl_entropy                       domain             mean self-information of the predictions on the same slices
+mpscl_selection_score                                  the score that decides which checkpoint is the best
+mpscl_images_per_second                                training images of both domains, over all workers
+mpscl_data_wait_fraction                               share of the time that the step waits for data
+mpscl_checkpoint_timestamp_seconds                     Unix time of the last checkpoint, or of the start before the
+                                                       first; its age, ``time() -`` this, grows when training hangs
+mpscl_peak_memory_bytes             worker, kind       most so far: gpu (reserved by torch), host (resident)
+mpscl_restarts_total                                   counter: times that lost or failed workers were replaced
+==================================  =================  ===========================================================
+
+Values are those of metrics.jsonl, set when they are read (run.report_every) or validated; Ray sends them on every ten
+seconds. Where no cluster runs that collects them, nothing happens.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import resource
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from functools import cache
+from typing import Any
+
+import torch
+from ray.util.metrics import Counter, Gauge
+
+_OF_RECORDS: tuple[tuple[str, str], ...] = (
+    (r"global_step", "mpscl_step"),
+    (r"train/loss_(?P<loss>.+)", "mpscl_loss"),
+    (r"train/selected_fraction", "mpscl_selected_fraction"),
+    (r"train/discriminator_accuracy_(?P<head>.+)", "mpscl_discriminator_accuracy"),
+    (r"train/prototype_angle_(?P<statistic>.+)", "mpscl_prototype_angle_radians"),
+    (r"val/(?:(?P<domain>source)/)?dice/(?P<structure>.+)", "mpscl_dice"),
+    (r"val/(?:(?P<domain>source)/)?entropy", "mpscl_entropy"),
+    (r"val/selection", "mpscl_selection_score"),
+    (r"speed/images_per_s", "mpscl_images_per_second"),
+    (r"speed/data_wait_fraction", "mpscl_data_wait_fraction"),
+)
+"""Patterns of a record's keys, whose groups become tags, and the gauges they are exported as."""
+
+TAGS: dict[str, tuple[str, ...]] = {
+    **{name: tuple(re.compile(pattern).groupindex) for pattern, name in _OF_RECORDS},
+    "mpscl_phase_progress": ("phase",),
+    "mpscl_checkpoint_timestamp_seconds": (),
+    "mpscl_peak_memory_bytes": ("worker", "kind"),
+    "mpscl_restarts": (),
+}
+"""Tags of every metric beside ``run``, by the name it is created with."""
+
+
+def readings(record: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, str], float]]:
+    """Name, tags and value of each metric that a record of metrics.jsonl has; NaN means no value and is left out."""
+    if record.get("iterations"):
+        yield "mpscl_phase_progress", {"phase": record["phase"]}, record["iteration"] / record["iterations"]
+    for key, value in record.items():
+        for pattern, name in _OF_RECORDS:
+            match = re.fullmatch(pattern, key)
+            if match and not math.isnan(float(value)):
+                yield name, {tag: text or "target" for tag, text in match.groupdict().items()}, float(value)
+
+
+class Monitoring:
+    """Exports how a run goes from one of its workers; worker 0 speaks for all but memory.
+
+    Args:
+        run: name of the run.
+        worker: rank of this worker.
+        device: that this worker computes on.
+    """
+
+    def __init__(self, run: str, worker: int, device: torch.device) -> None:
+        self.run, self.worker, self.device = run, worker, device
+        self._gauges: dict[str, Gauge] = {}
+
+    def record(self, record: Mapping[str, Any]) -> None:
+        """Export what was read or validated, and this worker's memory."""
+        if self.worker == 0:
+            for name, tags, value in readings(record):
+                self._set(name, value, **tags)
+        kilobyte = 1 if sys.platform == "darwin" else 1024
+        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilobyte
+        self._set("mpscl_peak_memory_bytes", resident, worker=str(self.worker), kind="host")
+        if self.device.type == "cuda":
+            reserved = torch.cuda.max_memory_reserved(self.device)
+            self._set("mpscl_peak_memory_bytes", reserved, worker=str(self.worker), kind="gpu")
+
+    def saved(self) -> None:
+        """Training starts, or a checkpoint was written: the age of what can be lost counts from now."""
+        if self.worker == 0:
+            self._set("mpscl_checkpoint_timestamp_seconds", time.time())
+
+    def _set(self, name: str, value: float, **tags: str) -> None:
+        if name not in self._gauges:
+            self._gauges[name] = Gauge(name, tag_keys=("run", *TAGS[name]))
+        self._gauges[name].set(value, tags={"run": self.run, **tags})
+
+
+def count_restart(run: str) -> None:
+    """Count that workers of a run are replaced; called where Ray Train decides it."""
+    _restarts().inc(tags={"run": run})
+
+
+@cache
+def _restarts() -> Counter:
+    return Counter("mpscl_restarts", tag_keys=("run", *TAGS["mpscl_restarts"]))
