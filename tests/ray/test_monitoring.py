@@ -1,0 +1,135 @@
+"""Metrics of a job that trains: as the node shows them, and as a Prometheus that collects them gives them out."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+import subprocess
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mpscl_ray.monitoring import TAGS
+from mpscl_ray.run_folder import RunFolder
+from tests.local_cluster import ROOT, LocalCluster, wait_until
+from tests.tiny import SETTINGS, make_pair
+
+pytestmark = pytest.mark.slow
+
+MONITORING = ROOT / "cluster" / "monitoring"
+ENDLESS = ("phases.source_only=3", "phases.warm_up=3", "phases.adaptation=1000000", "run.validate_every=50")
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[LocalCluster]:
+    with LocalCluster(nodes=1, cpus=2) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def run(cluster: LocalCluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunFolder]:
+    """A run that is in its adaptation."""
+    data, storage = make_pair(tmp_path_factory.mktemp("data")), tmp_path_factory.mktemp("runs")
+    folders = [f"data.source={data / 'mr'}", f"data.target={data / 'ct'}", f"run.storage={storage}"]
+    settings = [*SETTINGS, *folders, *ENDLESS, "run.name=watched", "scaling.workers=1"]
+    submitted = cluster.submit("watched", "python", "-m", "mpscl_ray.train", "small/mpscl", *settings, wait=False)
+    assert submitted.returncode == 0, submitted.stdout
+    folder = RunFolder(storage / "watched")
+
+    def step() -> int:
+        assert cluster.job("watched")["status"] in ("PENDING", "RUNNING"), cluster.logs("watched")
+        return max((record["global_step"] for record in folder.read_metrics()), default=0)
+
+    wait_until(lambda: step() > 6, "adaptation")
+    yield folder
+    assert cluster.command("ray", "job", "stop", "watched").returncode == 0
+
+
+def exposed(cluster: LocalCluster) -> str:
+    """What Prometheus reads of the node."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{cluster.metrics_port(0)}/metrics", timeout=60) as answer:
+        return str(answer.read().decode())
+
+
+def test_the_node_shows_every_documented_metric(run: RunFolder, cluster: LocalCluster) -> None:
+    absent = set(TAGS) - {"mpscl_restarts"}  # none so far
+
+    def all_there() -> bool:
+        page = exposed(cluster)
+        for name in sorted(absent):
+            shown = rf"^ray_{name}\{{(.*)\}} (\S+)$"
+            lines = re.findall(shown, page, re.MULTILINE)
+            if lines:
+                absent.remove(name)
+            for labels, value in lines:
+                tags = dict(re.findall(r'(\w+)="([^"]*)"', labels))
+                assert tags["run"] == run.name
+                assert {"run", *TAGS[name]} <= tags.keys()
+                assert math.isfinite(float(value))
+        return not absent
+
+    try:
+        wait_until(all_there, "every metric")
+    finally:
+        assert absent == set()
+    page = exposed(cluster)
+    for structure in ("ventricle", "wall", "mean"):
+        assert f'structure="{structure}"' in page
+
+
+@pytest.mark.skipif(shutil.which("prometheus") is None, reason="no prometheus on this machine (apt install prometheus)")
+def test_every_expression_of_the_dashboard_has_data(run: RunFolder, cluster: LocalCluster, tmp_path: Path) -> None:
+    config = yaml.safe_load((MONITORING / "prometheus.yaml").read_text())
+    (files,) = config["scrape_configs"][0]["file_sd_configs"]
+    files["files"] = [str(cluster.folder / "ray" / Path(files["files"][0]).name)]
+    config["global"] = {"scrape_interval": "2s", "evaluation_interval": "2s"}
+    (tmp_path / "prometheus.yaml").write_text(yaml.safe_dump(config))
+    port = cluster.base + 99
+    with (tmp_path / "log").open("w") as log:
+        server = subprocess.Popen(
+            [
+                "prometheus",
+                f"--config.file={tmp_path / 'prometheus.yaml'}",
+                f"--web.listen-address=127.0.0.1:{port}",
+                f"--storage.tsdb.path={tmp_path / 'data'}",
+            ],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+    try:
+        dashboard = json.loads((MONITORING / "grafana-dashboard.json").read_text())
+        silent = [target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", [])]
+        assert len(silent) > 15
+
+        def answered() -> bool:
+            assert server.poll() is None, (tmp_path / "log").read_text()
+            silent[:] = [expression for expression in silent if not ask(port, expression.replace("$run", run.name))]
+            return not silent
+
+        try:
+            wait_until(answered, "data", seconds=120)
+        finally:
+            assert silent == []
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def ask(port: int, expression: str) -> list[object]:
+    """The series that Prometheus has for an expression; none while it starts."""
+    query = urllib.parse.urlencode({"query": expression})
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/api/v1/query?{query}", timeout=60) as answer:
+            return list(json.loads(answer.read())["data"]["result"])
+    except ConnectionError:
+        return []
+    except OSError as error:
+        if isinstance(getattr(error, "reason", None), ConnectionError) or getattr(error, "code", None) == 503:
+            return []
+        raise
