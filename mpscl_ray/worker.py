@@ -51,14 +51,14 @@ _FORMER_WORKER_S = 60.0
 def run_worker(settings: dict[str, Any], *, folder: str, data: TrainingData) -> dict[str, Any]:
     """Train on this worker; returns the outcome as plain values, the same on every worker.
 
+    An error that a restart cannot mend (settings, data, storage) is left in the run folder, where the restarted
+    workers find it and end at once: Ray Train restarts on any exception and knows none that is final. Returning
+    instead of raising would leave the other workers waiting for this one.
+
     Args:
         settings: nested plain values of the config.
         folder: path of the run folder.
         data: slices, as handles that each worker opens.
-
-    An error that a restart cannot mend (settings, data, storage) is left in the run folder, where the restarted
-    workers find it and end at once: Ray Train restarts on any exception and knows none that is final. Returning
-    instead of raising would leave the other workers waiting for this one.
     """
     run = RunFolder(Path(folder))
     failure = run.path / FAILURE_FILE
