@@ -30,6 +30,7 @@ Further classes begin again after the background."""
 KNOWN_TYPOS = {421: 420}
 """Ids that occur in published label maps by mistake, and what they stand for (MM-WHS 2017: left atrium)."""
 
+_WHOLE_NUMBER_TOLERANCE = 1e-3
 _PIECE = 1 << 22
 _TABLE_LIMIT = 1 << 16
 _LISTED = 10
@@ -38,6 +39,13 @@ _LISTED = 10
 def colour(index: int) -> tuple[int, int, int]:
     """RGB of a class index."""
     return COLOURS[index] if index < len(COLOURS) else COLOURS[1 + (index - 1) % (len(COLOURS) - 1)]
+
+
+def whole_ids(values: npt.NDArray[Any]) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_]]:
+    """The whole number nearest to each label value, and whether it is one of 32 bits that lies within 0.001."""
+    with np.errstate(invalid="ignore"):
+        whole = np.rint(values, dtype=np.float64)
+        return whole, (np.abs(values - whole) <= _WHOLE_NUMBER_TOLERANCE) & (np.abs(whole) < 2**31)
 
 
 def map_labels(

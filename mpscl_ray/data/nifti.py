@@ -14,7 +14,7 @@ import numpy.typing as npt
 from nibabel.spatialimages import HeaderDataError
 
 from mpscl_ray.data.geometry import orientation_letters, voxel_sizes
-from mpscl_ray.data.label_maps import COLOURS, colour, map_labels, write_itksnap_labels
+from mpscl_ray.data.label_maps import COLOURS, colour, map_labels, whole_ids, write_itksnap_labels
 from mpscl_ray.data.nifti_file import StoredVolume, read_stored
 from mpscl_ray.durable_files import write_atomically
 from mpscl_ray.errors import DataError
@@ -34,7 +34,6 @@ __all__ = [
 
 _PIECE = 1 << 22
 _OBLIQUE_DEGREES = 15.0
-_WHOLE_NUMBER_TOLERANCE = 1e-3
 _LARGEST_POSITION = 1e9
 _MM_PER_UNIT = {1: 1000.0, 3: 0.001}
 """NIfTI codes of metres and micrometres."""
@@ -145,9 +144,7 @@ def read_label(
     wrong, first, example = 0, -1, 0.0
     for start in range(0, flat.size, _PIECE):
         values = _scaled(stored.voxels[start : start + _PIECE], slope, intercept).astype(np.float64)
-        with np.errstate(invalid="ignore"):
-            whole = np.rint(values)
-            good = (np.abs(values - whole) <= _WHOLE_NUMBER_TOLERANCE) & (np.abs(whole) < 2**31)
+        whole, good = whole_ids(values)
         if not good.all():
             if wrong == 0:
                 first = int(np.argmin(good))

@@ -84,10 +84,10 @@ def read_released(source: SourceCase, path: Path, label_path: Path | None, flip:
 def _load_npy(path: Path) -> NDArray[Any]:
     try:
         array = np.load(path, allow_pickle=False, mmap_mode="r")
-        if array.size > _MOST_VOXELS or array.dtype.kind not in "fiub":
+        if not 0 < array.size <= _MOST_VOXELS or array.dtype.kind not in "fiub":
             raise ValueError(f"{array.size} values of type {array.dtype}")
         array = np.squeeze(np.array(array))
-    except (ValueError, EOFError, OSError) as error:
+    except (ValueError, OverflowError, EOFError, OSError) as error:
         raise DataError(f"{path}: not a readable npy array of numbers ({error}); copy or download it again") from None
     if array.ndim != 2:
         raise DataError(f"{path}: an array of shape {array.shape}, expected one slice (H, W)")
@@ -108,15 +108,22 @@ def _load_npz(path: Path) -> tuple[NDArray[np.float32], NDArray[Any] | None]:
             if "arr_0" not in arrays.files:
                 found = ", ".join(sorted(arrays.files)) or "nothing"
                 raise ValueError(f"it holds {found}, expected arr_0 (image) and arr_1 (label)")
-            image = np.asarray(arrays["arr_0"], dtype=np.float32)
-            return image, np.asarray(arrays["arr_1"]) if "arr_1" in arrays.files else None
-    except (ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
+            image = arrays["arr_0"]
+            if image.dtype.kind not in "fiub":
+                raise ValueError(f"arr_0 holds values of type {image.dtype}")
+            return image.astype(np.float32), arrays["arr_1"] if "arr_1" in arrays.files else None
+    # RuntimeError: the archive is encrypted, or compressed in a way that Python does not know.
+    except (ValueError, OverflowError, EOFError, OSError, zipfile.BadZipFile, zlib.error, RuntimeError) as error:
         raise DataError(f"{path}: not a readable npz volume ({error}); copy or download it again") from None
 
 
 def _turned(path: Path, image: NDArray[np.float32], label: NDArray[Any] | None, flip: Flip) -> ReleasedSlices:
     """Slices of a test volume (H, W, D), turned as the released evaluation turns them."""
-    if image.ndim != 3 or (label is not None and (label.shape != image.shape or label.dtype.kind not in "fiub")):
+    if (
+        image.ndim != 3
+        or image.size == 0
+        or (label is not None and (label.shape != image.shape or label.dtype.kind not in "fiub"))
+    ):
         found = "no label" if label is None else f"label {label.shape} {label.dtype}"
         raise DataError(f"{path}: image {image.shape}, {found}; expected two arrays of numbers (H, W, D)")
     steps = ["slices along axis 2 of the test volume; z-scored by the publisher"]

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpscl_ray.data.file_listing import spelt_out
+from mpscl_ray.data.label_maps import whole_ids
 from mpscl_ray.data.label_table import LabelTable
 from mpscl_ray.data.nifti import check_same_geometry, map_labels, phi_fields, read_image, read_label
 from mpscl_ray.data.released_slices import Flip, ReleasedSlices, read_released
@@ -322,11 +323,9 @@ def _stage_slices(request: Request, settings: Settings) -> Staged | list[str]:
             return [f"case {source.id}: some of its slices have a label and some have none"]
         path = source.labels[0] if source.labels else source.images[0]
         values = np.stack([plane for plane in raw if plane is not None])
-        whole = np.rint(values)
-        if not np.all(np.abs(values - whole) <= 1e-3):
-            return [
-                f"{path}: label values that are no whole numbers, e.g. {values[np.abs(values - whole) > 1e-3][0]:g}"
-            ]
+        whole, good = whole_ids(values)
+        if not good.all():
+            return [f"{path}: label values that are no whole numbers of 32 bits, e.g. {values[~good][0]:g}"]
         try:
             label, found = _map(whole.astype(np.int32), settings.table, path)
             notices += found

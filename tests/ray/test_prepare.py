@@ -719,12 +719,29 @@ def test_damaged_and_foreign_arrays_are_refused(tmp_path: Path) -> None:
     data[len(data) // 2] ^= 1
     volume_path.write_bytes(data)
     np.savez(source / "test_ct" / "image_ct_1008.nii.gz.npz", other=np.zeros(3))
+    np.savez(source / "test_ct" / "image_ct_1014.nii.gz.npz", np.zeros((8, 8, 0)), np.zeros((8, 8, 0)))
+    np.savez(source / "test_ct" / "image_ct_1019.nii.gz.npz", np.ones((8, 8, 2), complex))
+    locked = source / "test_ct" / "image_ct_1020.nii.gz.npz"
+    np.savez(locked, np.random.default_rng(0).normal(size=(8, 8, 2)))
+    encrypted = bytearray(locked.read_bytes())
+    encrypted[encrypted.find(b"PK\1\2") + 8] |= 1  # as the directory of the archive says
+    encrypted[6] |= 1  # as the entry itself says
+    locked.write_bytes(encrypted)
+    for number, value in enumerate((np.nan, np.inf, 1e20)):
+        np.save(source / "gt_train_ct" / f"ct_train_slice{2 + number}_gt.npy", np.full((8, 8), value))
+        np.save(source / "train_ct" / f"ct_train_slice{2 + number}.npy", np.linspace(-1, 1, 64).reshape(8, 8))
     text = "\n".join(refusal(source, layout="npy", split=None, recipe=Recipe()))
     for part in (
         "ct_train_slice0.npy: not a readable npy array",
         "ct_train_slice1.npy: not a readable npy array",
         "image_ct_1003.nii.gz.npz: not a readable npz volume (wrong checksum",
         "image_ct_1008.nii.gz.npz: not a readable npz volume (it holds other, expected arr_0",
+        "image_ct_1014.nii.gz.npz: image (8, 8, 0), label (8, 8, 0)",
+        "image_ct_1019.nii.gz.npz: not a readable npz volume (arr_0 holds values of type complex128",
+        "image_ct_1020.nii.gz.npz: not a readable npz volume (File 'arr_0.npy' is encrypted",
+        "ct_train_slice2_gt.npy: label values that are no whole numbers of 32 bits, e.g. nan",
+        "ct_train_slice3_gt.npy: label values that are no whole numbers of 32 bits, e.g. inf",
+        "ct_train_slice4_gt.npy: label values that are no whole numbers of 32 bits, e.g. 1e+20",
     ):
         assert part in text
 
