@@ -35,6 +35,7 @@ from mpscl_ray.data.pipeline import open_slices
 from mpscl_ray.data.schema import Manifest, load_manifest
 from mpscl_ray.data.stream import Slices
 from mpscl_ray.errors import ClusterError, ConfigError, DataError, MpsclError, StorageError, TrainingError
+from mpscl_ray.methods.adversarial import DISCRIMINATORS, DiscriminatorConfig
 from mpscl_ray.monitoring import count_restart
 from mpscl_ray.run_folder import RunFolder
 from mpscl_ray.training import Outcome
@@ -83,7 +84,8 @@ def load_domains(config: Config) -> tuple[Domains, list[str]]:
         The domains, and a sentence for each thing that deserves a warning.
 
     Raises:
-        ConfigError: data.source or data.target is not set, or run.select needs labels that the target does not have.
+        ConfigError: data.source or data.target is not set, the slices are too small for the discriminators, or
+            run.select needs labels that the target does not have.
         DataError: a dataset is missing, damaged, or does not fit the other one.
     """
     for key, value in (("data.source", config.data.source), ("data.target", config.data.target)):
@@ -95,6 +97,7 @@ def load_domains(config: Config) -> tuple[Domains, list[str]]:
     source_folder, target_folder = Path(config.data.source).absolute(), Path(config.data.target).absolute()
     domains = Domains(load_manifest(source_folder), load_manifest(target_folder), source_folder, target_folder)
     warnings = check_pair(domains.source, domains.target)
+    _check_size(config, domains.source.size)
     held_out = domains.target.split("val")
     if config.run.select == "oracle" and not (held_out and all(case.labelled for case in held_out)):
         raise ConfigError(
@@ -108,6 +111,22 @@ def load_domains(config: Config) -> tuple[Domains, list[str]]:
             "be chosen: there will be the last one and the end of each phase"
         )
     return domains, warnings
+
+
+def _check_size(config: Config, size: tuple[int, int]) -> None:
+    if not isinstance(config.method, DiscriminatorConfig) or not _reads_target(config):
+        return
+    smallest = DISCRIMINATORS[config.method.discriminator].minimum_size
+    if min(size) < smallest:
+        raise ConfigError(
+            f"method.discriminator={config.method.discriminator} needs slices of at least {smallest} x {smallest} "
+            f"pixels, these datasets have {size[0]} x {size[1]}; prepare both with a larger --size"
+        )
+
+
+def _reads_target(config: Config) -> bool:
+    """Whether a phase trains on the target's slices too."""
+    return any(reads_target(name) for name, _ in config.schedule)
 
 
 def model_description(config: Config, domains: Domains) -> dict[str, Any]:
@@ -142,7 +161,6 @@ def open_data(config: Config, domains: Domains) -> TrainingData:
         return open_slices(folder, split, labels=labels, in_memory=config.data.in_memory)
 
     supervised = config.data.labelled == TARGET_DOMAIN
-    adapts = any(reads_target(name) for name, _ in config.schedule)
     validation: dict[str, Slices] = {}
     for domain, manifest, folder in (
         (SOURCE_DOMAIN, domains.source, domains.source_folder),
@@ -154,7 +172,7 @@ def open_data(config: Config, domains: Domains) -> TrainingData:
     return TrainingData(
         classes=domains.classes,
         labelled=opened(domains.target_folder if supervised else domains.source_folder, "train", True),
-        unlabelled=opened(domains.target_folder, "train", False) if adapts else None,
+        unlabelled=opened(domains.target_folder, "train", False) if _reads_target(config) else None,
         validation=validation,
     )
 

@@ -185,6 +185,17 @@ def test_selection_by_labels_that_the_target_does_not_have(command: Command, tmp
     assert "run.select=oracle needs labels" in only_sentence(error)
 
 
+def test_slices_too_small_for_the_discriminators(command: Command, tmp_path: Path) -> None:
+    for seed, modality in enumerate(("mr", "ct")):
+        make_dataset(tmp_path / modality, modality, seed=seed, size=(28, 40))
+    code, _, error = command(*tiny(tmp_path, tmp_path / "runs", "method.discriminator=fc"))
+    assert code == ConfigError.exit_code
+    assert "needs slices of at least 32 x 32 pixels, these datasets have 28 x 40" in only_sentence(error)
+    for setting in ("method.discriminator=patchgan", "phases.warm_up=0 phases.adaptation=0"):
+        config = train.config_from_arguments(tiny(tmp_path, tmp_path / "runs", *setting.split()))
+        assert launch.load_domains(config)[0].source.size == (28, 40)
+
+
 def test_pretrained_weights_that_do_not_fit(command: Command, tmp_path: Path, pair: Path) -> None:
     file = tmp_path / "weights.pth"
     code, _, error = command(*tiny(pair, tmp_path / "runs", f"network.pretrained={file}"))
