@@ -160,7 +160,11 @@ def find_images(inputs: Sequence[Path], pattern: str | None) -> tuple[list[Path]
         if not given.is_dir():
             images.append(given)
             continue
-        files = sorted(path for path in given.iterdir() if path.is_file() and not path.name.startswith("."))
+        try:
+            files = sorted(path for path in given.iterdir() if path.is_file() and not path.name.startswith("."))
+        except OSError as refusal:
+            failed.append(Prediction(given, error=f"{given} cannot be read ({refusal.strerror}); check its permissions"))
+            continue
         found = [path for path in files if _is_image(path.name, pattern)]
         images += found
         if not found and any(is_dicom(path) for path in files):
@@ -203,7 +207,7 @@ def _check_outputs(images: Sequence[Path], job: Job, classes: Sequence[str], ove
         raise ConfigError(f"{table} names other labels than this run; give another --out, or --overwrite to replace it")
     try:
         previous = json.loads((job.out / VOLUMES).read_bytes())["predictions"]
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
     except (OSError, ValueError, KeyError, TypeError):
         previous = None

@@ -84,17 +84,13 @@ def read_image(
         DataError: The file is damaged, no single volume of real numbers, lacks a usable geometry, holds a voxel that
             is not finite, or has one intensity throughout.
     """
-    path = Path(path)
-    stored = read_stored(path, max_voxels)
-    shape, notices = _volume_shape(path, stored)
-    affine, spacing = _geometry(path, stored.header, shape, assume_spacing_mm, notices)
-    slope, intercept = _slope(path, stored.header, notices)
-    flat = np.empty(stored.voxels.size, dtype=np.float32)
+    opened = _open(Path(path), assume_spacing_mm, max_voxels)
+    flat = np.empty(opened.stored.voxels.size, dtype=np.float32)
     low, high, broken, first = math.inf, -math.inf, 0, -1
     for start in range(0, flat.size, _PIECE):
         piece = flat[start : start + _PIECE]
         with np.errstate(over="ignore", invalid="ignore"):
-            piece[:] = _scaled(stored.voxels[start : start + _PIECE], slope, intercept)
+            piece[:] = opened.values(start)
         finite = np.isfinite(piece)
         if not finite.all():
             first = start + int(np.argmin(finite)) if broken == 0 else first
@@ -104,15 +100,14 @@ def read_image(
     if broken:
         raise DataError(
             f"{path} has {broken} voxels that are NaN, infinite or beyond single precision, the first at index "
-            f"{_index(first, shape)}; expected finite intensities, export it again or set these voxels"
+            f"{opened.index(first)}; expected finite intensities, export it again or set these voxels"
         )
     if low == high:
         raise DataError(
             f"{path} has the intensity {low:g} in every voxel, so it shows nothing and cannot be "
             f"normalised; leave it out"
         )
-    array = flat.reshape(shape, order="F")
-    return Volume(array, affine, spacing, path, stored.sha256, stored.header, tuple(notices))
+    return opened.volume(flat)
 
 
 def read_label(
@@ -135,15 +130,11 @@ def read_label(
         DataError: As `read_image`, save that one id throughout is allowed; or an id is further than 0.001 from a whole
             number or beyond 32 bits.
     """
-    path = Path(path)
-    stored = read_stored(path, max_voxels)
-    shape, notices = _volume_shape(path, stored)
-    affine, spacing = _geometry(path, stored.header, shape, assume_spacing_mm, notices)
-    slope, intercept = _slope(path, stored.header, notices)
-    flat = np.empty(stored.voxels.size, dtype=np.int32)
+    opened = _open(Path(path), assume_spacing_mm, max_voxels)
+    flat = np.empty(opened.stored.voxels.size, dtype=np.int32)
     wrong, first, example = 0, -1, 0.0
     for start in range(0, flat.size, _PIECE):
-        values = _scaled(stored.voxels[start : start + _PIECE], slope, intercept).astype(np.float64)
+        values = opened.values(start).astype(np.float64)
         whole, good = whole_ids(values)
         if not good.all():
             if wrong == 0:
@@ -156,20 +147,47 @@ def read_label(
     if wrong:
         raise DataError(
             f"{path} has {wrong} voxels whose label is no whole number of 32 bits, the first is {example:g} at index "
-            f"{_index(first, shape)}; expected label ids, perhaps the map was interpolated or is an image"
+            f"{opened.index(first)}; expected label ids, perhaps the map was interpolated or is an image"
         )
-    array = flat.reshape(shape, order="F")
-    return Volume(array, affine, spacing, path, stored.sha256, stored.header, tuple(notices))
+    return opened.volume(flat)
 
 
-def _scaled(raw: npt.NDArray[Any], slope: float, intercept: float) -> npt.NDArray[Any]:
-    if slope == 1.0 and intercept == 0.0:
-        return raw
-    return raw.astype(np.float64) * slope + intercept
+@dataclass(frozen=True)
+class _Opened:
+    """A file whose header has been found good, its voxels still as stored."""
+
+    path: Path
+    stored: StoredVolume
+    shape: tuple[int, int, int]
+    affine: npt.NDArray[np.float64]
+    spacing_mm: tuple[float, float, float]
+    slope: float
+    intercept: float
+    notices: tuple[str, ...]
+
+    def values(self, start: int) -> npt.NDArray[Any]:
+        """The next `_PIECE` voxels from a position in the file on, slope and intercept applied."""
+        raw = self.stored.voxels[start : start + _PIECE]
+        if self.slope == 1.0 and self.intercept == 0.0:
+            return raw
+        return raw.astype(np.float64) * self.slope + self.intercept
+
+    def index(self, position: int) -> tuple[int, ...]:
+        return tuple(int(i) for i in np.unravel_index(position, self.shape, order="F"))
+
+    def volume(self, flat: npt.NDArray[Any]) -> Volume:
+        array = flat.reshape(self.shape, order="F")
+        return Volume(
+            array, self.affine, self.spacing_mm, self.path, self.stored.sha256, self.stored.header, self.notices
+        )
 
 
-def _index(position: int, shape: tuple[int, int, int]) -> tuple[int, ...]:
-    return tuple(int(i) for i in np.unravel_index(position, shape, order="F"))
+def _open(path: Path, assume_spacing_mm: tuple[float, float, float] | None, max_voxels: int) -> _Opened:
+    stored = read_stored(path, max_voxels)
+    shape, notices = _volume_shape(path, stored)
+    affine, spacing_mm = _geometry(path, stored.header, shape, assume_spacing_mm, notices)
+    slope, intercept = _slope(path, stored.header, notices)
+    return _Opened(path, stored, shape, affine, spacing_mm, slope, intercept, tuple(notices))
 
 
 def _volume_shape(path: Path, stored: StoredVolume) -> tuple[tuple[int, int, int], list[str]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import struct
 import zlib
 from collections.abc import Iterator
@@ -92,6 +93,8 @@ def read_stored(path: Path, max_voxels: int) -> StoredVolume:
         raise DataError(
             f"{path} is a folder, expected a .nii or .nii.gz file; convert a DICOM folder with 'dcm2niix -ba y' first"
         )
+    if not os.path.lexists(path):
+        raise DataError(f"{path}: there is no such file; check the path")
     if not name.endswith((".nii", ".nii.gz")):
         raise DataError(f"{path} ends in {path.suffix or 'nothing'!r}; expected .nii or .nii.gz, convert it first")
     try:

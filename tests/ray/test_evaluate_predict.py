@@ -23,7 +23,7 @@ from mpscl_ray import checkpoint, evaluate, predict
 from mpscl_ray.cluster_session import connect
 from mpscl_ray.data.schema import Manifest, Scaling, load_manifest, read_case, save_manifest, write_case
 from mpscl_ray.data.slices import Recipe, prepare_volume
-from mpscl_ray.errors import ConfigError, DataError
+from mpscl_ray.errors import ConfigError, DataError, StorageError
 from mpscl_ray.inference import load_segmenter
 from mpscl_ray.networks import DeepLabV2
 from mpscl_ray.panels import draw_phases
@@ -370,6 +370,8 @@ def test_predict_refuses_what_it_cannot_do(run: Path, tmp_path: Path, capsys: py
     write_image(tmp_path / "other" / "a.nii.gz", 1, oblique())
     with pytest.raises(ConfigError, match="same name"):
         predict.main([str(run), str(image), str(tmp_path / "other"), "--out", out])
+    with pytest.raises(StorageError, match="is a file where a folder is needed"):
+        predict.main([str(run), str(image), "--out", str(image), "--workers", "0"])
     assert not (tmp_path / "out").exists()
     (tmp_path / "dicom").mkdir()
     (tmp_path / "dicom" / "IM0001").write_bytes(b"\0" * 128 + b"DICM")

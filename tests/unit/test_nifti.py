@@ -220,7 +220,8 @@ def test_wrong_names_are_refused_with_the_right_one(tmp_path: Path) -> None:
 
 
 def test_missing_folder_pipe_and_link_to_itself_are_refused(tmp_path: Path) -> None:
-    assert "No such file" in refusal(tmp_path / "none.nii.gz")
+    assert "there is no such file" in refusal(tmp_path / "none.nii.gz")
+    assert "there is no such file" in refusal(tmp_path / "none")
     (tmp_path / "folder.nii").mkdir()
     assert "dcm2niix" in refusal(tmp_path / "folder.nii")
     (tmp_path / "loop.nii").symlink_to(tmp_path / "loop.nii")
