@@ -15,7 +15,8 @@ from typing import Any
 
 from mpscl_ray import __version__
 from mpscl_ray.cluster_session import connect
-from mpscl_ray.data.schema import SPLITS, Case, Manifest, load_manifest, read_case
+from mpscl_ray.data.schema import SPLITS, Case, Manifest, Scaling, load_manifest, read_case
+from mpscl_ray.data.slices import unscale
 from mpscl_ray.durable_files import storage_errors, write_atomically
 from mpscl_ray.errors import DataError
 from mpscl_ray.inference import (
@@ -160,8 +161,19 @@ def evaluate_checkpoint(
     parts = [weights.name, split] if domain is model.domains["target"] else [weights.name, manifest.modality, split]
     parts += ["largest_component"] * largest_component + ["released_protocol"] * released_protocol
     options = _Options(
-        Path(run).absolute(), weights, weights.stamp(), folder, device, largest_component, released_protocol
+        run=Path(run).absolute(),
+        weights=weights,
+        stamp=weights.stamp(),
+        dataset=folder,
+        device=device,
+        scaling=manifest.scaling,
+        domain=domain,
+        largest_component=largest_component,
+        released_protocol=released_protocol,
     )
+    place = out or RunFolder(Path(run)).results / "_".join(parts)
+    with storage_errors(place):  # before the work, not after it
+        place.mkdir(parents=True, exist_ok=True)
     scores = _score(predictor, options, cases, workers, progress)
     evaluation = Evaluation(
         name="_".join(parts),
@@ -179,7 +191,7 @@ def evaluate_checkpoint(
         summary=summarise(scores),
         notices=tuple(notices),
     )
-    _write(evaluation, out or RunFolder(Path(run)).results / evaluation.name)
+    _write(evaluation, place)
     return evaluation
 
 
@@ -241,8 +253,8 @@ def _dataset_notices(manifest: Manifest, domain: Domain | None, cases: list[Case
         low, high = manifest.scaling.low, manifest.scaling.high
         if (low, high) != (domain.low, domain.high):
             notices.append(
-                f"the dataset is scaled by the range {low:g} to {high:g}, the run's {domain.modality} by "
-                f"{domain.low:g} to {domain.high:g}; prepare it with --range {domain.low:g},{domain.high:g}"
+                f"the dataset is scaled by the range {low:g} to {high:g}; its slices were brought to {domain.low:g} to "
+                f"{domain.high:g}, by which the run's {domain.modality} is scaled"
             )
         if own and domain.fingerprint not in (None, manifest.fingerprint):
             notices.append("the dataset was prepared anew since the run used it")
@@ -261,6 +273,10 @@ class _Options:
     stamp: int
     dataset: Path
     device: str | None
+    scaling: Scaling
+    """Of the dataset."""
+    domain: Domain | None
+    """How the run prepared this modality; None where it does not know it."""
     largest_component: bool
     released_protocol: bool
 
@@ -290,7 +306,10 @@ def _score(
 
 def _score_case(predictor: Predictor, options: _Options, case: Case) -> list[StructureScore]:
     arrays = read_case(options.dataset, case)
-    labels = predictor.predict_slices(arrays["image"])
+    slices, low, high = arrays["image"], options.scaling.low, options.scaling.high
+    if options.domain is not None and (low, high) != (options.domain.low, options.domain.high):
+        slices = options.domain.scale(unscale(slices, low, high))
+    labels = predictor.predict_slices(slices)
     if options.largest_component:
         labels = keep_largest_component(labels, len(predictor.classes))
     if options.released_protocol:

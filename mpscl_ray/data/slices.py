@@ -39,6 +39,7 @@ __all__ = [
     "restore_labels",
     "restore_most_probable",
     "scale",
+    "unscale",
 ]
 
 Orientation = Literal["canonical", "stored"]
@@ -375,6 +376,11 @@ def scale(image: npt.NDArray[np.float32], low: float, high: float) -> npt.NDArra
             f"the intensity range is {low:g} to {high:g}; expected two finite numbers, the lower one first"
         )
     return ((image - np.float32(low)) * np.float32(2.0 / (high - low)) - np.float32(1.0)).astype(np.float32, copy=False)
+
+
+def unscale(image: npt.NDArray[np.float32], low: float, high: float) -> npt.NDArray[np.float32]:
+    """Inverse of `scale`."""
+    return (image + np.float32(1)) * np.float32((high - low) / 2) + np.float32(low)
 
 
 def intensity_range(image: npt.NDArray[np.float32]) -> tuple[float, float]:

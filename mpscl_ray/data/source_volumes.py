@@ -20,7 +20,7 @@ from mpscl_ray.data.label_table import LabelTable
 from mpscl_ray.data.nifti import check_same_geometry, map_labels, phi_fields, read_image, read_label
 from mpscl_ray.data.released_slices import Flip, ReleasedSlices, read_released
 from mpscl_ray.data.schema import Case, Scaling, write_case
-from mpscl_ray.data.slices import Recipe, intensity_range, prepare_volume, scale
+from mpscl_ray.data.slices import Recipe, intensity_range, prepare_volume, scale, unscale
 from mpscl_ray.data.source_cases import SourceCase
 from mpscl_ray.durable_files import storage_errors
 from mpscl_ray.errors import DataError, StorageError
@@ -120,7 +120,7 @@ def finish_case(staged: Staged, scaling: Scaling, classes: Sequence[str], folder
         ) from None
     if staged.scaled_by != (scaling.low, scaling.high):
         if staged.scaled_by is not None:
-            image = _unscaled(image, *staged.scaled_by)
+            image = unscale(image, *staged.scaled_by)
         image = scale(image, scaling.low, scaling.high)
     label = np.load(request.label_file, allow_pickle=False) if staged.class_voxels is not None else None
     with storage_errors(folder, needed=image.nbytes):
@@ -142,11 +142,6 @@ def finish_case(staged: Staged, scaling: Scaling, classes: Sequence[str], folder
     request.image_file.unlink()
     request.label_file.unlink(missing_ok=True)
     return case
-
-
-def _unscaled(image: NDArray[np.float32], low: float, high: float) -> NDArray[np.float32]:
-    """Inverse of ``scale``."""
-    return (image + np.float32(1)) * np.float32((high - low) / 2) + np.float32(low)
 
 
 def _content_hash(image: NDArray[np.float32]) -> str:
@@ -345,7 +340,7 @@ def _stage_slices(request: Request, settings: Settings) -> Staged | list[str]:
         request=request,
         shape=(depth, height, width),
         class_voxels=_class_voxels(label, settings.table),
-        intensity_range=intensity_range(image if scaled_by is None else _unscaled(image, *scaled_by)),
+        intensity_range=intensity_range(image if scaled_by is None else unscale(image, *scaled_by)),
         scaled_by=scaled_by,
         content_sha256=content,
         geometry={},

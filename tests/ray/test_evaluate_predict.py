@@ -25,6 +25,7 @@ from mpscl_ray.data.schema import Manifest, Scaling, load_manifest, read_case, s
 from mpscl_ray.data.slices import Recipe, prepare_volume
 from mpscl_ray.errors import ConfigError, DataError, StorageError
 from mpscl_ray.inference import load_segmenter
+from mpscl_ray.metrics import volume_scores
 from mpscl_ray.networks import DeepLabV2
 from mpscl_ray.panels import draw_phases
 from mpscl_ray.run_folder import RunFolder
@@ -265,6 +266,15 @@ def test_what_cannot_be_evaluated_is_refused(run: Path, tmp_path: Path) -> None:
     rescaled = write_dataset(tmp_path / "rescaled", "ct", scaling=Scaling(-2.0, 4.0, "estimated"))
     done = evaluate.evaluate_checkpoint(run, data=rescaled, out=tmp_path / "out", workers=0, progress=False)
     assert any("scaled by the range -2 to 4" in notice for notice in done.notices)
+    case = next(case for case in load_manifest(rescaled).split("test") if case.labelled)
+    arrays = read_case(rescaled, case)
+    as_trained = (2 * ((arrays["image"] + 1) * 3 - 2 + 2) / 5 - 1).astype(np.float32)
+    labels = load_segmenter(run).predict_slices(as_trained)
+    expected = volume_scores(labels, arrays["label"], CLASSES, SPACING)
+    assert [score.dice for score in done.scores[case.id]] == pytest.approx([score.dice for score in expected], abs=0.01)
+    assert (labels != load_segmenter(run).predict_slices(arrays["image"])).mean() > 0.05
+    with pytest.raises(StorageError):
+        evaluate.main([str(run), "--out", "/dev/null/x"])
 
 
 def write_image(path: Path, seed: int, affine: np.ndarray) -> np.ndarray:
