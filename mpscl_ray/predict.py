@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import json
+import math
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -140,7 +141,9 @@ def _spacing(text: str) -> tuple[float, float, float]:
     try:
         x, y, z = (float(part) for part in text.split(","))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not three sizes in mm, such as 1,1,5") from None
+        x = y = z = math.nan
+    if not all(0 < size < math.inf for size in (x, y, z)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not three sizes in mm above 0, such as 1,1,5")
     return x, y, z
 
 
@@ -163,7 +166,9 @@ def find_images(inputs: Sequence[Path], pattern: str | None) -> tuple[list[Path]
         try:
             files = sorted(path for path in given.iterdir() if path.is_file() and not path.name.startswith("."))
         except OSError as refusal:
-            failed.append(Prediction(given, error=f"{given} cannot be read ({refusal.strerror}); check its permissions"))
+            failed.append(
+                Prediction(given, error=f"{given} cannot be read ({refusal.strerror}); check its permissions")
+            )
             continue
         found = [path for path in files if _is_image(path.name, pattern)]
         images += found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from mpscl_ray.data.nifti import Volume, colour, phi_fields, read_image, write_itksnap_labels, write_label_map
+from mpscl_ray.data.nifti import Volume, colour, read_image, write_itksnap_labels
+from mpscl_ray.data.nifti_output import write_label_map, write_values
 from mpscl_ray.data.slices import Geometry, prepare_volume, restore_labels, restore_most_probable
 from mpscl_ray.durable_files import write_atomically
 from mpscl_ray.errors import ConfigError, DataError
@@ -195,34 +195,6 @@ def preview(
     first, last = (used[0], used[-1]) if used.size else (0, len(labels) - 1)
     chosen = np.unique(np.linspace(first, last, _PREVIEW_SLICES + 2).round().astype(int)[1:-1])
     return panel(slices[chosen], {"prediction": labels[chosen]}, classes)
-
-
-def write_values(path: Path, values: npt.NDArray[np.generic], like: Volume, slope: float = 1.0) -> None:
-    """Write whole numbers in the geometry of an image, and nothing of the texts in its header.
-
-    Args:
-        path: ``.nii.gz``.
-        values: shape of the image's array, in a type that NIfTI has.
-        like: the image.
-        slope: what a stored number is multiplied by when it is read.
-
-    Raises:
-        StorageError: the file cannot be written; it appears whole or not at all.
-    """
-    header = like.header.copy()
-    for field in phi_fields(header):
-        if field in header:
-            header[field] = b""
-    header.extensions.clear()
-    header.set_data_shape(values.shape)
-    header.set_data_dtype(values.dtype)
-    header["scl_slope"], header["scl_inter"] = slope, 0.0
-    header["cal_min"], header["cal_max"] = 0.0, 0.0
-    header.set_intent("none")
-    header["vox_offset"] = header.single_vox_offset
-    stored = values.astype(values.dtype.newbyteorder(header.endianness))
-    content = header.binaryblock + b"\0\0\0\0" + stored.tobytes(order="F")
-    write_atomically(path, gzip.compress(content, compresslevel=6, mtime=0))
 
 
 def output_ids(model: Model, domain: Domain) -> dict[str, int]:

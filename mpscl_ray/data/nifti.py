@@ -1,10 +1,8 @@
-"""Images and label maps from NIfTI files, refused in one sentence where they cannot be trusted; label maps to files."""
+"""Images and label maps from NIfTI files, refused in one sentence where they cannot be trusted."""
 
 from __future__ import annotations
 
-import gzip
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,6 @@ from nibabel.spatialimages import HeaderDataError
 from mpscl_ray.data.geometry import orientation_letters, voxel_sizes
 from mpscl_ray.data.label_maps import COLOURS, colour, map_labels, whole_ids, write_itksnap_labels
 from mpscl_ray.data.nifti_file import StoredVolume, read_stored
-from mpscl_ray.durable_files import write_atomically
 from mpscl_ray.errors import DataError
 
 __all__ = [
@@ -29,7 +26,6 @@ __all__ = [
     "read_image",
     "read_label",
     "write_itksnap_labels",
-    "write_label_map",
 ]
 
 _PIECE = 1 << 22
@@ -38,11 +34,6 @@ _LARGEST_POSITION = 1e9
 _MM_PER_UNIT = {1: 1000.0, 3: 0.001}
 """NIfTI codes of metres and micrometres."""
 _TEXT_FIELDS = ("descrip", "db_name", "aux_file", "intent_name", "data_type", "unused_str")
-_GEOMETRY_FIELDS = (
-    *("dim", "pixdim", "xyzt_units", "qform_code", "sform_code"),
-    *("quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z"),
-    *("srow_x", "srow_y", "srow_z"),
-)
 
 
 @dataclass(frozen=True)
@@ -364,41 +355,3 @@ def phi_fields(header: Any) -> dict[str, str]:
     for number, extension in enumerate(header.extensions, start=1):
         found[f"extension {number}"] = f"code {extension.get_code()}, {len(extension.get_content())} bytes"
     return found
-
-
-def write_label_map(path: Path, labels: npt.NDArray[np.uint8], like: Volume, classes: Sequence[str]) -> None:
-    """Write class indices as a label map in the geometry of an image, and nothing of its texts.
-
-    Affine, sform and qform with their codes, voxel sizes, units and shape are those of the file that was read. Nothing
-    else is taken over: names of patients hide in text fields and extensions. The file appears whole or not at all.
-
-    Args:
-        path: ``.nii.gz`` or ``.nii``.
-        labels: Class indices in the shape of the image's array.
-        like: The image that was segmented.
-        classes: Names by class index, background first.
-
-    Raises:
-        DataError: The labels have another shape than the image, or an index that is none of the classes.
-        StorageError: The file cannot be written.
-    """
-    if labels.shape != like.array.shape:
-        raise DataError(
-            f"labels of shape {labels.shape} are not those of {like.path}, which has {like.array.shape} voxels"
-        )
-    if int(labels.max(initial=0)) >= len(classes):
-        raise DataError(
-            f"label {int(labels.max())} for {like.path} is none of the {len(classes)} classes {', '.join(classes)}"
-        )
-    header = type(like.header)(endianness="<")
-    for field in _GEOMETRY_FIELDS:
-        header[field] = like.header[field]
-    header.set_data_dtype(np.uint8)
-    header["scl_slope"], header["scl_inter"] = 1.0, 0.0
-    header["cal_min"], header["cal_max"] = 0.0, float(len(classes) - 1)
-    header.set_intent("label")
-    header["vox_offset"] = header.single_vox_offset
-    content = header.binaryblock + b"\0\0\0\0" + np.asarray(labels, dtype=np.uint8).tobytes(order="F")
-    if path.name.lower().endswith(".gz"):
-        content = gzip.compress(content, compresslevel=6, mtime=0)
-    write_atomically(path, content)

@@ -20,7 +20,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset(
         "config config_schema checkpoint checkpoint_format durable_files environment run_folder metrics_log progress "
         "plots interruption inference score_table prediction panels data.schema data.agreement data.dataset_checks "
-        "data.nifti data.nifti_file data.file_listing data.label_maps data.label_table data.layouts "
+        "data.nifti data.nifti_file data.nifti_output data.file_listing data.label_maps data.label_table data.layouts "
         "data.source_cases data.slice_layouts data.volume_layouts "
         "data.chosen data.reading data.released_slices data.source_volumes data.splits data.stream data.tfrecord "
         "data.phantom_files cli".split()

@@ -26,8 +26,8 @@ from mpscl_ray.data.nifti import (
     read_image,
     read_label,
     write_itksnap_labels,
-    write_label_map,
 )
+from mpscl_ray.data.nifti_output import write_label_map
 from mpscl_ray.errors import ConfigError, DataError, StorageError
 
 SHAPE = (5, 4, 3)

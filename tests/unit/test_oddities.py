@@ -8,7 +8,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from mpscl_ray.data.nifti import check_same_geometry, map_labels, phi_fields, read_image, read_label, write_label_map
+from mpscl_ray.data.nifti import check_same_geometry, map_labels, phi_fields, read_image, read_label
+from mpscl_ray.data.nifti_output import write_label_map
 from mpscl_ray.data.slices import Recipe, label_centre, label_free_centre, prepare_volume, restore_labels
 from mpscl_ray.errors import DataError
 
