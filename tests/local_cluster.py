@@ -66,6 +66,17 @@ class LocalCluster:
         self.script("down")
         shutil.rmtree(self.folder, ignore_errors=True)
 
+    def running(self, node: int) -> bool:
+        """Whether any process of a node lives."""
+        mark = f"MPSCL_CLUSTER_NODE={self.folder}/{node}".encode()
+        for process in Path("/proc").glob("[0-9]*/environ"):
+            try:
+                if mark in process.read_bytes().split(b"\0"):
+                    return True
+            except OSError:
+                continue  # ended meanwhile
+        return False
+
     @property
     def address(self) -> str:
         """Where commands join it."""

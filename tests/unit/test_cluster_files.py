@@ -1,0 +1,323 @@
+"""The files in cluster/: valid by the validators of those who read them, locked, and what they name exists."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import ray.dashboard.modules.metrics.dashboards as ray_dashboards
+import yaml
+from ray.autoscaler._private.util import prepare_config, validate_config
+
+from mpscl_ray import __version__, monitoring
+from mpscl_ray.config import load_config
+from mpscl_ray.worker import STOP_FILE
+
+ROOT = Path(__file__).resolve().parents[2]
+CLUSTER = ROOT / "cluster"
+DOCKERFILE = CLUSTER / "Dockerfile"
+SCRIPTS = sorted([CLUSTER / "local" / "cluster.sh", CLUSTER / "slurm" / "train.sbatch"])
+YAML_FILES = sorted(CLUSTER.rglob("*.yaml"))
+PATIENCE_S = 60
+
+
+def read(name: str) -> dict[str, Any]:
+    return dict(yaml.safe_load((CLUSTER / name).read_text()))
+
+
+def pods(cluster: dict[str, Any]) -> list[dict[str, Any]]:
+    """Pod templates of a RayCluster's spec."""
+    return [cluster["headGroupSpec"]["template"], *(group["template"] for group in cluster["workerGroupSpecs"])]
+
+
+def cluster_spec(name: str) -> dict[str, Any]:
+    spec = read(name)["spec"]
+    return dict(spec.get("rayClusterSpec", spec))
+
+
+RAY_FILES = ("kubernetes/rayjob.yaml", "kubernetes/raycluster.yaml")
+RAY_UP_FILES = ("ray-up/on-premise.yaml", "ray-up/aws.yaml")
+
+# -------------------------------------------------------------------------------------------------- valid
+
+
+def closed(schema: Any) -> Any:
+    """The schema with keys that it does not name refused: the API server would drop them silently."""
+    if isinstance(schema, list):
+        return [closed(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    part = {key: closed(value) for key, value in schema.items()}
+    if isinstance(part.get("properties"), dict) and part.get("type") == "object":
+        part.setdefault("additionalProperties", False)
+    return part
+
+
+@pytest.fixture(scope="module")
+def schema() -> dict[str, Any]:
+    return dict(closed(json.loads((ROOT / "tests" / "schemas" / "rayjob-v1.schema.json").read_text())))
+
+
+def check(document: dict[str, Any], schema: dict[str, Any]) -> None:
+    """Validate a RayJob, or a RayCluster, whose spec is a part of it."""
+    if document["kind"] == "RayCluster":
+        spec = schema["properties"]["spec"]["properties"]["rayClusterSpec"]
+        schema = {**schema, "properties": {**schema["properties"], "spec": spec}}
+    jsonschema.Draft202012Validator(schema).validate(document)
+
+
+def test_every_yaml_is_one_of_those_tested_here() -> None:
+    tested = {*RAY_FILES, *RAY_UP_FILES, "kubernetes/network-policy.yaml", "kubernetes/volume.yaml"}
+    tested |= {"monitoring/prometheus.yaml", "monitoring/prometheus-kubernetes.yaml", "runtime_env.yaml"}
+    assert {str(file.relative_to(CLUSTER)) for file in YAML_FILES} == tested
+    for file in YAML_FILES:
+        assert yaml.safe_load(file.read_text())
+
+
+@pytest.mark.parametrize("name", RAY_FILES)
+def test_kuberay_files_fit_its_schema(name: str, schema: dict[str, Any]) -> None:
+    check(read(name), schema)
+    document = read(name)
+    document["spec"].get("rayClusterSpec", document["spec"])["headGroupSpec"]["template"]["spec"]["volume"] = []
+    with pytest.raises(jsonschema.ValidationError, match="'volume' was unexpected"):
+        check(document, schema)
+
+
+@pytest.mark.parametrize("name", RAY_UP_FILES)
+def test_ray_up_files_pass_the_validator_of_ray(name: str) -> None:
+    validate_config(prepare_config(read(name)))
+    with pytest.raises(jsonschema.ValidationError, match="maximum_workers"):
+        validate_config(prepare_config(read(name) | {"maximum_workers": 2}))
+
+
+def test_the_dockerfile_and_the_scripts_are_clean() -> None:
+    for command in (["hadolint", str(DOCKERFILE)], ["shellcheck", *map(str, SCRIPTS)]):
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+    for script in SCRIPTS:
+        subprocess.run(["bash", "-n", str(script)], check=True)
+        assert script.stat().st_mode & stat.S_IXUSR or script.suffix == ".sbatch"
+
+
+def test_what_the_files_name_exists() -> None:
+    text = DOCKERFILE.read_text()
+    for sources in re.findall(r"^COPY (.+) \S+$", text, re.MULTILINE):
+        for source in sources.split():
+            assert (ROOT / source).exists(), source
+            assert f"!{source}" in (CLUSTER / "Dockerfile.dockerignore").read_text().splitlines()
+    for name in (*RAY_FILES, *RAY_UP_FILES):
+        assert f"/mpscl_ray:{__version__}" in (CLUSTER / name).read_text()
+    constraints = (ROOT / "constraints.txt").read_text()
+    for name in RAY_FILES:
+        assert f"ray=={cluster_spec(name)['rayVersion']}\n" in constraints
+    _, _, _, preset, *overrides = read("kubernetes/rayjob.yaml")["spec"]["entrypoint"].split()
+    assert load_config(preset, overrides).scaling.workers == 2
+    claims = {
+        volume["persistentVolumeClaim"]["claimName"]
+        for name in RAY_FILES
+        for pod in pods(cluster_spec(name))
+        for volume in pod["spec"]["volumes"]
+        if "persistentVolumeClaim" in volume
+    }
+    assert claims == {read("kubernetes/volume.yaml")["metadata"]["name"]}
+
+
+# -------------------------------------------------------------------------------------------------- locked
+
+
+@pytest.mark.parametrize("name", RAY_FILES)
+def test_pods_are_guarded_by_a_token_and_run_without_rights(name: str) -> None:
+    spec = cluster_spec(name)
+    assert spec["authOptions"]["mode"] == "token"
+    for pod in pods(spec):
+        assert pod["spec"]["securityContext"]["runAsNonRoot"] is True
+        (container,) = pod["spec"]["containers"]
+        assert container["securityContext"] == {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+        assert {"name": "RAY_USAGE_STATS_ENABLED", "value": "0"} in container["env"]
+        assert not any("token" in entry["name"].lower() for entry in container["env"])
+
+
+def test_the_network_policy_is_that_of_the_pods() -> None:
+    policy = read("kubernetes/network-policy.yaml")["spec"]
+    assert set(policy["policyTypes"]) == {"Ingress", "Egress"}
+    selected = policy["podSelector"]["matchLabels"]
+    ports = set()
+    for name in RAY_FILES:
+        for pod in pods(cluster_spec(name)):
+            assert pod["metadata"]["labels"].items() >= selected.items()
+            ports |= {port["containerPort"] for port in pod["spec"]["containers"][0]["ports"]}
+    assert all(rule.get("from") for rule in policy["ingress"]), "from anywhere"
+    let_in = {port["port"] for rule in policy["ingress"] for port in rule.get("ports", [])}
+    assert let_in == {8265, 8080}
+    assert let_in <= ports
+    submitter = read("kubernetes/rayjob.yaml")["spec"]["submitterPodTemplate"]["metadata"]["labels"]
+    assert {"podSelector": {"matchLabels": submitter}} in policy["ingress"][1]["from"]
+
+
+@pytest.mark.parametrize("name", RAY_UP_FILES)
+def test_every_node_of_ray_up_is_started_with_the_token(name: str) -> None:
+    config = read(name)
+    assert config["file_mounts"] == {"/home/ray/.ray/auth_token": "~/.ray/auth_token"}
+    for commands in (config["head_start_ray_commands"], config["worker_start_ray_commands"]):
+        (start,) = [command for command in commands if "ray start" in command]
+        assert "RAY_AUTH_MODE=token" in start
+        assert "--disable-usage-stats" in start
+    assert "--dashboard-host=127.0.0.1" in " ".join(config["head_start_ray_commands"])
+
+
+def test_the_image_has_no_root_no_token_and_no_telemetry() -> None:
+    text = DOCKERFILE.read_text()
+    assert re.findall(r"^USER (.+)$", text, re.MULTILINE) == ["1000:1000"]
+    assert "RAY_AUTH_MODE=token" in text
+    assert "RAY_USAGE_STATS_ENABLED=0" in text
+    assert "RAY_AUTH_TOKEN" not in text
+    assert re.search(r"^ARG BASE=python:\d+\.\d+\.\d+-slim-\w+$", text, re.MULTILINE), "pinned to the patch release"
+    assert "-c /opt/mpscl_ray/constraints.txt" in text
+    assert read("runtime_env.yaml")["env_vars"]["RAY_USAGE_STATS_ENABLED"] == "0"
+
+
+# -------------------------------------------------------------------------------------------------- Slurm
+
+FAKES = {
+    "scontrol": """echo "scontrol $*" >>"$LOG"; [ "$1" = show ] && printf 'node-a\\nnode-b\\n' || true""",
+    "srun": """while [[ $1 == --* ]]; do shift; done; exec "$@" """,
+    "ray": """
+echo "ray $*" >>"$LOG"
+stat -c 'token %a %s' "$RAY_AUTH_TOKEN_PATH" >>"$LOG"
+while [ "$1" != -- ]; do shift; done
+shift
+"$@"
+""",
+    "python": """
+echo "python $*" >>"$LOG"
+echo "joins $RAY_ADDRESS in mode $RAY_AUTH_MODE" >>"$LOG"
+if [ -z "$ENDLESS" ]; then exit "$CODE"; fi
+echo trains >>"$LOG"
+while [ ! -e "$MPSCL_STORAGE/mr2ct/stop-requested" ]; do sleep 0.05; done
+exit 130
+""",
+}
+
+
+@pytest.fixture
+def slurm(tmp_path: Path) -> dict[str, str]:
+    """An environment in which the batch file believes to run on two nodes."""
+    (tmp_path / "bin").mkdir()
+    for name, text in FAKES.items():
+        file = tmp_path / "bin" / name
+        file.write_text(f"#!/usr/bin/env bash\n{text}\n")
+        file.chmod(0o755)
+    (tmp_path / "runs" / "mr2ct").mkdir(parents=True)
+    return {
+        "PATH": f"{tmp_path / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "HOME": str(tmp_path),
+        "LOG": str(tmp_path / "log"),
+        "MPSCL_STORAGE": str(tmp_path / "runs"),
+        "SLURM_JOB_ID": "412345",
+        "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_JOB_NODELIST": "node-[a-b]",
+        "SLURM_GPUS_ON_NODE": "2",
+        "SLURM_CPUS_PER_TASK": "32",
+        "CODE": "0",
+        "ENDLESS": "",
+    }
+
+
+BATCH = ["bash", str(CLUSTER / "slurm" / "train.sbatch")]
+
+
+@pytest.mark.parametrize("code", [0, 6])
+def test_the_batch_file_starts_ray_once_a_node_and_ends_as_the_training(slurm: dict[str, str], code: int) -> None:
+    done = subprocess.run(BATCH, env={**slurm, "CODE": str(code)}, timeout=PATIENCE_S)
+    assert done.returncode == code
+    log = Path(slurm["LOG"]).read_text().splitlines()
+    assert log[0] == "scontrol show hostnames node-[a-b]"
+    assert log[1].startswith(
+        "ray symmetric-run --address node-a:22345 --min-nodes 2 --disable-usage-stats --num-cpus 32"
+    )
+    assert log[2] == "token 600 65"
+    words = log[3].split()
+    assert words[:3] == ["python", "-m", "mpscl_ray.train"]
+    config = load_config(words[3], words[4:])
+    assert (config.scaling.workers, config.run.storage) == (4, slurm["MPSCL_STORAGE"])
+    assert log[4:] == ["joins node-a:22345 in mode token"], "and no requeue"
+    assert not list(Path(slurm["HOME"]).glob(".ray/*")), "the token is gone"
+
+
+def test_a_job_whose_time_is_up_asks_for_a_checkpoint_and_is_queued_again(slurm: dict[str, str]) -> None:
+    log = Path(slurm["LOG"])
+    batch = subprocess.Popen(BATCH, env={**slurm, "ENDLESS": "1"})
+    deadline = time.monotonic() + PATIENCE_S
+    while not (log.exists() and "trains" in log.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    batch.send_signal(signal.SIGTERM)
+    assert batch.wait(PATIENCE_S) == 130
+    assert (Path(slurm["MPSCL_STORAGE"]) / "mr2ct" / STOP_FILE).exists()
+    assert log.read_text().splitlines()[-1] == "scontrol requeue 412345"
+
+
+# ---------------------------------------------------------------------------------------------- monitoring
+
+
+def expressions() -> list[str]:
+    dashboard = json.loads((CLUSTER / "monitoring" / "grafana-dashboard.json").read_text())
+    return [target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", [])]
+
+
+def test_every_metric_of_the_dashboard_is_exported_by_the_code_or_by_ray() -> None:
+    ours = {f"ray_{name}{'_total' * (name == 'mpscl_restarts')}" for name in monitoring.TAGS}
+    rays = "".join(file.read_text() for file in Path(ray_dashboards.__path__[0]).glob("*_panels.py"))
+    named = set()
+    for expression in expressions():
+        bare = re.sub(r"\{[^}]*\}|by \([^)]*\)", "", expression)
+        found = set(re.findall(r"\bray_\w+", bare))
+        assert found, expression
+        named |= found
+        for name, labels in re.findall(r"ray_(mpscl_\w+?)(?:_total)?\{([^}]*)\}", expression):
+            assert set(re.findall(r"(\w+)=", labels)) <= {"run", *monitoring.TAGS[name]}
+    for name in named - ours:
+        assert re.search(rf"\b{name}\b", rays), name
+    assert ours <= named, "none is forgotten"
+
+
+def test_the_metrics_are_documented_with_their_tags() -> None:
+    for text in (str(monitoring.__doc__), (CLUSTER / "README.md").read_text()):
+        for name, tags in monitoring.TAGS.items():
+            (line,) = [line for line in text.splitlines() if re.match(rf"\W*{name}(_total)?\b", line)]
+            for tag in tags:
+                assert re.search(rf"\b{tag}\b", line), line
+
+
+def test_readings_of_a_record() -> None:
+    record = {
+        "global_step": 12,
+        "phase": "adaptation",
+        "iteration": 3,
+        "iterations": 4,
+        "train/loss_contrastive_target": 0.5,
+        "train/discriminator_accuracy_main": 0.75,
+        "train/non_finite": 0,
+        "val/dice/wall": 0.25,
+        "val/dice/ventricle": float("nan"),
+        "val/source/dice/mean": 0.125,
+        "val/entropy": 2.0,
+    }
+    assert sorted(monitoring.readings(record), key=str) == [
+        ("mpscl_dice", {"domain": "source", "structure": "mean"}, 0.125),
+        ("mpscl_dice", {"domain": "target", "structure": "wall"}, 0.25),
+        ("mpscl_discriminator_accuracy", {"head": "main"}, 0.75),
+        ("mpscl_entropy", {"domain": "target"}, 2.0),
+        ("mpscl_loss", {"loss": "contrastive_target"}, 0.5),
+        ("mpscl_phase_progress", {"phase": "adaptation"}, 0.75),
+        ("mpscl_step", {}, 12.0),
+    ]
