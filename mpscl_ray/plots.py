@@ -94,8 +94,8 @@ def panel(
             raise ValueError(f"the label map {title!r} has shape {labels.shape}, the images have {images.shape}")
         if labels.min() < 0 or labels.max() >= len(classes):
             raise ValueError(f"the label map {title!r} has values up to {labels.max()} for {len(classes)} classes")
-    grey = _grey(images)
-    columns = [grey, *(_overlay(grey, labels) for labels in label_maps.values())]
+    grey = grey_slices(images)
+    columns = [grey, *(overlay(grey, labels) for labels in label_maps.values())]
     scale = max(1, round(_TILE / max(images.shape[1:])))
     columns = [column.repeat(scale, axis=1).repeat(scale, axis=2) for column in columns]
     count, height, width = columns[0].shape[:3]
@@ -159,14 +159,15 @@ def _curves(axes: Axes, records: Sequence[Record], tags: Sequence[str], prefix: 
         axes.text(0.5, 0.5, "nothing measured yet", transform=axes.transAxes, ha="center", color=_GREY)
 
 
-def _grey(images: NDArray[np.floating[Any]]) -> NDArray[np.uint8]:
-    """(N, H, W) intensities as (N, H, W, 3) grey."""
+def grey_slices(images: NDArray[np.floating[Any]]) -> NDArray[np.uint8]:
+    """(N, H, W) intensities as (N, H, W, 3) grey, which runs from the 1st to the 99th percentile of all of them."""
     low, high = np.percentile(images, (1, 99))
     scaled = np.clip((images - low) / max(float(high - low), 1e-12), 0, 1)
     return np.repeat((255 * scaled).round().astype(np.uint8)[..., None], 3, axis=-1)
 
 
-def _overlay(grey: NDArray[np.uint8], labels: NDArray[np.integer[Any]]) -> NDArray[np.uint8]:
+def overlay(grey: NDArray[np.uint8], labels: NDArray[np.integer[Any]]) -> NDArray[np.uint8]:
+    """Grey slices (N, H, W, 3) under the colours of a label map (N, H, W); class 0 is left clear."""
     colours = np.array([(0, 0, 0), *(colour(index) for index in range(1, int(labels.max()) + 1))])
     mixed = (1 - _OPACITY) * grey + _OPACITY * colours[labels]
     return np.where(labels[..., None] > 0, mixed.round(), grey).astype(np.uint8)

@@ -25,10 +25,11 @@ LAYERS: tuple[frozenset[str], ...] = (
         "data.chosen data.reading data.released_slices data.source_volumes data.splits data.stream data.tfrecord "
         "data.phantom_files cli".split()
     ),
-    frozenset("validation systems feature_record construction pace training training_data fork".split()),
+    frozenset("validation systems feature_record construction pace training training_data fork figures titles".split()),
     frozenset(
         "cluster_session parallel data.pipeline prepare prepare_options prepare_plan phantom_dataset monitoring "
-        "worker launch trial train evaluation evaluate predict".split()
+        "worker launch trial train evaluation evaluate predict report report_groups report_page report_runs "
+        "report_sections compare comparison_cells comparison_run comparison_table published_scores".split()
     ),
 )
 ONLY_THESE_IMPORT_RAY = LAYERS[-1]
