@@ -175,7 +175,7 @@ def test_entropy_and_loss_of_the_shown_case(data: Path, margin: Path) -> None:
     entropy = torch.special.entr(probabilities).sum(1) / math.log(3)
     assert look.segmented.entropy == pytest.approx(entropy.numpy(), abs=1e-5)
     assert (look.segmented.labels == probabilities.argmax(1).numpy()).all()
-    labels = torch.from_numpy(arrays["label"]).long()
+    labels = torch.tensor(arrays["label"].astype(np.int64))
     sums = weighted_cross_entropy(probabilities.log(), labels, class_counts(labels, 3))
     assert look.cross_entropy == pytest.approx(float(sums.numerator / sums.denominator), rel=1e-5)
     assert look.step == 12
