@@ -26,7 +26,7 @@ from mpscl_ray.progress import ProgressLine
 from mpscl_ray.run_folder import RunFolder
 from mpscl_ray.training import Outcome, newest_checkpoint
 from mpscl_ray.training_data import TrainingData
-from mpscl_ray.worker import NOTICES_FILE
+from mpscl_ray.worker import NOTICES_FILE, STOP_FILE
 
 MAY_CHANGE = (
     "scaling",
@@ -213,7 +213,8 @@ def _train_and_evaluate(config: Config, folder: RunFolder) -> None:
         raise TrainingError(_non_finite(config, folder, outcome))
     place = f"iteration {outcome.iteration} of the phase {outcome.phase}"
     if outcome.state == "interrupted":
-        raise Interrupted(f"stopped by {interruption.signal_name} at {place}, a checkpoint is written")
+        asked = interruption.signal_name or f"the file {STOP_FILE} in the run folder"
+        raise Interrupted(f"stopped by {asked} at {place}, a checkpoint is written")
     if interruption.requested:
         raise Interrupted(f"stopped by {interruption.signal_name} between training, which is done, and its evaluation")
     with _signals_end("during the evaluation"):

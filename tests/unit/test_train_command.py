@@ -341,6 +341,9 @@ class Trained:
         checkpoint.save(self.folder.checkpoints / "step-0000012", {"phase": "adaptation"})
         self.folder.append_metrics({"global_step": 12, "phase": "adaptation", "iteration": 4, "iterations": 4})
 
+    def request_stop(self) -> None:
+        pass
+
     def watch(self, look: Callable[[], None]) -> Outcome:
         look()
         return self.outcome
@@ -383,6 +386,42 @@ def test_a_stop_that_came_too_late_for_training_is_not_forgotten(
     code, text, _ = command(*tiny(pair, tmp_path))
     assert code == 130
     assert "stopped by SIGTERM between training, which is done, and its evaluation" in text
+
+
+@pytest.mark.usefixtures("pretend_ray")
+def test_a_stopped_run_is_resumable_before_its_checkpoint_is_written(
+    command: Command, pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, object] = {}
+
+    def watch(self: Trained, look: Callable[[], None]) -> Outcome:
+        os.kill(os.getpid(), signal.SIGTERM)
+        look()
+        seen.update(self.folder.read_status())  # whoever stops it may kill it now
+        return Outcome("interrupted", "adaptation", 3, 11)
+
+    monkeypatch.setattr(Trained, "watch", watch)
+    assert command(*tiny(pair, tmp_path))[0] == 130
+    assert (seen["state"], seen["exit_code"], seen["global_step"]) == ("interrupted", 130, 12)
+    assert seen["reason"] == "stopped by SIGTERM; goes on from the last complete checkpoint"
+
+
+@pytest.mark.usefixtures("pretend_ray")
+def test_a_file_in_the_run_folder_stops_a_run_too(
+    command: Command, pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Trained, "outcome", Outcome("interrupted", "adaptation", 3, 11))
+    code, text, _ = command(*tiny(pair, tmp_path))
+    assert code == 130
+    assert "stopped by the file stop-requested in the run folder at iteration 3 of the phase adaptation" in text
+
+
+@pytest.mark.usefixtures("pretend_ray")
+def test_results_in_the_working_directory_of_a_job_are_warned_of(command: Command, pair: Path, tmp_path: Path) -> None:
+    assert "warning" not in command(*tiny(pair, tmp_path))[1]
+    code, text, _ = command(*tiny(pair, tmp_path / "_ray_pkg_0123456789abcdef"))
+    assert code == 0
+    assert "lies in the working directory of this job, which Ray deletes after it" in text
 
 
 @pytest.mark.usefixtures("pretend_ray")
@@ -459,7 +498,9 @@ def test_causes_name_the_worker_that_died_not_those_that_noticed() -> None:
     died = ray.exceptions.ActorDiedError()
     noticed = RuntimeError("Connection closed by peer")
     assert launch._causes({0: noticed, 1: died}) == "worker 1 was lost: its process died"
-    assert launch._causes({0: noticed}) == "worker 0 failed: Connection closed by peer"
+    gone = "worker 0 reached another worker no more: its process or its node was lost"
+    assert launch._causes({0: noticed}) == gone
+    assert launch._causes({0: RuntimeError("of its own")}) == "worker 0 failed: of its own"
 
 
 def test_workers_that_fail_too_often_end_the_run_with_their_causes(pair: Path, tmp_path: Path) -> None:
