@@ -50,6 +50,7 @@ __all__ = [
     "config_from_dict",
     "describe_keys",
     "differences",
+    "field_docs",
     "load_config",
     "preset_names",
     "to_dict",
@@ -292,7 +293,7 @@ def _documented_keys() -> list[tuple[str, Any, str]]:
     found: dict[str, tuple[str, Any, str]] = {}
     for kind in METHOD_CONFIGS.values():
         for key, (owner, item), _ in _leaves(Config, kind):
-            found.setdefault(key, (key, _default(item), _docs(owner).get(item.name, "")))
+            found.setdefault(key, (key, _default(item), field_docs(owner).get(item.name, "")))
     found.setdefault("method.name", ("method.name", "mpscl", f"The method: {', '.join(METHOD_CONFIGS)}."))
     return sorted(found.values(), key=lambda entry: _SECTIONS.index(entry[0].partition(".")[0]))
 
@@ -317,7 +318,7 @@ def _default(item: Any) -> Any:
 
 
 @functools.cache
-def _docs(kind: type) -> dict[str, str]:
+def field_docs(kind: type) -> dict[str, str]:
     """Meaning of each field of a dataclass, inherited ones too: the string below it."""
     docs: dict[str, str] = {}
     for owner in reversed(kind.__mro__[:-1]):

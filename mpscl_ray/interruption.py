@@ -5,8 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Self
+
+from mpscl_ray.errors import Interrupted
 
 EXIT_CODE = 130
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -67,6 +71,25 @@ class Interruption:
             os._exit(EXIT_CODE)
         self.request(name)
         _say(f"\n{name}: finishing this step and writing a checkpoint; once more to leave at once\n")
+
+
+@contextmanager
+def signals_end(when: str) -> Iterator[None]:
+    """Inside the block Ctrl-C and SIGTERM end the command at once, but in order: nothing has to be saved.
+
+    Raises:
+        Interrupted: where one comes; says ``when``.
+    """
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise Interrupted(f"stopped by {signal.Signals(number).name} {when}")
+
+    previous = {number: signal.signal(number, end) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def _say(text: str) -> None:

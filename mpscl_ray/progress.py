@@ -12,6 +12,7 @@ val/source/dice/... and mean     the same on the source
 val/entropy, val/source/entropy  mean self-information of the predictions
 val/loss_cross_entropy           weighted cross-entropy on the target's validation slices, where they are labelled
 val/source/loss_cross_entropy    the same on the source
+val/label_free/*                 criteria of the target's predictions, larger is better (mpscl_ray.label_free)
 val/selection                    the score that decides which checkpoint is the best
 speed/images_per_s               training images of both domains per second, all workers
 speed/data_wait_fraction         share of the time that the step waits for data
@@ -26,7 +27,7 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TextIO
@@ -214,6 +215,18 @@ class TensorBoard:
         for tag, value in record.items():
             if "/" in tag and not math.isnan(float(value)):
                 self._add(record["global_step"], summary=summary.scalar(tag, float(value)))
+        self._flush()
+
+    def hyperparameters(self, settings: Mapping[str, Any], metrics: Sequence[str]) -> None:
+        """Write what the HParams tab of TensorBoard compares runs by.
+
+        Args:
+            settings: Value of each setting.
+            metrics: Tags of the scalars that are shown beside them.
+        """
+        plain = {key: value if isinstance(value, (bool, int, float)) else str(value) for key, value in settings.items()}
+        for part in summary.hparams(plain, dict.fromkeys(metrics, 0.0)):
+            self._add(0, summary=part)
         self._flush()
 
     def panel(self, global_step: int, name: str, image: NDArray[np.uint8]) -> None:

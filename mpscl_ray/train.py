@@ -5,12 +5,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import shlex
-import signal
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from mpscl_ray import checkpoint, cli, launch, phantom_dataset
@@ -20,7 +17,7 @@ from mpscl_ray.config_schema import reads_target
 from mpscl_ray.construction import build_segmenter, load_start_weights
 from mpscl_ray.errors import ConfigError, Interrupted, MpsclError, TrainingError
 from mpscl_ray.evaluate import PHASES_TABLE, evaluate_phases
-from mpscl_ray.interruption import SIGNALS, Interruption
+from mpscl_ray.interruption import Interruption, signals_end
 from mpscl_ray.panels import draw_phases
 from mpscl_ray.progress import ProgressLine
 from mpscl_ray.run_folder import RunFolder
@@ -132,7 +129,7 @@ def train(config: Config, command: list[str], *, dashboard: bool = False, allow_
         folder.write_environment(words)
         folder.write_status("running", resume_command=resume)
         try:
-            with _signals_end("before training began"):
+            with signals_end("before training began"):
                 _check_before_ray(config, folder)
                 # Ray's start replaces the handler of SIGTERM by one that raises SystemExit.
                 with connect(dashboard=dashboard):
@@ -169,21 +166,6 @@ def _place(folder: RunFolder) -> dict[str, Any]:
     return {key: records[-1][key] for key in ("phase", "iteration", "global_step")} if records else {}
 
 
-@contextmanager
-def _signals_end(when: str) -> Iterator[None]:
-    """Inside the block Ctrl-C and SIGTERM end the command at once, but in order: nothing has to be saved."""
-
-    def end(number: int, frame: FrameType | None) -> None:
-        raise Interrupted(f"stopped by {signal.Signals(number).name} {when}")
-
-    previous = {number: signal.signal(number, end) for number in SIGNALS}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
 def _check_before_ray(config: Config, folder: RunFolder) -> None:
     """Find what is wrong with datasets, checkpoints and pretrained weights while it takes a second, not a minute."""
     found, _ = newest_checkpoint(folder)
@@ -198,7 +180,7 @@ def _wants_phantom(config: Config) -> bool:
 
 
 def _train_and_evaluate(config: Config, folder: RunFolder) -> None:
-    with _signals_end("before training began"):
+    with signals_end("before training began"):
         use_gpu = launch.check_cluster(config)
         config = phantom_dataset.resolve(config)
         domains, warnings = _read_domains(config, folder)
@@ -217,7 +199,7 @@ def _train_and_evaluate(config: Config, folder: RunFolder) -> None:
         raise Interrupted(f"stopped by {asked} at {place}, a checkpoint is written")
     if interruption.requested:
         raise Interrupted(f"stopped by {interruption.signal_name} between training, which is done, and its evaluation")
-    with _signals_end("during the evaluation"):
+    with signals_end("during the evaluation"):
         phases = [name for name, _ in config.schedule]
         evaluate_phases(folder.path, phases)
         draw_phases(folder.path, phases)

@@ -33,7 +33,7 @@ from mpscl_ray.methods.base import Batch, Method
 from mpscl_ray.pace import Clock, StopLooks
 from mpscl_ray.run_folder import RunFolder
 from mpscl_ray.training_data import TrainingData, open_streams, training_slices
-from mpscl_ray.validation import Validation, selection_score, validate
+from mpscl_ray.validation import Validation, selection_score, target_criteria, validate
 
 PANEL_SLICES = 4
 """Slices in the panel of image, prediction and label."""
@@ -275,6 +275,10 @@ class _Training:
                 record[f"{prefix}/dice/mean"] = result.mean_dice
                 record[f"{prefix}/loss_cross_entropy"] = result.cross_entropy
             record[f"{prefix}/entropy"] = result.entropy
+        record |= {
+            f"val/label_free/{name}": value
+            for name, value in target_criteria(results, self.config.data.labelled).items()
+        }
         self._look_at_features(name, method)
         if self.rank == 0 and TARGET_DOMAIN in self.data.validation:
             self._show_panel(method, self.data.validation[TARGET_DOMAIN])

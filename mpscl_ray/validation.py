@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mpscl_ray import distributed
+from mpscl_ray import distributed, label_free
 from mpscl_ray.data import TARGET_DOMAIN
 from mpscl_ray.data.stream import Slices, tensors
 
@@ -25,11 +25,17 @@ class Validation:
         dice: mean over volumes per foreground structure, in [0, 1]; empty for a domain without labels. A volume that
             has a structure neither in the label nor in the prediction does not count for it.
         entropy: mean over pixels of the prediction's entropy over log C, in [0, 1]. Needs no labels.
+        predicted: (C,), mean probability of each class over all pixels, on the CPU.
+        labelled: (C,), share of each class among labelled pixels; None for a domain without labels.
+        criteria: by name, of :mod:`mpscl_ray.label_free`; larger is better. They need no labels.
         cross_entropy: weighted as in training, with the class counts of all validation pixels; NaN without labels.
     """
 
     dice: dict[str, float]
     entropy: float
+    predicted: Tensor
+    labelled: Tensor | None
+    criteria: dict[str, float]
     cross_entropy: float = math.nan
 
     @property
@@ -61,31 +67,55 @@ def validate(
     num_classes = len(classes)
     # Overlap, predicted and true pixels.
     sums = torch.zeros(len(slices.files.cases), num_classes, 3, dtype=torch.float64, device=device)
-    entropy = torch.zeros(2, dtype=torch.float64, device=device)  # sum, pixels
+    totals = torch.zeros(4, dtype=torch.float64, device=device)  # entropy, pixels, density, volumes
+    moments = torch.zeros(num_classes, num_classes, dtype=torch.float64, device=device)
     information = torch.zeros(num_classes, 2, dtype=torch.float64, device=device)  # sum of -log p_y, pixels, by class y
     rank, world_size = distributed.rank(), distributed.world_size()
     own = range(rank, len(slices.files.cases), world_size)
     for index, (_, arrays) in zip(own, slices.volumes(rank, world_size), strict=True):
         volume = tensors(arrays)
+        stride = math.ceil(volume["image"].numel() / label_free.NEIGHBOURS)
+        neighbours = []
         for start in range(0, len(volume["image"]), batch_size):
             images = volume["image"][start : start + batch_size].to(device)
             probabilities = predict(images).double()
-            entropy[0] += torch.special.entr(probabilities).sum() / math.log(num_classes)
-            entropy[1] += images.numel()
+            totals[0] += torch.special.entr(probabilities).sum() / math.log(num_classes)
+            totals[1] += images.numel()
+            pixels = probabilities.movedim(1, -1).reshape(-1, num_classes)
+            moments += pixels.T @ pixels
+            # Every stride-th pixel of the volume, however it is cut into batches.
+            neighbours.append(pixels[-(start * images[0].numel()) % stride :: stride])
             if "label" in volume:
                 labels = volume["label"][start : start + batch_size].to(device)
                 pairs = (labels * num_classes + probabilities.argmax(1)).flatten()
                 confusion = torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes)
                 sums[index] += torch.stack([confusion.diag(), confusion.sum(0), confusion.sum(1)], dim=1)
                 information += _information(probabilities, labels)
-    sums, entropy, information = distributed.all_reduce_sums(sums, entropy, information)
+        totals[2] += label_free.neighbourhood_density(torch.cat(neighbours))
+        totals[3] += 1
+    sums, totals, moments, information = distributed.all_reduce_sums(sums, totals, moments, information)
+    moments = moments.cpu() / float(totals[1])
     dice: dict[str, float] = {}
     cross_entropy = math.nan
     if slices.files.labels:
         per_case = 2 * sums[..., 0] / (sums[..., 1] + sums[..., 2])  # 0/0 = NaN where a structure is nowhere
         dice = dict(zip(classes[1:], torch.nanmean(per_case, dim=0)[1:].tolist(), strict=True))
         cross_entropy = weighted_mean(information)
-    return Validation(dice, float(entropy[0] / entropy[1]), cross_entropy)
+    entropy = float(totals[0] / totals[1])
+    predicted = moments.sum(dim=1)  # Probabilities of a pixel sum to one, so rows of p p^T sum to p.
+    pixels_of_class = sums[..., 2].sum(dim=0).cpu()
+    return Validation(
+        dice,
+        entropy,
+        predicted,
+        pixels_of_class / pixels_of_class.sum() if slices.files.labels else None,
+        {
+            "information": label_free.information(predicted, entropy),
+            "nuclear_norm": label_free.nuclear_norm(moments),
+            "neighbourhood_density": float(totals[2] / totals[3]),
+        },
+        cross_entropy,
+    )
 
 
 def _information(probabilities: Tensor, labels: Tensor) -> Tensor:
@@ -110,6 +140,25 @@ def weighted_mean(information: Tensor) -> float:
     if (pixels * weights).sum() == 0:
         weights = torch.ones_like(weights)
     return float((weights * loss).sum() / (weights * pixels).sum())
+
+
+def target_criteria(results: Mapping[str, Validation], labelled: str) -> dict[str, float]:
+    """Label-free criteria of the target's validation volumes; larger is better.
+
+    Args:
+        results: by domain.
+        labelled: domain whose labels are trained on; only its labels are looked at.
+
+    Returns:
+        By name; {} where the target has no validation volumes.
+    """
+    target, own = results.get(TARGET_DOMAIN), results.get(labelled)
+    if target is None:
+        return {}
+    criteria = {"confidence": 1 - target.entropy, **target.criteria}
+    if own is not None and own.labelled is not None:
+        criteria["class_ratio_agreement"] = label_free.class_ratio_agreement(own.labelled, target.predicted)
+    return criteria
 
 
 def selection_score(results: Mapping[str, Validation], select: str, labelled: str) -> float | None:

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).resolve().parents[2] / "mpscl_ray"
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"errors", "__init__", "data.__init__"}),
     frozenset(
-        "networks losses prototypes pseudo_labels metrics data.order data.geometry data.slices data.phantom "
+        "networks losses label_free prototypes pseudo_labels metrics data.order data.geometry data.slices data.phantom "
         "data.phantom_shapes data.phantom_imaging data.augment".split()
     ),
     frozenset({"distributed"}),

@@ -21,7 +21,7 @@ from mpscl_ray.feature_record import FeatureRecord
 from mpscl_ray.losses import class_counts, weighted_cross_entropy
 from mpscl_ray.methods.base import Batch
 from mpscl_ray.run_folder import RunFolder
-from mpscl_ray.validation import Validation, selection_score, validate
+from mpscl_ray.validation import Validation, selection_score, target_criteria, validate
 from tests.tiny import CLASSES, SIZE, local_data, make_dataset, make_pair, tiny_config, train_in_processes
 
 CPU = torch.device("cpu")
@@ -548,12 +548,37 @@ def test_a_structure_that_is_nowhere_does_not_count(tmp_path: Path) -> None:
     assert found.mean_dice == 0
     assert found.entropy == 0
     assert math.isfinite(found.cross_entropy)
+    assert found.predicted.tolist() == [1, 0, 0]
+    assert found.labelled is not None
+    assert found.labelled.sum() == 1
+    assert found.criteria == pytest.approx({"information": 0, "nuclear_norm": 3**-0.5, "neighbourhood_density": 1})
 
 
+def test_criteria_of_the_target_look_at_no_label_of_it() -> None:
+    labels = [SCORES[key] for key in ("target", "unlabelled")]
+    one, other = (target_criteria({"source": SCORES["source"], "target": target}, "source") for target in labels)
+    assert one == other
+    divergence = 0.5 * math.log(2) - 0.25 * math.log(2)  # [.5 .25 .25] from [.25 .25 .5]
+    assert one == pytest.approx({"confidence": 0.9, "information": 0.5, "class_ratio_agreement": -divergence})
+    assert target_criteria({"source": SCORES["source"]}, "source") == {}
+
+
+def test_criteria_do_not_depend_on_how_volumes_are_cut_into_batches(tmp_path: Path) -> None:
+    slices = LocalSlices(make_dataset(tmp_path, "mr", slices=7), "val", labels=True)
+
+    def predict(images: torch.Tensor) -> torch.Tensor:
+        return torch.cat([images, -images, images**2], dim=1).double().softmax(dim=1)
+
+    one, other = (validate(predict, slices, CLASSES, size, CPU) for size in (2, 7))
+    assert one.criteria == pytest.approx(other.criteria, rel=1e-9)
+    assert 0 < one.criteria["information"] < one.criteria["neighbourhood_density"] < 1
+
+
+SHARES = torch.tensor([0.5, 0.25, 0.25], dtype=torch.float64)
 SCORES: dict[str, Validation] = {
-    "source": Validation({"ventricle": 0.6, "wall": 0.8}, 0.3),
-    "target": Validation({"ventricle": 0.2, "wall": 0.4}, 0.1),
-    "unlabelled": Validation({}, 0.1),
+    "source": Validation({"ventricle": 0.6, "wall": 0.8}, 0.3, SHARES, SHARES, {}),
+    "target": Validation({"ventricle": 0.2, "wall": 0.4}, 0.1, SHARES.flip(0), SHARES, {"information": 0.5}),
+    "unlabelled": Validation({}, 0.1, SHARES.flip(0), None, {"information": 0.5}),
 }
 
 

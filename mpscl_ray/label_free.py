@@ -1,0 +1,86 @@
+"""How well a segmenter predicts a domain without labels: criteria that need its predictions alone.
+
+All are better when larger. None is Dice: which of them orders settings as target Dice would has to be measured.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+NEIGHBOURS = 512
+"""Pixels of a volume that :func:`neighbourhood_density` compares with each other."""
+
+NEIGHBOUR_TEMPERATURE = 0.05
+"""tau of Saito et al. 2021."""
+
+
+def information(mean_prediction: Tensor, mean_entropy: float) -> float:
+    """Mutual information of pixel and class over log C: confident predictions of which no class has all pixels.
+
+    Args:
+        mean_prediction: (C,), mean probability of each class over all pixels.
+        mean_entropy: mean over pixels of the prediction's entropy over log C, in [0, 1].
+
+    Returns:
+        In [0, 1]; 0 where every pixel has the same prediction.
+
+    Source: Krause et al. 2010, "Discriminative clustering by regularized information maximization", Eq. (1).
+    """
+    marginal = float(torch.special.entr(mean_prediction).sum()) / math.log(len(mean_prediction))
+    return marginal - mean_entropy
+
+
+def nuclear_norm(second_moment: Tensor) -> float:
+    """Nuclear norm of the matrix of all predictions (N, C) over its largest value: confident and diverse at once.
+
+    Args:
+        second_moment: (C, C), mean over pixels of p p^T. Its eigenvalues are the squared singular values over N.
+
+    Returns:
+        In (0, 1]; 1 where the classes are certain and equally frequent.
+
+    Source: Cui et al. 2020, "Towards discriminability and diversity: batch nuclear-norm maximization", Eq. (9), over
+    the whole set instead of a batch.
+    """
+    return float(torch.linalg.eigvalsh(second_moment).clamp(min=0).sqrt().sum()) / math.sqrt(len(second_moment))
+
+
+def neighbourhood_density(predictions: Tensor, temperature: float = NEIGHBOUR_TEMPERATURE) -> float:
+    """Soft neighbourhood density: how many alike predictions each prediction has about it.
+
+    Args:
+        predictions: (N, C), probabilities of a sample of N > 2 pixels.
+        temperature: of the softmax over cosines.
+
+    Returns:
+        Mean entropy of each pixel's distribution over all other pixels, over log(N - 1), in [0, 1].
+
+    Source: Saito et al. 2021, "Tune it the right way: unsupervised validation of domain adaptation via soft
+    neighborhood density", Eqs. (1) to (3).
+    """
+    directions = F.normalize(predictions, dim=1)
+    similarity = directions @ directions.T / temperature
+    similarity.fill_diagonal_(-math.inf)
+    shares = similarity.softmax(dim=1)
+    return float(torch.special.entr(shares).sum(dim=1).mean()) / math.log(len(predictions) - 1)
+
+
+def class_ratio_agreement(expected: Tensor, mean_prediction: Tensor) -> float:
+    """Minus the Kullback-Leibler divergence of the classes' predicted shares of pixels from the expected ones.
+
+    Args:
+        expected: (C,), shares of the classes among labelled pixels of the other domain; sums to 1.
+        mean_prediction: (C,), mean probability of each class over all pixels; sums to 1.
+
+    Returns:
+        At most 0; 0 where all shares agree.
+
+    Source: Bateson et al. 2020, "Source-relaxed domain adaptation for image segmentation", Eq. (2), the class-ratio
+    prior, taken over a domain instead of a slice.
+    """
+    floor = torch.finfo(mean_prediction.dtype).tiny
+    return -float(torch.special.xlogy(expected, expected / mean_prediction.clamp(min=floor)).sum())

@@ -1,0 +1,1 @@
+"""Search for the settings of a method: spaces, trials, early stopping, and what a search leaves."""

@@ -1,0 +1,89 @@
+"""What trials are compared by, and how well that agrees with target Dice.
+
+``oracle`` is target validation Dice: whoever selects by it has used labels that adaptation is meant to do without. The
+others need none of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy.stats import rankdata
+
+ORACLE = "oracle"
+ORACLE_TAG = "val/dice/mean"
+
+CRITERIA: dict[str, str] = {
+    ORACLE: "mean Dice on the target's validation volumes; uses their labels",
+    "source_dice": "mean Dice on the source's validation volumes",
+    "source_dice_less_entropy": "source Dice less the entropy of the target's predictions",
+    "confidence": "one less the entropy of the target's predictions",
+    "information": "mutual information of pixel and class on the target (Krause et al. 2010)",
+    "nuclear_norm": "nuclear norm of the target's predictions (Cui et al. 2020)",
+    "neighbourhood_density": "soft neighbourhood density of the target's predictions (Saito et al. 2021)",
+    "class_ratio_agreement": "agreement of the classes' shares with the source's labels (Bateson et al. 2020)",
+}
+"""Meaning of each value of ``search.metric``; larger is better for all."""
+
+LABEL_FREE = "class_ratio_agreement"
+"""The label-free criterion that a search takes where the target has no validation labels."""
+
+
+def score(record: Mapping[str, Any], metric: str) -> float:
+    """Value of a criterion in a validation record of metrics.jsonl; NaN where the record lacks what it needs."""
+    if metric == ORACLE:
+        return _number(record, ORACLE_TAG)
+    source = _number(record, "val/source/dice/mean")
+    if metric == "source_dice":
+        return source
+    if metric == "source_dice_less_entropy":
+        return source - _number(record, "val/entropy")
+    return _number(record, f"val/label_free/{metric}")
+
+
+def _number(record: Mapping[str, Any], tag: str) -> float:
+    return float(record.get(tag, math.nan))
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How well a criterion stands in for target Dice over some trials.
+
+    Attributes:
+        correlation: Spearman's rank correlation with target Dice; NaN where either is the same for all trials.
+        regret: target Dice of the best trial less that of the one that the criterion picks.
+        trials: how many were compared.
+    """
+
+    correlation: float
+    regret: float
+    trials: int
+
+
+def agreement(records: Sequence[Mapping[str, Any]], metric: str) -> Agreement | None:
+    """Compare a criterion with target Dice over the last validation of each trial.
+
+    Args:
+        records: of trials that were trained equally long.
+        metric: a key of :data:`CRITERIA`.
+
+    Returns:
+        None where fewer than two trials have both values.
+    """
+    pairs = [(score(record, metric), score(record, ORACLE)) for record in records]
+    pairs = [pair for pair in pairs if all(map(math.isfinite, pair))]
+    if len(pairs) < 2:
+        return None
+    values, dice = np.array([value for value, _ in pairs]), np.array([dice for _, dice in pairs])
+    return Agreement(rank_correlation(values, dice), float(dice.max() - dice[values.argmax()]), len(pairs))
+
+
+def rank_correlation(one: Sequence[float] | np.ndarray, other: Sequence[float] | np.ndarray) -> float:
+    """Spearman's rho, ties with their mean rank; NaN where one side is constant."""
+    first, second = (rankdata(values) - (len(values) + 1) / 2 for values in (one, other))
+    scale = math.sqrt(float(first @ first) * float(second @ second))
+    return float(first @ second) / scale if scale else math.nan

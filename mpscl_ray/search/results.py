@@ -1,0 +1,156 @@
+"""The files that a search leaves when it is over, and what it prints."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict
+from typing import Any
+
+from mpscl_ray.durable_files import write_atomically
+from mpscl_ray.evaluate import evaluate_phases
+from mpscl_ray.evaluation import json_text, write_tables
+from mpscl_ray.score_table import Summary, format_table, summary_csv
+from mpscl_ray.search import figures
+from mpscl_ray.search.criteria import CRITERIA, ORACLE, score
+from mpscl_ray.search.ledger import Trial
+from mpscl_ray.search.outcome import (
+    Saving,
+    agreements,
+    agreements_text,
+    best_trial,
+    preset_text,
+    saving,
+    trials_csv,
+    trials_markdown,
+)
+from mpscl_ray.search.study import Study
+from mpscl_ray.search.terminal import short, short_key
+
+PRESET = "best.yaml"
+TEST_TABLE = "test.txt"
+"""Scores of the evaluated trials on the target's test volumes; ``test.md``, ``.csv`` and ``.json`` have the same."""
+
+
+def write_results(study: Study) -> None:
+    """Write the preset, tables and pictures of a search that is over, and evaluate what search.evaluate asks for."""
+    trials, keys, metric = _trials(study), study.space.keys, study.metric
+    best = best_trial(trials, metric)
+    results = study.folder.results
+    results.mkdir(exist_ok=True)
+    found = agreements(trials)
+    summary = {
+        "metric": metric,
+        "oracle": metric == ORACLE,
+        "best": None if best is None else best.number,
+        "settings": None if best is None else best.settings,
+        "score": None if best is None else score(best.last, metric),
+        "trials": {state: sum(t.state == state for t in trials) for state in ("finished", "stopped", "failed")},
+        "iterations": asdict(search_saving(study)),
+        "criteria": {name: {k: _plain(v) for k, v in asdict(value).items()} for name, value in found.items()},
+    }
+    write_tables(
+        results,
+        {
+            "trials.csv": trials_csv(trials, keys),
+            "trials.md": trials_markdown(trials, keys, metric),
+            "summary.json": json.dumps(summary, indent=1, allow_nan=False) + "\n",
+        },
+    )
+    rungs = study.rungs if study.space.search.early_stopping else []
+    figures.curves(trials, metric, rungs, best.number if best else None, results / "curves.png")
+    figures.parallel_coordinates(trials, study.space.distributions, metric, results / "parallel.png")
+    figures.effects(trials, study.space.distributions, metric, results / "effects.png")
+    if best is not None:
+        write_atomically(study.folder.path / PRESET, preset_text(study.space, best, metric).encode())
+    _evaluate(study, trials, best)
+
+
+def _plain(value: Any) -> Any:
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def _trials(study: Study) -> list[Trial]:
+    return [trial for _, trial in sorted(study.ledger.trials.items())]
+
+
+def search_saving(study: Study) -> Saving:
+    """Iterations of a search."""
+    schedule, common = study.resolved.schedule, sum(length for _, length in study.common)
+    own_before = sum(length for _, length in schedule[:-1]) - common
+    return saving(_trials(study), study.iterations, own_before, common)
+
+
+def _evaluate(study: Study, trials: list[Trial], best: Trial | None) -> None:
+    """Score trials that were trained in full on the target's test volumes."""
+    chosen = [trial for trial in trials if trial.state == "finished"]
+    if study.space.search.evaluate != "all":
+        chosen = [trial for trial in chosen if trial is best and study.space.search.evaluate == "best"]
+    rows: dict[str, Summary] = {}
+    for trial in chosen:
+        phases = [name for name, _ in study.trial_config(trial.settings, trial.number).schedule]
+        # The phases before the last are the same for all that share them, and only the best trial shows them.
+        done = evaluate_phases(
+            study.trial_folder(trial.number).path, phases if len(chosen) == 1 else phases[-1:], progress=False
+        )
+        for phase, evaluation in done.items():
+            label = phase.replace("_", " ") if phase != phases[-1] else _label(study, trial)
+            rows[label] = evaluation.summary
+    if rows:
+        volumes = next(iter(rows.values())).volumes
+        heading = f"{volumes} labelled volumes of the target; nothing was chosen by them"
+        write_tables(
+            study.folder.results,
+            {
+                TEST_TABLE: f"{heading}\n\n{format_table(rows)}\n",
+                "test.md": f"{heading}\n\n{format_table(rows, style='markdown')}\n",
+                "test.csv": summary_csv(rows),
+                "test.json": json_text({"rows": {label: row.to_json() for label, row in rows.items()}}),
+            },
+        )
+
+
+def _label(study: Study, trial: Trial) -> str:
+    """A trial by its settings, such as ``trial 2: margin_source = margin_target = 0.2``."""
+    parts = [
+        " = ".join([*map(short_key, entry.keys), short(trial.settings[entry.keys[0]])])
+        for entry in study.space.distributions
+    ]
+    return f"trial {trial.number}" if len(parts) > 3 else f"trial {trial.number}: {', '.join(parts)}"
+
+
+def print_results(study: Study) -> None:
+    """Tell what was found, how far it can be trusted, and what to do next."""
+    trials = _trials(study)
+    best = best_trial(trials, study.metric)
+    counts = {state: sum(trial.state == state for trial in trials) for state in ("finished", "stopped", "failed")}
+    print(
+        f"\n{len(trials)} trials: {counts['finished']} trained in full, {counts['stopped']} stopped early, "
+        f"{counts['failed']} failed; {search_saving(study).sentence()}"
+    )
+    for trial in trials:
+        if trial.state == "failed":
+            print(f"  trial {trial.number:03d} failed: {trial.reason}")
+    if best is not None:
+        own = f"{study.metric} {score(best.last, study.metric):.4f} ({CRITERIA[study.metric]})"
+        print(f"best: trial {best.number:03d}, {own}")
+        for key, value in best.settings.items():
+            print(f"  {key} = {short(value)}")
+    found = agreements(trials)
+    if found:
+        number = next(iter(found.values())).trials
+        print(f"\nlabel-free criteria against target Dice, {number} trials in full")
+        print(agreements_text(found, study.metric))
+    table = study.folder.results / TEST_TABLE
+    if table.exists():
+        print(f"\n{table.read_text(encoding='utf-8')}")
+    path = study.folder.path
+    print(f"\n{path} has tables and pictures (results/), TensorBoard events with HParams, and the trials. Next:")
+    if best is not None:
+        print(f"  python -m mpscl_ray.train {path / PRESET}          the best settings, trained anew")
+        if best.state == "finished":
+            run = study.trial_folder(best.number).path
+            print(
+                f"  python -m mpscl_ray.predict {run} IMAGE.nii.gz --out predictions          the best trial as it is"
+            )
+    print(f"  tensorboard --logdir {path / 'tensorboard'}")

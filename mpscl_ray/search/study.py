@@ -1,0 +1,423 @@
+"""A search on Ray Tune, from the shared beginning to the last trial; the ledger is what it goes by and leaves.
+
+Ray Tune is started anew for what is left to do, each time that a search is started: it keeps no state of its own that
+would have to be restored.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+from ray import tune
+from ray.tune import Callback
+from ray.tune.search import Searcher
+
+from mpscl_ray import launch
+from mpscl_ray.config import ADAPTATION, SOURCE_ONLY, WARM_UP, Config, config_from_dict, differences, to_dict
+from mpscl_ray.durable_files import write_atomically
+from mpscl_ray.errors import ConfigError
+from mpscl_ray.interruption import Interruption
+from mpscl_ray.progress import TensorBoard
+from mpscl_ray.run_folder import RunFolder
+from mpscl_ray.search.criteria import LABEL_FREE, ORACLE, score
+from mpscl_ray.search.draws import Draws, draws
+from mpscl_ray.search.early_stopping import EarlyStopping
+from mpscl_ray.search.ledger import End, Ledger, Trial
+from mpscl_ray.search.sharing import acts_from, shared_phases
+from mpscl_ray.search.space import NO_RESULT, Space
+from mpscl_ray.search.task import STOP_EARLY, STOP_SEARCH, Task, run_task
+from mpscl_ray.trial import Shared, release, run_trial, trial_folder
+
+LEDGER, TRIALS, SHARED_RUN, RAY_FOLDER = "ledger.jsonl", "trials", "shared", "ray"
+"""Names in the folder of a search."""
+
+TRIAL_MEMORY = 400 * 2**20
+"""Bytes of memory that the process beside a trial's workers asks for. It asks for no CPU: they have them all."""
+
+_TUNE_SETTINGS = {
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
+    "TUNE_GLOBAL_CHECKPOINT_S": "100000",
+    "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",
+}
+"""The ledger is what is kept, not Ray Tune's own files; the dashboard is to show the trainings."""
+
+_LOOK_S = 0.25
+_MIX_OF_PHASES = (SOURCE_ONLY, WARM_UP, ADAPTATION)
+
+
+def choose_metric(metric: str, domains: launch.Domains) -> str:
+    """What trials are compared by on these datasets.
+
+    Raises:
+        ConfigError: the target or the source has not the validation volumes or labels that the criterion needs.
+    """
+    target, source = domains.target.split("val"), domains.source.split("val")
+    labelled = bool(target) and all(case.labelled for case in target)
+    if metric == "auto":
+        metric = ORACLE if labelled else LABEL_FREE
+    if metric == ORACLE and not labelled:
+        raise ConfigError(
+            f"search.metric=oracle needs labels of all validation cases of the target {domains.target_folder}, and "
+            f"{sum(case.labelled for case in target)} of its {len(target)} have any; use search.metric={LABEL_FREE}"
+        )
+    if not metric.startswith("source_dice") and not target:
+        raise ConfigError(
+            f"search.metric={metric} needs validation cases of the target {domains.target_folder}, which has none; "
+            "prepare it with some, or use search.metric=source_dice"
+        )
+    if metric.startswith(("source_dice", "class_ratio")) and not (source and all(case.labelled for case in source)):
+        raise ConfigError(
+            f"search.metric={metric} needs labelled validation cases of the source {domains.source_folder}; prepare it "
+            "with some, or use search.metric=information"
+        )
+    return metric
+
+
+@dataclass
+class Study:
+    """A search that is being carried out.
+
+    Attributes:
+        space: what is searched; its base names the datasets as the user did.
+        resolved: the base with datasets that are folders.
+        folder: folder of the search.
+        shared: data and room, opened once.
+        metric: what trials are compared by.
+        ledger: what is known of the trials.
+        say: called with a sentence about what happens.
+    """
+
+    space: Space
+    resolved: Config
+    folder: RunFolder
+    shared: Shared
+    metric: str
+    ledger: Ledger
+    say: Callable[[str], None]
+
+    def __post_init__(self) -> None:
+        known = self.ledger.trials
+        self.draws: Draws = draws(self.space, known, {number: self.score(trial) for number, trial in known.items()})
+        self.started: dict[int, float] = {}
+        """Trials that run now, with the time at which they started."""
+        self.boards: dict[int, TensorBoard] = {}
+        self.changed = threading.Event()
+
+    @property
+    def iterations(self) -> int:
+        """Iterations of the last phase of a trial in full."""
+        return self.resolved.schedule[-1][1]
+
+    @property
+    def grace(self) -> int:
+        """First rung."""
+        return self.space.search.grace or max(1, self.iterations // 10)
+
+    @property
+    def rungs(self) -> list[float]:
+        """Iterations at which trials are compared."""
+        rung, found = float(self.grace), []
+        while rung < self.iterations:
+            found.append(rung)
+            rung *= self.space.search.reduction
+        return found
+
+    @property
+    def common(self) -> list[tuple[str, int]]:
+        """Phases that all trials share."""
+        return shared_phases(self.resolved, self.space.keys)
+
+    def score(self, trial: Trial) -> float | None:
+        """Last score of a trial; None before its first."""
+        return score(trial.last, self.metric) if trial.reports else None
+
+    def trial_config(self, settings: dict[str, Any], number: int) -> Config:
+        """Settings of a trial's run."""
+        config = dataclasses.replace(self.space, base=self.resolved).config(settings)
+        run = dataclasses.replace(config.run, name=f"{number:03d}", storage=str(self.folder.path / TRIALS))
+        return dataclasses.replace(config, run=run)
+
+    def trial_folder(self, number: int) -> RunFolder:
+        """Run folder of a trial."""
+        return trial_folder(self.folder.path / TRIALS, number)
+
+    # ---- the shared beginning ----
+
+    def train_shared(self, interruption: Interruption, given: RunFolder | None) -> RunFolder | None:
+        """Train the phases that all trials share, or check that a run which is given has them; None if there are none.
+
+        Raises:
+            ConfigError: the given run does not fit.
+            MpsclError: as training raises it.
+        """
+        common = self.common
+        if not common:
+            if given is not None:
+                raise ConfigError(
+                    f"--warm-up {given.path}: trials share no phase, because "
+                    f"{', '.join(k for k in self.space.keys if acts_from(k, self.resolved) == SOURCE_ONLY)} acts from "
+                    "the first one on; leave --warm-up out"
+                )
+            return None
+        if given is not None:
+            self._check_given(given)
+            return given
+        config = self._shared_config()
+        folder = RunFolder(self.folder.path / SHARED_RUN)
+        seen = 0
+
+        def look(training: launch.Launch) -> None:
+            nonlocal seen
+            if interruption.requested:
+                training.request_stop()
+            for record in folder.read_metrics() if folder.metrics_file.exists() else []:
+                if record["global_step"] > seen:
+                    seen = record["global_step"]
+                    phase = record["phase"].replace("_", " ")
+                    self.say(f"shared by all trials: {phase} {record['iteration']} of {record['iterations']}")
+
+        outcome = run_trial(config, folder, self.shared, look)
+        return folder if outcome.state == "finished" else None
+
+    def _shared_config(self) -> Config:
+        """Settings of the shared run: as many workers as the cluster has room for and can share the batch."""
+        names = [name for name, _ in self.common]
+        phases = {name: 0 for name in _MIX_OF_PHASES if name not in names}
+        config, batch = self.resolved, self.resolved.data.batch_size
+        room = self.shared.at_once * config.scaling.workers
+        workers = next(number for number in range(min(room, batch), 0, -1) if batch % number == 0)
+        return dataclasses.replace(
+            config,
+            run=dataclasses.replace(config.run, name=SHARED_RUN, storage=str(self.folder.path)),
+            phases=dataclasses.replace(config.phases, **phases),
+            scaling=dataclasses.replace(config.scaling, workers=workers),
+        )
+
+    def _check_given(self, run: RunFolder) -> None:
+        last = self.common[-1][0]
+        run.require()
+        if not (run.phases / last).is_dir():
+            raise ConfigError(f"--warm-up {run.path} has not finished the phase {last}, from which trials would go on")
+        theirs = config_from_dict(yaml.safe_load(run.read_config()), f"of the run {run.name}")
+        after = _MIX_OF_PHASES.index(last)
+        wrong = [
+            f"{key} is {one} there and {other} here"
+            for key, (one, other) in differences(theirs, self.resolved).items()
+            if (key == "run.seed" or not key.startswith(NO_RESULT))
+            and _MIX_OF_PHASES.index(acts_from(key, self.resolved)) <= after
+            and key not in self.space.keys
+        ]
+        model, own = run.read_model(), launch.model_description(self.resolved, self.shared.domains)
+        for domain in ("source", "target"):
+            if model[domain]["fingerprint"] != own[domain]["fingerprint"]:
+                wrong.append(f"the {domain} dataset is another one")
+        if wrong:
+            raise ConfigError(
+                f"--warm-up {run.path} is not the beginning of these trials: {'; '.join(wrong)}; give another run, or "
+                "leave --warm-up out to train it"
+            )
+
+    # ---- the trials ----
+
+    def settle(self) -> EarlyStopping:
+        """Complete what an interruption has left half done, and return the scheduler that knows all earlier reports."""
+        search = self.space.search
+        grace = self.grace if search.early_stopping else self.iterations
+        scheduler = EarlyStopping(self.iterations, grace, search.reduction, self._report, self._fell_behind)
+        for number, iteration in scheduler.replay(self.ledger, lambda values: score(values, self.metric)):
+            self._fell_behind(number, iteration)
+        for trial in list(self.ledger.trials.values()):
+            folder = self.trial_folder(trial.number)
+            release(folder)
+            if not trial.ended and (folder.path / STOP_EARLY).exists():
+                self._end(trial.number)
+        (self.folder.path / STOP_SEARCH).unlink(missing_ok=True)
+        return scheduler
+
+    def remaining(self) -> list[int]:
+        """Numbers of trials that have not ended, those that have begun first."""
+        return [
+            n for n in range(1, self.draws.total + 1) if n not in self.ledger.trials or not self.ledger.trials[n].ended
+        ]
+
+    def run(self, parent: RunFolder | None, interruption: Interruption, look: Callable[[], None]) -> None:
+        """Run all trials that are left; returns when none runs any more, all ended or the search interrupted."""
+        for name, value in _TUNE_SETTINGS.items():
+            os.environ.setdefault(name, value)
+        scheduler = self.settle()
+        remaining = self.remaining()
+        if not remaining:
+            return
+        storage = self.folder.path.absolute() / RAY_FOLDER
+        shutil.rmtree(storage, ignore_errors=True)
+        tuner = tune.Tuner(
+            tune.with_resources(tune.with_parameters(run_task, shared=self.shared), {"memory": TRIAL_MEMORY}),
+            tune_config=tune.TuneConfig(
+                search_alg=_Numbered(self, remaining, parent),
+                scheduler=scheduler,
+                num_samples=len(remaining),
+                max_concurrent_trials=self.shared.at_once,
+                reuse_actors=True,
+            ),
+            run_config=tune.RunConfig(
+                name="tune",
+                storage_path=str(storage),
+                callbacks=[_Endings(self)],
+                failure_config=tune.FailureConfig(max_failures=self.resolved.run.restarts),
+                verbose=0,
+            ),
+        )
+        failure: list[BaseException] = []
+
+        def fit() -> None:
+            try:
+                tuner.fit()
+            except BaseException as error:  # noqa: BLE001 - raised again in the main thread
+                failure.append(error)
+
+        # In a thread, so that the main one stays free for signals and for showing how far the search is.
+        thread = threading.Thread(target=fit, name="ray tune", daemon=True)
+        thread.start()
+        self.interrupted = False
+        while thread.is_alive():
+            if interruption.requested and not self.interrupted:
+                self.interrupted = True
+                (self.folder.path / STOP_SEARCH).touch()
+            look()
+            thread.join(_LOOK_S)
+        look()
+        for board in self.boards.values():
+            board.close()
+        shutil.rmtree(storage, ignore_errors=True)
+        for number in list(self.ledger.trials):
+            release(self.trial_folder(number))
+        if failure:
+            raise failure[0]
+
+    def next_task(self, number: int, parent: RunFolder | None) -> dict[str, Any] | None:
+        """Begin a trial, or go on with it; None where its settings do not go together, which is the end of it."""
+        trial = self.ledger.trials.get(number) or self.ledger.add(number, self.draws.settings(number))
+        try:
+            config = self.trial_config(trial.settings, number)
+        except ConfigError as error:
+            self._write_end(number, "failed", str(error))
+            return None
+        folder = self.trial_folder(number)
+        folder.path.mkdir(parents=True, exist_ok=True)
+        task = Task(
+            to_dict(config),
+            str(folder.path.absolute()),
+            str(self.folder.path.absolute()),
+            str(parent.path.absolute()) if parent is not None else None,
+            self.common[-1][0] if self.common else "",
+            self.metric,
+        )
+        return {"number": number, "task": task.to_text()}
+
+    def began(self, number: int) -> None:
+        """A trial's process runs."""
+        self.started.setdefault(number, time.monotonic())
+        if number not in self.boards:
+            trial = self.ledger.trials[number]
+            self.boards[number] = TensorBoard(self.folder.path / "tensorboard" / f"{number:03d}", notice=self.say)
+            self.boards[number].hyperparameters(trial.settings, ["search/score", "val/dice/mean"])
+
+    def _report(self, number: int, iteration: int, values: dict[str, float]) -> bool:
+        """Write a report into the ledger; False where it is there already."""
+        new = self.ledger.report(number, iteration, values)
+        if new:
+            value = score(values, self.metric)
+            self.boards[number].record({"global_step": iteration, "search/score": value, **values})
+            self.say(f"trial {number:03d} iteration {iteration}: {self.metric.replace('_', ' ')} {value:.4f}")
+        return new
+
+    def _fell_behind(self, number: int, iteration: int) -> None:
+        reason = f"fell behind at iteration {iteration}"
+        write_atomically(self.trial_folder(number).path / STOP_EARLY, reason.encode())
+
+    def ended(self, number: int) -> None:
+        """A trial's process is done with it, or was lost for good."""
+        board = self.boards.pop(number, None)
+        if board is not None:
+            board.close()
+        self._end(number, time.monotonic() - self.started.pop(number, time.monotonic()))
+
+    def _end(self, number: int, seconds: float = 0.0) -> None:
+        """Write the end of a trial into the ledger, from what its folder says; nothing where it is to go on later."""
+        folder = self.trial_folder(number)
+        release(folder)
+        early = folder.path / STOP_EARLY
+        status = folder.read_status()
+        state = status.get("state")
+        if state == "finished":
+            self._write_end(number, "finished", "", seconds)
+        elif early.exists():
+            self._write_end(number, "stopped", early.read_text(encoding="utf-8"), seconds)
+            # Its settings and metrics stay; its weights are of no use to anyone.
+            for part in (folder.checkpoints, folder.phases, folder.best):
+                shutil.rmtree(part, ignore_errors=True)
+        elif state == "failed":
+            self._write_end(number, "failed", status.get("reason", ""), seconds)
+        elif state == "interrupted" or (self.folder.path / STOP_SEARCH).exists():
+            self.say(f"trial {number:03d} is interrupted and will go on")
+        else:
+            lost = f"its process was lost {self.resolved.run.restarts + 1} times"
+            self._write_end(number, "failed", lost, seconds)
+
+    def _write_end(self, number: int, state: End, reason: str, seconds: float = 0.0) -> None:
+        self.ledger.end(number, state, reason, seconds)
+        trial = self.ledger.trials[number]
+        self.draws.ended(trial, self.score(trial) if trial.state != "failed" else None)
+        self.say(f"trial {number:03d} {trial.state}{': ' if trial.reason else ''}{trial.reason}")
+
+
+class _Numbered(Searcher):
+    """Gives Ray Tune the trials that are left, in order."""
+
+    def __init__(self, study: Study, remaining: list[int], parent: RunFolder | None) -> None:
+        super().__init__(metric="score", mode="max")
+        self._study, self._remaining, self._parent = study, list(remaining), parent
+
+    def suggest(self, trial_id: str) -> Any:
+        while self._remaining and not (self._study.folder.path / STOP_SEARCH).exists():
+            task = self._study.next_task(self._remaining.pop(0), self._parent)
+            if task is not None:
+                return task
+        return Searcher.FINISHED
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """The callback is told too."""
+
+    def set_search_properties(self, metric: str | None, mode: str | None, config: dict[str, Any], **spec: Any) -> bool:
+        return True
+
+    def save(self, checkpoint_path: str) -> None:
+        """The ledger has it all."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """The ledger has it all."""
+
+
+class _Endings(Callback):
+    """Tells the study when a trial starts and when it is over."""
+
+    def __init__(self, study: Study) -> None:
+        self._study = study
+
+    def on_trial_start(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+        self._study.began(trial.config["number"])
+
+    def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+        self._study.ended(trial.config["number"])
+
+    def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+        self._study.ended(trial.config["number"])
