@@ -25,7 +25,14 @@ class _Named:
     trial_id: str
 
 
-class EarlyStopping(ASHAScheduler):
+class InThisProcess:
+    """Mixin of what Ray Tune is given to call, and would pickle for a restoration that the ledger makes needless."""
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return object, ()
+
+
+class EarlyStopping(InThisProcess, ASHAScheduler):
     """ASHA over numbered trials (``trial.config["number"]``) that report ``iteration`` and ``score``.
 
     Args:

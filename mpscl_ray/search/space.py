@@ -146,7 +146,11 @@ def load_space(space: str | Path, overrides: Sequence[str] = ()) -> Space:
     """
     path = _path(space)
     entries = _read(path)
-    problems: list[str] = []
+    problems = [
+        f"'{key}' {origin} has the value {value!r}, expected keys and values below it"
+        for key, (value, origin) in entries.items()
+        if key in ("space", "search")
+    ]
     given: dict[str, Any] = {}
     for override in overrides:
         key, separator, text = override.partition("=")
@@ -202,7 +206,7 @@ def load_space(space: str | Path, overrides: Sequence[str] = ()) -> Space:
 
 
 def _is_setting(key: str) -> bool:
-    return key != "preset" and not key.startswith(("search.", "space."))
+    return key.partition(".")[0] not in ("preset", "search", "space")
 
 
 def _path(space: str | Path) -> Path:

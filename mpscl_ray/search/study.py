@@ -29,7 +29,7 @@ from mpscl_ray.progress import TensorBoard
 from mpscl_ray.run_folder import RunFolder
 from mpscl_ray.search.criteria import LABEL_FREE, ORACLE, score
 from mpscl_ray.search.draws import Draws, draws
-from mpscl_ray.search.early_stopping import EarlyStopping
+from mpscl_ray.search.early_stopping import EarlyStopping, InThisProcess
 from mpscl_ray.search.ledger import End, Ledger, Trial
 from mpscl_ray.search.sharing import acts_from, shared_phases
 from mpscl_ray.search.space import NO_RESULT, Space
@@ -380,7 +380,7 @@ class Study:
         self.say(f"trial {number:03d} {trial.state}{': ' if trial.reason else ''}{trial.reason}")
 
 
-class _Numbered(Searcher):
+class _Numbered(InThisProcess, Searcher):
     """Gives Ray Tune the trials that are left, in order."""
 
     def __init__(self, study: Study, remaining: list[int], parent: RunFolder | None) -> None:
@@ -407,7 +407,7 @@ class _Numbered(Searcher):
         """The ledger has it all."""
 
 
-class _Endings(Callback):
+class _Endings(InThisProcess, Callback):
     """Tells the study when a trial starts and when it is over."""
 
     def __init__(self, study: Study) -> None:

@@ -23,13 +23,16 @@ LAYERS: tuple[frozenset[str], ...] = (
         "data.nifti data.nifti_file data.nifti_output data.file_listing data.label_maps data.label_table data.layouts "
         "data.source_cases data.slice_layouts data.volume_layouts "
         "data.chosen data.reading data.released_slices data.source_volumes data.splits data.stream data.tfrecord "
-        "data.phantom_files cli".split()
+        "data.phantom_files cli "
+        "search.__init__ search.settings search.space search.sharing search.ledger search.draws search.criteria "
+        "search.outcome search.figures search.terminal".split()
     ),
     frozenset("validation systems feature_record construction pace training training_data fork figures titles".split()),
     frozenset(
         "cluster_session parallel data.pipeline prepare prepare_options prepare_plan phantom_dataset monitoring "
         "worker launch trial train evaluation evaluate predict report report_groups report_page report_runs "
-        "report_sections compare comparison_cells comparison_run comparison_table published_scores".split()
+        "report_sections compare comparison_cells comparison_run comparison_table published_scores "
+        "search.beginning search.early_stopping search.task search.study search.results tune".split()
     ),
 )
 ONLY_THESE_IMPORT_RAY = LAYERS[-1]
