@@ -8,6 +8,7 @@ that holds no CPU itself.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -99,7 +100,7 @@ def run_trial(
         try:
             training = launch.Launch(config, folder, shared.data, shared.use_gpu)
             training.start()
-            outcome = training.watch(lambda: look(training))
+            outcome = _watch(training, look)
             if outcome.state == "non_finite":
                 raise TrainingError(_non_finite(outcome))
         except BaseException as error:
@@ -122,6 +123,18 @@ def run_trial(
             global_step=outcome.step,
         )
         return outcome
+
+
+def _watch(training: launch.Launch, look: Callable[[launch.Launch], None]) -> Outcome:
+    """Watch a training to its end, which comes early where ``look`` raises."""
+    try:
+        return training.watch(lambda: look(training))
+    except BaseException:
+        if training.running:
+            training.request_stop()
+            with suppress(MpsclError):
+                training.watch(lambda: None)
+        raise
 
 
 def release(folder: RunFolder) -> None:

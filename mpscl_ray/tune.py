@@ -16,13 +16,14 @@ from mpscl_ray.durable_files import storage_errors
 from mpscl_ray.errors import ConfigError, Interrupted, MpsclError, TrainingError
 from mpscl_ray.interruption import Interruption, signals_end
 from mpscl_ray.run_folder import RunFolder
+from mpscl_ray.search.beginning import choose_metric, shared_beginning
 from mpscl_ray.search.criteria import CRITERIA, LABEL_FREE
 from mpscl_ray.search.ledger import Ledger
 from mpscl_ray.search.results import print_results, write_results
 from mpscl_ray.search.settings import describe_search
-from mpscl_ray.search.sharing import limiting_keys
+from mpscl_ray.search.sharing import limiting_keys, shared_phases
 from mpscl_ray.search.space import EXAMPLE, Space, describe_spaces, load_space
-from mpscl_ray.search.study import LEDGER, Study, choose_metric
+from mpscl_ray.search.study import LEDGER, Study
 from mpscl_ray.search.terminal import Board, short_key, trial_rows
 from mpscl_ray.trial import open_shared
 
@@ -89,10 +90,11 @@ def main(arguments: Sequence[str]) -> int:
     if options.metric is not None:
         overrides.append(f"search.metric={options.metric}")
     space = load_space(spaces_given[0] if spaces_given else "phantom", overrides)
-    if options.show:
-        print(_yaml(space), end="")
-        return 0
     given = None if options.warm_up is None else RunFolder(options.warm_up)
+    if options.show:
+        shared = ", ".join(name for name, _ in shared_phases(space.base, space.keys)) or "nothing"
+        print(f"# shared by all trials: {shared}\n{_yaml(space, given)}", end="")
+        return 0
     return search(space, list(arguments), warm_up=given, dashboard=options.dashboard)
 
 
@@ -110,9 +112,9 @@ def search(space: Space, command: list[str], *, warm_up: RunFolder | None = None
     with folder.lock():
         ledger = Ledger(folder.path / LEDGER)
         if folder.exists and ledger.trials:
-            for change in folder.check_config(_yaml(space), MAY_CHANGE):
+            for change in folder.check_config(_yaml(space, warm_up), MAY_CHANGE):
                 print(f"changed for the rest of the search: {change}", flush=True)
-        folder.write_config(_yaml(space))
+        folder.write_config(_yaml(space, warm_up))
         folder.write_environment(words)
         folder.write_status("running", resume_command=resume)
         try:
@@ -141,8 +143,10 @@ def _datasets(space: Space) -> tuple[str, str]:
     return space.base.data.source, space.base.data.target
 
 
-def _yaml(space: Space) -> str:
-    return yaml.safe_dump(space.to_dict(), sort_keys=False, default_flow_style=None, width=100)
+def _yaml(space: Space, warm_up: RunFolder | None) -> str:
+    """All that decides on the trials."""
+    content = {**space.to_dict(), "warm_up": None if warm_up is None else str(warm_up.path)}
+    return yaml.safe_dump(content, sort_keys=False, default_flow_style=None, width=100)
 
 
 def _search(space: Space, folder: RunFolder, ledger: Ledger, warm_up: RunFolder | None) -> Study:
@@ -164,7 +168,7 @@ def _search(space: Space, folder: RunFolder, ledger: Ledger, warm_up: RunFolder 
     print(_summary(study), flush=True)
     with Interruption() as interruption:
         if study.remaining():
-            parent = study.train_shared(interruption, warm_up)
+            parent = shared_beginning(resolved, space.keys, folder, shared, warm_up, interruption, say)
             if not interruption.requested:
                 board = Board(lambda: _table(study))
                 try:

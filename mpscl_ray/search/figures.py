@@ -55,7 +55,14 @@ def curves(trials: Sequence[Trial], metric: str, rungs: Sequence[float], best: i
         marker = {"finished": "o", "stopped": "x", "failed": "X"}.get(str(trial.state), ".")
         axes.plot(*points[-1], marker=marker, color="black" if chosen else colour, zorder=4)
         axes.annotate(
-            f" {trial.number}", points[-1], fontsize=8, color="black" if chosen else colour, va="center", zorder=4
+            f"{trial.number}",
+            points[-1],
+            xytext=(6, 0),
+            textcoords="offset points",
+            fontsize=8,
+            color="black" if chosen else colour,
+            va="center",
+            zorder=4,
         )
     for label, style in (
         ("best", {"color": "black", "linewidth": 2.4}),

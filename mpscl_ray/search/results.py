@@ -87,6 +87,7 @@ def _evaluate(study: Study, trials: list[Trial], best: Trial | None) -> None:
     if study.space.search.evaluate != "all":
         chosen = [trial for trial in chosen if trial is best and study.space.search.evaluate == "best"]
     rows: dict[str, Summary] = {}
+    split = ""
     for trial in chosen:
         phases = [name for name, _ in study.trial_config(trial.settings, trial.number).schedule]
         # The phases before the last are the same for all that share them, and only the best trial shows them.
@@ -95,10 +96,14 @@ def _evaluate(study: Study, trials: list[Trial], best: Trial | None) -> None:
         )
         for phase, evaluation in done.items():
             label = phase.replace("_", " ") if phase != phases[-1] else _label(study, trial)
-            rows[label] = evaluation.summary
+            rows[label], split = evaluation.summary, evaluation.split
     if rows:
         volumes = next(iter(rows.values())).volumes
-        heading = f"{volumes} labelled volumes of the target; nothing was chosen by them"
+        heading = f"{volumes} labelled {'test' if split == 'test' else 'validation'} volumes of the target, " + (
+            "by which trials were compared too"
+            if split == "val" and study.metric == ORACLE
+            else "by which nothing was chosen"
+        )
         write_tables(
             study.folder.results,
             {

@@ -15,28 +15,26 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import yaml
 from ray import tune
 from ray.tune import Callback
 from ray.tune.search import Searcher
 
-from mpscl_ray import launch
-from mpscl_ray.config import ADAPTATION, SOURCE_ONLY, WARM_UP, Config, config_from_dict, differences, to_dict
+from mpscl_ray.config import Config, to_dict
 from mpscl_ray.durable_files import write_atomically
 from mpscl_ray.errors import ConfigError
 from mpscl_ray.interruption import Interruption
 from mpscl_ray.progress import TensorBoard
 from mpscl_ray.run_folder import RunFolder
-from mpscl_ray.search.criteria import LABEL_FREE, ORACLE, score
+from mpscl_ray.search.criteria import score
 from mpscl_ray.search.draws import Draws, draws
 from mpscl_ray.search.early_stopping import EarlyStopping, InThisProcess
 from mpscl_ray.search.ledger import End, Ledger, Trial
-from mpscl_ray.search.sharing import acts_from, shared_phases
-from mpscl_ray.search.space import NO_RESULT, Space
+from mpscl_ray.search.sharing import shared_phases
+from mpscl_ray.search.space import Space
 from mpscl_ray.search.task import STOP_EARLY, STOP_SEARCH, Task, run_task
-from mpscl_ray.trial import Shared, release, run_trial, trial_folder
+from mpscl_ray.trial import Shared, release, trial_folder
 
-LEDGER, TRIALS, SHARED_RUN, RAY_FOLDER = "ledger.jsonl", "trials", "shared", "ray"
+LEDGER, TRIALS, RAY_FOLDER = "ledger.jsonl", "trials", "ray"
 """Names in the folder of a search."""
 
 TRIAL_MEMORY = 400 * 2**20
@@ -52,35 +50,6 @@ _TUNE_SETTINGS = {
 """The ledger is what is kept, not Ray Tune's own files; the dashboard is to show the trainings."""
 
 _LOOK_S = 0.25
-_MIX_OF_PHASES = (SOURCE_ONLY, WARM_UP, ADAPTATION)
-
-
-def choose_metric(metric: str, domains: launch.Domains) -> str:
-    """What trials are compared by on these datasets.
-
-    Raises:
-        ConfigError: the target or the source has not the validation volumes or labels that the criterion needs.
-    """
-    target, source = domains.target.split("val"), domains.source.split("val")
-    labelled = bool(target) and all(case.labelled for case in target)
-    if metric == "auto":
-        metric = ORACLE if labelled else LABEL_FREE
-    if metric == ORACLE and not labelled:
-        raise ConfigError(
-            f"search.metric=oracle needs labels of all validation cases of the target {domains.target_folder}, and "
-            f"{sum(case.labelled for case in target)} of its {len(target)} have any; use search.metric={LABEL_FREE}"
-        )
-    if not metric.startswith("source_dice") and not target:
-        raise ConfigError(
-            f"search.metric={metric} needs validation cases of the target {domains.target_folder}, which has none; "
-            "prepare it with some, or use search.metric=source_dice"
-        )
-    if metric.startswith(("source_dice", "class_ratio")) and not (source and all(case.labelled for case in source)):
-        raise ConfigError(
-            f"search.metric={metric} needs labelled validation cases of the source {domains.source_folder}; prepare it "
-            "with some, or use search.metric=information"
-        )
-    return metric
 
 
 @dataclass
@@ -151,84 +120,6 @@ class Study:
         """Run folder of a trial."""
         return trial_folder(self.folder.path / TRIALS, number)
 
-    # ---- the shared beginning ----
-
-    def train_shared(self, interruption: Interruption, given: RunFolder | None) -> RunFolder | None:
-        """Train the phases that all trials share, or check that a run which is given has them; None if there are none.
-
-        Raises:
-            ConfigError: the given run does not fit.
-            MpsclError: as training raises it.
-        """
-        common = self.common
-        if not common:
-            if given is not None:
-                raise ConfigError(
-                    f"--warm-up {given.path}: trials share no phase, because "
-                    f"{', '.join(k for k in self.space.keys if acts_from(k, self.resolved) == SOURCE_ONLY)} acts from "
-                    "the first one on; leave --warm-up out"
-                )
-            return None
-        if given is not None:
-            self._check_given(given)
-            return given
-        config = self._shared_config()
-        folder = RunFolder(self.folder.path / SHARED_RUN)
-        seen = 0
-
-        def look(training: launch.Launch) -> None:
-            nonlocal seen
-            if interruption.requested:
-                training.request_stop()
-            for record in folder.read_metrics() if folder.metrics_file.exists() else []:
-                if record["global_step"] > seen:
-                    seen = record["global_step"]
-                    phase = record["phase"].replace("_", " ")
-                    self.say(f"shared by all trials: {phase} {record['iteration']} of {record['iterations']}")
-
-        outcome = run_trial(config, folder, self.shared, look)
-        return folder if outcome.state == "finished" else None
-
-    def _shared_config(self) -> Config:
-        """Settings of the shared run: as many workers as the cluster has room for and can share the batch."""
-        names = [name for name, _ in self.common]
-        phases = {name: 0 for name in _MIX_OF_PHASES if name not in names}
-        config, batch = self.resolved, self.resolved.data.batch_size
-        room = self.shared.at_once * config.scaling.workers
-        workers = next(number for number in range(min(room, batch), 0, -1) if batch % number == 0)
-        return dataclasses.replace(
-            config,
-            run=dataclasses.replace(config.run, name=SHARED_RUN, storage=str(self.folder.path)),
-            phases=dataclasses.replace(config.phases, **phases),
-            scaling=dataclasses.replace(config.scaling, workers=workers),
-        )
-
-    def _check_given(self, run: RunFolder) -> None:
-        last = self.common[-1][0]
-        run.require()
-        if not (run.phases / last).is_dir():
-            raise ConfigError(f"--warm-up {run.path} has not finished the phase {last}, from which trials would go on")
-        theirs = config_from_dict(yaml.safe_load(run.read_config()), f"of the run {run.name}")
-        after = _MIX_OF_PHASES.index(last)
-        wrong = [
-            f"{key} is {one} there and {other} here"
-            for key, (one, other) in differences(theirs, self.resolved).items()
-            if (key == "run.seed" or not key.startswith(NO_RESULT))
-            and _MIX_OF_PHASES.index(acts_from(key, self.resolved)) <= after
-            and key not in self.space.keys
-        ]
-        model, own = run.read_model(), launch.model_description(self.resolved, self.shared.domains)
-        for domain in ("source", "target"):
-            if model[domain]["fingerprint"] != own[domain]["fingerprint"]:
-                wrong.append(f"the {domain} dataset is another one")
-        if wrong:
-            raise ConfigError(
-                f"--warm-up {run.path} is not the beginning of these trials: {'; '.join(wrong)}; give another run, or "
-                "leave --warm-up out to train it"
-            )
-
-    # ---- the trials ----
-
     def settle(self) -> EarlyStopping:
         """Complete what an interruption has left half done, and return the scheduler that knows all earlier reports."""
         search = self.space.search
@@ -288,10 +179,10 @@ class Study:
         # In a thread, so that the main one stays free for signals and for showing how far the search is.
         thread = threading.Thread(target=fit, name="ray tune", daemon=True)
         thread.start()
-        self.interrupted = False
+        passed_on = False
         while thread.is_alive():
-            if interruption.requested and not self.interrupted:
-                self.interrupted = True
+            if interruption.requested and not passed_on:
+                passed_on = True
                 (self.folder.path / STOP_SEARCH).touch()
             look()
             thread.join(_LOOK_S)

@@ -91,7 +91,8 @@ def trials_of(folder: Path) -> list[Trial]:
 
 def ends(folder: Path) -> list[int]:
     """Number of each trial that has an end in the ledger, as often as it has."""
-    records = [json.loads(line) for line in (folder / "ledger.jsonl").read_text().splitlines()]
+    ledger = folder / "ledger.jsonl"
+    records = [json.loads(line) for line in ledger.read_text().splitlines()] if ledger.exists() else []
     return sorted(record["number"] for record in records if record["event"] == "end")
 
 
@@ -208,6 +209,8 @@ def test_a_killed_search_goes_on_and_accounts_for_each_trial_once(
     def reports() -> int:
         return ledger.read_text().count('"report"') if ledger.exists() else 0
 
+    killed(file, lambda: (folder / "shared" / "metrics.jsonl").exists())
+    assert ends(folder) == []
     killed(file, lambda: reports() >= 2)
     in_the_middle = Ledger(ledger)
     assert not all(trial.ended for trial in in_the_middle.trials.values())
