@@ -18,8 +18,7 @@ import sys
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from mpscl_ray.search.criteria import CRITERIA, ORACLE, agreement, score
 from mpscl_ray.search.ledger import Ledger, Trial
@@ -31,7 +30,7 @@ _MOMENT = re.compile(r"^(\S+ \S+) pid \d+ \w+ (training starts|worker ends)", re
 def search(name: str, storage: Path, *words: str) -> None:
     """Run one search as a user does."""
     command = [sys.executable, "-m", "mpscl_ray.tune", "phantom", f"run.storage={storage}", f"run.name={name}", *words]
-    subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": sys.path[0]})
 
 
 def trials_of(folder: Path) -> list[Trial]:
