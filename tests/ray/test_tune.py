@@ -111,19 +111,19 @@ def test_a_search_stops_what_falls_behind_records_what_fails_and_leaves_a_preset
     here: Here, space: Spaces, data: Path
 ) -> None:
     # Weights beyond what float32 holds make a loss that is not finite; of the others, ever fewer go on.
-    distributions = {"method.gamma": {"choice": [0.1, 1.0e39, 1, 10]}, "method.margin_source": {"choice": [0, 0.4]}}
+    distributions = {"method.gamma": {"choice": [0.1, 1.0e39, 0.5, 1, 3, 10]}}
     file = space("whole", distributions, method="grid", grace=2, reduction=50, metric="information", evaluate="all")
     code, text = here(file)
     assert code == 0, text
     folder = data / "runs" / "whole"
     assert_nothing_is_reserved()
-    assert ends(folder) == list(range(1, 9)), "every trial has one end"
+    assert ends(folder) == list(range(1, 7)), "every trial has one end"
     trials = trials_of(folder)
-    assert {trial.number for trial in trials if trial.state == "failed"} == {3, 4}
+    assert {trial.number for trial in trials if trial.state == "failed"} == {2}
     assert all("not finite" in trial.reason for trial in trials if trial.state == "failed")
     stopped = [trial for trial in trials if trial.state == "stopped"]
     finished = [trial for trial in trials if trial.state == "finished"]
-    assert stopped, "eight trials cannot come in ascending order at every rung"
+    assert stopped, "five trials cannot come in ascending order at every rung"
     assert finished, "the best of all is never behind"
     assert all(list(trial.reports) == list(range(2, ITERATIONS + 1, 2)) for trial in finished)
     for trial in stopped:
@@ -139,23 +139,24 @@ def test_a_search_stops_what_falls_behind_records_what_fails_and_leaves_a_preset
 
     summary = json.loads((folder / "results" / "summary.json").read_text())
     assert (summary["metric"], summary["oracle"]) == ("information", False)
-    assert summary["trials"] == {"finished": len(finished), "stopped": len(stopped), "failed": 2}
+    assert summary["trials"] == {"finished": len(finished), "stopped": len(stopped), "failed": 1}
     best = next(trial for trial in trials if trial.number == summary["best"])
     config = load_config(str(folder / "best.yaml"))
     assert config.method.gamma == best.settings["method.gamma"]  # type: ignore[union-attr]
     assert (config.run.name, config.phases.source_only, config.data.source) == ("whole-best", 4, str(data / "mr"))
     rows = list(csv.DictReader((folder / "results" / "trials.csv").open()))
     assert [row["state"] for row in rows] == [trial.state for trial in trials]
-    assert (folder / "results" / "test.txt").read_text().count("trial ") == 2 * len(finished), "Dice and distance"
+    evaluated = json.loads((folder / "results" / "test.json").read_text())["rows"]
+    assert [int(row.split()[1].rstrip(":")) for row in evaluated] == [trial.number for trial in finished]
     assert all((folder / "results" / f"{name}.png").stat().st_size for name in ("curves", "parallel", "effects"))
-    assert len(list((folder / "tensorboard").glob("*/events*"))) == 8
+    assert len(list((folder / "tensorboard").glob("*/events*"))) == 6
     assert RunFolder(folder).read_status()["state"] == "finished"
     assert f"best: trial {best.number:03d}" in text
-    assert "8 iterations) are trained once for all trials: 56 iterations less" in text
+    assert "8 iterations) are trained once for all trials: 40 iterations less" in text
 
     before = (folder / "ledger.jsonl").read_text()
     code, again = here(file)
-    assert (code, "8 trials" in again) == (0, True)
+    assert (code, "6 trials" in again) == (0, True)
     assert (folder / "ledger.jsonl").read_text() == before, "a finished search is not run again"
     code, refused = here(file, "method.delta_th=0.3")
     assert code == 2
@@ -201,7 +202,7 @@ def killed(data: Path) -> Iterator[Callable[[str, Callable[[], bool]], None]]:
 def test_a_killed_search_goes_on_and_accounts_for_each_trial_once(
     here: Here, space: Spaces, data: Path, killed: Callable[[str, Callable[[], bool]], None]
 ) -> None:
-    distributions = {"method.margin_source": {"choice": [0, 0.2, 0.4, 0.6]}}
+    distributions = {"method.margin_source": {"choice": [0, 0.2, 0.4]}}
     file = space("killed", distributions, method="grid", early_stopping=False, evaluate="none")
     folder = data / "runs" / "killed"
     ledger = folder / "ledger.jsonl"
@@ -220,13 +221,13 @@ def test_a_killed_search_goes_on_and_accounts_for_each_trial_once(
         )
         for number in in_the_middle.trials
     }
-    killed(file, lambda: len(ends(folder)) >= 2)
+    killed(file, lambda: len(ends(folder)) >= 1)
     code, text = here(file)
     assert code == 0, text
     assert_nothing_is_reserved()
-    assert ends(folder) == [1, 2, 3, 4]
+    assert ends(folder) == [1, 2, 3]
     trials = trials_of(folder)
-    assert [trial.settings["method.margin_source"] for trial in trials] == [0, 0.2, 0.4, 0.6]
+    assert [trial.settings["method.margin_source"] for trial in trials] == [0, 0.2, 0.4]
     for trial in trials:
         assert trial.state == "finished"
         assert list(trial.reports) == list(range(2, ITERATIONS + 1, 2)), "no report twice, none left out"
