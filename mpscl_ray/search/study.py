@@ -45,9 +45,8 @@ _TUNE_SETTINGS = {
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
     "TUNE_GLOBAL_CHECKPOINT_S": "100000",
     "RAY_AIR_NEW_OUTPUT": "0",
-    "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",
 }
-"""The ledger is what is kept, not Ray Tune's own files; the dashboard is to show the trainings."""
+"""The ledger is what is kept, not Ray Tune's own files, and the table of trials is ours."""
 
 _LOOK_S = 0.25
 

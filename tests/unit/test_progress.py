@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData
 
 from mpscl_ray import progress
 from mpscl_ray.errors import StorageError
@@ -333,3 +334,19 @@ def test_unwritable_folder_is_said_at_the_start(tmp_path: Path) -> None:
     (tmp_path / "tensorboard").write_text("a file")
     with pytest.raises(StorageError, match="tensorboard is a file where a folder is needed"):
         TensorBoard(tmp_path / "tensorboard")
+
+
+def test_hyperparameters_are_what_tensorboard_compares_runs_by(tmp_path: Path) -> None:
+    with TensorBoard(tmp_path) as board:
+        board.hyperparameters({"method.gamma": 0.3, "method.form": "paper", "data.in_memory": True}, ["search/score"])
+    plugins = [
+        HParamsPluginData.FromString(value.metadata.plugin_data.content)
+        for event in events_of(tmp_path)
+        for value in event.summary.value
+    ]
+    session = next(plugin.session_start_info for plugin in plugins if plugin.HasField("session_start_info"))
+    assert session.hparams["method.gamma"].number_value == 0.3
+    assert session.hparams["method.form"].string_value == "paper"
+    assert session.hparams["data.in_memory"].bool_value or session.hparams["data.in_memory"].number_value == 1
+    experiment = next(plugin.experiment for plugin in plugins if plugin.HasField("experiment"))
+    assert [info.name.tag for info in experiment.metric_infos] == ["search/score"]
