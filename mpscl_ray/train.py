@@ -119,12 +119,7 @@ def train(config: Config, command: list[str], *, dashboard: bool = False, allow_
                 return 0
             for change in changes:
                 print(f"changed for the rest of the run: {change}", flush=True)
-        if any(part.startswith(_WORKING_DIR) for part in folder.path.absolute().parts):
-            print(
-                f"warning: run.storage={config.run.storage} lies in the working directory of this job, which Ray "
-                "deletes after it; give a folder that stays and that all nodes share, such as run.storage=/shared/runs",
-                flush=True,
-            )
+        warn_of_storage(folder)
         folder.write_config(to_yaml(config))
         folder.write_environment(words)
         folder.write_status("running", resume_command=resume)
@@ -149,6 +144,16 @@ def train(config: Config, command: list[str], *, dashboard: bool = False, allow_
     _print_results(folder)
     _print_next_steps(folder)
     return 0
+
+
+def warn_of_storage(folder: RunFolder) -> None:
+    """Tell whoever keeps results in the working directory of a Ray job that they will be gone with it."""
+    if any(part.startswith(_WORKING_DIR) for part in folder.path.absolute().parts):
+        print(
+            f"warning: run.storage={folder.path.parent} lies in the working directory of this job, which Ray "
+            "deletes after it; give a folder that stays and that all nodes share, such as run.storage=/shared/runs",
+            flush=True,
+        )
 
 
 def _check_resume(folder: RunFolder, config: Config, allow_change: bool) -> list[str]:

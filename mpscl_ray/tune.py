@@ -25,6 +25,7 @@ from mpscl_ray.search.sharing import limiting_keys, shared_phases
 from mpscl_ray.search.space import EXAMPLE, Space, describe_spaces, load_space
 from mpscl_ray.search.study import LEDGER, Study
 from mpscl_ray.search.terminal import Board, short_key, trial_rows
+from mpscl_ray.train import warn_of_storage
 from mpscl_ray.trial import open_shared
 
 MAY_CHANGE = (
@@ -114,6 +115,7 @@ def search(space: Space, command: list[str], *, warm_up: RunFolder | None = None
         if folder.exists and ledger.trials:
             for change in folder.check_config(_yaml(space, warm_up), MAY_CHANGE):
                 print(f"changed for the rest of the search: {change}", flush=True)
+        warn_of_storage(folder)
         folder.write_config(_yaml(space, warm_up))
         folder.write_environment(words)
         folder.write_status("running", resume_command=resume)

@@ -8,19 +8,17 @@ from collections.abc import Callable, Sequence
 import yaml
 
 from mpscl_ray import launch
-from mpscl_ray.config import ADAPTATION, SOURCE_ONLY, WARM_UP, Config, config_from_dict, differences
+from mpscl_ray.config import SOURCE_ONLY, Config, config_from_dict, differences
 from mpscl_ray.errors import ConfigError
 from mpscl_ray.interruption import Interruption
 from mpscl_ray.run_folder import RunFolder
 from mpscl_ray.search.criteria import LABEL_FREE, ORACLE
-from mpscl_ray.search.sharing import acts_from, shared_phases
+from mpscl_ray.search.sharing import PHASES, acts_from, shared_phases
 from mpscl_ray.search.space import NO_RESULT
 from mpscl_ray.trial import Shared, run_trial
 
 SHARED_RUN = "shared"
 """Name of the run in the folder of a search that trains what all trials share."""
-
-_PHASES = (SOURCE_ONLY, WARM_UP, ADAPTATION)
 
 
 def choose_metric(metric: str, domains: launch.Domains) -> str:
@@ -113,7 +111,7 @@ def _shared_config(config: Config, common: Sequence[str], folder: RunFolder, at_
     return dataclasses.replace(
         config,
         run=dataclasses.replace(config.run, name=SHARED_RUN, storage=str(folder.path)),
-        phases=dataclasses.replace(config.phases, **{name: 0 for name in _PHASES if name not in common}),
+        phases=dataclasses.replace(config.phases, **{name: 0 for name in PHASES if name not in common}),
         scaling=dataclasses.replace(config.scaling, workers=workers),
     )
 
@@ -126,12 +124,12 @@ def _check_given(run: RunFolder, config: Config, common: Sequence[str], keys: Se
             f"--warm-up {run.path} has not finished the phase {common[-1]}, from which trials would go on"
         )
     theirs = config_from_dict(yaml.safe_load(run.read_config()), f"of the run {run.name}")
-    last = _PHASES.index(common[-1])
+    last = PHASES.index(common[-1])
     wrong = [
         f"{key} is {one} there and {other} here"
         for key, (one, other) in differences(theirs, config).items()
         if (key == "run.seed" or not key.startswith(NO_RESULT))
-        and _PHASES.index(acts_from(key, config)) <= last
+        and PHASES.index(acts_from(key, config)) <= last
         and key not in keys
     ]
     model, own = run.read_model(), launch.model_description(config, shared.domains)

@@ -24,10 +24,13 @@ LAYERS: tuple[frozenset[str], ...] = (
         "data.source_cases data.slice_layouts data.volume_layouts "
         "data.chosen data.reading data.released_slices data.source_volumes data.splits data.stream data.tfrecord "
         "data.phantom_files cli "
-        "search.__init__ search.settings search.space search.sharing search.ledger search.draws search.criteria "
+        "search.__init__ search.settings search.space search.ledger search.draws search.criteria "
         "search.outcome search.figures search.terminal".split()
     ),
-    frozenset("validation systems feature_record construction pace training training_data fork figures titles".split()),
+    frozenset(
+        "validation systems feature_record construction pace training training_data fork figures titles "
+        "search.sharing".split()
+    ),
     frozenset(
         "cluster_session parallel data.pipeline prepare prepare_options prepare_plan phantom_dataset monitoring "
         "worker launch trial train evaluation evaluate predict report report_groups report_page report_runs "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from mpscl_ray.config import config_from_dict
 from mpscl_ray.errors import ConfigError
 from mpscl_ray.run_folder import RunFolder
 from mpscl_ray.search.draws import draws, grid
-from mpscl_ray.search.sharing import FROM_ADAPTATION, limiting_keys, shared_phases
+from mpscl_ray.search.sharing import acts_from, limiting_keys, shared_phases
 from mpscl_ray.search.space import Space, load_space, space_names
 from mpscl_ray.search.study import Study
 from tests.tiny import local_data, make_pair, tiny_config
@@ -187,8 +188,13 @@ def test_the_learning_rate_acts_in_the_first_phase_where_that_has_none_of_its_ow
 
 def test_settings_that_are_said_to_act_in_the_adaptation_do_not_before(tmp_path: Path) -> None:
     make_pair(tmp_path)
-    others = {"form": "paper", "alpha": 0.7, "gamma": 0, "beta": 3}
-    changed = [f"method.{name}={others.get(name, 1.3)}" for name in FROM_ADAPTATION["mpscl"]]
+    values = {"form": "paper", "alpha": 0.7, "delta_th": 0.4, "gamma": 0, "beta": 3, "base_temperature": 2}
+    values |= {f"{kind}_{domain}": 1.3 for kind in ("margin", "temperature") for domain in ("source", "target")}
+    config = tiny_config(tmp_path / "mr", tmp_path / "ct")
+    names = [field.name for field in dataclasses.fields(config.method)]
+    late = {name for name in names if acts_from(f"method.{name}", config) == "adaptation"}
+    assert late == values.keys()
+    changed = [f"method.{name}={value}" for name, value in values.items()]
     ends = []
     for name, overrides in (("one", []), ("other", changed)):
         config = tiny_config(tmp_path / "mr", tmp_path / "ct", ["phases.source_only=1", *overrides])
