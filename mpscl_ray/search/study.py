@@ -21,7 +21,7 @@ from ray.tune.search import Searcher
 
 from mpscl_ray.config import Config, to_dict
 from mpscl_ray.durable_files import write_atomically
-from mpscl_ray.errors import ConfigError
+from mpscl_ray.errors import ClusterError, ConfigError, Interrupted, MpsclError, StorageError
 from mpscl_ray.interruption import Interruption
 from mpscl_ray.progress import TensorBoard
 from mpscl_ray.run_folder import RunFolder
@@ -37,8 +37,10 @@ from mpscl_ray.trial import Shared, release, trial_folder
 LEDGER, TRIALS, RAY_FOLDER = "ledger.jsonl", "trials", "ray"
 """Names in the folder of a search."""
 
-TRIAL_MEMORY = 400 * 2**20
+TRIAL_MEMORY = 100 * 2**20
 """Bytes of memory that the process beside a trial's workers asks for. It asks for no CPU: they have them all."""
+
+_NOT_THE_TRIALS_FAULT: dict[int, type[MpsclError]] = {kind.exit_code: kind for kind in (ClusterError, StorageError)}
 
 _TUNE_SETTINGS = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
@@ -79,7 +81,8 @@ class Study:
         self.started: dict[int, float] = {}
         """Trials that run now, with the time at which they started."""
         self.boards: dict[int, TensorBoard] = {}
-        self.changed = threading.Event()
+        self.held_up: list[MpsclError] = []
+        """What kept a trial from going on that is not the trial's fault: no room on the cluster, no space on the disk."""
 
     @property
     def iterations(self) -> int:
@@ -141,7 +144,11 @@ class Study:
         ]
 
     def run(self, parent: RunFolder | None, interruption: Interruption, look: Callable[[], None]) -> None:
-        """Run all trials that are left; returns when none runs any more, all ended or the search interrupted."""
+        """Run all trials that are left; returns when none runs any more, all ended or the search interrupted.
+
+        Raises:
+            ClusterError, StorageError: a trial had no room to go on; those that ran beside it have come to their ends.
+        """
         for name, value in _TUNE_SETTINGS.items():
             os.environ.setdefault(name, value)
         scheduler = self.settle()
@@ -183,6 +190,9 @@ class Study:
             if interruption.requested and not passed_on:
                 passed_on = True
                 (self.folder.path / STOP_SEARCH).touch()
+                # Whoever stopped the command may not wait for the trials: a job is killed soon after it.
+                reason = f"stopped by {interruption.signal_name}; trials go on from their last checkpoints"
+                self.folder.write_status("interrupted", exit_code=Interrupted.exit_code, reason=reason)
             look()
             thread.join(_LOOK_S)
         look()
@@ -191,8 +201,8 @@ class Study:
         shutil.rmtree(storage, ignore_errors=True)
         for number in list(self.ledger.trials):
             release(self.trial_folder(number))
-        if failure:
-            raise failure[0]
+        for problem in (*failure, *self.held_up):
+            raise problem
 
     def next_task(self, number: int, parent: RunFolder | None) -> dict[str, Any] | None:
         """Begin a trial, or go on with it; None where its settings do not go together, which is the end of it."""
@@ -256,6 +266,9 @@ class Study:
             # Its settings and metrics stay; its weights are of no use to anyone.
             for part in (folder.checkpoints, folder.phases, folder.best):
                 shutil.rmtree(part, ignore_errors=True)
+        elif state == "failed" and status["exit_code"] in _NOT_THE_TRIALS_FAULT:
+            self.held_up.append(_NOT_THE_TRIALS_FAULT[status["exit_code"]](f"trial {number}: {status['reason']}"))
+            self.say(f"trial {number:03d} cannot go on now, and no other is started: {status['reason']}")
         elif state == "failed":
             self._write_end(number, "failed", status.get("reason", ""), seconds)
         elif state == "interrupted" or (self.folder.path / STOP_SEARCH).exists():
@@ -279,7 +292,7 @@ class _Numbered(InThisProcess, Searcher):
         self._study, self._remaining, self._parent = study, list(remaining), parent
 
     def suggest(self, trial_id: str) -> Any:
-        while self._remaining and not (self._study.folder.path / STOP_SEARCH).exists():
+        while self._remaining and not self._study.held_up and not (self._study.folder.path / STOP_SEARCH).exists():
             task = self._study.next_task(self._remaining.pop(0), self._parent)
             if task is not None:
                 return task
