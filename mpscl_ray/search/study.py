@@ -82,7 +82,7 @@ class Study:
         """Trials that run now, with the time at which they started."""
         self.boards: dict[int, TensorBoard] = {}
         self.held_up: list[MpsclError] = []
-        """What kept a trial from going on that is not the trial's fault: no room on the cluster, no space on the disk."""
+        """What kept trials from going on and is not their fault: no room on the cluster, no space on the disk."""
 
     @property
     def iterations(self) -> int:
