@@ -14,6 +14,7 @@ from mpscl_ray.comparison_cells import DIRECTIONS, OF_A_CELL, Cell, Ledger, base
 from mpscl_ray.comparison_run import Comparison, is_done, total_seconds
 from mpscl_ray.comparison_table import CellResult, Direction, comparison_csv, format_comparison
 from mpscl_ray.config import Config, to_yaml
+from mpscl_ray.config_schema import reads_target
 from mpscl_ray.data.schema import Manifest, load_manifest
 from mpscl_ray.durable_files import storage_errors, write_atomically
 from mpscl_ray.errors import ConfigError, Interrupted, MpsclError, TrainingError
@@ -146,7 +147,7 @@ def compare(plan: Plan, command: Sequence[str]) -> int:
         Interrupted: stopped from outside; the same command goes on.
         TrainingError: some cells failed; the table is written all the same.
     """
-    base = base_config(plan.families[plan.directions[0]], plan.overrides)
+    base = base_config(plan.families["forward"], plan.overrides)
     check_machine(base)
     out = plan.out or Path(base.run.storage) / "compare"
     with storage_errors(out):
@@ -244,7 +245,7 @@ def _open(cells: Sequence[Cell]) -> dict[str, Shared]:
     """Open the data that each cell needs, once for all cells that read the same."""
     opened: dict[tuple[str, str], Shared] = {}
     # One that also reads the target serves those that do not.
-    for cell in sorted(cells, key=lambda cell: -len(cell.config.schedule)):
+    for cell in sorted(cells, key=lambda cell: not any(reads_target(name) for name, _ in cell.config.schedule)):
         key = (cell.direction, cell.config.data.labelled)
         if key not in opened:
             opened[key], warnings = open_shared(cell.config)
@@ -277,7 +278,6 @@ def _plural(number: int, noun: str) -> str:
 
 def _directions(plan: Plan, cells: Sequence[Cell], ledger: Ledger, manifests: Sequence[Manifest]) -> list[Direction]:
     """The table as it is now."""
-    by_name = {cell.name: cell for cell in cells}
     structures = manifests[0].classes[1:]
     found = []
     for direction in plan.directions:
@@ -289,7 +289,7 @@ def _directions(plan: Plan, cells: Sequence[Cell], ledger: Ledger, manifests: Se
         unit = "mm" if in_mm else "voxel"
         results: dict[str, list[CellResult]] = {}
         for cell in done:
-            summary, seconds = ledger[cell.name].summary, total_seconds(cell, by_name, ledger)
+            summary, seconds = ledger[cell.name].summary, total_seconds(cell.name, ledger)
             assert summary is not None
             results.setdefault(cell.system, []).append(
                 CellResult.from_summary(cell.seed, summary, cell.iterations, seconds, unit)

@@ -235,19 +235,19 @@ def is_done(entry: Entry) -> bool:
     return entry.state == "finished" and entry.summary is not None
 
 
-def total_seconds(cell: Cell, cells: Mapping[str, Cell], ledger: Ledger) -> float:
+def total_seconds(name: str, ledger: Ledger) -> float:
     """Wall time of a cell with the phases that it shares, as if it had trained them itself."""
-    entry = ledger[cell.name]
-    return entry.seconds + (_until(entry.forked[0], entry.forked[1], cells, ledger) if entry.forked else 0.0)
+    entry = ledger[name]
+    return entry.seconds + (_until(entry.forked[0], entry.forked[1], ledger) if entry.forked else 0.0)
 
 
-def _until(name: str, phase: str, cells: Mapping[str, Cell], ledger: Ledger) -> float:
+def _until(name: str, phase: str, ledger: Ledger) -> float:
     """Wall time of a cell from its first phase, wherever that was trained, to the end of a phase."""
     entry = ledger[name]
     own = entry.phase_seconds.get(phase)
     if own is None:
-        return _until(entry.forked[0], phase, cells, ledger) if entry.forked else 0.0
-    return own + (_until(entry.forked[0], entry.forked[1], cells, ledger) if entry.forked else 0.0)
+        return _until(entry.forked[0], phase, ledger) if entry.forked else 0.0
+    return own + (_until(entry.forked[0], entry.forked[1], ledger) if entry.forked else 0.0)
 
 
 def _told(entry: Entry) -> str:

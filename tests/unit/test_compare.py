@@ -134,7 +134,6 @@ def test_the_ledger_comes_back_as_it_was(tmp_path: Path) -> None:
 
 def test_wall_time_counts_shared_phases_for_each_that_uses_them(tmp_path: Path) -> None:
     """grandchild <- child (forked after source_only of parent) <- parent."""
-    cells = {name: Cell(name, "forward", 1, name, system_config("phantom", "mpscl", [])) for name in "pcgh"}
     ledger = Ledger(tmp_path / "cells.json")
     ledger.entries = {
         "p": Entry(seconds=100, phase_seconds={"source_only": 30, "warm_up": 45, "adaptation": 95}),
@@ -142,7 +141,7 @@ def test_wall_time_counts_shared_phases_for_each_that_uses_them(tmp_path: Path) 
         "g": Entry(seconds=50, phase_seconds={"adaptation": 44}, forked=["c", "warm_up"]),
         "h": Entry(seconds=80, phase_seconds={"warm_up": 9}, forked=["c", "source_only"]),
     }
-    found = {name: total_seconds(cells[name], cells, ledger) for name in "pcgh"}
+    found = {name: total_seconds(name, ledger) for name in "pcgh"}
     assert found == {"p": 100, "c": 70 + 30, "g": 50 + 20 + 30, "h": 80 + 30}
 
 
