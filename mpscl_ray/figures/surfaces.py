@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 
@@ -102,8 +103,16 @@ def render(
     colours = class_colours(max(masks, default=0) + 1) / 255
     hits: dict[int, tuple[NDArray[np.float64], NDArray[np.float64]]] = {}
     for index, mask in masks.items():
-        field = scipy.ndimage.affine_transform(mask, matrix, offset, (size,) * 3, order=1, output=np.float32)
-        hits[index] = _first_hits(field)
+        depth, normals = np.full((size, size), np.inf), np.zeros((size, size, 3))
+        start, stop = _in_view(mask, matrix, offset, size)
+        if (stop > start).all():
+            field = scipy.ndimage.affine_transform(
+                mask, matrix, offset + matrix @ start, tuple(stop - start), order=1, output=np.float32
+            )
+            rows, columns = slice(start[1], stop[1]), slice(start[2], stop[2])
+            depth[rows, columns], normals[rows, columns] = _first_hits(field)
+            depth += start[0]
+        hits[index] = depth, normals
     depths = [depth[np.isfinite(depth)] for depth, _ in hits.values()]
     front = min((float(depth.min()) for depth in depths if len(depth)), default=0.0)
     back = max((float(depth.max()) for depth in depths if len(depth)), default=1.0)
@@ -113,6 +122,17 @@ def render(
         image[seen] = _shaded(colours[index], normals[seen]) * fog[:, None] + 0.92 * (1 - fog[:, None])
         nearest[seen] = depth[seen]
     return image.clip(0, 1)
+
+
+def _in_view(
+    mask: NDArray[np.float32], matrix: NDArray[np.float64], offset: NDArray[np.float64], size: int
+) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """First and last samples (depth, row, column), plus one, that a structure can be met at."""
+    (box,) = scipy.ndimage.find_objects((mask > 0.05).astype(np.uint8))
+    corners = np.array(list(itertools.product(*((part.start - 1, part.stop) for part in box))))
+    samples = (corners - offset) @ np.linalg.inv(matrix).T
+    low, high = np.floor(samples.min(axis=0)), np.ceil(samples.max(axis=0)) + 1
+    return low.clip(0, size).astype(np.intp), high.clip(0, size).astype(np.intp)
 
 
 def _camera(azimuth: float, elevation: float) -> NDArray[np.float64]:
