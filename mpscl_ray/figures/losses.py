@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from mpscl_ray.figures.style import GREY
+from mpscl_ray.titles import phase_title
 
 CURVES = (
     ("train/loss_cross_entropy_main", "batches of the labelled domain, training", "#0072b2", "-"),
@@ -89,16 +90,19 @@ def _draw(axes: Axes, run: Training, handles: dict[str, Any]) -> float:
             list(run.test), list(run.test.values()), linestyle="", marker="*", markersize=8, color="#cc79a7"
         )
         highest = max(highest, *run.test.values())
-    start = 0
+    # A run that was forked from another one begins where that one stood.
+    first = start = run.records[0]["global_step"] - run.records[0]["iteration"]
     for index, record in enumerate(run.records):
-        if index == 0 or record.get("phase") != run.records[index - 1].get("phase"):
+        if index == 0 or record["phase"] != run.records[index - 1]["phase"]:
             if index:
                 axes.axvline(start, color=GREY, linewidth=0.8)
-            name = str(record.get("phase", "")).replace("_", " ")
-            axes.annotate(
-                f" {name}", (start, 1.0), xycoords=("data", "axes fraction"), va="top", color=GREY, fontsize=7
+            name = f" {phase_title(record['phase'])}"
+            told = axes.annotate(
+                name, (start, 1.0), xycoords=("data", "axes fraction"), va="top", color=GREY, fontsize=7
             )
+            told.set_in_layout(False)  # it may be longer than its phase
         start = record["global_step"]
+    axes.set_xlim(left=first)
     axes.set_title(run.title)
     axes.set_xlabel("iteration")
     axes.grid(alpha=0.25, linewidth=0.5)

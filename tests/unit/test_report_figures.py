@@ -123,14 +123,17 @@ def test_selection_shares_by_hand() -> None:
 
 def test_loss_curves_keep_runs_apart_and_mark_phases() -> None:
     records = [
-        {"global_step": step, "phase": "source_only" if step < 3 else "warm_up", "val/loss_cross_entropy": 1.0 / step}
-        for step in range(1, 5)
+        {"global_step": step + 10, "iteration": step, "phase": "source_only", "val/loss_cross_entropy": 1.0 / step}
+        for step in (1, 2)
     ]
-    figure = losses.loss_curves([losses.Training("one", records), losses.Training("two", records, {2: 0.3})])
+    records += [{**records[1], "global_step": 13, "iteration": 1, "phase": "warm_up"}]
+    figure = losses.loss_curves([losses.Training("one", records), losses.Training("two", records, {12: 0.3})])
     assert [axes.get_title() for axes in figure.axes] == ["one", "two"]
     for axes in figure.axes:
-        assert [text.get_text().strip() for text in axes.texts] == ["source only", "warm up"]
-    assert any(list(line.get_xdata()) == [2] for line in figure.axes[1].lines)
+        assert [text.get_text().strip() for text in axes.texts] == ["source only", "warmed up"]
+        assert axes.get_xlim()[0] == 10
+    assert any(list(line.get_xdata()) == [12] for line in figure.axes[1].lines)
+    assert png(losses.loss_curves([losses.Training("a single reading", records[:1])])).startswith(b"\x89PNG")
     assert not losses.has_losses([{"global_step": 1, "train/loss_dice_main": 1.0}])
 
 
