@@ -32,7 +32,8 @@ MANIFEST = "manifest.json"
 SPLITS = ("train", "val", "test")
 ROW_GROUP_SLICES = 64
 """Most slices in a row group; fewer where they are large, because a stream reads whole groups to get single slices."""
-ROW_GROUP_BYTES = 2**20
+ROW_GROUP_BYTES = 2**16
+"""Of images in a row group, one slice at the least: a slice of 256 x 256 has a group of its own."""
 _METADATA_KEY = b"mpscl_ray"
 _PREPARE = "python -m mpscl_ray.prepare INPUT --layout mmwhs --out DIR"
 
