@@ -99,7 +99,7 @@ def prepare(options: PrepareOptions, *, progress: bool = True) -> dict[str, Path
             problems += [f"{dataset.modality}: {problem}" for problem in wrong]
             dataset.notices += notices
         if problems:
-            raise DataError(_listed(options.input, problems))
+            raise DataError(_listed(options.input, problems, found.notices))
         _note_shared_images(datasets)
         scalings = [
             prepare_plan.given_range(options, dataset.modality)
@@ -217,11 +217,12 @@ def _note_shared_images(datasets: Sequence[_Dataset]) -> None:
                 dataset.notices.append(f"{case.request.source.id} is the same image as {name} of {other.modality}")
 
 
-def _listed(folder: Path, problems: Sequence[str]) -> str:
+def _listed(folder: Path, problems: Sequence[str], notices: Sequence[str]) -> str:
     count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
     lines = [f"{folder}: {count}, nothing was written:", *(f"  - {problem}" for problem in problems[:_LISTED_PROBLEMS])]
     if len(problems) > _LISTED_PROBLEMS:
         lines.append(f"  - and {len(problems) - _LISTED_PROBLEMS} more")
+    lines += [f"  note: {notice}" for notice in notices]
     return "\n".join(lines)
 
 

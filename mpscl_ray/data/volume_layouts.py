@@ -15,6 +15,7 @@ from mpscl_ray.data.source_cases import Found, LayoutOptions, SourceCase, collec
 from mpscl_ray.errors import ConfigError, DataError
 
 _NIFTI = (".nii.gz", ".nii")
+_LABEL_WORDS = ("_label", "_labels", "_manual", "_seg", "_segmentation", "_mask", "_gt")
 
 
 def mmwhs_cases(listing: Listing, options: LayoutOptions) -> Found:
@@ -177,6 +178,13 @@ def folder_cases(listing: Listing, options: LayoutOptions) -> Found:
         else:
             continue
         used.add(path)
+    maps = [case for case in images if case.lower().endswith(_LABEL_WORDS)]
+    if 0 < len(maps) < len(images):
+        listing.problems.append(
+            f"images by --image-pattern that are named like label maps, {len(maps)}: "
+            f"{listing.some([images[case][0] for case in maps])}; tell them apart with --label-pattern, or give a "
+            "narrower --image-pattern"
+        )
     cases = []
     for case, image_path, label_paths in pair_by_name(listing, images, labels):
         hint = (options.label_pattern or "").replace("{case}", case)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,15 @@ def test_a_label_that_matches_both_patterns_is_a_label(tmp_path: Path) -> None:
     touch(tmp_path, "a.nii.gz", "a_seg.nii.gz")
     options = LayoutOptions(modality="mr", image_pattern="{case}.nii.gz", label_pattern="{case}_seg.nii.gz")
     assert pairs(scan(tmp_path, "folder", options), tmp_path) == {"mr/a": ("a.nii.gz", "a_seg.nii.gz")}
+
+
+def test_label_maps_are_no_images_of_an_unlabelled_folder(tmp_path: Path) -> None:
+    names = ("a_C0.nii.gz", "b_C0.nii.gz", "a_C0_manual.nii.gz")
+    options = LayoutOptions(modality="mr", image_pattern="{case}.nii.gz")
+    (problem,) = scan(touch(tmp_path, *names), "folder", options).problems
+    assert problem.startswith("images by --image-pattern that are named like label maps, 1: a_C0_manual.nii.gz; ")
+    assert scan(tmp_path, "folder", replace(options, label_pattern="{case}_manual.nii.gz")).problems == ()
+    assert scan(tmp_path, "folder", replace(options, image_pattern="{case}_C0.nii.gz")).problems == ()
 
 
 def test_patterns_with_folders_wildcards_and_repeats(tmp_path: Path) -> None:
