@@ -15,13 +15,13 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from mpscl_ray.data.agreement import label_statistics
 from mpscl_ray.durable_files import write_atomically
@@ -35,6 +35,8 @@ ROW_GROUP_SLICES = 64
 ROW_GROUP_BYTES = 2**16
 """Of images in a row group, one slice at the least: a slice of 256 x 256 has a group of its own."""
 _METADATA_KEY = b"mpscl_ray"
+Size = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+"""Of a voxel, in mm."""
 _PREPARE = "python -m mpscl_ray.prepare INPUT --layout mmwhs --out DIR"
 
 
@@ -58,12 +60,12 @@ class Case:
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
-    id: str
+    id: Annotated[str, Field(pattern="^[^/]+$")]
     patient: str
-    split: str
+    split: Annotated[str, Field(pattern="^(train|val|test)$")]
     file: str
     """Path of the Parquet file below the dataset folder."""
-    slices: int
+    slices: Annotated[int, Field(ge=1)]
     labelled: bool
     sha256: str
     """Of the Parquet file."""
@@ -72,7 +74,7 @@ class Case:
     """Of the voxels as they were read, before any step: the same image under two names has the same."""
     geometry: dict[str, Any]
     """What puts a prediction back into the original image; empty where the input was slices already."""
-    spacing_mm: tuple[float, float, float] | None
+    spacing_mm: tuple[Size, Size, Size] | None
     """Of the prepared voxels, (slice, row, column); None where the input does not tell."""
     class_voxels: tuple[int, ...] | None
     class_centres: tuple[tuple[float, float] | None, ...] | None
@@ -95,7 +97,7 @@ class Manifest:
     modality: str
     classes: tuple[str, ...]
     """Names in the order of the label values, background first; empty where no label table was given."""
-    size: tuple[int, int]
+    size: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]
     """Height and width of every slice."""
     scaling: Scaling
     recipe: dict[str, Any]
@@ -186,6 +188,8 @@ def load_manifest(folder: Path | str) -> Manifest:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise DataError(f"{path}: {where}: {first['msg']}; {again}") from None
+    if not manifest.scaling.low < manifest.scaling.high:
+        raise DataError(f"{path}: scaling.low is not below scaling.high; {again}")
     for case in manifest.cases:
         if case.file != case_file(case.split, case.id):
             raise DataError(f"{path}: case {case.id!r} names the file {case.file!r} outside its place; {again}")

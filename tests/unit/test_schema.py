@@ -259,6 +259,26 @@ def test_a_case_may_not_lie_outside_the_folder(tmp_path: Path) -> None:
         load_manifest(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"id": "../../elsewhere", "file": "train/../../elsewhere.parquet"}, r"cases\.0\.id"),
+        ({"split": "tests", "file": "tests/patient1.parquet"}, r"cases\.0\.split"),
+        ({"spacing_mm": (0.0, 1.0, 1.0)}, r"cases\.0\.spacing_mm\.0: Input should be greater than 0"),
+    ],
+)
+def test_a_case_that_cannot_be_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    save_manifest(tmp_path, make_manifest([dataclasses.replace(make_case(tmp_path), **changes)]))
+    with pytest.raises(DataError, match=message):
+        load_manifest(tmp_path)
+
+
+def test_a_range_that_is_none_is_refused(tmp_path: Path) -> None:
+    save_manifest(tmp_path, make_manifest([], scaling=Scaling(1.0, 1.0, "given")))
+    with pytest.raises(DataError, match=r"scaling\.low is not below scaling\.high"):
+        load_manifest(tmp_path)
+
+
 def test_missing_datasets_are_told_with_what_to_do(dataset: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no such folder; prepare a dataset first: python -m mpscl_ray\.prepare"):
         load_manifest(tmp_path / "nowhere")
