@@ -253,10 +253,15 @@ def _explain(section: str, detail: Any, settings: Mapping[str, _Setting]) -> str
 def _inconsistencies(config: Config) -> list[str]:
     """What each value allows but all of them together do not."""
     found: list[str] = []
-    if config.data.batch_size % config.scaling.workers:
+    least, most = config.scaling.least_workers, config.scaling.most_workers
+    if least > most:
+        found.append(f"scaling.workers=[{least}, {most}] has no number in it; give the smaller one first")
+    odd = [number for number in range(least, most + 1) if config.data.batch_size % number]
+    if odd:
         found.append(
             f"data.batch_size={config.data.batch_size} slices cannot be shared equally by "
-            f"scaling.workers={config.scaling.workers}; make the batch a multiple of the workers"
+            f"scaling.workers={', '.join(map(str, odd))}; make the batch a multiple of "
+            + ("the workers" if least == most else f"every number of workers from {least} to {most}")
         )
     absent = [phase for phase in (SOURCE_ONLY, WARM_UP, ADAPTATION) if phase not in config.method_phases]
     if any(getattr(config.phases, phase) for phase in absent):

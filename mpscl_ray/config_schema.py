@@ -35,7 +35,9 @@ class RunConfig:
     name: str = "mpscl"
     """Name of the run and of its folder; the same name again goes on where the run stopped."""
     storage: str = "runs"
-    """Folder that holds the run folders; on several nodes one that all of them share."""
+    """Folder that holds the run folders, on several nodes one that all of them share; or s3://BUCKET/FOLDER."""
+    outage_min: Annotated[float, Field(ge=0)] = 10
+    """Minutes that a run in a bucket goes on while the bucket does not answer, before it stops (resumable)."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 1
     """Seed of initial weights, order of slices and augmentation."""
     report_every: Annotated[int, Field(ge=1)] = 20
@@ -57,9 +59,9 @@ class DataConfig:
     """The two prepared datasets and what happens to their slices on the way to the network."""
 
     source: str = ""
-    """Folder of the prepared labelled domain, or phantom:mr / phantom:ct."""
+    """Folder or URL of the prepared labelled domain, or phantom:mr / phantom:ct."""
     target: str = ""
-    """Folder of the prepared unlabelled domain, or phantom:mr / phantom:ct."""
+    """Folder or URL of the prepared unlabelled domain, or phantom:mr / phantom:ct."""
     labelled: Literal["source", "target"] = "source"
     """Domain whose labels train the segmenter; "target" is the supervised upper bound."""
     batch_size: Annotated[int, Field(ge=1)] = 8
@@ -112,14 +114,30 @@ class PhasesConfig:
 class ScalingConfig:
     """What a run takes of the machine or cluster."""
 
-    workers: Annotated[int, Field(ge=1)] = 1
-    """Processes that share each batch; the result does not depend on their number."""
+    workers: Annotated[int, Field(ge=1)] | tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] = 1
+    """Processes that share each batch; the result does not depend on their number. With [least, most] a run goes on
+    with fewer when a node is lost, and takes more when one is there."""
     device: Literal["auto", "cpu", "gpu"] = "auto"
     """auto: a GPU for each worker if the cluster has any."""
     cpus_per_worker: Annotated[float, Field(gt=0)] = 1
     """CPUs reserved for, and threads used by, each worker."""
     wait_s: Annotated[float, Field(ge=0)] = 0
     """Seconds to wait for resources that the cluster lacks now, for example while it grows."""
+
+    @property
+    def limits(self) -> tuple[int, int]:
+        """The number of workers that a run needs to go on, and the one that it takes if it can."""
+        return (self.workers, self.workers) if isinstance(self.workers, int) else self.workers
+
+    @property
+    def least_workers(self) -> int:
+        """The first of :attr:`limits`."""
+        return self.limits[0]
+
+    @property
+    def most_workers(self) -> int:
+        """The second of :attr:`limits`."""
+        return self.limits[1]
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mpscl_ray import cli
+from mpscl_ray.bucket_run import open_run
 from mpscl_ray.data.schema import SPLITS
 from mpscl_ray.errors import ConfigError
 from mpscl_ray.evaluation import Evaluation, evaluate_checkpoint, find_dataset, json_text, write_tables
 from mpscl_ray.inference import choose_device, read_model
 from mpscl_ray.run_folder import RunFolder
 from mpscl_ray.score_table import default_measures, format_table, summary_csv
+from mpscl_ray.storage import child
 
 __all__ = ["PHASES_TABLE", "Evaluation", "evaluate_checkpoint", "evaluate_phases", "main"]
 
@@ -32,7 +34,7 @@ RUN/results/NAME/ gets per_volume.csv, summary.csv, summary.md and summary.json.
 
 
 def evaluate_phases(
-    run: Path | str,
+    run: RunFolder | Path | str,
     phases: Sequence[str],
     *,
     device: str | None = None,
@@ -45,7 +47,7 @@ def evaluate_phases(
     table says so.
 
     Args:
-        run: folder of a run whose phases are finished.
+        run: folder, or URL, of a run whose phases are finished.
         phases: their names, in order.
         device: see :func:`evaluate_checkpoint`.
         workers: see :func:`evaluate_checkpoint`.
@@ -57,12 +59,13 @@ def evaluate_phases(
     Raises:
         As :func:`evaluate_checkpoint`.
     """
-    folder, manifest, _ = find_dataset(Path(run), read_model(run), None)
+    home = open_run(run)
+    folder, manifest, _ = find_dataset(home.place, read_model(home), None)
     split = next((name for name in ("test", "val") if any(case.labelled for case in manifest.split(name))), None)
     if split is None:
         return {}
     done = {
-        phase: evaluate_checkpoint(run, phase, split=split, device=device, workers=workers, progress=progress)
+        phase: evaluate_checkpoint(home, phase, split=split, device=device, workers=workers, progress=progress)
         for phase in phases
     }
     rows = {evaluation.row_label: evaluation.summary for evaluation in done.values()}
@@ -70,9 +73,8 @@ def evaluate_phases(
     heading = f"{volumes} labelled {'test' if split == 'test' else 'validation'} volumes of {manifest.modality}"
     if split == "val":
         heading += " (no test volume is labelled)"
-    results = RunFolder(Path(run)).results
     write_tables(
-        results,
+        home.results,
         {
             PHASES_TABLE: f"{heading}\n\n{format_table(rows)}\n",
             "phases.md": f"{heading}\n\n{format_table(rows, style='markdown')}\n",
@@ -82,6 +84,7 @@ def evaluate_phases(
             ),
         },
     )
+    home.publish(home.results)
     return done
 
 
@@ -94,9 +97,9 @@ def main(arguments: Sequence[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("run", type=Path, metavar="RUN", help="folder of the run")
+    add("run", metavar="RUN", help="folder of the run, or its URL")
     add("--checkpoint", default="last", help="last (default), best, a phase, a name in RUN/checkpoints, or a path")
-    add("--data", type=Path, metavar="FOLDER", help="prepared dataset (default: the run's target)")
+    add("--data", metavar="FOLDER", help="prepared dataset, or its URL (default: the run's target)")
     add("--split", default="test", choices=SPLITS, help="which volumes (default: test)")
     add("--out", type=Path, metavar="DIR", help="folder for the tables (default: RUN/results/NAME)")
     add(
@@ -114,8 +117,9 @@ def main(arguments: Sequence[str]) -> int:
     if options.workers is not None and options.workers < 0:
         raise ConfigError(f"--workers is {options.workers}; expected 0 or more")
     choose_device(options.device)
+    home = open_run(options.run)
     evaluation = evaluate_checkpoint(
-        options.run,
+        home,
         options.checkpoint,
         data=options.data,
         split=options.split,
@@ -130,7 +134,7 @@ def main(arguments: Sequence[str]) -> int:
     print(evaluation.table(measures=list(dict.fromkeys(measures))))
     for notice in evaluation.notices:
         print(f"note: {notice}")
-    print(f"\nwritten to {options.out or RunFolder(options.run).results / evaluation.name}")
+    print(f"\nwritten to {options.out or child(home.place, 'results', evaluation.name)}")
     return 0
 
 

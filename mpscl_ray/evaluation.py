@@ -8,12 +8,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from mpscl_ray import __version__
+from mpscl_ray.bucket_run import open_run
 from mpscl_ray.cluster_session import connect
 from mpscl_ray.data.schema import SPLITS, Case, Manifest, Scaling, load_manifest, read_case
 from mpscl_ray.data.slices import unscale
@@ -45,6 +46,7 @@ from mpscl_ray.score_table import (
     summarise,
     summary_csv,
 )
+from mpscl_ray.storage import Remote, locate
 
 RELEASED_PROTOCOL = (
     "RELEASED PROTOCOL, for comparison with published numbers alone: the last (slices mod 32) slices of each volume "
@@ -59,9 +61,9 @@ class Evaluation:
 
     name: str
     """Also the name of its folder in the run's results."""
-    run: Path
+    run: str
     weights: Checkpoint
-    dataset: Path
+    dataset: Path | Remote
     modality: str
     fingerprint: str
     """Of the dataset."""
@@ -96,7 +98,7 @@ class Evaluation:
         return {
             "name": self.name,
             "product_version": __version__,
-            "run": str(self.run),
+            "run": self.run,
             "checkpoint": {**asdict(self.weights), "path": str(self.weights.path), "oracle": self.weights.oracle},
             "dataset": {"path": str(self.dataset), "modality": self.modality, "fingerprint": self.fingerprint},
             "split": self.split,
@@ -114,7 +116,7 @@ class Evaluation:
 
 
 def evaluate_checkpoint(
-    run: Path | str,
+    run: RunFolder | Path | str,
     checkpoint: str = "last",
     *,
     data: Path | str | None = None,
@@ -129,7 +131,7 @@ def evaluate_checkpoint(
     """Predict every labelled volume of a split, score it, and write the tables.
 
     Args:
-        run: folder of the run.
+        run: folder of the run, or its URL.
         checkpoint: see :func:`mpscl_ray.inference.find_checkpoint`.
         data: prepared dataset; None for the run's target.
         split: train, val or test.
@@ -148,9 +150,10 @@ def evaluate_checkpoint(
         DataError: the checkpoint or the dataset is damaged, they do not fit, or no volume of the split is labelled.
         StorageError: the tables cannot be written.
     """
-    model = read_model(run)
-    weights, notices = find_checkpoint(run, checkpoint)
-    folder, manifest, domain = find_dataset(Path(run), model, data)
+    home = open_run(run)
+    model = read_model(home)
+    weights, notices = find_checkpoint(home, checkpoint)
+    folder, manifest, domain = find_dataset(home.place, model, data)
     cases = _labelled_cases(folder, manifest, split)
     notices += _dataset_notices(manifest, domain, cases, len(manifest.split(split)), data is None)
     predictor = load_weights(model, weights, device)
@@ -161,8 +164,8 @@ def evaluate_checkpoint(
     parts = [weights.name, split] if domain is model.domains["target"] else [weights.name, manifest.modality, split]
     parts += ["largest_component"] * largest_component + ["released_protocol"] * released_protocol
     options = _Options(
-        run=Path(run).absolute(),
-        weights=weights,
+        run=home.address,
+        weights=replace(weights, path=home.relative(weights.path)),
         stamp=weights.stamp(),
         dataset=folder,
         device=device,
@@ -171,13 +174,13 @@ def evaluate_checkpoint(
         largest_component=largest_component,
         released_protocol=released_protocol,
     )
-    place = out or RunFolder(Path(run)).results / "_".join(parts)
+    place = out or home.results / "_".join(parts)
     with storage_errors(place):  # before the work, not after it
         place.mkdir(parents=True, exist_ok=True)
     scores = _score(predictor, options, cases, workers, progress)
     evaluation = Evaluation(
         name="_".join(parts),
-        run=Path(run),
+        run=home.place,
         weights=weights,
         dataset=folder,
         modality=manifest.modality,
@@ -192,23 +195,28 @@ def evaluate_checkpoint(
         notices=tuple(notices),
     )
     _write(evaluation, place)
+    if out is None:
+        home.publish(place)
     return evaluation
 
 
 # ------------------------------------------------------------------------------------------------------ dataset
 
 
-def find_dataset(run: Path, model: Model, data: Path | str | None) -> tuple[Path, Manifest, Domain | None]:
+def find_dataset(run: str, model: Model, data: Path | str | None) -> tuple[Path | Remote, Manifest, Domain | None]:
     """The dataset to score on, and the domain of the run that it belongs to."""
     target = model.domains["target"]
     if data is None:
-        if target.dataset is None or not target.dataset.is_dir():
+        if target.dataset is None or not target.dataset.exists():
             raise DataError(
                 f"the target dataset of the run {run}, {target.dataset}, is not there any more; give its folder with "
                 "--data"
             )
-        data = target.dataset
-    folder = Path(data).absolute()
+        folder = target.dataset
+    else:
+        folder = locate(data)
+    if isinstance(folder, Path):
+        folder = folder.absolute()
     manifest = load_manifest(folder)
     if manifest.classes and manifest.classes != model.classes:  # none: an unlabelled dataset without a label table
         raise DataError(
@@ -225,7 +233,7 @@ def find_dataset(run: Path, model: Model, data: Path | str | None) -> tuple[Path
     return folder, manifest, next(iter(same + [d for d in domains if d.modality == manifest.modality]), None)
 
 
-def _labelled_cases(folder: Path, manifest: Manifest, split: str) -> list[Case]:
+def _labelled_cases(folder: Path | Remote, manifest: Manifest, split: str) -> list[Case]:
     cases = [case for case in manifest.split(split) if case.labelled]
     if cases:
         return cases
@@ -268,10 +276,10 @@ def _dataset_notices(manifest: Manifest, domain: Domain | None, cases: list[Case
 class _Options:
     """What scoring a case needs beside the case."""
 
-    run: Path
+    run: str
     weights: Checkpoint
     stamp: int
-    dataset: Path
+    dataset: Path | Remote
     device: str | None
     scaling: Scaling
     """Of the dataset."""

@@ -32,21 +32,22 @@ def fork(run: RunFolder, parent: RunFolder, phase: str) -> Path:
         StorageError: the new folder cannot be written.
     """
     run.create()
-    existing = checkpoint.list_checkpoints(run.checkpoints)
+    existing = run.steps()
     if existing:
-        return existing[0]
-    end = parent.phases / phase
-    if not end.is_dir():
-        finished = sorted(path.name for path in parent.phases.glob("[!.]*"))
+        return run.fetched(run.checkpoints / existing[0])
+    finished = parent.finished_phases()
+    if phase not in finished:
         raise ConfigError(
-            f"the run {parent.path} has no end of the phase {phase} to begin from; it has finished "
+            f"the run {parent.place} has no end of the phase {phase} to begin from; it has finished "
             f"{', '.join(finished) or 'no phase yet'}: train it first, or name one of these"
         )
-    state = checkpoint.load(end)
-    for earlier in parent.phases.glob("[!.]*"):
-        before = checkpoint.load(earlier) if earlier != end else state
+    state = checkpoint.load(parent.fetched(parent.phases / phase))
+    for earlier in finished:
+        before = checkpoint.load(parent.fetched(parent.phases / earlier)) if earlier != phase else state
         if before["position"]["phase"] <= state["position"]["phase"]:
-            shutil.rmtree(run.phases / earlier.name, ignore_errors=True)
-            checkpoint.save(run.phases / earlier.name, before)
+            shutil.rmtree(run.phases / earlier, ignore_errors=True)
+            run.publish(checkpoint.save(run.phases / earlier, before))
     # Last, because it is what tells that the fork is complete.
-    return checkpoint.save(run.checkpoints / checkpoint.checkpoint_name(state["position"]["step"]), state)
+    first = checkpoint.save(run.checkpoints / checkpoint.checkpoint_name(state["position"]["step"]), state)
+    run.publish(first)
+    return first

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Self
@@ -16,11 +16,13 @@ import torch
 from torch import Tensor
 
 from mpscl_ray import checkpoint as checkpoints
+from mpscl_ray.bucket_run import open_run
 from mpscl_ray.data.slices import Recipe, scale
 from mpscl_ray.errors import ConfigError, DataError
 from mpscl_ray.networks.deeplab import DeepLabV2
 from mpscl_ray.networks.pretrained import load_pretrained
 from mpscl_ray.run_folder import RunFolder
+from mpscl_ray.storage import Remote, locate
 
 Labels = npt.NDArray[np.uint8]
 Slices = npt.NDArray[np.float32]
@@ -39,7 +41,7 @@ class Domain:
     high: float
     """Normalised intensities that -1 and 1 stand for."""
     recipe: Recipe
-    dataset: Path | None
+    dataset: Path | Remote | None
     """Prepared folder that the run used; it may have moved since."""
     fingerprint: str | None
     raw_ids: Mapping[str, int]
@@ -56,7 +58,7 @@ class Domain:
             low=float(values["scaling"]["low"]),
             high=float(values["scaling"]["high"]),
             recipe=Recipe.from_json(values["recipe"]),
-            dataset=Path(values["dataset"]) if values.get("dataset") else None,
+            dataset=locate(values["dataset"]) if values.get("dataset") else None,
             fingerprint=values.get("fingerprint"),
             raw_ids=raw_ids,
         )
@@ -193,7 +195,7 @@ class Predictor:
 
 
 def load_segmenter(
-    run: Path | str,
+    run: RunFolder | Path | str,
     checkpoint: str = "last",
     device: torch.device | str | None = None,
     batch_slices: int | None = None,
@@ -201,7 +203,7 @@ def load_segmenter(
     """The segmenter of a run, ready to predict.
 
     Args:
-        run: folder of the run.
+        run: folder of the run, or its URL.
         checkpoint: see :func:`find_checkpoint`.
         device: see :class:`Predictor`.
         batch_slices: see :class:`Predictor`.
@@ -210,14 +212,15 @@ def load_segmenter(
         ConfigError: no such run or checkpoint.
         DataError: the run has no checkpoint yet, or one that is damaged or does not fit the network.
     """
-    model = read_model(run)
-    weights, _ = find_checkpoint(run, checkpoint)
+    folder = open_run(run)
+    model = read_model(folder)
+    weights, _ = find_checkpoint(folder, checkpoint)
     return load_weights(model, weights, device, batch_slices)
 
 
-def read_model(run: Path | str) -> Model:
+def read_model(run: RunFolder | Path | str) -> Model:
     """What a run says of its segmenter. Raises ConfigError where there is no run, DataError for a damaged one."""
-    folder = RunFolder(Path(run))
+    folder = open_run(run)
     folder.require()
     values = folder.read_model()
     try:
@@ -241,11 +244,11 @@ def read_model(run: Path | str) -> Model:
     return model
 
 
-def find_checkpoint(run: Path | str, checkpoint: str = "last") -> tuple[Checkpoint, list[str]]:
+def find_checkpoint(run: RunFolder | Path | str, checkpoint: str = "last") -> tuple[Checkpoint, list[str]]:
     """Where the weights are.
 
     Args:
-        run: folder of the run.
+        run: folder of the run, or its URL.
         checkpoint: ``last``, the newest that is intact; ``best``, the one with the best validation score; the name of a
             phase (``source_only``, ``warm_up``, ``adaptation``) for its end; the name of one in ``checkpoints/``; or a
             path: the folder of a checkpoint, or a file with released weights.
@@ -257,27 +260,24 @@ def find_checkpoint(run: Path | str, checkpoint: str = "last") -> tuple[Checkpoi
         ConfigError: no run, or no checkpoint of that name in it; says which there are.
         DataError: ``last`` of a run that has none yet.
     """
-    folder = RunFolder(Path(run))
+    folder = open_run(run)
     folder.require()
     if checkpoint == "last":
+        folder.fetch_newest()
         path, notices = checkpoints.latest(folder.checkpoints)
         if path is None:
             reason = "; ".join(notices) or "training has not come to its first one"
-            raise DataError(f"the run {folder.path} has no intact checkpoint: {reason}")
+            raise DataError(f"the run {folder.place} has no intact checkpoint: {reason}")
         return Checkpoint("last", path), notices
-    if checkpoint == "best" and folder.best.is_dir():
-        return Checkpoint("best", folder.best), []
-    for parent in (folder.phases, folder.checkpoints):
-        if checkpoint == Path(checkpoint).name and (parent / checkpoint).is_dir():
-            return Checkpoint(checkpoint, parent / checkpoint), []
+    there = folder.checkpoint_names()
+    if checkpoint in there:
+        parents = {"best": folder.path} | dict.fromkeys(folder.steps(), folder.checkpoints)
+        return Checkpoint(checkpoint, folder.fetched(parents.get(checkpoint, folder.phases) / checkpoint)), []
     path = Path(checkpoint)
     if checkpoint != "best" and path.exists():
         return Checkpoint(path.name, path), []
-    there = [step.name for step in checkpoints.list_checkpoints(folder.checkpoints)]
-    there += sorted(phase.name for phase in folder.phases.glob("*") if phase.is_dir() and phase.name[0] != ".")
-    there += ["best"] if folder.best.is_dir() else []
     raise ConfigError(
-        f"the run {folder.path} has no checkpoint {checkpoint!r} and there is no such path; it has "
+        f"the run {folder.place} has no checkpoint {checkpoint!r} and there is no such path; it has "
         f"{', '.join(['last', *there]) if there else 'none yet'}"
     )
 
@@ -336,9 +336,17 @@ def _build(description: Mapping[str, Any], origin: str) -> DeepLabV2:
 
 
 @lru_cache(maxsize=1)
-def segmenter_of_worker(run: Path, weights: Checkpoint, stamp: int, device: str | None) -> Predictor:
-    """The segmenter for the many volumes that one worker process is given; read again when the stamp is another."""
-    return load_weights(read_model(run), weights, device)
+def segmenter_of_worker(run: str, weights: Checkpoint, stamp: int, device: str | None) -> Predictor:
+    """The segmenter for the many volumes that one worker process is given; read again when the stamp is another.
+
+    Args:
+        run: address of the run.
+        weights: their path may be the way from the run's folder, which need not be the same on every node.
+        stamp: see :meth:`Checkpoint.stamp`.
+        device: see :class:`Predictor`.
+    """
+    folder = open_run(run)
+    return load_weights(read_model(folder), replace(weights, path=folder.fetched(weights.path)), device)
 
 
 def volumes_at_a_time(volumes: int, device: torch.device) -> int:

@@ -37,10 +37,11 @@ from mpscl_ray.data.stream import Slices
 from mpscl_ray.errors import ClusterError, ConfigError, DataError, MpsclError, StorageError, TrainingError
 from mpscl_ray.methods.adversarial import DISCRIMINATORS, DiscriminatorConfig
 from mpscl_ray.monitoring import count_restart
-from mpscl_ray.run_folder import RunFolder
+from mpscl_ray.run_folder import FAILURE_FILE, LOSSES_FILE, STOP_FILE, RunFolder
+from mpscl_ray.storage import Remote, locate
 from mpscl_ray.training import Outcome
 from mpscl_ray.training_data import TrainingData
-from mpscl_ray.worker import FAILURE_FILE, STOP_FILE, add_notice, run_worker
+from mpscl_ray.worker import add_notice, run_worker
 
 RAY_FOLDER = "ray"
 """Folder in the run folder where Ray Train keeps its own files while it runs."""
@@ -50,8 +51,11 @@ _SETTLE_S = 5.0
 """So long may a cluster that is large enough take to free what a run before this one held."""
 
 _START_TIMEOUT_S = 30
+_GROW_S = 30.0
+"""Time between two looks whether an elastic run could have more workers; to take them, all start anew."""
 _RAY_TRAIN_SETTINGS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    # After a node was lost Ray takes it for alive a little longer, and waits so long for workers on it.
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(_START_TIMEOUT_S),
 }
 """Environment variables that Ray Train reads when a training starts. By its own defaults it looks for lost workers, and
@@ -68,13 +72,20 @@ class Domains:
 
     source: Manifest
     target: Manifest
-    source_folder: Path
-    target_folder: Path
+    source_folder: Path | Remote
+    target_folder: Path | Remote
 
     @property
     def classes(self) -> tuple[str, ...]:
         """Names, background first."""
         return self.source.classes
+
+    def fingerprints(self) -> dict[str, str]:
+        """By the address of each dataset."""
+        return {
+            str(self.source_folder): self.source.fingerprint,
+            str(self.target_folder): self.target.fingerprint,
+        }
 
 
 def load_domains(config: Config) -> tuple[Domains, list[str]]:
@@ -94,7 +105,10 @@ def load_domains(config: Config) -> tuple[Domains, list[str]]:
                 f"{key} is not set: give the folder of a prepared dataset ({key}=FOLDER); "
                 "python -m mpscl_ray.prepare --help tells how to make one"
             )
-    source_folder, target_folder = Path(config.data.source).absolute(), Path(config.data.target).absolute()
+    source_folder, target_folder = (
+        located.absolute() if isinstance(located, Path) else located
+        for located in map(locate, (config.data.source, config.data.target))
+    )
     domains = Domains(load_manifest(source_folder), load_manifest(target_folder), source_folder, target_folder)
     warnings = check_pair(domains.source, domains.target)
     _check_size(config, domains.source.size)
@@ -132,7 +146,7 @@ def _reads_target(config: Config) -> bool:
 def model_description(config: Config, domains: Domains) -> dict[str, Any]:
     """What evaluation and prediction need beside the weights, for model.json."""
 
-    def domain(manifest: Manifest, folder: Path) -> dict[str, Any]:
+    def domain(manifest: Manifest, folder: Path | Remote) -> dict[str, Any]:
         return {
             "modality": manifest.modality,
             "scaling": {"low": manifest.scaling.low, "high": manifest.scaling.high},
@@ -157,7 +171,7 @@ def model_description(config: Config, domains: Domains) -> dict[str, Any]:
 def open_data(config: Config, domains: Domains) -> TrainingData:
     """Open the slices that a run reads; those that fit are read into shared memory now, checksums verified."""
 
-    def opened(folder: Path, split: str, labels: bool) -> Slices:
+    def opened(folder: Path | Remote, split: str, labels: bool) -> Slices:
         return open_slices(folder, split, labels=labels, in_memory=config.data.in_memory)
 
     supervised = config.data.labelled == TARGET_DOMAIN
@@ -189,16 +203,16 @@ def check_machine(config: Config) -> None:
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     gpus = torch.cuda.device_count()
     fits = int(cpus / scaling.cpus_per_worker)
-    if scaling.workers > fits:
+    if scaling.least_workers > fits:
         raise ClusterError(
-            f"{scaling.workers} workers with {scaling.cpus_per_worker:g} CPUs each need "
-            f"{scaling.workers * scaling.cpus_per_worker:g} CPUs and this machine has {cpus}; "
+            f"{scaling.least_workers} workers with {scaling.cpus_per_worker:g} CPUs each need "
+            f"{scaling.least_workers * scaling.cpus_per_worker:g} CPUs and this machine has {cpus}; "
             f"{_offer(config, fits, [])}, or set RAY_ADDRESS to a larger cluster"
         )
-    if scaling.device == "gpu" and scaling.workers > gpus:
+    if scaling.device == "gpu" and scaling.least_workers > gpus:
         raise ClusterError(
-            f"scaling.device=gpu gives each of {scaling.workers} workers a GPU and this machine has {gpus} that torch "
-            f"can use; {_offer(config, gpus, ['scaling.device=cpu'])}, or set RAY_ADDRESS to a cluster with GPUs"
+            f"scaling.device=gpu gives each of {scaling.least_workers} workers a GPU and this machine has {gpus} that "
+            f"torch can use; {_offer(config, gpus, ['scaling.device=cpu'])}, or set RAY_ADDRESS to a cluster with GPUs"
         )
 
 
@@ -218,9 +232,9 @@ def check_cluster(config: Config) -> bool:
     total: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
     use_gpu = scaling.device == "gpu" or (scaling.device == "auto" and total.get("GPU", 0) > 0)
     place = worker_place(config, use_gpu)
-    enough = scaling.workers <= places(place)
+    enough = scaling.least_workers <= places(place)
     if enough or scaling.wait_s:
-        group = placement_group([place] * scaling.workers, strategy="PACK")
+        group = placement_group([place] * scaling.least_workers, strategy="PACK")
         try:
             if group.wait(max(scaling.wait_s, _SETTLE_S) if enough else scaling.wait_s):
                 return use_gpu
@@ -235,14 +249,15 @@ def cluster_shortage(config: Config, use_gpu: bool) -> str:
     place = worker_place(config, use_gpu)
     total: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
     free: dict[str, float] = ray.available_resources()  # type: ignore[no-untyped-call]
-    asked = " and ".join(f"{amount * scaling.workers:g} {name}s" for name, amount in place.items())
+    asked = " and ".join(f"{amount * scaling.least_workers:g} {name}s" for name, amount in place.items())
     has = " and ".join(f"{total.get(name, 0):g} {name}s ({free.get(name, 0):g} free)" for name in place)
     nodes = len(_nodes())
     spread = f" on {nodes} nodes" if nodes > 1 else ""
     fits = min(places(place), *(int(free.get(name, 0) / amount) for name, amount in place.items()))
-    others = ["scaling.device=cpu"] if use_gpu and total.get("GPU", 0) < scaling.workers else []
+    others = ["scaling.device=cpu"] if use_gpu and total.get("GPU", 0) < scaling.least_workers else []
     others.append("scaling.wait_s=SECONDS to wait for more")
-    return f"{scaling.workers} workers need {asked}, and the cluster has {has}{spread}; {_offer(config, fits, others)}"
+    offer = _offer(config, fits, others)
+    return f"{scaling.least_workers} workers need {asked}, and the cluster has {has}{spread}; {offer}"
 
 
 def places(place: dict[str, float]) -> int:
@@ -255,7 +270,7 @@ def trainings_at_once(config: Config, use_gpu: bool) -> int:
     place = worker_place(config, use_gpu)
     free: dict[str, float] = ray.available_resources()  # type: ignore[no-untyped-call]
     fits = min(places(place), *(int(free.get(name, 0) / amount) for name, amount in place.items()))
-    return max(1, fits // config.scaling.workers)
+    return max(1, fits // config.scaling.most_workers)
 
 
 def worker_place(config: Config, use_gpu: bool) -> dict[str, float]:
@@ -285,7 +300,7 @@ class _LossesToNotices(UserCallback):
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         if not (self.folder.path / FAILURE_FILE).exists():
             count_restart(self.folder.name)
-            add_notice(self.folder, f"{_causes(worker_exceptions)}; the workers are replaced and go on")
+            add_notice(self.folder, f"{_causes(worker_exceptions)}; the workers are replaced and go on", LOSSES_FILE)
 
 
 _PEER_IS_GONE = re.compile(
@@ -333,10 +348,15 @@ class Launch:
         patience = math.ceil(config.scaling.wait_s / _START_TIMEOUT_S)
         self._trainer = ray.train.torch.TorchTrainer(
             # The settings alone are Ray's train_loop_config: the Train view of the dashboard shows that to everybody.
-            functools.partial(run_worker, folder=str(folder.path.absolute()), data=data),  # type: ignore[arg-type]
+            functools.partial(  # type: ignore[arg-type]
+                run_worker, folder=folder.address, token=folder.token, data=data
+            ),
             train_loop_config=to_dict(config),
-            scaling_config=ScalingConfig(
-                num_workers=config.scaling.workers, use_gpu=use_gpu, resources_per_worker=resources
+            scaling_config=ScalingConfig(  # type: ignore[call-arg]  # the types are those of the former Ray Train
+                num_workers=config.scaling.workers,  # type: ignore[arg-type]
+                use_gpu=use_gpu,
+                resources_per_worker=resources,
+                elastic_resize_monitor_interval_s=_GROW_S,
             ),
             run_config=RunConfig(
                 # New each time: going on from a checkpoint is our own business, Ray's idea of it would get in the way.
@@ -376,6 +396,7 @@ class Launch:
         while self.running:
             look()
             self._thread.join(_LOOK_S)
+        self.folder.settle()
         look()
         (self.folder.path / STOP_FILE).unlink(missing_ok=True)
         shutil.rmtree(self._ray_folder, ignore_errors=True)
@@ -383,9 +404,11 @@ class Launch:
         if failure.exists():
             content = json.loads(failure.read_text(encoding="utf-8"))
             failure.unlink()
-            raise _FINAL.get(content["exit_code"], TrainingError)(content["reason"])
+            raise _final(content)
         if self._error is not None:
             raise self._explained(self._error)
+        if self._result.return_value["state"] == "failed":
+            raise _final(self._result.return_value)
         return Outcome(**self._result.return_value)
 
     def _fit(self) -> None:
@@ -396,8 +419,11 @@ class Launch:
 
     def _explained(self, error: BaseException) -> BaseException:
         """What ended the training, as a sentence."""
-        logs = f"see {self.folder.logs} for each worker's log; the same command goes on from the last checkpoint"
+        logs = f"see {self.folder.place}/logs for each worker's log; the same command goes on from the last checkpoint"
         if isinstance(error, ray.train.WorkerGroupError):
+            final = [failure for failure in error.worker_failures.values() if isinstance(failure, StorageError)]
+            if final:
+                return final[0]
             return TrainingError(
                 f"workers failed {self.config.run.restarts + 1} times, which is once more than run.restarts allows "
                 f"({_causes(error.worker_failures)}); {logs}"
@@ -407,6 +433,11 @@ class Launch:
         if isinstance(error, (ray.train.TrainingFailedError, ray.exceptions.RayError)):
             return ClusterError(f"Ray ended the training ({_last_line(error)}); {logs}")
         return error
+
+
+def _final(told: Mapping[str, Any]) -> MpsclError:
+    """What a worker could not go on with, as it told it."""
+    return _FINAL.get(told["exit_code"], TrainingError)(told["reason"])
 
 
 def _last_line(error: BaseException) -> str:

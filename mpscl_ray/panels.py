@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from mpscl_ray.bucket_run import open_run
 from mpscl_ray.data.schema import load_manifest, read_case
 from mpscl_ray.inference import find_checkpoint, load_weights, read_model
 from mpscl_ray.plots import panel, save_png
@@ -17,20 +18,21 @@ SLICES = 4
 """Rows of a picture."""
 
 
-def draw_phases(run: Path, phases: Sequence[str]) -> Path | None:
+def draw_phases(run: RunFolder | Path | str, phases: Sequence[str]) -> Path | None:
     """Write ``results/phases.png``: image, prediction at the end of each phase, label.
 
     The slices are the evenly spaced ones among those that show a structure, of the first labelled test volume of the
     target (validation volume where no test volume is labelled).
 
     Args:
-        run: folder of a run whose phases are finished.
+        run: folder, or URL, of a run whose phases are finished.
         phases: their names, in order.
 
     Returns:
         The picture; None where the target has no labelled volume.
     """
-    model = read_model(run)
+    home = open_run(run)
+    model = read_model(home)
     folder = model.domains["target"].dataset
     assert folder is not None
     manifest = load_manifest(folder)
@@ -41,11 +43,12 @@ def draw_phases(run: Path, phases: Sequence[str]) -> Path | None:
     chosen = _showing(arrays["label"])
     columns: dict[str, NDArray[np.integer]] = {}
     for phase in phases:
-        predictor = load_weights(model, find_checkpoint(run, phase)[0])
+        predictor = load_weights(model, find_checkpoint(home, phase)[0])
         columns[phase.replace("_", " ")] = predictor.predict_slices(arrays["image"])[chosen]
     columns["label"] = arrays["label"][chosen]
-    picture = RunFolder(run).results / "phases.png"
+    picture = home.results / "phases.png"
     save_png(picture, panel(arrays["image"][chosen], columns, model.classes))
+    home.publish(picture)
     return picture
 
 

@@ -21,6 +21,7 @@ def map_volumes(
     workers: int,
     name: Callable[[Item], str],
     done: Callable[[int], None],
+    here: bool = False,
 ) -> list[Result]:
     """Results of ``function`` for each item, in order.
 
@@ -30,6 +31,7 @@ def map_volumes(
         workers: volumes at a time, in a Ray that is connected already; 0 works in this process.
         name: what an item is called in an error.
         done: told the number of finished items, whenever it grows.
+        here: whether tasks must stay on this node, because they write to its disk.
 
     Raises:
         MpsclError: the first that the function raised.
@@ -46,7 +48,7 @@ def map_volumes(
                 raise
             done(len(results))
         return results
-    return _in_tasks(function, items, workers, name, done)
+    return _in_tasks(function, items, workers, name, done, here)
 
 
 def _batch(function: Callable[[Any], Any], items: Sequence[Any], names: Sequence[str]) -> list[Any] | MpsclError:
@@ -69,12 +71,15 @@ def _in_tasks(
     workers: int,
     name: Callable[[Item], str],
     done: Callable[[int], None],
+    here: bool,
 ) -> list[Result]:
     import ray  # only here: work in this process needs no Ray
 
     size = max(1, len(items) // (workers * _TASKS_PER_WORKER))
     starts = list(range(0, len(items), size))
     task = ray.remote(num_cpus=1, max_retries=1)(_batch)
+    if here:
+        task = task.options(label_selector={"ray.io/node-id": ray.get_runtime_context().get_node_id()})
     results: dict[int, list[Result]] = {}
     running: dict[Any, int] = {}
     finished = 0

@@ -17,6 +17,7 @@ from mpscl_ray.durable_files import storage_errors, write_atomically
 from mpscl_ray.errors import ConfigError
 from mpscl_ray.prepare import prepare
 from mpscl_ray.prepare_options import PrepareOptions
+from mpscl_ray.storage import Remote, cache_folder, locate
 
 PREFIX = "phantom:"
 """``data.source=phantom:mr`` stands for the dataset that is made here."""
@@ -51,10 +52,10 @@ def _resolved(config: Config, key: str) -> str:
     modality = value.removeprefix(PREFIX)
     if modality not in MODALITIES:
         raise ConfigError(f"data.{key}={value}: the phantom has {' and '.join(PREFIX + name for name in MODALITIES)}")
-    return str(phantom_dataset(Path(config.run.storage)) / modality)
+    return str(phantom_dataset(locate(config.run.storage)) / modality)
 
 
-def phantom_dataset(storage: Path) -> Path:
+def phantom_dataset(storage: Path | Remote) -> Path | Remote:
     """Folder with the prepared datasets ``mr`` and ``ct`` of the phantom, made on first use.
 
     The name of the folder carries a hash of everything that decides what it holds, so that another version of the
@@ -63,20 +64,25 @@ def phantom_dataset(storage: Path) -> Path:
     recipe = json.dumps([TRAIN, VAL, TEST, SEED, RECIPE.to_json(), _code_hash()])
     folder = storage / f"phantom-{hashlib.sha256(recipe.encode()).hexdigest()[:8]}"
     prepared = folder / "prepared"
-    if all((prepared / modality / MANIFEST).is_file() for modality in MODALITIES):
+    if all((prepared / modality / MANIFEST).exists() for modality in MODALITIES):
         return prepared
     print(f"making the phantom hearts in {folder}", flush=True)
     count = TRAIN + VAL + TEST
-    raw = folder / "nifti"
-    with storage_errors(folder):
-        shutil.rmtree(folder, ignore_errors=True)
+    here = cache_folder() / folder.name if isinstance(folder, Remote) else folder
+    raw = here / "nifti"
+    with storage_errors(here):
+        shutil.rmtree(here, ignore_errors=True)
     make_phantom(raw, count, count, SEED)
     for modality in MODALITIES:
         names = [f"{modality}_{FIRST_CASE + number}" for number in range(count)]
         split = {"train": names[:TRAIN], "val": names[TRAIN : TRAIN + VAL], "test": names[TRAIN + VAL :]}
-        file = folder / f"split-{modality}.json"
+        file = here / f"split-{modality}.json"
         write_atomically(file, json.dumps(split, indent=1).encode())
-        prepare(PrepareOptions(raw, prepared, "mmwhs", modality=modality, split=str(file), recipe=RECIPE))
+        prepare(
+            PrepareOptions(raw, prepared, "mmwhs", modality=modality, split=str(file), recipe=RECIPE, overwrite=True)
+        )
+    if here != folder:
+        shutil.rmtree(here, ignore_errors=True)
     return prepared
 
 

@@ -10,11 +10,13 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from mpscl_ray import __version__, cli
+from mpscl_ray.bucket_run import open_run
 from mpscl_ray.cluster_session import connect
 from mpscl_ray.data.file_listing import is_dicom
 from mpscl_ray.durable_files import storage_errors, write_atomically
@@ -59,14 +61,15 @@ def main(arguments: Sequence[str]) -> int:
     if options.workers is not None and options.workers < 0:
         raise ConfigError(f"--workers is {options.workers}; expected 0 or more")
     device = choose_device(options.device)
-    model = read_model(options.run)
+    home = open_run(options.run)
+    model = read_model(home)
     domain = model.domain(options.modality)
-    weights, warnings = find_checkpoint(options.run, options.checkpoint)
+    weights, warnings = find_checkpoint(home, options.checkpoint)
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
     job = Job(
-        run=options.run.absolute(),
-        weights=weights,
+        run=home.address,
+        weights=replace(weights, path=home.relative(weights.path)),
         stamp=weights.stamp(),
         domain=options.modality,
         out=options.out.absolute(),
@@ -110,7 +113,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("run", type=Path, metavar="RUN", help="folder of the run")
+    add("run", metavar="RUN", help="folder of the run, or its URL")
     add("inputs", type=Path, nargs="+", metavar="INPUT", help="NIfTI files, or folders of them")
     add("--out", type=Path, required=True, metavar="DIR", help="folder for the label maps")
     add("--pattern", metavar="GLOB", help="which files of a folder (default: all NIfTI files that are no label maps)")
@@ -233,7 +236,7 @@ def _write_volumes(job: Job, previous: dict[str, Any], good: Sequence[Prediction
             "image": prediction.image.name,
             "files": list(prediction.files),
             "volumes_ml": dict(prediction.volumes_ml or {}),
-            "run": str(job.run),
+            "run": job.run,
             "checkpoint": {"name": weights.name, "path": str(weights.path)},
             "prepared_as": job.domain,
             "notices": list(prediction.notices),

@@ -30,7 +30,7 @@ _PREVIEW_SLICES = 6
 class Job:
     """What is the same for every image."""
 
-    run: Path
+    run: str
     weights: Checkpoint
     stamp: int
     """Of the weights, see :meth:`Checkpoint.stamp`."""

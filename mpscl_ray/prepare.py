@@ -33,6 +33,7 @@ from mpscl_ray.errors import ConfigError, DataError, StorageError
 from mpscl_ray.parallel import map_volumes
 from mpscl_ray.prepare_options import PrepareOptions, parse
 from mpscl_ray.progress import ProgressLine
+from mpscl_ray.storage import Remote, cache_folder
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -56,7 +57,7 @@ class _Dataset:
     staged: list[Staged]
 
 
-def prepare(options: PrepareOptions, *, progress: bool = True) -> dict[str, Path]:
+def prepare(options: PrepareOptions, *, progress: bool = True) -> dict[str, Path | Remote]:
     """Make a dataset of each modality in the input folder.
 
     Args:
@@ -64,7 +65,7 @@ def prepare(options: PrepareOptions, *, progress: bool = True) -> dict[str, Path
         progress: whether to show a progress line.
 
     Returns:
-        Modality -> folder of its dataset.
+        Modality -> folder of its dataset, here or in a bucket.
 
     Raises:
         ConfigError: where options are wrong or contradict each other, or a dataset is there already.
@@ -88,7 +89,7 @@ def prepare(options: PrepareOptions, *, progress: bool = True) -> dict[str, Path
         workers = _workers(options, [request for dataset in datasets for request in dataset.requests])
         if workers:
             stack.enter_context(connect(workers))
-        _stage(datasets, settings, workers, problems, progress)
+        _stage(datasets, options, settings, workers, problems, progress)
         for dataset in datasets:
             wrong, notices = check_staged(
                 dataset.staged,
@@ -153,15 +154,24 @@ def _map(
     workers: int,
     name: Callable[[Item], str],
     label: str,
+    options: PrepareOptions,
     progress: bool,
 ) -> list[Result]:
+    here = isinstance(options.out, Remote)
     if not progress:
-        return map_volumes(function, items, workers=workers, name=name, done=lambda count: None)
+        return map_volumes(function, items, workers=workers, name=name, done=lambda count: None, here=here)
     with ProgressLine(len(items), label) as line:
-        return map_volumes(function, items, workers=workers, name=name, done=line.update)
+        return map_volumes(function, items, workers=workers, name=name, done=line.update, here=here)
 
 
-def _stage(datasets: Sequence[_Dataset], settings: Settings, workers: int, problems: list[str], progress: bool) -> None:
+def _stage(
+    datasets: Sequence[_Dataset],
+    options: PrepareOptions,
+    settings: Settings,
+    workers: int,
+    problems: list[str],
+    progress: bool,
+) -> None:
     requests = [request for dataset in datasets for request in dataset.requests]
     results = _map(
         partial(stage_case, settings=settings),
@@ -169,6 +179,7 @@ def _stage(datasets: Sequence[_Dataset], settings: Settings, workers: int, probl
         workers,
         lambda request: str(request.source.images[0]),
         "reading and normalising",
+        options,
         progress,
     )
     wrong: set[str] = set()
@@ -192,6 +203,7 @@ def _finish(
         workers,
         lambda staged: staged.request.source.id,
         f"writing {dataset.modality}",
+        options,
         progress,
     )
     shutil.rmtree(dataset.folder / ".staged")
@@ -229,19 +241,23 @@ def _listed(folder: Path, problems: Sequence[str], notices: Sequence[str]) -> st
 # ------------------------------------------------------------------------------------------- folders on the disk
 
 
-def _check_place(target: Path, overwrite: bool) -> None:
+def _check_place(target: Path | Remote, overwrite: bool) -> None:
     """Refuse a place that is taken, before any work is done."""
-    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+    inside = target.files() if isinstance(target, Remote) else target.is_dir() and any(target.iterdir())
+    if not inside and (isinstance(target, Remote) or target.is_dir() or not target.exists()):
         return
-    if not (target / MANIFEST).is_file():
+    if not (target / MANIFEST).exists():
         raise StorageError(f"{target}: there is something else than a dataset; move it away or choose another --out")
     if not overwrite:
         raise ConfigError(f"{target}: there is a finished dataset already; give --overwrite to replace it")
 
 
 @contextmanager
-def _unfinished(out: Path, modality: str) -> Iterator[Path]:
-    """A hidden folder beside the finished datasets; gone after the block unless it was published."""
+def _unfinished(out: Path | Remote, modality: str) -> Iterator[Path]:
+    """A hidden folder beside the finished datasets, for those in a bucket in the cache folder; gone after the block
+    unless it was published."""
+    if isinstance(out, Remote):
+        out = cache_folder() / "unfinished"
     prefix = f".{modality}.unfinished-{socket.gethostname()}-"
     with storage_errors(out):
         out.mkdir(parents=True, exist_ok=True)
@@ -273,9 +289,13 @@ def _is_running(process: int) -> bool:
     return True
 
 
-def _publish(dataset: _Dataset, options: PrepareOptions) -> Path:
+def _publish(dataset: _Dataset, options: PrepareOptions) -> Path | Remote:
     """Give the finished folder its name; an old dataset of the name goes when the new one is in place."""
     target = options.out / dataset.modality
+    if isinstance(target, Remote):
+        _upload(dataset.folder, target, options.overwrite)
+        return target
+    assert isinstance(options.out, Path)
     old = dataset.folder.with_name(dataset.folder.name.replace("unfinished", "replaced"))
     with storage_errors(target):
         fsync_directory(dataset.folder)
@@ -288,10 +308,22 @@ def _publish(dataset: _Dataset, options: PrepareOptions) -> Path:
     return target
 
 
+def _upload(folder: Path, target: Remote, overwrite: bool) -> None:
+    """Put a finished folder into a bucket, the manifest last and that of an old dataset gone first: whatever breaks it
+    off, there is never a manifest of files that are not all there."""
+    _check_place(target, overwrite)
+    (target / MANIFEST).delete()
+    target.delete_folder()
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    for path in sorted(files, key=lambda path: path.name == MANIFEST):
+        with path.open("rb") as stream:
+            (target / path.relative_to(folder)).upload(stream)
+
+
 # ------------------------------------------------------------------------------------------------------ summary
 
 
-def summary(folder: Path) -> str:
+def summary(folder: Path | Remote) -> str:
     """Text on a finished dataset: its splits, classes, range, and what is worth knowing."""
     manifest = load_manifest(folder)
     lines = [
@@ -323,7 +355,7 @@ def summary(folder: Path) -> str:
     return "\n".join(lines)
 
 
-def _next_command(folders: dict[str, Path]) -> str:
+def _next_command(folders: dict[str, Path | Remote]) -> str:
     """What to type now; the small preset for slices that a CPU can train on."""
     first = next(iter(folders.values()))
     source, target = (str(folders["mr"]), str(folders["ct"])) if {"ct", "mr"} <= set(folders) else (str(first), "OTHER")

@@ -18,6 +18,7 @@ from mpscl_ray.data.released_slices import Flip
 from mpscl_ray.data.schema import SPLITS
 from mpscl_ray.data.slices import Recipe
 from mpscl_ray.errors import ConfigError
+from mpscl_ray.storage import Remote, locate
 
 EXAMPLES = """\
 examples:
@@ -41,7 +42,7 @@ class PrepareOptions:
     """Everything that decides what a prepared dataset is. Field names are those of the command's options."""
 
     input: Path
-    out: Path
+    out: Path | Remote
     """Each modality becomes a folder of its own in it."""
     layout: str
     modality: str | None = None
@@ -104,7 +105,7 @@ class PrepareOptions:
         for name in ("input", "recipe", "workers", "overwrite"):
             del values[name]
         values |= self.recipe.to_json()
-        values["out"] = self.out.absolute()
+        values["out"] = self.out.absolute() if isinstance(self.out, Path) else self.out
         defaults |= Recipe().to_json()
         for name, value in values.items():
             if value == defaults.get(name):
@@ -150,7 +151,13 @@ def parser() -> argparse.ArgumentParser:
     default = Recipe()
     top.add_argument("input", type=Path, metavar="INPUT", help="folder with the images")
     top.add_argument("--layout", required=True, choices=LAYOUTS, help="how files are named in it")
-    top.add_argument("--out", required=True, type=Path, metavar="DIR", help="each modality becomes DIR/<modality>")
+    top.add_argument(
+        "--out",
+        required=True,
+        type=locate,
+        metavar="DIR",
+        help="each modality becomes DIR/<modality>; a folder or a URL",
+    )
     top.add_argument("--modality", help="name of the modality (folder, nnunet), or the only one to prepare (others)")
     top.add_argument("--overwrite", action="store_true", help="replace a finished dataset of the same name")
     top.add_argument(

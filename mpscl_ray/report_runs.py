@@ -164,7 +164,7 @@ def choose_case(run: ReportedRun, name: str | None) -> ShownCase:
         DataError: the dataset is gone or damaged, or has no case to show.
     """
     dataset = run.model.domains["target"].dataset
-    if dataset is None or not dataset.is_dir():
+    if dataset is None or not dataset.exists():
         raise DataError(f"the target dataset of the run {run.folder.path}, {dataset}, is not there any more")
     manifest = load_manifest(dataset)
     if name is not None:
@@ -237,7 +237,7 @@ def sample_features(
     """
     network = predictor.network
     dataset = run.model.domains["source"].dataset
-    if not isinstance(network, DeepLabV2) or dataset is None or not dataset.is_dir():
+    if not isinstance(network, DeepLabV2) or dataset is None or not dataset.exists():
         return None
     manifest = load_manifest(dataset)
     case = next((case for split in ("val", "train") for case in manifest.split(split) if case.labelled), None)

@@ -22,42 +22,57 @@ Layout::
         .lock              held while a process runs the run; names its pid
 
 One process writes at a time (:meth:`RunFolder.lock`); any number read. Files that are replaced are replaced as a whole.
+
+A run whose storage is a bucket is a :class:`mpscl_ray.bucket_run.BucketRun`, which has all this in a folder of the node
+and keeps the bucket up to date; the methods under "where it really is" have nothing to do here and much there.
 """
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
 import os
-import platform
 import re
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
+from mpscl_ray.checkpoint import list_checkpoints
 from mpscl_ray.durable_files import storage_errors, write_atomically
 from mpscl_ray.environment import environment, now
 from mpscl_ray.errors import ConfigError, DataError, StorageError
 from mpscl_ray.metrics_log import MetricsLog
+from mpscl_ray.run_lock import hold_run, hold_training, holder
+from mpscl_ray.storage import is_url
 
 State = Literal["running", "finished", "failed", "interrupted"]
 
-_NO_FLOCK = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)
 _ABSENT = object()
+
+STOP_FILE = "stop-requested"
+"""Name of the file in the run folder that asks the workers to write a checkpoint and end."""
+
+FAILURE_FILE = "failure.json"
+"""Name of the file in the run folder in which a worker leaves an error that no restart will mend."""
+
+NOTICES_FILE = "notices.log"
+"""Name of the file in the run's logs that has, a line each, what the user should see of workers."""
+
+PLACE_FILE = ".placement-group"
+"""Name of the file in the run folder that names the placement group of the workers, while they have one."""
+
+LOSSES_FILE = "losses.log"
+"""The same of workers that were lost, written on the node of the command."""
 
 
 class RunFolder:
     """A run's folder by its path ``storage/name``. Making the object touches no file."""
 
     def __init__(self, path: Path) -> None:
-        if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)):
-            raise ConfigError(
-                f"run.storage {path} is a URL, expected a folder on a file system that all nodes share; mount it there"
-            )
+        if is_url(path):
+            raise ConfigError(f"{path} is a URL, and this command needs a folder on a file system that all nodes share")
         self.path = path
         self.name = path.name
         self.config_file = path / "config.yaml"
@@ -102,9 +117,80 @@ class RunFolder:
         """
         if self.exists:
             return
-        beside = sorted(file.parent.name for file in self.path.parent.glob("*/config.yaml"))
-        hint = f"; runs in {self.path.parent}: {', '.join(beside)}" if beside else ""
-        raise ConfigError(f"{self.path} is not the folder of a run: it has no config.yaml{hint}")
+        beside = self._beside()
+        hint = f"; runs beside it: {', '.join(beside)}" if beside else ""
+        raise ConfigError(f"{self.place} is not the folder of a run: it has no config.yaml{hint}")
+
+    def _beside(self) -> list[str]:
+        return sorted(file.parent.name for file in self.path.parent.glob("*/config.yaml"))
+
+    # ---- where it really is ----
+
+    @property
+    def place(self) -> str:
+        """Where users find the run."""
+        return str(self.path)
+
+    @property
+    def address(self) -> str:
+        """Where other processes and nodes find the run."""
+        return str(self.path.absolute())
+
+    @property
+    def token(self) -> str:
+        """Proves to the bucket that a worker belongs to the command that holds the run."""
+        return ""
+
+    @property
+    def problem(self) -> Exception | None:
+        """Why what is written here does not get to its place any more, so that the run should stop."""
+        return None
+
+    def settle(self) -> None:
+        """Wait until all that was written so far is in its place, unless its storage fails."""
+
+    def publish(self, path: Path) -> None:
+        """Put a file, a checkpoint or a folder of files, which was written into the run's folder, in its place."""
+
+    def fetched(self, path: Path) -> Path:
+        """A checkpoint, given by its absolute path or the one below the run's folder, where it can be read."""
+        return self.path / path
+
+    def relative(self, path: Path) -> Path:
+        """The way from the run's folder to a path in it; another path stays as it is."""
+        return path.relative_to(self.path) if path.is_relative_to(self.path) else path
+
+    def fetch_newest(self) -> None:
+        """Make the newest intact checkpoint readable, and newer damaged ones."""
+
+    def checkpoint_names(self) -> list[str]:
+        """What there is to go on from or to predict with: steps, oldest first, phases, and ``best``."""
+        return [*self.steps(), *self.finished_phases(), *(["best"] if self.best.is_dir() else [])]
+
+    def steps(self) -> list[str]:
+        """Names of the checkpoints to go on from, oldest first."""
+        return [path.name for path in list_checkpoints(self.checkpoints)]
+
+    def finished_phases(self) -> list[str]:
+        """Names of the phases whose end is kept."""
+        return sorted(path.name for path in self.phases.glob("[!.]*") if path.is_dir())
+
+    def prepare_worker(self) -> None:
+        """Make ready for a worker to read and write in; the command has made the folder before."""
+
+    @contextmanager
+    def training(self, token: str, rank: int) -> Iterator[None]:
+        """What a worker trains in; worker 0 alone writes checkpoints, metrics and TensorBoard events there.
+
+        Args:
+            token: of the command that started the worker.
+            rank: number of the worker.
+
+        Raises:
+            ClusterError: another worker goes on holding it.
+        """
+        with hold_training(self.path) if rank == 0 else nullcontext():
+            yield
 
     # ---- one writer ----
 
@@ -116,38 +202,9 @@ class RunFolder:
             ConfigError: Another process of this host holds it; names its pid.
             StorageError: The lock file cannot be written.
         """
-        file = self.path / ".lock"
-        with storage_errors(file):
-            descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            self._take(descriptor)
-            with storage_errors(file):
-                os.ftruncate(descriptor, 0)
-                os.pwrite(descriptor, f"{os.getpid()} {platform.node()} {now()}\n".encode(), 0)
+        with hold_run(self.path):
             self._remove_leftovers()
-            try:
-                yield
-            finally:
-                os.ftruncate(descriptor, 0)
-        finally:
-            os.close(descriptor)
-
-    def _take(self, descriptor: int) -> None:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except OSError as error:
-            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES, *_NO_FLOCK):
-                raise StorageError(f"cannot lock {self.path / '.lock'}: {error.strerror}") from error
-            supported = error.errno not in _NO_FLOCK
-        pid, host, since = [*os.pread(descriptor, 1000, 0).decode("utf-8", "replace").split(), "?", "?", "?"][:3]
-        # Without flock (some network file systems) the pid in the file is all there is to go by.
-        if not supported and (host != platform.node() or not _alive(pid)):
-            return
-        raise ConfigError(
-            f"the run {self.name} is in use by process {pid} on {host} since {since} ({self.path}); wait for it, "
-            f'stop it with "kill {pid}", or give this one another run.name'
-        )
+            yield
 
     def _remove_leftovers(self) -> None:
         """Files that a killed process was writing aside."""
@@ -260,19 +317,7 @@ class RunFolder:
 
     def holder(self) -> int | None:
         """Pid of the process that holds the run now; None when nobody does."""
-        try:
-            descriptor = os.open(self.path / ".lock", os.O_RDONLY)
-        except OSError:
-            return None
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except OSError:
-            pid = os.pread(descriptor, 1000, 0).decode("utf-8", "replace").split(" ")[0]
-            return int(pid) if pid.isdigit() and _alive(pid) else None
-        else:
-            return None
-        finally:
-            os.close(descriptor)
+        return holder(self.path)
 
     # ---- metrics ----
 
@@ -322,15 +367,3 @@ def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
 
 def _spell(value: Any) -> str:
     return "absent" if value is _ABSENT else json.dumps(value, default=str)
-
-
-def _alive(pid: str) -> bool:
-    if not pid.isdigit():
-        return False
-    try:
-        os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mpscl_ray import checkpoint, cli, launch, phantom_dataset
+from mpscl_ray import cli, launch, phantom_dataset
+from mpscl_ray.bucket_run import open_run
 from mpscl_ray.cluster_session import connect
 from mpscl_ray.config import Config, describe_keys, load_config, preset_names, to_yaml
 from mpscl_ray.config_schema import reads_target
@@ -19,11 +20,12 @@ from mpscl_ray.errors import ConfigError, Interrupted, MpsclError, TrainingError
 from mpscl_ray.evaluate import PHASES_TABLE, evaluate_phases
 from mpscl_ray.interruption import Interruption, signals_end
 from mpscl_ray.panels import draw_phases
+from mpscl_ray.preflight import check_nodes
 from mpscl_ray.progress import ProgressLine
-from mpscl_ray.run_folder import RunFolder
+from mpscl_ray.run_folder import LOSSES_FILE, NOTICES_FILE, STOP_FILE, RunFolder
+from mpscl_ray.storage import child
 from mpscl_ray.training import Outcome, newest_checkpoint
 from mpscl_ray.training_data import TrainingData
-from mpscl_ray.worker import NOTICES_FILE, STOP_FILE
 
 MAY_CHANGE = (
     "scaling",
@@ -34,6 +36,7 @@ MAY_CHANGE = (
     "run.keep_checkpoints",
     "run.restarts",
     "run.storage",
+    "run.outage_min",
     "data.source",
     "data.target",
     "data.in_memory",
@@ -105,13 +108,13 @@ def config_from_arguments(settings: Sequence[str]) -> Config:
 def train(config: Config, command: list[str], *, dashboard: bool = False, allow_change: bool = False) -> int:
     """Run a training in its folder, from the start or from its last checkpoint; returns the exit code."""
     launch.check_machine(config)
-    folder = RunFolder(Path(config.run.storage) / config.run.name)
+    folder = open_run(child(config.run.storage, config.run.name), "command")
     folder.create()
     words = ["python", "-m", "mpscl_ray.train", *command]
     resume = shlex.join(words)
     with folder.lock():
         # A run that has no checkpoint yet begins anew, with whatever settings.
-        if folder.exists and checkpoint.list_checkpoints(folder.checkpoints):
+        if folder.exists and folder.steps():
             changes = _check_resume(folder, config, allow_change)
             if folder.read_status().get("state") == "finished" and not (changes and allow_change):
                 print(f"the run {folder.name} is finished; for another one give it a name with run.name=NAME")
@@ -191,6 +194,7 @@ def _train_and_evaluate(config: Config, folder: RunFolder) -> None:
         domains, warnings = _read_domains(config, folder)
         for warning in warnings:
             print(f"warning: {warning}", flush=True)
+        check_nodes(folder.address, domains.fingerprints())
         data = launch.open_data(config, domains)
         print(_summary(config, folder, domains, data, use_gpu), flush=True)
         training = launch.Launch(config, folder, data, use_gpu)
@@ -206,8 +210,8 @@ def _train_and_evaluate(config: Config, folder: RunFolder) -> None:
         raise Interrupted(f"stopped by {interruption.signal_name} between training, which is done, and its evaluation")
     with signals_end("during the evaluation"):
         phases = [name for name, _ in config.schedule]
-        evaluate_phases(folder.path, phases)
-        draw_phases(folder.path, phases)
+        evaluate_phases(folder, phases)
+        draw_phases(folder, phases)
 
 
 def _non_finite(config: Config, folder: RunFolder, outcome: Outcome) -> str:
@@ -233,7 +237,7 @@ def _read_domains(config: Config, folder: RunFolder) -> tuple[launch.Domains, li
     """Both datasets, kept in model.json for evaluation and prediction; a run that goes on must have the same ones."""
     domains, warnings = launch.load_domains(config)
     description = launch.model_description(config, domains)
-    if folder.model_file.exists() and checkpoint.list_checkpoints(folder.checkpoints):
+    if folder.model_file.exists() and folder.steps():
         before = folder.read_model()
         for domain in ("source", "target"):
             if before[domain]["fingerprint"] != description[domain]["fingerprint"]:
@@ -253,10 +257,12 @@ def _summary(config: Config, folder: RunFolder, domains: launch.Domains, data: T
         if data.unlabelled
         else "no other slices"
     )
-    workers = f"{config.scaling.workers} {'GPU' if use_gpu else 'CPU'} worker{'s' * (config.scaling.workers > 1)}"
+    least, most = config.scaling.least_workers, config.scaling.most_workers
+    number = f"{least}" if least == most else f"{least} to {most}"
+    workers = f"{number} {'GPU' if use_gpu else 'CPU'} worker{'s' * (most > 1)}"
     labelled = target.modality if config.data.labelled == "target" else source.modality
     return (
-        f"run {folder.name} in {folder.path}: {config.method_name}, {source.modality} to {target.modality}, "
+        f"run {folder.name} in {folder.place}: {config.method_name}, {source.modality} to {target.modality}, "
         f"structures {', '.join(domains.classes[1:])}\n"
         f"  trains on {data.labelled.files.rows} labelled {labelled} slices and {unlabelled}, {workers}\n"
         f"  iterations: {phases}; the target's labels are not used for training"
@@ -274,8 +280,10 @@ class _Watcher:
         self.line: ProgressLine | None = None
         self.seen = max((record["global_step"] for record in folder.read_metrics()), default=0)
         self.size_read = -1
-        self.notices = folder.logs / NOTICES_FILE
-        self.notices_read = self.notices.stat().st_size if self.notices.exists() else 0
+        self.notices = {
+            file: file.stat().st_size if file.exists() else 0
+            for file in (folder.logs / NOTICES_FILE, folder.logs / LOSSES_FILE)
+        }
         self.stop_passed_on = False
 
     def __enter__(self) -> _Watcher:
@@ -337,13 +345,16 @@ class _Watcher:
             self.line = None
 
     def _show_notices(self) -> None:
-        if not self.notices.exists() or self.notices.stat().st_size <= self.notices_read:
-            return
-        with self.notices.open("rb") as stream:
-            stream.seek(self.notices_read)
+        for file, read in self.notices.items():
+            if file.exists() and file.stat().st_size > read:
+                self._show_new(file)
+
+    def _show_new(self, file: Path) -> None:
+        with file.open("rb") as stream:
+            stream.seek(self.notices[file])
             new = stream.read()
         whole = new[: new.rfind(b"\n") + 1]
-        self.notices_read += len(whole)
+        self.notices[file] += len(whole)
         for sentence in whole.decode("utf-8", "replace").splitlines():
             if self.line is not None:
                 self.line.message(sentence)
@@ -361,10 +372,11 @@ def _print_results(folder: RunFolder) -> None:
 
 def _print_next_steps(folder: RunFolder) -> None:
     print(
-        f"\n{folder.path} has the tables (results/), curves (progress.png), TensorBoard events and checkpoints. Next:\n"
-        f"  python -m mpscl_ray.evaluate {folder.path}                      per volume and structure\n"
-        f"  python -m mpscl_ray.predict {folder.path} IMAGE.nii.gz --out predictions\n"
-        f"  tensorboard --logdir {folder.path / 'tensorboard'}"
+        f"\n{folder.place} has the tables (results/), curves (progress.png), TensorBoard events and checkpoints. "
+        "Next:\n"
+        f"  python -m mpscl_ray.evaluate {folder.place}                      per volume and structure\n"
+        f"  python -m mpscl_ray.predict {folder.place} IMAGE.nii.gz --out predictions\n"
+        f"  tensorboard --logdir {child(folder.place, 'tensorboard')}"
     )
 
 

@@ -126,6 +126,7 @@ def newest_checkpoint(run: RunFolder) -> tuple[Path | None, list[str]]:
     Raises:
         DataError: there are checkpoints, and all of them are damaged.
     """
+    run.fetch_newest()
     found, notices = checkpoint.latest(run.checkpoints)
     if found is None and notices:
         raise DataError(
@@ -334,7 +335,7 @@ class _Training:
         name = distributed.broadcast_object(found.name if found else None)
         state: dict[str, Any] | None = None
         if name is not None:
-            state = checkpoint.load(self.folder.checkpoints / name)
+            state = checkpoint.load(self.folder.fetched(self.folder.checkpoints / name))
             self.position = self._position(state, name)
             place = f"iteration {self.position.iteration} of the phase {state['phase']}"
             self._notice(f"going on from the checkpoint {name}: {place}")

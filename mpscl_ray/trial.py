@@ -18,10 +18,9 @@ from ray.util.placement_group import PlacementGroup, remove_placement_group
 from mpscl_ray import launch
 from mpscl_ray.config import Config, to_yaml
 from mpscl_ray.errors import MpsclError, TrainingError
-from mpscl_ray.run_folder import RunFolder
+from mpscl_ray.run_folder import PLACE_FILE, RunFolder
 from mpscl_ray.training import Outcome
 from mpscl_ray.training_data import TrainingData
-from mpscl_ray.worker import PLACE_FILE
 
 
 @dataclass(frozen=True)

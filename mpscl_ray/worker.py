@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import json
 import logging
 import os
 import sys
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,34 +18,20 @@ from ray.util.placement_group import get_current_placement_group
 from torch import Tensor
 
 from mpscl_ray import training
-from mpscl_ray.config import config_from_dict
+from mpscl_ray.bucket_run import open_run
+from mpscl_ray.config import ScalingConfig, config_from_dict
 from mpscl_ray.durable_files import write_atomically
-from mpscl_ray.errors import ClusterError, MpsclError
+from mpscl_ray.errors import MpsclError
 from mpscl_ray.monitoring import Monitoring
 from mpscl_ray.plots import panel, plot_progress
 from mpscl_ray.progress import TensorBoard
-from mpscl_ray.run_folder import RunFolder
+from mpscl_ray.run_folder import FAILURE_FILE, NOTICES_FILE, PLACE_FILE, STOP_FILE, RunFolder
 from mpscl_ray.training_data import TrainingData
 
 log = logging.getLogger(__name__)
 
-STOP_FILE = "stop-requested"
-"""Name of the file in the run folder that asks the workers to write a checkpoint and end."""
 
-FAILURE_FILE = "failure.json"
-"""Name of the file in the run folder in which a worker leaves an error that no restart will mend."""
-
-NOTICES_FILE = "notices.log"
-"""Name of the file in the run's logs that has, a line each, what the user should see of workers and their losses."""
-
-PLACE_FILE = ".placement-group"
-"""Name of the file in the run folder that names the placement group of the workers, while they have one."""
-
-_FORMER_WORKER_S = 60.0
-"""So long may a worker take to end after the command that started it was killed."""
-
-
-def run_worker(settings: dict[str, Any], *, folder: str, data: TrainingData) -> dict[str, Any]:
+def run_worker(settings: dict[str, Any], *, folder: str, token: str, data: TrainingData) -> dict[str, Any]:
     """Train on this worker; returns the outcome as plain values, the same on every worker.
 
     An error that a restart cannot mend (settings, data, storage) is left in the run folder, where the restarted
@@ -57,25 +40,40 @@ def run_worker(settings: dict[str, Any], *, folder: str, data: TrainingData) -> 
 
     Args:
         settings: nested plain values of the config.
-        folder: path of the run folder.
+        folder: path or URL of the run folder.
+        token: proves that the command that holds the run has sent the worker.
         data: slices, as handles that each worker opens.
     """
-    run = RunFolder(Path(folder))
+    rank = ray.train.get_context().get_world_rank()
+    config = config_from_dict(settings)
+    run = open_run(folder, f"worker-{rank}", 60 * config.run.outage_min)
+    run.prepare_worker()
     failure = run.path / FAILURE_FILE
     if failure.exists():
         return {"state": "failed", **json.loads(failure.read_text(encoding="utf-8"))}
-    rank = ray.train.get_context().get_world_rank()
-    config = config_from_dict(settings)
     _log_to(run.logs / f"worker-{rank}.log")
     torch.set_num_threads(max(1, int(config.scaling.cpus_per_worker)))
     device = ray.train.torch.get_device()
-    observer = _RunObserver(run, data.classes, Monitoring(run.name, rank, device), writes=rank == 0)
+    observer = _RunObserver(run, data.classes, Monitoring(run.name, rank, device), config.scaling, writes=rank == 0)
+    outcome: training.Outcome | None = None
+
+    def stop_requested() -> bool:
+        return (run.path / STOP_FILE).exists() or run.problem is not None
+
     try:
-        with _only_writer(run) if rank == 0 else nullcontext():
-            outcome = training.train(config, data, run, device, observer, stop_requested=(run.path / STOP_FILE).exists)
+        with run.training(token, rank):
+            if rank == 0:
+                _leave_place(run)
+            outcome = training.train(config, data, run, device, observer, stop_requested)
+            observer.close()
     except MpsclError as error:
         log.error("%s", error)
-        write_atomically(failure, json.dumps({"exit_code": error.exit_code, "reason": str(error)}).encode())
+        told = {"exit_code": error.exit_code, "reason": str(error)}
+        if outcome is not None and error is run.problem:
+            # All workers have ended in order, because worker 0 cannot reach the storage; there is no place to say so.
+            return {"state": "failed", **told}
+        write_atomically(failure, json.dumps(told).encode())
+        run.publish(failure)
         raise
     except Exception:
         log.exception("this worker fails")
@@ -86,43 +84,17 @@ def run_worker(settings: dict[str, Any], *, folder: str, data: TrainingData) -> 
     return dataclasses.asdict(outcome)
 
 
-@contextmanager
-def _only_writer(folder: RunFolder) -> Iterator[None]:
-    """Hold the right to write checkpoints; the system takes it from a process that ends, however it ends.
-
-    A command that is killed gives its run free at once, but on a cluster its workers live on for some seconds.
-
-    Raises:
-        ClusterError: another worker goes on holding it.
-    """
-    with (folder.path / ".worker-lock").open("a+", encoding="utf-8") as file:
-        deadline = time.monotonic() + _FORMER_WORKER_S
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    file.seek(0)
-                    raise ClusterError(
-                        f"a worker of an earlier start ({file.read().strip()}) still trains the run {folder.path}; end "
-                        "it, or wait until the cluster has, and give the same command again"
-                    ) from None
-                time.sleep(0.5)
-            except OSError:
-                break  # Some network file systems have no locks.
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {os.uname().nodename}")
-        file.flush()
-        group = get_current_placement_group()
-        if group is not None:
-            write_atomically(folder.path / PLACE_FILE, group.id.hex().encode())
-        yield
+def _leave_place(run: RunFolder) -> None:
+    """Leave, for the command, the name of what must be given back if it finds the workers' controller dead."""
+    group = get_current_placement_group()
+    if group is not None:
+        write_atomically(run.path / PLACE_FILE, group.id.hex().encode())
+        run.publish(run.path / PLACE_FILE)
 
 
-def add_notice(folder: RunFolder, text: str) -> None:
+def add_notice(folder: RunFolder, text: str, file: str = NOTICES_FILE) -> None:
     """Leave a sentence for the terminal of the command that runs the training."""
-    with (folder.logs / NOTICES_FILE).open("a", encoding="utf-8") as stream:
+    with (folder.logs / file).open("a", encoding="utf-8") as stream:
         stream.write(" ".join(text.split()) + "\n")
 
 
@@ -130,12 +102,18 @@ class _RunObserver(training.Observer):
     """Exports metrics, and reports validations to Ray Train; worker 0 keeps TensorBoard, curves and notices of the run
     folder up to date."""
 
-    def __init__(self, folder: RunFolder, classes: tuple[str, ...], monitoring: Monitoring, writes: bool) -> None:
+    def __init__(
+        self, folder: RunFolder, classes: tuple[str, ...], monitoring: Monitoring, scaling: ScalingConfig, writes: bool
+    ) -> None:
         self.folder, self.classes, self.monitoring, self.writes = folder, classes, monitoring, writes
+        self.scaling = scaling
         self.board: TensorBoard | None = None
 
     def started(self, step: int) -> None:
-        log.info("training starts at step %d", step)
+        workers, least, most = ray.train.get_context().get_world_size(), *self.scaling.limits
+        log.info("training starts at step %d with %d workers", step, workers)
+        if self.writes and least < most:
+            self.notice(f"training with {workers} of {least} to {most} workers")
         self.monitoring.saved()
         if self.writes:
             self.board = TensorBoard(self.folder.tensorboard, resume_step=step, notice=self.notice)
@@ -156,6 +134,8 @@ class _RunObserver(training.Observer):
 
     def saved(self) -> None:
         self.monitoring.saved()
+        if self.writes:
+            self.folder.settle()
 
     def panel(self, step: int, images: Tensor, predictions: Tensor, labels: Tensor | None) -> None:
         maps = {"prediction": predictions.numpy()} | ({} if labels is None else {"label": labels.numpy()})

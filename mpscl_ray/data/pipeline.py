@@ -26,6 +26,7 @@ from mpscl_ray.data.order import Rows
 from mpscl_ray.data.reading import Arrays, SplitFiles, read_block, table_column
 from mpscl_ray.data.stream import ResidentSlices, Slices
 from mpscl_ray.errors import ClusterError, MpsclError
+from mpscl_ray.storage import Remote
 
 KEPT_FRACTION = 0.3
 """Largest part of a node's object store that ``auto`` lets one split fill; two domains leave room for other blocks."""
@@ -47,7 +48,7 @@ STREAM_TASKS = 2
 
 
 def open_slices(
-    folder: Path | str, split: str, *, labels: bool, in_memory: bool | Literal["auto"] = "auto"
+    folder: Path | Remote | str, split: str, *, labels: bool, in_memory: bool | Literal["auto"] = "auto"
 ) -> KeptSlices | StreamedSlices:
     """Open a split of a prepared dataset for the workers of a run.
 
@@ -55,7 +56,7 @@ def open_slices(
     their training loop, and stays valid as long as the process that opened it lives.
 
     Args:
-        folder: the dataset folder, on storage that all nodes see.
+        folder: the dataset folder, on storage that all nodes see, or in a bucket: nodes then keep copies of its files.
         split: name of the split.
         labels: whether to read the labels. Without, their bytes are never touched.
         in_memory: True to keep the decoded slices in the object store, False to stream them from the files, "auto" to

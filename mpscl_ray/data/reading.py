@@ -17,8 +17,9 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from mpscl_ray.data.order import Rows
-from mpscl_ray.data.schema import FORMAT_VERSION, Case, load_manifest
+from mpscl_ray.data.schema import FORMAT_VERSION, Case, load_manifest, local_case
 from mpscl_ray.errors import DataError
+from mpscl_ray.storage import Remote, locate
 
 Arrays = dict[str, NDArray[Any]]
 """``image`` (B, H, W) float32 and, where labels were asked for, ``label`` (B, H, W) uint8."""
@@ -31,7 +32,7 @@ class SplitFiles:
     """The files of one split; its slices are rows 0..N-1: the cases in the manifest's order, slice by slice.
 
     Attributes:
-        folder: the dataset folder.
+        folder: the dataset folder, here or in a bucket.
         split: name of the split.
         cases: its cases, at least one.
         size: height and width of a slice in pixels.
@@ -39,7 +40,7 @@ class SplitFiles:
         labels: whether the labels are read.
     """
 
-    folder: Path
+    folder: Path | Remote
     split: str
     cases: tuple[Case, ...]
     size: tuple[int, int]
@@ -47,7 +48,7 @@ class SplitFiles:
     labels: bool
 
     @classmethod
-    def find(cls, folder: Path | str, split: str, *, labels: bool) -> SplitFiles:
+    def find(cls, folder: Path | Remote | str, split: str, *, labels: bool) -> SplitFiles:
         """Look up the files of a split in the manifest.
 
         Raises:
@@ -63,7 +64,10 @@ class SplitFiles:
                 f"{folder}: the split {split!r} is to be read with labels, and {len(unlabelled)} of its {len(cases)} "
                 f"cases have none ({', '.join(unlabelled[:5])}); prepare it with labels"
             )
-        return cls(Path(folder).absolute(), split, cases, manifest.size, manifest.classes, labels)
+        place = locate(folder)
+        if isinstance(place, Path):
+            place = place.absolute()
+        return cls(place, split, cases, manifest.size, manifest.classes, labels)
 
     @property
     def rows(self) -> int:
@@ -120,10 +124,11 @@ def _read_case_slices(files: SplitFiles, case: Case, wanted: Rows, arrays: Array
     """Read slices of one case into their places in the arrays."""
     path = files.folder / case.file
     try:
-        found = path.stat().st_size
+        local = local_case(files.folder, case)
+        found = local.stat().st_size
         if found != case.bytes:
             raise DataError(f"{path}: {found} bytes, the manifest says {case.bytes}: cut short or replaced; {_AGAIN}")
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+        with pq.ParquetFile(local, page_checksum_verification=True) as file:
             _check_columns(files, file, path, case)
             lengths = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
             stops = np.cumsum(lengths)
@@ -142,7 +147,7 @@ def _read_case_slices(files: SplitFiles, case: Case, wanted: Rows, arrays: Array
         raise DataError(f"{path}: damaged or unreadable ({error}); {_AGAIN}") from error
 
 
-def _check_columns(files: SplitFiles, file: pq.ParquetFile, path: Path, case: Case) -> None:
+def _check_columns(files: SplitFiles, file: pq.ParquetFile, path: Path | Remote, case: Case) -> None:
     schema = file.schema_arrow
     about = json.loads((schema.metadata or {}).get(b"mpscl_ray", b"{}"))
     if about.get("version") != FORMAT_VERSION:

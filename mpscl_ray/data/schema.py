@@ -26,6 +26,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from mpscl_ray.data.agreement import label_statistics
 from mpscl_ray.durable_files import write_atomically
 from mpscl_ray.errors import DataError
+from mpscl_ray.storage import Remote, cached_file, locate
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -149,14 +150,15 @@ def save_manifest(folder: Path, manifest: Manifest) -> None:
     write_atomically(folder / MANIFEST, text.encode())
 
 
-def load_manifest(folder: Path | str) -> Manifest:
-    """Read and check ``manifest.json`` of a dataset folder.
+def load_manifest(folder: Path | Remote | str) -> Manifest:
+    """Read and check ``manifest.json`` of a dataset folder, given by its path or URL.
 
     Raises:
+        StorageError: a bucket that cannot be read.
         DataError: where there is no dataset, or one that is damaged or of another format version. The sentence ends
             with the command that prepares it (again).
     """
-    folder = Path(folder)
+    folder = locate(folder)
     path = folder / MANIFEST
     try:
         raw = path.read_bytes()
@@ -196,7 +198,11 @@ def load_manifest(folder: Path | str) -> Manifest:
     return manifest
 
 
-def _no_dataset(folder: Path) -> str:
+def _no_dataset(folder: Path | Remote) -> str:
+    if isinstance(folder, Remote):
+        inside = [name for name in folder.folders() if (folder / name / MANIFEST).exists()]
+        hint = f"; it holds the datasets {', '.join(inside)}, give one of them" if inside else ""
+        return f"{folder}: no prepared dataset (it has no {MANIFEST}){hint}; prepare one: {_PREPARE}"
     if not folder.exists():
         return f"{folder}: no such folder; prepare a dataset first: {_PREPARE}"
     if not folder.is_dir():
@@ -285,7 +291,21 @@ def write_case(
     )
 
 
-def read_case(folder: Path | str, case: Case, columns: Iterable[str] = ("image", "label")) -> dict[str, NDArray[Any]]:
+def local_case(folder: Path | Remote | str, case: Case) -> Path:
+    """The Parquet file of a case on this node; from a bucket it is fetched once and checked against its SHA-256.
+
+    Raises:
+        FileNotFoundError: it is missing.
+        DataError: it is damaged or not the one that was prepared.
+        StorageError: the bucket cannot be read.
+    """
+    path = locate(folder) / case.file
+    return cached_file(path, case.sha256, case.bytes) if isinstance(path, Remote) else path
+
+
+def read_case(
+    folder: Path | Remote | str, case: Case, columns: Iterable[str] = ("image", "label")
+) -> dict[str, NDArray[Any]]:
     """Arrays (D, H, W) of one case; a column that the case does not have is left out.
 
     The file's SHA-256, its page checksums, types and shapes are all checked before anything is returned.
@@ -293,8 +313,8 @@ def read_case(folder: Path | str, case: Case, columns: Iterable[str] = ("image",
     Raises:
         DataError: naming the file, where it is missing, damaged or not the one that was prepared.
     """
-    path = Path(folder) / case.file
-    data = _read_verified(path, case)
+    path = locate(folder) / case.file
+    data = _read_verified(folder, case)
     try:
         # Not pq.read_table: a single file needs no dataset scanner, and one thread a reader is what workers want.
         table = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True).read(use_threads=False)
@@ -303,7 +323,7 @@ def read_case(folder: Path | str, case: Case, columns: Iterable[str] = ("image",
     return table_arrays(table, path, case, columns)
 
 
-def table_arrays(table: pa.Table, path: Path, case: Case, columns: Iterable[str]) -> dict[str, NDArray[Any]]:
+def table_arrays(table: pa.Table, path: Path | Remote, case: Case, columns: Iterable[str]) -> dict[str, NDArray[Any]]:
     """Arrays (D, H, W) of the table of one case, after checking that it is what the manifest says.
 
     Raises:
@@ -338,7 +358,7 @@ def table_arrays(table: pa.Table, path: Path, case: Case, columns: Iterable[str]
     return arrays
 
 
-def verify(folder: Path | str, cases: Iterable[Case]) -> dict[str, str]:
+def verify(folder: Path | Remote | str, cases: Iterable[Case]) -> dict[str, str]:
     """SHA-256 of each case's file, compared with the manifest.
 
     Raises:
@@ -348,7 +368,7 @@ def verify(folder: Path | str, cases: Iterable[Case]) -> dict[str, str]:
     bad: list[str] = []
     for case in cases:
         try:
-            _read_verified(Path(folder) / case.file, case)
+            _read_verified(folder, case)
             hashes[case.file] = case.sha256
         except DataError as error:
             bad.append(str(error))
@@ -357,9 +377,10 @@ def verify(folder: Path | str, cases: Iterable[Case]) -> dict[str, str]:
     return hashes
 
 
-def _read_verified(path: Path, case: Case) -> bytes:
+def _read_verified(folder: Path | Remote | str, case: Case) -> bytes:
+    path = locate(folder) / case.file
     try:
-        data = path.read_bytes()
+        data = local_case(folder, case).read_bytes()
     except FileNotFoundError:
         raise DataError(f"{path}: missing, though the manifest lists it; prepare the dataset again") from None
     except OSError as error:

@@ -19,6 +19,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"optimisation", "methods"}),
     frozenset(
         "config config_schema checkpoint checkpoint_format durable_files environment run_folder metrics_log progress "
+        "run_lock bucket_run lease mirror storage "
         "plots interruption inference score_table prediction panels data.schema data.agreement data.dataset_checks "
         "data.nifti data.nifti_file data.nifti_output data.file_listing data.label_maps data.label_table data.layouts "
         "data.source_cases data.slice_layouts data.volume_layouts "
@@ -33,7 +34,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     ),
     frozenset(
         "cluster_session parallel data.pipeline prepare prepare_options prepare_plan phantom_dataset monitoring "
-        "worker launch trial train evaluation evaluate predict report report_groups report_page report_runs "
+        "worker launch preflight trial train evaluation evaluate predict report report_groups report_page report_runs "
         "report_sections compare comparison_cells comparison_run comparison_table published_scores "
         "search.beginning search.early_stopping search.task search.study search.results tune".split()
     ),

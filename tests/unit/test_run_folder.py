@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from mpscl_ray import environment, run_folder
+from mpscl_ray import environment, run_folder, run_lock
 from mpscl_ray.errors import ConfigError, DataError, StorageError
 from mpscl_ray.run_folder import RunFolder
 
@@ -91,8 +91,8 @@ def test_folder_that_is_read_only(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("storage", ["s3://bucket/runs", "gs://bucket", "file:///tmp/runs"])
-def test_urls_are_refused(storage: str) -> None:
-    with pytest.raises(ConfigError, match="is a URL, expected a folder"):
+def test_a_url_is_not_taken_for_a_folder(storage: str) -> None:
+    with pytest.raises(ConfigError, match="is a URL, and this command needs a folder"):
         RunFolder(Path(storage) / "demo")
 
 
@@ -102,7 +102,7 @@ def test_reading_a_run_that_is_not_there(run: RunFolder) -> None:
     other = RunFolder(run.path.parent / "other")
     other.create()
     other.write_config(CONFIG)
-    with pytest.raises(ConfigError, match=r"runs in .*/runs: other$"):
+    with pytest.raises(ConfigError, match=r"; runs beside it: other$"):
         run.require()
     with pytest.raises(DataError, match=r"model.json is missing"):
         run.read_model()
@@ -357,7 +357,7 @@ def test_without_flock_the_pid_decides(run: RunFolder, monkeypatch: pytest.Monke
     def unsupported(descriptor: int, operation: int) -> None:
         raise OSError(38, "Function not implemented")
 
-    monkeypatch.setattr(run_folder.fcntl, "flock", unsupported)
+    monkeypatch.setattr(run_lock.fcntl, "flock", unsupported)
     with run.lock(), pytest.raises(ConfigError, match=f"in use by process {os.getpid()} "), run.lock():
         pass
     with subprocess.Popen(["true"]) as ended:

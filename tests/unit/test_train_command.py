@@ -129,7 +129,7 @@ def test_show_makes_no_folder(command: Command, tmp_path: Path) -> None:
         (["small/mpscl", "optim.lr=nan"], "optim.lr"),
         (["small/mpscl", "data.batch_size=5", "scaling.workers=2"], "cannot be shared equally"),
         (["small/mpscl", "run.name=a/b"], "run.name"),
-        (["small/mpscl", "run.storage=s3://bucket/runs"], "is a URL"),
+        (["small/mpscl", "run.storage=gs://bucket/runs"], "gs:// is not a storage that can be used directly"),
         (["small/mpscl", *ONE_WORKER], "data.source is not set"),
     ],
 )

@@ -1,0 +1,150 @@
+"""A Ray cluster of several raylets on this machine, each with resources of its own, guarded by a token."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+START_S = 300
+
+
+class Node:
+    """The processes of one ``ray start``, in a session of their own.
+
+    Args:
+        environment: of the processes.
+        words: of ``ray start``.
+        hide: folder in whose place the node sees an empty one, as where a shared one is not mounted.
+    """
+
+    def __init__(self, environment: dict[str, str], words: list[str], hide: Path | None = None) -> None:
+        command = [str(Path(sys.executable).with_name("ray")), "start", *words, "--block", "--disable-usage-stats"]
+        if hide is not None:
+            script = 'mount -t tmpfs none "$0" && exec "$@"'
+            command = ["unshare", "--mount", "--propagation", "private", "sh", "-c", script, str(hide), *command]
+        with Path(environment["NODE_LOG"]).open("a") as log:
+            self.process = subprocess.Popen(
+                command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            )
+
+    def kill(self) -> None:
+        """SIGKILL to raylet, agents and workers alike, as when the power goes."""
+        for pid in _session(self.process.pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.process.wait()
+
+
+def _session(leader: int) -> list[int]:
+    """Processes of a session, the leader first so that it starts no others."""
+    found = []
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            if int(status.read_text().rpartition(")")[2].split()[3]) == leader:
+                found.append(int(status.parent.name))
+    return sorted(found, key=lambda pid: pid != leader)
+
+
+class Cluster:
+    """A head, and nodes that come and go."""
+
+    def __init__(self) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="c", dir="/tmp"))
+        token = self.folder / "token"
+        token.write_text(secrets.token_hex(32))
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.address = f"127.0.0.1:{free.getsockname()[1]}"
+        self.environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(token),
+            "RAY_ADDRESS": self.address,
+            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1",
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(ROOT),
+            "NODE_LOG": str(self.folder / "nodes.log"),
+        }
+        self.nodes: list[Node] = []
+        port = self.address.partition(":")[2]
+        self._start(["--head", "--port", port, "--include-dashboard", "false", "--temp-dir", str(self.folder)])
+        self.wait(1)
+
+    def add(self, hide: Path | None = None) -> Node:
+        """One more node, which has joined when this returns."""
+        before = self.alive()
+        node = self._start(["--address", self.address], hide)
+        self.wait(before + 1)
+        return node
+
+    def _start(self, words: list[str], hide: Path | None = None) -> Node:
+        # Ports are drawn: the default ranges of two nodes of one machine would be the same.
+        words += ["--node-ip-address", "127.0.0.1", "--num-cpus", "1", "--object-store-memory", str(150 * 2**20)]
+        words += ["--min-worker-port", "0", "--max-worker-port", "0"]
+        environment = {k: v for k, v in self.environment.items() if k != "RAY_ADDRESS"}
+        self.nodes.append(Node(environment, words, hide))
+        return self.nodes[-1]
+
+    def alive(self) -> int:
+        """Number of nodes that the head takes for alive."""
+        script = "import ray; ray.init(logging_level=50); print(sum(node['Alive'] for node in ray.nodes()))"
+        done = subprocess.run(
+            [sys.executable, "-c", script], env=self.environment, capture_output=True, text=True, timeout=START_S
+        )
+        return int(done.stdout) if done.returncode == 0 else 0
+
+    def wait(self, nodes: int) -> None:
+        """Until so many nodes are there."""
+        deadline = time.monotonic() + START_S
+        while self.alive() != nodes:
+            assert time.monotonic() < deadline, (self.folder / "nodes.log").read_text()
+            time.sleep(0.5)
+
+    def command(self, output: Path, *words: str) -> subprocess.Popen[bytes]:
+        """A command of the package on the cluster, printing to a file."""
+        with output.open("w") as stream:
+            return subprocess.Popen(
+                [sys.executable, "-m", *words],
+                env=self.environment,
+                cwd=self.folder,
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def stop(self) -> None:
+        """End all nodes."""
+        for node in reversed(self.nodes):
+            node.kill()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def cluster() -> Iterator[Cluster]:
+    """A head with one CPU inside the block."""
+    started = Cluster()
+    try:
+        yield started
+    finally:
+        started.stop()
+
+
+def wait_for(process: subprocess.Popen[bytes], output: Path, seconds: float) -> int:
+    """Exit code of a command."""
+    try:
+        return process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        pytest.fail(f"the command hangs; it printed:\n{output.read_text()}")

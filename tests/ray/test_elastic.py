@@ -1,0 +1,120 @@
+"""A run on two nodes of one CPU each: what every node must see, and what happens when one of them goes and comes."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("ray")
+
+from mpscl_ray import checkpoint
+from mpscl_ray.config import load_config
+from mpscl_ray.errors import Interrupted, StorageError
+from mpscl_ray.run_folder import RunFolder
+from tests.nodes import Cluster, cluster, wait_for
+from tests.tiny import SEGMENTATION_SETTINGS, make_pair, train_in_processes
+
+pytestmark = pytest.mark.slow
+
+PATIENCE_S = 900
+EVERY = 50
+LONG = (
+    "phases.source_only=1000000",
+    f"run.checkpoint_every={EVERY}",
+    "run.validate_every=1000000",
+    "run.report_every=10",
+    "optim.lr=1e-4",
+)
+"""Never ends by itself."""
+
+
+@pytest.fixture(scope="module")
+def pair() -> Iterator[Cluster]:
+    with cluster() as started:
+        yield started
+
+
+def words(folder: Path, name: str, *overrides: str) -> list[str]:
+    settings = [f"data.source={folder / 'mr'}", f"data.target={folder / 'ct'}", f"run.storage={folder / 'runs'}"]
+    return ["mpscl_ray.train", "small/source_only", *SEGMENTATION_SETTINGS, *settings, f"run.name={name}", *overrides]
+
+
+def steps(run: RunFolder) -> int:
+    return max((record["global_step"] for record in run.read_metrics()), default=0)
+
+
+def sizes(run: RunFolder) -> list[int]:
+    """Number of workers of each start that came to training, as worker 0 logged it."""
+    return [int(size) for size in re.findall(r"training starts at step \d+ with (\d+) workers", log(run))]
+
+
+def starts(run: RunFolder) -> list[int]:
+    """Step that each of them began at."""
+    return [int(step) for step in re.findall(r"training starts at step (\d+)", log(run))]
+
+
+def log(run: RunFolder) -> str:
+    file = run.logs / "worker-0.log"
+    return file.read_text() if file.exists() else ""
+
+
+def test_a_node_that_does_not_see_the_run_folder_is_named_before_the_first_step(pair: Cluster, tmp_path: Path) -> None:
+    make_pair(tmp_path)
+    (tmp_path / "runs").mkdir()
+    stray = pair.add(hide=tmp_path / "runs")
+    try:
+        output = tmp_path / "output.txt"
+        code = wait_for(pair.command(output, *words(tmp_path, "stray")), output, PATIENCE_S)
+    finally:
+        stray.kill()
+    assert code == StorageError.exit_code, output.read_text()
+    sentence = rf"error: node 127.0.0.1: {tmp_path / 'runs' / 'stray'} is another folder there than where the command"
+    assert re.search(sentence, output.read_text()), output.read_text()
+    assert steps(RunFolder(tmp_path / "runs" / "stray")) == 0
+
+
+def test_a_lost_node_shrinks_the_run_and_a_new_one_grows_it(pair: Cluster, tmp_path: Path) -> None:
+    """Stopped a while after it has grown again, it is where one worker that nothing has disturbed is at that step."""
+    make_pair(tmp_path)
+    second = pair.add()
+    run, output = RunFolder(tmp_path / "runs" / "elastic"), tmp_path / "output.txt"
+    process = pair.command(output, *words(tmp_path, "elastic", *LONG, "scaling.workers=[1,2]"))
+
+    def wait_until_trained_by(workers: list[int]) -> None:
+        deadline = time.monotonic() + PATIENCE_S
+        while sizes(run) != workers or steps(run) < starts(run)[-1] + 2 * EVERY:
+            assert process.poll() is None, output.read_text()
+            assert time.monotonic() < deadline, output.read_text()
+            time.sleep(0.1)
+
+    wait_until_trained_by([2])
+    reached = steps(run)
+    second.kill()
+    wait_until_trained_by([2, 1])
+    assert starts(run)[1] >= reached - EVERY, "at most one checkpoint interval is done again"
+    pair.add()
+    wait_until_trained_by([2, 1, 2])
+    process.terminate()
+    assert wait_for(process, output, PATIENCE_S) == Interrupted.exit_code, output.read_text()
+    text = output.read_text()
+    for notice in ("training with 2 of 1 to 2 workers", "training with 1 of 1 to 2 workers", "worker 1 was lost"):
+        assert notice in text, text
+
+    end = checkpoint.list_checkpoints(run.checkpoints)[-1]
+    assert [record["global_step"] for record in run.read_metrics()][-1] == checkpoint.step_of(end)
+    config = load_config(run.config_file)
+    train_in_processes(config, tmp_path / "calm", stop_after=checkpoint.step_of(end))
+    ours, theirs = (checkpoint.load(where)["method"]["networks"]["segmenter"] for where in (end, calm(tmp_path)))
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(
+            ours[name], tensor, rtol=1e-3, atol=1e-3, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+def calm(folder: Path) -> Path:
+    return checkpoint.list_checkpoints(RunFolder(folder / "calm").checkpoints)[-1]

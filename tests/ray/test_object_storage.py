@@ -1,0 +1,189 @@
+"""Commands with data and runs in a bucket: cut off, killed, gone on with on a machine that has nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("ray")
+
+from mpscl_ray import checkpoint, evaluate
+from mpscl_ray.bucket_run import open_run
+from mpscl_ray.data.phantom_files import make_phantom
+from mpscl_ray.data.schema import load_manifest
+from mpscl_ray.errors import StorageError
+from mpscl_ray.prepare import prepare
+from mpscl_ray.prepare_options import PrepareOptions
+from mpscl_ray.run_folder import RunFolder
+from tests.nodes import ROOT, wait_for
+from tests.s3 import CREDENTIALS, Server, serve, upload_folder
+from tests.tiny import SETTINGS, make_pair
+
+pytestmark = pytest.mark.slow
+
+PATIENCE_S = 900
+OUTAGE_S = 30
+PHASE, EVERY = 60, 10
+LONG = (
+    *SETTINGS,
+    f"phases.source_only={PHASE}",
+    f"phases.warm_up={PHASE}",
+    f"phases.adaptation={PHASE}",
+    f"run.checkpoint_every={EVERY}",
+    f"run.validate_every={PHASE}",
+    "run.report_every=1",
+    "scaling.workers=2",
+)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("s3")
+    with serve(folder) as started:
+        upload_folder(make_pair(folder / "data"), started.folder("data"))
+        yield started
+
+
+def start(server: Server, cache: Path, output: Path, *words: str) -> subprocess.Popen[bytes]:
+    """The train command on a Ray of its own, on a machine whose only memory is its cache folder."""
+    temporary = Path(tempfile.mkdtemp(prefix="s", dir="/tmp"))
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_AUTH", "RAY_ADDRESS"))}
+    environment |= {"MPSCL_RAY_CACHE": str(cache), "TMPDIR": str(temporary), "PYTHONPATH": str(ROOT)}
+    data = [f"data.source={server.url('data/mr')}", f"data.target={server.url('data/ct')}"]
+    with output.open("w") as stream:
+        return subprocess.Popen(
+            [sys.executable, "-m", "mpscl_ray.train", "small/mpscl", *LONG, *data, *words],
+            env=environment | {"OMP_NUM_THREADS": "1"},
+            cwd=temporary,
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+
+def steps_there(server: Server, name: str) -> int:
+    """Newest complete checkpoint of a run in the bucket."""
+    found = open_run(server.url(f"runs/{name}")).steps()
+    return checkpoint.step_of(Path(found[-1])) if found else 0
+
+
+def wait_for_step(server: Server, name: str, step: int, process: subprocess.Popen[bytes], output: Path) -> int:
+    deadline = time.monotonic() + PATIENCE_S
+    while (found := steps_there(server, name)) < step:
+        assert process.poll() is None, output.read_text()
+        assert time.monotonic() < deadline, output.read_text()
+        time.sleep(0.2)
+    return found
+
+
+def assert_same_ends(server: Server, name: str, undisturbed: RunFolder) -> None:
+    """All checkpoints of the ends, byte for byte, and every record of metrics once."""
+    run = open_run(server.url(f"runs/{name}"))
+    run.require()
+    for place in ("phases/source_only", "phases/warm_up", "phases/adaptation", "best"):
+        ours, theirs = run.fetched(Path(place)), undisturbed.path / place
+        assert (ours / checkpoint.SUMS).read_bytes() == (theirs / checkpoint.SUMS).read_bytes(), place
+        checkpoint.verify(ours)
+    assert [record["global_step"] for record in run.read_metrics()] == list(range(1, 3 * PHASE + 1))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(server: Server, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    """The same run on a local disk."""
+    folder = tmp_path_factory.mktemp("disk")
+    output = folder / "output.txt"
+    process = start(server, folder / "cache", output, f"run.storage={folder}", "run.name=calm")
+    assert wait_for(process, output, PATIENCE_S) == 0, output.read_text()
+    return RunFolder(folder / "calm")
+
+
+def test_a_run_whose_storage_fails_for_a_while_ends_as_on_a_disk(
+    server: Server, undisturbed: RunFolder, tmp_path: Path
+) -> None:
+    output = tmp_path / "output.txt"
+    process = start(server, tmp_path / "cache", output, f"run.storage={server.url('runs')}", "run.name=cut")
+    wait_for_step(server, "cut", EVERY, process, output)
+    with server.door.shut():
+        time.sleep(OUTAGE_S)
+        assert process.poll() is None, output.read_text()
+    assert wait_for(process, output, PATIENCE_S) == 0, output.read_text()
+    text = output.read_text()
+    assert text.count("meanwhile the run goes on") == 1, text
+    assert text.count("answers again") == 1, text
+    assert "Traceback" not in text
+    assert_same_ends(server, "cut", undisturbed)
+    kept = server.folder("runs/cut").files()
+    for name in ("model.json", "environment.json", "progress.png", "results/phases.txt", "logs/worker-1.log"):
+        assert name in kept
+    for name in kept:
+        content = (server.folder("runs/cut") / name).read_bytes()
+        assert CREDENTIALS["AWS_SECRET_ACCESS_KEY"].encode() not in content, name
+        assert CREDENTIALS["AWS_ACCESS_KEY_ID"].encode() not in content, name
+    assert ".lease" not in kept
+    assert not list((tmp_path / "cache" / "runs").iterdir()), "copies of a run go with it"
+
+
+def test_a_killed_run_goes_on_on_a_machine_that_has_nothing(
+    server: Server, undisturbed: RunFolder, tmp_path: Path
+) -> None:
+    output = tmp_path / "output.txt"
+    words = (f"run.storage={server.url('runs')}", "run.name=killed")
+    process = start(server, tmp_path / "first", output, *words)
+    wait_for_step(server, "killed", PHASE + EVERY, process, output)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    shutil.rmtree(tmp_path / "first", ignore_errors=True)
+    run = open_run(server.url("runs/killed"))
+    run.require()
+    lost = run.read_metrics()[-1]["global_step"] - steps_there(server, "killed")
+    assert lost <= EVERY, "at most one checkpoint interval is done again"
+    process = start(server, tmp_path / "second", output, *words)
+    assert wait_for(process, output, PATIENCE_S) == 0, output.read_text()
+    assert "going on from the checkpoint step-" in output.read_text()
+    assert_same_ends(server, "killed", undisturbed)
+
+
+def test_a_storage_that_stays_away_stops_the_run_which_then_goes_on(
+    server: Server, undisturbed: RunFolder, tmp_path: Path
+) -> None:
+    output = tmp_path / "output.txt"
+    words = (f"run.storage={server.url('runs')}", "run.name=away", "run.outage_min=0.05")
+    longer = f"phases.source_only={100 * PHASE}"  # cannot end before patience does
+    process = start(server, tmp_path / "cache", output, *words, longer)
+    wait_for_step(server, "away", EVERY, process, output)
+    with server.door.shut():
+        assert wait_for(process, output, PATIENCE_S) == StorageError.exit_code, output.read_text()
+    assert "error: the storage of the run has failed for" in output.read_text()
+    assert "Traceback" not in output.read_text()
+    assert steps_there(server, "away") >= EVERY
+
+
+def test_prepare_evaluate_and_predict_by_url(server: Server, undisturbed: RunFolder, tmp_path: Path) -> None:
+    make_phantom(tmp_path / "nifti", 2, 1, 3)
+    (tmp_path / "split.json").write_text(json.dumps({"train": ["mr_1001"], "val": [], "test": ["mr_1002"]}))
+    options = PrepareOptions(
+        tmp_path / "nifti", server.folder("made"), "mmwhs", modality="mr", split=str(tmp_path / "split.json")
+    )
+    assert prepare(options, progress=False) == {"mr": server.folder("made/mr")}
+    manifest = load_manifest(server.url("made/mr"))
+    assert len(manifest.cases) == 2
+    assert server.folder("made/mr").files() == ["manifest.json", *sorted(case.file for case in manifest.cases)]
+
+    upload_folder(undisturbed.path, server.folder("runs/copied"))
+    place = server.url("runs/copied")
+    assert evaluate.main([place, "--checkpoint", "warm_up", "--split", "val", "--workers", "0"]) == 0
+    assert "results/warm_up_val/summary.json" in server.folder("runs/copied").files()
+    ours = json.loads((server.folder("runs/copied") / "results/warm_up_val/summary.json").read_bytes())
+    assert evaluate.main([str(undisturbed.path), "--checkpoint", "warm_up", "--split", "val", "--workers", "0"]) == 0
+    theirs = json.loads((undisturbed.results / "warm_up_val/summary.json").read_text())
+    assert ours["summary"] == theirs["summary"]

@@ -1,0 +1,144 @@
+"""An S3-speaking server (moto) on loopback, behind a door that can be shut."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from pyarrow import fs
+
+from mpscl_ray.storage import Remote
+
+CREDENTIALS = {
+    "AWS_ACCESS_KEY_ID": "key-of-the-tests",
+    "AWS_SECRET_ACCESS_KEY": "secret-of-the-tests",
+    "AWS_DEFAULT_REGION": "us-east-1",
+    "AWS_EC2_METADATA_DISABLED": "true",
+}
+START_S = 60
+
+
+class Door(threading.Thread):
+    """Passes connections on to the server; shut, it refuses new ones and breaks those there are."""
+
+    def __init__(self, server: int) -> None:
+        super().__init__(daemon=True)
+        self.server, self.open = server, True
+        self.pairs: list[socket.socket] = []
+        self.listener = self._listen(0)
+        self.port = self.listener.getsockname()[1]
+        self.start()
+
+    @staticmethod
+    def _listen(port: int) -> socket.socket:
+        listener = socket.socket()
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(("127.0.0.1", port))
+        listener.listen(64)
+        return listener
+
+    def run(self) -> None:
+        while True:
+            try:
+                client, _ = self.listener.accept()
+                server = socket.create_connection(("127.0.0.1", self.server))
+            except OSError:
+                time.sleep(0.02)
+                continue
+            self.pairs += [client, server]
+            for one, other in ((client, server), (server, client)):
+                threading.Thread(target=self._pass, args=(one, other), daemon=True).start()
+
+    @staticmethod
+    def _pass(one: socket.socket, other: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := one.recv(1 << 16):
+                other.sendall(data)
+        for end in (one, other):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    @contextlib.contextmanager
+    def shut(self) -> Iterator[None]:
+        """Inside the block nobody gets through."""
+        with contextlib.suppress(OSError):
+            self.listener.shutdown(socket.SHUT_RDWR)
+        self.listener.close()
+        for end in self.pairs:
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+            end.close()
+        self.pairs.clear()
+        try:
+            yield
+        finally:
+            self.listener = self._listen(self.port)
+
+
+class Server:
+    """The server, its door and one bucket."""
+
+    def __init__(self, folder: Path, **environment: str) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
+            env=os.environ | environment,
+            stdout=(folder / "moto.log").open("w"),
+            stderr=subprocess.STDOUT,
+        )
+        deadline = time.monotonic() + START_S
+        while True:
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+                break
+            assert self.process.poll() is None, (folder / "moto.log").read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        self.door = Door(port)
+        fs.S3FileSystem(endpoint_override=f"127.0.0.1:{port}", scheme="http", allow_bucket_creation=True).create_dir(
+            "bucket"
+        )
+
+    def url(self, path: str, bucket: str = "bucket") -> str:
+        """The URL of something on the server."""
+        return f"s3://{bucket}/{path}?endpoint_override=http://127.0.0.1:{self.door.port}"
+
+    def folder(self, path: str) -> Remote:
+        """A folder in the bucket."""
+        return Remote.parse(self.url(path))
+
+    def stop(self) -> None:
+        """End the server."""
+        self.process.kill()
+        self.process.wait()
+
+
+@contextlib.contextmanager
+def serve(folder: Path, **environment: str) -> Iterator[Server]:
+    """A server inside the block, with this process's credentials and cache folder set for it."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (CREDENTIALS | {"MPSCL_RAY_CACHE": str(folder / "cache")}).items():
+            patch.setenv(name, value)
+        server = Server(folder, **environment)
+        try:
+            yield server
+        finally:
+            server.stop()
+
+
+def upload_folder(folder: Path, remote: Remote) -> Remote:
+    """Copy all files of a folder into the bucket."""
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            with path.open("rb") as stream:
+                (remote / path.relative_to(folder)).upload(stream)
+    return remote
