@@ -38,8 +38,19 @@ environment() { # what a process needs to talk to this cluster
 }
 
 start_node() {
+    local attempt
+    [ -z "$(processes "$1")" ] || { echo "node $1 runs already" >&2; exit 1; }
+    for attempt in 1 2 3; do # Ray gives its parts half a minute, which a busy machine may exceed
+        if begin_node "$1"; then return; fi
+        stop_node "$1"
+    done
+    echo "node $1 did not start in $attempt attempts; its log $dir/node-$1.log ends with:" >&2
+    tail -n 20 "$dir/node-$1.log" >&2
+    exit 1
+}
+
+begin_node() {
     local node=$1 base=$((port + 10 * ($1 + 1))) workers=$((port + 1000 + 300 * $1)) place
-    [ -z "$(processes "$node")" ] || { echo "node $node runs already" >&2; exit 1; }
     if [ "$node" -eq 0 ]; then
         place=(--head --port "$port" --dashboard-host "$host" --dashboard-port $((port + 1))
             --ray-client-server-port $((port + 2)) --temp-dir "$dir/ray")
@@ -59,12 +70,10 @@ start_node() {
     echo $! >"$dir/node-$node.pid"
     for ((i = 0; i < wait_s * 5; i++)); do
         if grep -q "will now block forever" "$dir/node-$node.log"; then return; fi
-        kill -0 "$(cat "$dir/node-$node.pid")" 2>/dev/null || break
+        kill -0 "$(cat "$dir/node-$node.pid")" 2>/dev/null || return 1
         sleep 0.2
     done
-    echo "node $node did not start; its log $dir/node-$node.log ends with:" >&2
-    tail -n 20 "$dir/node-$node.log" >&2
-    exit 1
+    return 1
 }
 
 stop_node() { # SIGTERM to the command that holds the node, which ends the others; SIGKILL for whoever is left
@@ -102,9 +111,12 @@ env)
     ;;
 kill)
     [ $# -eq 2 ] || usage
-    for ((i = 0; i < 3; i++)); do # again, for those that were being started meanwhile
-        # shellcheck disable=SC2046  # one word a pid
-        kill -9 $(processes "$2") 2>/dev/null || true
+    for ((i = 0; i < wait_s * 5; i++)); do # again, for those that were being started meanwhile, until all are gone
+        left=$(processes "$2")
+        [ -n "$left" ] || break
+        # shellcheck disable=SC2086  # one word a pid
+        kill -9 $left 2>/dev/null || true
+        sleep 0.2
     done
     ;;
 start)
