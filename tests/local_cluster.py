@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import shutil
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 import urllib.error
@@ -25,7 +27,9 @@ PATIENCE_S = 600
 
 def free_base() -> int:
     """A port that is free, with those above it that a cluster takes."""
-    for base in range(12000, 30000, 2000):
+    bases = list(range(12000, 30000, 2000))
+    random.shuffle(bases)  # Others may look for ports at the same time.
+    for base in bases:
         wanted = [base, base + 1, *(base + 10 * node + part for node in (1, 2, 3) for part in range(6))]
         try:
             for port in wanted:
@@ -50,6 +54,7 @@ class LocalCluster:
             "MPSCL_CLUSTER_PORT": str(self.base),
             "MPSCL_CLUSTER_CPUS": str(cpus),
             "OMP_NUM_THREADS": "1",
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
             # What else runs on this machine may need memory; it is not these processes that should end then.
             "RAY_memory_monitor_refresh_ms": "0",
         }

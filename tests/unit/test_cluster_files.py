@@ -101,7 +101,8 @@ def test_ray_up_files_pass_the_validator_of_ray(name: str) -> None:
 
 
 def test_the_dockerfile_and_the_scripts_are_clean() -> None:
-    for command in (["hadolint", str(DOCKERFILE)], ["shellcheck", *map(str, SCRIPTS)]):
+    tools = Path(sys.executable).parent
+    for command in ([tools / "hadolint", DOCKERFILE], [tools / "shellcheck", *SCRIPTS]):
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
     for script in SCRIPTS:
