@@ -139,6 +139,12 @@ class ScalingConfig:
         """The second of :attr:`limits`."""
         return self.limits[1]
 
+    def describe(self, use_gpu: bool) -> str:
+        """For a sentence: ``1 CPU worker``, ``2 to 4 GPU workers``."""
+        least, most = self.limits
+        number = f"{most}" if least == most else f"{least} to {most}"
+        return f"{number} {'GPU' if use_gpu else 'CPU'} worker{'s' * (most > 1)}"
+
 
 @dataclass(frozen=True)
 class Config:

@@ -257,14 +257,11 @@ def _summary(config: Config, folder: RunFolder, domains: launch.Domains, data: T
         if data.unlabelled
         else "no other slices"
     )
-    least, most = config.scaling.least_workers, config.scaling.most_workers
-    number = f"{least}" if least == most else f"{least} to {most}"
-    workers = f"{number} {'GPU' if use_gpu else 'CPU'} worker{'s' * (most > 1)}"
     labelled = target.modality if config.data.labelled == "target" else source.modality
     return (
         f"run {folder.name} in {folder.place}: {config.method_name}, {source.modality} to {target.modality}, "
         f"structures {', '.join(domains.classes[1:])}\n"
-        f"  trains on {data.labelled.files.rows} labelled {labelled} slices and {unlabelled}, {workers}\n"
+        f"  trains on {data.labelled.files.rows} labelled {labelled} slices and {unlabelled}, {config.scaling.describe(use_gpu)}\n"
         f"  iterations: {phases}; the target's labels are not used for training"
         + (" (except here: the supervised bound)" if config.data.labelled == "target" else "")
         + ("; best is chosen with target labels (oracle)" if config.run.select == "oracle" else "")

@@ -211,8 +211,8 @@ def _summary(study: Study) -> str:
     lines = [
         f"search {study.folder.name} in {study.folder.path}: {space.search.method}, {total} trials over "
         f"{', '.join(space.keys)}",
-        f"  {at_once} trial{'s' * (at_once > 1)} at a time with {study.resolved.scaling.workers} "
-        f"{'GPU' if study.shared.use_gpu else 'CPU'} worker{'s' * (study.resolved.scaling.workers > 1)} each; "
+        f"  {at_once} trial{'s' * (at_once > 1)} at a time with "
+        f"{study.resolved.scaling.describe(study.shared.use_gpu)} each; "
         f"compared by {CRITERIA[study.metric]}" + (" (ORACLE)" if study.metric == "oracle" else ""),
     ]
     if before:

@@ -106,7 +106,7 @@ def shared_beginning(
 
 def _shared_config(config: Config, common: Sequence[str], folder: RunFolder, at_once: int) -> Config:
     """Settings of the shared run: as many workers as the cluster has room for and can share the batch."""
-    batch, room = config.data.batch_size, at_once * config.scaling.workers
+    batch, room = config.data.batch_size, at_once * config.scaling.most_workers
     workers = next(number for number in range(min(room, batch), 0, -1) if batch % number == 0)
     return dataclasses.replace(
         config,
