@@ -261,7 +261,8 @@ def _summary(config: Config, folder: RunFolder, domains: launch.Domains, data: T
     return (
         f"run {folder.name} in {folder.place}: {config.method_name}, {source.modality} to {target.modality}, "
         f"structures {', '.join(domains.classes[1:])}\n"
-        f"  trains on {data.labelled.files.rows} labelled {labelled} slices and {unlabelled}, {config.scaling.describe(use_gpu)}\n"
+        f"  trains on {data.labelled.files.rows} labelled {labelled} slices and {unlabelled}, "
+        f"{config.scaling.describe(use_gpu)}\n"
         f"  iterations: {phases}; the target's labels are not used for training"
         + (" (except here: the supervised bound)" if config.data.labelled == "target" else "")
         + ("; best is chosen with target labels (oracle)" if config.run.select == "oracle" else "")
