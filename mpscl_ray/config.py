@@ -228,8 +228,12 @@ def _build(settings: dict[str, _Setting], problems: list[str]) -> Config:
         try:
             built[section] = TypeAdapter(kind).validate_python(nested.get(section, {}))
         except ValidationError as error:
-            for detail in error.errors():
-                problems.append(_explain(section, detail, settings))
+            details = error.errors()
+            fields = [detail["loc"][:1] for detail in details]
+            for detail in details:
+                # Of a field that takes a number or a list, what is wrong with the number says more.
+                if detail["type"] != "tuple_type" or fields.count(detail["loc"][:1]) == 1:
+                    problems.append(_explain(section, detail, settings))
     if not problems:
         config = Config(**built)
         problems += _inconsistencies(config)
@@ -247,6 +251,8 @@ def _explain(section: str, detail: Any, settings: Mapping[str, _Setting]) -> str
         key = key.rpartition(".")[0]
     origin = settings[key].origin if key in settings else "by default"
     message = detail["msg"][0].lower() + detail["msg"][1:]
+    if detail["type"] == "tuple_type":
+        message = "expected a list, such as [1, 2]"
     return f"{key}={_yaml_scalar(settings[key].value if key in settings else detail['input'])} {origin}: {message}"
 
 

@@ -42,6 +42,8 @@ from mpscl_ray.durable_files import storage_errors
 from mpscl_ray.environment import now
 
 _WINDOW_S = 30.0
+_SHORTEST_S = 0.5
+"""A speed over less time says nothing: readings of a short phase may come all at once."""
 _REDRAW_S = 0.1
 _BAR = 20
 
@@ -131,7 +133,7 @@ class ProgressLine:
 
     def _rate(self) -> float:
         (first, start), (last, end) = self._window[0], self._window[-1]
-        return (end - start) / (last - first) if last > first else 0.0
+        return (end - start) / (last - first) if last - first >= _SHORTEST_S else 0.0
 
     def _show(self) -> None:
         self._last = self._clock()

@@ -369,12 +369,16 @@ def _print_results(folder: RunFolder) -> None:
 
 
 def _print_next_steps(folder: RunFolder) -> None:
+    commands = [
+        f"python -m mpscl_ray.predict {folder.place} IMAGE.nii.gz --out predictions",
+        f"python -m mpscl_ray.report {folder.place} --out report",
+        f"tensorboard --logdir {child(folder.place, 'tensorboard')}",
+    ]
+    if (folder.results / PHASES_TABLE).exists():
+        commands.insert(0, f"python -m mpscl_ray.evaluate {folder.place}")
     print(
         f"\n{folder.place} has the tables (results/), curves (progress.png), TensorBoard events and checkpoints. "
-        "Next:\n"
-        f"  python -m mpscl_ray.evaluate {folder.place}                      per volume and structure\n"
-        f"  python -m mpscl_ray.predict {folder.place} IMAGE.nii.gz --out predictions\n"
-        f"  tensorboard --logdir {child(folder.place, 'tensorboard')}"
+        "Next:\n  " + "\n  ".join(commands)
     )
 
 

@@ -82,6 +82,9 @@ def test_overrides_have_the_types_of_their_fields() -> None:
         ("optim.lr=fast", "valid number"),
         ("scaling.workers=3", "scaling.workers=3"),
         ("scaling.workers=two", "valid integer"),
+        ("scaling.workers=[2, 1]", "the smaller one first"),
+        ("scaling.workers=[1, 3]", "every number of workers from 1 to 3"),
+        ("network.blocks=1,1,1,1", "a list, such as [1, 2]"),
         ("network.output_stride=16", "4 or 8"),
         ("data.labelled=target", "supervised"),
         ("method.name=mpslc", "mpscl, segmentation"),
@@ -94,6 +97,7 @@ def test_wrong_settings_are_told_plainly(override: str, sentence: str) -> None:
     with pytest.raises(ConfigError) as error:
         load_config("phantom", [override])
     assert sentence in str(error.value)
+    assert str(error.value).count(override.split("=")[0] + "=") <= 1, "the same setting is told of twice"
     assert "on the command line" in str(error.value) or override.split("=")[0].split(".")[0] in str(error.value)
 
 
