@@ -220,6 +220,46 @@ def wrap(module: nn.Module, device: torch.device) -> nn.Module:
     return DistributedDataParallel(module, device_ids=devices, forward_sync_buffers=False, gradient_as_bucket_view=True)
 
 
+@torch.no_grad()
+def start_alike(module: nn.Module) -> nn.Module:
+    """Give a module that is not wrapped the weights and buffers of worker 0; returns it."""
+    if world_size() > 1:
+        for tensor in module.state_dict().values():
+            dist.broadcast(tensor, 0)
+    return module
+
+
+def average_gradients(gradients: Sequence[Tensor]) -> None:
+    """Average gradients over the workers in place, in one collective: for networks that are not wrapped.
+
+    Args:
+        gradients: of the same parameters, in the same order, on every worker; all of one dtype.
+    """
+    if world_size() == 1 or not gradients:
+        return
+    total = all_reduce_sum(torch.cat([gradient.reshape(-1) for gradient in gradients])) / world_size()
+    parts = total.split_with_sizes([gradient.numel() for gradient in gradients])
+    for gradient, part in zip(gradients, parts, strict=True):
+        gradient.copy_(part.view_as(gradient))
+
+
+def sum_with_gradient(tensor: Tensor) -> Tensor:
+    """Sum over the workers, with the gradient that the average over workers needs.
+
+    Where every worker computes the same loss from the sum, the mean of their gradients is that of the loss.
+    """
+    return all_reduce_sum(tensor) + (tensor - tensor.detach()) * world_size()
+
+
+def gather_batch(tensor: Tensor) -> Tensor:
+    """The parts (B, ...) of all workers as one batch (W B, ...), in the order of their ranks, without gradient."""
+    if world_size() == 1:
+        return tensor.detach()
+    parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(world_size())]
+    dist.all_gather(parts, tensor.detach().contiguous())
+    return torch.cat(parts)
+
+
 def weights_checksum(modules: Mapping[str, nn.Module]) -> str:
     """SHA-256 over names and bytes of all parameters and buffers."""
     digest = hashlib.sha256()

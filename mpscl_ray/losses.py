@@ -107,6 +107,25 @@ def soft_dice_loss(logits: Tensor, labels: Tensor) -> Tensor:
     return 1.0 - (2.0 * intersection / (total + _DICE_EPS)).mean()
 
 
+def focal_loss(logits: Tensor, labels: Tensor, gamma: float) -> Tensor:
+    """Mean over pixels of (1 - p_y)^gamma (-log p_y), p_y kept within [1e-9, 1 - 1e-9]; cross-entropy for gamma = 0.
+
+    Args:
+        logits: (B, C, H, W).
+        labels: (B, H, W) int64.
+        gamma: exponent.
+
+    Returns:
+        0-dim loss.
+
+    Source: the segmentation loss of the released code of Luo et al. 2019 (CLAN), with gamma = 2; the paper has
+    cross-entropy.
+    """
+    log_p = F.log_softmax(full_precision(logits), dim=1).gather(1, labels[:, None])
+    log_p = log_p.clamp(min=math.log(1e-9))
+    return ((1.0 - log_p.exp()).clamp(min=1e-9) ** gamma * -log_p).mean()
+
+
 def self_information(logits: Tensor, eps: float = 1e-7, normalised: bool = True) -> Tensor:
     """Weighted self-information map of each class, what the discriminators see.
 

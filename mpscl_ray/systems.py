@@ -15,6 +15,7 @@ SYSTEMS: dict[str, str] = {
     "adaoutput": "AdaOutput",
     "minent": "MinEnt",
     "advent": "AdvEnt",
+    "clan": "CLAN",
     "baseline": "Baseline",
     "cscl": "CSCL",
     "mpscl": "MPSCL",

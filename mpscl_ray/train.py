@@ -180,7 +180,7 @@ def _check_before_ray(config: Config, folder: RunFolder) -> None:
     if not _wants_phantom(config):
         domains, _ = _read_domains(config, folder)
         if found is None:
-            load_start_weights(build_segmenter(config, len(domains.classes)), config)
+            load_start_weights(build_segmenter(config, len(domains.classes), config.schedule[0][0]), config)
 
 
 def _wants_phantom(config: Config) -> bool:

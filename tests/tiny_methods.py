@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -31,10 +32,9 @@ CPU = torch.device("cpu")
 OPTIM = OptimConfig(lr=0.02, head_lr_factor=1.0, lr_discriminator=1e-3)
 
 
-def segmenter(seed: int, *, multi_level: bool = True) -> DeepLabV2:
-    network = DeepLabV2(
-        CLASSES, (1, 1, 1, 1), width=4, output_stride=4, in_channels=1, multi_level=multi_level, train_norm_affine=True
-    )
+def segmenter(seed: int, *, multi_level: bool = True, **arguments: Any) -> DeepLabV2:
+    arguments = {"width": 4, "output_stride": 4, "in_channels": 1, "train_norm_affine": True, **arguments}
+    network = DeepLabV2(CLASSES, (1, 1, 1, 1), multi_level=multi_level, **arguments)
     initialise(network, seed)
     with torch.no_grad():
         for parameter in network.parameters():
@@ -59,7 +59,8 @@ def make(name: str, seed: int = 0, *, network: DeepLabV2 | None = None, **settin
     """A tiny method by its name, with other settings than its small ones."""
     small = {} if name in ("segmentation", "adabn") else {"discriminator_width": 4}
     config = METHOD_CONFIGS[name](**(small | settings))
-    return METHODS[name](network or segmenter(seed), config, OPTIM, CLASSES, CPU, PrecisionConfig(), seed)
+    network = network or segmenter(seed, **getattr(METHODS[name], "segmenter_arguments", {}))
+    return METHODS[name](network, config, OPTIM, CLASSES, CPU, PrecisionConfig(), seed)
 
 
 def make_segmentation(seed: int = 0) -> Segmentation:
@@ -78,12 +79,8 @@ def make_adabn(seed: int = 0) -> AdaBN:
     return make("adabn", seed)  # type: ignore[no-any-return]
 
 
-MAKE: dict[str, Callable[..., Method]] = {
-    "mpscl": make_mpscl,
-    "segmentation": make_segmentation,
-    "adabn": make_adabn,
-    "adaoutput": make_adaoutput,
-    "advent": make_advent,
+MAKE: dict[str, Callable[..., Method]] = {name: functools.partial(make, name) for name in METHODS} | {
+    "mpscl": make_mpscl
 }
 
 

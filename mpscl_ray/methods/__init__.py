@@ -8,6 +8,7 @@ from mpscl_ray.methods.adabn import AdaBN, AdaBNConfig
 from mpscl_ray.methods.adaoutput import AdaOutput, AdaOutputConfig
 from mpscl_ray.methods.advent import AdvEnt, AdvEntConfig
 from mpscl_ray.methods.base import Batch, Method, SegmentationConfig
+from mpscl_ray.methods.clan import CLAN, CLANConfig
 from mpscl_ray.methods.mpscl import MPSCL, MPSCLConfig
 from mpscl_ray.methods.segmentation import Segmentation
 
@@ -17,6 +18,7 @@ METHODS: dict[str, Any] = {
     "adabn": AdaBN,
     "adaoutput": AdaOutput,
     "advent": AdvEnt,
+    "clan": CLAN,
 }
 """The class of every method by the name it has in a config."""
 
@@ -26,10 +28,12 @@ METHOD_CONFIGS: dict[str, type[SegmentationConfig]] = {
     "adabn": AdaBNConfig,
     "adaoutput": AdaOutputConfig,
     "advent": AdvEntConfig,
+    "clan": CLANConfig,
 }
 """The settings of every method by the same name."""
 
 __all__ = [
+    "CLAN",
     "METHODS",
     "METHOD_CONFIGS",
     "MPSCL",
@@ -40,6 +44,7 @@ __all__ = [
     "AdvEnt",
     "AdvEntConfig",
     "Batch",
+    "CLANConfig",
     "MPSCLConfig",
     "Method",
     "Segmentation",

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from mpscl_ray import distributed
 from mpscl_ray.losses import full_precision
 from mpscl_ray.methods import base
 from mpscl_ray.methods.base import Batch, SegmentationConfig, TargetSplit, TrainingSlices
@@ -55,7 +56,7 @@ class AdaBN:
         self.device, self.precision = device, precision
         self.segmenter = segmenter
         self.networks: dict[str, nn.Module] = {"segmenter": segmenter}
-        prepare_network(segmenter, device, precision)
+        prepare_network(distributed.start_alike(segmenter), device, precision)
         self._norms = [layer for layer in segmenter.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
         self._optimisers = Optimisers(self.networks, device)
 

@@ -318,6 +318,10 @@ CASES: dict[str, Callable[[], dict[str, Any]]] = {
     "adaoutput-least-squares": lambda: look_and_train(
         "adaoutput", discriminator_width=4, adversarial_loss="least_squares", **STRONG
     ),
+    "clan": lambda: look_and_train("clan", discriminator_width=4, lambda_adversarial=0.1, lambda_weight=0.1),
+    "clan-focal": lambda: look_and_train(
+        "clan", discriminator_width=4, segmentation_loss="focal", lambda_adversarial=0.1, preheat=0.2
+    ),
     "adabn": lambda: look_and_train("adabn"),
     "non-finite-source": lambda: non_finite("source"),
     "non-finite-target": lambda: non_finite("target"),

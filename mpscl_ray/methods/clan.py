@@ -1,0 +1,195 @@
+"""CLAN: category-level adversaries, Luo et al. 2019 (CVPR)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from mpscl_ray import distributed
+from mpscl_ray.losses import SOURCE_LABEL, TARGET_LABEL, class_counts, domain_loss, focal_loss, full_precision
+from mpscl_ray.methods import base
+from mpscl_ray.methods.adversarial import Adversary, DiscriminatorConfig
+from mpscl_ray.methods.base import Batch, TargetSplit, TrainingSlices, Weight
+from mpscl_ray.networks.deeplab import DeepLabV2, upsample_logits
+from mpscl_ray.optimisation import OptimConfig, Optimisers, PrecisionConfig, SegmenterSGD, autocast, prepare_network
+
+
+@dataclass(frozen=True)
+class CLANConfig(DiscriminatorConfig):
+    """Settings of CLAN; the defaults are those of its released GTA5 run."""
+
+    lambda_adversarial: Weight = 0.001
+    """lambda_adv: weight of the adversarial loss."""
+    lambda_weight: Weight = 0.01
+    """lambda_weight: weight of the likeness of the two heads' weights; doubled, as released."""
+    lambda_local: Weight = 40.0
+    """lambda_local: how much a pixel on which the heads disagree counts; 40 for GTA5, 10 for SYNTHIA."""
+    epsilon: Weight = 0.4
+    """epsilon: how much every pixel counts."""
+    preheat: Annotated[float, Field(ge=0, le=1)] = 0.05
+    """First part of the iterations, in which pixels count alike and the learning rate rises from 0."""
+    segmentation_loss: Literal["focal", "ce", "wce_dice"] = "wce_dice"
+    """On both heads: focal as released, ce as in the paper, or that of MPSCL, which all methods here have in common."""
+    detach_weight_map: bool = False
+    """Keep the gradient of the adversarial loss out of the map of disagreement; released: it flows through."""
+
+
+class CLAN:
+    """Align the target more where two heads on the same features disagree.
+
+    Args:
+        segmenter: with twin heads and its initial weights; trained in place.
+        config: the method's settings.
+        optim: optimisers and decay.
+        num_classes: C, background included.
+        device: where to train.
+        precision: how GPUs compute.
+        seed: of the discriminator's initial weights.
+
+    Source: Luo et al. 2019, L_seg + lambda_weight L_weight + lambda_adv L_adv with self-adaptive weights (their Eqs. 3
+    to 6).
+    Differs from the released code: the weight map is right for batches of more than one image; damping and preheat go
+    by the length of the phase instead of a constant; the likeness of the heads counts once for all workers; the heads
+    start from a source-only phase with another second head, which is new here.
+    """
+
+    phases: ClassVar[tuple[str, ...]] = (base.SOURCE_ONLY, base.ADAPTATION)
+    segmenter_arguments: ClassVar[dict[str, Any]] = {"twin_heads": True}
+    split: TargetSplit | None = None
+
+    def __init__(
+        self,
+        segmenter: DeepLabV2,
+        config: CLANConfig,
+        optim: OptimConfig,
+        num_classes: int,
+        device: torch.device,
+        precision: PrecisionConfig,
+        seed: int,
+    ) -> None:
+        assert segmenter.twin_heads
+        self.config, self.optim, self.num_classes = config, optim, num_classes
+        self.device, self.precision = device, precision
+        self.segmenter = segmenter
+        prepare_network(segmenter, device, precision)
+        self._segment = base.wrap_segmenter(segmenter, config.norm_statistics, device)
+        dtype = next(segmenter.parameters()).dtype
+        self._adversary = Adversary(config, ("main",), num_classes, dtype, seed, device, precision)
+        self.networks: dict[str, nn.Module] = {"segmenter": segmenter, **self._adversary.networks}
+        self._optimisers = Optimisers(self.networks, device)
+
+    def start_phase(self, iterations: int) -> None:
+        segmenter = {"segmenter": SegmenterSGD(self.segmenter, self.optim)}
+        self._optimisers.start(segmenter | self._adversary.optimisers(self.optim), iterations)
+
+    def step(self, batch: Batch, iteration: int) -> dict[str, Tensor]:
+        assert batch.target_image is not None, "CLAN needs slices of the target domain"
+        c = self.config
+        labels = batch.source_label
+        size = labels.shape[-2:]
+        preheat = int(c.preheat * self._optimisers.iterations)
+        damping = 1.0 - iteration / self._optimisers.iterations
+        self._optimisers.begin(iteration, iteration / preheat if iteration < preheat else None)
+
+        with autocast(self.device, self.precision):
+            source, target = self._segment(
+                base.to_network(batch.source_image, self.segmenter, self.precision),
+                base.to_network(batch.target_image, self.segmenter, self.precision),
+            )
+        source_logits, target_logits = base.upsampled(source, size), base.upsampled(target, size)
+
+        # Segmenter, with a frozen discriminator.
+        losses = self._segmentation(source_logits, labels)
+        segmentation = torch.stack(list(losses.values())).sum()
+        weights = disagreement(target_logits["aux"], target_logits["main"])
+        source_map = (source_logits["aux"] + source_logits["main"]).softmax(dim=1)
+        target_map = (target_logits["aux"] + target_logits["main"]).softmax(dim=1)
+        preheating = iteration <= preheat and preheat > 0
+        verdict = upsample_logits(full_precision(self._adversary.frozen("main", target_map)), size)
+        adaptive = weights.detach() if c.detach_weight_map else weights
+        losses["loss_adversarial_main"] = self._adversarial(verdict, SOURCE_LABEL, None if preheating else adaptive)
+        losses["loss_likeness"] = likeness(self.segmenter)
+        total = segmentation + c.lambda_adversarial * damping * losses["loss_adversarial_main"]
+        total = total + 2 * c.lambda_weight * damping * losses["loss_likeness"]
+        total.backward()  # type: ignore[no-untyped-call]
+
+        # Discriminator, on detached maps, both domains at image size.
+        on_source, on_target = (
+            upsample_logits(full_precision(x), size) for x in self._adversary.tell("main", source_map, target_map)
+        )
+        loss = domain_loss(on_source, SOURCE_LABEL)
+        loss = loss + self._adversarial(on_target, TARGET_LABEL, None if preheating else weights.detach())
+        losses["loss_discriminator_main"] = loss
+        loss.backward()  # type: ignore[no-untyped-call]
+
+        flag = self._optimisers.finish(losses)
+        metrics = {"loss_segmentation": segmentation, "disagreement": weights.mean()}
+        metrics["discriminator_accuracy_main"] = self._adversary.accuracy(on_source, on_target)
+        return base.metrics(losses, metrics, non_finite=flag)
+
+    def _segmentation(self, logits: dict[str, Tensor], labels: Tensor) -> dict[str, Tensor]:
+        """Segmentation losses on both heads, which count alike."""
+        if self.config.segmentation_loss == "wce_dice":
+            counts = distributed.all_reduce_sum(class_counts(labels, self.num_classes))
+            return base.segmentation_loss(logits, labels, counts, 1.0).parts
+        gamma = 2.0 if self.config.segmentation_loss == "focal" else 0.0
+        name = "focal" if gamma else "cross_entropy"
+        return {f"loss_{name}_{head}": focal_loss(logits[head], labels, gamma) for head in ("main", "aux")}
+
+    def _adversarial(self, verdict: Tensor, domain: int, weights: Tensor | None) -> Tensor:
+        """Cross-entropy of a verdict at image size, self-adaptive where weights (B, 1, H, W) are given."""
+        if weights is None:
+            return domain_loss(verdict, domain)
+        pixels = F.softplus(-verdict if domain == TARGET_LABEL else verdict)
+        return ((self.config.epsilon + self.config.lambda_local * weights) * pixels).mean()
+
+    def non_finite_losses(self) -> dict[str, Tensor]:
+        return self._optimisers.guard.losses()
+
+    def predict(self, images: Tensor) -> Tensor:
+        return base.predict(self.segmenter, images.to(self.device), self.precision)
+
+    def prepare(self, slices: TrainingSlices) -> None:
+        """Nothing."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return base.state_dict(self.networks, self._optimisers)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        base.load_state_dict(self, self._optimisers, state)
+
+
+def disagreement(one: Tensor, other: Tensor) -> Tensor:
+    """Map of the disagreement of two heads: 1 - cos(softmax one, softmax other) of each pixel, over the classes.
+
+    Args:
+        one: logits (B, C, H, W).
+        other: the same of the other head.
+
+    Returns:
+        (B, 1, H, W), 0 where both say the same.
+
+    Source: M(p1, p2) in Luo et al. 2019, Eq. 4; the cosine as released.
+    """
+    cosine = F.cosine_similarity(full_precision(one).softmax(dim=1), full_precision(other).softmax(dim=1), dim=1)
+    return 1.0 - cosine[:, None]
+
+
+def likeness(segmenter: DeepLabV2) -> Tensor:
+    """L_weight = cos(W1, W2) + 1 of all weights and biases of the two heads, 0-dim.
+
+    It is the same on all workers, so that its mean over them counts it once.
+
+    Source: Luo et al. 2019, Eq. 3.
+    """
+    assert segmenter.layer5 is not None
+    one, other = (
+        torch.cat([parameter.reshape(-1) for parameter in head.parameters()])
+        for head in (segmenter.layer5, segmenter.layer6)
+    )
+    return F.cosine_similarity(one, other, dim=0) + 1.0
