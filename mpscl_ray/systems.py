@@ -16,6 +16,8 @@ SYSTEMS: dict[str, str] = {
     "minent": "MinEnt",
     "advent": "AdvEnt",
     "clan": "CLAN",
+    "cag": "CAG",
+    "intrada": "IntraDA",
     "baseline": "Baseline",
     "cscl": "CSCL",
     "mpscl": "MPSCL",

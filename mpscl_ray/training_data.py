@@ -101,5 +101,6 @@ def training_slices(
         labelled=lambda: ((batch["image"], batch["label"]) for batch in batches(data.labelled)),
         unlabelled=target,
         target_volumes=tuple(unlabelled.files.case_rows()),
+        size=unlabelled.files.size,
         start_weights=start_weights,
     )

@@ -57,7 +57,8 @@ def make_mpscl(
 
 def make(name: str, seed: int = 0, *, network: DeepLabV2 | None = None, **settings: Any) -> Any:
     """A tiny method by its name, with other settings than its small ones."""
-    small = {} if name in ("segmentation", "adabn") else {"discriminator_width": 4}
+    small: dict[str, Any] = {} if name in ("segmentation", "adabn") else {"discriminator_width": 4}
+    small |= {"min_pixels": 2} if name == "cag" else {}
     config = METHOD_CONFIGS[name](**(small | settings))
     network = network or segmenter(seed, **getattr(METHODS[name], "segmenter_arguments", {}))
     return METHODS[name](network, config, OPTIM, CLASSES, CPU, PrecisionConfig(), seed)

@@ -8,7 +8,9 @@ from mpscl_ray.methods.adabn import AdaBN, AdaBNConfig
 from mpscl_ray.methods.adaoutput import AdaOutput, AdaOutputConfig
 from mpscl_ray.methods.advent import AdvEnt, AdvEntConfig
 from mpscl_ray.methods.base import Batch, Method, SegmentationConfig
+from mpscl_ray.methods.cag import CAG, CAGConfig
 from mpscl_ray.methods.clan import CLAN, CLANConfig
+from mpscl_ray.methods.intrada import IntraDA, IntraDAConfig
 from mpscl_ray.methods.mpscl import MPSCL, MPSCLConfig
 from mpscl_ray.methods.segmentation import Segmentation
 
@@ -19,6 +21,8 @@ METHODS: dict[str, Any] = {
     "adaoutput": AdaOutput,
     "advent": AdvEnt,
     "clan": CLAN,
+    "intrada": IntraDA,
+    "cag": CAG,
 }
 """The class of every method by the name it has in a config."""
 
@@ -29,10 +33,13 @@ METHOD_CONFIGS: dict[str, type[SegmentationConfig]] = {
     "adaoutput": AdaOutputConfig,
     "advent": AdvEntConfig,
     "clan": CLANConfig,
+    "intrada": IntraDAConfig,
+    "cag": CAGConfig,
 }
 """The settings of every method by the same name."""
 
 __all__ = [
+    "CAG",
     "CLAN",
     "METHODS",
     "METHOD_CONFIGS",
@@ -44,7 +51,10 @@ __all__ = [
     "AdvEnt",
     "AdvEntConfig",
     "Batch",
+    "CAGConfig",
     "CLANConfig",
+    "IntraDA",
+    "IntraDAConfig",
     "MPSCLConfig",
     "Method",
     "Segmentation",

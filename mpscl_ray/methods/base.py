@@ -63,6 +63,8 @@ class TrainingSlices:
     """Batches of (rows (B,) int64, image (B, 1, H, W)) of the target; a row is the slice's number."""
     target_volumes: tuple[range, ...]
     """Rows of each volume of the target, over all workers, in the order of the volumes' ids."""
+    size: tuple[int, int]
+    """H and W."""
     start_weights: Callable[[], dict[str, Tensor]]
     """The segmenter's weights at the end of the source-only phase, or where that was left out those it began with."""
 

@@ -226,6 +226,14 @@ class DeepLabV2(nn.Module):
             aux = self.layer5(features)
         return SegmenterOutput(aux, self.layer6(features), features)
 
+    def feature_size(self, size: Sequence[int]) -> tuple[int, int]:
+        """Height and width of the features of an image of so many pixels."""
+        halved = [(pixels + 1) // 2 for pixels in size]
+        # The pooling rounds up, so that a kernel that hangs over the edge still gives a pixel.
+        pooled = [pixels // 2 + 1 for pixels in halved]
+        strided = pooled if self.output_stride == 4 else [(pixels + 1) // 2 for pixels in pooled]
+        return strided[0], strided[1]
+
     def prediction(self, output: SegmenterOutput) -> Tensor:
         """Logits (B, C, h, w) that a prediction is made from."""
         return output.main + output.aux if self.twin_heads and output.aux is not None else output.main

@@ -18,7 +18,17 @@ Run = Callable[[str, int], Ranks]
 
 ROOT = Path(__file__).resolve().parents[2]
 PARITY = ("fc-released", "fc-paper", "patchgan-released", "patchgan-paper", "segmentation")
-METHODS = ("advent", "minent", "adaoutput", "adaoutput-least-squares", "adabn", "clan", "clan-focal")
+METHODS = (
+    "advent",
+    "minent",
+    "adaoutput",
+    "adaoutput-least-squares",
+    "adabn",
+    "clan",
+    "clan-focal",
+    "intrada",
+    "intrada-volumes",
+)
 CASES = {
     1: (*PARITY, *METHODS),
     2: (*PARITY, *METHODS, "non-finite-source", "non-finite-target", "batch-norm", "objects"),

@@ -143,6 +143,7 @@ def slices() -> TrainingSlices:
         labelled=lambda: uneven_shares(whole),
         unlabelled=lambda: target,
         target_volumes=(range(3), range(3, 4), range(4, 7), range(7, 8)),
+        size=(SIZE, SIZE),
         start_weights=lambda: segmenter(7).state_dict(),
     )
 
@@ -321,6 +322,14 @@ CASES: dict[str, Callable[[], dict[str, Any]]] = {
     "clan": lambda: look_and_train("clan", discriminator_width=4, lambda_adversarial=0.1, lambda_weight=0.1),
     "clan-focal": lambda: look_and_train(
         "clan", discriminator_width=4, segmentation_loss="focal", lambda_adversarial=0.1, preheat=0.2
+    ),
+    "intrada": lambda: look_and_train("intrada", discriminator_width=4, **STRONG),
+    "intrada-volumes": lambda: look_and_train(
+        "intrada", discriminator_width=4, unit="volume", score="foreground_entropy", **STRONG
+    ),
+    "cag": lambda: look_and_train("cag", min_pixels=2, probability_threshold=0.4),
+    "cag-ce": lambda: look_and_train(
+        "cag", min_pixels=2, segmentation_loss="ce", distance_quantile=None, distance_threshold=0.01
     ),
     "adabn": lambda: look_and_train("adabn"),
     "non-finite-source": lambda: non_finite("source"),

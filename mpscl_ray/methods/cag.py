@@ -1,0 +1,299 @@
+"""CAG-UDA: category anchor-guided adaptation, Zhang et al. 2019 (NeurIPS)."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from mpscl_ray import distributed
+from mpscl_ray.losses import class_counts, focal_loss, full_precision
+from mpscl_ray.methods import base
+from mpscl_ray.methods.advent import AdvEntConfig
+from mpscl_ray.methods.base import Batch, TargetSplit, TrainingSlices, Weight
+from mpscl_ray.networks.deeplab import DeepLabV2, SegmenterOutput
+from mpscl_ray.optimisation import OptimConfig, Optimisers, PrecisionConfig, SegmenterSGD, autocast, prepare_network
+from mpscl_ray.prototypes import downsample_labels
+
+IGNORE = -1
+"""Pseudo-label of a pixel that does not count."""
+
+QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
+
+
+@dataclass(frozen=True)
+class CAGConfig(AdvEntConfig):
+    """Settings of CAG-UDA, after a warm-up with the settings of AdvEnt."""
+
+    rounds: Annotated[int, Field(ge=1, le=9)] = 3
+    """Rounds that share the iterations of the adaptation; each has the network of the one before as its teacher."""
+    probability_threshold: Annotated[float, Field(ge=0, le=1)] = 0.95
+    """A pixel's most probable class is its pseudo-label P where the teacher gives it more than this."""
+    distance_quantile: Annotated[float, Field(ge=0, le=1)] | None = 0.5
+    """Part of the target's pixels that get no pseudo-label A in a round, those with the least difference between
+    nearest and second nearest anchor; null uses distance_threshold."""
+    distance_threshold: Annotated[float, Field(ge=0)] = 2.5
+    """The nearest anchor is the pseudo-label A where it is nearer by this than the second: 2.5 as released, where
+    features are of another network and scale."""
+    lambda_distance: Weight = 0.7
+    """Weight of the distances of class features to anchors."""
+    min_pixels: Annotated[int, Field(ge=1)] = 10
+    """An image has a feature of a class if so many pixels are of it."""
+    segmentation_loss: Literal["ce", "wce_dice"] = "wce_dice"
+    """On the source: ce as released, or that of MPSCL, which all methods here have in common."""
+
+
+class CAG:
+    """One round: follow the teacher's pseudo-labels, and draw class features of both domains to the source's anchors.
+
+    Args:
+        segmenter: the student, with the weights of the round before; trained in place.
+        config: the method's settings.
+        optim: optimiser and decay.
+        num_classes: C, background included.
+        device: where to train.
+        precision: how GPUs compute.
+        seed: unused, because nothing here is drawn.
+
+    Source: Zhang et al. 2019, anchors (their Eq. 2), active target samples (Eqs. 3 and 4) and losses (Eqs. 5 to 9).
+    Differs from the released code: the network is the DeepLab that all methods here share, with the output of its
+    fourth stage as features; the warm-up is AdvEnt; anchors are plain means over all images, where the released running
+    mean forgets after 3000 of them; the distance threshold is a quantile unless it is given; a round's teacher is the
+    last network of the round before, not the best on labels of the target.
+    """
+
+    phases: ClassVar[tuple[str, ...]] = (base.SOURCE_ONLY, base.WARM_UP, base.ADAPTATION)
+    split: TargetSplit | None = None
+
+    def __init__(
+        self,
+        segmenter: DeepLabV2,
+        config: CAGConfig,
+        optim: OptimConfig,
+        num_classes: int,
+        device: torch.device,
+        precision: PrecisionConfig,
+        seed: int,
+    ) -> None:
+        self.config, self.optim, self.num_classes = config, optim, num_classes
+        self.device, self.precision = device, precision
+        self.segmenter = segmenter
+        self.teacher = copy.deepcopy(segmenter)
+        prepare_network(segmenter, device, precision)
+        prepare_network(distributed.start_alike(self.teacher.to(device)), device, precision)
+        self.teacher.requires_grad_(False).eval()
+        self._segment = base.wrap_segmenter(segmenter, config.norm_statistics, device)
+        self.networks: dict[str, nn.Module] = {"segmenter": segmenter}
+        self._optimisers = Optimisers(self.networks, device)
+        dtype = next(segmenter.parameters()).dtype
+        self.anchors = torch.zeros(num_classes, segmenter.feature_channels, dtype=dtype, device=device)
+        self.anchor_counts = torch.zeros(num_classes, dtype=torch.float64, device=device)
+        self.threshold = torch.full((), config.distance_threshold, dtype=dtype, device=device)
+        self.gap_quantiles = torch.zeros(len(QUANTILES), dtype=torch.float64)
+
+    def start_phase(self, iterations: int) -> None:
+        self._optimisers.start({"segmenter": SegmenterSGD(self.segmenter, self.optim)}, iterations)
+
+    @torch.no_grad()
+    def prepare(self, slices: TrainingSlices) -> None:
+        """Begin a round: the student becomes the teacher, whose features on the source make the anchors."""
+        self.teacher.load_state_dict(self.segmenter.state_dict())
+        sums = torch.zeros(self.anchors.shape, dtype=torch.float64, device=self.device)
+        counts = torch.zeros_like(self.anchor_counts)
+        for image, label in slices.labelled():
+            output = base.evaluate(self.teacher, image.to(self.device), self.precision)
+            labels_small = downsample_labels(label.to(self.device), (output.main.shape[2], output.main.shape[3]))
+            vectors, pixels = class_features(output.features.double(), output.main, labels_small)
+            valid = pixels >= self.config.min_pixels
+            sums += (vectors * valid[..., None]).sum(dim=0)
+            counts += valid.sum(dim=0)
+        sums, counts = distributed.all_reduce_sums(sums, counts)
+        self.anchors = (sums / counts.clamp(min=1)[:, None]).to(self.anchors.dtype)
+        self.anchor_counts = counts
+        self._look_at_gaps(slices)
+
+    def _look_at_gaps(self, slices: TrainingSlices) -> None:
+        """Quantiles of the difference between second nearest and nearest anchor over all pixels of the target."""
+        number = sum(len(volume) for volume in slices.target_volumes)
+        shape = self.segmenter.feature_size(slices.size)
+        gaps = torch.zeros(number, *shape, dtype=torch.float64, device=self.device)
+        for rows, image in slices.unlabelled():
+            output = base.evaluate(self.teacher, image.to(self.device), self.precision)
+            gaps[rows.to(self.device)] = self._nearest(output.features)[1].double()
+        values = distributed.all_reduce_sum(gaps).flatten().sort().values
+        quantiles = (*QUANTILES, self.config.distance_quantile or 0.0)
+        found = values[[round(quantile * (len(values) - 1)) for quantile in quantiles]].cpu()
+        self.gap_quantiles = found[:-1].clone()
+        if self.config.distance_quantile is not None:
+            self.threshold = found[-1].to(self.threshold)
+
+    def _nearest(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Class of the nearest anchor, and how much nearer it is than the second; both (B, h, w)."""
+        known = self.anchor_counts > 0
+        gaps_to = distances(full_precision(features), self.anchors)
+        gaps_to = torch.where(known[:, None, None], gaps_to, torch.full_like(gaps_to, FAR))
+        two = gaps_to.topk(2, dim=1, largest=False)
+        return two.indices[:, 0], two.values[:, 1] - two.values[:, 0]
+
+    @torch.no_grad()
+    def pseudo_labels(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Pseudo-labels A and P of the teacher for network input, (B, h, w) with IGNORE where a pixel is left out.
+
+        Without two anchors there is no A, because nothing tells how sure it is.
+        """
+        with autocast(self.device, self.precision):
+            output: SegmenterOutput = self.teacher(image)
+        nearest, gap = self._nearest(output.features)
+        enough = (self.anchor_counts > 0).sum() >= 2
+        by_anchor = torch.where((gap >= self.threshold) & enough, nearest, IGNORE)
+        largest, likely = full_precision(output.main).softmax(dim=1).max(dim=1)
+        return by_anchor, torch.where(largest > self.config.probability_threshold, likely, IGNORE)
+
+    def step(self, batch: Batch, iteration: int) -> dict[str, Tensor]:
+        assert batch.target_image is not None, "CAG needs slices of the target domain"
+        c = self.config
+        labels = batch.source_label
+        self._optimisers.begin(iteration)
+        target_image = base.to_network(batch.target_image, self.segmenter, self.precision)
+
+        with autocast(self.device, self.precision):
+            source, target = self._segment(
+                base.to_network(batch.source_image, self.segmenter, self.precision), target_image
+            )
+        source_logits = base.upsampled(source, labels.shape[-2:])
+        by_anchor, by_probability = self.pseudo_labels(target_image)
+
+        # Sums of this worker, then all that is divided by is of the global batch.
+        labels_small = downsample_labels(labels, (source.main.shape[2], source.main.shape[3]))
+        target_logits = full_precision(target.main)
+        sums = {
+            "loss_pseudo_anchor": masked_cross_entropy(target_logits, by_anchor),
+            "loss_pseudo_probability": masked_cross_entropy(target_logits, by_probability),
+            "loss_distance_source": self._distance(source, labels_small),
+            "loss_distance_target": self._distance(target, by_anchor),
+        }
+        totals = distributed.all_reduce_sums(
+            class_counts(labels, self.num_classes), *(value for pair in sums.values() for value in pair)
+        )
+        counts = totals[0]
+        losses: dict[str, Tensor] = {}
+        for number, (name, (numerator, _)) in enumerate(sums.items()):
+            numerator_sum, count = totals[1 + 2 * number : 3 + 2 * number]
+            count = count.clamp(min=1)
+            losses[name] = distributed.share_of_ratio(numerator, count)
+            if "distance" in name:
+                losses[name] = losses[name] * tenths(numerator_sum / count)
+
+        segmentation = self._segmentation(source_logits, labels, counts)
+        total = segmentation.total
+        total = total + 0.5 * (losses["loss_pseudo_anchor"] + losses["loss_pseudo_probability"])
+        total = total + c.lambda_distance * (losses["loss_distance_source"] + losses["loss_distance_target"])
+        total.backward()  # type: ignore[no-untyped-call]
+
+        losses = {**segmentation.parts, **losses}
+        flag = self._optimisers.finish(losses)
+        metrics = {
+            "loss_segmentation": segmentation.total,
+            "selected_fraction_anchor": (by_anchor != IGNORE).to(total.dtype).mean(),
+            "selected_fraction_probability": (by_probability != IGNORE).to(total.dtype).mean(),
+            "distance_threshold": self.threshold,
+        }
+        return base.metrics(losses, metrics, non_finite=flag)
+
+    def _segmentation(self, logits: dict[str, Tensor], labels: Tensor, counts: Tensor) -> base.SegmentationLoss:
+        if self.config.segmentation_loss == "wce_dice":
+            return base.segmentation_loss(logits, labels, counts, self.config.segmentation_aux_weight)
+        parts = {f"loss_cross_entropy_{head}": focal_loss(x, labels, gamma=0.0) for head, x in logits.items()}
+        main, *aux = parts.values()
+        return base.SegmentationLoss(sum((self.config.segmentation_aux_weight * x for x in aux), main), parts)
+
+    def _distance(self, output: SegmenterOutput, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Ten times the distance of class features to their anchors, summed over images and classes, and their number.
+
+        The gradient of a feature is scaled by twice the part of the image that it is of, as released.
+        """
+        vectors, pixels = class_features(full_precision(output.features), output.main, labels)
+        valid = (pixels >= self.config.min_pixels) & (self.anchor_counts > 0)
+        scale = 2.0 * pixels / (labels.shape[1] * labels.shape[2])
+        vectors = vectors.detach() + (vectors - vectors.detach()) * scale[..., None].to(vectors.dtype)
+        anchors = self.anchors.expand_as(vectors).to(vectors.dtype)
+        smooth = F.smooth_l1_loss(vectors, anchors, reduction="none").mean(dim=2)
+        return 10.0 * (smooth * valid).sum(), valid.sum().to(smooth.dtype)
+
+    def non_finite_losses(self) -> dict[str, Tensor]:
+        return self._optimisers.guard.losses()
+
+    def predict(self, images: Tensor) -> Tensor:
+        return base.predict(self.segmenter, images.to(self.device), self.precision)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            **base.state_dict(self.networks, self._optimisers),
+            "teacher": self.teacher.state_dict(),
+            "anchors": {
+                "features": self.anchors,
+                "counts": self.anchor_counts,
+                "threshold": self.threshold,
+                "gap_quantiles": self.gap_quantiles,
+            },
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        base.load_state_dict(self, self._optimisers, state)
+        self.teacher.load_state_dict(state["teacher"])
+        anchors = state["anchors"]
+        self.anchors = anchors["features"].to(self.anchors, copy=True)
+        self.anchor_counts = anchors["counts"].to(self.anchor_counts, copy=True)
+        self.threshold = anchors["threshold"].to(self.threshold, copy=True)
+        self.gap_quantiles = anchors["gap_quantiles"].clone()
+
+
+FAR = 1e6
+"""Distance to the anchor of a class that has none."""
+
+
+def class_features(features: Tensor, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean feature of each class in each image, over pixels where the label is also the most likely class.
+
+    Args:
+        features: (B, d, h, w).
+        logits: (B, C, h, w).
+        labels: (B, h, w) int64; IGNORE counts nowhere.
+
+    Returns:
+        Means (B, C, d), zero where there is no such pixel, and numbers of pixels (B, C) float64 without gradient.
+    """
+    with torch.autocast(features.device.type, enabled=False):
+        classes = torch.arange(logits.shape[1], device=labels.device)
+        agreed = torch.where(labels == logits.argmax(dim=1), labels, IGNORE)
+        members = agreed.flatten(1)[:, :, None] == classes
+        pixels = members.sum(dim=1).double()
+        sums = torch.matmul(features.flatten(2), members.to(features.dtype)).transpose(1, 2)
+        return sums / pixels.clamp(min=1)[..., None].to(features.dtype), pixels
+
+
+def distances(features: Tensor, anchors: Tensor) -> Tensor:
+    """Euclidean distance (B, C, h, w) of every pixel's feature (B, d, h, w) to every anchor (C, d)."""
+    with torch.autocast(features.device.type, enabled=False):
+        flat = features.flatten(2).transpose(1, 2)
+        # By differences: the faster way by products loses the small distances.
+        mode = "donot_use_mm_for_euclid_dist"
+        found = torch.cdist(flat, anchors.to(flat.dtype).expand(len(flat), *anchors.shape), compute_mode=mode)
+        return found.transpose(1, 2).reshape(len(flat), len(anchors), *features.shape[2:])
+
+
+def masked_cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum of the cross-entropy over pixels whose label (B, h, w) is not IGNORE, and their number."""
+    total = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
+    return total, (labels != IGNORE).sum().to(total.dtype)
+
+
+def tenths(value: Tensor) -> Tensor:
+    """Power of ten that brings a 0-dim loss down to at most 5, as the released code divides it until it is."""
+    steps = torch.log10(value.clamp(min=1.0) / 5.0).ceil().clamp(min=0.0)
+    return torch.pow(10.0, -steps).to(value.dtype)

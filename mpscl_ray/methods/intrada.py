@@ -1,0 +1,188 @@
+"""IntraDA: unsupervised intra-domain adaptation through self-supervision, Pan et al. 2020 (CVPR)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from mpscl_ray import distributed
+from mpscl_ray.errors import DataError
+from mpscl_ray.losses import self_information
+from mpscl_ray.methods import base
+from mpscl_ray.methods.advent import AdvEnt, AdvEntConfig
+from mpscl_ray.methods.base import Batch, TargetSplit, TrainingSlices
+from mpscl_ray.networks import initialise
+from mpscl_ray.networks.deeplab import DeepLabV2
+from mpscl_ray.optimisation import OptimConfig, PrecisionConfig
+
+_EPS = 1e-30
+
+
+@dataclass(frozen=True)
+class IntraDAConfig(AdvEntConfig):
+    """Settings of IntraDA: those of AdvEnt, which trains both of its stages, and of the sorting between them."""
+
+    easy_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.67
+    """lambda: part of the target that is easy; the number is rounded down."""
+    unit: Literal["slice", "volume"] = "slice"
+    """What is sorted: slices, of which nearly empty ones come out as easy, or whole volumes by their slices' mean."""
+    score: Literal["entropy", "foreground_entropy"] = "entropy"
+    """What it is sorted by: mean self-information over all pixels, as released, or over those predicted as foreground;
+    a slice without any then counts as most uncertain."""
+
+
+class IntraDA:
+    """Train anew on the target alone: its easy slices with pseudo-labels as the source, its hard ones as the target.
+
+    The first stage is the warm-up, AdvEnt from source to target. Before the second stage its segmenter predicts all
+    slices of the target; the surer half of them gets its predictions as labels, and a new segmenter and new
+    discriminators, which start where those of the first stage did, are trained by AdvEnt between the two halves.
+
+    Args:
+        segmenter: of the first stage; starts anew in :meth:`prepare`.
+        config: the method's settings.
+        optim: optimisers and decay.
+        num_classes: C, background included.
+        device: where to train.
+        precision: how GPUs compute.
+        seed: of the discriminators' initial weights.
+
+    Source: Pan et al. 2020, ranking by R(x) = mean I(x) and the losses of AdvEnt in both steps (their Eqs. 1 to 6).
+    Differs from the released code: equal scores are ordered by the slices' place in the data; no normaliser for rare
+    classes, which is made for city scenes; the last weights of the first stage are used, not the best on labels of the
+    target; stage losses are those of AdvEnt here.
+    """
+
+    phases: ClassVar[tuple[str, ...]] = (base.SOURCE_ONLY, base.WARM_UP, base.ADAPTATION)
+
+    def __init__(
+        self,
+        segmenter: DeepLabV2,
+        config: IntraDAConfig,
+        optim: OptimConfig,
+        num_classes: int,
+        device: torch.device,
+        precision: PrecisionConfig,
+        seed: int,
+    ) -> None:
+        self.config, self.seed = config, seed
+        self._advent = AdvEnt(segmenter, config, optim, num_classes, device, precision, seed)
+        self.networks = self._advent.networks
+        self.split: TargetSplit | None = None
+        self.scores = torch.zeros(0, dtype=torch.float64)
+
+    def start_phase(self, iterations: int) -> None:
+        self._advent.start_phase(iterations)
+
+    def prepare(self, slices: TrainingSlices) -> None:
+        """Sort the target with the segmenter of the first stage, then start anew.
+
+        Raises:
+            DataError: there are too few slices or volumes to sort.
+        """
+        self.scores, pseudo_labels = self._predict_all(slices)
+        units = list(slices.target_volumes)
+        if self.config.unit == "slice":
+            units = [range(row, row + 1) for volume in units for row in volume]
+        easy, hard = sort_units(self.scores, units, self.config.easy_fraction)
+        if not len(easy) or not len(hard):
+            raise DataError(
+                f"the target has {len(units)} {self.config.unit}s to train on, too few to sort "
+                f"{self.config.easy_fraction:g} of them out as easy and the rest as hard; use method.unit=slice or "
+                "more volumes"
+            )
+        self.split = TargetSplit(easy, hard, pseudo_labels[easy])
+        self.networks["segmenter"].load_state_dict(slices.start_weights())
+        for number, (name, network) in enumerate(list(self.networks.items())[1:]):
+            assert name.startswith("discriminator_")
+            initialise(network, self.seed + number)  # type: ignore[arg-type]
+
+    def _predict_all(self, slices: TrainingSlices) -> tuple[Tensor, Tensor]:
+        """Score (N,) float64 and label (N, H, W) uint8 of every slice of the target, on every worker."""
+        number = sum(len(volume) for volume in slices.target_volumes)
+        scores = torch.zeros(number, dtype=torch.float64, device=self._advent.device)
+        labels = torch.zeros(number, *slices.size, dtype=torch.uint8, device=self._advent.device)
+        for rows, image in slices.unlabelled():
+            probabilities = self._advent.predict(image)
+            rows = rows.to(scores.device)
+            labels[rows] = probabilities.argmax(dim=1).to(torch.uint8)
+            scores[rows] = uncertainty(probabilities, self.config.score == "foreground_entropy").double()
+        return distributed.all_reduce_sum(scores).cpu(), distributed.all_reduce_sum(labels).cpu()
+
+    def step(self, batch: Batch, iteration: int) -> dict[str, Tensor]:
+        """A step of AdvEnt; the batch has easy slices with pseudo-labels as source, hard ones as target."""
+        return self._advent.step(batch, iteration)
+
+    def non_finite_losses(self) -> dict[str, Tensor]:
+        return self._advent.non_finite_losses()
+
+    def predict(self, images: Tensor) -> Tensor:
+        return self._advent.predict(images)
+
+    def state_dict(self) -> dict[str, Any]:
+        state = self._advent.state_dict()
+        if self.split is None:
+            return state
+        split = {"easy": self.split.easy, "hard": self.split.hard, "pseudo_labels": self.split.pseudo_labels}
+        return {**state, "split": {**split, "scores": self.scores}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._advent.load_state_dict(state)
+        if "split" in state:
+            split = {name: tensor.clone() for name, tensor in state["split"].items()}
+            self.scores = split.pop("scores")
+            self.split = TargetSplit(**split)
+
+
+def uncertainty(probabilities: Tensor, foreground: bool) -> Tensor:
+    """Mean normalised self-information of each image.
+
+    R = mean over pixels of sum_c -p_c log(p_c + 1e-30) / (C log C); with ``foreground`` over the pixels predicted as
+    a structure, and 1 / C, the most there can be, where there is none.
+
+    Args:
+        probabilities: (B, C, H, W).
+        foreground: see above.
+
+    Returns:
+        (B,).
+
+    Source: R(X_t) of Pan et al. 2020, Eq. 4; the mean over channels too, as released.
+    """
+    classes = probabilities.shape[1]
+    entropy = self_information(probabilities.clamp(min=_EPS).log(), eps=_EPS).mean(dim=1)
+    if not foreground:
+        return entropy.mean(dim=(1, 2))
+    mask = (probabilities.argmax(dim=1) > 0).to(entropy.dtype)
+    pixels = mask.sum(dim=(1, 2))
+    mean = (entropy * mask).sum(dim=(1, 2)) / pixels.clamp(min=1)
+    return torch.where(pixels > 0, mean, torch.full_like(mean, 1 / classes))
+
+
+def sort_units(scores: Tensor, units: Sequence[range], easy_fraction: float) -> tuple[Tensor, Tensor]:
+    """Rows of the floor(easy_fraction N) units with the lowest mean score, and of the others.
+
+    Units of equal score stay in their order. The fraction is taken as it is written: 0.29 of 100 units are 29.
+
+    Args:
+        scores: (rows,) float64.
+        units: rows of each of the N units, none of them empty.
+        easy_fraction: in (0, 1).
+
+    Returns:
+        Easy and hard rows, (n,) and (m,) int64, both ascending.
+    """
+    means = [float(scores[unit.start : unit.stop].mean()) for unit in units]
+    order = sorted(range(len(units)), key=lambda index: (means[index], index))
+    number = math.floor(Fraction(str(easy_fraction)) * len(units))
+    parts = []
+    for chosen in (order[:number], order[number:]):
+        parts.append(torch.tensor(sorted(row for index in chosen for row in units[index]), dtype=torch.int64))
+    return parts[0], parts[1]

@@ -1,0 +1,205 @@
+"""CAG-UDA against its formulas in plain loops: anchors, pseudo-labels, distances, and what is not there."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mpscl_ray.config import load_config
+from mpscl_ray.methods import Batch
+from mpscl_ray.methods.base import TrainingSlices
+from mpscl_ray.methods.cag import IGNORE, QUANTILES, class_features, tenths
+from mpscl_ray.networks.deeplab import DeepLabV2
+from tests.tiny_methods import CLASSES, SIZE, assert_equal_states, batch, make
+
+SMALL = 9
+"""Height and width of the features."""
+
+
+def nearest_label(label: Tensor) -> Tensor:
+    places = [k * SIZE // SMALL for k in range(SMALL)]
+    return label[:, places][:, :, places]
+
+
+def trained(**settings: Any) -> tuple[Any, Batch]:
+    """A student that has learnt a little, and the slices of its next round."""
+    method = make("cag", **settings)
+    method.start_phase(40)
+    for step in range(12):
+        method.step(batch(step, 8), step)
+    return method, batch(50, 6)
+
+
+def slices_of(part: Batch) -> TrainingSlices:
+    assert part.target_image is not None
+    target = part.target_image
+    return TrainingSlices(
+        labelled=lambda: [
+            (part.source_image[:4], part.source_label[:4]),
+            (part.source_image[4:], part.source_label[4:]),
+        ],
+        unlabelled=lambda: [(torch.arange(4), target[:4]), (torch.arange(4, 6), target[4:])],
+        target_volumes=(range(2), range(2, 6)),
+        size=(SIZE, SIZE),
+        start_weights=dict,
+    )
+
+
+def test_anchors_are_means_over_images_and_classes_of_agreeing_pixels() -> None:
+    method, part = trained()
+    method.prepare(slices_of(part))
+    teacher = copy.deepcopy(method.segmenter).eval()
+    with torch.no_grad():
+        output = teacher(part.source_image)
+    labels = nearest_label(part.source_label)
+    vectors: dict[int, list[Any]] = {number: [] for number in range(CLASSES)}
+    for image in range(6):
+        for number in range(CLASSES):
+            own = [
+                output.features[image, :, row, column].double().numpy()
+                for row, column in np.ndindex(SMALL, SMALL)
+                if labels[image, row, column] == number == output.main[image, :, row, column].argmax()
+            ]
+            if len(own) >= 2:
+                vectors[number].append(np.mean(own, axis=0))
+    assert sum(map(len, vectors.values())) > 6
+    assert method.anchor_counts.tolist() == [len(vectors[number]) for number in range(CLASSES)]
+    for number, own in vectors.items():
+        expected = np.mean(own, axis=0) if own else np.zeros(method.anchors.shape[1])
+        np.testing.assert_allclose(method.anchors[number], expected, rtol=1e-4, atol=1e-6)
+    assert_equal_states(teacher.state_dict(), method.teacher.state_dict())
+
+
+@pytest.mark.parametrize("quantile", [0.5, None])
+def test_pseudo_labels_of_the_teacher(quantile: float | None) -> None:
+    method, part = trained(distance_quantile=quantile, distance_threshold=0.05, probability_threshold=0.6)
+    method.prepare(slices_of(part))
+    assert int((method.anchor_counts > 0).sum()) >= 2
+    with torch.no_grad():
+        output = method.teacher(part.target_image)
+    gaps = np.empty((6, SMALL, SMALL))
+    nearest = np.empty(gaps.shape, int)
+    likely = np.empty(gaps.shape, int)
+    for place in np.ndindex(*gaps.shape):
+        image, row, column = place
+        feature = output.features[image, :, row, column].double()
+        far = [
+            float((feature - anchor.double()).norm()) if count else math.inf
+            for anchor, count in zip(method.anchors, method.anchor_counts, strict=True)
+        ]
+        first, second = sorted(far)[:2]
+        gaps[place], nearest[place] = second - first, int(np.argmin(far))
+        p = output.main[image, :, row, column].double().softmax(0)
+        likely[place] = int(p.argmax()) if float(p.max()) > 0.6 else IGNORE
+    for value, position in zip(method.gap_quantiles, QUANTILES, strict=True):
+        assert float(value) == pytest.approx(np.sort(gaps.ravel())[round(position * (gaps.size - 1))], abs=1e-5)
+    threshold = float(method.threshold)
+    assert threshold == pytest.approx(0.05 if quantile is None else float(method.gap_quantiles[2]), abs=1e-6)
+    by_anchor, by_probability = method.pseudo_labels(part.target_image)
+    clear = np.abs(gaps - threshold) > 1e-5
+    expected = np.where(gaps >= threshold, nearest, IGNORE)
+    assert np.array_equal(by_anchor.numpy()[clear], expected[clear])
+    assert np.array_equal(by_probability.numpy(), likely)
+    if quantile is not None:
+        assert (by_anchor != IGNORE).double().mean().item() == pytest.approx(0.5, abs=0.01)
+    assert not method.teacher.training
+
+
+def test_class_features_and_their_distance() -> None:
+    """D = 10 / K sum smooth L1; the gradient of a feature is scaled by twice its part of the image."""
+    method = make("cag")
+    generator = torch.Generator().manual_seed(1)
+    channels = method.anchors.shape[1]
+    features = torch.randn(2, channels, 4, 4, generator=generator, requires_grad=True)
+    logits = torch.randn(2, CLASSES, 4, 4, generator=generator)
+    labels = torch.randint(CLASSES, (2, 4, 4), generator=generator)
+    logits += 2 * F.one_hot(labels, CLASSES).permute(0, 3, 1, 2)
+    labels[0, 0] = IGNORE
+    method.anchors = torch.randn(CLASSES, channels, generator=generator)
+    method.anchor_counts = torch.tensor([3.0, 0.0, 5.0], dtype=torch.float64)
+
+    total, number, gradient = 0.0, 0, np.zeros(features.shape)
+    array = features.detach().double().numpy()
+    for image in range(2):
+        for kind in (0, 2):
+            own = [
+                (row, column)
+                for row, column in np.ndindex(4, 4)
+                if labels[image, row, column] == kind == logits[image, :, row, column].argmax()
+            ]
+            if len(own) < 2:
+                continue
+            number += 1
+            mean = np.mean([array[image, :, row, column] for row, column in own], axis=0)
+            difference = mean - method.anchors[kind].double().numpy()
+            smooth = np.where(np.abs(difference) < 1, difference**2 / 2, np.abs(difference) - 0.5)
+            total += 10 * smooth.mean()
+            for row, column in own:
+                slope = np.clip(difference, -1, 1) / channels / len(own)
+                gradient[image, :, row, column] = 10 * slope * 2 * len(own) / 16
+    assert number >= 2
+    output = type(method.segmenter(batch(0).source_image))(None, logits, features)
+    numerator, count = method._distance(output, labels)
+    assert (numerator.item(), int(count)) == (pytest.approx(total, rel=1e-5), number)
+    numerator.backward()
+    np.testing.assert_allclose(features.grad, gradient, rtol=1e-4, atol=1e-7)
+    means, pixels = class_features(features, logits, torch.full_like(labels, IGNORE))
+    assert not means.any()
+    assert not pixels.any()
+
+
+@pytest.mark.parametrize(("value", "factor"), [(0.0, 1), (4.9, 1), (5.0, 1), (5.1, 0.1), (50.0, 0.1), (700.0, 0.001)])
+def test_a_large_distance_is_divided_by_ten_until_it_is_not(value: float, factor: float) -> None:
+    assert float(tenths(torch.tensor(value))) == pytest.approx(factor)
+
+
+def test_no_feature_no_anchor_and_no_pseudo_label_are_no_loss() -> None:
+    """K = 0 in both domains, and not one pixel selected."""
+    for settings in ({"min_pixels": SIZE * SIZE}, {"distance_quantile": None, "distance_threshold": 1e5}):
+        method, part = trained(probability_threshold=1.0, **settings)
+        method.prepare(slices_of(part))
+        metrics = method.step(batch(0), 0)
+        assert float(metrics["non_finite"]) == 0
+        assert float(metrics["loss_pseudo_probability"]) == float(metrics["loss_pseudo_anchor"]) == 0
+        assert float(metrics["loss_distance_target"]) == 0
+        assert float(metrics["selected_fraction_anchor"]) == 0
+
+
+def test_a_step_adds_up_its_terms() -> None:
+    method, part = trained(segmentation_loss="ce", segmentation_aux_weight=0.0, probability_threshold=0.5)
+    method.prepare(slices_of(part))
+    method.start_phase(40)
+    student: DeepLabV2 = copy.deepcopy(method.segmenter)
+    assert part.target_image is not None
+    by_anchor, by_probability = method.pseudo_labels(part.target_image)
+    metrics = method.step(part, 0)
+    source, target = student(part.source_image), student(part.target_image)
+    up = F.interpolate(source.main, size=(SIZE, SIZE), mode="bilinear", align_corners=True)
+    loss = F.cross_entropy(up, part.source_label)
+    for labels in (by_anchor, by_probability):
+        assert (labels != IGNORE).any()
+        loss = loss + 0.5 * F.cross_entropy(target.main, labels, ignore_index=IGNORE)
+    for output, labels in ((source, nearest_label(part.source_label)), (target, by_anchor)):
+        numerator, count = method._distance(output, labels)
+        assert count > 0
+        term = numerator / count
+        while term > 5:
+            term = term / 10
+        loss = loss + 0.7 * term
+    (expected,) = torch.autograd.grad(loss, [student.conv1.weight])
+    found = method.segmenter.conv1.weight.grad
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-3 * float(expected.abs().max()))
+    assert float(metrics["loss_distance_source"]) > 0
+
+
+def test_rounds_share_the_iterations_of_the_adaptation() -> None:
+    config = load_config("small/cag", ["phases.adaptation=250"])
+    assert config.schedule[-3:] == [("adaptation_1", 83), ("adaptation_2", 83), ("adaptation_3", 84)]
+    assert load_config("small/cag", ["method.rounds=1"]).schedule[-1] == ("adaptation", 300)
