@@ -15,29 +15,31 @@ from mpscl_ray.config import WARM_UP, Config
 from mpscl_ray.config_schema import is_adaptation
 from mpscl_ray.methods import METHODS, MPSCL, AdvEnt, AdvEntConfig, Segmentation, SegmentationConfig
 from mpscl_ray.methods.base import Method, TrainingSlices
-from mpscl_ray.networks import initialise
-from mpscl_ray.networks.deeplab import DeepLabV2
+from mpscl_ray.methods.sifa import SIFAConfig
+from mpscl_ray.networks import Segmenter, build, initialise
 from mpscl_ray.networks.pretrained import load_pretrained, load_prototypes, load_tensors
 
 
 def network_arguments(config: Config, num_classes: int, phase: str | None = None) -> dict[str, Any]:
-    """Arguments of :class:`DeepLabV2` in a phase; None for the last one."""
+    """What :func:`mpscl_ray.networks.build` makes the segmenter of a phase from; None for the last one."""
+    if isinstance(config.method, SIFAConfig):
+        return {"num_classes": num_classes, **config.method.network_arguments()}
     arguments = dataclasses.asdict(config.network)
     for key in ("pretrained", "pretrained_heads", "pretrained_prototypes"):
         del arguments[key]
     if is_adaptation(config.schedule[-1][0] if phase is None else phase):
         arguments |= getattr(METHODS[config.method_name], "segmenter_arguments", {})
-    return {"num_classes": num_classes, **arguments}
+    return {"kind": "deeplab", "num_classes": num_classes, **arguments}
 
 
-def build_segmenter(config: Config, num_classes: int, phase: str | None = None) -> DeepLabV2:
+def build_segmenter(config: Config, num_classes: int, phase: str | None = None) -> Segmenter:
     """The segmenter of a phase (None: the last one) with its seeded initial weights."""
-    segmenter = DeepLabV2(**network_arguments(config, num_classes, phase))
+    segmenter = build(network_arguments(config, num_classes, phase))
     initialise(segmenter, config.run.seed)
     return segmenter
 
 
-def load_start_weights(segmenter: DeepLabV2, config: Config) -> str | None:
+def load_start_weights(segmenter: Segmenter, config: Config) -> str | None:
     """Load the pretrained weights that a config names: a released file, or the folder of a checkpoint of a run.
 
     Returns:
@@ -89,7 +91,7 @@ def settings_of_phase(config: Config, phase: str) -> tuple[type[Any], Any]:
     return kind, settings(**{name: getattr(config.method, name) for name in shared})
 
 
-def build_method(config: Config, phase: str, segmenter: DeepLabV2, num_classes: int, device: torch.device) -> Method:
+def build_method(config: Config, phase: str, segmenter: Segmenter, num_classes: int, device: torch.device) -> Method:
     """The method that trains the segmenter in one phase."""
     kind, settings = settings_of_phase(config, phase)
     optim = config.optim

@@ -19,7 +19,7 @@ from mpscl_ray import checkpoint as checkpoints
 from mpscl_ray.bucket_run import open_run
 from mpscl_ray.data.slices import Recipe, scale
 from mpscl_ray.errors import ConfigError, DataError
-from mpscl_ray.networks.deeplab import DeepLabV2
+from mpscl_ray.networks import Segmenter, build
 from mpscl_ray.networks.pretrained import load_pretrained
 from mpscl_ray.run_folder import RunFolder
 from mpscl_ray.storage import Remote, locate
@@ -77,7 +77,7 @@ class Model:
     size: tuple[int, int]
     """Height and width of a slice."""
     network: Mapping[str, Any]
-    """Arguments of :class:`DeepLabV2`."""
+    """What :func:`mpscl_ray.networks.build` makes it from."""
     domains: Mapping[str, Domain]
     """``source`` and ``target``."""
     phases: tuple[str, ...]
@@ -135,7 +135,7 @@ class Predictor:
 
     def __init__(
         self,
-        network: DeepLabV2,
+        network: Segmenter,
         classes: tuple[str, ...] | list[str],
         *,
         device: torch.device | str | None = None,
@@ -328,9 +328,9 @@ def load_weights(
     return Predictor(network, model.classes, device=device, batch_slices=batch_slices, model=model, weights=weights)
 
 
-def _build(description: Mapping[str, Any], origin: str) -> DeepLabV2:
+def _build(description: Mapping[str, Any], origin: str) -> Segmenter:
     try:
-        return DeepLabV2(**description)
+        return build(description)
     except (TypeError, ValueError) as error:
         raise DataError(f"{origin} describes no network of this version: {error}") from error
 

@@ -18,6 +18,8 @@ SYSTEMS: dict[str, str] = {
     "clan": "CLAN",
     "cag": "CAG",
     "intrada": "IntraDA",
+    "sifa_v1": "SIFA v1",
+    "sifa_v2": "SIFA v2",
     "baseline": "Baseline",
     "cscl": "CSCL",
     "mpscl": "MPSCL",

@@ -14,6 +14,7 @@ from mpscl_ray.methods import (
     METHOD_CONFIGS,
     METHODS,
     MPSCL,
+    SIFA,
     AdaBN,
     AdaOutput,
     AdvEnt,
@@ -21,9 +22,11 @@ from mpscl_ray.methods import (
     Method,
     MPSCLConfig,
     Segmentation,
+    SIFAConfig,
 )
-from mpscl_ray.networks import initialise
+from mpscl_ray.networks import build, initialise
 from mpscl_ray.networks.deeplab import DeepLabV2
+from mpscl_ray.networks.sifa import SIFASegmenter
 from mpscl_ray.optimisation import OptimConfig, PrecisionConfig
 
 CLASSES = 3
@@ -57,6 +60,8 @@ def make_mpscl(
 
 def make(name: str, seed: int = 0, *, network: DeepLabV2 | None = None, **settings: Any) -> Any:
     """A tiny method by its name, with other settings than its small ones."""
+    if name == "sifa":
+        return make_sifa(seed, **settings)
     small: dict[str, Any] = {} if name in ("segmentation", "adabn") else {"discriminator_width": 4}
     small |= {"min_pixels": 2} if name == "cag" else {}
     config = METHOD_CONFIGS[name](**(small | settings))
@@ -78,6 +83,15 @@ def make_adaoutput(seed: int = 0, **settings: Any) -> AdaOutput:
 
 def make_adabn(seed: int = 0) -> AdaBN:
     return make("adabn", seed)  # type: ignore[no-any-return]
+
+
+def make_sifa(seed: int = 0, **settings: Any) -> SIFA:
+    sizes = {"generator_width": 4, "generator_blocks": 1, "decoder_blocks": 1, "encoder_width": 2, "critic_width": 4}
+    config = SIFAConfig(**{**sizes, "output_stride": 4, "pool_size": 3, "lr_segmenter": 5e-3, **settings})
+    network = build({"num_classes": CLASSES, **config.network_arguments()})
+    assert isinstance(network, SIFASegmenter)
+    initialise(network, seed)
+    return SIFA(network, config, OPTIM, CLASSES, CPU, PrecisionConfig(), 3)
 
 
 MAKE: dict[str, Callable[..., Method]] = {name: functools.partial(make, name) for name in METHODS} | {

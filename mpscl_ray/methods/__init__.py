@@ -13,6 +13,7 @@ from mpscl_ray.methods.clan import CLAN, CLANConfig
 from mpscl_ray.methods.intrada import IntraDA, IntraDAConfig
 from mpscl_ray.methods.mpscl import MPSCL, MPSCLConfig
 from mpscl_ray.methods.segmentation import Segmentation
+from mpscl_ray.methods.sifa import SIFA, SIFAConfig
 
 METHODS: dict[str, Any] = {
     "mpscl": MPSCL,
@@ -23,10 +24,11 @@ METHODS: dict[str, Any] = {
     "clan": CLAN,
     "intrada": IntraDA,
     "cag": CAG,
+    "sifa": SIFA,
 }
 """The class of every method by the name it has in a config."""
 
-METHOD_CONFIGS: dict[str, type[SegmentationConfig]] = {
+METHOD_CONFIGS: dict[str, type[Any]] = {
     "mpscl": MPSCLConfig,
     "segmentation": SegmentationConfig,
     "adabn": AdaBNConfig,
@@ -35,6 +37,7 @@ METHOD_CONFIGS: dict[str, type[SegmentationConfig]] = {
     "clan": CLANConfig,
     "intrada": IntraDAConfig,
     "cag": CAGConfig,
+    "sifa": SIFAConfig,
 }
 """The settings of every method by the same name."""
 
@@ -44,6 +47,7 @@ __all__ = [
     "METHODS",
     "METHOD_CONFIGS",
     "MPSCL",
+    "SIFA",
     "AdaBN",
     "AdaBNConfig",
     "AdaOutput",
@@ -57,6 +61,7 @@ __all__ = [
     "IntraDAConfig",
     "MPSCLConfig",
     "Method",
+    "SIFAConfig",
     "Segmentation",
     "SegmentationConfig",
 ]

@@ -3,17 +3,39 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mpscl_ray.networks.deeplab import DeepLabV2
 from mpscl_ray.networks.discriminators import FCDiscriminator, PatchGANDiscriminator
+from mpscl_ray.networks.sifa import SIFASegmenter, initialise_sifa
+
+Segmenter = DeepLabV2 | SIFASegmenter
+"""Networks that predict: both have ``num_classes`` and ``logits``."""
+
+
+def build(description: Mapping[str, Any]) -> Segmenter:
+    """The segmenter that a run describes: ``kind`` (deeplab where it is not said) and the arguments of its class.
+
+    Raises:
+        TypeError: An argument that the class has not.
+        ValueError: A kind that is not known, or an argument out of range.
+    """
+    arguments = dict(description)
+    kind = arguments.pop("kind", "deeplab")
+    kinds: dict[str, type[Segmenter]] = {"deeplab": DeepLabV2, "sifa": SIFASegmenter}
+    if kind not in kinds:
+        raise ValueError(f"no network is of the kind {kind!r}, only {', '.join(kinds)}")
+    return kinds[kind](**arguments)
 
 
 @torch.no_grad()
-def initialise(module: DeepLabV2 | FCDiscriminator | PatchGANDiscriminator, seed: int) -> None:
-    """Set every parameter and running statistic to the start that the released code gives it.
+def initialise(module: Segmenter | FCDiscriminator | PatchGANDiscriminator, seed: int) -> None:
+    """Set every parameter and running statistic to the start that the released code gives it; SIFA's segmenter as
+    :func:`initialise_sifa` has it.
 
     - segmenter: convolution weights N(0, 0.01), batch norms 1 and 0, biases of the heads uniform as torch has them;
     - FC discriminator: uniform within 1/sqrt(fan in), as torch has it;
@@ -28,6 +50,9 @@ def initialise(module: DeepLabV2 | FCDiscriminator | PatchGANDiscriminator, seed
     Raises:
         TypeError: The module is none of the three networks.
     """
+    if isinstance(module, SIFASegmenter):
+        initialise_sifa(module, seed)
+        return
     if not isinstance(module, DeepLabV2 | FCDiscriminator | PatchGANDiscriminator):
         raise TypeError(f"no initialisation is known for {type(module).__name__}")
     generator = torch.Generator().manual_seed(seed)

@@ -22,6 +22,7 @@ from mpscl_ray.methods import (
     METHOD_CONFIGS,
     METHODS,
     MPSCL,
+    SIFA,
     AdvEnt,
     AdvEntConfig,
     Batch,
@@ -29,9 +30,10 @@ from mpscl_ray.methods import (
     MPSCLConfig,
     Segmentation,
     SegmentationConfig,
+    SIFAConfig,
 )
 from mpscl_ray.methods.base import TrainingSlices
-from mpscl_ray.networks import initialise
+from mpscl_ray.networks import build, initialise
 from mpscl_ray.networks.deeplab import DeepLabV2
 from mpscl_ray.optimisation import OptimConfig, PrecisionConfig
 
@@ -129,7 +131,26 @@ def look_and_train(name: str, **settings: Any) -> dict[str, Any]:
     method = kind(network, METHOD_CONFIGS[name](**settings), OPTIM, CLASSES, CPU, PrecisionConfig(), seed)
     method.start_phase(STEPS)
     method.prepare(slices())
-    return record(method)
+    return record(method, steps=10)
+
+
+def sifa(**settings: Any) -> dict[str, Any]:
+    """SIFA with tiny networks."""
+    config = SIFAConfig(
+        generator_width=2,
+        generator_blocks=1,
+        decoder_blocks=1,
+        encoder_width=1,
+        critic_width=2,
+        output_stride=4,
+        **settings,
+    )
+    seed = distributed.rank()
+    network = build({"num_classes": CLASSES, **config.network_arguments()})
+    initialise(network, seed)
+    trained = SIFA(network.double(), config, OPTIM, CLASSES, CPU, PrecisionConfig(), 3)
+    trained.start_phase(STEPS)
+    return record(trained, steps=6)
 
 
 def slices() -> TrainingSlices:
@@ -163,17 +184,18 @@ def source_only_then_adapted() -> dict[str, Any]:
     return results | {f"state.adapted.{name}": tensor for name, tensor in flat_state(second.state_dict()).items()}
 
 
-def record(trained: Method) -> dict[str, Any]:
-    """Twenty steps of a phase that has been started."""
+def record(trained: Method, steps: int = STEPS) -> dict[str, Any]:
+    """Steps of a phase that has been started."""
     results: dict[str, Any] = {}
     local: list[dict[str, float]] = []
     reduced: list[dict[str, float]] = []
-    for step in range(STEPS):
+    for step in range(steps):
         metrics = trained.step(my_part(global_batch(WARM_UP + step)), step)
         local.append({name: float(value) for name, value in metrics.items()})
         reduced.append(distributed.reduce_metrics(metrics))
-        if step in (0, STEPS - 1):
-            results |= {f"gradient{step}.{name}": g for name, g in named_gradients(trained.networks).items()}
+        if step in (0, steps - 1):
+            place = "first" if step == 0 else "last"
+            results |= {f"gradient_{place}.{name}": g for name, g in named_gradients(trained.networks).items()}
     distributed.assert_same_weights(trained.networks)
     results["checksum"] = np.frombuffer(bytes.fromhex(distributed.weights_checksum(trained.networks)), dtype=np.uint8)
     results |= {f"metric.{name}": np.array([m[name] for m in reduced]) for name in reduced[0]}
@@ -331,6 +353,8 @@ CASES: dict[str, Callable[[], dict[str, Any]]] = {
     "cag-ce": lambda: look_and_train(
         "cag", min_pixels=2, segmentation_loss="ce", distance_quantile=None, distance_threshold=0.01
     ),
+    "sifa": lambda: sifa(pool_size=3, lr_segmenter=1e-3),
+    "sifa-first": lambda: sifa(version="v1", pool_size=3, dropout=0.25, prediction_ramp=(0.1, 0.4)),
     "adabn": lambda: look_and_train("adabn"),
     "non-finite-source": lambda: non_finite("source"),
     "non-finite-target": lambda: non_finite("target"),

@@ -36,6 +36,9 @@ from tests.tiny_methods import (
 TRAINED = [name for name in METHODS if name != "adabn"]
 """Methods with optimisers."""
 
+DEEPLAB = [name for name in TRAINED if name != "sifa"]
+"""Those whose segmenter is a DeepLab trained by decaying SGD."""
+
 
 def test_every_method_is_tested() -> None:
     assert MAKE.keys() == METHODS.keys()
@@ -127,14 +130,19 @@ class TestContract:
         bad = batch(0)
         assert bad.target_image is not None
         bad.source_image[1, 0, 5, 5] = bad.target_image[1, 0, 5, 5] = torch.nan
-        before = copy.deepcopy(method.state_dict())
+        saved = copy.deepcopy(method.state_dict())
+        before = copy.deepcopy(saved)
         flags = [float(method.step(part, 0)["non_finite"]) for part in (bad, batch(1))]
         assert flags == [1, 1]
-        assert_equal_states(method.state_dict(), before)
+        # SIFA's pools count on: they are no part of what is trained, and a run that stops here writes no checkpoint.
+        after = method.state_dict()
+        for state in (after, before):
+            state.pop("pools", None)
+        assert_equal_states(after, before)
         losses = reduce_metrics(method.non_finite_losses())
         assert any(math.isnan(value) for value in losses.values())
         # Loaded from before it, training goes on.
-        method.load_state_dict(before)
+        method.load_state_dict(saved)
         assert float(method.step(batch(1), 0)["non_finite"]) == 0
         with pytest.raises(AssertionError):
             assert_equal_states(method.state_dict(), before)
@@ -157,8 +165,8 @@ class TestContract:
         assert len(read) == 1
 
 
-@pytest.mark.parametrize("name", TRAINED)
-class TestTraining:
+@pytest.mark.parametrize("name", DEEPLAB)
+class TestDeepLab:
     def test_the_decay_reaches_zero_at_the_end_of_the_phase(self, name: str) -> None:
         method = MAKE[name]()
         method.start_phase(4)
@@ -167,20 +175,6 @@ class TestTraining:
         method.step(batch(1), 4)
         for key, parameter in method.networks["segmenter"].named_parameters():
             assert torch.equal(parameter, before[key]), key
-
-    def test_learns_discs(self, name: str) -> None:
-        method = MAKE[name]()
-        method.start_phase(60)
-        for step in range(60):
-            metrics = method.step(batch(step, size=8), step)
-        assert float(metrics["loss_segmentation"]) < 0.7
-        test, target_label = labelled_batch(1000, size=16)
-        assert test.target_image is not None
-        for image, label in ((test.source_image, test.source_label), (test.target_image, target_label)):
-            predicted = method.predict(image).argmax(dim=1)
-            for disc in (1, 2):
-                ours, truth = predicted == disc, label == disc
-                assert 2 * (ours & truth).sum() / (ours.sum() + truth.sum()) > 0.7
 
     def test_a_checkpoint_that_does_not_fit_is_named(self, name: str) -> None:
         method = MAKE[name]()
@@ -196,6 +190,23 @@ class TestTraining:
             method.load_state_dict(wrong)
         with pytest.raises(DataError, match="no network 'segmenter'"):
             method.load_state_dict({**state, "networks": {}})
+
+
+@pytest.mark.parametrize("name", TRAINED)
+class TestTraining:
+    def test_learns_discs(self, name: str) -> None:
+        method = MAKE[name]()
+        method.start_phase(60)
+        for step in range(60):
+            metrics = method.step(batch(step, size=4 if name == "sifa" else 8), step)
+        assert float(metrics["loss_segmentation"]) < 0.7
+        test, target_label = labelled_batch(1000, size=16)
+        assert test.target_image is not None
+        for image, label in ((test.source_image, test.source_label), (test.target_image, target_label)):
+            predicted = method.predict(image).argmax(dim=1)
+            for disc in (1, 2):
+                ours, truth = predicted == disc, label == disc
+                assert 2 * (ours & truth).sum() / (ours.sum() + truth.sum()) > 0.7
 
 
 @pytest.mark.parametrize("form", ["released", "paper"])

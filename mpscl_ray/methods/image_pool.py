@@ -1,0 +1,72 @@
+"""Translated images of earlier iterations, which a discriminator sees beside the newest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mpscl_ray import distributed
+from mpscl_ray.data.order import hash_integers
+from mpscl_ray.errors import DataError
+
+
+class ImagePool:
+    """Translated images of earlier iterations, as global batches: the same on every worker.
+
+    Until it is full every batch is kept and given back. From then on, with a chance of one half, the newest takes the
+    place of an earlier one, which is given back instead. All workers draw the same numbers, those of the count alone.
+
+    Args:
+        size: batches; 0 always gives back the newest.
+        key: of the numbers drawn.
+
+    Source: Shrivastava et al. 2017, as released with SIFA, which keeps batches.
+    """
+
+    def __init__(self, size: int, key: int) -> None:
+        self.size, self.key = size, key
+        self.batches: list[Tensor] = []
+        self.count = 0
+
+    def swap(self, newest: Tensor) -> Tensor:
+        """What a discriminator sees for this worker's part (B, ...) of the newest batch, without gradient."""
+        newest = newest.detach()
+        if self.size == 0:
+            return newest
+        chance, place = self.draw(self.count)
+        self.count += 1
+        if len(self.batches) < self.size:
+            self.batches.append(distributed.gather_batch(newest).clone())
+            return newest
+        if chance <= 0.5:
+            return newest
+        earlier = self.batches[place]
+        self.batches[place] = distributed.gather_batch(newest).clone()
+        return earlier[len(newest) * distributed.rank() :][: len(newest)]
+
+    def draw(self, count: int) -> tuple[float, int]:
+        """A number in [0, 1) and a place in the pool."""
+        chance, place = hash_integers(np.array([2 * count, 2 * count + 1]), self.key).tolist()
+        return chance / 2**64, place % self.size
+
+    def state_dict(self) -> dict[str, Any]:
+        """Its batches and how often it was asked."""
+        return {"batches": torch.stack(self.batches) if self.batches else torch.zeros(0), "count": self.count}
+
+    def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
+        """Take over what :meth:`state_dict` gave.
+
+        Raises:
+            DataError: it holds more batches than this pool.
+        """
+        if len(state["batches"]) > self.size:
+            raise DataError(
+                f"the checkpoint has a pool of {len(state['batches'])} batches, more than method.pool_size={self.size};"
+                " resume with the settings that the run was started with"
+            )
+        self.batches = [batch.clone() for batch in state["batches"].to(device)]
+        self.count = int(state["count"])

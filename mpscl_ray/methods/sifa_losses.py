@@ -1,0 +1,60 @@
+"""The losses of SIFA."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from mpscl_ray import distributed
+from mpscl_ray.losses import full_precision
+
+
+def fooled(verdict: Tensor) -> Tensor:
+    """Least-squares loss of whoever wants a discriminator to take its images for real ones: mean (D - 1)^2."""
+    return (full_precision(verdict) - 1.0).square().mean()
+
+
+def told(real: Tensor, fake: Tensor) -> Tensor:
+    """Least-squares loss of a discriminator: half of mean (D(real) - 1)^2 + mean D(fake)^2."""
+    return 0.5 * ((full_precision(real) - 1.0).square().mean() + full_precision(fake).square().mean())
+
+
+def half_squared_norm(module: nn.Module) -> Tensor:
+    """Half the sum of all squared parameters, 0-dim: the same on all workers, whose mean counts it once."""
+    return 0.5 * torch.stack([parameter.square().sum() for parameter in module.parameters()]).sum()
+
+
+def clipped_cross_entropy(logits: Tensor, labels: Tensor, counts: Tensor) -> Tensor:
+    """Weighted cross-entropy, mean over all pixels of -w_y log clip(p_y, 0.005, 1), with w_c = 1 - n_c / sum n.
+
+    Args:
+        logits: (B, C, H, W).
+        labels: (B, H, W) int64; a label outside the classes adds nothing, but its pixel counts in the mean.
+        counts: (C,) pixels of each class in the global batch.
+
+    Source: the released code of Chen et al. 2020, which divides by the number of pixels, not by the sum of weights.
+    """
+    probabilities = full_precision(logits).softmax(dim=1).clamp(0.005, 1.0)
+    classes = torch.arange(logits.shape[1], device=labels.device)
+    truth = labels[:, None] == classes[:, None, None]
+    weights = (1.0 - counts / counts.sum().clamp(min=1)).to(probabilities.dtype)
+    return -(weights[:, None, None] * truth * probabilities.log()).sum(dim=1).mean()
+
+
+def batch_dice_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Dice loss of the global batch: 1 - 1/C sum_c 2 sum pg / (sum p^2 + sum g + 1e-7), sums over all images.
+
+    It is no sum over images, so the three sums of each class are added over the workers before they are divided.
+
+    Args:
+        logits: (B, C, H, W).
+        labels: (B, H, W) int64; a label outside the classes is no class's truth.
+
+    Source: the released code of Chen et al. 2020.
+    """
+    probabilities = full_precision(logits).softmax(dim=1)
+    classes = torch.arange(logits.shape[1], device=labels.device)
+    truth = (labels[:, None] == classes[:, None, None]).to(probabilities.dtype)
+    sums = [x.sum(dim=(0, 2, 3)) for x in (probabilities * truth, probabilities.square(), truth)]
+    overlap, squares, sizes = distributed.sum_with_gradient(torch.stack(sums)).unbind()
+    return 1.0 - (2.0 * overlap / (squares + sizes + 1e-7)).mean()

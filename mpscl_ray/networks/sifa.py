@@ -1,0 +1,256 @@
+"""The networks of SIFA: image translators, a shared encoder with classifiers, and their discriminators."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class SIFAOutput(NamedTuple):
+    """What the segmenter of SIFA gives."""
+
+    main: Tensor
+    """(B, C, H, W) logits at image resolution."""
+    low: Tensor | None
+    """(B, C, H, W) logits from the features before the dilated blocks; None in the first version."""
+    features: Tensor
+    """(B, 32 width, h, w) features that the decoder makes an image of."""
+
+
+class GlobalDropout(nn.Module):
+    """Dropout whose mask is drawn for the images of all workers, so that it does not depend on their number.
+
+    Args:
+        rate: part that is dropped; 0 does nothing.
+    """
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+        self.part, self.parts = 0, 1
+        self.generator: torch.Generator | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.rate == 0:
+            return x
+        shape = (self.parts * len(x), *x.shape[1:])
+        drawn = torch.rand(shape, generator=self.generator, device=x.device)[self.part * len(x) :][: len(x)]
+        return x * (drawn >= self.rate).to(x.dtype) / (1 - self.rate)
+
+
+class _Residual(nn.Module):
+    """Two 3x3 convolutions beside the input, whose missing channels are zero."""
+
+    def __init__(
+        self, in_channels: int, channels: int, norm: type[nn.Module], dilation: int = 1, dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.added = channels - in_channels
+        self.body = nn.Sequential(
+            _conv(in_channels, channels, 3, dilation=dilation),
+            _norm(norm, channels),
+            nn.ReLU(inplace=True),
+            GlobalDropout(dropout),
+            _conv(channels, channels, 3, dilation=dilation),
+            _norm(norm, channels),
+            GlobalDropout(dropout),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = F.pad(x, (0, 0, 0, 0, self.added // 2, self.added - self.added // 2)) if self.added else x
+        activated: Tensor = F.relu(shortcut + self.body(x))
+        return activated
+
+
+class Translator(nn.Module):
+    """From an image of one domain to one of the other: tanh(x + f(x)).
+
+    Args:
+        width: channels of the first convolution.
+        blocks: residual blocks at a quarter of the resolution.
+
+    Source: generator of Chen et al. 2020, the residual network of CycleGAN with instance norms.
+    """
+
+    def __init__(self, width: int = 32, blocks: int = 9) -> None:
+        super().__init__()
+        norm = nn.InstanceNorm2d
+        self.body = nn.Sequential(
+            *_block(1, width, 7, norm, padding_mode="reflect"),
+            *_block(width, 2 * width, 3, norm, stride=2),
+            *_block(2 * width, 4 * width, 3, norm, stride=2),
+            *(_Residual(4 * width, 4 * width, norm) for _ in range(blocks)),
+            *_double(4 * width, 2 * width, norm),
+            *_double(2 * width, width, norm),
+            _conv(width, 1, 7),
+        )
+
+    def forward(self, image: Tensor) -> Tensor:
+        """An image (B, 1, H, W) for an image (B, 1, H, W)."""
+        change: Tensor = self.body(image)
+        return torch.tanh(image + change[..., : image.shape[2], : image.shape[3]])
+
+
+class SIFASegmenter(nn.Module):
+    """The encoder that segmentation and translation share, with its classifiers.
+
+    Args:
+        num_classes: C, background included.
+        width: channels of the first convolution; the features have 32 times as many.
+        output_stride: image pixels per feature pixel: 8, or 4 for small images, where the third pooling is left out.
+        low_level: with a second classifier on the features before the dilated blocks (second version).
+        dropout: part of the encoder's activations that is dropped in training (first version).
+
+    Source: encoder and pixel-wise classifier of Chen et al. 2020.
+    Differs from the released code: one input channel, where the first version repeats the slice three times.
+    """
+
+    def __init__(
+        self, num_classes: int, width: int = 16, output_stride: int = 8, low_level: bool = True, dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        if output_stride not in (4, 8):
+            raise ValueError(f"output_stride must be 8 or 4, got {output_stride}")
+        self.num_classes = num_classes
+        self.feature_channels = 32 * width
+        norm = nn.BatchNorm2d
+
+        def residual(before: int, after: int, dilation: int = 1) -> _Residual:
+            return _Residual(before * width, after * width, norm, dilation, dropout)
+
+        def pool() -> nn.Module:
+            return nn.MaxPool2d(2, ceil_mode=True)
+
+        self.shallow = nn.Sequential(
+            *_block(1, width, 7, norm),
+            *(residual(1, 1), pool(), residual(1, 2), pool(), residual(2, 4), residual(4, 4)),
+            *([pool()] if output_stride == 8 else []),
+            *(residual(4, 8), residual(8, 8), residual(8, 16), residual(16, 16), residual(16, 16), residual(16, 16)),
+            *(residual(16, 32), residual(32, 32)),
+        )
+        self.deep = nn.Sequential(
+            *(residual(32, 32, dilation=2), residual(32, 32, dilation=2)),
+            *_block(32 * width, 32 * width, 3, norm),
+            *_block(32 * width, 32 * width, 3, norm),
+            GlobalDropout(dropout),
+        )
+        self.classifier = _conv(32 * width, num_classes, 1)
+        self.classifier_low = _conv(32 * width, num_classes, 1) if low_level else None
+
+    def forward(self, image: Tensor) -> SIFAOutput:
+        """Segment images (B, 1, H, W)."""
+        shallow = self.shallow(image)
+        features = self.deep(shallow)
+        low = None if self.classifier_low is None else _resize(self.classifier_low(shallow), image.shape[-2:])
+        return SIFAOutput(_resize(self.classifier(features), image.shape[-2:]), low, features)
+
+    def logits(self, images: Tensor) -> Tensor:
+        """Float32 logits (B, C, H, W) of slices (B, 1, H, W) in [-1, 1]."""
+        main: Tensor = self(images).main
+        return main.float()
+
+
+class Decoder(nn.Module):
+    """From the encoder's features of a target-like image to one like the source: tanh(x + f(features)).
+
+    Args:
+        in_channels: of the features.
+        width: channels of the last convolution but one.
+        output_stride: of the encoder.
+        blocks: residual blocks.
+    """
+
+    def __init__(self, in_channels: int, width: int = 32, output_stride: int = 8, blocks: int = 4) -> None:
+        super().__init__()
+        norm = nn.InstanceNorm2d
+        self.body = nn.Sequential(
+            *_block(in_channels, 4 * width, 3, norm),
+            *(_Residual(4 * width, 4 * width, norm) for _ in range(blocks)),
+            *_double(4 * width, 2 * width, norm),
+            *(_double(2 * width, 2 * width, norm) if output_stride == 8 else []),
+            *_double(2 * width, width, norm),
+            _conv(width, 1, 7),
+        )
+
+    def forward(self, features: Tensor, image: Tensor) -> Tensor:
+        """An image (B, 1, H, W) from features (B, d, h, w) of the image (B, 1, H, W)."""
+        change: Tensor = self.body(features)
+        return torch.tanh(image + change[..., : image.shape[2], : image.shape[3]])
+
+
+class SIFADiscriminator(nn.Sequential):
+    """PatchGAN with instance norms and no sigmoid: three 4x4 convolutions of stride 2 and two of stride 1.
+
+    Args:
+        in_channels: 1 for images, C for logits.
+        width: channels of the first convolution.
+        outputs: 2 for the source's, which also tells real from reconstructed ones: the auxiliary task.
+    """
+
+    def __init__(self, in_channels: int, width: int = 64, outputs: int = 1) -> None:
+        norm = nn.InstanceNorm2d
+
+        def block(before: int, after: int, stride: int) -> list[nn.Module]:
+            conv = nn.Conv2d(before, after, 4, stride=stride, padding=2)
+            return [conv, _norm(norm, after), nn.LeakyReLU(0.2)]
+
+        super().__init__(
+            nn.Conv2d(in_channels, width, 4, stride=2, padding=2),
+            nn.LeakyReLU(0.2),
+            *block(width, 2 * width, 2),
+            *block(2 * width, 4 * width, 2),
+            *block(4 * width, 8 * width, 1),
+            nn.Conv2d(8 * width, outputs, 4, padding=2),
+        )
+
+
+@torch.no_grad()
+def initialise_sifa(module: nn.Module, seed: int) -> None:
+    """Convolutions N(0, 0.02), or N(0, sqrt(2 / fan in)) before a batch norm; biases 0; norms 1 and 0.
+
+    Source: the released code has N(0, 0.02) throughout.
+    Differs from the released code: the scale before batch norms, which undo it, is one that does not vanish in depth.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    encoder = isinstance(module, SIFASegmenter)
+    for name, layer in module.named_modules():
+        if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
+            before_norm = encoder and "classifier" not in name
+            std = math.sqrt(2 / layer.weight[0].numel()) if before_norm else 0.02
+            layer.weight.copy_(torch.normal(0.0, std, tuple(layer.weight.shape), generator=generator))
+            if layer.bias is not None:
+                layer.bias.zero_()
+        elif isinstance(layer, nn.BatchNorm2d | nn.InstanceNorm2d):
+            assert layer.weight is not None
+            layer.weight.fill_(1.0)
+            layer.bias.zero_()
+            if isinstance(layer, nn.BatchNorm2d):
+                layer.reset_running_stats()
+
+
+def _conv(before: int, after: int, kernel: int, **arguments: int | str) -> nn.Conv2d:
+    dilation = int(arguments.get("dilation", 1))
+    return nn.Conv2d(before, after, kernel, padding=dilation * (kernel // 2), **arguments)  # type: ignore[arg-type]
+
+
+def _norm(norm: type[nn.Module], channels: int) -> nn.Module:
+    return norm(channels, affine=True)
+
+
+def _block(before: int, after: int, kernel: int, norm: type[nn.Module], **arguments: int | str) -> list[nn.Module]:
+    return [_conv(before, after, kernel, **arguments), _norm(norm, after), nn.ReLU(inplace=True)]
+
+
+def _double(before: int, after: int, norm: type[nn.Module]) -> list[nn.Module]:
+    """Twice the resolution."""
+    conv = nn.ConvTranspose2d(before, after, 3, stride=2, padding=1, output_padding=1)
+    return [conv, _norm(norm, after), nn.ReLU(inplace=True)]
+
+
+def _resize(logits: Tensor, size: Sequence[int]) -> Tensor:
+    return F.interpolate(logits, size=tuple(size), mode="bilinear", align_corners=False)
