@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from mpscl_ray.config import load_config
 from mpscl_ray.errors import ConfigError, DataError
 from mpscl_ray.search import figures
 from mpscl_ray.search.criteria import CRITERIA, agreement, rank_correlation, score
+from mpscl_ray.search.draws import draws
 from mpscl_ray.search.early_stopping import EarlyStopping
 from mpscl_ray.search.ledger import Ledger, Trial
 from mpscl_ray.search.outcome import agreements, best_trial, preset_text, saving, trials_csv, trials_markdown
@@ -233,9 +235,6 @@ def test_pictures_are_drawn_whatever_there_is(tmp_path: Path) -> None:
 
 
 def test_optuna_learns_from_trials_and_goes_on_from_known_ones(tmp_path: Path) -> None:
-    pytest.importorskip("optuna")
-    from mpscl_ray.search.draws import draws
-
     space = load_space("phantom", ["search.method=optuna", "search.trials=40"])
     found = draws(space, {}, {})
     trials: dict[int, Trial] = {}
@@ -253,10 +252,6 @@ def test_optuna_learns_from_trials_and_goes_on_from_known_ones(tmp_path: Path) -
 
 
 def test_optuna_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    import sys
-
-    from mpscl_ray.search.draws import draws
-
     monkeypatch.setitem(sys.modules, "optuna", None)
     with pytest.raises(ConfigError, match=r"pip install .mpscl_ray\[optuna\]"):
         draws(load_space("phantom", ["search.method=optuna"]), {}, {})
