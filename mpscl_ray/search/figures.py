@@ -118,7 +118,7 @@ def parallel_coordinates(trials: Sequence[Trial], space: Sequence[Distribution],
 
 def effects(trials: Sequence[Trial], space: Sequence[Distribution], metric: str, path: Path) -> None:
     """Score against each setting, with the rank correlation over trials in full."""
-    columns = min(4, len(space))
+    columns = len(space) if len(space) < 5 else 3 if len(space) < 7 else 4
     rows = math.ceil(len(space) / columns)
     figure = Figure(figsize=(3.1 * columns, 2.9 * rows), dpi=_DPI, layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False, sharey=True)

@@ -33,7 +33,7 @@ class SearchConfig:
     """Stop trials that fall behind (ASHA); false trains each to its end."""
     grace: Annotated[int, Field(ge=1)] | None = None
     """Iterations of the last phase before a trial may be stopped, the first rung; null: a tenth of the phase."""
-    reduction: Annotated[float, Field(gt=1)] = 3
+    reduction: Annotated[float, Field(gt=1)] = 4
     """At each rung a trial goes on if it is among the best 1/reduction there; rungs are this factor apart."""
     evaluate: Literal["best", "all", "none"] = "best"
     """Trials that are evaluated on the target's test volumes when the search is over; nothing is chosen by that."""

@@ -210,6 +210,6 @@ def test_settings_that_are_said_to_act_in_the_adaptation_do_not_before(tmp_path:
 
 def test_rungs_begin_at_the_grace_and_end_before_the_last_iteration() -> None:
     class Some:
-        grace, iterations, space = 12, 120, load_space("phantom")
+        grace, iterations, space = 12, 120, load_space("phantom", ["search.reduction=3"])
 
     assert Study.rungs.fget(Some) == [12, 36, 108]  # type: ignore[attr-defined]
