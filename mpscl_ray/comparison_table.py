@@ -268,12 +268,12 @@ def _text(direction: Direction) -> str:
     """Two blocks, because a terminal is narrow: Dice with what it costs, then ASD."""
     header, rows = _cells(direction, ("*", "*"), " ± ")
     number = len(direction.columns)
-    dice = [0, *range(1, 1 + number), *range(1 + 2 * number, len(header))]
-    asd = [0, *range(1 + number, 1 + 2 * number)]
+    dice, asd, further = range(1, 1 + number), range(1 + number, 1 + 2 * number), range(1 + 2 * number, len(header))
     lines = [direction.title, direction.data, ""]
-    for columns in (dice, asd):
-        cells = [[line[column] for column in columns] for line in [header, *rows]]
-        widths = [max(len(line[at]) for line in cells) for at in range(len(columns))]
+    for measure, own, others in (("Dice %", dice, further), (f"ASD {direction.unit}", asd, range(0))):
+        cells = [[measure, *direction.columns, *(header[column] for column in others)]]
+        cells += [[line[column] for column in (0, *own, *others)] for line in rows]
+        widths = [max(len(line[at]) for line in cells) for at in range(len(cells[0]))]
         for line in cells:
             padded = [line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))]
             lines.append("  ".join(padded).rstrip())
