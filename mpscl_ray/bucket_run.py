@@ -65,7 +65,7 @@ def open_run(place: RunFolder | Path | Remote | str, role: str = "reader", patie
 
 
 class BucketRun(RunFolder):
-    """A run by URL. Making the object touches neither bucket nor disk."""
+    """A run by URL. Making the object does not touch the bucket."""
 
     def __init__(self, remote: Remote, role: str, patience_s: float) -> None:
         super().__init__(_copy_folder(remote, role))

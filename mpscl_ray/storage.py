@@ -229,9 +229,10 @@ class Remote:
 def cache_folder() -> Path:
     """Folder of this node for copies of what lies in buckets: ``MPSCL_RAY_CACHE``, else ``~/.cache/mpscl_ray``."""
     given = os.environ.get("MPSCL_RAY_CACHE")
-    if given:
-        return Path(given)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mpscl_ray"
+    folder = Path(given or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mpscl_ray")
+    with storage_errors(folder):
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # images of patients may come to lie there
+    return folder
 
 
 def cached_file(remote: Remote, sha256: str, size: int) -> Path:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -33,7 +32,8 @@ pytestmark = pytest.mark.slow
 
 PATIENCE_S = 900
 OUTAGE_S = 30
-PHASE, EVERY = 60, 10
+PHASE, EVERY = 200, 20
+STEPS = 3 * PHASE
 LONG = (
     *SETTINGS,
     f"phases.source_only={PHASE}",
@@ -94,7 +94,7 @@ def assert_same_ends(server: Server, name: str, undisturbed: RunFolder) -> None:
         ours, theirs = run.fetched(Path(place)), undisturbed.path / place
         assert (ours / checkpoint.SUMS).read_bytes() == (theirs / checkpoint.SUMS).read_bytes(), place
         checkpoint.verify(ours)
-    assert [record["global_step"] for record in run.read_metrics()] == list(range(1, 3 * PHASE + 1))
+    assert [record["global_step"] for record in run.read_metrics()] == list(range(1, STEPS + 1))
 
 
 @pytest.fixture(scope="module")
@@ -107,65 +107,58 @@ def undisturbed(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Run
     return RunFolder(folder / "calm")
 
 
-def test_a_run_whose_storage_fails_for_a_while_ends_as_on_a_disk(
+def test_a_run_that_is_cut_off_and_killed_ends_as_on_a_disk(
     server: Server, undisturbed: RunFolder, tmp_path: Path
 ) -> None:
+    """In turn: the storage stays away for good, the command is killed, the storage is away for half a minute.
+
+    Each command runs on a machine that knows nothing of the others.
+    """
     output = tmp_path / "output.txt"
-    process = start(server, tmp_path / "cache", output, f"run.storage={server.url('runs')}", "run.name=cut")
-    wait_for_step(server, "cut", EVERY, process, output)
+    words = (f"run.storage={server.url('runs')}", "run.name=hard")
+
+    process = start(server, tmp_path / "first", output, *words, "run.outage_min=0.02")
+    wait_for_step(server, "hard", EVERY, process, output)
+    with server.door.shut():
+        assert wait_for(process, output, PATIENCE_S) == StorageError.exit_code, output.read_text()
+    text = output.read_text()
+    assert "error: the storage of the run has failed for" in text
+    assert "Traceback" not in text
+    stopped = steps_there(server, "hard")
+
+    process = start(server, tmp_path / "second", output, *words)
+    wait_for_step(server, "hard", stopped + 2 * EVERY, process, output)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    run = open_run(server.url("runs/hard"))
+    run.require()
+    lost = run.read_metrics()[-1]["global_step"] - steps_there(server, "hard")
+    assert lost <= EVERY, "at most one checkpoint interval is done again"
+    killed = steps_there(server, "hard")
+    assert killed < STEPS
+
+    process = start(server, tmp_path / "third", output, *words)
+    wait_for_step(server, "hard", killed + EVERY, process, output)
     with server.door.shut():
         time.sleep(OUTAGE_S)
         assert process.poll() is None, output.read_text()
     assert wait_for(process, output, PATIENCE_S) == 0, output.read_text()
     text = output.read_text()
+    assert "going on from the checkpoint step-" in text
     assert text.count("meanwhile the run goes on") == 1, text
     assert text.count("answers again") == 1, text
     assert "Traceback" not in text
-    assert_same_ends(server, "cut", undisturbed)
-    kept = server.folder("runs/cut").files()
+    assert_same_ends(server, "hard", undisturbed)
+    assert not list((tmp_path / "third" / "runs").iterdir()), "copies of a run go with it"
+
+    kept = server.folder("runs/hard").files()
     for name in ("model.json", "environment.json", "progress.png", "results/phases.txt", "logs/worker-1.log"):
         assert name in kept
-    for name in kept:
-        content = (server.folder("runs/cut") / name).read_bytes()
-        assert CREDENTIALS["AWS_SECRET_ACCESS_KEY"].encode() not in content, name
-        assert CREDENTIALS["AWS_ACCESS_KEY_ID"].encode() not in content, name
     assert ".lease" not in kept
-    assert not list((tmp_path / "cache" / "runs").iterdir()), "copies of a run go with it"
-
-
-def test_a_killed_run_goes_on_on_a_machine_that_has_nothing(
-    server: Server, undisturbed: RunFolder, tmp_path: Path
-) -> None:
-    output = tmp_path / "output.txt"
-    words = (f"run.storage={server.url('runs')}", "run.name=killed")
-    process = start(server, tmp_path / "first", output, *words)
-    wait_for_step(server, "killed", PHASE + EVERY, process, output)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    shutil.rmtree(tmp_path / "first", ignore_errors=True)
-    run = open_run(server.url("runs/killed"))
-    run.require()
-    lost = run.read_metrics()[-1]["global_step"] - steps_there(server, "killed")
-    assert lost <= EVERY, "at most one checkpoint interval is done again"
-    process = start(server, tmp_path / "second", output, *words)
-    assert wait_for(process, output, PATIENCE_S) == 0, output.read_text()
-    assert "going on from the checkpoint step-" in output.read_text()
-    assert_same_ends(server, "killed", undisturbed)
-
-
-def test_a_storage_that_stays_away_stops_the_run_which_then_goes_on(
-    server: Server, undisturbed: RunFolder, tmp_path: Path
-) -> None:
-    output = tmp_path / "output.txt"
-    words = (f"run.storage={server.url('runs')}", "run.name=away", "run.outage_min=0.05")
-    longer = f"phases.source_only={100 * PHASE}"  # cannot end before patience does
-    process = start(server, tmp_path / "cache", output, *words, longer)
-    wait_for_step(server, "away", EVERY, process, output)
-    with server.door.shut():
-        assert wait_for(process, output, PATIENCE_S) == StorageError.exit_code, output.read_text()
-    assert "error: the storage of the run has failed for" in output.read_text()
-    assert "Traceback" not in output.read_text()
-    assert steps_there(server, "away") >= EVERY
+    for name in kept:
+        content = (server.folder("runs/hard") / name).read_bytes()
+        for secret in ("AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID"):
+            assert CREDENTIALS[secret].encode() not in content, name
 
 
 def test_prepare_evaluate_and_predict_by_url(server: Server, undisturbed: RunFolder, tmp_path: Path) -> None:
