@@ -19,10 +19,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 START_S = 300
+MARK = "MPSCL_RAY_TEST_NODE"
 
 
 class Node:
-    """The processes of one ``ray start``, in a session of their own.
+    """The processes of one ``ray start``.
 
     Args:
         environment: of the processes.
@@ -35,27 +36,34 @@ class Node:
         if hide is not None:
             script = 'mount -t tmpfs none "$0" && exec "$@"'
             command = ["unshare", "--mount", "--propagation", "private", "sh", "-c", script, str(hide), *command]
+        self.mark = secrets.token_hex(8)
         with Path(environment["NODE_LOG"]).open("a") as log:
             self.process = subprocess.Popen(
-                command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+                command,
+                env=environment | {MARK: self.mark},
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
             )
 
     def kill(self) -> None:
         """SIGKILL to raylet, agents and workers alike, as when the power goes."""
-        for pid in _session(self.process.pid):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        while pids := [pid for pid in _marked(self.mark) if pid != self.process.pid or self.process.poll() is None]:
+            for pid in pids:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.05)
         self.process.wait()
 
 
-def _session(leader: int) -> list[int]:
-    """Processes of a session, the leader first so that it starts no others."""
+def _marked(mark: str) -> list[int]:
+    """Processes that were started with a mark in their environment, the oldest first."""
     found = []
-    for status in Path("/proc").glob("[0-9]*/stat"):
+    for environment in Path("/proc").glob("[0-9]*/environ"):
         with contextlib.suppress(OSError):
-            if int(status.read_text().rpartition(")")[2].split()[3]) == leader:
-                found.append(int(status.parent.name))
-    return sorted(found, key=lambda pid: pid != leader)
+            if f"{MARK}={mark}".encode() in environment.read_bytes():
+                found.append(int(environment.parent.name))
+    return sorted(found)
 
 
 class Cluster:
@@ -72,7 +80,7 @@ class Cluster:
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(token),
             "RAY_ADDRESS": self.address,
-            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1",
+            "GLOO_SOCKET_IFNAME": "lo",
             "OMP_NUM_THREADS": "1",
             "PYTHONPATH": str(ROOT),
             "NODE_LOG": str(self.folder / "nodes.log"),
@@ -91,7 +99,8 @@ class Cluster:
 
     def _start(self, words: list[str], hide: Path | None = None) -> Node:
         # Ports are drawn: the default ranges of two nodes of one machine would be the same.
-        words += ["--node-ip-address", "127.0.0.1", "--num-cpus", "1", "--object-store-memory", str(150 * 2**20)]
+        address = f"127.0.0.{len(self.nodes) + 1}"
+        words += ["--node-ip-address", address, "--num-cpus", "1", "--object-store-memory", str(150 * 2**20)]
         words += ["--min-worker-port", "0", "--max-worker-port", "0"]
         environment = {k: v for k, v in self.environment.items() if k != "RAY_ADDRESS"}
         self.nodes.append(Node(environment, words, hide))
