@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -26,12 +26,14 @@ class Node:
     """The processes of one ``ray start``.
 
     Args:
+        address: of its own, on loopback.
         environment: of the processes.
         words: of ``ray start``.
         hide: folder in whose place the node sees an empty one, as where a shared one is not mounted.
     """
 
-    def __init__(self, environment: dict[str, str], words: list[str], hide: Path | None = None) -> None:
+    def __init__(self, address: str, environment: dict[str, str], words: list[str], hide: Path | None = None) -> None:
+        self.address = address
         command = [str(Path(sys.executable).with_name("ray")), "start", *words, "--block", "--disable-usage-stats"]
         if hide is not None:
             script = 'mount -t tmpfs none "$0" && exec "$@"'
@@ -87,37 +89,49 @@ class Cluster:
         }
         self.nodes: list[Node] = []
         port = self.address.partition(":")[2]
-        self._start(["--head", "--port", port, "--include-dashboard", "false", "--temp-dir", str(self.folder)])
-        self.wait(1)
+        head = self._start(["--head", "--port", port, "--include-dashboard", "false", "--temp-dir", str(self.folder)])
+        self._wait(lambda: head.address in self.alive())
 
     def add(self, hide: Path | None = None) -> Node:
         """One more node, which has joined when this returns."""
-        before = self.alive()
         node = self._start(["--address", self.address], hide)
-        self.wait(before + 1)
+        self._wait(lambda: node.address in self.alive())
         return node
+
+    def lose(self, node: Node) -> None:
+        """Kill a node, and wait until the head has noticed."""
+        node.kill()
+        self._wait(lambda: node.address not in self.alive())
 
     def _start(self, words: list[str], hide: Path | None = None) -> Node:
         # Ports are drawn: the default ranges of two nodes of one machine would be the same.
         address = f"127.0.0.{len(self.nodes) + 1}"
-        words += ["--node-ip-address", address, "--num-cpus", "1", "--object-store-memory", str(150 * 2**20)]
+        words += [
+            "--node-ip-address",
+            address,
+            "--node-name",
+            address,
+            "--num-cpus",
+            "1",
+            "--object-store-memory",
+            str(150 * 2**20),
+        ]
         words += ["--min-worker-port", "0", "--max-worker-port", "0"]
         environment = {k: v for k, v in self.environment.items() if k != "RAY_ADDRESS"}
-        self.nodes.append(Node(environment, words, hide))
+        self.nodes.append(Node(address, environment, words, hide))
         return self.nodes[-1]
 
-    def alive(self) -> int:
-        """Number of nodes that the head takes for alive."""
-        script = "import ray; ray.init(logging_level=50); print(sum(node['Alive'] for node in ray.nodes()))"
+    def alive(self) -> set[str]:
+        """Addresses of the nodes that the head takes for alive."""
+        script = "import ray; ray.init(logging_level=50); print(*(n['NodeName'] for n in ray.nodes() if n['Alive']))"
         done = subprocess.run(
             [sys.executable, "-c", script], env=self.environment, capture_output=True, text=True, timeout=START_S
         )
-        return int(done.stdout) if done.returncode == 0 else 0
+        return set(done.stdout.split()) if done.returncode == 0 else set()
 
-    def wait(self, nodes: int) -> None:
-        """Until so many nodes are there."""
+    def _wait(self, condition: Callable[[], bool]) -> None:
         deadline = time.monotonic() + START_S
-        while self.alive() != nodes:
+        while not condition():
             assert time.monotonic() < deadline, (self.folder / "nodes.log").read_text()
             time.sleep(0.5)
 

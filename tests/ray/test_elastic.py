@@ -71,7 +71,7 @@ def test_a_node_that_does_not_see_the_run_folder_is_named_before_the_first_step(
         output = tmp_path / "output.txt"
         code = wait_for(pair.command(output, *words(tmp_path, "stray")), output, PATIENCE_S)
     finally:
-        stray.kill()
+        pair.lose(stray)
     assert code == StorageError.exit_code, output.read_text()
     sentence = rf"error: node 127.0.0.2: {tmp_path / 'runs' / 'stray'} is another folder there than where the command"
     assert re.search(sentence, output.read_text()), output.read_text()
