@@ -26,6 +26,9 @@ WORD = ".preflight"
 PATIENCE_S = 120.0
 """So long may a node take to answer; starting a process there is most of it."""
 
+_NAMED = 5
+"""Most nodes that an error names."""
+
 _KINDS: dict[int, type[MpsclError]] = {kind.exit_code: kind for kind in (ConfigError, DataError, StorageError)}
 
 
@@ -61,7 +64,8 @@ def check_nodes(run: str, datasets: dict[str, str]) -> None:
         word.delete() if isinstance(word, Remote) else word.unlink(missing_ok=True)
     if failures:
         kind = _KINDS.get(failures[0][1], ClusterError)
-        raise kind("; ".join(f"node {node}: {reason}" for node, _, reason in failures))
+        named = "; ".join(f"node {node}: {reason}" for node, _, reason in failures[:_NAMED])
+        raise kind(named + (f"; and {len(failures) - _NAMED} nodes more" if len(failures) > _NAMED else ""))
 
 
 def _ask_all(needs: _Needs) -> list[tuple[str, int, str]]:

@@ -132,10 +132,13 @@ class Remote:
         with storage_errors(target.parent):
             target.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with self._errors("read"), self._fs.open_input_file(self.key) as stream, aside.open("wb") as file:
+            with storage_errors(target):
+                file = aside.open("wb")
+            with file, self._errors("read"), self._fs.open_input_file(self.key) as stream:
                 while data := stream.read(_CHUNK):
                     with storage_errors(target):
                         file.write(data)
+                        file.flush()
             os.replace(aside, target)
         finally:
             aside.unlink(missing_ok=True)
