@@ -12,7 +12,7 @@ from mpscl_ray.config import SOURCE_ONLY, Config, config_from_dict, differences
 from mpscl_ray.errors import ConfigError
 from mpscl_ray.interruption import Interruption
 from mpscl_ray.run_folder import RunFolder
-from mpscl_ray.search.criteria import LABEL_FREE, ORACLE
+from mpscl_ray.search.criteria import LABEL_FREE, ORACLE, WITHOUT_SOURCE
 from mpscl_ray.search.sharing import PHASES, acts_from, shared_phases
 from mpscl_ray.search.space import NO_RESULT
 from mpscl_ray.trial import Shared, run_trial
@@ -28,23 +28,23 @@ def choose_metric(metric: str, domains: launch.Domains) -> str:
         ConfigError: the target or the source has not the validation volumes or labels that the criterion needs.
     """
     target, source = domains.target.split("val"), domains.source.split("val")
-    labelled = bool(target) and all(case.labelled for case in target)
+    labelled, source_labelled = (bool(cases) and all(case.labelled for case in cases) for cases in (target, source))
     if metric == "auto":
-        metric = ORACLE if labelled else LABEL_FREE
+        metric = ORACLE if labelled else LABEL_FREE if source_labelled else WITHOUT_SOURCE
     if metric == ORACLE and not labelled:
         raise ConfigError(
             f"search.metric=oracle needs labels of all validation cases of the target {domains.target_folder}, and "
             f"{sum(case.labelled for case in target)} of its {len(target)} have any; use search.metric={LABEL_FREE}"
         )
-    if not metric.startswith("source_dice") and not target:
+    if metric != "source_dice" and not target:
         raise ConfigError(
             f"search.metric={metric} needs validation cases of the target {domains.target_folder}, which has none; "
             "prepare it with some, or use search.metric=source_dice"
         )
-    if metric.startswith(("source_dice", "class_ratio")) and not (source and all(case.labelled for case in source)):
+    if metric.startswith(("source_dice", "class_ratio")) and not source_labelled:
         raise ConfigError(
             f"search.metric={metric} needs labelled validation cases of the source {domains.source_folder}; prepare it "
-            "with some, or use search.metric=information"
+            "with some, or use search.metric={WITHOUT_SOURCE}"
         )
     return metric
 

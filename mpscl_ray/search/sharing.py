@@ -46,5 +46,6 @@ def shared_phases(config: Config, keys: Iterable[str]) -> list[tuple[str, int]]:
 
 
 def limiting_keys(config: Config, keys: Iterable[str]) -> list[str]:
-    """Settings that act before the last phase, and so keep trials from sharing all that comes before it."""
-    return [key for key in keys if acts_from(key, config) != ADAPTATION]
+    """Settings that act in a phase before the last, and so keep trials from sharing all that comes before it."""
+    before = [PHASES.index(name) for name, _ in config.schedule[:-1] if name in PHASES]
+    return [key for key in keys if before and PHASES.index(acts_from(key, config)) <= max(before)]

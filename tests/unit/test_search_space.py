@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import re
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +15,8 @@ from mpscl_ray import checkpoint, training
 from mpscl_ray.config import config_from_dict
 from mpscl_ray.errors import ConfigError
 from mpscl_ray.run_folder import RunFolder
+from mpscl_ray.search.beginning import choose_metric
+from mpscl_ray.search.criteria import LABEL_FREE, WITHOUT_SOURCE
 from mpscl_ray.search.draws import draws, grid
 from mpscl_ray.search.sharing import acts_from, limiting_keys, shared_phases
 from mpscl_ray.search.space import Space, load_space, space_names
@@ -213,3 +217,37 @@ def test_rungs_begin_at_the_grace_and_end_before_the_last_iteration() -> None:
         grace, iterations, space = 12, 120, load_space("phantom", ["search.reduction=3"])
 
     assert Study.rungs.fget(Some) == [12, 36, 108]  # type: ignore[attr-defined]
+
+
+def domains(target: str, source: str) -> Any:
+    """Manifests with validation cases that have labels (y) or not (n), each a letter."""
+
+    def manifest(cases: str) -> Any:
+        return SimpleNamespace(split=lambda name: [SimpleNamespace(labelled=case == "y") for case in cases])
+
+    return SimpleNamespace(target=manifest(target), source=manifest(source), target_folder="T", source_folder="S")
+
+
+@pytest.mark.parametrize(
+    ("metric", "target", "source", "expected"),
+    [
+        ("auto", "yy", "yy", "oracle"),
+        ("auto", "yn", "yy", LABEL_FREE),
+        ("auto", "nn", "nn", WITHOUT_SOURCE),
+        ("auto", "nn", "", WITHOUT_SOURCE),
+        ("oracle", "yn", "yy", "search.metric=oracle needs labels .* target T, and 1 of its 2 have any"),
+        ("auto", "", "yy", "needs validation cases of the target T, which has none"),
+        ("source_dice", "", "yy", "source_dice"),
+        ("source_dice", "nn", "yn", "needs labelled validation cases of the source S"),
+        ("class_ratio_agreement", "nn", "", "needs labelled validation cases of the source S"),
+        ("information", "nn", "", "information"),
+    ],
+)
+def test_a_criterion_needs_the_validation_cases_that_it_looks_at(
+    metric: str, target: str, source: str, expected: str
+) -> None:
+    if " " in expected:
+        with pytest.raises(ConfigError, match=expected):
+            choose_metric(metric, domains(target, source))
+    else:
+        assert choose_metric(metric, domains(target, source)) == expected
