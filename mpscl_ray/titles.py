@@ -36,6 +36,8 @@ def system_of(config: Mapping[str, Any]) -> str:
             return "cscl"
     if name == "advent" and method.get("variant") == "minent":
         return "minent"
+    if name == "sifa":
+        return f"sifa_{method.get('version', 'v2')}"
     return name
 
 

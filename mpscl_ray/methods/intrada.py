@@ -103,6 +103,7 @@ class IntraDA:
         for number, (name, network) in enumerate(list(self.networks.items())[1:]):
             assert name.startswith("discriminator_")
             initialise(network, self.seed + number)  # type: ignore[arg-type]
+            distributed.start_alike(network)
 
     def _predict_all(self, slices: TrainingSlices) -> tuple[Tensor, Tensor]:
         """Score (N,) float64 and label (N, H, W) uint8 of every slice of the target, on every worker."""

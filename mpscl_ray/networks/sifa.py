@@ -1,4 +1,7 @@
-"""The networks of SIFA: image translators, a shared encoder with classifiers, and their discriminators."""
+"""The networks of SIFA: image translators, a shared encoder with classifiers, and their discriminators.
+
+Convolutions that a norm follows have no bias, which the norm would take off again; the released code has one.
+"""
 
 from __future__ import annotations
 
@@ -52,11 +55,11 @@ class _Residual(nn.Module):
         super().__init__()
         self.added = channels - in_channels
         self.body = nn.Sequential(
-            _conv(in_channels, channels, 3, dilation=dilation),
+            _conv(in_channels, channels, 3, dilation=dilation, bias=False),
             _norm(norm, channels),
             nn.ReLU(inplace=True),
             GlobalDropout(dropout),
-            _conv(channels, channels, 3, dilation=dilation),
+            _conv(channels, channels, 3, dilation=dilation, bias=False),
             _norm(norm, channels),
             GlobalDropout(dropout),
         )
@@ -196,7 +199,7 @@ class SIFADiscriminator(nn.Sequential):
         norm = nn.InstanceNorm2d
 
         def block(before: int, after: int, stride: int) -> list[nn.Module]:
-            conv = nn.Conv2d(before, after, 4, stride=stride, padding=2)
+            conv = nn.Conv2d(before, after, 4, stride=stride, padding=2, bias=False)
             return [conv, _norm(norm, after), nn.LeakyReLU(0.2)]
 
         super().__init__(
@@ -243,12 +246,12 @@ def _norm(norm: type[nn.Module], channels: int) -> nn.Module:
 
 
 def _block(before: int, after: int, kernel: int, norm: type[nn.Module], **arguments: int | str) -> list[nn.Module]:
-    return [_conv(before, after, kernel, **arguments), _norm(norm, after), nn.ReLU(inplace=True)]
+    return [_conv(before, after, kernel, bias=False, **arguments), _norm(norm, after), nn.ReLU(inplace=True)]
 
 
 def _double(before: int, after: int, norm: type[nn.Module]) -> list[nn.Module]:
     """Twice the resolution."""
-    conv = nn.ConvTranspose2d(before, after, 3, stride=2, padding=1, output_padding=1)
+    conv = nn.ConvTranspose2d(before, after, 3, stride=2, padding=1, output_padding=1, bias=False)
     return [conv, _norm(norm, after), nn.ReLU(inplace=True)]
 
 

@@ -150,7 +150,7 @@ def sifa(**settings: Any) -> dict[str, Any]:
     initialise(network, seed)
     trained = SIFA(network.double(), config, OPTIM, CLASSES, CPU, PrecisionConfig(), 3)
     trained.start_phase(STEPS)
-    return record(trained, steps=6)
+    return record(trained, steps=4)
 
 
 def slices() -> TrainingSlices:
@@ -353,8 +353,8 @@ CASES: dict[str, Callable[[], dict[str, Any]]] = {
     "cag-ce": lambda: look_and_train(
         "cag", min_pixels=2, segmentation_loss="ce", distance_quantile=None, distance_threshold=0.01
     ),
-    "sifa": lambda: sifa(pool_size=3, lr_segmenter=1e-3),
-    "sifa-first": lambda: sifa(version="v1", pool_size=3, dropout=0.25, prediction_ramp=(0.1, 0.4)),
+    "sifa": lambda: sifa(pool_size=2),
+    "sifa-first": lambda: sifa(version="v1", pool_size=2, dropout=0.25, prediction_ramp=(0.1, 0.4)),
     "adabn": lambda: look_and_train("adabn"),
     "non-finite-source": lambda: non_finite("source"),
     "non-finite-target": lambda: non_finite("target"),
