@@ -9,6 +9,7 @@ import torch
 
 from mpscl_ray import checkpoint, training
 from mpscl_ray.config import Config, load_config
+from mpscl_ray.errors import ConfigError
 from mpscl_ray.fork import fork
 from mpscl_ray.inference import Checkpoint, Model, load_weights
 from mpscl_ray.run_folder import RunFolder
@@ -16,6 +17,7 @@ from mpscl_ray.systems import SYSTEMS, beginning, shared_phase
 from tests.tiny import CLASSES, local_data, make_pair, tiny_config
 
 CPU = torch.device("cpu")
+TINY_SIFA = [f"method.{width}=1" for width in ("generator_width", "generator_blocks", "encoder_width", "critic_width")]
 
 
 @pytest.mark.parametrize("folder", ["phantom", "small", "mr2ct", "ct2mr"])
@@ -25,9 +27,12 @@ def test_every_system_has_a_preset_with_the_same_budget(folder: str) -> None:
         config = load_config(f"{folder}/{name}")
         phases = [(phase, length) for phase, length in config.schedule if name != "adabn" or phase != "adaptation"]
         budgets[name] = sum(length for _, length in phases)
-        assert config.data.batch_size == load_config(f"{folder}/mpscl").data.batch_size
+        if "sifa" not in name:
+            assert config.data.batch_size == load_config(f"{folder}/mpscl").data.batch_size
     assert budgets["mpscl"] > 0
-    without = {"source_only", "supervised", "adabn"} if folder in ("mr2ct", "ct2mr") else set()
+    # The bounds have the iterations of the adaptation alone, SIFA those of its release.
+    own = {"source_only", "supervised", "adabn", "sifa_v1", "sifa_v2"}
+    without = own if folder in ("mr2ct", "ct2mr") else set()
     assert {name for name in SYSTEMS if budgets[name] != budgets["mpscl"]} == without, budgets
 
 
@@ -35,8 +40,10 @@ def test_what_is_shared_on_the_phantom() -> None:
     mpscl = load_config("phantom/mpscl")
     shared = {name: shared_phase(load_config(f"phantom/{name}"), mpscl) for name in SYSTEMS}
     assert shared["source_only"] is shared["supervised"] is None
-    assert {name for name in SYSTEMS if shared[name] == "warm_up"} >= {"mpscl", "baseline", "cscl"}
-    assert {name for name in SYSTEMS if shared[name] == "source_only"} >= {"adaoutput", "advent", "minent"}
+    assert shared["adabn"] is shared["sifa_v1"] is shared["sifa_v2"] is None
+    warmed_up = {"mpscl", "baseline", "cscl", "cag", "intrada"}
+    assert {name for name in SYSTEMS if shared[name] == "warm_up"} == warmed_up
+    assert {name for name in SYSTEMS if shared[name] == "source_only"} == {"adaoutput", "advent", "minent", "clan"}
     assert shared_phase(load_config("phantom/adabn"), load_config("phantom/source_only")) == "source_only"
     for change in ("run.seed=2", "optim.lr=1e-3", "data.source=phantom:mr", "network.width=8"):
         assert shared_phase(load_config("phantom/mpscl", [change]), mpscl) is None, change
@@ -47,6 +54,15 @@ def test_what_is_shared_on_the_phantom() -> None:
         assert shared_phase(load_config("phantom/mpscl", [change]), mpscl) == "warm_up", change
     with pytest.raises(ValueError, match="no phase"):
         beginning(mpscl, "supervised")
+
+
+def test_phases_that_a_method_has_not_are_told() -> None:
+    with pytest.raises(ConfigError, match=r"method.name=sifa has no source-only phase and no warm-up; set phases"):
+        load_config("phantom/sifa_v2", ["phases.warm_up=3"])
+    with pytest.raises(ConfigError, match=r"method.name=advent has no adaptation; set phases.adaptation=0"):
+        load_config("phantom/advent", ["phases.adaptation=1"])
+    with pytest.raises(ConfigError, match=r"data.labelled=target .* goes with method.name=segmentation"):
+        load_config("phantom/clan", ["data.labelled=target"])
 
 
 def train(config: Config, run: Path) -> RunFolder:
@@ -70,7 +86,7 @@ def test_what_configs_say_is_shared_is_the_same_in_weights(
 ) -> None:
     """Trained whole or forked from MPSCL's run, a system ends alike; its weights predict, from every phase."""
     base, mpscl, begun = parent
-    config = tiny_config(base / "mr", base / "ct", preset=f"small/{name}")
+    config = tiny_config(base / "mr", base / "ct", TINY_SIFA if "sifa" in name else (), preset=f"small/{name}")
     whole = train(config, tmp_path / "whole")
     common = shared_phase(config, mpscl)
     last = config.schedule[-1][0]
