@@ -43,7 +43,9 @@ _LAST_UPLOADS_S = 60.0
 _AGAIN_S = 2.0
 
 _OF_THE_COMMAND = ("config.yaml", "model.json", "environment.json", "status.json", "results", STOP_FILE)
-_OF_WORKER_0 = ("checkpoints", "best", "phases", "metrics.jsonl", "progress.png", "tensorboard")
+_OF_WORKER_0 = tuple(
+    "checkpoints best phases metrics.jsonl features.jsonl pseudo_labels progress.png tensorboard".split()
+)
 _LARGE = ("checkpoints", "best", "phases", "tensorboard")
 """Folders that are not fetched as a whole."""
 

@@ -150,9 +150,9 @@ def compare(plan: Plan, command: Sequence[str]) -> int:
     base = base_config(plan.families["forward"], plan.overrides)
     check_machine(base)
     out = plan.out or Path(base.run.storage) / "compare"
+    folder = RunFolder(out)
     with storage_errors(out):
         (out / "cells").mkdir(parents=True, exist_ok=True)
-    folder = RunFolder(out)
     resume = shlex.join(command)
     with folder.lock():
         folder.write_status("running", resume_command=resume)

@@ -10,12 +10,14 @@ import yaml
 
 from mpscl_ray import cli
 from mpscl_ray.durable_files import storage_errors, write_atomically
+from mpscl_ray.errors import ConfigError
 from mpscl_ray.figures.style import class_colour
 from mpscl_ray.inference import choose_device
 from mpscl_ray.report_groups import group_runs, look_at_group
 from mpscl_ray.report_page import page
 from mpscl_ray.report_runs import read_runs
 from mpscl_ray.report_sections import overview, sections
+from mpscl_ray.storage import is_url
 
 __all__ = ["main", "report"]
 
@@ -40,7 +42,7 @@ def main(arguments: Sequence[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("runs", type=Path, nargs="+", metavar="RUN", help="folders of runs, in the order of the columns")
+    add("runs", nargs="+", metavar="RUN", help="folders or URLs of runs, in the order of the columns")
     add(
         "--out",
         type=Path,
@@ -78,7 +80,10 @@ def report(
         StorageError: the folder cannot be written.
     """
     found = read_runs(runs)
-    folder = out or (runs[0] / "report" if len(runs) == 1 else runs[0].absolute().parent / "report")
+    if out is None and is_url(runs[0]):
+        raise ConfigError(f"the run {runs[0]} is in a bucket; give a folder for its report with --out DIR")
+    first = Path(runs[0])
+    folder = out or (first / "report" if len(runs) == 1 else first.absolute().parent / "report")
     with storage_errors(folder):
         (folder / "figures").mkdir(parents=True, exist_ok=True)
     groups = group_runs(found)

@@ -15,6 +15,7 @@ import yaml
 from numpy.typing import NDArray
 
 from mpscl_ray import checkpoint as checkpoints
+from mpscl_ray.bucket_run import open_run
 from mpscl_ray.config import config_from_dict
 from mpscl_ray.data.schema import SPLITS, Case, load_manifest, read_case
 from mpscl_ray.errors import ConfigError, DataError
@@ -65,19 +66,19 @@ class ReportedRun:
         return f"{domains['source'].modality} to {domains['target'].modality}".upper().replace(" TO ", " to ")
 
 
-def read_runs(paths: Sequence[Path]) -> list[ReportedRun]:
-    """Read runs; those of the same system get their names into their titles.
+def read_runs(places: Sequence[Path | str]) -> list[ReportedRun]:
+    """Read runs by their folders or URLs; those of the same system get their names into their titles.
 
     Raises:
         ConfigError: one is not the folder of a run, or is named twice.
         DataError: one is damaged, or has not begun to train.
     """
-    seen: set[Path] = set()
-    for path in paths:
-        if path.resolve() in seen:
-            raise ConfigError(f"the run {path} is given twice; give each once")
-        seen.add(path.resolve())
-    runs = [_read(path) for path in paths]
+    folders = [open_run(place) for place in places]
+    addresses = [str(Path(folder.path).resolve()) for folder in folders]
+    for folder, address in zip(folders, addresses, strict=True):
+        if addresses.count(address) > 1:
+            raise ConfigError(f"the run {folder.place} is given twice; give each once")
+    runs = [_read(folder) for folder in folders]
     titles = [run.title for run in runs]
     return [
         dataclasses.replace(run, title=f"{run.title} ({run.folder.name})") if titles.count(run.title) > 1 else run
@@ -85,17 +86,16 @@ def read_runs(paths: Sequence[Path]) -> list[ReportedRun]:
     ]
 
 
-def _read(path: Path) -> ReportedRun:
-    folder = RunFolder(path)
+def _read(folder: RunFolder) -> ReportedRun:
     config = yaml.safe_load(folder.read_config())
     system = system_of(config)
-    looks = {(look["global_step"], look["iteration"]): look for look in FeatureRecord(path).read()}
+    looks = {(look["global_step"], look["iteration"]): look for look in FeatureRecord(folder.path).read()}
     return ReportedRun(
         folder=folder,
         title=title_of(system),
         system=system,
         config=config,
-        model=read_model(path),
+        model=read_model(folder),
         records=folder.read_metrics(),
         looks=list(looks.values()),
         state=_state(folder),
@@ -117,12 +117,12 @@ def _ends(folder: RunFolder, schedule: Sequence[tuple[str, int]]) -> tuple[Check
     step = finished = 0
     for name, iterations in schedule:
         step += iterations
-        if (folder.phases / name).is_dir():
-            ends.append(find_checkpoint(folder.path, name)[0])
+        if name in folder.finished_phases():
+            ends.append(find_checkpoint(folder, name)[0])
             finished = step
-    newest, _ = checkpoints.latest(folder.checkpoints)
-    if newest is not None and checkpoints.step_of(newest) > finished:
-        ends.append(Checkpoint("last", newest))
+    steps = folder.steps()
+    if steps and checkpoints.step_of(Path(steps[-1])) > finished:
+        ends.append(find_checkpoint(folder, "last")[0])
     return tuple(ends)
 
 
@@ -165,7 +165,7 @@ def choose_case(run: ReportedRun, name: str | None) -> ShownCase:
     """
     dataset = run.model.domains["target"].dataset
     if dataset is None or not dataset.exists():
-        raise DataError(f"the target dataset of the run {run.folder.path}, {dataset}, is not there any more")
+        raise DataError(f"the target dataset of the run {run.folder.place}, {dataset}, is not there any more")
     manifest = load_manifest(dataset)
     if name is not None:
         found = [case for case in manifest.cases if case.id == name]
