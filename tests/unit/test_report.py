@@ -16,10 +16,12 @@ from mpscl_ray import launch, pace, report, training
 from mpscl_ray.config import to_yaml
 from mpscl_ray.data.schema import load_manifest, read_case
 from mpscl_ray.errors import ConfigError, DataError
+from mpscl_ray.feature_record import FeatureRecord
 from mpscl_ray.inference import find_checkpoint
 from mpscl_ray.losses import class_counts, weighted_cross_entropy
 from mpscl_ray.report_runs import choose_case, load, look_at, read_runs
 from mpscl_ray.run_folder import RunFolder
+from tests.s3 import serve, upload_folder
 from tests.tiny import CLASSES, local_data, make_dataset, make_pair, tiny_config
 
 FIGURES = {"segmentations", "surfaces", "overconfident", "losses", "features"}
@@ -155,6 +157,20 @@ def test_runs_with_different_targets_get_figures_of_their_own(data: Path, margin
     page = assert_whole(file, names | {f"{k}-{n}" for k in ("angles", "pseudo-labels") for n in ("margin", "other")})
     assert "MPSCL (margin)" in page.text
     assert "Target MR. Case mr_test_0" in page.text
+
+
+def test_a_run_in_a_bucket_is_read_by_its_url(margin: Path, tmp_path: Path) -> None:
+    with serve(tmp_path) as server:
+        upload_folder(margin, server.folder("runs/margin"))
+        place = server.url("runs/margin")
+        (run,) = read_runs([place])
+        (local,) = read_runs([margin])
+        assert [end.name for end in run.ends] == [end.name for end in local.ends]
+        assert (run.looks, run.records) == (local.looks, local.records)
+        assert len(FeatureRecord(run.folder.path).read_panels()) == 2
+        assert load(run, run.ends[-1], "cpu").weights.step == 12  # type: ignore[union-attr]
+        with pytest.raises(ConfigError, match="is in a bucket; give a folder for its report with --out"):
+            report.report([place])
 
 
 def test_training_labels_of_the_target_are_never_read(margin: Path) -> None:
