@@ -22,6 +22,7 @@ from mpscl_ray.interruption import Interruption
 from mpscl_ray.launch import check_machine
 from mpscl_ray.published_scores import published_for
 from mpscl_ray.run_folder import RunFolder
+from mpscl_ray.storage import locate
 from mpscl_ray.systems import SYSTEMS
 from mpscl_ray.train import MAY_CHANGE
 from mpscl_ray.trial import Shared, open_shared
@@ -148,6 +149,8 @@ def compare(plan: Plan, command: Sequence[str]) -> int:
         TrainingError: some cells failed; the table is written all the same.
     """
     base = base_config(plan.families["forward"], plan.overrides)
+    if not base.data.source or not base.data.target:
+        raise ConfigError("no data to compare on: give the folders of two prepared datasets with --data SOURCE TARGET")
     check_machine(base)
     out = plan.out or Path(base.run.storage) / "compare"
     folder = RunFolder(out)
@@ -179,7 +182,7 @@ def _run(plan: Plan, base: Config, out: Path, resume: str) -> None:
     with connect():
         base = phantom_dataset.resolve(base)
         datasets = (base.data.source, base.data.target)
-        manifests = tuple(load_manifest(Path(dataset).absolute()) for dataset in datasets)
+        manifests = tuple(load_manifest(locate(dataset)) for dataset in datasets)
         names = _direction_names(plan.directions, manifests)
         _check_labels(plan.directions, datasets, manifests)
         cells = make_cells(

@@ -66,7 +66,7 @@ class Cell:
 
 def base_config(family: str, overrides: Sequence[str]) -> Config:
     """The settings that all cells of a family of presets start from."""
-    return system_config(family, "mpscl" if "mpscl" in SYSTEMS else next(iter(SYSTEMS)), overrides)
+    return system_config(family, "mpscl", overrides)
 
 
 def system_config(family: str, system: str, overrides: Sequence[str]) -> Config:

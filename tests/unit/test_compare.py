@@ -262,6 +262,7 @@ def test_published_numbers_stand_only_beside_the_papers_structures_and_modalitie
         (["--at-once", "0"], "--at-once is 0"),
         (["--presets", "a,b,c"], "expected one family"),
         (["optim.lrate=1"], "is not a setting"),
+        (["--presets", "small"], "give the folders of two prepared datasets with --data"),
     ],
 )
 def test_wrong_command_lines_are_one_sentence(arguments: list[str], message: str, tmp_path: Path) -> None:
