@@ -1,11 +1,12 @@
 """What dies, and how long it takes to the next step: real processes of a cluster on this machine, killed with SIGKILL.
 
-``python tests/benchmarks/bench_recovery.py [--repeats 5] [--kinds worker node spare driver head]`` starts a cluster by
-``cluster/local/cluster.sh``, trains a small network without end as a job with two workers, and kills, in turn,
+``python tests/benchmarks/bench_recovery.py [--repeats 5] [--kinds worker spare node shrink driver head]`` starts a
+cluster by ``cluster/local/cluster.sh``, trains a small network without end as a job with two workers, and kills in turn
 
 - worker: the process of one of the two workers;
 - spare: all processes of a node that has one of the workers, where a third node has room for it;
 - node: the same where no other node has room, and the node is started again at once;
+- shrink: the same with scaling.workers=[1,2]: one worker goes on; the node then comes back, and the run grows;
 - driver: the process of the job, ``python -m mpscl_ray.train``; the same job is then submitted again;
 - head: all processes of the head, which has the driver too; the cluster is then started again, and the job submitted.
 
@@ -34,13 +35,13 @@ from tests.tiny import SETTINGS, make_pair
 EVERY = 20
 """Steps between checkpoints."""
 
-NODES = {"worker": 2, "spare": 3, "node": 2, "driver": 2, "head": 2}
+NODES = {"worker": 2, "spare": 3, "node": 2, "shrink": 2, "driver": 2, "head": 2}
 
 
 class Job:
     """A training without end, and the jobs it has been."""
 
-    def __init__(self, cluster: LocalCluster, folder: Path) -> None:
+    def __init__(self, cluster: LocalCluster, folder: Path, workers: str) -> None:
         self.cluster, self.submitted = cluster, 0
         data = make_pair(folder)
         settings = [
@@ -54,7 +55,7 @@ class Job:
             "run.validate_every=1000000",
             f"run.checkpoint_every={EVERY}",
             "phases.source_only=1000000",
-            "scaling.workers=2",
+            f"scaling.workers={workers}",
             "scaling.wait_s=600",
         ]
         self.command = ["python", "-m", "mpscl_ray.train", "small/mpscl", *settings]
@@ -142,18 +143,21 @@ def measure(kind: str, repeats: int) -> list[tuple[float, int]]:
     """Seconds to the next step and steps done again, each time."""
     found = []
     with tempfile.TemporaryDirectory() as folder, LocalCluster(NODES[kind], cpus=1) as cluster:
-        job = Job(cluster, Path(folder))
+        job = Job(cluster, Path(folder), "[1,2]" if kind == "shrink" else "2")
         job.submit()
         for number in range(1, repeats + 1):
-            job.next_step(number)
+            wait_until(lambda: job.starts, "training")
+            begun = len(job.starts)
             wait_until(lambda: job.step >= job.starts[-1] + EVERY + EVERY // 2, "a checkpoint")
             killed, reached = kill(kind, job)
-            at, start = job.next_step(number + 1)
+            at, start = job.next_step(begun + 1)
             found.append((at - killed, reached - start))
             print(f"{kind} {number}: {at - killed:.1f} s, {reached - start} steps again", flush=True)
-            if kind == "spare":
-                lost = next(node for node in range(1, 3) if not cluster.running(node))
+            if kind in ("spare", "shrink"):
+                lost = next(node for node in range(1, NODES[kind]) if not cluster.running(node))
                 cluster.script("start", str(lost))
+            if kind == "shrink":
+                job.next_step(begun + 2)
     return found
 
 
