@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
@@ -31,7 +31,6 @@ __all__ = [
     "Geometry",
     "PreparedVolume",
     "Recipe",
-    "estimate_range",
     "intensity_range",
     "label_centre",
     "label_free_centre",
@@ -384,7 +383,11 @@ def unscale(image: npt.NDArray[np.float32], low: float, high: float) -> npt.NDAr
 
 
 def intensity_range(image: npt.NDArray[np.float32]) -> tuple[float, float]:
-    """The 0.1th and 99.9th percentile of one prepared volume, so that a few odd voxels set no range."""
+    """The 0.1th and 99.9th percentile of one prepared volume, so that a few odd voxels set no range.
+
+    The range of a modality covers those of its training volumes; about 0.1 % of the voxels at either end may fall
+    slightly outside [-1, 1] after `scale`, and nothing is clipped.
+    """
     low, high = np.percentile(image, (0.1, 99.9))
     return float(low), float(high)
 
@@ -392,24 +395,3 @@ def intensity_range(image: npt.NDArray[np.float32]) -> tuple[float, float]:
 def _contrast(image: npt.NDArray[np.float32]) -> float:
     low, high = np.percentile(image, (1.0, 99.0))
     return float(high - low)
-
-
-def estimate_range(volumes: Iterable[npt.NDArray[np.float32]]) -> tuple[float, float]:
-    """Range that covers the training volumes of a modality: lowest and highest of their robust ranges.
-
-    Volumes are clipped at a percentile and z-scored before, so no single one can stretch the range by much. About
-    0.1 % of the voxels at either end may fall slightly outside [-1, 1] after `scale`; nothing is clipped.
-
-    Args:
-        volumes: Prepared volumes (D, H, W), z-scored; consumed one at a time.
-
-    Returns:
-        low, high.
-
-    Raises:
-        DataError: There is no volume.
-    """
-    ranges = [intensity_range(volume) for volume in volumes]
-    if not ranges:
-        raise DataError("there is no volume to estimate an intensity range from; expected at least one training case")
-    return min(low for low, _ in ranges), max(high for _, high in ranges)
