@@ -128,6 +128,8 @@ def test_show_makes_no_folder(command: Command, tmp_path: Path) -> None:
         (["small/mpscl", "data.batch_size=0"], "data.batch_size=0"),
         (["small/mpscl", "optim.lr=nan"], "optim.lr"),
         (["small/mpscl", "data.batch_size=5", "scaling.workers=2"], "cannot be shared equally"),
+        (["small/mpscl", "data.batch_size=12", "scaling.workers=[4,7]"], "scaling.workers=5, 7; make the batch a"),
+        (["small/mpscl", "scaling.workers=[2,1]"], "scaling.workers=[2, 1] has no number in it"),
         (["small/mpscl", "run.name=a/b"], "run.name"),
         (["small/mpscl", "run.storage=gs://bucket/runs"], "gs:// is not a storage that can be used directly"),
         (["small/mpscl", *ONE_WORKER], "data.source is not set"),
