@@ -111,7 +111,7 @@ def test_a_search_stops_what_falls_behind_records_what_fails_and_leaves_a_preset
     here: Here, space: Spaces, data: Path
 ) -> None:
     # Weights beyond what float32 holds make a loss that is not finite; of the others, ever fewer go on.
-    distributions = {"method.gamma": {"choice": [0.1, 1.0e39, 0.5, 1, 3, 10]}}
+    distributions = {"method.gamma": {"choice": [10, 1.0e39, 3, 1, 0.5, 0.1]}}
     file = space("whole", distributions, method="grid", grace=2, reduction=50, metric="information", evaluate="all")
     code, text = here(file)
     assert code == 0, text
@@ -123,7 +123,7 @@ def test_a_search_stops_what_falls_behind_records_what_fails_and_leaves_a_preset
     assert all("not finite" in trial.reason for trial in trials if trial.state == "failed")
     stopped = [trial for trial in trials if trial.state == "stopped"]
     finished = [trial for trial in trials if trial.state == "finished"]
-    assert stopped, "five trials cannot come in ascending order at every rung"
+    assert stopped, "with less weight on the contrast they learn less in so few iterations"
     assert finished, "the best of all is never behind"
     assert all(list(trial.reports) == list(range(2, ITERATIONS + 1, 2)) for trial in finished)
     for trial in stopped:
@@ -132,10 +132,10 @@ def test_a_search_stops_what_falls_behind_records_what_fails_and_leaves_a_preset
         assert run.read_status()["state"] == "interrupted"
         assert not list(run.path.glob("checkpoints/*")), "weights of a stopped trial are of no use"
     shared = {record["phase"] for record in RunFolder(folder / "shared").read_metrics()}
-    own = {
+    phases = {
         record["phase"] for t in trials for record in RunFolder(folder / "trials" / f"{t.number:03d}").read_metrics()
     }
-    assert (shared, own) == ({"source_only", "warm_up"}, {"adaptation"})
+    assert (shared, phases) == ({"source_only", "warm_up"}, {"adaptation"})
 
     summary = json.loads((folder / "results" / "summary.json").read_text())
     assert (summary["metric"], summary["oracle"]) == ("information", False)
@@ -147,7 +147,8 @@ def test_a_search_stops_what_falls_behind_records_what_fails_and_leaves_a_preset
     rows = list(csv.DictReader((folder / "results" / "trials.csv").open()))
     assert [row["state"] for row in rows] == [trial.state for trial in trials]
     evaluated = json.loads((folder / "results" / "test.json").read_text())["rows"]
-    assert [int(row.split()[1].rstrip(":")) for row in evaluated] == [trial.number for trial in finished]
+    own = [int(row.split()[1].rstrip(":")) for row in evaluated if row.startswith("trial")]
+    assert own == [trial.number for trial in finished]
     assert all((folder / "results" / f"{name}.png").stat().st_size for name in ("curves", "parallel", "effects"))
     assert len(list((folder / "tensorboard").glob("*/events*"))) == 6
     assert RunFolder(folder).read_status()["state"] == "finished"
