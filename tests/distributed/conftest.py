@@ -53,7 +53,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
                 command = [sys.executable, "-W", "error", *arguments]
                 processes.append(subprocess.Popen(command, env=environment, stdout=stream, stderr=stream))
         try:
-            codes = [process.wait(timeout=600) for process in processes]
+            codes = [process.wait(timeout=1800) for process in processes]
         finally:
             for process in processes:
                 process.kill()
