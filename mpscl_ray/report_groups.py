@@ -34,6 +34,8 @@ class Group:
         shown: the case; None where there is none to show.
         looks: what each column makes of it.
         samples: features of two columns, see :attr:`contrast`.
+        origins: where the prototypes beside those come from.
+        unsampled: columns that should be in ``samples`` and have no features to look at.
         notes: what kept any of this from being made.
     """
 
@@ -44,6 +46,7 @@ class Group:
     looks: list[Look] = field(default_factory=list)
     samples: dict[str, FeatureSample] = field(default_factory=dict)
     origins: dict[str, str] = field(default_factory=dict)
+    unsampled: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -116,5 +119,7 @@ def look_at_group(group: Group, case: str | None, device: str | None, tell: Tell
         group.looks.append(look_at(predictor, group.shown, title))
         if number in group.contrast:
             sampled = sample_features(run, end, predictor, group.shown)
-            if sampled is not None:
+            if sampled is None:
+                group.unsampled.append(title)
+            else:
                 group.samples[title], group.origins[title] = sampled

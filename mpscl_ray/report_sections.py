@@ -325,10 +325,12 @@ def _features(group: Group) -> Made:
         "Feature space",
         "Where source and target pixels of the same class lie together, a classifier of the one serves the other.",
     )
-    if not group.samples:
+    if group.unsampled:
         section.notes.append(
-            "No features are drawn: the network has no feature map to look at, or the source no labelled case."
+            f"No features of {', '.join(group.unsampled)}: the network is not a DeepLabV2, whose last stage is drawn, "
+            "or the source has no labelled case."
         )
+    if not group.samples:
         return section, []
     origins = "; ".join(f"{title}: {origin}" for title, origin in group.origins.items())
     by = "ground truth" if group.shown.label is not None else "prediction, as the case has no ground truth"

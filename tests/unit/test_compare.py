@@ -69,8 +69,15 @@ def test_cells_share_what_they_train_alike_and_nothing_across_seeds_and_directio
             assert (cell.iterations, cell.own_iterations) == (650, 250)
     everything = cells_of(list(SYSTEMS))
     assert everything["ct2mr-seed1-adabn"].parent == "ct2mr-seed1-source_only"
+    for cell in everything.values():
+        if cell.parent is not None:
+            parent = everything[cell.parent]
+            assert (parent.direction, parent.seed) == (cell.direction, cell.seed)
+            assert shared_phase(parent.config, cell.config) == cell.fork_phase
     assert everything["ct2mr-seed1-mpscl"].fork_phase == "warm_up"
     assert everything["ct2mr-seed1-cag"].fork_phase == "source_only", "of the first system that trains it"
+    assert everything["ct2mr-seed1-clan"].fork_phase == "source_only"
+    assert everything["ct2mr-seed1-sifa_v2"].parent is None
 
 
 def test_budgets_are_equal() -> None:
