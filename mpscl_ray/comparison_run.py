@@ -20,11 +20,8 @@ from mpscl_ray.fork import fork
 from mpscl_ray.interruption import Interruption
 from mpscl_ray.launch import Launch
 from mpscl_ray.progress import ProgressLine
-from mpscl_ray.run_folder import RunFolder
+from mpscl_ray.run_folder import STOP_FILE, RunFolder
 from mpscl_ray.trial import Shared, run_trial
-
-STOP_FILE = "stop-requested"
-"""Name of the file in the comparison's folder that asks every cell to write a checkpoint and end."""
 
 _LOOK_S = 0.5
 _PROGRESS_S = 2.0
@@ -106,7 +103,7 @@ class Comparison:
     Args:
         cells: all of the comparison, in order.
         ledger: what is known of them.
-        folder: of the comparison; run folders are in ``cells/``.
+        folder: of the comparison; run folders are in ``cells/``, and ``stop-requested`` in it ends the running cells.
         shared: of each cell.
         at_once: most cells at a time.
         resume_command: what to give to go on.
@@ -140,11 +137,13 @@ class Comparison:
         with self._line:
             try:
                 while self.running or (self.waiting and not interruption.requested):
+                    if self.stop_file.exists():
+                        interruption.request(f"the file {STOP_FILE} in its folder")
                     if interruption.requested:
                         self.stop_file.touch()
                     else:
                         self._start_ready()
-                    ready, _ = ray.wait(list(self.running), timeout=_LOOK_S)
+                    ready = ray.wait(list(self.running), timeout=_LOOK_S)[0] if self.running else []
                     for reference in ready:
                         self._end(self.running.pop(reference), reference)
                     if time.monotonic() - last_progress >= _PROGRESS_S:
