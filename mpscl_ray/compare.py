@@ -152,8 +152,8 @@ def compare(plan: Plan, command: Sequence[str]) -> int:
     if not base.data.source or not base.data.target:
         raise ConfigError("no data to compare on: give the folders of two prepared datasets with --data SOURCE TARGET")
     check_machine(base)
-    out = plan.out or Path(base.run.storage) / "compare"
-    folder = RunFolder(out)
+    folder = RunFolder(plan.out or Path(base.run.storage) / "compare")
+    out = folder.path.absolute()  # workers may stand elsewhere
     with storage_errors(out):
         (out / "cells").mkdir(parents=True, exist_ok=True)
     resume = shlex.join(command)
@@ -185,9 +185,7 @@ def _run(plan: Plan, base: Config, out: Path, resume: str) -> None:
         manifests = tuple(load_manifest(locate(dataset)) for dataset in datasets)
         names = _direction_names(plan.directions, manifests)
         _check_labels(plan.directions, datasets, manifests)
-        cells = make_cells(
-            plan.systems, plan.seeds, names, plan.families, datasets, plan.overrides, (out / "cells").absolute()
-        )
+        cells = make_cells(plan.systems, plan.seeds, names, plan.families, datasets, plan.overrides, out / "cells")
         for cell in cells:
             _check_resumed(cell, out)
         print(_summary(plan, cells, ledger, manifests, out), flush=True)
