@@ -22,7 +22,7 @@ from tests.tiny import SEGMENTATION_SETTINGS, make_pair, train_in_processes
 pytestmark = pytest.mark.slow
 
 PATIENCE_S = 900
-EVERY = 50
+EVERY = 20
 LONG = (
     "phases.source_only=1000000",
     f"run.checkpoint_every={EVERY}",
@@ -78,12 +78,15 @@ def test_a_node_that_does_not_see_the_run_folder_is_named_before_the_first_step(
     assert steps(RunFolder(tmp_path / "runs" / "stray")) == 0
 
 
-def test_a_lost_node_shrinks_the_run_and_a_new_one_grows_it(pair: Cluster, tmp_path: Path) -> None:
-    """Stopped a while after it has grown again, it is where one worker that nothing has disturbed is at that step."""
-    make_pair(tmp_path)
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_pair(tmp_path_factory.mktemp("elastic"))
+
+
+def test_a_lost_node_shrinks_the_run_and_a_new_one_grows_it(pair: Cluster, folder: Path) -> None:
     second = pair.add()
-    run, output = RunFolder(tmp_path / "runs" / "elastic"), tmp_path / "output.txt"
-    process = pair.command(output, *words(tmp_path, "elastic", *LONG, "scaling.workers=[1,2]"))
+    run, output = RunFolder(folder / "runs" / "elastic"), folder / "output.txt"
+    process = pair.command(output, *words(folder, "elastic", *LONG, "scaling.workers=[1,2]"))
 
     def wait_until_trained_by(workers: list[int]) -> None:
         deadline = time.monotonic() + PATIENCE_S
@@ -107,9 +110,14 @@ def test_a_lost_node_shrinks_the_run_and_a_new_one_grows_it(pair: Cluster, tmp_p
 
     end = checkpoint.list_checkpoints(run.checkpoints)[-1]
     assert [record["global_step"] for record in run.read_metrics()][-1] == checkpoint.step_of(end)
+
+
+def test_such_a_run_is_where_one_worker_is_that_nothing_has_disturbed(folder: Path) -> None:
+    run = RunFolder(folder / "runs" / "elastic")
+    end = checkpoint.list_checkpoints(run.checkpoints)[-1]
     config = load_config(run.config_file)
-    train_in_processes(config, tmp_path / "calm", stop_after=checkpoint.step_of(end))
-    ours, theirs = (checkpoint.load(where)["method"]["networks"]["segmenter"] for where in (end, calm(tmp_path)))
+    train_in_processes(config, folder / "calm", stop_after=checkpoint.step_of(end))
+    ours, theirs = (checkpoint.load(where)["method"]["networks"]["segmenter"] for where in (end, calm(folder)))
     for name, tensor in theirs.items():
         torch.testing.assert_close(
             ours[name], tensor, rtol=1e-3, atol=1e-3, msg=lambda text, name=name: f"{name}: {text}"
