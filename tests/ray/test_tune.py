@@ -111,13 +111,13 @@ def test_a_search_stops_what_falls_behind_records_what_fails_and_leaves_a_preset
     here: Here, space: Spaces, data: Path
 ) -> None:
     # Weights beyond what float32 holds make a loss that is not finite; of the others, ever fewer go on.
-    distributions = {"method.gamma": {"choice": [10, 1.0e39, 3, 1, 0.5, 0.1]}}
+    distributions = {"method.gamma": {"choice": [10, 1.0e39, 1, 0.1]}}
     file = space("whole", distributions, method="grid", grace=2, reduction=50, metric="information", evaluate="all")
     code, text = here(file)
     assert code == 0, text
     folder = data / "runs" / "whole"
     assert_nothing_is_reserved()
-    assert ends(folder) == list(range(1, 7)), "every trial has one end"
+    assert ends(folder) == list(range(1, 5)), "every trial has one end"
     trials = trials_of(folder)
     assert {trial.number for trial in trials if trial.state == "failed"} == {2}
     assert all("not finite" in trial.reason for trial in trials if trial.state == "failed")
@@ -150,14 +150,14 @@ def test_a_search_stops_what_falls_behind_records_what_fails_and_leaves_a_preset
     own = [int(row.split()[1].rstrip(":")) for row in evaluated if row.startswith("trial")]
     assert own == [trial.number for trial in finished]
     assert all((folder / "results" / f"{name}.png").stat().st_size for name in ("curves", "parallel", "effects"))
-    assert len(list((folder / "tensorboard").glob("*/events*"))) == 6
+    assert len(list((folder / "tensorboard").glob("*/events*"))) == 4
     assert RunFolder(folder).read_status()["state"] == "finished"
     assert f"best: trial {best.number:03d}" in text
-    assert "8 iterations) are trained once for all trials: 40 iterations less" in text
+    assert "8 iterations) are trained once for all trials: 24 iterations less" in text
 
     before = (folder / "ledger.jsonl").read_text()
     code, again = here(file)
-    assert (code, "6 trials" in again) == (0, True)
+    assert (code, "4 trials" in again) == (0, True)
     assert (folder / "ledger.jsonl").read_text() == before, "a finished search is not run again"
     code, refused = here(file, "method.delta_th=0.3")
     assert code == 2
