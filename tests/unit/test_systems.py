@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from mpscl_ray import checkpoint, training
-from mpscl_ray.config import Config, load_config
+from mpscl_ray import checkpoint, launch, training
+from mpscl_ray.config import Config, load_config, to_yaml
 from mpscl_ray.errors import ConfigError
+from mpscl_ray.evaluation import evaluate_checkpoint
 from mpscl_ray.fork import fork
-from mpscl_ray.inference import Checkpoint, Model, load_weights
 from mpscl_ray.run_folder import RunFolder
 from mpscl_ray.systems import SYSTEMS, beginning, shared_phase
-from tests.tiny import CLASSES, local_data, make_pair, tiny_config
+from tests.tiny import local_data, make_pair, tiny_config
 
 CPU = torch.device("cpu")
 TINY_SIFA = [f"method.{width}=1" for width in ("generator_width", "generator_blocks", "encoder_width", "critic_width")]
@@ -84,7 +84,7 @@ def parent(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Config, RunF
 def test_what_configs_say_is_shared_is_the_same_in_weights(
     parent: tuple[Path, Config, RunFolder], name: str, tmp_path: Path
 ) -> None:
-    """Trained whole or forked from MPSCL's run, a system ends alike; its weights predict, from every phase."""
+    """Trained whole or forked from MPSCL's run, a system ends alike; every phase of its run can be evaluated."""
     base, mpscl, begun = parent
     config = tiny_config(base / "mr", base / "ct", TINY_SIFA if "sifa" in name else (), preset=f"small/{name}")
     whole = train(config, tmp_path / "whole")
@@ -101,8 +101,10 @@ def test_what_configs_say_is_shared_is_the_same_in_weights(
         assert (forked.phases / last / checkpoint.TENSORS).read_bytes() == (
             whole.phases / last / checkpoint.TENSORS
         ).read_bytes()
-    model = Model(CLASSES, (32, 32), {}, {}, ())
-    _, arrays = next(local_data(config).validation["target"].volumes())
+    domains, _ = launch.load_domains(config)
+    whole.write_config(to_yaml(config))
+    whole.write_model(launch.model_description(config, domains))
     for phase, _ in config.schedule:
-        labels = load_weights(model, Checkpoint(phase, whole.phases / phase), "cpu").predict_slices(arrays["image"])
-        assert labels.shape == arrays["image"].shape
+        evaluation = evaluate_checkpoint(whole.path, phase, device="cpu", workers=0, progress=False)
+        assert evaluation.weights.phase == phase
+        assert len(evaluation.scores) == 2
