@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -22,40 +23,37 @@ from mpscl_ray import checkpoint, compare  # noqa: E402
 from mpscl_ray.cluster_session import connect  # noqa: E402
 from mpscl_ray.errors import ConfigError, TrainingError  # noqa: E402
 from mpscl_ray.run_folder import RunFolder  # noqa: E402
-from tests.tiny import SEGMENTATION_SETTINGS, SETTINGS, make_pair  # noqa: E402
+from tests.tiny import make_pair, tiny_settings  # noqa: E402
 
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE_S = 300
-METHOD = {
-    "source_only": {"name": "segmentation"},
-    "supervised": {"name": "segmentation"},
+METHOD: dict[str, dict[str, object]] = {
+    "source_only": {},
+    "supervised": {},
     "baseline": {"beta": 0, "gamma": 0},
     "mpscl": {},
 }
+"""Systems of the tests, with what tiny settings would overwrite."""
 
 
-def write_presets(folder: Path, phase: int = 4, **changes: dict[str, object]) -> Path:
+def write_presets(folder: Path, phase: int = 4, **changes: dict[str, dict[str, object]]) -> Path:
     """A family of tiny presets with equal budgets."""
     folder.mkdir(exist_ok=True)
     for system, method in METHOD.items():
-        plain = method.get("name") == "segmentation"
-        settings: dict[str, object] = {"preset": f"small/{system if plain else 'mpscl'}"}
-        for line in SEGMENTATION_SETTINGS if plain else SETTINGS:
+        settings: dict[str, Any] = {"preset": f"small/{system}", "scaling": {"workers": 1}}
+        for line in tiny_settings(f"small/{system}"):
             key, _, value = line.partition("=")
-            place = settings
-            *parents, last = key.split(".")
-            for parent in parents:
-                place = place.setdefault(parent, {})  # type: ignore[assignment]
-            place[last] = yaml.safe_load(value)
-        settings["phases"] |= (  # type: ignore[operator]
-            {"source_only": 3 * phase} if plain else dict.fromkeys(("source_only", "warm_up", "adaptation"), phase)
-        )
-        settings["method"] = {**settings.get("method", {}), **method}  # type: ignore[dict-item]
-        settings["scaling"] = {"workers": 1}
+            section, _, name = key.partition(".")
+            settings.setdefault(section, {})[name] = yaml.safe_load(value)
+        plain = system in ("source_only", "supervised")
+        lengths = (3 * phase, 0, 0) if plain else (phase, phase, phase)
+        settings["phases"] |= dict(zip(("source_only", "warm_up", "adaptation"), lengths, strict=True))
+        settings["method"] = settings.get("method", {}) | method
+        settings["data"] = {"batch_size": settings["data"]["batch_size"]}
         for section, values in changes.get(system, {}).items():
-            settings[section] = {**settings.get(section, {}), **values}  # type: ignore[dict-item]
+            settings[section] = {**settings[section], **values}
         (folder / f"{system}.yaml").write_text(yaml.safe_dump(settings))
     return folder
 
