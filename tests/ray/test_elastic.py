@@ -17,7 +17,7 @@ from mpscl_ray.config import load_config
 from mpscl_ray.errors import Interrupted, StorageError
 from mpscl_ray.run_folder import RunFolder
 from tests.nodes import Cluster, cluster, wait_for
-from tests.tiny import SEGMENTATION_SETTINGS, make_pair, train_in_processes
+from tests.tiny import make_pair, tiny_settings, train_in_processes
 
 pytestmark = pytest.mark.slow
 
@@ -41,7 +41,14 @@ def pair() -> Iterator[Cluster]:
 
 def words(folder: Path, name: str, *overrides: str) -> list[str]:
     settings = [f"data.source={folder / 'mr'}", f"data.target={folder / 'ct'}", f"run.storage={folder / 'runs'}"]
-    return ["mpscl_ray.train", "small/source_only", *SEGMENTATION_SETTINGS, *settings, f"run.name={name}", *overrides]
+    return [
+        "mpscl_ray.train",
+        "small/source_only",
+        *tiny_settings("small/source_only"),
+        *settings,
+        f"run.name={name}",
+        *overrides,
+    ]
 
 
 def steps(run: RunFolder) -> int:
