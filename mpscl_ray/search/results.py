@@ -28,6 +28,9 @@ from mpscl_ray.search.study import Study
 from mpscl_ray.search.terminal import short, short_key
 
 PRESET = "best.yaml"
+ENOUGH_TRIALS = 5
+"""From so many trials in full on, rank correlations are shown."""
+
 TEST_TABLE = "test.txt"
 """Scores of the evaluated trials on the target's test volumes; ``test.md``, ``.csv`` and ``.json`` have the same."""
 
@@ -142,8 +145,8 @@ def print_results(study: Study) -> None:
         for key, value in best.settings.items():
             print(f"  {key} = {short(value)}")
     found = agreements(trials)
-    if found:
-        number = next(iter(found.values())).trials
+    number = max((value.trials for value in found.values()), default=0)
+    if number >= ENOUGH_TRIALS:
         print(f"\nlabel-free criteria against target Dice, {number} trials in full")
         print(agreements_text(found, study.metric))
     table = study.folder.results / TEST_TABLE
