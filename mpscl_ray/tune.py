@@ -9,7 +9,7 @@ from pathlib import Path
 
 import yaml
 
-from mpscl_ray import cli, launch, phantom_dataset
+from mpscl_ray import cli, launch, phantom_dataset, train
 from mpscl_ray.cluster_session import connect
 from mpscl_ray.config import describe_keys, preset_names
 from mpscl_ray.durable_files import storage_errors
@@ -25,22 +25,11 @@ from mpscl_ray.search.sharing import limiting_keys, shared_phases
 from mpscl_ray.search.space import EXAMPLE, Space, describe_spaces, load_space
 from mpscl_ray.search.study import LEDGER, Study
 from mpscl_ray.search.terminal import Board, short_key, trial_rows
-from mpscl_ray.train import warn_of_storage
 from mpscl_ray.trial import open_shared
 
-MAY_CHANGE = (
-    "scaling",
-    "run.name",
-    "run.report_every",
-    "run.keep_checkpoints",
-    "run.restarts",
-    "run.storage",
-    "data.source",
-    "data.target",
-    "search.trials",
-    "search.evaluate",
-)
-"""Keys that a search which goes on may set anew; none of them changes what a trial computes or is compared by."""
+MAY_CHANGE = ("search.trials", "search.evaluate", *(key for key in train.MAY_CHANGE if key != "run.validate_every"))
+"""Keys that a search which goes on may set anew; none of them changes what a trial computes or when it
+is compared."""
 
 _EXAMPLES = """\
 examples:
@@ -115,7 +104,7 @@ def search(space: Space, command: list[str], *, warm_up: RunFolder | None = None
         if folder.exists and ledger.trials:
             for change in folder.check_config(_yaml(space, warm_up), MAY_CHANGE):
                 print(f"changed for the rest of the search: {change}", flush=True)
-        warn_of_storage(folder)
+        train.warn_of_storage(folder)
         folder.write_config(_yaml(space, warm_up))
         folder.write_environment(words)
         folder.write_status("running", resume_command=resume)
