@@ -112,7 +112,11 @@ def test_a_lost_node_shrinks_the_run_and_a_new_one_grows_it(pair: Cluster, folde
     process.terminate()
     assert wait_for(process, output, PATIENCE_S) == Interrupted.exit_code, output.read_text()
     text = output.read_text()
-    for notice in ("training with 2 of 1 to 2 workers", "training with 1 of 1 to 2 workers", "the workers are replaced and go on"):
+    for notice in (
+        "training with 2 of 1 to 2 workers",
+        "training with 1 of 1 to 2 workers",
+        "the workers are replaced and go on",
+    ):
         assert notice in text, text
 
     end = checkpoint.list_checkpoints(run.checkpoints)[-1]
