@@ -50,7 +50,8 @@ def write_presets(folder: Path, phase: int = 4, **changes: dict[str, dict[str, o
         plain = system in ("source_only", "supervised")
         lengths = (3 * phase, 0, 0) if plain else (phase, phase, phase)
         settings["phases"] |= dict(zip(("source_only", "warm_up", "adaptation"), lengths, strict=True))
-        settings["method"] = settings.get("method", {}) | method
+        if method:
+            settings["method"] |= method
         settings["data"] = {"batch_size": settings["data"]["batch_size"]}
         for section, values in changes.get(system, {}).items():
             settings[section] = {**settings[section], **values}
