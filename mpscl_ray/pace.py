@@ -54,6 +54,10 @@ class StopLooks:
         self._next = 0
         self._seen = (time.perf_counter(), 0)
 
+    def look_soon(self) -> None:
+        """Look after the next step, whenever that is; all workers say so at the same step."""
+        self._next = 0
+
     def stop_after(self, step: int) -> bool:
         """Whether to end after this step. Worker 0 says when all look next: about every ``LOOK_S`` seconds."""
         if step < self._next:

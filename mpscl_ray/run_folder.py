@@ -63,6 +63,10 @@ NOTICES_FILE = "notices.log"
 PLACE_FILE = ".placement-group"
 """Name of the file in the run folder that names the placement group of the workers, while they have one."""
 
+DECIDED_FILE = ".decided"
+"""Name of the file, in the folder of a run that may be stopped for falling behind others, with the global step up to
+which that was decided. Where it is, training waits for it after each validation."""
+
 LOSSES_FILE = "losses.log"
 """The same of workers that were lost, written on the node of the command."""
 

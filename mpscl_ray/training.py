@@ -217,6 +217,8 @@ class _Training:
                 if self.rank == 0:
                     self.folder.append_metrics(record)
                 self.observer.record(record, validating)
+                if validating:
+                    self.looks.look_soon()  # whoever watches may have made up their mind by what they saw
                 if saving or stopping:
                     self._save(method, name, self.folder.checkpoints / checkpoint.checkpoint_name(position.step))
                     self.observer.saved()

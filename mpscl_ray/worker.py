@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from mpscl_ray.errors import MpsclError
 from mpscl_ray.monitoring import Monitoring
 from mpscl_ray.plots import panel, plot_progress
 from mpscl_ray.progress import TensorBoard
-from mpscl_ray.run_folder import FAILURE_FILE, NOTICES_FILE, PLACE_FILE, STOP_FILE, RunFolder
+from mpscl_ray.run_folder import DECIDED_FILE, FAILURE_FILE, NOTICES_FILE, PLACE_FILE, STOP_FILE, RunFolder
 from mpscl_ray.training_data import TrainingData
 
 log = logging.getLogger(__name__)
@@ -98,6 +99,32 @@ def add_notice(folder: RunFolder, text: str, file: str = NOTICES_FILE) -> None:
         stream.write(" ".join(text.split()) + "\n")
 
 
+def wait_for_decision(folder: RunFolder, step: int, patience_s: float = 60.0) -> bool:
+    """Wait until it is decided whether a run goes on after a validation; at once where nobody decides.
+
+    Without it a run that has fallen behind others would train on until word of it comes.
+
+    Args:
+        folder: of the run.
+        step: global step of the validation.
+        patience_s: longest wait.
+
+    Returns:
+        Whether a decision came; False only after the longest wait.
+    """
+    deadline = time.monotonic() + patience_s
+    while True:
+        try:
+            decided = int((folder.path / DECIDED_FILE).read_text(encoding="ascii"))
+        except FileNotFoundError:
+            return True
+        if decided >= step:
+            return True
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+
+
 class _RunObserver(training.Observer):
     """Exports metrics, and reports validations to Ray Train; worker 0 keeps TensorBoard, curves and notices of the run
     folder up to date."""
@@ -107,6 +134,8 @@ class _RunObserver(training.Observer):
     ) -> None:
         self.folder, self.classes, self.monitoring, self.writes = folder, classes, monitoring, writes
         self.scaling = scaling
+        self.tired = False
+        """Whether nobody decides any more on what is waited for."""
         self.board: TensorBoard | None = None
 
     def started(self, step: int) -> None:
@@ -131,6 +160,8 @@ class _RunObserver(training.Observer):
                 plot_progress(self.folder.read_metrics(), self.folder.progress_image, self.folder.name)
             # A report makes all workers wait for the controller: only after a validation.
             ray.train.report(dict(record))
+            if self.writes and not self.tired:
+                self.tired = not wait_for_decision(self.folder, record["global_step"])
 
     def saved(self) -> None:
         self.monitoring.saved()

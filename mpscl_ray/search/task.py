@@ -10,10 +10,11 @@ from typing import Any
 from ray import tune
 
 from mpscl_ray.config import config_from_dict
+from mpscl_ray.durable_files import write_atomically
 from mpscl_ray.errors import MpsclError
 from mpscl_ray.fork import fork
 from mpscl_ray.launch import Launch
-from mpscl_ray.run_folder import RunFolder
+from mpscl_ray.run_folder import DECIDED_FILE, RunFolder
 from mpscl_ray.search.criteria import score
 from mpscl_ray.trial import Shared, run_trial
 
@@ -57,22 +58,30 @@ def run_task(settings: dict[str, Any], shared: Shared) -> None:
     try:
         if task.parent is not None:
             fork(folder, RunFolder(Path(task.parent)), task.phase)
+        reporter.decided(0)
         run_trial(config_from_dict(task.config), folder, shared, reporter.look)
     except MpsclError as error:
         if folder.read_status().get("state") != "failed":
             folder.write_status("failed", exit_code=error.exit_code, reason=str(error))
         return
+    finally:
+        (folder.path / DECIDED_FILE).unlink(missing_ok=True)
     reporter.report()
 
 
 class _Reporter:
-    """Hands each new validation of the last phase to Ray Tune, and passes on the wish to stop."""
+    """Hands each new validation of the last phase to Ray Tune, and passes on the wish to stop.
+
+    The training waits after each validation until it is decided here, so that a trial which has fallen behind stops
+    where it did.
+    """
 
     def __init__(self, task: Task, folder: RunFolder, number: int) -> None:
         self._task, self._folder, self._number = task, folder, number
         self._phase = config_from_dict(task.config).schedule[-1][0]
         self._reported = 0
         self._size = -1
+        self._seen = self._decided = 0
         self._stopping = False
 
     def look(self, training: Launch) -> None:
@@ -82,6 +91,13 @@ class _Reporter:
         if not self._stopping and (early.exists() or all_trials.exists()):
             self._stopping = True
             training.request_stop()
+        if self._seen > self._decided:
+            self.decided(self._seen)
+
+    def decided(self, step: int) -> None:
+        """Let the training go on behind a global step, or stop there if it was asked to."""
+        self._decided = step
+        write_atomically(self._folder.path / DECIDED_FILE, str(step).encode())
 
     def report(self) -> None:
         """Report what was not reported yet; returns when Ray Tune has decided on it."""
@@ -91,6 +107,7 @@ class _Reporter:
             return
         self._size = size
         for record in self._folder.read_metrics():
+            self._seen = max(self._seen, record["global_step"])
             if record["phase"] != self._phase or record["iteration"] <= self._reported:
                 continue
             values = {tag: float(value) for tag, value in record.items() if tag.startswith("val/")}

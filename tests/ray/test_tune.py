@@ -128,7 +128,9 @@ def test_a_search_stops_what_falls_behind_records_what_fails_and_leaves_a_preset
     assert all(list(trial.reports) == list(range(2, ITERATIONS + 1, 2)) for trial in finished)
     for trial in stopped:
         run = RunFolder(folder / "trials" / f"{trial.number:03d}")
-        assert trial.iteration < ITERATIONS
+        rung = int(trial.reason.rpartition(" ")[2])
+        assert trial.iteration == rung < ITERATIONS, "it waited for the decision"
+        assert run.read_metrics()[-1]["iteration"] <= rung + 1
         assert run.read_status()["state"] == "interrupted"
         assert not list(run.path.glob("checkpoints/*")), "weights of a stopped trial are of no use"
     shared = {record["phase"] for record in RunFolder(folder / "shared").read_metrics()}
