@@ -275,7 +275,7 @@ def find_checkpoint(run: RunFolder | Path | str, checkpoint: str = "last") -> tu
         return Checkpoint(checkpoint, folder.fetched(parents.get(checkpoint, folder.phases) / checkpoint)), []
     path = Path(checkpoint)
     if checkpoint != "best" and path.exists():
-        return Checkpoint(path.name, path), []
+        return Checkpoint(path.name, path.absolute()), []  # whoever predicts may stand in another folder
     raise ConfigError(
         f"the run {folder.place} has no checkpoint {checkpoint!r} and there is no such path; it has "
         f"{', '.join(['last', *there]) if there else 'none yet'}"

@@ -157,8 +157,8 @@ class RunFolder:
         """Put a file, a checkpoint or a folder of files, which was written into the run's folder, in its place."""
 
     def fetched(self, path: Path) -> Path:
-        """A checkpoint, given by its absolute path or the one below the run's folder, where it can be read."""
-        return self.path / path
+        """A checkpoint, given by its path or by the way from the run's folder, where it can be read."""
+        return path if path.is_relative_to(self.path) else self.path / path
 
     def relative(self, path: Path) -> Path:
         """The way from the run's folder to a path in it; another path stays as it is."""

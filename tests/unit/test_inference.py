@@ -26,6 +26,7 @@ from mpscl_ray.inference import (
     keep_largest_component,
     load_segmenter,
     read_model,
+    segmenter_of_worker,
     volumes_at_a_time,
 )
 from mpscl_ray.networks import DeepLabV2, initialise
@@ -153,6 +154,26 @@ def test_a_run_is_loaded_by_the_name_of_a_checkpoint(tmp_path: Path) -> None:
     assert predictor.model.domain("source").raw_ids == {"background": 0, "LV": 200, "RV": 600}
     with pytest.raises(ConfigError, match=r"source \(mr\)"):
         predictor.model.domain("pet")
+
+
+def test_relative_paths_lead_to_the_same_weights_from_another_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = write_run(Path("runs") / "run")
+    save(folder.checkpoints / "step-0000100", segmenter(0))
+    save(folder.phases / "source_only", segmenter(1), phase="source_only")
+    torch.save(segmenter(2).state_dict(), "released.pth")
+    for number, name in enumerate(("last", "source_only", "released.pth")):
+        expected = segmenter(number).conv1.weight
+        predictor = load_segmenter(Path("runs") / "run", name, device="cpu")
+        assert torch.equal(predictor.network.conv1.weight, expected), name
+        assert predictor.weights is not None
+        told = dataclasses.replace(predictor.weights, path=folder.relative(predictor.weights.path))
+        with monkeypatch.context() as elsewhere:
+            elsewhere.chdir("/")
+            worker = segmenter_of_worker(str(tmp_path / "runs" / "run"), told, number, "cpu")
+        assert torch.equal(worker.network.conv1.weight, expected), name
 
 
 def test_a_damaged_last_checkpoint_is_passed_over_and_named(tmp_path: Path) -> None:
