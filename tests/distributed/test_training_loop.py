@@ -26,6 +26,7 @@ RUNS = {
     "two, then one": [(2, 4), (1, None)],
     "one in double": [(1, None)],
     "two in double": [(2, None)],
+    "two, one and two in double": [(2, 4), (1, 3), (2, None)],
 }
 """Workers, and the number of steps after which they are stopped, for each process group in turn."""
 
@@ -70,7 +71,12 @@ def test_the_data_and_their_order_do_not_depend_on_the_number_of_workers(runs: R
 
 @pytest.mark.parametrize(
     ("one", "other", "tolerance"),
-    [("one", "two", 1e-3), ("one", "two, then one", 1e-3), ("one in double", "two in double", 1e-7)],
+    [
+        ("one", "two", 1e-3),
+        ("one", "two, then one", 1e-3),
+        ("one in double", "two in double", 1e-7),
+        ("one in double", "two, one and two in double", 1e-7),
+    ],
 )
 def test_metrics_and_weights_do_not_depend_on_the_number_of_workers(
     runs: Runs, one: str, other: str, tolerance: float

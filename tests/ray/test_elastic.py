@@ -8,16 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 pytest.importorskip("ray")
 
 from mpscl_ray import checkpoint
-from mpscl_ray.config import load_config
 from mpscl_ray.errors import Interrupted, StorageError
 from mpscl_ray.run_folder import RunFolder
 from tests.nodes import Cluster, cluster, wait_for
-from tests.tiny import make_pair, tiny_settings, train_in_processes
+from tests.tiny import make_pair, tiny_settings
 
 pytestmark = pytest.mark.slow
 
@@ -121,19 +119,3 @@ def test_a_lost_node_shrinks_the_run_and_a_new_one_grows_it(pair: Cluster, folde
 
     end = checkpoint.list_checkpoints(run.checkpoints)[-1]
     assert [record["global_step"] for record in run.read_metrics()][-1] == checkpoint.step_of(end)
-
-
-def test_such_a_run_is_where_one_worker_is_that_nothing_has_disturbed(folder: Path) -> None:
-    run = RunFolder(folder / "runs" / "elastic")
-    end = checkpoint.list_checkpoints(run.checkpoints)[-1]
-    config = load_config(run.config_file)
-    train_in_processes(config, folder / "calm", stop_after=checkpoint.step_of(end))
-    ours, theirs = (checkpoint.load(where)["method"]["networks"]["segmenter"] for where in (end, calm(folder)))
-    for name, tensor in theirs.items():
-        torch.testing.assert_close(
-            ours[name], tensor, rtol=1e-3, atol=1e-3, msg=lambda text, name=name: f"{name}: {text}"
-        )
-
-
-def calm(folder: Path) -> Path:
-    return checkpoint.list_checkpoints(RunFolder(folder / "calm").checkpoints)[-1]
