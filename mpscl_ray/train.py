@@ -144,8 +144,8 @@ def train(config: Config, command: list[str], *, dashboard: bool = False, allow_
             folder.write_status("failed", exit_code=1, reason=f"{type(error).__name__}: {error}", **_place(folder))
             raise
         folder.write_status("finished", exit_code=0, **_place(folder))
-    _print_results(folder)
-    _print_next_steps(folder)
+        _print_results(folder)
+        _print_next_steps(folder)
     return 0
 
 
