@@ -75,12 +75,14 @@ class BucketRun(RunFolder):
         self.name = remote.name
         self._lease = Lease(remote / ".lease", remote.name)
         self._mirror: Mirror | None = None
+        self._looked = False
 
     @property
     def exists(self) -> bool:
         """Whether a run was started there before; what there is of small files is fetched to see."""
-        if not super().exists:
+        if not super().exists or (self.role == "reader" and not self._looked):
             self._fetch_small()
+            self._looked = True
         return super().exists
 
     @property
