@@ -1,4 +1,8 @@
-"""The phantom hearts as a prepared dataset: made once for a storage folder, by the same code as real data."""
+"""The phantom hearts as a prepared dataset: made once for a storage folder, by the same code as real data.
+
+Commands may start at the same moment: each makes the hearts in a folder of its own, which gets its name when it is
+whole. Who comes second uses what is there. In a bucket both put the same bytes.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +15,13 @@ from pathlib import Path
 from mpscl_ray.config import Config
 from mpscl_ray.data import phantom, phantom_imaging, phantom_shapes
 from mpscl_ray.data.phantom_files import FIRST_CASE, make_phantom
-from mpscl_ray.data.schema import MANIFEST
+from mpscl_ray.data.schema import MANIFEST, load_manifest, save_manifest
 from mpscl_ray.data.slices import Recipe
 from mpscl_ray.durable_files import storage_errors, write_atomically
 from mpscl_ray.errors import ConfigError
-from mpscl_ray.prepare import prepare
+from mpscl_ray.prepare import prepare, unfinished
 from mpscl_ray.prepare_options import PrepareOptions
-from mpscl_ray.storage import Remote, cache_folder, locate
+from mpscl_ray.storage import Remote, locate
 
 PREFIX = "phantom:"
 """``data.source=phantom:mr`` stands for the dataset that is made here."""
@@ -64,26 +68,58 @@ def phantom_dataset(storage: Path | Remote) -> Path | Remote:
     recipe = json.dumps([TRAIN, VAL, TEST, SEED, RECIPE.to_json(), _code_hash()])
     folder = storage / f"phantom-{hashlib.sha256(recipe.encode()).hexdigest()[:8]}"
     prepared = folder / "prepared"
-    if all((prepared / modality / MANIFEST).exists() for modality in MODALITIES):
+    if _is_whole(prepared):
         return prepared
     print(f"making the phantom hearts in {folder}", flush=True)
+    with unfinished(storage, folder.name) as here:
+        # What lies in this node's cache cannot be prepared on another one.
+        _make(here, str(folder), workers=0 if isinstance(folder, Remote) else None)
+        _publish(here, folder)
+    return prepared
+
+
+def _is_whole(prepared: Path | Remote) -> bool:
+    return all((prepared / modality / MANIFEST).exists() for modality in MODALITIES)
+
+
+def _make(here: Path, name: str, workers: int | None) -> None:
+    """Make hearts and datasets in a folder that will get another name, which manifests tell already."""
     count = TRAIN + VAL + TEST
-    here = cache_folder() / folder.name if isinstance(folder, Remote) else folder
     raw = here / "nifti"
-    with storage_errors(here):
-        shutil.rmtree(here, ignore_errors=True)
     make_phantom(raw, count, count, SEED)
     for modality in MODALITIES:
         names = [f"{modality}_{FIRST_CASE + number}" for number in range(count)]
         split = {"train": names[:TRAIN], "val": names[TRAIN : TRAIN + VAL], "test": names[TRAIN + VAL :]}
         file = here / f"split-{modality}.json"
         write_atomically(file, json.dumps(split, indent=1).encode())
+        dataset = here / "prepared" / modality
         prepare(
-            PrepareOptions(raw, prepared, "mmwhs", modality=modality, split=str(file), recipe=RECIPE, overwrite=True)
+            PrepareOptions(
+                raw, dataset.parent, "mmwhs", modality=modality, split=str(file), recipe=RECIPE, workers=workers
+            )
         )
-    if here != folder:
-        shutil.rmtree(here, ignore_errors=True)
-    return prepared
+        manifest = load_manifest(dataset)
+        save_manifest(dataset, dataclasses.replace(manifest, command=manifest.command.replace(str(here), name)))
+
+
+def _publish(here: Path, folder: Path | Remote) -> None:
+    """Give what is whole its name, unless another command was faster."""
+    if isinstance(folder, Remote):
+        for modality in MODALITIES:
+            files = sorted(path for path in (here / "prepared" / modality).rglob("*") if path.is_file())
+            for file in sorted(files, key=lambda path: path.name == MANIFEST):
+                with file.open("rb") as stream:
+                    (folder / file.relative_to(here)).upload(stream)
+        return
+    with storage_errors(folder):
+        try:
+            here.rename(folder)
+        except OSError:
+            if _is_whole(folder / "prepared"):
+                return
+            # Half of one, which a killed command of an earlier version left.
+            shutil.rmtree(folder, ignore_errors=True)
+            here.rename(folder)
 
 
 def _code_hash() -> str:

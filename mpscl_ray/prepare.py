@@ -83,7 +83,7 @@ def prepare(options: PrepareOptions, *, progress: bool = True) -> dict[str, Path
     with ExitStack() as stack:
         datasets = []
         for modality in modalities:
-            folder = stack.enter_context(_unfinished(options.out, modality))
+            folder = stack.enter_context(unfinished(options.out, modality))
             cases = [case for case in found.cases if case.modality == modality]
             datasets.append(_plan(modality, cases, options, folder, table, problems, found.notices))
         workers = _workers(options, [request for dataset in datasets for request in dataset.requests])
@@ -253,12 +253,12 @@ def _check_place(target: Path | Remote, overwrite: bool) -> None:
 
 
 @contextmanager
-def _unfinished(out: Path | Remote, modality: str) -> Iterator[Path]:
-    """A hidden folder beside the finished datasets, for those in a bucket in the cache folder; gone after the block
-    unless it was published."""
+def unfinished(out: Path | Remote, name: str) -> Iterator[Path]:
+    """A hidden folder of this process beside finished ones, for those in a bucket in the cache folder; gone after the
+    block unless it was given its name. Those that killed processes of this host have left are removed."""
     if isinstance(out, Remote):
         out = cache_folder() / "unfinished"
-    prefix = f".{modality}.unfinished-{socket.gethostname()}-"
+    prefix = f".{name}.unfinished-{socket.gethostname()}-"
     with storage_errors(out):
         out.mkdir(parents=True, exist_ok=True)
         for left in out.glob(f"{prefix}*"):
