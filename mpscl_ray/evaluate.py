@@ -101,7 +101,7 @@ def main(arguments: Sequence[str]) -> int:
     add("--checkpoint", default="last", help="last (default), best, a phase, a name in RUN/checkpoints, or a path")
     add("--data", metavar="FOLDER", help="prepared dataset, or its URL (default: the run's target)")
     add("--split", default="test", choices=SPLITS, help="which volumes (default: test)")
-    add("--out", type=Path, metavar="DIR", help="folder for the tables (default: RUN/results/NAME)")
+    add("--out", metavar="DIR", help="folder for the tables, or its URL (default: RUN/results/NAME)")
     add(
         "--workers",
         type=int,

@@ -46,7 +46,7 @@ from mpscl_ray.score_table import (
     summarise,
     summary_csv,
 )
-from mpscl_ray.storage import Remote, locate
+from mpscl_ray.storage import Remote, locate, written_to
 
 RELEASED_PROTOCOL = (
     "RELEASED PROTOCOL, for comparison with published numbers alone: the last (slices mod 32) slices of each volume "
@@ -121,7 +121,7 @@ def evaluate_checkpoint(
     *,
     data: Path | str | None = None,
     split: str = "test",
-    out: Path | None = None,
+    out: Path | Remote | str | None = None,
     device: str | None = None,
     workers: int | None = None,
     largest_component: bool = False,
@@ -135,7 +135,7 @@ def evaluate_checkpoint(
         checkpoint: see :func:`mpscl_ray.inference.find_checkpoint`.
         data: prepared dataset; None for the run's target.
         split: train, val or test.
-        out: folder for the tables; None for ``RUN/results/NAME``.
+        out: folder, or URL, for the tables; None for ``RUN/results/NAME``.
         device: None takes a GPU where there is one.
         workers: volumes at a time, on Ray; 0 in this process; None decides by their number.
         largest_component: whether only the largest connected part of each structure is kept.
@@ -174,9 +174,11 @@ def evaluate_checkpoint(
         largest_component=largest_component,
         released_protocol=released_protocol,
     )
-    place = out or home.results / "_".join(parts)
-    with storage_errors(place):  # before the work, not after it
-        place.mkdir(parents=True, exist_ok=True)
+    place = locate(out or home.results / "_".join(parts))
+    if isinstance(place, Remote):  # before the work, not after it
+        place.require_bucket()
+    with written_to(place):
+        pass
     scores = _score(predictor, options, cases, workers, progress)
     evaluation = Evaluation(
         name="_".join(parts),
@@ -194,9 +196,10 @@ def evaluate_checkpoint(
         summary=summarise(scores),
         notices=tuple(notices),
     )
-    _write(evaluation, place)
+    with written_to(place) as written:
+        _write(evaluation, written)
     if out is None:
-        home.publish(place)
+        home.publish(home.results / place.name)
     return evaluation
 
 

@@ -19,7 +19,7 @@ from mpscl_ray import __version__, cli
 from mpscl_ray.bucket_run import open_run
 from mpscl_ray.cluster_session import connect
 from mpscl_ray.data.file_listing import is_dicom
-from mpscl_ray.durable_files import storage_errors, write_atomically
+from mpscl_ray.durable_files import write_atomically
 from mpscl_ray.errors import ConfigError, DataError
 from mpscl_ray.inference import choose_device, find_checkpoint, load_weights, read_model, volumes_at_a_time
 from mpscl_ray.parallel import map_volumes
@@ -37,6 +37,7 @@ from mpscl_ray.prediction import (
     write_label_tables,
 )
 from mpscl_ray.progress import ProgressLine
+from mpscl_ray.storage import Remote, is_url, locate, written_to
 
 VOLUMES = "volumes.json"
 """File in the output folder with the volume of each structure in ml, by label map."""
@@ -49,6 +50,7 @@ examples:
   python -m mpscl_ray.predict runs/mpscl patient7.nii.gz --out predictions
   python -m mpscl_ray.predict runs/mpscl SCANS --pattern '*_LGE.nii.gz' --out predictions --preview --workers 4
   python -m mpscl_ray.predict runs/mpscl mr_1001.nii.gz --modality source --checkpoint source_only --out predictions
+  python -m mpscl_ray.predict s3://hearts/runs/mpscl patient7.nii.gz --out s3://hearts/predictions
 
 For patient7.nii.gz the folder gets patient7_prediction.nii.gz (same grid, affine and orientation), volumes.json,
 itksnap_labels.txt and slicer_labels.ctbl. A file that cannot be read is reported and does not stop the others.
@@ -60,6 +62,7 @@ def main(arguments: Sequence[str]) -> int:
     options = _parser().parse_args(list(arguments))
     if options.workers is not None and options.workers < 0:
         raise ConfigError(f"--workers is {options.workers}; expected 0 or more")
+    out = _place(options.inputs, options.out)
     device = choose_device(options.device)
     home = open_run(options.run)
     model = read_model(home)
@@ -72,7 +75,7 @@ def main(arguments: Sequence[str]) -> int:
         weights=replace(weights, path=home.relative(weights.path)),
         stamp=weights.stamp(),
         domain=options.modality,
-        out=options.out.absolute(),
+        out=out,
         raw_ids=output_ids(model, domain) if options.label_values == "raw" else None,
         device=options.device,
         largest_component=options.largest_component,
@@ -84,8 +87,6 @@ def main(arguments: Sequence[str]) -> int:
     previous = _check_outputs(images, job, model.classes, options.overwrite)
     workers = volumes_at_a_time(len(images), device) if options.workers is None else options.workers
     predictor = load_weights(model, weights, options.device)  # also in front of workers: its errors come at once
-    with storage_errors(job.out):
-        job.out.mkdir(parents=True, exist_ok=True)
     if images:
         write_label_tables(job.out, model.classes, job.raw_ids)
     line = ProgressLine(len(images), "segmenting, volume")
@@ -115,7 +116,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("run", metavar="RUN", help="folder of the run, or its URL")
     add("inputs", type=Path, nargs="+", metavar="INPUT", help="NIfTI files, or folders of them")
-    add("--out", type=Path, required=True, metavar="DIR", help="folder for the label maps")
+    add("--out", required=True, metavar="DIR", help="folder for the label maps, or its URL")
     add("--pattern", metavar="GLOB", help="which files of a folder (default: all NIfTI files that are no label maps)")
     add("--modality", default="target", help="target (default), source, or the name of one of the run's modalities")
     add("--checkpoint", default="last", help="last (default), best, a phase, a name in RUN/checkpoints, or a path")
@@ -148,6 +149,25 @@ def _spacing(text: str) -> tuple[float, float, float]:
     if not all(0 < size < math.inf for size in (x, y, z)):
         raise argparse.ArgumentTypeError(f"{text!r} is not three sizes in mm above 0, such as 1,1,5")
     return x, y, z
+
+
+def _place(inputs: Sequence[Path], out: str) -> Path | Remote:
+    """Where label maps go.
+
+    Raises:
+        ConfigError: an input is in a bucket, or the URL cannot be used.
+        StorageError: there is no such bucket.
+    """
+    for given in inputs:
+        if is_url(given):
+            raise ConfigError(
+                f"{locate(given)} is in a bucket, and images are read from files; copy it to this machine"
+            )
+    place = locate(out)
+    if isinstance(place, Remote):
+        place.require_bucket()
+        return place
+    return place.absolute()
 
 
 def find_images(inputs: Sequence[Path], pattern: str | None) -> tuple[list[Path], list[Prediction]]:
@@ -211,7 +231,11 @@ def _check_outputs(images: Sequence[Path], job: Job, classes: Sequence[str], ove
             f"{job.out} has {', '.join(there[:3])}{more} already; give another --out, or --overwrite to replace them"
         )
     table = job.out / SLICER_LABELS
-    if table.exists() and not overwrite and table.read_text("utf-8", "replace") != slicer_table(classes, job.raw_ids):
+    if (
+        table.exists()
+        and not overwrite
+        and table.read_bytes().decode(errors="replace") != slicer_table(classes, job.raw_ids)
+    ):
         raise ConfigError(f"{table} names other labels than this run; give another --out, or --overwrite to replace it")
     try:
         previous = json.loads((job.out / VOLUMES).read_bytes())["predictions"]
@@ -245,10 +269,11 @@ def _write_volumes(job: Job, previous: dict[str, Any], good: Sequence[Prediction
         for prediction in good
     }
     text = json.dumps({"predictions": {**previous, **entries}}, indent=1, ensure_ascii=False, allow_nan=False)
-    write_atomically(job.out / VOLUMES, (text + "\n").encode())
+    with written_to(job.out) as folder:
+        write_atomically(folder / VOLUMES, (text + "\n").encode())
 
 
-def _report(good: Sequence[Prediction], failed: Sequence[Prediction], out: Path) -> None:
+def _report(good: Sequence[Prediction], failed: Sequence[Prediction], out: str) -> None:
     for prediction in good:
         volumes = ", ".join(f"{name} {volume:.1f}" for name, volume in (prediction.volumes_ml or {}).items())
         print(f"{prediction.files[0]}: {volumes} ml")

@@ -16,6 +16,7 @@ from mpscl_ray.durable_files import write_atomically
 from mpscl_ray.errors import ConfigError, DataError
 from mpscl_ray.inference import Checkpoint, Domain, Model, Predictor, keep_largest_component, segmenter_of_worker
 from mpscl_ray.plots import panel, save_png
+from mpscl_ray.storage import Remote, written_to
 
 SUFFIX = "_prediction.nii.gz"
 """End of a label map's name, behind the stem of the image's."""
@@ -36,7 +37,7 @@ class Job:
     """Of the weights, see :meth:`Checkpoint.stamp`."""
     domain: str
     """``source`` or ``target``: which way images are prepared."""
-    out: Path
+    out: Path | Remote
     raw_ids: Mapping[str, int] | None = None
     """Label id of each structure in the output; None for class indices."""
     device: str | None = None
@@ -100,14 +101,15 @@ def predict_image(predictor: Predictor, job: Job, image: Path) -> Prediction:
     """
     assert predictor.model is not None
     try:
-        return _predict(predictor, predictor.model.domain(job.domain), job, image)
+        with written_to(job.out) as folder:
+            return _predict(predictor, predictor.model.domain(job.domain), job, folder, image)
     except DataError as error:
         return Prediction(image, error=str(error))
     except MemoryError:
         return Prediction(image, error=f"{image} does not fit into memory; give fewer --workers, or crop it")
 
 
-def _predict(predictor: Predictor, domain: Domain, job: Job, image: Path) -> Prediction:
+def _predict(predictor: Predictor, domain: Domain, job: Job, folder: Path, image: Path) -> Prediction:
     classes = predictor.classes
     volume = read_image(image, assume_spacing_mm=job.assume_spacing_mm)
     # Never by labels: a new image has none, so the crop is placed as for a user without any.
@@ -136,15 +138,15 @@ def _predict(predictor: Predictor, domain: Domain, job: Job, image: Path) -> Pre
         assert probabilities is not None
         for name, values in zip(names[1:], probabilities[1:], strict=False):
             steps = np.rint(values * PROBABILITY_STEPS).astype(np.uint8)
-            write_values(job.out / name, restore_labels(steps, geometry), volume, slope=1.0 / PROBABILITY_STEPS)
+            write_values(folder / name, restore_labels(steps, geometry), volume, slope=1.0 / PROBABILITY_STEPS)
     if job.preview:
-        save_png(job.out / names[-1], preview(slices, labels, classes))
+        save_png(folder / names[-1], preview(slices, labels, classes))
     if job.raw_ids is None:
-        write_label_map(job.out / names[0], restored, volume, classes)
+        write_label_map(folder / names[0], restored, volume, classes)
     else:
         table = np.array([0, *(job.raw_ids[name] for name in classes[1:])])
         kind = np.int16 if np.abs(table).max() < 2**15 else np.int32
-        write_values(job.out / names[0], table.astype(kind)[restored], volume)
+        write_values(folder / names[0], table.astype(kind)[restored], volume)
     voxel_ml = abs(float(np.linalg.det(volume.affine[:3, :3]))) / 1000.0
     counts = np.bincount(restored.ravel(order="K"), minlength=len(classes))
     return Prediction(
@@ -211,11 +213,12 @@ def output_ids(model: Model, domain: Domain) -> dict[str, int]:
     )
 
 
-def write_label_tables(folder: Path, classes: Sequence[str], raw_ids: Mapping[str, int] | None) -> None:
+def write_label_tables(place: Path | Remote, classes: Sequence[str], raw_ids: Mapping[str, int] | None) -> None:
     """Write names and colours for ITK-SNAP and 3D Slicer; the one for ITK-SNAP goes with class indices alone."""
-    if raw_ids is None:
-        write_itksnap_labels(folder / ITKSNAP_LABELS, classes)
-    write_atomically(folder / SLICER_LABELS, slicer_table(classes, raw_ids).encode())
+    with written_to(place) as folder:
+        if raw_ids is None:
+            write_itksnap_labels(folder / ITKSNAP_LABELS, classes)
+        write_atomically(folder / SLICER_LABELS, slicer_table(classes, raw_ids).encode())
 
 
 def slicer_table(classes: Sequence[str], raw_ids: Mapping[str, int] | None = None) -> str:

@@ -79,6 +79,8 @@ def report(
         DataError: a run or a dataset is damaged.
         StorageError: the folder cannot be written.
     """
+    if out is not None and is_url(out):
+        raise ConfigError(f"--out {out} is a URL, and a report is written to a folder of this machine; give one")
     found = read_runs(runs)
     if out is None and is_url(runs[0]):
         raise ConfigError(f"the run {runs[0]} is in a bucket; give a folder for its report with --out DIR")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -236,6 +237,27 @@ def cache_folder() -> Path:
     with storage_errors(folder):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # images of patients may come to lie there
     return folder
+
+
+@contextmanager
+def written_to(place: Path | Remote) -> Iterator[Path]:
+    """A folder to write in: the place itself, made if need be, or one of this node whose files are put into the bucket,
+    in the order in which they were written, when the block ends well.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    if isinstance(place, Path):
+        with storage_errors(place):
+            place.mkdir(parents=True, exist_ok=True)
+        yield place
+        return
+    with tempfile.TemporaryDirectory(prefix=f"{place.name}-", dir=cache_folder()) as temporary:
+        yield Path(temporary)
+        files = [path for path in sorted(Path(temporary).rglob("*")) if path.is_file()]
+        for file in sorted(files, key=lambda path: path.stat().st_mtime_ns):
+            with file.open("rb") as stream:
+                (place / file.relative_to(temporary)).upload(stream)
 
 
 def cached_file(remote: Remote, sha256: str, size: int) -> Path:

@@ -29,6 +29,7 @@ from mpscl_ray.metrics import volume_scores
 from mpscl_ray.networks import DeepLabV2
 from mpscl_ray.panels import draw_phases
 from mpscl_ray.run_folder import RunFolder
+from tests.s3 import serve
 
 CLASSES = ("background", "MYO", "LAC", "LVC", "AA")
 NETWORK = {"blocks": [1, 1, 1, 1], "width": 4, "output_stride": 4, "in_channels": 1}
@@ -368,6 +369,40 @@ def test_predict_overwrites_only_when_told(run: Path, tmp_path: Path, capsys: py
     assert np.array_equal(ids, np.array([0, 205, 420, 500, 820])[indices])
     assert "820 AA" in (out / "slicer_labels.ctbl").read_text(encoding="utf-8")
     assert not list(out.glob(".*")), "nothing half-written is left"
+
+
+def test_predictions_and_tables_in_a_bucket_are_those_on_a_disk(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = [str(tmp_path / name) for name in ("a.nii.gz", "b.nii.gz")]
+    for number, image in enumerate(images):
+        write_image(Path(image), number, oblique())
+    more = ["--probabilities", "--preview", "--workers", "0"]
+    with serve(tmp_path) as server:
+        there, place = server.folder("out"), server.url("out")
+        for out in (str(tmp_path / "out"), place):
+            assert predict.main([str(run), images[0], "--out", out, *more]) == 0
+            assert predict.main([str(run), images[1], "--out", out, *more]) == 0
+        here = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+        assert {name: (there / name).read_bytes() for name in there.files()} == here
+        assert f"are in {place}" in capsys.readouterr().out
+        with pytest.raises(ConfigError, match=r"out.* has a_prediction.nii.gz.* already; give another --out"):
+            predict.main([str(run), images[0], "--out", place])
+        assert predict.main([str(run), images[0], "--out", place, "--workers", "0", "--overwrite"]) == 0
+
+        assert evaluate.main([str(run), "--out", server.url("tables"), "--workers", "0"]) == 0
+        assert evaluate.main([str(run), "--workers", "0"]) == 0
+        for name in ("per_volume.csv", "summary.csv", "summary.json", "summary.md"):
+            tables = (server.folder("tables") / name).read_bytes()
+            assert tables == (run / "results" / "last_test" / name).read_bytes()
+
+        with pytest.raises(StorageError, match="there is no bucket nowhere"):
+            predict.main([str(run), images[0], "--out", server.url("out", "nowhere")])
+        with pytest.raises(
+            ConfigError, match="is in a bucket, and images are read from files; copy it to this machine"
+        ):
+            predict.main([str(run), server.url("images/a.nii.gz"), "--out", place])
+    assert not [path for path in (tmp_path / "cache").iterdir() if path.name.startswith("out-")], "no image stays here"
 
 
 def test_predict_refuses_what_it_cannot_do(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
