@@ -22,16 +22,26 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from mpscl_ray import checkpoint
 from mpscl_ray.durable_files import storage_errors
 from mpscl_ray.errors import DataError, StorageError
 from mpscl_ray.lease import Lease
 from mpscl_ray.mirror import Mirror, receive, send
-from mpscl_ray.run_folder import FAILURE_FILE, LOSSES_FILE, NOTICES_FILE, PLACE_FILE, STOP_FILE, RunFolder
+from mpscl_ray.run_folder import (
+    FAILURE_FILE,
+    LOSSES_FILE,
+    NOTICES_FILE,
+    PARTS,
+    PLACE_FILE,
+    STOP_FILE,
+    RunFolder,
+    State,
+)
 from mpscl_ray.run_lock import alive
 from mpscl_ray.storage import Remote, cache_folder, locate
 
@@ -42,20 +52,29 @@ _LAST_UPLOADS_S = 60.0
 
 _AGAIN_S = 2.0
 
+_LOOK_S = 2.0
+
 _OF_THE_COMMAND = ("config.yaml", "model.json", "environment.json", "status.json", "results", STOP_FILE)
 _OF_WORKER_0 = tuple(
     "checkpoints best phases metrics.jsonl features.jsonl pseudo_labels progress.png tensorboard".split()
 )
-_LARGE = ("checkpoints", "best", "phases", "tensorboard")
-"""Folders that are not fetched as a whole."""
+_LARGE = ("checkpoints", "best", "phases", "tensorboard", "trials", "shared", "cells")
+"""Folders that are not fetched as a whole; the last three hold the runs of a search or a comparison."""
 
 
-def open_run(place: RunFolder | Path | Remote | str, role: str = "reader", patience_s: float = 0.0) -> RunFolder:
+def open_run(
+    place: RunFolder | Path | Remote | str,
+    role: str = "reader",
+    patience_s: float = 0.0,
+    also: Sequence[str] = (),
+) -> RunFolder:
     """The folder of a run by its path or URL.
 
     Args:
         place: where it is; what is a run folder already is returned as it is.
         role: who opens it, which is part of the name of a node's own copy of a run in a bucket.
+        patience_s: how long a bucket may fail to answer.
+        also: patterns of what its command writes beside what that of a training does.
 
     Raises:
         ConfigError: a URL that cannot be used.
@@ -63,15 +82,17 @@ def open_run(place: RunFolder | Path | Remote | str, role: str = "reader", patie
     if isinstance(place, RunFolder):
         return place
     found = locate(place)
-    return BucketRun(found, role, patience_s) if isinstance(found, Remote) else RunFolder(found)
+    return BucketRun(found, role, patience_s, also) if isinstance(found, Remote) else RunFolder(found)
 
 
 class BucketRun(RunFolder):
     """A run by URL. Making the object does not touch the bucket."""
 
-    def __init__(self, remote: Remote, role: str, patience_s: float) -> None:
+    look_s = _LOOK_S
+
+    def __init__(self, remote: Remote, role: str, patience_s: float, also: Sequence[str] = ()) -> None:
         super().__init__(_copy_folder(remote, role))
-        self.remote, self.role, self.patience_s = remote, role, patience_s
+        self.remote, self.role, self.patience_s, self._also = remote, role, patience_s, also
         self.name = remote.name
         self._lease = Lease(remote / ".lease", remote.name)
         self._mirror: Mirror | None = None
@@ -105,7 +126,7 @@ class BucketRun(RunFolder):
         """Why the mirror has given up."""
         return self._mirror.problem if self._mirror else None
 
-    def create(self) -> None:
+    def create(self, parts: Collection[str] = PARTS) -> None:
         """Make the local folder, and try that objects can be written, read and deleted."""
         self.prepare_worker()
         probe = self.remote / f".probe-{platform.node()}-{os.getpid()}"
@@ -136,16 +157,17 @@ class BucketRun(RunFolder):
             (self.remote / name).delete()
         self._fetch_small()
         mirror = self._start(
-            (*_OF_THE_COMMAND, f"logs/{LOSSES_FILE}", "logs/environment-*.json"),
+            (*_OF_THE_COMMAND, f"logs/{LOSSES_FILE}", "logs/environment-*.json", *self._also),
             ("metrics.jsonl", FAILURE_FILE, PLACE_FILE, f"logs/{NOTICES_FILE}"),
             self._lease.renew,
-            _LAST_UPLOADS_S,
+            max(_LAST_UPLOADS_S, self.patience_s),
             lambda text: print(text, file=sys.stderr, flush=True),
         )
         try:
             yield
         finally:
             mirror.close()
+            self._mirror = None
             (self.remote / PLACE_FILE).delete()
             self._lease.release()
             shutil.rmtree(self.path, ignore_errors=True)
@@ -202,11 +224,56 @@ class BucketRun(RunFolder):
         sealed = (name.split("/") for name in (self.remote / folder).files())
         return [parts[0] for parts in sealed if len(parts) == 2 and parts[1] == checkpoint.SUMS]
 
+    def discard_weights(self) -> None:
+        """Remove all checkpoints from the bucket."""
+        for part in ("checkpoints", "phases", "best"):
+            (self.remote / part).delete_folder()
+
+    def leave(self, name: str, text: str) -> None:
+        """Put an object, as long as patience allows."""
+        self._patiently(lambda: (self.remote / name).write_bytes(text.encode()))
+
+    def left(self, name: str) -> str | None:
+        """Read an object."""
+        try:
+            return (self.remote / name).read_bytes().decode("utf-8", "replace")
+        except FileNotFoundError:
+            return None
+
+    def take_away(self, name: str) -> None:
+        """Delete an object."""
+        (self.remote / name).delete()
+
+    def write_status(self, state: State, **told: Any) -> None:
+        """Replace status.json; who does not hold the run puts it in the bucket at once."""
+        with storage_errors(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+        super().write_status(state, **told)
+        if self._mirror is None:
+            self.publish(self.status_file)
+
+    def read_status(self) -> dict[str, Any]:
+        """status.json; who does not hold the run looks at it anew."""
+        self._look_at(self.status_file)
+        return super().read_status()
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """All records; who does not hold the run looks at them anew."""
+        self._look_at(self.metrics_file)
+        return super().read_metrics()
+
+    def _look_at(self, file: Path) -> None:
+        if self._mirror is None:
+            try:
+                (self.remote / self.relative(file)).download(file)
+            except FileNotFoundError:
+                file.unlink(missing_ok=True)
+
     def prepare_worker(self) -> None:
         """Make the local folder, with the small files that there are."""
         with storage_errors(self.path):
-            for folder in (self.checkpoints, self.phases, self.results, self.tensorboard, self.logs):
-                folder.mkdir(parents=True, exist_ok=True)
+            for part in PARTS:
+                (self.path / part).mkdir(parents=True, exist_ok=True)
         if self.role != "command":
             self._patiently(self._fetch_small)
 

@@ -91,7 +91,7 @@ class Lease:
         while time.monotonic() < deadline:
             time.sleep(_LOOK_S)
             there = self._read()
-            if not there:
+            if not there or self._dead_here(there):
                 return
             if there != found:
                 raise self._in_use(there)

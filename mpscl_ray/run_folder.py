@@ -32,6 +32,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -45,7 +46,6 @@ from mpscl_ray.environment import environment, now
 from mpscl_ray.errors import ConfigError, DataError, StorageError
 from mpscl_ray.metrics_log import MetricsLog
 from mpscl_ray.run_lock import hold_run, hold_training, holder
-from mpscl_ray.storage import is_url
 
 State = Literal["running", "finished", "failed", "interrupted"]
 
@@ -65,18 +65,23 @@ PLACE_FILE = ".placement-group"
 
 DECIDED_FILE = ".decided"
 """Name of the file, in the folder of a run that may be stopped for falling behind others, with the global step up to
-which that was decided. Where it is, training waits for it after each validation."""
+which that was decided, and ``stop`` behind it where the run is to end there. Where it is, training waits for it after
+each validation."""
 
 LOSSES_FILE = "losses.log"
 """The same of workers that were lost, written on the node of the command."""
+
+PARTS = ("checkpoints", "phases", "results", "tensorboard", "logs")
+"""Folders that every run has."""
 
 
 class RunFolder:
     """A run's folder by its path ``storage/name``. Making the object touches no file."""
 
+    look_s = 0.0
+    """Seconds that should lie between two looks for what other processes leave."""
+
     def __init__(self, path: Path) -> None:
-        if is_url(path):
-            raise ConfigError(f"{path} is a URL, and this command needs a folder on a file system that all nodes share")
         self.path = path
         self.name = path.name
         self.config_file = path / "config.yaml"
@@ -98,15 +103,15 @@ class RunFolder:
         """Whether a run was started here before."""
         return self.config_file.is_file()
 
-    def create(self) -> None:
+    def create(self, parts: Collection[str] = PARTS) -> None:
         """Make the folder and its parts, and try that it can be written.
 
         Raises:
             StorageError: A file is in the way, or there is no permission or no space.
         """
         with storage_errors(self.path):
-            for folder in (self.checkpoints, self.phases, self.results, self.tensorboard, self.logs):
-                folder.mkdir(parents=True, exist_ok=True)
+            for part in parts:
+                (self.path / part).mkdir(parents=True, exist_ok=True)
             probe = self.path / f".probe-{os.getpid()}"
             try:
                 probe.write_bytes(b"written")
@@ -178,6 +183,35 @@ class RunFolder:
     def finished_phases(self) -> list[str]:
         """Names of the phases whose end is kept."""
         return sorted(path.name for path in self.phases.glob("[!.]*") if path.is_dir())
+
+    def discard_weights(self) -> None:
+        """Remove all checkpoints; settings, metrics and results stay."""
+        for part in (self.checkpoints, self.phases, self.best):
+            shutil.rmtree(part, ignore_errors=True)
+
+    # ---- small files by which processes on any nodes tell each other something, whoever holds the run ----
+
+    def leave(self, name: str, text: str) -> None:
+        """Make or replace a file. Raises StorageError."""
+        with storage_errors(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.path / name, text.encode())
+
+    def left(self, name: str) -> str | None:
+        """What is in a file now; None where there is none. Raises StorageError."""
+        try:
+            return (self.path / name).read_text(encoding="utf-8")
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise StorageError(f"cannot read {self.path / name}: {error.strerror}") from error
+
+    def take_away(self, name: str) -> None:
+        """Remove a file, if there is one. Raises StorageError."""
+        with storage_errors(self.path / name):
+            (self.path / name).unlink(missing_ok=True)
+
+    # ---- workers ----
 
     def prepare_worker(self) -> None:
         """Make ready for a worker to read and write in; the command has made the folder before."""

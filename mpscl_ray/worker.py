@@ -9,6 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from mpscl_ray import training
 from mpscl_ray.bucket_run import open_run
 from mpscl_ray.config import ScalingConfig, config_from_dict
 from mpscl_ray.durable_files import write_atomically
-from mpscl_ray.errors import MpsclError
+from mpscl_ray.errors import MpsclError, StorageError
 from mpscl_ray.monitoring import Monitoring
 from mpscl_ray.plots import panel, plot_progress
 from mpscl_ray.progress import TensorBoard
@@ -99,10 +100,18 @@ def add_notice(folder: RunFolder, text: str, file: str = NOTICES_FILE) -> None:
         stream.write(" ".join(text.split()) + "\n")
 
 
+STOP_THERE = "stop"
+"""Behind the global step in DECIDED_FILE: the run is to end."""
+
+_DECISION_S = 0.05, 0.5
+"""Time between two looks for a decision, on a disk and in a bucket."""
+
+
 def wait_for_decision(folder: RunFolder, step: int, patience_s: float = 60.0) -> bool:
     """Wait until it is decided whether a run goes on after a validation; at once where nobody decides.
 
-    Without it a run that has fallen behind others would train on until word of it comes.
+    Without it a run that has fallen behind others would train on until word of it comes. One that is to end finds the
+    wish to stop in its folder when this returns.
 
     Args:
         folder: of the run.
@@ -114,15 +123,19 @@ def wait_for_decision(folder: RunFolder, step: int, patience_s: float = 60.0) ->
     """
     deadline = time.monotonic() + patience_s
     while True:
-        try:
-            decided = int((folder.path / DECIDED_FILE).read_text(encoding="ascii"))
-        except FileNotFoundError:
-            return True
-        if decided >= step:
-            return True
+        with suppress(StorageError):  # the run goes on while its storage is away
+            told = folder.left(DECIDED_FILE)
+            if told is None:
+                return True
+            decided, _, wish = told.partition(" ")
+            if wish == STOP_THERE:
+                (folder.path / STOP_FILE).touch()
+            if int(decided) >= step:
+                return True
+            folder.settle()  # who decides must see the validation
         if time.monotonic() > deadline:
             return False
-        time.sleep(0.05)
+        time.sleep(_DECISION_S[folder.look_s > 0])
 
 
 class _RunObserver(training.Observer):
@@ -134,8 +147,8 @@ class _RunObserver(training.Observer):
     ) -> None:
         self.folder, self.classes, self.monitoring, self.writes = folder, classes, monitoring, writes
         self.scaling = scaling
-        self.tired = False
-        """Whether nobody decides any more on what is waited for."""
+        self.waits = False
+        """Whether somebody decides after each validation if the run goes on."""
         self.board: TensorBoard | None = None
 
     def started(self, step: int) -> None:
@@ -143,6 +156,8 @@ class _RunObserver(training.Observer):
         log.info("training starts at step %d with %d workers", step, workers)
         if self.writes and least < most:
             self.notice(f"training with {workers} of {least} to {most} workers")
+        with suppress(StorageError):  # then nothing is waited for
+            self.waits = self.writes and self.folder.left(DECIDED_FILE) is not None
         self.monitoring.saved()
         if self.writes:
             self.board = TensorBoard(self.folder.tensorboard, resume_step=step, notice=self.notice)
@@ -160,8 +175,8 @@ class _RunObserver(training.Observer):
                 plot_progress(self.folder.read_metrics(), self.folder.progress_image, self.folder.name)
             # A report makes all workers wait for the controller: only after a validation.
             ray.train.report(dict(record))
-            if self.writes and not self.tired:
-                self.tired = not wait_for_decision(self.folder, record["global_step"])
+            if self.waits:
+                self.waits = wait_for_decision(self.folder, record["global_step"])
 
     def saved(self) -> None:
         self.monitoring.saved()

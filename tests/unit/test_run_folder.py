@@ -90,12 +90,6 @@ def test_folder_that_is_read_only(tmp_path: Path) -> None:
         RunFolder(tmp_path / "demo").create()
 
 
-@pytest.mark.parametrize("storage", ["s3://bucket/runs", "gs://bucket", "file:///tmp/runs"])
-def test_a_url_is_not_taken_for_a_folder(storage: str) -> None:
-    with pytest.raises(ConfigError, match="is a URL, and this command needs a folder"):
-        RunFolder(Path(storage) / "demo")
-
-
 def test_reading_a_run_that_is_not_there(run: RunFolder) -> None:
     with pytest.raises(ConfigError, match=r"demo is not the folder of a run: it has no config.yaml$"):
         run.require()

@@ -22,8 +22,9 @@ from mpscl_ray.data.schema import load_manifest, read_case
 from mpscl_ray.errors import ClusterError, ConfigError, DataError, StorageError
 from mpscl_ray.lease import Lease
 from mpscl_ray.mirror import Mirror, receive, send
-from mpscl_ray.run_folder import STOP_FILE
+from mpscl_ray.run_folder import DECIDED_FILE, STOP_FILE
 from mpscl_ray.storage import Remote
+from mpscl_ray.worker import STOP_THERE, wait_for_decision
 from tests.s3 import Server, serve, upload_folder
 from tests.tiny import make_dataset
 
@@ -349,3 +350,50 @@ def test_command_and_worker_meet_in_the_bucket_and_a_fresh_node_goes_on(quick: N
     assert "step-0000003 is damaged" in notices[0]
     assert not command.path.exists(), "what was only a copy is gone"
     assert not worker.path.exists()
+
+
+def test_who_does_not_hold_a_run_sees_what_others_leave_and_tells_them(
+    quick: None, place: Remote, server: Server
+) -> None:
+    command, worker, other = (open_run(place, role) for role in ("command", "worker-0", "reader"))
+    command.create()
+    assert worker.left(DECIDED_FILE) is None
+    assert wait_for_decision(worker, 10), "nobody decides"
+    with command.lock():
+        command.write_status("running")
+        command.settle()
+        assert other.read_status()["state"] == "running"
+        other.leave(DECIDED_FILE, "0")
+        assert not wait_for_decision(worker, 10, patience_s=0)
+        other.leave(DECIDED_FILE, f"10 {STOP_THERE}")
+        worker.prepare_worker()
+        assert wait_for_decision(worker, 10)
+        assert (worker.path / STOP_FILE).exists(), "whatever the bucket has of it"
+        with server.door.shut():
+            assert not wait_for_decision(worker, 20, patience_s=0), "a bucket that is away ends nothing"
+            with pytest.raises(StorageError):
+                other.left(DECIDED_FILE)
+        other.take_away(DECIDED_FILE)
+        assert worker.left(DECIDED_FILE) is None
+    other.write_status("failed", exit_code=5, reason="told by one who does not hold it")
+    assert open_run(place).read_status()["reason"] == "told by one who does not hold it"
+
+
+def test_a_search_fetches_and_uploads_its_own_files_and_none_of_its_trials(quick: None, place: Remote) -> None:
+    (place / "trials" / "001" / "config.yaml").write_bytes(b"a: 1")
+    (place / "ledger.jsonl").write_bytes(b"{}\n")
+    search = open_run(place, "command", also=("ledger.jsonl", "tensorboard"))
+    search.create()
+    with search.lock():
+        assert (search.path / "ledger.jsonl").read_bytes() == b"{}\n"
+        assert not (search.path / "trials").exists()
+        (search.path / "ledger.jsonl").write_bytes(b"{}\n{}\n")
+        (search.path / "tensorboard" / "001").mkdir()
+        (search.path / "tensorboard" / "001" / "events").write_bytes(b"events")
+        search.settle()
+        assert (place / "ledger.jsonl").read_bytes() == b"{}\n{}\n", "it is there before anything is decided by it"
+        assert (place / "tensorboard" / "001" / "events").read_bytes() == b"events"
+        for part in ("checkpoints", "phases", "best"):
+            (place / part / "x").write_bytes(b"x")
+        search.discard_weights()
+        assert not [name for name in place.files() if name.startswith(("checkpoints", "phases", "best"))]

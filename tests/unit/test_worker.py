@@ -6,8 +6,8 @@ import threading
 from pathlib import Path
 
 from mpscl_ray.durable_files import write_atomically
-from mpscl_ray.run_folder import DECIDED_FILE, RunFolder
-from mpscl_ray.worker import wait_for_decision
+from mpscl_ray.run_folder import DECIDED_FILE, STOP_FILE, RunFolder
+from mpscl_ray.worker import STOP_THERE, wait_for_decision
 
 
 def test_nobody_decides_on_a_run_of_its_own(tmp_path: Path) -> None:
@@ -26,6 +26,15 @@ def test_training_waits_until_it_is_decided_on_this_step_or_a_later_one(tmp_path
     write_atomically(file, b"30")
     waiting.join(30)
     assert answers == [True]
+
+
+def test_a_run_that_is_to_end_finds_the_wish_when_its_wait_is_over(tmp_path: Path) -> None:
+    (tmp_path / DECIDED_FILE).write_text("10")
+    assert wait_for_decision(RunFolder(tmp_path), 10)
+    assert not (tmp_path / STOP_FILE).exists()
+    (tmp_path / DECIDED_FILE).write_text(f"20 {STOP_THERE}")
+    assert wait_for_decision(RunFolder(tmp_path), 20)
+    assert (tmp_path / STOP_FILE).exists()
 
 
 def test_who_does_not_decide_is_not_waited_for_for_ever(tmp_path: Path) -> None:
