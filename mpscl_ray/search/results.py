@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from mpscl_ray.durable_files import write_atomically
@@ -24,8 +25,9 @@ from mpscl_ray.search.outcome import (
     trials_csv,
     trials_markdown,
 )
-from mpscl_ray.search.study import Study
+from mpscl_ray.search.study import TRIALS, Study
 from mpscl_ray.search.terminal import short, short_key
+from mpscl_ray.storage import child
 
 PRESET = "best.yaml"
 ENOUGH_TRIALS = 5
@@ -33,6 +35,7 @@ ENOUGH_TRIALS = 5
 
 TEST_TABLE = "test.txt"
 """Scores of the evaluated trials on the target's test volumes; ``test.md``, ``.csv`` and ``.json`` have the same."""
+_TEST_JSON = "test.json"
 
 
 def write_results(study: Study) -> None:
@@ -89,14 +92,15 @@ def _evaluate(study: Study, trials: list[Trial], best: Trial | None) -> None:
     chosen = [trial for trial in trials if trial.state == "finished"]
     if study.space.search.evaluate != "all":
         chosen = [trial for trial in chosen if trial is best and study.space.search.evaluate == "best"]
+    phases = [name for name, _ in study.resolved.schedule]
+    # The phases before the last are the same for all that share them, and only the best trial shows them.
+    wanted = {str(trial.number): phases if len(chosen) == 1 else phases[-1:] for trial in chosen}
+    if _evaluated(study.folder.results / _TEST_JSON) == wanted:
+        return
     rows: dict[str, Summary] = {}
     split = ""
     for trial in chosen:
-        phases = [name for name, _ in study.trial_config(trial.settings, trial.number).schedule]
-        # The phases before the last are the same for all that share them, and only the best trial shows them.
-        done = evaluate_phases(
-            study.trial_folder(trial.number).path, phases if len(chosen) == 1 else phases[-1:], progress=False
-        )
+        done = evaluate_phases(study.trial_folder(trial.number).address, wanted[str(trial.number)], progress=False)
         for phase, evaluation in done.items():
             label = phase.replace("_", " ") if phase != phases[-1] else _label(study, trial)
             rows[label], split = evaluation.summary, evaluation.split
@@ -113,9 +117,20 @@ def _evaluate(study: Study, trials: list[Trial], best: Trial | None) -> None:
                 TEST_TABLE: f"{heading}\n\n{format_table(rows)}\n",
                 "test.md": f"{heading}\n\n{format_table(rows, style='markdown')}\n",
                 "test.csv": summary_csv(rows),
-                "test.json": json_text({"rows": {label: row.to_json() for label, row in rows.items()}}),
+                _TEST_JSON: json_text(
+                    {"trials": wanted, "rows": {label: row.to_json() for label, row in rows.items()}}
+                ),
             },
         )
+
+
+def _evaluated(file: Path) -> dict[str, list[str]]:
+    """Phases of each trial that an earlier evaluation has scored; {} before the first."""
+    try:
+        found: dict[str, list[str]] = json.loads(file.read_bytes())["trials"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    return found
 
 
 def _label(study: Study, trial: Trial) -> str:
@@ -152,13 +167,13 @@ def print_results(study: Study) -> None:
     table = study.folder.results / TEST_TABLE
     if table.exists():
         print(f"\n{table.read_text(encoding='utf-8')}")
-    path = study.folder.path
-    print(f"\n{path} has tables and pictures (results/), TensorBoard events with HParams, and the trials. Next:")
+    place = study.folder.place
+    print(f"\n{place} has tables and pictures (results/), TensorBoard events with HParams, and the trials. Next:")
     if best is not None:
-        print(f"  python -m mpscl_ray.train {path / PRESET}          the best settings, trained anew")
+        print(f"  python -m mpscl_ray.train {child(place, PRESET)}          the best settings, trained anew")
         if best.state == "finished":
-            run = study.trial_folder(best.number).path
+            run = child(place, TRIALS, f"{best.number:03d}")
             print(
                 f"  python -m mpscl_ray.predict {run} IMAGE.nii.gz --out predictions          the best trial as it is"
             )
-    print(f"  tensorboard --logdir {path / 'tensorboard'}")
+    print(f"  tensorboard --logdir {child(place, 'tensorboard')}")

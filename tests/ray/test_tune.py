@@ -159,9 +159,19 @@ def test_a_search_stops_what_falls_behind_records_what_fails_and_leaves_a_preset
     assert "8 iterations) are trained once for all trials: 24 iterations less" in text
 
     before = (folder / "ledger.jsonl").read_text()
+    tables = [folder / "results" / "test.json", *folder.glob("trials/*/results/*/summary.json")]
+    written = [table.stat().st_mtime_ns for table in tables]
+    assert len(written) == 1 + len(finished)
     code, again = here(file)
     assert (code, "4 trials" in again) == (0, True)
     assert (folder / "ledger.jsonl").read_text() == before, "a finished search is not run again"
+    assert [table.stat().st_mtime_ns for table in tables] == written, "and not evaluated again"
+    assert (folder / "results" / "test.txt").read_text() in again
+    code, fewer = here(file, "search.evaluate=best")
+    assert code == 0
+    assert "search.evaluate: " in fewer
+    phases = json.loads((folder / "results" / "test.json").read_text())["rows"]
+    assert len(phases) == 3, "another choice is evaluated: of one trial, the end of each phase"
     code, refused = here(file, "method.delta_th=0.3")
     assert code == 2
     assert "was started with another config: method.delta_th: 0.25 in the run, 0.3 now" in refused
