@@ -8,7 +8,8 @@ import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from mpscl_ray import checkpoint, cli, phantom_dataset
+from mpscl_ray import cli, phantom_dataset
+from mpscl_ray.bucket_run import open_run
 from mpscl_ray.cluster_session import connect
 from mpscl_ray.comparison_cells import DIRECTIONS, OF_A_CELL, Cell, Ledger, base_config, make_cells
 from mpscl_ray.comparison_run import Comparison, is_done, total_seconds
@@ -16,13 +17,13 @@ from mpscl_ray.comparison_table import CellResult, Direction, comparison_csv, fo
 from mpscl_ray.config import Config, to_yaml
 from mpscl_ray.config_schema import reads_target
 from mpscl_ray.data.schema import Manifest, load_manifest
-from mpscl_ray.durable_files import storage_errors, write_atomically
+from mpscl_ray.durable_files import write_atomically
 from mpscl_ray.errors import ConfigError, Interrupted, MpsclError, TrainingError
 from mpscl_ray.interruption import Interruption
 from mpscl_ray.launch import check_machine
 from mpscl_ray.published_scores import published_for
 from mpscl_ray.run_folder import RunFolder
-from mpscl_ray.storage import locate
+from mpscl_ray.storage import Remote, child, locate
 from mpscl_ray.systems import SYSTEMS
 from mpscl_ray.train import MAY_CHANGE
 from mpscl_ray.trial import Shared, open_shared
@@ -36,6 +37,7 @@ examples:
   python -m mpscl_ray.compare source_only mpscl supervised --seeds 1 --directions forward
   python -m mpscl_ray.compare --data data/bssfp data/lge --directions forward --out runs/lge-table
   python -m mpscl_ray.compare --data data/mr data/ct --presets mr2ct,ct2mr scaling.workers=2 run.storage=/shared/runs
+  python -m mpscl_ray.compare --data s3://hearts/mr s3://hearts/ct --presets small --out s3://hearts/runs/table
 
 The same command goes on where it stopped, tries failed cells again, and may be given more systems or seeds. Cells that
 begin alike train the shared phases once. OUT/comparison.txt, .md, .csv and .tex grow with each finished cell.
@@ -52,7 +54,7 @@ class Plan:
         directions: forward, backward or both.
         families: direction -> folder of presets.
         overrides: ``key=value`` for all cells.
-        out: folder of the comparison; None for ``STORAGE/compare``.
+        out: folder, or URL, of the comparison; None for ``STORAGE/compare``.
         at_once: most cells at a time; None for as many as there is room for.
     """
 
@@ -61,7 +63,7 @@ class Plan:
     directions: tuple[str, ...]
     families: Mapping[str, str]
     overrides: tuple[str, ...]
-    out: Path | None = None
+    out: str | None = None
     at_once: int | None = None
 
 
@@ -90,7 +92,7 @@ def main(arguments: Sequence[str]) -> int:
     add(
         "--presets", metavar="FAMILY", help="presets, or two of them by direction (default: phantom; small with --data)"
     )
-    add("--out", type=Path, metavar="DIR", help="folder of the comparison (default: RUN.STORAGE/compare)")
+    add("--out", metavar="DIR", help="folder of the comparison, or its URL (default: RUN.STORAGE/compare)")
     add("--at-once", type=int, metavar="N", help="most cells at a time (default: as many as there is room for)")
     options = parser.parse_intermixed_args(list(arguments))
     return compare(_plan(options), ["python", "-m", "mpscl_ray.compare", *arguments])
@@ -152,15 +154,14 @@ def compare(plan: Plan, command: Sequence[str]) -> int:
     if not base.data.source or not base.data.target:
         raise ConfigError("no data to compare on: give the folders of two prepared datasets with --data SOURCE TARGET")
     check_machine(base)
-    folder = RunFolder(plan.out or Path(base.run.storage) / "compare")
-    out = folder.path.absolute()  # workers may stand elsewhere
-    with storage_errors(out):
-        (out / "cells").mkdir(parents=True, exist_ok=True)
+    place = plan.out or child(base.run.storage, "compare")
+    folder = open_run(place, "command", 60 * base.run.outage_min, ("cells.json", "comparison.*"))
+    folder.create(("cells",))
     resume = shlex.join(command)
     with folder.lock():
         folder.write_status("running", resume_command=resume)
         try:
-            _run(plan, base, out, resume)
+            _run(plan, base, folder, resume)
         except (Interrupted, KeyboardInterrupt, SystemExit) as stop:
             # Ray's start replaces the handler of SIGTERM by one that raises SystemExit.
             reason = str(stop) if isinstance(stop, Interrupted) else "stopped while no cell was running"
@@ -177,28 +178,30 @@ def compare(plan: Plan, command: Sequence[str]) -> int:
     return 0
 
 
-def _run(plan: Plan, base: Config, out: Path, resume: str) -> None:
-    ledger = Ledger(out / "cells.json")
+def _run(plan: Plan, base: Config, folder: RunFolder, resume: str) -> None:
+    ledger = Ledger(folder.path / "cells.json", folder.settle)
+    out = locate(folder.address)  # workers may stand elsewhere
     with connect():
         base = phantom_dataset.resolve(base)
         datasets = (base.data.source, base.data.target)
         manifests = tuple(load_manifest(locate(dataset)) for dataset in datasets)
         names = _direction_names(plan.directions, manifests)
         _check_labels(plan.directions, datasets, manifests)
-        cells = make_cells(plan.systems, plan.seeds, names, plan.families, datasets, plan.overrides, out / "cells")
+        storage = str(out / "cells")
+        cells = make_cells(plan.systems, plan.seeds, names, plan.families, datasets, plan.overrides, storage)
         for cell in cells:
             _check_resumed(cell, out)
         print(_summary(plan, cells, ledger, manifests, out), flush=True)
 
         def write() -> None:
-            _write_tables(out, _directions(plan, cells, ledger, manifests))
+            _write_tables(folder.path, _directions(plan, cells, ledger, manifests))
 
         todo = [cell for cell in cells if not is_done(ledger[cell.name])]
         if todo:
-            shared = _open(todo)
+            shared = _open(todo, folder)
             at_once = min([opened.at_once for opened in shared.values()] + ([plan.at_once] if plan.at_once else []))
             with Interruption() as interruption:
-                Comparison(cells, ledger, out, shared, at_once, resume, write).run(interruption)
+                Comparison(cells, ledger, folder, shared, at_once, resume, write).run(interruption)
         write()
     print(f"\n{format_comparison(_directions(plan, cells, ledger, manifests), 'text')}")
     _print_next_steps(out, cells, ledger)
@@ -235,27 +238,29 @@ def _check_labels(directions: Sequence[str], datasets: Sequence[str], manifests:
             )
 
 
-def _check_resumed(cell: Cell, out: Path) -> None:
+def _check_resumed(cell: Cell, out: Path | Remote) -> None:
     """A cell that has begun goes on with the settings it was begun with."""
-    run = RunFolder(out / "cells" / cell.name)
-    if run.exists and checkpoint.list_checkpoints(run.checkpoints):
+    run = open_run(out / "cells" / cell.name)
+    if run.steps() and run.exists:
         run.check_config(to_yaml(cell.config), MAY_CHANGE)
 
 
-def _open(cells: Sequence[Cell]) -> dict[str, Shared]:
+def _open(cells: Sequence[Cell], folder: RunFolder) -> dict[str, Shared]:
     """Open the data that each cell needs, once for all cells that read the same."""
     opened: dict[tuple[str, str], Shared] = {}
     # One that also reads the target serves those that do not.
     for cell in sorted(cells, key=lambda cell: not any(reads_target(name) for name, _ in cell.config.schedule)):
         key = (cell.direction, cell.config.data.labelled)
         if key not in opened:
-            opened[key], warnings = open_shared(cell.config)
+            opened[key], warnings = open_shared(cell.config, folder)
             for warning in warnings:
                 print(f"warning: {warning}", flush=True)
     return {cell.name: opened[cell.direction, cell.config.data.labelled] for cell in cells}
 
 
-def _summary(plan: Plan, cells: Sequence[Cell], ledger: Ledger, manifests: Sequence[Manifest], out: Path) -> str:
+def _summary(
+    plan: Plan, cells: Sequence[Cell], ledger: Ledger, manifests: Sequence[Manifest], out: Path | Remote
+) -> str:
     budgets = sorted({cell.iterations for cell in cells})
     spread = f"{budgets[0]}" if len(budgets) == 1 else f"{budgets[0]} to {budgets[-1]}"
     own = sum(cell.own_iterations for cell in cells)
@@ -323,12 +328,13 @@ def _write_tables(out: Path, directions: Sequence[Direction]) -> None:
     write_atomically(out / "comparison.csv", comparison_csv(directions).encode())
 
 
-def _print_next_steps(out: Path, cells: Sequence[Cell], ledger: Ledger) -> None:
+def _print_next_steps(out: Path | Remote, cells: Sequence[Cell], ledger: Ledger) -> None:
     first = [cell for cell in cells if (cell.direction, cell.seed) == (cells[0].direction, cells[0].seed)]
     runs = " ".join(str(out / "cells" / cell.name) for cell in first if is_done(ledger[cell.name]))
     print(f"{out} has the table as comparison.txt, .md, .csv and .tex, and each run in cells/. Next:")
     if runs:
-        print(f"  python -m mpscl_ray.report {runs} --out {out / 'report'}")
+        page = out / "report" if isinstance(out, Path) else "report"
+        print(f"  python -m mpscl_ray.report {runs} --out {page}")
     print("  the same command with more systems or --seeds, which trains only what is missing", flush=True)
 
 

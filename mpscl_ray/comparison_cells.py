@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -99,7 +99,7 @@ def make_cells(
     families: Mapping[str, str],
     datasets: tuple[str, str],
     overrides: Sequence[str],
-    storage: Path,
+    storage: str,
 ) -> list[Cell]:
     """All cells, in the order of the table; one that shares a beginning names the earlier cell it is forked from.
 
@@ -110,7 +110,7 @@ def make_cells(
         families: direction -> folder of its presets.
         datasets: folders of the two prepared datasets.
         overrides: ``key=value`` for all cells.
-        storage: folder of the run folders.
+        storage: folder, or URL, of the run folders.
     """
     cells: list[Cell] = []
     for direction, (source_name, target_name) in directions.items():
@@ -165,10 +165,15 @@ class Entry:
 
 
 class Ledger:
-    """The cells of a comparison folder, ``cells.json``; one process writes it, as a whole each time."""
+    """The cells of a comparison folder, ``cells.json``; one process writes it, as a whole each time.
 
-    def __init__(self, file: Path) -> None:
-        self.file = file
+    Args:
+        file: where they are.
+        settle: called after each write, to wait until the file is in its place where that is a bucket.
+    """
+
+    def __init__(self, file: Path, settle: Callable[[], None] = lambda: None) -> None:
+        self.file, self._settle = file, settle
         self.entries: dict[str, Entry] = self._read()
 
     def __getitem__(self, name: str) -> Entry:
@@ -179,6 +184,7 @@ class Ledger:
         content = {name: dataclasses.asdict(entry) for name, entry in self.entries.items()}
         text = json.dumps({"updated": now(), "cells": content}, indent=1, allow_nan=False)
         write_atomically(self.file, text.encode() + b"\n")
+        self._settle()
 
     def _read(self) -> dict[str, Entry]:
         try:

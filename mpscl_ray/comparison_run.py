@@ -6,21 +6,21 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import ray
 
-from mpscl_ray import checkpoint
+from mpscl_ray.bucket_run import open_run
 from mpscl_ray.comparison_cells import Cell, Entry, Ledger
 from mpscl_ray.config import config_from_dict, to_dict
-from mpscl_ray.errors import MpsclError
+from mpscl_ray.errors import MpsclError, StorageError
 from mpscl_ray.evaluate import evaluate_phases
 from mpscl_ray.fork import fork
 from mpscl_ray.interruption import Interruption
 from mpscl_ray.launch import Launch
 from mpscl_ray.progress import ProgressLine
 from mpscl_ray.run_folder import STOP_FILE, RunFolder
+from mpscl_ray.storage import child
 from mpscl_ray.trial import Shared, run_trial
 
 _LOOK_S = 0.5
@@ -33,10 +33,10 @@ class CellTask:
 
     Attributes:
         config: nested plain values.
-        folder: run folder.
-        parent: run folder to fork from; None where there is none.
+        folder: address of its run folder.
+        parent: address of the run to fork from; None where there is none.
         fork_phase: phase of the parent.
-        stop_file: asks for the end when it appears.
+        comparison: address of the comparison's folder, where STOP_FILE asks for the end when it appears.
         resume_command: for the cell's status.json.
     """
 
@@ -44,7 +44,7 @@ class CellTask:
     folder: str
     parent: str | None
     fork_phase: str | None
-    stop_file: str
+    comparison: str
     resume_command: str
 
 
@@ -55,30 +55,37 @@ def run_cell(task: CellTask, shared: Shared) -> dict[str, Any]:
         Fields of :class:`Entry`; what a user can cause is in ``reason`` and not raised, because Ray would wrap it.
     """
     started = time.monotonic()
-    folder = RunFolder(Path(task.folder))
     config = config_from_dict(task.config)
+    patience_s = 60 * config.run.outage_min
+    folder, comparison = open_run(task.folder, "command", patience_s), open_run(task.comparison)
     phases = [name for name, _ in config.schedule]
     found: dict[str, Any] = {"phase_seconds": {}}
-    stop = Path(task.stop_file)
+    next_look = 0.0
 
     def note_phases() -> None:
-        for phase in phases:
-            if (folder.phases / phase).is_dir() and phase not in there:
+        for phase in folder.finished_phases():
+            if phase in phases and phase not in there:
                 found["phase_seconds"].setdefault(phase, time.monotonic() - started)
 
     def look(training: Launch) -> None:
-        note_phases()
-        if stop.exists():
-            training.request_stop()
+        nonlocal next_look
+        if time.monotonic() < next_look:
+            return
+        next_look = time.monotonic() + folder.look_s
+        # A storage that does not answer is the training's concern, which looks after what it writes.
+        with suppress(StorageError):
+            note_phases()
+            if comparison.left(STOP_FILE) is not None:
+                training.request_stop()
 
     try:
         if task.parent is not None and task.fork_phase is not None:
-            fork(folder, RunFolder(Path(task.parent)), task.fork_phase)
-        there = {phase for phase in phases if (folder.phases / phase).is_dir()}
+            fork(folder, open_run(task.parent, patience_s=patience_s), task.fork_phase)
+        there = set(folder.finished_phases())
         outcome = run_trial(config, folder, shared, look, resume_command=task.resume_command)
         note_phases()
         if outcome.state == "finished":
-            done = evaluate_phases(folder.path, phases[-1:], workers=0, progress=False)
+            done = evaluate_phases(folder.address, phases[-1:], workers=0, progress=False)
             evaluation = done[phases[-1]]
             found |= {
                 "state": "finished",
@@ -114,7 +121,7 @@ class Comparison:
         self,
         cells: Sequence[Cell],
         ledger: Ledger,
-        folder: Path,
+        folder: RunFolder,
         shared: Mapping[str, Shared],
         at_once: int,
         resume_command: str,
@@ -124,7 +131,7 @@ class Comparison:
         self.at_once, self.resume_command, self.finished = at_once, resume_command, finished
         self.waiting = [cell for cell in cells if not is_done(ledger[cell.name])]
         self.running: dict[Any, Cell] = {}
-        self.stop_file = folder / STOP_FILE
+        self._folders: dict[str, RunFolder] = {}
         self._task = ray.remote(num_cpus=0, max_retries=0)(run_cell)
         total = sum(cell.own_iterations for cell in self.waiting)
         self._line = ProgressLine(total, "all cells, iteration")
@@ -132,18 +139,20 @@ class Comparison:
 
     def run(self, interruption: Interruption) -> None:
         """Run until every cell has ended, or until the running ones have after an interruption."""
-        self.stop_file.unlink(missing_ok=True)
-        last_progress = 0.0
+        self.folder.take_away(STOP_FILE)
+        last_progress = next_look = 0.0
         with self._line:
             try:
                 while self.running or (self.waiting and not interruption.requested):
-                    if self.stop_file.exists():
-                        interruption.request(f"the file {STOP_FILE} in its folder")
-                    if interruption.requested:
-                        self.stop_file.touch()
-                    else:
-                        self._start_ready()
-                    ready = ray.wait(list(self.running), timeout=_LOOK_S)[0] if self.running else []
+                    if self.folder.problem is not None:
+                        raise self.folder.problem
+                    if time.monotonic() >= next_look:
+                        next_look = time.monotonic() + self.folder.look_s
+                        self._look(interruption)
+                    if not self.running:
+                        time.sleep(_LOOK_S)
+                        continue
+                    ready = ray.wait(list(self.running), timeout=_LOOK_S)[0]
                     for reference in ready:
                         self._end(self.running.pop(reference), reference)
                     if time.monotonic() - last_progress >= _PROGRESS_S:
@@ -151,17 +160,34 @@ class Comparison:
                         now_running = sum(self._iterations(cell) for cell in self.running.values())
                         self._line.update(self._done + now_running)
             finally:
-                self.stop_file.unlink(missing_ok=True)
+                with suppress(StorageError):
+                    self.folder.take_away(STOP_FILE)
                 for reference, cell in self.running.items():
                     ray.cancel(reference, force=True)
                     self.ledger[cell.name].state = "interrupted"
                 self.ledger.write()
 
-    def _start_ready(self) -> None:
+    def _look(self, interruption: Interruption) -> None:
+        """Pass on the wish to stop, or start what has room."""
+        try:
+            if self.folder.left(STOP_FILE) is not None:
+                interruption.request(f"the file {STOP_FILE} in its folder")
+            elif interruption.requested:
+                self.folder.leave(STOP_FILE, "")
+            origins = {} if interruption.requested else {cell.name: self._origin(cell) for cell in self._candidates()}
+        except StorageError:
+            return  # The folder's own problem, when it has failed for long; until then nothing new is started.
+        self._start_ready(origins)
+
+    def _candidates(self) -> list[Cell]:
+        return self.waiting if len(self.running) < self.at_once else []
+
+    def _start_ready(self, origins: Mapping[str, tuple[str, ...] | None]) -> None:
+        """Start waiting cells, as far as there is room, from where they begin."""
         for cell in list(self.waiting):
             if len(self.running) >= self.at_once:
                 return
-            origin = self._origin(cell)
+            origin = origins.get(cell.name)
             if origin is None:
                 continue
             self.waiting.remove(cell)
@@ -171,26 +197,25 @@ class Comparison:
             if forked and not entry.forked:
                 entry.forked = forked
             self.ledger.write()
-            parent = str(self.run_folder(forked[0]).path) if forked else None
+            parent = self.run_folder(forked[0]).address if forked else None
             self._line.message(
                 f"{cell.name} starts" + (f", from the end of {forked[1]} of {forked[0]}" if forked else "")
             )
             task = CellTask(
                 to_dict(cell.config),
-                str(self.run_folder(cell.name).path),
+                self.run_folder(cell.name).address,
                 parent,
                 forked[1] if forked else None,
-                str(self.stop_file),
+                self.folder.address,
                 self.resume_command,
             )
             self.running[self._task.remote(task, self.shared[cell.name])] = cell
 
     def _origin(self, cell: Cell) -> tuple[str, ...] | None:
         """Cell and phase to fork from; empty to begin anew or go on; None while what it shares is still trained."""
-        own = self.run_folder(cell.name)
-        if cell.parent is None or cell.fork_phase is None or checkpoint.list_checkpoints(own.checkpoints):
+        if cell.parent is None or cell.fork_phase is None or self.run_folder(cell.name).steps():
             return ()
-        if (self.run_folder(cell.parent).phases / cell.fork_phase).is_dir():
+        if cell.fork_phase in self.run_folder(cell.parent).finished_phases():
             return cell.parent, cell.fork_phase
         # A parent that failed before it came so far leaves its children to train by themselves.
         coming = self.ledger[cell.parent].state in ("waiting", "running") or self.cells[cell.parent] in self.waiting
@@ -226,7 +251,9 @@ class Comparison:
 
     def run_folder(self, name: str) -> RunFolder:
         """Folder of a cell's run."""
-        return RunFolder(self.folder / "cells" / name)
+        if name not in self._folders:
+            self._folders[name] = open_run(child(self.folder.address, "cells", name))
+        return self._folders[name]
 
 
 def is_done(entry: Entry) -> bool:

@@ -35,6 +35,7 @@ from mpscl_ray.config_schema import (
 from mpscl_ray.errors import ConfigError
 from mpscl_ray.methods import METHOD_CONFIGS
 from mpscl_ray.methods.base import ADAPTATION, SOURCE_ONLY, WARM_UP
+from mpscl_ray.storage import Remote, cache_folder, is_url, locate
 
 __all__ = [
     "ADAPTATION",
@@ -78,8 +79,8 @@ def load_config(preset: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a preset (by name, or a YAML file by path) and apply ``key=value`` overrides.
 
     Args:
-        preset: a name of :func:`preset_names`, or the path of a YAML file with the same keys. A file may name the one
-            it builds on under the key ``preset``.
+        preset: a name of :func:`preset_names`, or the path or URL of a YAML file with the same keys. A file may name
+            the one it builds on under the key ``preset``.
         overrides: ``section.key=value``; the value is YAML, so ``null``, ``[1, 2]`` and ``true`` mean what they say.
 
     Raises:
@@ -89,7 +90,8 @@ def load_config(preset: str | Path, overrides: Sequence[str] = ()) -> Config:
     path = _preset_path(preset)
     settings = _read_preset(path)
     settings.setdefault(
-        "run.name", _Setting(path.stem if path == Path(preset) else str(preset).replace("/", "-"), "by default")
+        "run.name",
+        _Setting(path.stem if path == Path(preset) or is_url(preset) else str(preset).replace("/", "-"), "by default"),
     )
     problems: list[str] = []
     for override in overrides:
@@ -142,6 +144,14 @@ def differences(one: Config, other: Config) -> dict[str, tuple[Any, Any]]:
 
 
 def _preset_path(preset: str | Path) -> Path:
+    remote = locate(preset)
+    if isinstance(remote, Remote):
+        copy = cache_folder() / "presets" / remote.name
+        try:
+            remote.download(copy)
+        except FileNotFoundError:
+            raise ConfigError(f"there is no preset file {remote}; look at the folder {remote.parent}") from None
+        return copy
     named = PRESETS / f"{preset}.yaml"
     if named.is_file():
         return named

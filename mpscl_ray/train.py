@@ -23,7 +23,7 @@ from mpscl_ray.panels import draw_phases
 from mpscl_ray.preflight import check_nodes
 from mpscl_ray.progress import ProgressLine
 from mpscl_ray.run_folder import LOSSES_FILE, NOTICES_FILE, STOP_FILE, RunFolder
-from mpscl_ray.storage import child
+from mpscl_ray.storage import child, is_url
 from mpscl_ray.training import Outcome, newest_checkpoint
 from mpscl_ray.training_data import TrainingData
 
@@ -99,16 +99,17 @@ def config_from_arguments(settings: Sequence[str]) -> Config:
     Raises:
         ConfigError: two presets, or anything wrong with the settings.
     """
-    presets = [word for word in settings if "=" not in word]
+    overrides = [word for word in settings if "=" in word and not is_url(word)]
+    presets = [word for word in settings if word not in overrides]
     if len(presets) > 1:
         raise ConfigError(f"{' and '.join(presets)} are two presets, expected one; settings are written key=value")
-    return load_config(presets[0] if presets else "phantom", [word for word in settings if "=" in word])
+    return load_config(presets[0] if presets else "phantom", overrides)
 
 
 def train(config: Config, command: list[str], *, dashboard: bool = False, allow_change: bool = False) -> int:
     """Run a training in its folder, from the start or from its last checkpoint; returns the exit code."""
     launch.check_machine(config)
-    folder = open_run(child(config.run.storage, config.run.name), "command")
+    folder = open_run(child(config.run.storage, config.run.name), "command", 60 * config.run.outage_min)
     folder.create()
     words = ["python", "-m", "mpscl_ray.train", *command]
     resume = shlex.join(words)

@@ -10,14 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 
 import ray
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from mpscl_ray import launch
 from mpscl_ray.config import Config, to_yaml
-from mpscl_ray.errors import MpsclError, TrainingError
+from mpscl_ray.errors import MpsclError, StorageError, TrainingError
+from mpscl_ray.preflight import check_nodes
 from mpscl_ray.run_folder import PLACE_FILE, RunFolder
 from mpscl_ray.training import Outcome
 from mpscl_ray.training_data import TrainingData
@@ -40,11 +40,12 @@ class Shared:
     at_once: int
 
 
-def open_shared(config: Config) -> tuple[Shared, list[str]]:
+def open_shared(config: Config, folder: RunFolder) -> tuple[Shared, list[str]]:
     """Open the data of trainings that differ in settings which do not decide on what is read.
 
     Args:
         config: of any of them; its datasets are folders already (:mod:`mpscl_ray.phantom_dataset`).
+        folder: of the command, which is there already; the runs will be below it.
 
     Returns:
         What the trainings share, and a sentence for each thing that deserves a warning.
@@ -52,9 +53,11 @@ def open_shared(config: Config) -> tuple[Shared, list[str]]:
     Raises:
         ConfigError, DataError: the datasets are missing, damaged, or do not go together.
         ClusterError: the cluster has no room for even one of them.
+        StorageError: a node cannot write where the runs will be; names it.
     """
     use_gpu = launch.check_cluster(config)
     domains, warnings = launch.load_domains(config)
+    check_nodes(folder.address, domains.fingerprints())
     data = launch.open_data(config, domains)
     return Shared(domains, data, use_gpu, launch.trainings_at_once(config, use_gpu)), warnings
 
@@ -111,7 +114,8 @@ def run_trial(
             folder.write_status("failed", exit_code=code, reason=reason)
             raise
         finally:
-            release(folder)
+            with suppress(StorageError):  # then the end of the lock, or the next start, does it
+                release(folder)
         finished = outcome.state == "finished"
         folder.write_status(
             "finished" if finished else "interrupted",
@@ -142,12 +146,11 @@ def release(folder: RunFolder) -> None:
     Ray Train does this itself when a training ends. Where its controller was killed, Ray would keep the place reserved
     until the whole job ends, and trainings after it would wait for it.
     """
-    file = folder.path / PLACE_FILE
-    if not file.exists():
+    name = folder.left(PLACE_FILE)
+    if name is None:
         return
-    group = PlacementGroup(ray.PlacementGroupID(bytes.fromhex(file.read_text(encoding="ascii"))))
-    remove_placement_group(group)
-    file.unlink()
+    remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(name))))
+    folder.take_away(PLACE_FILE)
 
 
 def _non_finite(outcome: Outcome) -> str:
@@ -156,8 +159,3 @@ def _non_finite(outcome: Outcome) -> str:
         f"a loss or gradient was not finite, seen at iteration {outcome.iteration} of the phase {outcome.phase} "
         f"({losses}); try smaller learning rates or weights"
     )
-
-
-def trial_folder(parent: Path, number: int) -> RunFolder:
-    """Run folder of a numbered training below a folder."""
-    return RunFolder(parent / f"{number:03d}")

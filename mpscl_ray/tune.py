@@ -5,31 +5,34 @@ from __future__ import annotations
 import argparse
 import shlex
 from collections.abc import Sequence
-from pathlib import Path
 
 import yaml
 
 from mpscl_ray import cli, launch, phantom_dataset, train
+from mpscl_ray.bucket_run import open_run
 from mpscl_ray.cluster_session import connect
 from mpscl_ray.config import describe_keys, preset_names
-from mpscl_ray.durable_files import storage_errors
 from mpscl_ray.errors import ConfigError, Interrupted, MpsclError, TrainingError
 from mpscl_ray.interruption import Interruption, signals_end
 from mpscl_ray.run_folder import RunFolder
 from mpscl_ray.search.beginning import choose_metric, shared_beginning
 from mpscl_ray.search.criteria import CRITERIA, LABEL_FREE
 from mpscl_ray.search.ledger import Ledger
-from mpscl_ray.search.results import print_results, write_results
+from mpscl_ray.search.results import PRESET, print_results, write_results
 from mpscl_ray.search.settings import describe_search
 from mpscl_ray.search.sharing import limiting_keys, shared_phases
 from mpscl_ray.search.space import EXAMPLE, Space, describe_spaces, load_space
 from mpscl_ray.search.study import LEDGER, Study
 from mpscl_ray.search.terminal import Board, short_key, trial_rows
+from mpscl_ray.storage import child
 from mpscl_ray.trial import open_shared
 
 MAY_CHANGE = ("search.trials", "search.evaluate", *(key for key in train.MAY_CHANGE if key != "run.validate_every"))
 """Keys that a search which goes on may set anew; none of them changes what a trial computes or when it
 is compared."""
+
+SPACE = "search.yaml"
+"""File in the folder of a search with all that decides on its trials."""
 
 _EXAMPLES = """\
 examples:
@@ -39,6 +42,7 @@ examples:
   python -m mpscl_ray.tune contrastive data.source=data/mr data.target=data/ct --warm-up runs/mr2ct
   python -m mpscl_ray.tune my_space.yaml --metric information --show
   ray job submit --working-dir . -- python -m mpscl_ray.tune mpscl run.storage=/shared/runs
+  python -m mpscl_ray.tune mpscl data.source=s3://hearts/mr data.target=s3://hearts/ct run.storage=s3://hearts/runs
 
 The same command again goes on with a search that was stopped: no trial is run twice. Trials run side by side as far as
 the cluster goes; scaling.workers is what one of them takes.
@@ -68,7 +72,7 @@ def main(arguments: Sequence[str]) -> int:
     add = parser.add_argument
     add("settings", nargs="*", metavar="SPACE | key=value", help="space (default: phantom), preset=NAME and settings")
     add("--metric", help="what trials are compared by, short for search.metric")
-    add("--warm-up", type=Path, metavar="RUN", help="folder of a run whose first phases all trials go on from")
+    add("--warm-up", metavar="RUN", help="folder, or URL, of a run whose first phases all trials go on from")
     add("--show", action="store_true", help="print the checked search as YAML and what trials share, and stop")
     add("--dashboard", action="store_true", help="serve the Ray dashboard of a Ray started here")
     options = parser.parse_intermixed_args(list(arguments))
@@ -80,7 +84,7 @@ def main(arguments: Sequence[str]) -> int:
     if options.metric is not None:
         overrides.append(f"search.metric={options.metric}")
     space = load_space(spaces_given[0] if spaces_given else "phantom", overrides)
-    given = None if options.warm_up is None else RunFolder(options.warm_up)
+    given = None if options.warm_up is None else open_run(options.warm_up)
     if options.show:
         shared = ", ".join(name for name, _ in shared_phases(space.base, space.keys)) or "nothing"
         print(f"# shared by all trials: {shared}\n{_yaml(space, given)}", end="")
@@ -91,16 +95,17 @@ def main(arguments: Sequence[str]) -> int:
 def search(space: Space, command: list[str], *, warm_up: RunFolder | None = None, dashboard: bool = False) -> int:
     """Carry out a search in its folder, from the start or from where it was stopped; returns the exit code."""
     launch.check_machine(space.base)
-    folder = RunFolder(Path(space.base.run.storage) / space.base.run.name)
+    run = space.base.run
+    own = (SPACE, LEDGER, PRESET, "tensorboard")
+    folder = open_run(child(run.storage, run.name), "command", 60 * run.outage_min, own)
     if folder.exists:
-        raise ConfigError(f"{folder.path} is the folder of a training run; give the search another run.name")
-    folder.config_file = folder.path / "search.yaml"
-    with storage_errors(folder.path):
-        folder.logs.mkdir(parents=True, exist_ok=True)
+        raise ConfigError(f"{folder.place} is the folder of a training run; give the search another run.name")
+    folder.config_file = folder.path / SPACE
+    folder.create(("logs", "results"))
     words = ["python", "-m", "mpscl_ray.tune", *command]
     resume = shlex.join(words)
     with folder.lock():
-        ledger = Ledger(folder.path / LEDGER)
+        ledger = Ledger(folder.path / LEDGER, folder.settle)
         if folder.exists and ledger.trials:
             for change in folder.check_config(_yaml(space, warm_up), MAY_CHANGE):
                 print(f"changed for the rest of the search: {change}", flush=True)
@@ -126,7 +131,7 @@ def search(space: Space, command: list[str], *, warm_up: RunFolder | None = None
             folder.write_status("failed", exit_code=1, reason=f"{type(error).__name__}: {error}")
             raise
         folder.write_status("finished", exit_code=0)
-    print_results(study)
+        print_results(study)
     return 0
 
 
@@ -136,14 +141,14 @@ def _datasets(space: Space) -> tuple[str, str]:
 
 def _yaml(space: Space, warm_up: RunFolder | None) -> str:
     """All that decides on the trials."""
-    content = {**space.to_dict(), "warm_up": None if warm_up is None else str(warm_up.path)}
+    content = {**space.to_dict(), "warm_up": None if warm_up is None else warm_up.place}
     return yaml.safe_dump(content, sort_keys=False, default_flow_style=None, width=100)
 
 
 def _search(space: Space, folder: RunFolder, ledger: Ledger, warm_up: RunFolder | None) -> Study:
     """The search on a Ray that runs: shared phases, trials, results."""
     resolved = phantom_dataset.resolve(space.base)
-    shared, warnings = open_shared(resolved)
+    shared, warnings = open_shared(resolved, folder)
     for warning in warnings:
         print(f"warning: {warning}", flush=True)
     metric = choose_metric(space.search.metric, shared.domains)
@@ -198,7 +203,7 @@ def _summary(study: Study) -> str:
     before = sum(length for _, length in study.common)
     last = study.resolved.schedule[-1][0].replace("_", " ")
     lines = [
-        f"search {study.folder.name} in {study.folder.path}: {space.search.method}, {total} trials over "
+        f"search {study.folder.name} in {study.folder.place}: {space.search.method}, {total} trials over "
         f"{', '.join(space.keys)}",
         f"  {at_once} trial{'s' * (at_once > 1)} at a time with "
         f"{study.resolved.scaling.describe(study.shared.use_gpu)} each; "

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import yaml
 
 from mpscl_ray import launch
+from mpscl_ray.bucket_run import open_run
 from mpscl_ray.config import SOURCE_ONLY, Config, config_from_dict, differences
 from mpscl_ray.errors import ConfigError
 from mpscl_ray.interruption import Interruption
@@ -15,6 +16,7 @@ from mpscl_ray.run_folder import RunFolder
 from mpscl_ray.search.criteria import LABEL_FREE, ORACLE, WITHOUT_SOURCE
 from mpscl_ray.search.sharing import PHASES, acts_from, shared_phases
 from mpscl_ray.search.space import NO_RESULT
+from mpscl_ray.storage import child
 from mpscl_ray.trial import Shared, run_trial
 
 SHARED_RUN = "shared"
@@ -81,14 +83,15 @@ def shared_beginning(
         if given is not None:
             first = ", ".join(key for key in keys if acts_from(key, config) == SOURCE_ONLY)
             raise ConfigError(
-                f"--warm-up {given.path}: trials share no phase, because {first or 'the only phase'} is searched from "
+                f"--warm-up {given.place}: trials share no phase, because {first or 'the only phase'} is searched from "
                 "the first one on; leave --warm-up out"
             )
         return None
     if given is not None:
         _check_given(given, config, common, keys, shared)
         return given
-    run, seen = RunFolder(folder.path / SHARED_RUN), 0
+    run = open_run(child(folder.address, SHARED_RUN), "command", 60 * config.run.outage_min)
+    seen = 0
 
     def look(training: launch.Launch) -> None:
         nonlocal seen
@@ -110,7 +113,7 @@ def _shared_config(config: Config, common: Sequence[str], folder: RunFolder, at_
     workers = next(number for number in range(min(room, batch), 0, -1) if batch % number == 0)
     return dataclasses.replace(
         config,
-        run=dataclasses.replace(config.run, name=SHARED_RUN, storage=str(folder.path)),
+        run=dataclasses.replace(config.run, name=SHARED_RUN, storage=folder.place),
         phases=dataclasses.replace(config.phases, **{name: 0 for name in PHASES if name not in common}),
         scaling=dataclasses.replace(config.scaling, workers=workers),
     )
@@ -119,9 +122,9 @@ def _shared_config(config: Config, common: Sequence[str], folder: RunFolder, at_
 def _check_given(run: RunFolder, config: Config, common: Sequence[str], keys: Sequence[str], shared: Shared) -> None:
     """Whether a run has trained the common phases as these trials would have."""
     run.require()
-    if not (run.phases / common[-1]).is_dir():
+    if common[-1] not in run.finished_phases():
         raise ConfigError(
-            f"--warm-up {run.path} has not finished the phase {common[-1]}, from which trials would go on"
+            f"--warm-up {run.place} has not finished the phase {common[-1]}, from which trials would go on"
         )
     theirs = config_from_dict(yaml.safe_load(run.read_config()), f"of the run {run.name}")
     last = PHASES.index(common[-1])
@@ -138,6 +141,6 @@ def _check_given(run: RunFolder, config: Config, common: Sequence[str], keys: Se
             wrong.append(f"the {domain} dataset is another one")
     if wrong:
         raise ConfigError(
-            f"--warm-up {run.path} is not the beginning of these trials: {'; '.join(wrong)}; give another run, or "
+            f"--warm-up {run.place} is not the beginning of these trials: {'; '.join(wrong)}; give another run, or "
             "leave --warm-up out to train it"
         )

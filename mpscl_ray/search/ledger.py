@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -61,16 +62,21 @@ class Trial:
 
 
 class Ledger:
-    """The records of one search, read when opened and kept in step with the file."""
+    """The records of one search, read when opened and kept in step with the file.
 
-    def __init__(self, file: Path) -> None:
+    Args:
+        file: where they are.
+        settle: called after each record, to wait until the file is in its place where that is a bucket.
+    """
+
+    def __init__(self, file: Path, settle: Callable[[], None] = lambda: None) -> None:
         """Read the file, if there is one; a last line that a kill has torn is dropped.
 
         Raises:
             DataError: another line is damaged; names it.
             StorageError: it cannot be read.
         """
-        self.file = file
+        self.file, self._settle = file, settle
         self.trials: dict[int, Trial] = {}
         self.order: list[tuple[int, int]] = []
         """(number, iteration) of every report, in the order in which they came."""
@@ -119,6 +125,7 @@ class Ledger:
         with storage_errors(self.file, len(line)), open(self.file, "ab", buffering=0) as file:
             file.write(line)
             os.fsync(file.fileno())
+        self._settle()
         self._apply(record)
 
     def _apply(self, record: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +20,8 @@ from ray import tune
 from ray.tune import Callback
 from ray.tune.search import Searcher
 
+from mpscl_ray.bucket_run import open_run
 from mpscl_ray.config import Config, to_dict
-from mpscl_ray.durable_files import write_atomically
 from mpscl_ray.errors import ClusterError, ConfigError, Interrupted, MpsclError, StorageError
 from mpscl_ray.interruption import Interruption
 from mpscl_ray.progress import TensorBoard
@@ -31,8 +32,9 @@ from mpscl_ray.search.early_stopping import EarlyStopping, InThisProcess
 from mpscl_ray.search.ledger import End, Ledger, Trial
 from mpscl_ray.search.sharing import shared_phases
 from mpscl_ray.search.space import Space
-from mpscl_ray.search.task import STOP_EARLY, STOP_SEARCH, Task, run_task
-from mpscl_ray.trial import Shared, release, trial_folder
+from mpscl_ray.search.task import STOP_EARLY, STOP_SEARCH, UNREACHABLE, Task, run_task
+from mpscl_ray.storage import child
+from mpscl_ray.trial import Shared, release
 
 LEDGER, TRIALS, RAY_FOLDER = "ledger.jsonl", "trials", "ray"
 """Names in the folder of a search."""
@@ -83,6 +85,11 @@ class Study:
         self.boards: dict[int, TensorBoard] = {}
         self.held_up: list[MpsclError] = []
         """What kept trials from going on and is not their fault: no room on the cluster, no space on the disk."""
+        self.stopping = False
+        """Whether all trials are asked to write a checkpoint and end."""
+        self.unreachable: dict[int, str] = {}
+        """Trials that could not even say how they ended, with the reason."""
+        self._folders: dict[int, RunFolder] = {}
 
     @property
     def iterations(self) -> int:
@@ -115,12 +122,15 @@ class Study:
     def trial_config(self, settings: dict[str, Any], number: int) -> Config:
         """Settings of a trial's run."""
         config = dataclasses.replace(self.space, base=self.resolved).config(settings)
-        run = dataclasses.replace(config.run, name=f"{number:03d}", storage=str(self.folder.path / TRIALS))
+        run = dataclasses.replace(config.run, name=f"{number:03d}", storage=str(child(self.folder.place, TRIALS)))
         return dataclasses.replace(config, run=run)
 
     def trial_folder(self, number: int) -> RunFolder:
         """Run folder of a trial."""
-        return trial_folder(self.folder.path / TRIALS, number)
+        if number not in self._folders:
+            place = child(self.folder.address, TRIALS, f"{number:03d}")
+            self._folders[number] = open_run(place, patience_s=60 * self.resolved.run.outage_min)
+        return self._folders[number]
 
     def settle(self) -> EarlyStopping:
         """Complete what an interruption has left half done, and return the scheduler that knows all earlier reports."""
@@ -132,9 +142,9 @@ class Study:
         for trial in list(self.ledger.trials.values()):
             folder = self.trial_folder(trial.number)
             release(folder)
-            if not trial.ended and (folder.path / STOP_EARLY).exists():
+            if not trial.ended and folder.left(STOP_EARLY) is not None:
                 self._end(trial.number)
-        (self.folder.path / STOP_SEARCH).unlink(missing_ok=True)
+        self.folder.take_away(STOP_SEARCH)
         return scheduler
 
     def remaining(self) -> list[int]:
@@ -185,11 +195,18 @@ class Study:
         # In a thread, so that the main one stays free for signals and for showing how far the search is.
         thread = threading.Thread(target=fit, name="ray tune", daemon=True)
         thread.start()
-        passed_on = False
+        next_look = 0.0
         while thread.is_alive():
-            if interruption.requested and not passed_on:
-                passed_on = True
-                (self.folder.path / STOP_SEARCH).touch()
+            if self.folder.problem is not None:
+                raise self.folder.problem
+            if not interruption.requested and time.monotonic() > next_look:
+                next_look = time.monotonic() + self.folder.look_s
+                with suppress(StorageError):
+                    if self.folder.left(STOP_SEARCH) is not None:
+                        interruption.request(f"the file {STOP_SEARCH} in its folder")
+            if interruption.requested and not self.stopping:
+                self.stopping = True
+                self.folder.leave(STOP_SEARCH, "")
                 # Whoever stopped the command may not wait for the trials: a job is killed soon after it.
                 reason = f"stopped by {interruption.signal_name}; trials go on from their last checkpoints"
                 self.folder.write_status("interrupted", exit_code=Interrupted.exit_code, reason=reason)
@@ -212,13 +229,11 @@ class Study:
         except ConfigError as error:
             self._write_end(number, "failed", str(error))
             return None
-        folder = self.trial_folder(number)
-        folder.path.mkdir(parents=True, exist_ok=True)
         task = Task(
             to_dict(config),
-            str(folder.path.absolute()),
-            str(self.folder.path.absolute()),
-            str(parent.path.absolute()) if parent is not None else None,
+            self.trial_folder(number).address,
+            self.folder.address,
+            parent.address if parent is not None else None,
             self.common[-1][0] if self.common else "",
             self.metric,
         )
@@ -243,35 +258,46 @@ class Study:
 
     def _fell_behind(self, number: int, iteration: int) -> None:
         reason = f"fell behind at iteration {iteration}"
-        write_atomically(self.trial_folder(number).path / STOP_EARLY, reason.encode())
+        try:
+            self.trial_folder(number).leave(STOP_EARLY, reason)
+        except StorageError as error:
+            self._hold_up(number, error)
 
     def ended(self, number: int) -> None:
         """A trial's process is done with it, or was lost for good."""
         board = self.boards.pop(number, None)
         if board is not None:
             board.close()
-        self._end(number, time.monotonic() - self.started.pop(number, time.monotonic()))
+        seconds = time.monotonic() - self.started.pop(number, time.monotonic())
+        try:
+            if number in self.unreachable:
+                raise StorageError(self.unreachable.pop(number))
+            self._end(number, seconds)
+        except StorageError as error:
+            self._hold_up(number, error)
+
+    def _hold_up(self, number: int, problem: MpsclError) -> None:
+        self.held_up.append(problem)
+        self.say(f"trial {number:03d} cannot go on now, and no other is started: {problem}")
 
     def _end(self, number: int, seconds: float = 0.0) -> None:
         """Write the end of a trial into the ledger, from what its folder says; nothing where it is to go on later."""
         folder = self.trial_folder(number)
         release(folder)
-        early = folder.path / STOP_EARLY
+        early = folder.left(STOP_EARLY)
         status = folder.read_status()
         state = status.get("state")
         if state == "finished":
             self._write_end(number, "finished", "", seconds)
-        elif early.exists():
-            self._write_end(number, "stopped", early.read_text(encoding="utf-8"), seconds)
+        elif early is not None:
+            self._write_end(number, "stopped", early, seconds)
             # Its settings and metrics stay; its weights are of no use to anyone.
-            for part in (folder.checkpoints, folder.phases, folder.best):
-                shutil.rmtree(part, ignore_errors=True)
+            folder.discard_weights()
         elif state == "failed" and status["exit_code"] in _NOT_THE_TRIALS_FAULT:
-            self.held_up.append(_NOT_THE_TRIALS_FAULT[status["exit_code"]](f"trial {number}: {status['reason']}"))
-            self.say(f"trial {number:03d} cannot go on now, and no other is started: {status['reason']}")
+            self._hold_up(number, _NOT_THE_TRIALS_FAULT[status["exit_code"]](f"trial {number}: {status['reason']}"))
         elif state == "failed":
             self._write_end(number, "failed", status.get("reason", ""), seconds)
-        elif state == "interrupted" or (self.folder.path / STOP_SEARCH).exists():
+        elif state == "interrupted" or self.stopping:
             self.say(f"trial {number:03d} is interrupted and will go on")
         else:
             lost = f"its process was lost {self.resolved.run.restarts + 1} times"
@@ -292,7 +318,7 @@ class _Numbered(InThisProcess, Searcher):
         self._study, self._remaining, self._parent = study, list(remaining), parent
 
     def suggest(self, trial_id: str) -> Any:
-        while self._remaining and not self._study.held_up and not (self._study.folder.path / STOP_SEARCH).exists():
+        while self._remaining and not self._study.held_up and not self._study.stopping:
             task = self._study.next_task(self._remaining.pop(0), self._parent)
             if task is not None:
                 return task
@@ -316,6 +342,10 @@ class _Endings(InThisProcess, Callback):
 
     def __init__(self, study: Study) -> None:
         self._study = study
+
+    def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **info: Any) -> None:
+        if UNREACHABLE in result:
+            self._study.unreachable[result["number"]] = result[UNREACHABLE]
 
     def on_trial_start(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         self._study.began(trial.config["number"])

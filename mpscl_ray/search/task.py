@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 import json
+import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from ray import tune
 
-from mpscl_ray.config import config_from_dict
-from mpscl_ray.durable_files import write_atomically
-from mpscl_ray.errors import MpsclError
+from mpscl_ray.bucket_run import open_run
+from mpscl_ray.config import Config, config_from_dict
+from mpscl_ray.errors import MpsclError, StorageError
 from mpscl_ray.fork import fork
 from mpscl_ray.launch import Launch
 from mpscl_ray.run_folder import DECIDED_FILE, RunFolder
 from mpscl_ray.search.criteria import score
 from mpscl_ray.trial import Shared, run_trial
+from mpscl_ray.worker import STOP_THERE
 
 STOP_SEARCH = "stop-requested"
 """Name of the file in the search's folder that asks all its trials to write a checkpoint and end."""
 
 STOP_EARLY = "stop-early"
 """Name of the file in a trial's folder that asks it to end because it has fallen behind; holds the reason."""
+
+UNREACHABLE = "unreachable"
+"""Key of a report in place of a status that could not be written: why the trial's folder cannot be reached."""
 
 
 @dataclass(frozen=True)
@@ -31,9 +36,9 @@ class Task:
 
     Attributes:
         config: nested settings.
-        folder: run folder of the trial.
-        search: folder of the search.
-        parent: run folder that the trial begins from; None where nothing is shared.
+        folder: address of the trial's run folder.
+        search: address of the search's folder.
+        parent: address of the run that the trial begins from; None where nothing is shared.
         phase: the phase whose end it begins from.
         metric: what trials are compared by.
     """
@@ -52,21 +57,26 @@ class Task:
 
 def run_task(settings: dict[str, Any], shared: Shared) -> None:
     """The trainable of Ray Tune. How it went is left in the run's status.json; no error is raised that was foreseen."""
-    task = Task(**json.loads(settings["task"]))
-    folder = RunFolder(Path(task.folder))
-    reporter = _Reporter(task, folder, settings["number"])
+    task, number = Task(**json.loads(settings["task"])), settings["number"]
+    config = config_from_dict(task.config)
+    patience_s = 60 * config.run.outage_min
+    folder = open_run(task.folder, "command", patience_s)
+    reporter = _Reporter(task, config, folder, number)
     try:
         if task.parent is not None:
-            fork(folder, RunFolder(Path(task.parent)), task.phase)
+            fork(folder, open_run(task.parent, patience_s=patience_s), task.phase)
         reporter.decided(0)
-        run_trial(config_from_dict(task.config), folder, shared, reporter.look)
+        run_trial(config, folder, shared, reporter.look)
+        reporter.report()
     except MpsclError as error:
-        if folder.read_status().get("state") != "failed":
-            folder.write_status("failed", exit_code=error.exit_code, reason=str(error))
-        return
+        try:
+            if folder.read_status().get("state") != "failed":
+                folder.write_status("failed", exit_code=error.exit_code, reason=str(error))
+        except StorageError as unreachable:
+            tune.report({"number": number, UNREACHABLE: str(unreachable)})
     finally:
-        (folder.path / DECIDED_FILE).unlink(missing_ok=True)
-    reporter.report()
+        with suppress(StorageError):  # the next start of the trial begins with another one
+            folder.take_away(DECIDED_FILE)
 
 
 class _Reporter:
@@ -76,28 +86,36 @@ class _Reporter:
     where it did.
     """
 
-    def __init__(self, task: Task, folder: RunFolder, number: int) -> None:
+    def __init__(self, task: Task, config: Config, folder: RunFolder, number: int) -> None:
         self._task, self._folder, self._number = task, folder, number
-        self._phase = config_from_dict(task.config).schedule[-1][0]
+        self._search = open_run(task.search)
+        self._phase = config.schedule[-1][0]
         self._reported = 0
         self._size = -1
         self._seen = self._decided = 0
+        self._next_look = 0.0
         self._stopping = False
 
     def look(self, training: Launch) -> None:
         """Called several times a second."""
         self.report()
-        early, all_trials = self._folder.path / STOP_EARLY, Path(self._task.search) / STOP_SEARCH
-        if not self._stopping and (early.exists() or all_trials.exists()):
-            self._stopping = True
-            training.request_stop()
-        if self._seen > self._decided:
-            self.decided(self._seen)
+        if time.monotonic() < self._next_look and self._seen == self._decided:
+            return
+        self._next_look = time.monotonic() + self._folder.look_s
+        # A storage that does not answer is the training's concern, which looks after what it writes.
+        with suppress(StorageError):
+            if not self._stopping and (
+                self._folder.left(STOP_EARLY) is not None or self._search.left(STOP_SEARCH) is not None
+            ):
+                self._stopping = True
+                training.request_stop()
+            if self._seen > self._decided:
+                self.decided(self._seen)
 
     def decided(self, step: int) -> None:
         """Let the training go on behind a global step, or stop there if it was asked to."""
+        self._folder.leave(DECIDED_FILE, f"{step} {STOP_THERE}" if self._stopping else str(step))
         self._decided = step
-        write_atomically(self._folder.path / DECIDED_FILE, str(step).encode())
 
     def report(self) -> None:
         """Report what was not reported yet; returns when Ray Tune has decided on it."""

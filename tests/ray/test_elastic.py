@@ -15,7 +15,7 @@ from mpscl_ray import checkpoint
 from mpscl_ray.errors import Interrupted, StorageError
 from mpscl_ray.run_folder import RunFolder
 from tests.nodes import Cluster, cluster, wait_for
-from tests.tiny import make_pair, tiny_settings
+from tests.tiny import SETTINGS, make_pair, tiny_settings
 
 pytestmark = pytest.mark.slow
 
@@ -37,16 +37,13 @@ def pair() -> Iterator[Cluster]:
         yield started
 
 
+def places(folder: Path) -> list[str]:
+    return [f"data.source={folder / 'mr'}", f"data.target={folder / 'ct'}", f"run.storage={folder / 'runs'}"]
+
+
 def words(folder: Path, name: str, *overrides: str) -> list[str]:
-    settings = [f"data.source={folder / 'mr'}", f"data.target={folder / 'ct'}", f"run.storage={folder / 'runs'}"]
-    return [
-        "mpscl_ray.train",
-        "small/source_only",
-        *tiny_settings("small/source_only"),
-        *settings,
-        f"run.name={name}",
-        *overrides,
-    ]
+    settings = [*tiny_settings("small/source_only"), *places(folder), f"run.name={name}", *overrides]
+    return ["mpscl_ray.train", "small/source_only", *settings]
 
 
 def steps(run: RunFolder) -> int:
@@ -73,14 +70,22 @@ def test_a_node_that_does_not_see_the_run_folder_is_named_before_the_first_step(
     (tmp_path / "runs").mkdir()
     stray = pair.add(hide=tmp_path / "runs")
     try:
-        output = tmp_path / "output.txt"
-        code = wait_for(pair.command(output, *words(tmp_path, "stray")), output, PATIENCE_S)
+        one = [*places(tmp_path), "scaling.workers=1"]
+        for name, command in (
+            ("stray", words(tmp_path, "stray")),
+            ("search", ["mpscl_ray.tune", *SETTINGS, *one, "run.name=search"]),
+            ("compare", ["mpscl_ray.compare", "source_only", "--directions", "forward", "--presets", "small", *one]),
+        ):
+            output = tmp_path / f"{name}.txt"
+            code = wait_for(pair.command(output, *command), output, PATIENCE_S)
+            assert code == StorageError.exit_code, output.read_text()
+            sentence = rf"error: node 127.0.0.2: {tmp_path / 'runs' / name} is another folder there than where the"
+            assert re.search(sentence, output.read_text()), output.read_text()
     finally:
         pair.lose(stray)
-    assert code == StorageError.exit_code, output.read_text()
-    sentence = rf"error: node 127.0.0.2: {tmp_path / 'runs' / 'stray'} is another folder there than where the command"
-    assert re.search(sentence, output.read_text()), output.read_text()
     assert steps(RunFolder(tmp_path / "runs" / "stray")) == 0
+    assert not (tmp_path / "runs" / "search" / "trials").exists()
+    assert not list((tmp_path / "runs" / "compare" / "cells").iterdir())
 
 
 @pytest.fixture(scope="module")

@@ -52,8 +52,7 @@ def test_a_trial_has_the_end_that_its_folder_tells(
     run.write_status(state, exit_code=code, reason="a reason" if state == "failed" else "")
     if early:
         study._fell_behind(1, 6)
-    if search_stops:
-        (study.folder.path / STOP_SEARCH).touch()
+    study.stopping = search_stops
     study.ended(1)
     trial = Ledger(study.ledger.file).trials[1]
     assert (trial.state, trial.reason) == expected
@@ -86,3 +85,12 @@ def test_settings_that_do_not_go_together_end_a_trial_before_it_starts(tmp_path:
     task = study.next_task(1, None)
     assert task is not None
     assert task["number"] == 1
+
+
+def test_a_trial_that_cannot_tell_its_end_holds_the_search_up_and_has_none(tmp_path: Path) -> None:
+    study = study_in(tmp_path)
+    study.trial_folder(1).write_status("running")
+    study.unreachable[1] = "cannot write s3://bucket/runs"
+    study.ended(1)
+    assert not study.ledger.trials[1].ended
+    assert [type(problem) for problem in study.held_up] == [StorageError]
