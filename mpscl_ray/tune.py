@@ -217,10 +217,10 @@ def _summary(study: Study) -> str:
     limits = limiting_keys(study.resolved, space.keys)
     if limits:
         lines.append(f"  {', '.join(limits)} act before the {last}, so trials share no more than that")
-    if space.search.early_stopping:
+    if study.rungs:
         rungs = ", ".join(f"{rung:g}" for rung in study.rungs)
         share = f"1/{space.search.reduction:g}"
-        lines.append(f"  trials behind the best {share} are stopped at iterations {rungs} of the {last}")
+        lines.append(f"  trials wait at iterations {rungs} of the {last}; the best {share} of those there go on")
     return "\n".join(lines)
 
 

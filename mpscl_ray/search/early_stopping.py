@@ -1,28 +1,112 @@
-"""Ray Tune's ASHA, in two ways changed: it goes on after an interruption, and it asks trials to stop, it kills none.
+"""ASHA: trials wait at rungs, and whoever is among the best of those that came there goes on first.
 
-A trial that Ray Tune kills leaves its workers' place reserved. One that is asked writes a checkpoint, ends its workers
-and gives the place back itself.
+Source: Li et al. 2020, "A system for massively parallel hyperparameter tuning", Algorithm 2. Ray Tune's own ASHA is the
+variant that never pauses: a trial goes on if it is among the best so far when it arrives, so that the early ones nearly
+always do, and one that was stopped is lost however poor the later ones are. Here a trial that is not among the best
+writes a checkpoint and gives its place back, and is taken up again once it is.
 
-Source: Li et al. 2020, "A system for massively parallel hyperparameter tuning", Algorithm 2, in the variant of Ray
-Tune, which stops trials where the paper pauses them.
+Differs from the paper in its end, as a search has one: where no trial could go on and none is at its end yet, the best
+one on the highest rung goes on.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
-from ray.tune.schedulers import ASHAScheduler, TrialScheduler
-
-from mpscl_ray.search.ledger import Ledger
+from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
 
-@dataclass(frozen=True)
-class _Named:
-    """What ASHA wants to know of a trial: a name that is the same after an interruption."""
+def rungs(iterations: int, grace: int, reduction: float) -> list[float]:
+    """Iterations at which trials are compared: grace, and on by a factor, below the last one."""
+    found, rung = [], float(grace)
+    while rung < iterations:
+        found.append(rung)
+        rung *= reduction
+    return found
 
-    trial_id: str
+
+class Halving:
+    """Which trials go on. All of it follows from the reports and their order, so that nothing else has to be kept.
+
+    Args:
+        rungs: iterations at which trials are compared, growing; none if every trial is trained in full.
+        reduction: one trial in so many goes on.
+        total: trials of the search.
+    """
+
+    def __init__(self, rungs: list[float], reduction: float, total: int) -> None:
+        self.rungs, self._reduction, self._total = rungs, reduction, total
+        self._scores: list[dict[int, float]] = [{} for _ in rungs]
+        self._reached: list[dict[int, int]] = [{} for _ in rungs]
+        self._passed: list[set[int]] = [set() for _ in rungs]
+
+    def report(self, number: int, iteration: int, score: float) -> bool:
+        """Take note of a trial's score; returns whether the trial has to wait there.
+
+        The first report at or behind a rung counts there. A score that is not a number is the lowest.
+        """
+        arrived = False
+        for rung, scores, reached, passed in zip(self.rungs, self._scores, self._reached, self._passed, strict=True):
+            if iteration < rung:
+                break
+            if number in scores:
+                if iteration > reached[number]:
+                    passed.add(number)
+                continue
+            scores[number], reached[number] = -math.inf if math.isnan(score) else score, iteration
+            arrived = True
+        for lower, higher in zip(self._passed, self._scores[1:], strict=False):
+            if number in higher:
+                lower.add(number)
+        if not arrived:
+            return False
+        level = self._rung_of(number)
+        if level is not None and number in self._best(level):
+            self._passed[level].add(number)
+            return False
+        return level is not None
+
+    def waits_at(self, number: int) -> int | None:
+        """The iteration at which a trial waits on a rung; None where it does not."""
+        rung = self._rung_of(number)
+        return None if rung is None else self._reached[rung][number]
+
+    def next(self, waiting: set[int], *, whatever: bool = False) -> int | None:
+        """Take the trial that goes on next, from the highest rung that has one; None where no trial may.
+
+        Args:
+            waiting: trials to choose from.
+            whatever: choose the best one on the highest rung even if it is not good enough.
+        """
+        for rung in reversed(range(len(self.rungs))):
+            order = self._order(rung) if whatever else self._best(rung)
+            for number in order:
+                if number in waiting and number not in self._passed[rung]:
+                    self._passed[rung].add(number)
+                    return number
+        return None
+
+    def hopeless(self, number: int) -> bool:
+        """Whether a trial that waits can never go on, however poor the trials to come are."""
+        rung = self._rung_of(number)
+        return rung is not None and self._order(rung).index(number) >= max(1, int(self._total / self._reduction))
+
+    def _rung_of(self, number: int) -> int | None:
+        for rung in reversed(range(len(self.rungs))):
+            if number in self._scores[rung]:
+                return None if number in self._passed[rung] else rung
+        return None
+
+    def _order(self, rung: int) -> list[int]:
+        """Trials that came to a rung, the best first; of equal ones the first."""
+        scores = self._scores[rung]
+        return sorted(scores, key=lambda number: (-scores[number], number))
+
+    def _best(self, rung: int) -> list[int]:
+        order = self._order(rung)
+        return order[: int(len(order) / self._reduction)]
 
 
 class InThisProcess:
@@ -32,81 +116,22 @@ class InThisProcess:
         return object, ()
 
 
-class EarlyStopping(InThisProcess, ASHAScheduler):
-    """ASHA over numbered trials (``trial.config["number"]``) that report ``iteration`` and ``score``.
+class Listener(InThisProcess, FIFOScheduler):
+    """Passes on what trials report, and lets Ray Tune end none: one that it kills leaves its workers' place reserved.
 
     Args:
-        iterations: of a trial that is trained in full.
-        grace: first rung.
-        reduction: factor between rungs; one trial in so many goes on.
-        report: called with number, iteration and values of each result, before anything is decided by it; says
-            whether it is a new one.
-        ask_to_stop: called with the number and the iteration of a trial that has fallen behind, once.
+        report: called with number, iteration, score and values of each result.
     """
 
-    def __init__(
-        self,
-        iterations: int,
-        grace: int,
-        reduction: float,
-        report: Callable[[int, int, dict[str, float]], bool],
-        ask_to_stop: Callable[[int, int], None],
-    ) -> None:
-        super().__init__(
-            time_attr="iteration",
-            metric="score",
-            mode="max",
-            max_t=iterations,
-            grace_period=min(grace, iterations),
-            reduction_factor=reduction,
-        )
-        self._iterations, self._report, self._ask_to_stop = iterations, report, ask_to_stop
-        self._asked: set[int] = set()
-        self._known: set[int] = set()
-
-    def replay(self, ledger: Ledger, score: Callable[[dict[str, float]], float]) -> list[tuple[int, int]]:
-        """Take note of all reports of an earlier start, in their order.
-
-        Returns:
-            Number and iteration of trials that have not ended although they fell behind: the search was interrupted
-            between the report and its consequence.
-        """
-        behind = []
-        for number, iteration in ledger.order:
-            if self._decide(number, iteration, score(ledger.trials[number].reports[iteration])):
-                self._asked.add(number)
-                if not ledger.trials[number].ended:
-                    behind.append((number, iteration))
-        return behind
+    def __init__(self, report: Callable[[int, int, float, dict[str, float]], None]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._report = report
 
     def set_search_properties(self, metric: str | None, mode: str | None, **spec: Any) -> bool:
         return True
 
-    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
-        """Nothing: a trial is known from its first report on."""
-
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         if "score" in result:
-            number, iteration = result["number"], result["iteration"]
             values = {key.removeprefix("values/"): value for key, value in result.items() if key[:7] == "values/"}
-            if self._report(number, iteration, values) and self._decide(number, iteration, result["score"]):
-                self._asked.add(number)
-                self._ask_to_stop(number, iteration)
+            self._report(result["number"], result["iteration"], result["score"], values)
         return TrialScheduler.CONTINUE
-
-    def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
-        """Nothing: the last result was taken note of when it came."""
-
-    def on_trial_remove(self, tune_controller: Any, trial: Any) -> None:
-        """Nothing, likewise."""
-
-    def _decide(self, number: int, iteration: int, score: float) -> bool:
-        """Whether a trial falls behind by a report; never at the end, and never twice."""
-        if iteration >= self._iterations or number in self._asked:
-            return False
-        named = _Named(f"{number:03d}")
-        if number not in self._known:
-            self._known.add(number)
-            super().on_trial_add(None, named)  # type: ignore[arg-type]
-        action = super().on_trial_result(None, named, {"iteration": iteration, "score": score})  # type: ignore[arg-type]
-        return bool(action == TrialScheduler.STOP)

@@ -63,8 +63,7 @@ def write_results(study: Study) -> None:
             "summary.json": json.dumps(summary, indent=1, allow_nan=False) + "\n",
         },
     )
-    rungs = study.rungs if study.space.search.early_stopping else []
-    figures.curves(trials, metric, rungs, best.number if best else None, results / "curves.png")
+    figures.curves(trials, metric, study.rungs, best.number if best else None, results / "curves.png")
     figures.parallel_coordinates(trials, study.space.distributions, metric, results / "parallel.png")
     figures.effects(trials, study.space.distributions, metric, results / "effects.png")
     if best is not None:

@@ -30,11 +30,11 @@ class SearchConfig:
     """What trials are compared by: oracle (target validation Dice) or a label-free criterion; auto: oracle where the
     target's validation cases are labelled, else the label-free default."""
     early_stopping: bool = True
-    """Stop trials that fall behind (ASHA); false trains each to its end."""
+    """Let trials wait at rungs, and go on with the best of them (ASHA); false trains each to its end."""
     grace: Annotated[int, Field(ge=1)] | None = None
-    """Iterations of the last phase before a trial may be stopped, the first rung; null: a tenth of the phase."""
+    """Iterations of the last phase up to the first rung; null: a tenth of the phase."""
     reduction: Annotated[float, Field(gt=1)] = 4
-    """At each rung a trial goes on if it is among the best 1/reduction there; rungs are this factor apart."""
+    """From each rung the best 1/reduction of the trials go on, at least one in all; rungs are this factor apart."""
     evaluate: Literal["best", "all", "none"] = "best"
     """Trials that are evaluated on the target's test volumes when the search is over; nothing is chosen by that."""
 

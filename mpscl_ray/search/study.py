@@ -28,11 +28,11 @@ from mpscl_ray.progress import TensorBoard
 from mpscl_ray.run_folder import RunFolder
 from mpscl_ray.search.criteria import score
 from mpscl_ray.search.draws import Draws, draws
-from mpscl_ray.search.early_stopping import EarlyStopping, InThisProcess
+from mpscl_ray.search.early_stopping import Halving, InThisProcess, Listener, rungs
 from mpscl_ray.search.ledger import End, Ledger, Trial
 from mpscl_ray.search.sharing import shared_phases
 from mpscl_ray.search.space import Space
-from mpscl_ray.search.task import STOP_EARLY, STOP_SEARCH, UNREACHABLE, Task, run_task
+from mpscl_ray.search.task import PAUSE, STOP_SEARCH, UNREACHABLE, Task, run_task
 from mpscl_ray.storage import child
 from mpscl_ray.trial import Shared, release
 
@@ -82,6 +82,12 @@ class Study:
         self.draws: Draws = draws(self.space, known, {number: self.score(trial) for number, trial in known.items()})
         self.started: dict[int, float] = {}
         """Trials that run now, with the time at which they started."""
+        self.halving = Halving(self.rungs, self.space.search.reduction, self.draws.total)
+        for number, iteration in self.ledger.order:
+            self.halving.report(number, iteration, score(known[number].reports[iteration], self.metric))
+        self._given: set[int] = set()
+        """Trials that Ray Tune has been given and that have not come to an end or a pause."""
+        self._seconds: dict[int, float] = {}
         self.boards: dict[int, TensorBoard] = {}
         self.held_up: list[MpsclError] = []
         """What kept trials from going on and is not their fault: no room on the cluster, no space on the disk."""
@@ -97,18 +103,12 @@ class Study:
         return self.resolved.schedule[-1][1]
 
     @property
-    def grace(self) -> int:
-        """First rung."""
-        return self.space.search.grace or max(1, self.iterations // 10)
-
-    @property
     def rungs(self) -> list[float]:
-        """Iterations at which trials are compared."""
-        rung, found = float(self.grace), []
-        while rung < self.iterations:
-            found.append(rung)
-            rung *= self.space.search.reduction
-        return found
+        """Iterations at which trials are compared; none without early stopping."""
+        search = self.space.search
+        if not search.early_stopping:
+            return []
+        return rungs(self.iterations, search.grace or max(1, self.iterations // 10), search.reduction)
 
     @property
     def common(self) -> list[tuple[str, int]]:
@@ -132,26 +132,41 @@ class Study:
             self._folders[number] = open_run(place, patience_s=60 * self.resolved.run.outage_min)
         return self._folders[number]
 
-    def settle(self) -> EarlyStopping:
-        """Complete what an interruption has left half done, and return the scheduler that knows all earlier reports."""
-        search = self.space.search
-        grace = self.grace if search.early_stopping else self.iterations
-        scheduler = EarlyStopping(self.iterations, grace, search.reduction, self._report, self._fell_behind)
-        for number, iteration in scheduler.replay(self.ledger, lambda values: score(values, self.metric)):
-            self._fell_behind(number, iteration)
+    def settle(self) -> None:
+        """Complete what an interruption has left half done."""
         for trial in list(self.ledger.trials.values()):
-            folder = self.trial_folder(trial.number)
-            release(folder)
-            if not trial.ended and folder.left(STOP_EARLY) is not None:
-                self._end(trial.number)
+            release(self.trial_folder(trial.number))
         self.folder.take_away(STOP_SEARCH)
-        return scheduler
+        self._give_up()
 
     def remaining(self) -> list[int]:
-        """Numbers of trials that have not ended, those that have begun first."""
+        """Numbers of trials that have not ended."""
         return [
             n for n in range(1, self.draws.total + 1) if n not in self.ledger.trials or not self.ledger.trials[n].ended
         ]
+
+    def next_number(self) -> int | None:
+        """The trial to begin, or to go on with; None where there is none now.
+
+        First those that an interruption has cut short, then those that may leave their rung, then new ones.
+        """
+        left = [number for number in self.remaining() if number not in self._given]
+        waiting = {number for number in left if self.halving.waits_at(number) is not None}
+        for number in left:
+            if number in self.ledger.trials and number not in waiting:
+                return number
+        best = self.halving.next(waiting) or min(set(left) - waiting, default=None)
+        if best is None and not self._given and not self._any_finished():
+            best = self.halving.next(waiting, whatever=True)
+        return best
+
+    @property
+    def waits_for_trials(self) -> bool:
+        """Whether some run now, by whose reports others may go on."""
+        return bool(self._given)
+
+    def _any_finished(self) -> bool:
+        return any(trial.state == "finished" for trial in self.ledger.trials.values())
 
     def run(self, parent: RunFolder | None, interruption: Interruption, look: Callable[[], None]) -> None:
         """Run all trials that are left; returns when none runs any more, all ended or the search interrupted.
@@ -161,18 +176,17 @@ class Study:
         """
         for name, value in _TUNE_SETTINGS.items():
             os.environ.setdefault(name, value)
-        scheduler = self.settle()
-        remaining = self.remaining()
-        if not remaining:
+        self.settle()
+        if not self.remaining():
             return
         storage = self.folder.path.absolute() / RAY_FOLDER
         shutil.rmtree(storage, ignore_errors=True)
         tuner = tune.Tuner(
             tune.with_resources(tune.with_parameters(run_task, shared=self.shared), {"memory": TRIAL_MEMORY}),
             tune_config=tune.TuneConfig(
-                search_alg=_Numbered(self, remaining, parent),
-                scheduler=scheduler,
-                num_samples=len(remaining),
+                search_alg=_Numbered(self, parent),
+                scheduler=Listener(self._report),
+                num_samples=-1,
                 max_concurrent_trials=self.shared.at_once,
                 reuse_actors=True,
             ),
@@ -212,6 +226,9 @@ class Study:
                 self.folder.write_status("interrupted", exit_code=Interrupted.exit_code, reason=reason)
             look()
             thread.join(_LOOK_S)
+        if not failure and not self.held_up and not self.stopping:
+            for number in self.remaining():
+                self._stop(number)
         look()
         for board in self.boards.values():
             board.close()
@@ -224,11 +241,13 @@ class Study:
     def next_task(self, number: int, parent: RunFolder | None) -> dict[str, Any] | None:
         """Begin a trial, or go on with it; None where its settings do not go together, which is the end of it."""
         trial = self.ledger.trials.get(number) or self.ledger.add(number, self.draws.settings(number))
+        self.trial_folder(number).take_away(PAUSE)
         try:
             config = self.trial_config(trial.settings, number)
         except ConfigError as error:
             self._write_end(number, "failed", str(error))
             return None
+        self._given.add(number)
         task = Task(
             to_dict(config),
             self.trial_folder(number).address,
@@ -247,32 +266,28 @@ class Study:
             self.boards[number] = TensorBoard(self.folder.path / "tensorboard" / f"{number:03d}", notice=self.say)
             self.boards[number].hyperparameters(trial.settings, ["search/score", "val/dice/mean"])
 
-    def _report(self, number: int, iteration: int, values: dict[str, float]) -> bool:
-        """Write a report into the ledger; False where it is there already."""
-        new = self.ledger.report(number, iteration, values)
-        if new:
-            value = score(values, self.metric)
-            self.boards[number].record({"global_step": iteration, "search/score": value, **values})
-            self.say(f"trial {number:03d} iteration {iteration}: {self.metric.replace('_', ' ')} {value:.4f}")
-        return new
-
-    def _fell_behind(self, number: int, iteration: int) -> None:
-        reason = f"fell behind at iteration {iteration}"
-        try:
-            self.trial_folder(number).leave(STOP_EARLY, reason)
-        except StorageError as error:
-            self._hold_up(number, error)
+    def _report(self, number: int, iteration: int, value: float, values: dict[str, float]) -> None:
+        """Write a report into the ledger, and ask the trial to pause where it is not among the best."""
+        if not self.ledger.report(number, iteration, values):
+            return
+        self.boards[number].record({"global_step": iteration, "search/score": value, **values})
+        self.say(f"trial {number:03d} iteration {iteration}: {self.metric.replace('_', ' ')} {value:.4f}")
+        if self.halving.report(number, iteration, value):
+            try:
+                self.trial_folder(number).leave(PAUSE, f"waits at iteration {iteration}")
+            except StorageError as error:
+                self._hold_up(number, error)
 
     def ended(self, number: int) -> None:
         """A trial's process is done with it, or was lost for good."""
-        board = self.boards.pop(number, None)
-        if board is not None:
-            board.close()
-        seconds = time.monotonic() - self.started.pop(number, time.monotonic())
+        self._given.discard(number)
+        started = self.started.pop(number, time.monotonic())
+        self._seconds[number] = self._seconds.get(number, 0.0) + time.monotonic() - started
         try:
             if number in self.unreachable:
                 raise StorageError(self.unreachable.pop(number))
-            self._end(number, seconds)
+            self._end(number)
+            self._give_up()
         except StorageError as error:
             self._hold_up(number, error)
 
@@ -280,46 +295,61 @@ class Study:
         self.held_up.append(problem)
         self.say(f"trial {number:03d} cannot go on now, and no other is started: {problem}")
 
-    def _end(self, number: int, seconds: float = 0.0) -> None:
+    def _end(self, number: int) -> None:
         """Write the end of a trial into the ledger, from what its folder says; nothing where it is to go on later."""
         folder = self.trial_folder(number)
         release(folder)
-        early = folder.left(STOP_EARLY)
+        pause = folder.left(PAUSE)
         status = folder.read_status()
         state = status.get("state")
         if state == "finished":
-            self._write_end(number, "finished", "", seconds)
-        elif early is not None:
-            self._write_end(number, "stopped", early, seconds)
-            # Its settings and metrics stay; its weights are of no use to anyone.
-            folder.discard_weights()
+            self._write_end(number, "finished")
         elif state == "failed" and status["exit_code"] in _NOT_THE_TRIALS_FAULT:
             self._hold_up(number, _NOT_THE_TRIALS_FAULT[status["exit_code"]](f"trial {number}: {status['reason']}"))
         elif state == "failed":
-            self._write_end(number, "failed", status.get("reason", ""), seconds)
+            self._write_end(number, "failed", status.get("reason", ""))
+        elif pause is not None:
+            self.say(f"trial {number:03d} {pause}")
         elif state == "interrupted" or self.stopping:
             self.say(f"trial {number:03d} is interrupted and will go on")
         else:
-            lost = f"its process was lost {self.resolved.run.restarts + 1} times"
-            self._write_end(number, "failed", lost, seconds)
+            self._write_end(number, "failed", f"its process was lost {self.resolved.run.restarts + 1} times")
 
-    def _write_end(self, number: int, state: End, reason: str, seconds: float = 0.0) -> None:
-        self.ledger.end(number, state, reason, seconds)
+    def _give_up(self) -> None:
+        """End the trials that wait and can never go on, so that no more weights are kept than may be needed."""
+        for number in self.remaining():
+            if number not in self._given and self.halving.hopeless(number):
+                self._stop(number)
+
+    def _stop(self, number: int) -> None:
+        """The end of a trial that waits. Its settings and metrics stay; its weights are of no use to anyone."""
+        self._write_end(number, "stopped", f"fell behind at iteration {self.halving.waits_at(number)}")
+        self.trial_folder(number).discard_weights()
+
+    def _write_end(self, number: int, state: End, reason: str = "") -> None:
+        self.ledger.end(number, state, reason, self._seconds.get(number, 0.0))
         trial = self.ledger.trials[number]
+        board = self.boards.pop(number, None)
+        if board is not None:
+            board.close()
         self.draws.ended(trial, self.score(trial) if trial.state != "failed" else None)
         self.say(f"trial {number:03d} {trial.state}{': ' if trial.reason else ''}{trial.reason}")
 
 
 class _Numbered(InThisProcess, Searcher):
-    """Gives Ray Tune the trials that are left, in order."""
+    """Gives Ray Tune the trials that are left."""
 
-    def __init__(self, study: Study, remaining: list[int], parent: RunFolder | None) -> None:
+    def __init__(self, study: Study, parent: RunFolder | None) -> None:
         super().__init__(metric="score", mode="max")
-        self._study, self._remaining, self._parent = study, list(remaining), parent
+        self._study, self._parent = study, parent
 
     def suggest(self, trial_id: str) -> Any:
-        while self._remaining and not self._study.held_up and not self._study.stopping:
-            task = self._study.next_task(self._remaining.pop(0), self._parent)
+        study = self._study
+        while not study.held_up and not study.stopping:
+            number = study.next_number()
+            if number is None:
+                return None if study.waits_for_trials else Searcher.FINISHED
+            task = study.next_task(number, self._parent)
             if task is not None:
                 return task
         return Searcher.FINISHED

@@ -23,8 +23,8 @@ from mpscl_ray.worker import STOP_THERE
 STOP_SEARCH = "stop-requested"
 """Name of the file in the search's folder that asks all its trials to write a checkpoint and end."""
 
-STOP_EARLY = "stop-early"
-"""Name of the file in a trial's folder that asks it to end because it has fallen behind; holds the reason."""
+PAUSE = "pause-requested"
+"""Name of the file in a trial's folder that asks it to write a checkpoint and give its place back."""
 
 UNREACHABLE = "unreachable"
 """Key of a report in place of a status that could not be written: why the trial's folder cannot be reached."""
@@ -82,8 +82,8 @@ def run_task(settings: dict[str, Any], shared: Shared) -> None:
 class _Reporter:
     """Hands each new validation of the last phase to Ray Tune, and passes on the wish to stop.
 
-    The training waits after each validation until it is decided here, so that a trial which has fallen behind stops
-    where it did.
+    The training waits after each validation until it is decided here, so that a trial which is to pause does so
+    there.
     """
 
     def __init__(self, task: Task, config: Config, folder: RunFolder, number: int) -> None:
@@ -105,7 +105,7 @@ class _Reporter:
         # A storage that does not answer is the training's concern, which looks after what it writes.
         with suppress(StorageError):
             if not self._stopping and (
-                self._folder.left(STOP_EARLY) is not None or self._search.left(STOP_SEARCH) is not None
+                self._folder.left(PAUSE) is not None or self._search.left(STOP_SEARCH) is not None
             ):
                 self._stopping = True
                 training.request_stop()

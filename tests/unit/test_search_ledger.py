@@ -8,7 +8,6 @@ import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -22,7 +21,7 @@ from mpscl_ray.errors import ConfigError, DataError
 from mpscl_ray.search import figures
 from mpscl_ray.search.criteria import CRITERIA, agreement, rank_correlation, score
 from mpscl_ray.search.draws import draws
-from mpscl_ray.search.early_stopping import EarlyStopping
+from mpscl_ray.search.early_stopping import Halving, Listener
 from mpscl_ray.search.ledger import Ledger, Trial
 from mpscl_ray.search.outcome import agreements, best_trial, preset_text, saving, trials_csv, trials_markdown
 from mpscl_ray.search.space import load_space
@@ -66,69 +65,56 @@ def test_a_torn_last_line_is_dropped_and_a_damaged_one_is_named(tmp_path: Path) 
         Ledger(file)
 
 
-class Told:
-    """A trial of Ray Tune, and what early stopping said of it."""
-
-    def __init__(self, iterations: int = 90, grace: int = 10, reduction: float = 3) -> None:
-        self.stopped: list[tuple[int, int]] = []
-        self.scheduler = EarlyStopping(
-            iterations,
-            grace,
-            reduction,
-            lambda *_: True,
-            lambda number, iteration: self.stopped.append((number, iteration)),
-        )
-
-    def report(self, number: int, iteration: int, value: float) -> None:
-        result: dict[str, Any] = {"number": number, "iteration": iteration, "score": value, f"values/{DICE}": value}
-        assert self.scheduler.on_trial_result(None, None, result) == "CONTINUE", "trials are asked, never killed"
-
-
-def test_a_trial_is_asked_to_stop_once_where_it_is_not_among_the_best_third() -> None:
-    told = Told()
-    for number, value in enumerate((0.5, 0.6, 0.4, 0.7), start=1):
-        told.report(number, 10, value)
-    # Cutoffs are the 2/3 quantiles of what came before: none, 0.5, 0.567, 0.533.
-    assert told.stopped == [(3, 10)]
-    told.report(3, 30, 0.1)
-    told.report(1, 20, 0.0)
-    assert told.stopped == [(3, 10)], "between rungs nothing is decided, and nobody is asked twice"
-    told.report(1, 30, 0.5)
-    told.report(2, 30, 0.4)
-    told.report(4, 90, 0.0)
-    assert told.stopped == [(3, 10), (2, 30)], "nothing is stopped at its end"
+def test_the_best_third_of_those_on_a_rung_goes_on_when_it_is_there() -> None:
+    halving = Halving([10, 30], 3, total=9)
+    assert [halving.report(n, 10, score) for n, score in ((1, 0.5), (2, 0.6), (3, math.nan))] == [True] * 3
+    assert halving.next({1, 3}) is None, "2 is the best of three, and may be elsewhere"
+    assert halving.next({1, 2, 3}) == 2
+    assert halving.next({1, 2, 3}) is None
+    assert not halving.report(4, 10, 0.7), "the best of four does not wait"
+    assert not halving.report(4, 20, 0.0), "between rungs nothing is decided"
+    assert [halving.report(n, 10, 0.5) for n in (5, 6)] == [True] * 2
+    assert halving.next({1, 3, 5, 6}) is None, "the best two of six, 4 and 2, went on already"
+    assert [halving.waits_at(n) for n in range(1, 7)] == [10, None, 10, None, 10, 10]
+    assert [halving.hopeless(n) for n in (1, 5, 6, 3)] == [False, True, True, True], "three of nine may go on: 4, 2, 1"
+    assert halving.report(2, 33, 0.1)
+    assert halving.report(4, 30, 0.1)
+    assert halving.waits_at(2) == 33, "the first report behind a rung counts there"
+    assert halving.next({2, 4}) is None
+    assert halving.next({1, 2, 4}, whatever=True) == 2, "the best of the highest rung; of equal ones the first"
+    assert Halving([], 3, 9).report(1, 10, 0.5) is False
 
 
-@given(
-    st.lists(st.tuples(st.integers(1, 6), st.floats(0, 1), st.booleans()), max_size=40),
-    st.integers(0, 40),
-)
-def test_decisions_do_not_depend_on_interruptions(reports: list[tuple[int, float, bool]], cut: int) -> None:
-    whole, first, second = Told(), Told(), Told()
-    done: dict[int, int] = {}
-    ledger: Any = type("Known", (), {"order": [], "trials": {}})()
-    for index, (number, value, _) in enumerate(reports):
-        iteration = done[number] = done.get(number, 0) + 10
-        if iteration > 90:
+@given(st.lists(st.tuples(st.integers(1, 9), st.floats(0, 1)), max_size=60), st.integers(2, 4), st.integers(1, 15))
+def test_what_goes_on_follows_from_the_reports_alone(
+    reports: list[tuple[int, float]], reduction: int, step: int
+) -> None:
+    live, again = Halving([10, 30], reduction, 9), Halving([10, 30], reduction, 9)
+    done, waiting, taken = dict.fromkeys(range(1, 10), 0), set[int](), set[int]()
+    for number, value in reports:
+        if number in waiting:
+            number = live.next(waiting) or 0
+            waiting.discard(number)
+            taken.add(number)
+        if number == 0:
             continue
-        whole.report(number, iteration, value)
-        if index < cut:
-            first.report(number, iteration, value)
-            ledger.order.append((number, iteration))
-            ledger.trials.setdefault(number, Trial(number, {})).reports[iteration] = {DICE: value}
-        else:
-            if index == cut or not second.scheduler._known:
-                assert second.scheduler.replay(ledger, lambda values: values[DICE]) == first.stopped
-            second.report(number, iteration, value)
-    assert first.stopped + second.stopped == whole.stopped or cut > len(reports)
+        done[number] += step
+        waits = live.report(number, done[number], value)
+        assert again.report(number, done[number], value) == waits, "who was taken up decides nothing for others"
+        taken.discard(number)
+        waiting |= {number} if waits else set()
+    for number in done:
+        assert (live.waits_at(number) is not None) == (number in waiting)
+        if number not in taken:  # what was taken up and has reported nothing since is found on its rung again
+            assert again.waits_at(number) == live.waits_at(number)
 
 
-def test_a_report_that_is_known_decides_nothing() -> None:
-    stopped: list[int] = []
-    scheduler = EarlyStopping(90, 10, 3, lambda *_: False, lambda number, _: stopped.append(number))
-    for number, value in ((1, 0.5), (2, 0.1)):
-        scheduler.on_trial_result(None, None, {"number": number, "iteration": 10, "score": value})
-    assert stopped == []
+def test_ray_tune_is_told_to_go_on_with_every_trial() -> None:
+    heard: list[tuple[int, int, float, dict[str, float]]] = []
+    listener = Listener(lambda *report: heard.append(report))
+    for result in ({"number": 1, "iteration": 10, "score": 0.5, f"values/{DICE}": 0.4}, {"done": True}):
+        assert listener.on_trial_result(None, None, result) == "CONTINUE"
+    assert heard == [(1, 10, 0.5, {DICE: 0.4})]
 
 
 def test_rank_correlation_by_hand() -> None:

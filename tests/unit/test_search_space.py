@@ -18,9 +18,9 @@ from mpscl_ray.run_folder import RunFolder
 from mpscl_ray.search.beginning import choose_metric
 from mpscl_ray.search.criteria import LABEL_FREE, WITHOUT_SOURCE
 from mpscl_ray.search.draws import draws, grid
+from mpscl_ray.search.early_stopping import rungs
 from mpscl_ray.search.sharing import acts_from, limiting_keys, shared_phases
 from mpscl_ray.search.space import Space, load_space, space_names
-from mpscl_ray.search.study import Study
 from tests.tiny import local_data, make_pair, tiny_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -213,10 +213,9 @@ def test_settings_that_are_said_to_act_in_the_adaptation_do_not_before(tmp_path:
 
 
 def test_rungs_begin_at_the_grace_and_end_before_the_last_iteration() -> None:
-    class Some:
-        grace, iterations, space = 12, 120, load_space("phantom", ["search.reduction=3"])
-
-    assert Study.rungs.fget(Some) == [12, 36, 108]  # type: ignore[attr-defined]
+    assert rungs(120, 12, 3) == [12, 36, 108]
+    assert rungs(36, 12, 3) == [12]
+    assert rungs(12, 12, 3) == []
 
 
 def domains(target: str, source: str) -> Any:

@@ -12,7 +12,7 @@ from mpscl_ray.run_folder import RunFolder
 from mpscl_ray.search.ledger import Ledger
 from mpscl_ray.search.space import load_space
 from mpscl_ray.search.study import Study
-from mpscl_ray.search.task import STOP_EARLY, STOP_SEARCH
+from mpscl_ray.search.task import PAUSE, STOP_SEARCH
 
 State = Literal["running", "finished", "failed", "interrupted"]
 
@@ -31,11 +31,12 @@ def study_in(folder: Path) -> Study:
 
 
 @pytest.mark.parametrize(
-    ("state", "code", "early", "search_stops", "expected"),
+    ("state", "code", "paused", "search_stops", "expected"),
     [
         ("finished", 0, False, False, ("finished", "")),
         ("finished", 0, True, False, ("finished", "")),
-        ("interrupted", 130, True, False, ("stopped", "fell behind at iteration 6")),
+        ("interrupted", 130, True, False, (None, "")),
+        ("running", None, True, False, (None, "")),
         ("failed", 6, False, False, ("failed", "a reason")),
         ("failed", 1, False, False, ("failed", "a reason")),
         ("running", None, False, False, ("failed", "its process was lost 4 times")),
@@ -45,35 +46,71 @@ def study_in(folder: Path) -> Study:
     ],
 )
 def test_a_trial_has_the_end_that_its_folder_tells(
-    tmp_path: Path, state: State, code: int | None, early: bool, search_stops: bool, expected: tuple[str | None, str]
+    tmp_path: Path, state: State, code: int | None, paused: bool, search_stops: bool, expected: tuple[str | None, str]
 ) -> None:
     study = study_in(tmp_path)
     run = study.trial_folder(1)
     run.write_status(state, exit_code=code, reason="a reason" if state == "failed" else "")
-    if early:
-        study._fell_behind(1, 6)
+    if paused:
+        run.leave(PAUSE, "waits at iteration 6")
     study.stopping = search_stops
     study.ended(1)
     trial = Ledger(study.ledger.file).trials[1]
     assert (trial.state, trial.reason) == expected
     assert (1 in study.remaining()) == (expected[0] is None)
-    assert run.checkpoints.exists() == (expected[0] != "stopped"), "weights of a stopped trial are of no use to anyone"
     assert [type(problem) for problem in study.held_up] == ([StorageError] if code == 5 else [])
 
 
-def test_a_search_that_was_killed_between_a_report_and_its_consequence_draws_it_later(tmp_path: Path) -> None:
-    study = study_in(tmp_path)
-    for number, dice in ((2, 0.1), (3, 0.9)):
+def more(study: Study, *dices: float, iteration: int = 30) -> Study:
+    """A study of the same folder, opened anew when trials 2, 3, ... have reported as well."""
+    for number, dice in enumerate(dices, start=2):
         study.ledger.add(number, study.draws.settings(number))
-        study.ledger.report(number, 6, {"val/dice/mean": dice})
+        study.ledger.report(number, iteration, {"val/dice/mean": dice})
         study.trial_folder(number).create()
         study.trial_folder(number).write_status("running")
-    again = study_in(tmp_path)
+    return study_in(study.folder.path.parent)
+
+
+def test_a_search_that_was_killed_between_a_report_and_its_consequence_draws_it_later(tmp_path: Path) -> None:
+    again = more(study_in(tmp_path), 0.1, 0.3, 0.2, 0.9, 0.4)
     again.settle()
-    assert {number: trial.state for number, trial in again.ledger.trials.items()} == {1: None, 2: "stopped", 3: None}
-    assert again.remaining()[:2] == [1, 3]
-    assert (again.trial_folder(2).path / STOP_EARLY).exists()
+    states = {number: trial.state for number, trial in again.ledger.trials.items()}
+    # Of 12 trials three may go on from the first rung: 2 and 4 cannot be among them any more. 5 was when it came.
+    assert states == {1: None, 2: "stopped", 3: None, 4: "stopped", 5: None, 6: None}
+    assert again.ledger.trials[4].reason == "fell behind at iteration 30"
+    assert [again.trial_folder(n).checkpoints.exists() for n in (2, 3)] == [False, True], "of no use to anyone"
     assert not (again.folder.path / STOP_SEARCH).exists()
+    given = []
+    for _ in range(4):
+        number = again.next_number()
+        assert number is not None
+        assert again.next_task(number, None) is not None
+        given.append(number)
+    assert given == [1, 5, 7, 8], "what was cut short, then what may go on, then new ones; 3 and 6 wait"
+
+
+def test_one_trial_at_least_is_trained_in_full(tmp_path: Path) -> None:
+    first = study_in(tmp_path)
+    first.ledger.report(1, 30, {"val/dice/mean": 0.5})
+    study = more(first, 0.1, 0.2, 0.6, *[0.1] * 8)
+
+    def all_that_may_go_on() -> list[int]:
+        given = []
+        while (number := study.next_number()) is not None:
+            assert study.next_task(number, None) is not None
+            given.append(number)
+        return given
+
+    assert all_that_may_go_on() == [4, 1, 3], "three of twelve; 4 was among the best when it came"
+    assert study.waits_for_trials
+    for number, dice in ((1, 0.6), (3, 0.7), (4, 0.5)):
+        study.ledger.report(number, 120, {"val/dice/mean": dice})
+        assert study.halving.report(number, 120, dice), "of three on the second rung, a quarter is none"
+    study._given.clear()
+    assert all_that_may_go_on() == [3], "but one has to be trained in full"
+    study._write_end(3, "finished")
+    study._given.clear()
+    assert (study.next_number(), study.waits_for_trials) == (None, False)
 
 
 def test_settings_that_do_not_go_together_end_a_trial_before_it_starts(tmp_path: Path) -> None:
