@@ -59,7 +59,7 @@ def main(arguments: Sequence[str]) -> int:
     criteria = "\n".join(f"  {name:24s} {text}" for name, text in CRITERIA.items())
     parser = argparse.ArgumentParser(
         prog="python -m mpscl_ray.tune",
-        description="Search for the settings of a method; hopeless trials are stopped early (ASHA).",
+        description="Search for the settings of a method; the best trials go on, others are stopped (ASHA).",
         epilog=(
             f"{_EXAMPLES}\n{spaces}\n\na space is a YAML file such as\n{EXAMPLE}\n"
             f"criteria (search.metric), larger is better; label-free default: {LABEL_FREE}\n{criteria}\n\n"

@@ -29,9 +29,9 @@ CRITERIA: dict[str, str] = {
 }
 """Meaning of each value of ``search.metric``; larger is better for all."""
 
-LABEL_FREE, WITHOUT_SOURCE = "source_dice_less_entropy", "neighbourhood_density"
+LABEL_FREE, WITHOUT_SOURCE = "source_dice_less_entropy", "confidence"
 """The label-free criterion that a search takes where the target has no validation labels, and where the source has none
-either. Over two searches on the phantom the first had the highest rank correlation with target Dice, the second the
+either. Over four searches on the phantom the first had the highest rank correlation with target Dice, the second the
 highest of those that need no source (tests/benchmarks/EXPERIMENTS.md)."""
 
 
