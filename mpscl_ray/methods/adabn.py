@@ -89,4 +89,4 @@ class AdaBN:
         return base.state_dict(self.networks, self._optimisers)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        base.load_state_dict(self, self._optimisers, state)
+        base.load_state_dict(self.networks, self._optimisers, self.start_phase, state)

@@ -6,15 +6,16 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mpscl_ray import distributed
 from mpscl_ray.losses import class_counts
 from mpscl_ray.methods import base
 from mpscl_ray.methods.adversarial import AdversarialConfig, Adversary
 from mpscl_ray.methods.base import Batch, TargetSplit, TrainingSlices
+from mpscl_ray.methods.trained_segmenter import TrainedSegmenter
 from mpscl_ray.networks.deeplab import DeepLabV2
-from mpscl_ray.optimisation import OptimConfig, Optimisers, PrecisionConfig, SegmenterSGD, autocast, prepare_network
+from mpscl_ray.optimisation import OptimConfig, PrecisionConfig
 
 
 @dataclass(frozen=True)
@@ -55,34 +56,27 @@ class AdaOutput:
         precision: PrecisionConfig,
         seed: int,
     ) -> None:
-        self.config, self.optim, self.num_classes = config, optim, num_classes
-        self.device, self.precision = device, precision
-        self.segmenter = segmenter
-        prepare_network(segmenter, device, precision)
-        self._segment = base.wrap_segmenter(segmenter, config.norm_statistics, device)
+        self.config, self.num_classes, self.segmenter = config, num_classes, segmenter
         dtype = next(segmenter.parameters()).dtype
         least_squares = config.adversarial_loss == "least_squares"
         self._adversary = Adversary(
             config, base.heads(segmenter), num_classes, dtype, seed, device, precision, least_squares
         )
-        self.networks: dict[str, nn.Module] = {"segmenter": segmenter, **self._adversary.networks}
-        self._optimisers = Optimisers(self.networks, device)
+        self.trained = TrainedSegmenter(
+            segmenter, optim, device, precision, config.norm_statistics, self._adversary.networks
+        )
+        self.networks = self.trained.networks
 
     def start_phase(self, iterations: int) -> None:
-        segmenter = {"segmenter": SegmenterSGD(self.segmenter, self.optim)}
-        self._optimisers.start(segmenter | self._adversary.optimisers(self.optim), iterations)
+        self.trained.start_phase(iterations)
 
     def step(self, batch: Batch, iteration: int) -> dict[str, Tensor]:
         assert batch.target_image is not None, "AdaOutput needs slices of the target domain"
         c = self.config
         labels = batch.source_label
-        self._optimisers.begin(iteration)
+        self.trained.optimisers.begin(iteration)
 
-        with autocast(self.device, self.precision):
-            source, target = self._segment(
-                base.to_network(batch.source_image, self.segmenter, self.precision),
-                base.to_network(batch.target_image, self.segmenter, self.precision),
-            )
+        source, target = self.trained.forward(batch.source_image, batch.target_image)
         source_logits = base.upsampled(source, labels.shape[-2:])
         target_logits = base.upsampled(target, labels.shape[-2:])
         counts = distributed.all_reduce_sum(class_counts(labels, self.num_classes))
@@ -104,20 +98,20 @@ class AdaOutput:
         learnt, accuracies = self._adversary.learn(source_maps, target_maps, c.halve_discriminator_loss)
         losses |= learnt
 
-        flag = self._optimisers.finish(losses)
+        flag = self.trained.optimisers.finish(losses)
         return base.metrics(losses, {"loss_segmentation": segmentation.total}, accuracies, non_finite=flag)
 
     def non_finite_losses(self) -> dict[str, Tensor]:
-        return self._optimisers.guard.losses()
+        return self.trained.non_finite_losses()
 
     def predict(self, images: Tensor) -> Tensor:
-        return base.predict(self.segmenter, images.to(self.device), self.precision)
+        return self.trained.predict(images)
 
     def prepare(self, slices: TrainingSlices) -> None:
         """Nothing."""
 
     def state_dict(self) -> dict[str, Any]:
-        return base.state_dict(self.networks, self._optimisers)
+        return self.trained.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        base.load_state_dict(self, self._optimisers, state)
+        self.trained.load_state_dict(state)

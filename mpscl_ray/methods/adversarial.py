@@ -20,7 +20,7 @@ from mpscl_ray.losses import SOURCE_LABEL, TARGET_LABEL, domain_loss, least_squa
 from mpscl_ray.methods.base import SegmentationConfig, Weight
 from mpscl_ray.networks import initialise
 from mpscl_ray.networks.discriminators import FCDiscriminator, PatchGANDiscriminator
-from mpscl_ray.optimisation import DiscriminatorAdam, OptimConfig, Optimiser, PrecisionConfig, autocast, prepare_network
+from mpscl_ray.optimisation import PrecisionConfig, autocast, prepare_network
 
 DISCRIMINATORS: dict[str, type[FCDiscriminator] | type[PatchGANDiscriminator]] = {
     "fc": FCDiscriminator,
@@ -96,10 +96,6 @@ class Adversary:
     def networks(self) -> dict[str, nn.Module]:
         """The discriminators, unwrapped, by the name they have in a method."""
         return {f"discriminator_{head}": network for head, network in self.discriminators.items()}
-
-    def optimisers(self, optim: OptimConfig) -> dict[str, Optimiser]:
-        """A fresh optimiser for each discriminator."""
-        return {name: DiscriminatorAdam(network, optim) for name, network in self.networks.items()}
 
     def fool(self, target: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Adversarial loss of each head: frozen discriminators should take the target's maps for the source's.

@@ -238,16 +238,18 @@ def state_dict(networks: dict[str, nn.Module], optimisers: Optimisers) -> dict[s
     return {"networks": {name: network.state_dict() for name, network in networks.items()}, **optimisers.state_dict()}
 
 
-def load_state_dict(method: Method, optimisers: Optimisers, state: dict[str, Any]) -> None:
+def load_state_dict(
+    networks: dict[str, nn.Module], optimisers: Optimisers, start_phase: Callable[[int], None], state: dict[str, Any]
+) -> None:
     """Take over what :func:`state_dict` gave, the phase started if it was.
 
     Raises:
         DataError: the state is of other networks.
     """
-    load_networks(method.networks, state["networks"])
+    load_networks(networks, state["networks"])
     optimisers.forget_non_finite()
     if state["phase"]["iterations"]:
-        method.start_phase(state["phase"]["iterations"])
+        start_phase(state["phase"]["iterations"])
         optimisers.load_state_dict(state)
 
 

@@ -9,15 +9,16 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 import torch.nn.functional as F
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from mpscl_ray import distributed
 from mpscl_ray.losses import class_counts, focal_loss, full_precision
 from mpscl_ray.methods import base
 from mpscl_ray.methods.advent import AdvEntConfig
 from mpscl_ray.methods.base import Batch, TargetSplit, TrainingSlices, Weight
+from mpscl_ray.methods.trained_segmenter import TrainedSegmenter
 from mpscl_ray.networks.deeplab import DeepLabV2, SegmenterOutput
-from mpscl_ray.optimisation import OptimConfig, Optimisers, PrecisionConfig, SegmenterSGD, autocast, prepare_network
+from mpscl_ray.optimisation import OptimConfig, PrecisionConfig, autocast, prepare_network
 from mpscl_ray.prototypes import downsample_labels
 
 IGNORE = -1
@@ -80,16 +81,13 @@ class CAG:
         precision: PrecisionConfig,
         seed: int,
     ) -> None:
-        self.config, self.optim, self.num_classes = config, optim, num_classes
+        self.config, self.num_classes, self.segmenter = config, num_classes, segmenter
         self.device, self.precision = device, precision
-        self.segmenter = segmenter
         self.teacher = copy.deepcopy(segmenter)
-        prepare_network(segmenter, device, precision)
         prepare_network(distributed.start_alike(self.teacher.to(device)), device, precision)
         self.teacher.requires_grad_(False).eval()
-        self._segment = base.wrap_segmenter(segmenter, config.norm_statistics, device)
-        self.networks: dict[str, nn.Module] = {"segmenter": segmenter}
-        self._optimisers = Optimisers(self.networks, device)
+        self.trained = TrainedSegmenter(segmenter, optim, device, precision, config.norm_statistics)
+        self.networks = self.trained.networks
         dtype = next(segmenter.parameters()).dtype
         self.anchors = torch.zeros(num_classes, segmenter.feature_channels, dtype=dtype, device=device)
         self.anchor_counts = torch.zeros(num_classes, dtype=torch.float64, device=device)
@@ -97,7 +95,7 @@ class CAG:
         self.gap_quantiles = torch.zeros(len(QUANTILES), dtype=torch.float64)
 
     def start_phase(self, iterations: int) -> None:
-        self._optimisers.start({"segmenter": SegmenterSGD(self.segmenter, self.optim)}, iterations)
+        self.trained.start_phase(iterations)
 
     @torch.no_grad()
     def prepare(self, slices: TrainingSlices) -> None:
@@ -142,12 +140,12 @@ class CAG:
 
     @torch.no_grad()
     def pseudo_labels(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """Pseudo-labels A and P of the teacher for network input, (B, h, w) with IGNORE where a pixel is left out.
+        """Pseudo-labels A and P of the teacher for slices (B, 1, H, W): (B, h, w), IGNORE where a pixel is left out.
 
         Without two anchors there is no A, because nothing tells how sure it is.
         """
         with autocast(self.device, self.precision):
-            output: SegmenterOutput = self.teacher(image)
+            output: SegmenterOutput = self.teacher(base.to_network(image, self.teacher, self.precision))
         nearest, gap = self._nearest(output.features)
         enough = (self.anchor_counts > 0).sum() >= 2
         by_anchor = torch.where((gap >= self.threshold) & enough, nearest, IGNORE)
@@ -158,15 +156,11 @@ class CAG:
         assert batch.target_image is not None, "CAG needs slices of the target domain"
         c = self.config
         labels = batch.source_label
-        self._optimisers.begin(iteration)
-        target_image = base.to_network(batch.target_image, self.segmenter, self.precision)
+        self.trained.optimisers.begin(iteration)
 
-        with autocast(self.device, self.precision):
-            source, target = self._segment(
-                base.to_network(batch.source_image, self.segmenter, self.precision), target_image
-            )
+        source, target = self.trained.forward(batch.source_image, batch.target_image)
         source_logits = base.upsampled(source, labels.shape[-2:])
-        by_anchor, by_probability = self.pseudo_labels(target_image)
+        by_anchor, by_probability = self.pseudo_labels(batch.target_image)
 
         # Sums of this worker, then all that is divided by is of the global batch.
         labels_small = downsample_labels(labels, (source.main.shape[2], source.main.shape[3]))
@@ -196,7 +190,7 @@ class CAG:
         total.backward()  # type: ignore[no-untyped-call]
 
         losses = {**segmentation.parts, **losses}
-        flag = self._optimisers.finish(losses)
+        flag = self.trained.optimisers.finish(losses)
         metrics = {
             "loss_segmentation": segmentation.total,
             "selected_fraction_anchor": (by_anchor != IGNORE).to(total.dtype).mean(),
@@ -226,14 +220,14 @@ class CAG:
         return 10.0 * (smooth * valid).sum(), valid.sum().to(smooth.dtype)
 
     def non_finite_losses(self) -> dict[str, Tensor]:
-        return self._optimisers.guard.losses()
+        return self.trained.non_finite_losses()
 
     def predict(self, images: Tensor) -> Tensor:
-        return base.predict(self.segmenter, images.to(self.device), self.precision)
+        return self.trained.predict(images)
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            **base.state_dict(self.networks, self._optimisers),
+            **self.trained.state_dict(),
             "teacher": self.teacher.state_dict(),
             "anchors": {
                 "features": self.anchors,
@@ -244,7 +238,7 @@ class CAG:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        base.load_state_dict(self, self._optimisers, state)
+        self.trained.load_state_dict(state)
         self.teacher.load_state_dict(state["teacher"])
         anchors = state["anchors"]
         self.anchors = anchors["features"].to(self.anchors, copy=True)

@@ -8,15 +8,16 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 import torch.nn.functional as F
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from mpscl_ray import distributed
 from mpscl_ray.losses import SOURCE_LABEL, TARGET_LABEL, class_counts, domain_loss, focal_loss, full_precision
 from mpscl_ray.methods import base
 from mpscl_ray.methods.adversarial import Adversary, DiscriminatorConfig
 from mpscl_ray.methods.base import Batch, TargetSplit, TrainingSlices, Weight
+from mpscl_ray.methods.trained_segmenter import TrainedSegmenter
 from mpscl_ray.networks.deeplab import DeepLabV2, upsample_logits
-from mpscl_ray.optimisation import OptimConfig, Optimisers, PrecisionConfig, SegmenterSGD, autocast, prepare_network
+from mpscl_ray.optimisation import OptimConfig, PrecisionConfig
 
 
 @dataclass(frozen=True)
@@ -73,34 +74,27 @@ class CLAN:
         seed: int,
     ) -> None:
         assert segmenter.twin_heads
-        self.config, self.optim, self.num_classes = config, optim, num_classes
-        self.device, self.precision = device, precision
-        self.segmenter = segmenter
-        prepare_network(segmenter, device, precision)
-        self._segment = base.wrap_segmenter(segmenter, config.norm_statistics, device)
+        self.config, self.num_classes, self.segmenter = config, num_classes, segmenter
         dtype = next(segmenter.parameters()).dtype
         self._adversary = Adversary(config, ("main",), num_classes, dtype, seed, device, precision)
-        self.networks: dict[str, nn.Module] = {"segmenter": segmenter, **self._adversary.networks}
-        self._optimisers = Optimisers(self.networks, device)
+        self.trained = TrainedSegmenter(
+            segmenter, optim, device, precision, config.norm_statistics, self._adversary.networks
+        )
+        self.networks = self.trained.networks
 
     def start_phase(self, iterations: int) -> None:
-        segmenter = {"segmenter": SegmenterSGD(self.segmenter, self.optim)}
-        self._optimisers.start(segmenter | self._adversary.optimisers(self.optim), iterations)
+        self.trained.start_phase(iterations)
 
     def step(self, batch: Batch, iteration: int) -> dict[str, Tensor]:
         assert batch.target_image is not None, "CLAN needs slices of the target domain"
         c = self.config
         labels = batch.source_label
         size = labels.shape[-2:]
-        preheat = int(c.preheat * self._optimisers.iterations)
-        damping = 1.0 - iteration / self._optimisers.iterations
-        self._optimisers.begin(iteration, iteration / preheat if iteration < preheat else None)
+        preheat = int(c.preheat * self.trained.optimisers.iterations)
+        damping = 1.0 - iteration / self.trained.optimisers.iterations
+        self.trained.optimisers.begin(iteration, iteration / preheat if iteration < preheat else None)
 
-        with autocast(self.device, self.precision):
-            source, target = self._segment(
-                base.to_network(batch.source_image, self.segmenter, self.precision),
-                base.to_network(batch.target_image, self.segmenter, self.precision),
-            )
+        source, target = self.trained.forward(batch.source_image, batch.target_image)
         source_logits, target_logits = base.upsampled(source, size), base.upsampled(target, size)
 
         # Segmenter, with a frozen discriminator.
@@ -127,7 +121,7 @@ class CLAN:
         losses["loss_discriminator_main"] = loss
         loss.backward()  # type: ignore[no-untyped-call]
 
-        flag = self._optimisers.finish(losses)
+        flag = self.trained.optimisers.finish(losses)
         metrics = {"loss_segmentation": segmentation, "disagreement": weights.mean()}
         metrics["discriminator_accuracy_main"] = self._adversary.accuracy(on_source, on_target)
         return base.metrics(losses, metrics, non_finite=flag)
@@ -149,19 +143,19 @@ class CLAN:
         return ((self.config.epsilon + self.config.lambda_local * weights) * pixels).mean()
 
     def non_finite_losses(self) -> dict[str, Tensor]:
-        return self._optimisers.guard.losses()
+        return self.trained.non_finite_losses()
 
     def predict(self, images: Tensor) -> Tensor:
-        return base.predict(self.segmenter, images.to(self.device), self.precision)
+        return self.trained.predict(images)
 
     def prepare(self, slices: TrainingSlices) -> None:
         """Nothing."""
 
     def state_dict(self) -> dict[str, Any]:
-        return base.state_dict(self.networks, self._optimisers)
+        return self.trained.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        base.load_state_dict(self, self._optimisers, state)
+        self.trained.load_state_dict(state)
 
 
 def disagreement(one: Tensor, other: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 import torch.nn.functional as F
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from mpscl_ray import distributed
 from mpscl_ray.errors import DataError
@@ -24,8 +24,9 @@ from mpscl_ray.losses import (
 from mpscl_ray.methods import base
 from mpscl_ray.methods.adversarial import AdversarialConfig, Adversary
 from mpscl_ray.methods.base import Batch, TargetSplit, TrainingSlices, Weight
+from mpscl_ray.methods.trained_segmenter import TrainedSegmenter
 from mpscl_ray.networks.deeplab import DeepLabV2
-from mpscl_ray.optimisation import OptimConfig, Optimisers, PrecisionConfig, SegmenterSGD, autocast, prepare_network
+from mpscl_ray.optimisation import OptimConfig, PrecisionConfig
 from mpscl_ray.prototypes import downsample_labels, initial_prototypes, prototype_sums, update_prototypes
 from mpscl_ray.pseudo_labels import self_paced_pseudo_labels
 
@@ -89,33 +90,27 @@ class MPSCL:
         precision: PrecisionConfig,
         seed: int,
     ) -> None:
-        self.config, self.optim, self.num_classes = config, optim, num_classes
-        self.device, self.precision = device, precision
+        self.config, self.num_classes, self.device = config, num_classes, device
         self.segmenter = segmenter
-        prepare_network(segmenter, device, precision)
-        self._segment = base.wrap_segmenter(segmenter, config.norm_statistics, device)
         dtype = next(segmenter.parameters()).dtype
         self._adversary = Adversary(config, base.heads(segmenter), num_classes, dtype, seed, device, precision)
-        self.networks: dict[str, nn.Module] = {"segmenter": segmenter, **self._adversary.networks}
+        self.trained = TrainedSegmenter(
+            segmenter, optim, device, precision, config.norm_statistics, self._adversary.networks
+        )
+        self.networks = self.trained.networks
         self.prototypes = torch.zeros(num_classes, segmenter.feature_channels, dtype=dtype, device=device)
-        self._optimisers = Optimisers(self.networks, device)
         self._contrast = config.beta > 0 or config.gamma > 0
 
     def start_phase(self, iterations: int) -> None:
-        segmenter = {"segmenter": SegmenterSGD(self.segmenter, self.optim)}
-        self._optimisers.start(segmenter | self._adversary.optimisers(self.optim), iterations)
+        self.trained.start_phase(iterations)
 
     def step(self, batch: Batch, iteration: int) -> dict[str, Tensor]:
         assert batch.target_image is not None, "MPSCL needs slices of the target domain"
         c = self.config
         labels = batch.source_label
-        self._optimisers.begin(iteration)
+        self.trained.optimisers.begin(iteration)
 
-        with autocast(self.device, self.precision):
-            source, target = self._segment(
-                base.to_network(batch.source_image, self.segmenter, self.precision),
-                base.to_network(batch.target_image, self.segmenter, self.precision),
-            )
+        source, target = self.trained.forward(batch.source_image, batch.target_image)
         source_logits = base.upsampled(source, labels.shape[-2:])
         target_logits = base.upsampled(target, labels.shape[-2:])
 
@@ -167,7 +162,7 @@ class MPSCL:
         losses |= learnt
 
         # Nothing moves unless all of it is finite on all workers.
-        flag = self._optimisers.finish(losses)
+        flag = self.trained.optimisers.finish(losses)
         self.prototypes = torch.where(flag > 0, self.prototypes, prototypes)
         return base.metrics(losses, metrics, accuracies, non_finite=flag)
 
@@ -175,10 +170,10 @@ class MPSCL:
         return self_information(logits, normalised=self.config.normalised_self_information)
 
     def non_finite_losses(self) -> dict[str, Tensor]:
-        return self._optimisers.guard.losses()
+        return self.trained.non_finite_losses()
 
     def predict(self, images: Tensor) -> Tensor:
-        return base.predict(self.segmenter, images.to(self.device), self.precision)
+        return self.trained.predict(images)
 
     def prepare(self, slices: TrainingSlices) -> None:
         """Begin with the prototypes of the whole source set."""
@@ -198,7 +193,7 @@ class MPSCL:
         sums = torch.zeros(self.prototypes.shape, dtype=torch.float64, device=self.device)
         counts = sums.new_zeros(self.num_classes)
         for image, label in batches:
-            features = base.evaluate(self.segmenter, image.to(self.device), self.precision).features
+            features = self.trained.evaluate(image).features
             labels_small = downsample_labels(label.to(self.device), (features.shape[2], features.shape[3]))
             batch_sums, batch_counts = prototype_sums(features, labels_small, self.num_classes)
             sums += batch_sums
@@ -207,10 +202,10 @@ class MPSCL:
         self.prototypes = initial_prototypes(sums, counts).to(self.prototypes.dtype)
 
     def state_dict(self) -> dict[str, Any]:
-        return {**base.state_dict(self.networks, self._optimisers), "prototypes": self.prototypes}
+        return {**self.trained.state_dict(), "prototypes": self.prototypes}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        base.load_state_dict(self, self._optimisers, state)
+        self.trained.load_state_dict(state)
         prototypes = state["prototypes"]
         if prototypes.shape != self.prototypes.shape:
             raise DataError(

@@ -5,14 +5,15 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mpscl_ray import distributed
 from mpscl_ray.losses import class_counts
 from mpscl_ray.methods import base
 from mpscl_ray.methods.base import Batch, SegmentationConfig, TargetSplit, TrainingSlices
+from mpscl_ray.methods.trained_segmenter import TrainedSegmenter
 from mpscl_ray.networks.deeplab import DeepLabV2
-from mpscl_ray.optimisation import OptimConfig, Optimisers, PrecisionConfig, SegmenterSGD, autocast, prepare_network
+from mpscl_ray.optimisation import OptimConfig, PrecisionConfig
 
 
 class Segmentation:
@@ -43,42 +44,37 @@ class Segmentation:
         precision: PrecisionConfig,
         seed: int,
     ) -> None:
-        self.config, self.optim, self.num_classes = config, optim, num_classes
-        self.device, self.precision = device, precision
-        self.segmenter = segmenter
-        self.networks: dict[str, nn.Module] = {"segmenter": segmenter}
-        prepare_network(segmenter, device, precision)
-        self._wrapped = distributed.wrap(distributed.ForEach(segmenter), device)
-        self._optimisers = Optimisers(self.networks, device)
+        self.config, self.num_classes = config, num_classes
+        self.trained = TrainedSegmenter(segmenter, optim, device, precision)
+        self.networks = self.trained.networks
 
     def start_phase(self, iterations: int) -> None:
-        self._optimisers.start({"segmenter": SegmenterSGD(self.segmenter, self.optim)}, iterations)
+        self.trained.start_phase(iterations)
 
     def step(self, batch: Batch, iteration: int) -> dict[str, Tensor]:
         labels = batch.source_label
-        self._optimisers.begin(iteration)
+        self.trained.optimisers.begin(iteration)
 
-        with autocast(self.device, self.precision):
-            (output,) = self._wrapped(base.to_network(batch.source_image, self.segmenter, self.precision))
+        (output,) = self.trained.forward(batch.source_image)
         counts = distributed.all_reduce_sum(class_counts(labels, self.num_classes))
         logits = base.upsampled(output, labels.shape[-2:])
         loss = base.segmentation_loss(logits, labels, counts, self.config.segmentation_aux_weight)
         loss.total.backward()  # type: ignore[no-untyped-call]
 
-        flag = self._optimisers.finish(loss.parts)
+        flag = self.trained.optimisers.finish(loss.parts)
         return base.metrics({"loss_segmentation": loss.total}, loss.parts, non_finite=flag)
 
     def non_finite_losses(self) -> dict[str, Tensor]:
-        return self._optimisers.guard.losses()
+        return self.trained.non_finite_losses()
 
     def predict(self, images: Tensor) -> Tensor:
-        return base.predict(self.segmenter, images.to(self.device), self.precision)
+        return self.trained.predict(images)
 
     def prepare(self, slices: TrainingSlices) -> None:
         """Nothing."""
 
     def state_dict(self) -> dict[str, Any]:
-        return base.state_dict(self.networks, self._optimisers)
+        return self.trained.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        base.load_state_dict(self, self._optimisers, state)
+        self.trained.load_state_dict(state)
