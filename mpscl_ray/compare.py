@@ -10,6 +10,7 @@ from pathlib import Path
 
 from mpscl_ray import cli, phantom_dataset
 from mpscl_ray.bucket_run import open_run
+from mpscl_ray.capacity import check_machine
 from mpscl_ray.cluster_session import connect
 from mpscl_ray.comparison_cells import DIRECTIONS, OF_A_CELL, Cell, Ledger, base_config, make_cells
 from mpscl_ray.comparison_run import Comparison, is_done, total_seconds
@@ -20,7 +21,6 @@ from mpscl_ray.data.schema import Manifest, load_manifest
 from mpscl_ray.durable_files import write_atomically
 from mpscl_ray.errors import ConfigError, Interrupted, MpsclError, TrainingError
 from mpscl_ray.interruption import Interruption
-from mpscl_ray.launch import check_machine
 from mpscl_ray.published_scores import published_for
 from mpscl_ray.run_folder import RunFolder
 from mpscl_ray.storage import Remote, child, locate

@@ -1,4 +1,4 @@
-"""From a config to a finished training on Ray: open the data, check what is asked, run the workers, watch them.
+"""From a config to a finished training on Ray: open the data, run the workers, watch them.
 
 The same launch serves the train command and a search trial. Ray must be connected (``cluster_session.connect``).
 """
@@ -21,11 +21,10 @@ from typing import Any
 import ray
 import ray.train
 import ray.train.torch
-import torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
-from ray.util.placement_group import placement_group, remove_placement_group
 
 from mpscl_ray import __version__
+from mpscl_ray.capacity import cluster_shortage, worker_place
 from mpscl_ray.config import Config, to_dict
 from mpscl_ray.config_schema import reads_target
 from mpscl_ray.construction import network_arguments
@@ -47,9 +46,6 @@ RAY_FOLDER = "ray"
 """Folder in the run folder where Ray Train keeps its own files while it runs."""
 
 _LOOK_S = 0.25
-_SETTLE_S = 5.0
-"""So long may a cluster that is large enough take to free what a run before this one held."""
-
 _START_TIMEOUT_S = 30
 _GROW_S = 30.0
 """Time between two looks whether an elastic run could have more workers; to take them, all start anew."""
@@ -189,106 +185,6 @@ def open_data(config: Config, domains: Domains) -> TrainingData:
         unlabelled=opened(domains.target_folder, "train", False) if _reads_target(config) else None,
         validation=validation,
     )
-
-
-def check_machine(config: Config) -> None:
-    """Refuse, before Ray starts, what this machine cannot give to a run of its own.
-
-    Raises:
-        ClusterError: with the numbers, where more CPUs or GPUs are asked for than there are.
-    """
-    if os.environ.get("RAY_ADDRESS") or ray.is_initialized():
-        return
-    scaling = config.scaling
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    gpus = torch.cuda.device_count()
-    fits = int(cpus / scaling.cpus_per_worker)
-    if scaling.least_workers > fits:
-        raise ClusterError(
-            f"{scaling.least_workers} workers with {scaling.cpus_per_worker:g} CPUs each need "
-            f"{scaling.least_workers * scaling.cpus_per_worker:g} CPUs and this machine has {cpus}; "
-            f"{_offer(config, fits, [])}, or set RAY_ADDRESS to a larger cluster"
-        )
-    if scaling.device == "gpu" and scaling.least_workers > gpus:
-        raise ClusterError(
-            f"scaling.device=gpu gives each of {scaling.least_workers} workers a GPU and this machine has {gpus} that "
-            f"torch can use; {_offer(config, gpus, ['scaling.device=cpu'])}, or set RAY_ADDRESS to a cluster with GPUs"
-        )
-
-
-def check_cluster(config: Config) -> bool:
-    """Try whether the cluster has what a run asks for, so that nobody waits for what will never come.
-
-    The workers' places are asked for as training will ask for them, for ``scaling.wait_s`` seconds: a cluster that can
-    grow then does.
-
-    Returns:
-        Whether workers get a GPU each.
-
-    Raises:
-        ClusterError: with the numbers, where the cluster is too small or too busy and stays so.
-    """
-    scaling = config.scaling
-    total: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    use_gpu = scaling.device == "gpu" or (scaling.device == "auto" and total.get("GPU", 0) > 0)
-    place = worker_place(config, use_gpu)
-    enough = scaling.least_workers <= places(place)
-    if enough or scaling.wait_s:
-        group = placement_group([place] * scaling.least_workers, strategy="PACK")
-        try:
-            if group.wait(max(scaling.wait_s, _SETTLE_S) if enough else scaling.wait_s):
-                return use_gpu
-        finally:
-            remove_placement_group(group)
-    raise ClusterError(cluster_shortage(config, use_gpu))
-
-
-def cluster_shortage(config: Config, use_gpu: bool) -> str:
-    """A sentence on what a run asks for and what the cluster has."""
-    scaling = config.scaling
-    place = worker_place(config, use_gpu)
-    total: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    free: dict[str, float] = ray.available_resources()  # type: ignore[no-untyped-call]
-    asked = " and ".join(f"{amount * scaling.least_workers:g} {name}s" for name, amount in place.items())
-    has = " and ".join(f"{total.get(name, 0):g} {name}s ({free.get(name, 0):g} free)" for name in place)
-    nodes = len(_nodes())
-    spread = f" on {nodes} nodes" if nodes > 1 else ""
-    fits = min(places(place), *(int(free.get(name, 0) / amount) for name, amount in place.items()))
-    others = ["scaling.device=cpu"] if use_gpu and total.get("GPU", 0) < scaling.least_workers else []
-    others.append("scaling.wait_s=SECONDS to wait for more")
-    offer = _offer(config, fits, others)
-    return f"{scaling.least_workers} workers need {asked}, and the cluster has {has}{spread}; {offer}"
-
-
-def places(place: dict[str, float]) -> int:
-    """Workers that all nodes together have room for, were they idle; a worker cannot be split between nodes."""
-    return sum(min(math.floor(node.get(name, 0) / amount) for name, amount in place.items()) for node in _nodes())
-
-
-def trainings_at_once(config: Config, use_gpu: bool) -> int:
-    """How many trainings with this config's workers the cluster has room for now, at least one."""
-    place = worker_place(config, use_gpu)
-    free: dict[str, float] = ray.available_resources()  # type: ignore[no-untyped-call]
-    fits = min(places(place), *(int(free.get(name, 0) / amount) for name, amount in place.items()))
-    return max(1, fits // config.scaling.most_workers)
-
-
-def worker_place(config: Config, use_gpu: bool) -> dict[str, float]:
-    """Resources of one worker."""
-    return {"CPU": config.scaling.cpus_per_worker} | ({"GPU": 1.0} if use_gpu else {})
-
-
-def _nodes() -> list[dict[str, float]]:
-    """Resources of each node."""
-    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
-    return [node["Resources"] for node in nodes if node["Alive"]]
-
-
-def _offer(config: Config, fits: int, others: list[str]) -> str:
-    """What to ask for instead: as many workers as fit and can share the batch."""
-    workers = next((number for number in range(fits, 0, -1) if config.data.batch_size % number == 0), 0)
-    offers = [f"scaling.workers={workers}", *others] if workers else others
-    return f"use {' or '.join(offers)}" if offers else "use a larger machine"
 
 
 class _LossesToNotices(UserCallback):

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mpscl_ray import cli, launch, phantom_dataset
+from mpscl_ray import capacity, cli, launch, phantom_dataset
 from mpscl_ray.bucket_run import open_run
 from mpscl_ray.cluster_session import connect
 from mpscl_ray.config import Config, describe_keys, load_config, preset_names, to_yaml
@@ -108,7 +108,7 @@ def config_from_arguments(settings: Sequence[str]) -> Config:
 
 def train(config: Config, command: list[str], *, dashboard: bool = False, allow_change: bool = False) -> int:
     """Run a training in its folder, from the start or from its last checkpoint; returns the exit code."""
-    launch.check_machine(config)
+    capacity.check_machine(config)
     folder = open_run(child(config.run.storage, config.run.name), "command", 60 * config.run.outage_min)
     folder.create()
     words = ["python", "-m", "mpscl_ray.train", *command]
@@ -190,7 +190,7 @@ def _wants_phantom(config: Config) -> bool:
 
 def _train_and_evaluate(config: Config, folder: RunFolder) -> None:
     with signals_end("before training began"):
-        use_gpu = launch.check_cluster(config)
+        use_gpu = capacity.check_cluster(config)
         config = phantom_dataset.resolve(config)
         domains, warnings = _read_domains(config, folder)
         for warning in warnings:

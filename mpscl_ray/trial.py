@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import ray
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
-from mpscl_ray import launch
+from mpscl_ray import capacity, launch
 from mpscl_ray.config import Config, to_yaml
 from mpscl_ray.errors import MpsclError, StorageError, TrainingError
 from mpscl_ray.preflight import check_nodes
@@ -55,11 +55,11 @@ def open_shared(config: Config, folder: RunFolder) -> tuple[Shared, list[str]]:
         ClusterError: the cluster has no room for even one of them.
         StorageError: a node cannot write where the runs will be; names it.
     """
-    use_gpu = launch.check_cluster(config)
+    use_gpu = capacity.check_cluster(config)
     domains, warnings = launch.load_domains(config)
     check_nodes(folder.address, domains.fingerprints())
     data = launch.open_data(config, domains)
-    return Shared(domains, data, use_gpu, launch.trainings_at_once(config, use_gpu)), warnings
+    return Shared(domains, data, use_gpu, capacity.trainings_at_once(config, use_gpu)), warnings
 
 
 def run_trial(

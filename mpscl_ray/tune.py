@@ -10,6 +10,7 @@ import yaml
 
 from mpscl_ray import cli, launch, phantom_dataset, train
 from mpscl_ray.bucket_run import open_run
+from mpscl_ray.capacity import check_machine
 from mpscl_ray.cluster_session import connect
 from mpscl_ray.config import describe_keys, preset_names
 from mpscl_ray.errors import ConfigError, Interrupted, MpsclError, TrainingError
@@ -94,7 +95,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def search(space: Space, command: list[str], *, warm_up: RunFolder | None = None, dashboard: bool = False) -> int:
     """Carry out a search in its folder, from the start or from where it was stopped; returns the exit code."""
-    launch.check_machine(space.base)
+    check_machine(space.base)
     run = space.base.run
     own = (SPACE, LEDGER, PRESET, "tensorboard")
     folder = open_run(child(run.storage, run.name), "command", 60 * run.outage_min, own)

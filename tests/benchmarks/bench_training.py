@@ -19,7 +19,7 @@ from pathlib import Path
 os.environ["OMP_NUM_THREADS"] = "1"
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from mpscl_ray import launch
+from mpscl_ray import capacity, launch
 from mpscl_ray.cluster_session import connect
 from mpscl_ray.config import Config, load_config
 from mpscl_ray.run_folder import RunFolder
@@ -33,7 +33,7 @@ def on_ray(config: Config, run: Path) -> None:
     """Train as the command does, on a Ray that runs."""
     folder = RunFolder(run)
     folder.create()
-    use_gpu = launch.check_cluster(config)
+    use_gpu = capacity.check_cluster(config)
     domains, _ = launch.load_domains(config)
     training = launch.Launch(config, folder, launch.open_data(config, domains), use_gpu)
     training.start()

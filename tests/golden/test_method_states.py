@@ -1,4 +1,4 @@
-"""What a checkpoint holds of each method: names and shapes as earlier versions saved them, which later ones go on from."""
+"""What a checkpoint holds of each method: names and shapes as they always were, so that earlier ones go on."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ import pytest
 
 ray = pytest.importorskip("ray")
 
-from mpscl_ray import checkpoint, cli, launch, train  # noqa: E402
+from mpscl_ray import capacity, checkpoint, cli, launch, train  # noqa: E402
 from mpscl_ray.config import load_config  # noqa: E402
 from mpscl_ray.data.stream import LocalSlices  # noqa: E402
 from mpscl_ray.errors import ClusterError, ConfigError, DataError, StorageError, TrainingError  # noqa: E402
@@ -235,7 +235,7 @@ def test_more_workers_than_the_machine_has(command: Command, tmp_path: Path, pai
 def test_gpus_on_a_machine_without(
     command: Command, tmp_path: Path, pair: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(launch.torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(capacity.torch.cuda, "device_count", lambda: 0)
     code, _, error = command(*tiny(pair, tmp_path, "scaling.device=gpu"))
     assert code == ClusterError.exit_code
     assert "this machine has 0" in only_sentence(error)
