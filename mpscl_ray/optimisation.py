@@ -12,6 +12,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mpscl_ray import distributed
+from mpscl_ray.batch_statistics import convert_batch_norm
 from mpscl_ray.errors import DataError
 from mpscl_ray.losses import poly_lr
 
@@ -70,7 +71,7 @@ def prepare_network(network: nn.Module, device: torch.device, precision: Precisi
     network.to(device)
     if precision.channels_last:
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    distributed.convert_batch_norm(network, device)
+    convert_batch_norm(network, device)
     if precision.compile:
         network.compile()
 

@@ -16,6 +16,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mpscl_ray import distributed
+from mpscl_ray.batch_statistics import ForEach
 from mpscl_ray.losses import SOURCE_LABEL, TARGET_LABEL, domain_loss, least_squares_domain_loss
 from mpscl_ray.methods.base import SegmentationConfig, Weight
 from mpscl_ray.networks import initialise
@@ -85,8 +86,7 @@ class Adversary:
             self.discriminators[head] = discriminator.to(dtype)
             prepare_network(discriminator, device, precision)
         self._discriminate = {
-            head: distributed.wrap(distributed.ForEach(network), device)
-            for head, network in self.discriminators.items()
+            head: distributed.wrap(ForEach(network), device) for head, network in self.discriminators.items()
         }
         self._device, self._precision = device, precision
         self._loss = least_squares_domain_loss if least_squares else domain_loss

@@ -11,6 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mpscl_ray import distributed
+from mpscl_ray.batch_statistics import ForEach
 from mpscl_ray.errors import DataError
 from mpscl_ray.losses import full_precision, soft_dice_loss, weighted_cross_entropy
 from mpscl_ray.networks.deeplab import DeepLabV2, SegmenterOutput, network_input, upsample_logits
@@ -189,7 +190,7 @@ def wrap_segmenter(
     """The segmenter as a function of source and target input: one wrapped forward for one backward, both domains in
     it, is what gradient averaging can follow."""
     moves = None if norm_statistics == "mixture" else (False, True)
-    return distributed.wrap(distributed.ForEach(segmenter, moves), device)
+    return distributed.wrap(ForEach(segmenter, moves), device)
 
 
 @torch.no_grad()

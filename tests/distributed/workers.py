@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mpscl_ray import distributed
+from mpscl_ray.batch_statistics import ForEach, WorkersBatchNorm2d, convert_batch_norm
 from mpscl_ray.construction import carry_over
 from mpscl_ray.errors import TrainingError
 from mpscl_ray.methods import (
@@ -258,13 +259,13 @@ def batch_norm() -> dict[str, Any]:
                 reference.bias.normal_(generator=generator)
         layer = nn.BatchNorm2d(6, affine=reference.affine).to(dtype)
         layer.load_state_dict(reference.state_dict())
-        converted = distributed.convert_batch_norm(layer, CPU)
-        assert isinstance(converted, distributed.WorkersBatchNorm2d)
-        assert distributed.convert_batch_norm(converted, CPU) is converted
+        converted = convert_batch_norm(layer, CPU)
+        assert isinstance(converted, WorkersBatchNorm2d)
+        assert convert_batch_norm(converted, CPU) is converted
         assert list(converted.state_dict()) == list(reference.state_dict())
         ours, plain = (
-            distributed.ForEach(converted, case.get("moves")),
-            distributed.ForEach(reference, case.get("moves")),
+            ForEach(converted, case.get("moves")),
+            ForEach(reference, case.get("moves")),
         )
         for _ in range(2):
             whole = [

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mpscl_ray import distributed
-from mpscl_ray.distributed import ForEach, WorkersBatchNorm2d
+from mpscl_ray.batch_statistics import ForEach, WorkersBatchNorm2d, convert_batch_norm
 
 CPU = torch.device("cpu")
 
@@ -26,7 +26,7 @@ def test_one_process_is_the_identity() -> None:
     assert distributed.reduce_metrics({}) == {}
     network = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2))
     assert distributed.wrap(network, CPU) is network
-    assert type(distributed.convert_batch_norm(network, CPU)[1]) is nn.BatchNorm2d  # type: ignore[index]
+    assert type(convert_batch_norm(network, CPU)[1]) is nn.BatchNorm2d  # type: ignore[index]
     distributed.assert_same_weights({"network": network})
 
 

@@ -15,7 +15,7 @@ LAYERS: tuple[frozenset[str], ...] = (
         "networks losses label_free prototypes pseudo_labels metrics data.order data.geometry data.slices data.phantom "
         "data.phantom_shapes data.phantom_imaging data.augment".split()
     ),
-    frozenset({"distributed"}),
+    frozenset({"distributed", "batch_statistics"}),
     frozenset({"optimisation", "methods"}),
     frozenset(
         "config config_schema checkpoint checkpoint_format durable_files environment run_folder metrics_log progress "
@@ -34,8 +34,8 @@ LAYERS: tuple[frozenset[str], ...] = (
     ),
     frozenset(
         "cluster_session parallel data.pipeline prepare prepare_options prepare_plan phantom_dataset monitoring "
-        "worker capacity launch preflight trial train evaluation evaluate predict report report_groups report_page report_runs "
-        "report_sections compare comparison_cells comparison_run comparison_table published_scores "
+        "worker capacity launch preflight trial train evaluation evaluate predict report report_groups report_page "
+        "report_runs report_sections compare comparison_cells comparison_run comparison_table published_scores "
         "search.beginning search.early_stopping search.task search.study search.results tune".split()
     ),
 )
