@@ -17,7 +17,6 @@ import textwrap
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -35,6 +34,7 @@ from mpscl_ray.config_schema import (
 from mpscl_ray.errors import ConfigError
 from mpscl_ray.methods import METHOD_CONFIGS
 from mpscl_ray.methods.base import ADAPTATION, SOURCE_ONLY, WARM_UP
+from mpscl_ray.settings_text import Setting, flatten, read_file, read_overrides
 from mpscl_ray.storage import Remote, cache_folder, is_url, locate
 
 __all__ = [
@@ -62,14 +62,6 @@ PRESETS = Path(__file__).parent / "presets"
 """Folder of the presets that ship with the package; a preset's name is its path below it without ``.yaml``."""
 
 
-@dataclass(frozen=True)
-class _Setting:
-    """One value with the place it was written at."""
-
-    value: Any
-    origin: str
-
-
 def preset_names() -> list[str]:
     """Names of the presets that ship with the package."""
     return sorted(str(path.relative_to(PRESETS).with_suffix("")) for path in PRESETS.rglob("*.yaml"))
@@ -91,29 +83,15 @@ def load_config(preset: str | Path, overrides: Sequence[str] = ()) -> Config:
     settings = _read_preset(path)
     settings.setdefault(
         "run.name",
-        _Setting(path.stem if path == Path(preset) or is_url(preset) else str(preset).replace("/", "-"), "by default"),
+        Setting(path.stem if path == Path(preset) or is_url(preset) else str(preset).replace("/", "-"), "by default"),
     )
-    problems: list[str] = []
-    for override in overrides:
-        key, separator, text = override.partition("=")
-        if not separator or not key:
-            problems.append(f"'{override}' on the command line is not key=value")
-            continue
-        try:
-            value = yaml.safe_load(text) if text.strip() else ""
-        except yaml.YAMLError:
-            value = text
-        origin = "on the command line"
-        if isinstance(value, dict):
-            settings.update({f"{key}.{sub}": _Setting(sub_value, origin) for sub, sub_value in _flatten(value)})
-        else:
-            settings[key] = _Setting(value, origin)
-    return _build(settings, problems)
+    given, problems = read_overrides(overrides)
+    return _build({**settings, **given}, problems)
 
 
 def config_from_dict(values: Mapping[str, Any], origin: str = "in the given settings") -> Config:
     """Build a config from nested plain values, as :func:`to_dict` gives them."""
-    return _build({key: _Setting(value, origin) for key, value in _flatten(values)}, [])
+    return _build({key: Setting(value, origin) for key, value in flatten(values)}, [])
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -139,7 +117,7 @@ def describe_keys() -> str:
 
 def differences(one: Config, other: Config) -> dict[str, tuple[Any, Any]]:
     """Keys in which two configs differ, with both values."""
-    left, right = dict(_flatten(to_dict(one))), dict(_flatten(to_dict(other)))
+    left, right = dict(flatten(to_dict(one))), dict(flatten(to_dict(other)))
     return {key: (left.get(key), right.get(key)) for key in sorted({*left, *right}) if left.get(key) != right.get(key)}
 
 
@@ -169,48 +147,19 @@ def _listing() -> str:
     return ", ".join(preset_names())
 
 
-def _read_preset(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, _Setting]:
+def _read_preset(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Setting]:
     """Settings of a preset file laid over those of the file it builds on."""
     if path in seen:
         raise ConfigError(f"{path} builds on itself through its key 'preset'; name another file there")
-    try:
-        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}; give a readable YAML file") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
-    if root is None:
-        return {}
-    if not isinstance(root, yaml.MappingNode):
-        raise ConfigError(f"{path} holds a {root.tag.rsplit(':', 1)[-1]}, expected keys and values")
-    own = dict(_walk(root, path))
+    own = read_file(path)
     parent = own.pop("preset", None)
     return {**(_read_preset(_preset_path(str(parent.value)), (*seen, path)) if parent else {}), **own}
 
 
-def _walk(node: yaml.MappingNode, path: Path, prefix: str = "") -> Iterator[tuple[str, _Setting]]:
-    constructor = yaml.SafeLoader("")
-    for key_node, value_node in node.value:
-        key = f"{prefix}{key_node.value}"
-        if isinstance(value_node, yaml.MappingNode) and value_node.value:
-            yield from _walk(value_node, path, f"{key}.")
-        else:
-            value = constructor.construct_object(value_node, deep=True)
-            yield key, _Setting(value, f"in {path.name}:{key_node.start_mark.line + 1}")
-
-
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, Mapping) and value:
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
-def _build(settings: dict[str, _Setting], problems: list[str]) -> Config:
+def _build(settings: dict[str, Setting], problems: list[str]) -> Config:
     """Check keys, types and limits of flat settings; raise one ConfigError with everything that is wrong."""
     settings = dict(settings)
-    chosen = settings.pop("method.name", _Setting("mpscl", "by default"))
+    chosen = settings.pop("method.name", Setting("mpscl", "by default"))
     method = METHOD_CONFIGS.get(str(chosen.value))
     if method is None:
         problems.append(f"method.name={chosen.value!r} {chosen.origin} is not one of {', '.join(METHOD_CONFIGS)}")
@@ -254,7 +203,7 @@ def _build(settings: dict[str, _Setting], problems: list[str]) -> Config:
     return config
 
 
-def _explain(section: str, detail: Any, settings: Mapping[str, _Setting]) -> str:
+def _explain(section: str, detail: Any, settings: Mapping[str, Setting]) -> str:
     parts = [section, *(str(part) for part in detail["loc"])]
     key = ".".join(parts)
     while key not in settings and "." in key:  # positions in a tuple and branches of a union are no keys
@@ -290,7 +239,7 @@ def _inconsistencies(config: Config) -> list[str]:
         found.append("phases: all phases have 0 iterations; give at least one of them some")
     if not config.run.name or config.run.name in (".", "..") or not set(config.run.name) <= _NAME_CHARACTERS:
         found.append(f"run.name={config.run.name!r} must be made of letters, digits, '.', '_' and '-'")
-    for key, value in _flatten(to_dict(config)):
+    for key, value in flatten(to_dict(config)):
         if isinstance(value, float) and not math.isfinite(value):
             found.append(f"{key}={value} is not a finite number")
     return found

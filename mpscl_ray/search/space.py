@@ -7,16 +7,15 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from mpscl_ray.config import Config, config_from_dict, load_config, to_dict
 from mpscl_ray.errors import ConfigError
 from mpscl_ray.search.settings import SearchConfig, search_config
+from mpscl_ray.settings_text import flatten, read_file, read_overrides
 
 PACKAGE = Path(__file__).resolve().parents[1]
 
@@ -94,7 +93,7 @@ class Space:
 
     def default(self) -> dict[str, Any] | None:
         """The base's own values of the keys; None where they do not lie in the space."""
-        plain = dict(_flat(to_dict(self.base)))
+        plain = dict(flatten(to_dict(self.base)))
         values = {key: plain.get(key) for key in self.keys}
         inside = all(
             distribution.contains(values[key]) and values[key] == values[distribution.keys[0]]
@@ -145,23 +144,15 @@ def load_space(space: str | Path, overrides: Sequence[str] = ()) -> Space:
             a setting does not have, no distribution at all.
     """
     path = _path(space)
-    entries = _read(path)
+    entries = read_file(path)
     problems = [
         f"'{key}' {origin} has the value {value!r}, expected keys and values below it"
         for key, (value, origin) in entries.items()
-        if key in ("space", "search")
+        if key in ("space", "search") and value != {}
     ]
-    given: dict[str, Any] = {}
-    for override in overrides:
-        key, separator, text = override.partition("=")
-        if not separator or not key:
-            problems.append(f"'{override}' on the command line is not key=value")
-            continue
-        try:
-            given[key] = yaml.safe_load(text) if text.strip() else ""
-        except yaml.YAMLError:
-            given[key] = text
-    given = dict(_flat(given))
+    written, wrong = read_overrides(overrides)
+    problems += wrong
+    given = {key: value for key, (value, _) in written.items()}
     name = path.stem
     search, wrong = search_config(
         {key.removeprefix("search."): value for key, value in entries.items() if key.startswith("search.")}
@@ -227,31 +218,6 @@ def _path(space: str | Path) -> Path:
 
 def _listing() -> str:
     return ", ".join(space_names())
-
-
-def _read(path: Path) -> dict[str, tuple[Any, str]]:
-    """Flat keys of a space file with their values and places; a distribution ends in the name of its kind."""
-    try:
-        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}; give a readable YAML file") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
-    if root is None:
-        return {}
-    if not isinstance(root, yaml.MappingNode):
-        raise ConfigError(f"{path} holds a {root.tag.rsplit(':', 1)[-1]}, expected keys and values")
-    return dict(_walk(root, path.name))
-
-
-def _walk(node: yaml.MappingNode, file: str, prefix: str = "") -> Iterator[tuple[str, tuple[Any, str]]]:
-    for key_node, value_node in node.value:
-        key = f"{prefix}{key_node.value}"
-        if isinstance(value_node, yaml.MappingNode) and value_node.value:
-            yield from _walk(value_node, file, f"{key}.")
-        elif not (isinstance(value_node, yaml.MappingNode) and key in ("space", "search")):
-            value = yaml.SafeLoader("").construct_object(value_node, deep=True)
-            yield key, (value, f"in {file}:{key_node.start_mark.line + 1}")
 
 
 def _distributions(entries: Mapping[str, tuple[Any, str]], base: Config) -> tuple[list[Distribution], list[str]]:
@@ -345,11 +311,3 @@ def _merged(nested: Mapping[str, Any], flat: Mapping[str, Any]) -> dict[str, Any
             place[parent] = place = below if isinstance(below, dict) else {}
         place[last] = value
     return merged
-
-
-def _flat(nested: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in nested.items():
-        if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value

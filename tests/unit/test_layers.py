@@ -18,8 +18,8 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"distributed", "batch_statistics"}),
     frozenset({"optimisation", "methods"}),
     frozenset(
-        "config config_schema checkpoint checkpoint_format durable_files environment run_folder metrics_log progress "
-        "run_lock bucket_run lease mirror storage "
+        "config config_schema settings_text checkpoint checkpoint_format durable_files environment run_folder "
+        "metrics_log progress run_lock bucket_run lease mirror storage "
         "plots interruption inference score_table prediction panels data.schema data.agreement data.dataset_checks "
         "data.nifti data.nifti_file data.nifti_output data.file_listing data.label_maps data.label_table data.layouts "
         "data.source_cases data.slice_layouts data.volume_layouts "

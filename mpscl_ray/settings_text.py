@@ -1,0 +1,78 @@
+"""Settings as they are written: YAML files and ``key=value`` words, as flat keys with the place of each value."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from mpscl_ray.errors import ConfigError
+
+
+class Setting(NamedTuple):
+    """One value with the place it was written at."""
+
+    value: Any
+    origin: str
+    """Such as ``in small.yaml:4``."""
+
+
+def read_file(path: Path) -> dict[str, Setting]:
+    """Flat keys of a YAML file.
+
+    Raises:
+        ConfigError: the file cannot be read, or holds no keys and values.
+    """
+    try:
+        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}; give a readable YAML file") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if root is None:
+        return {}
+    if not isinstance(root, yaml.MappingNode):
+        raise ConfigError(f"{path} holds a {root.tag.rsplit(':', 1)[-1]}, expected keys and values")
+    return dict(_walk(root, path))
+
+
+def _walk(node: yaml.MappingNode, path: Path, prefix: str = "") -> Iterator[tuple[str, Setting]]:
+    constructor = yaml.SafeLoader("")
+    for key_node, value_node in node.value:
+        key = f"{prefix}{key_node.value}"
+        if isinstance(value_node, yaml.MappingNode) and value_node.value:
+            yield from _walk(value_node, path, f"{key}.")
+        else:
+            value = constructor.construct_object(value_node, deep=True)
+            yield key, Setting(value, f"in {path.name}:{key_node.start_mark.line + 1}")
+
+
+def read_overrides(overrides: Sequence[str]) -> tuple[dict[str, Setting], list[str]]:
+    """Flat keys of ``section.key=value`` words, and a sentence for each word that is none.
+
+    The value is YAML, so ``null``, ``[1, 2]`` and ``true`` mean what they say; a later word counts over an earlier one.
+    """
+    found: dict[str, Setting] = {}
+    problems: list[str] = []
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        if not separator or not key:
+            problems.append(f"'{override}' on the command line is not key=value")
+            continue
+        try:
+            value = yaml.safe_load(text) if text.strip() else ""
+        except yaml.YAMLError:
+            value = text
+        found |= {name: Setting(part, "on the command line") for name, part in flatten({key: value})}
+    return found, problems
+
+
+def flatten(nested: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and values of nested settings; an empty mapping is a value."""
+    for key, value in nested.items():
+        if isinstance(value, Mapping) and value:
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
