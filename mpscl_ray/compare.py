@@ -75,8 +75,8 @@ def main(arguments: Sequence[str]) -> int:
     """
     parser = argparse.ArgumentParser(
         prog="python -m mpscl_ray.compare",
-        description="Train and score several systems over seeds and directions; one table of all. Budgets are equal in the "
-        "presets phantom and small, each system's own in mr2ct and ct2mr.",
+        description="Train and score several systems over seeds and directions; one table of all. Budgets are equal\n"
+        "in the presets phantom and small, and each system's own in mr2ct and ct2mr.",
         epilog=f"{_EXAMPLES}\nsystems: {', '.join(SYSTEMS)}\n\n{cli.EXIT_CODES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
