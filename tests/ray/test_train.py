@@ -22,7 +22,7 @@ ray = pytest.importorskip("ray")
 
 from tensorboardX.proto.event_pb2 import Event  # noqa: E402
 
-from mpscl_ray import checkpoint, cli, launch, train  # noqa: E402
+from mpscl_ray import capacity, checkpoint, cli, train  # noqa: E402
 from mpscl_ray.cluster_session import connect  # noqa: E402
 from mpscl_ray.config import load_config, to_yaml  # noqa: E402
 from mpscl_ray.errors import ClusterError, DataError, TrainingError  # noqa: E402
@@ -492,7 +492,7 @@ def test_what_the_cluster_has_but_others_use(here: Here, arguments: Arguments, m
     assert shortage in text
 
     # The others came between the check and the start of the workers.
-    monkeypatch.setattr(launch, "check_cluster", lambda config: False)
+    monkeypatch.setattr(capacity, "check_cluster", lambda config: False)
     monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "2")
     code, text = here(*arguments("busy", "run.restarts=0"))
     assert code == ClusterError.exit_code
