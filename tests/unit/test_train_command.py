@@ -354,7 +354,7 @@ class Trained:
 @pytest.fixture
 def pretend_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train, "connect", lambda **options: contextlib.nullcontext())
-    monkeypatch.setattr(launch, "check_cluster", lambda config: False)
+    monkeypatch.setattr(capacity, "check_cluster", lambda config: False)
     monkeypatch.setattr(train, "check_nodes", lambda run, datasets: None)
     monkeypatch.setattr(launch, "open_data", lambda config, domains: local_data(config))
     monkeypatch.setattr(launch, "Launch", Trained)
