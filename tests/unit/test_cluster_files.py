@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import configparser
 import json
 import os
 import re
@@ -112,10 +113,14 @@ def test_the_dockerfile_and_the_scripts_are_clean() -> None:
 
 def test_what_the_files_name_exists() -> None:
     text = DOCKERFILE.read_text()
-    for sources in re.findall(r"^COPY (.+) \S+$", text, re.MULTILINE):
-        for source in sources.split():
-            assert (ROOT / source).exists(), source
-            assert f"!{source}" in (CLUSTER / "Dockerfile.dockerignore").read_text().splitlines()
+    copied = [source for group in re.findall(r"^COPY (.+) \S+$", text, re.MULTILINE) for source in group.split()]
+    for source in copied:
+        assert (ROOT / source).exists(), source
+        assert f"!{source}" in (CLUSTER / "Dockerfile.dockerignore").read_text().splitlines()
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    packages = setup["options"]["package_dir"].split()[2::3]
+    assert set(packages) <= set(copied), "all that is installed is in the image"
     for name in (*RAY_FILES, *RAY_UP_FILES):
         assert f"/mpscl_ray:{__version__}" in (CLUSTER / name).read_text()
     constraints = (ROOT / "constraints.txt").read_text()
