@@ -11,7 +11,7 @@ import torch
 from ray.util.placement_group import placement_group, remove_placement_group
 
 from mpscl_ray.config import Config
-from mpscl_ray.errors import ClusterError
+from mpscl_ray.errors import ClusterError, NoRoom
 
 _SETTLE_S = 5.0
 """So long may a cluster that is large enough take to free what a run before this one held."""
@@ -52,7 +52,7 @@ def check_cluster(config: Config) -> bool:
         Whether workers get a GPU each.
 
     Raises:
-        ClusterError: with the numbers, where the cluster is too small or too busy and stays so.
+        NoRoom: with the numbers, where the cluster is too small or too busy and stays so.
     """
     scaling = config.scaling
     total: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
@@ -66,7 +66,7 @@ def check_cluster(config: Config) -> bool:
                 return use_gpu
         finally:
             remove_placement_group(group)
-    raise ClusterError(cluster_shortage(config, use_gpu))
+    raise NoRoom(cluster_shortage(config, use_gpu))
 
 
 def cluster_shortage(config: Config, use_gpu: bool) -> str:
@@ -79,7 +79,7 @@ def cluster_shortage(config: Config, use_gpu: bool) -> str:
     has = " and ".join(f"{total.get(name, 0):g} {name}s ({free.get(name, 0):g} free)" for name in place)
     nodes = len(_nodes())
     spread = f" on {nodes} nodes" if nodes > 1 else ""
-    fits = min(places(place), *(int(free.get(name, 0) / amount) for name, amount in place.items()))
+    fits = free_places(place)
     others = ["scaling.device=cpu"] if use_gpu and total.get("GPU", 0) < scaling.least_workers else []
     others.append("scaling.wait_s=SECONDS to wait for more")
     offer = _offer(config, fits, others)
@@ -91,12 +91,15 @@ def places(place: dict[str, float]) -> int:
     return sum(min(math.floor(node.get(name, 0) / amount) for name, amount in place.items()) for node in _nodes())
 
 
+def free_places(place: dict[str, float]) -> int:
+    """Workers that there is room for now, about."""
+    free: dict[str, float] = ray.available_resources()  # type: ignore[no-untyped-call]
+    return min(places(place), *(int(free.get(name, 0) / amount) for name, amount in place.items()))
+
+
 def trainings_at_once(config: Config, use_gpu: bool) -> int:
     """How many trainings with this config's workers the cluster has room for now, at least one."""
-    place = worker_place(config, use_gpu)
-    free: dict[str, float] = ray.available_resources()  # type: ignore[no-untyped-call]
-    fits = min(places(place), *(int(free.get(name, 0) / amount) for name, amount in place.items()))
-    return max(1, fits // config.scaling.most_workers)
+    return max(1, free_places(worker_place(config, use_gpu)) // config.scaling.most_workers)
 
 
 def worker_place(config: Config, use_gpu: bool) -> dict[str, float]:

@@ -31,8 +31,9 @@ _LONGEST_TEMP_DIR = 40
 
 _KNOCK_S = 10.0
 
-_SHOW_IN_DASHBOARD = "RAY_TRAIN_ENABLE_STATE_TRACKING"
-"""With it Ray Train keeps account of its runs for the Train view; without a dashboard that is a process for nothing."""
+_ACCOUNT = "RAY_TRAIN_ENABLE_STATE_TRACKING"
+"""With it Ray Train tells the dashboard of its trainings, in a process which is for nothing where there is none. It is
+read by the process that starts a training, and the processes of a cluster do not have the environment of a command."""
 
 
 @contextmanager
@@ -67,7 +68,7 @@ def connect(
         return
     address = os.environ.get("RAY_ADDRESS")
     if address or dashboard:
-        os.environ.setdefault(_SHOW_IN_DASHBOARD, "1")
+        os.environ.setdefault(_ACCOUNT, "1")
     if address:
         try:
             _knock(address)
@@ -110,6 +111,16 @@ def connect(
             else:
                 os.environ[name] = before
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def keeps_account() -> bool:
+    """Whether the cluster keeps account of the trainings that this process starts."""
+    return os.environ.get(_ACCOUNT) == "1"
+
+
+def keep_account() -> None:
+    """Let the cluster keep account of those that this process starts, because it does of the command's it works for."""
+    os.environ[_ACCOUNT] = "1"
 
 
 def _knock(address: str) -> None:

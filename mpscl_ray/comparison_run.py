@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -132,6 +133,8 @@ class Comparison:
         self.waiting = [cell for cell in cells if not is_done(ledger[cell.name])]
         self.running: dict[Any, Cell] = {}
         self._folders: dict[str, RunFolder] = {}
+        self.losses: Counter[str] = Counter()
+        """How often the process beside a cell's workers was lost, with its node for example."""
         self._task = ray.remote(num_cpus=0, max_retries=0)(run_cell)
         total = sum(cell.own_iterations for cell in self.waiting)
         self._line = ProgressLine(total, "all cells, iteration")
@@ -226,6 +229,13 @@ class Comparison:
         try:
             found: dict[str, Any] = ray.get(reference)
         except ray.exceptions.RayError as error:
+            lost = not isinstance(error, ray.exceptions.RayTaskError)
+            self.losses[cell.name] += lost
+            if lost and self.losses[cell.name] <= cell.config.run.restarts:
+                self._line.message(f"{cell.name} lost its process, as with its node, and will go on from a checkpoint")
+                entry.state = "waiting"
+                self.waiting.insert(0, cell)
+                return
             lines = str(error).strip().splitlines() or [type(error).__name__]
             found = {"state": "failed", "reason": f"its process ended with {type(error).__name__}: {lines[-1][:300]}"}
         entry.state, entry.reason = found["state"], found.get("reason", "")

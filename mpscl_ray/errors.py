@@ -30,6 +30,10 @@ class ClusterError(MpsclError):
     exit_code = 4
 
 
+class NoRoom(ClusterError):
+    """It has no place for workers, which another time it may have."""
+
+
 class StorageError(MpsclError):
     """A folder or bucket that cannot be read or written, or is full."""
 

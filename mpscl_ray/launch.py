@@ -33,7 +33,7 @@ from mpscl_ray.data.agreement import check_pair
 from mpscl_ray.data.pipeline import open_slices
 from mpscl_ray.data.schema import Manifest, load_manifest
 from mpscl_ray.data.stream import Slices
-from mpscl_ray.errors import ClusterError, ConfigError, DataError, MpsclError, StorageError, TrainingError
+from mpscl_ray.errors import ClusterError, ConfigError, DataError, MpsclError, NoRoom, StorageError, TrainingError
 from mpscl_ray.methods.adversarial import DISCRIMINATORS, DiscriminatorConfig
 from mpscl_ray.monitoring import count_restart
 from mpscl_ray.run_folder import FAILURE_FILE, LOSSES_FILE, STOP_FILE, RunFolder
@@ -190,12 +190,12 @@ def open_data(config: Config, domains: Domains) -> TrainingData:
 class _LossesToNotices(UserCallback):
     """Counts, and leaves a notice, each time that workers were lost; runs in the controller of Ray Train."""
 
-    def __init__(self, folder: RunFolder) -> None:
-        self.folder = folder
+    def __init__(self, folder: RunFolder, shown_as: str) -> None:
+        self.folder, self.shown_as = folder, shown_as
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         if not (self.folder.path / FAILURE_FILE).exists():
-            count_restart(self.folder.name)
+            count_restart(self.shown_as)
             add_notice(self.folder, f"{_causes(worker_exceptions)}; the workers are replaced and go on", LOSSES_FILE)
 
 
@@ -228,10 +228,22 @@ class Launch:
     """One training on Ray: started by :meth:`start`, ended when :attr:`running` is False.
 
     ``fit`` runs in a thread, so that the main thread stays free for signals and for showing how far the run is.
+
+    Args:
+        config: settings.
+        folder: of the run.
+        data: what is trained on.
+        use_gpu: whether each worker gets a GPU.
+        shown_as: name in the metrics and in Ray's account of trainings; None is the run's.
     """
 
-    def __init__(self, config: Config, folder: RunFolder, data: TrainingData, use_gpu: bool) -> None:
+    def __init__(
+        self, config: Config, folder: RunFolder, data: TrainingData, use_gpu: bool, *, shown_as: str | None = None
+    ) -> None:
         self.config, self.folder, self.use_gpu = config, folder, use_gpu
+        shown_as = shown_as or folder.name
+        self.stop_requested = False
+        """Whether :meth:`request_stop` was called; where there was no worker to hear it, nothing else tells."""
         self._result: Any = None
         self._error: BaseException | None = None
         for name in (STOP_FILE, FAILURE_FILE):
@@ -243,9 +255,9 @@ class Launch:
         resources = worker_place(config, use_gpu)
         patience = math.ceil(config.scaling.wait_s / _START_TIMEOUT_S)
         self._trainer = ray.train.torch.TorchTrainer(
-            # The settings alone are Ray's train_loop_config: the Train view of the dashboard shows that to everybody.
+            # The settings alone are Ray's train_loop_config: the account of trainings shows that to everybody.
             functools.partial(  # type: ignore[arg-type]
-                run_worker, folder=folder.address, token=folder.token, data=data
+                run_worker, folder=folder.address, token=folder.token, data=data, shown_as=shown_as
             ),
             train_loop_config=to_dict(config),
             scaling_config=ScalingConfig(  # type: ignore[call-arg]  # the types are those of the former Ray Train
@@ -256,14 +268,14 @@ class Launch:
             ),
             run_config=RunConfig(
                 # New each time: going on from a checkpoint is our own business, Ray's idea of it would get in the way.
-                name=f"{folder.name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",
+                name=f"{shown_as}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",
                 storage_path=str(self._ray_folder),
                 failure_config=FailureConfig(  # type: ignore[call-arg]
                     max_failures=config.run.restarts,
                     # Without a limit Ray Train waits for ever for workers that have no place any more.
                     controller_failure_limit=max(config.run.restarts, patience),
                 ),
-                callbacks=[_LossesToNotices(RunFolder(folder.path.absolute()))],  # type: ignore[list-item]
+                callbacks=[_LossesToNotices(RunFolder(folder.path.absolute()), shown_as)],  # type: ignore[list-item]
             ),
         )
         self._thread = threading.Thread(target=self._fit, name="ray train", daemon=True)
@@ -279,6 +291,7 @@ class Launch:
 
     def request_stop(self) -> None:
         """Ask the workers to write a checkpoint and end."""
+        self.stop_requested = True
         (self.folder.path / STOP_FILE).touch()
 
     def watch(self, look: Callable[[], None]) -> Outcome:
@@ -287,7 +300,7 @@ class Launch:
         Raises:
             MpsclError: what a worker could not go on with, as it raised it.
             TrainingError: workers were lost more often than run.restarts allows.
-            ClusterError: the cluster has no room for the workers any more.
+            NoRoom: the cluster has no room for the workers any more.
         """
         while self.running:
             look()
@@ -325,7 +338,7 @@ class Launch:
                 f"({_causes(error.worker_failures)}); {logs}"
             )
         if isinstance(error, ray.train.ControllerError):
-            return ClusterError(f"the workers found no place any more: {cluster_shortage(self.config, self.use_gpu)}")
+            return NoRoom(f"the workers found no place any more: {cluster_shortage(self.config, self.use_gpu)}")
         if isinstance(error, (ray.train.TrainingFailedError, ray.exceptions.RayError)):
             return ClusterError(f"Ray ended the training ({_last_line(error)}); {logs}")
         return error

@@ -7,6 +7,7 @@ that holds no CPU itself.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -15,12 +16,15 @@ import ray
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from mpscl_ray import capacity, launch
+from mpscl_ray.cluster_session import keep_account, keeps_account
 from mpscl_ray.config import Config, to_yaml
-from mpscl_ray.errors import MpsclError, StorageError, TrainingError
+from mpscl_ray.errors import MpsclError, NoRoom, StorageError, TrainingError
 from mpscl_ray.preflight import check_nodes
 from mpscl_ray.run_folder import PLACE_FILE, RunFolder
 from mpscl_ray.training import Outcome
 from mpscl_ray.training_data import TrainingData
+
+_LOOK_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -32,12 +36,14 @@ class Shared:
         data: slices, opened by the process that runs the trainings; valid as long as that process lives.
         use_gpu: whether each worker gets a GPU.
         at_once: how many trainings the cluster has room for at a time.
+        account: whether Ray's dashboard is told of the trainings.
     """
 
     domains: launch.Domains
     data: TrainingData
     use_gpu: bool
     at_once: int
+    account: bool
 
 
 def open_shared(config: Config, folder: RunFolder) -> tuple[Shared, list[str]]:
@@ -59,7 +65,8 @@ def open_shared(config: Config, folder: RunFolder) -> tuple[Shared, list[str]]:
     domains, warnings = launch.load_domains(config)
     check_nodes(folder.address, domains.fingerprints())
     data = launch.open_data(config, domains)
-    return Shared(domains, data, use_gpu, capacity.trainings_at_once(config, use_gpu)), warnings
+    at_once = capacity.trainings_at_once(config, use_gpu)
+    return Shared(domains, data, use_gpu, at_once, keeps_account()), warnings
 
 
 def run_trial(
@@ -68,9 +75,13 @@ def run_trial(
     shared: Shared,
     look: Callable[[launch.Launch], None] = lambda training: None,
     *,
+    shown_as: str | None = None,
     resume_command: str | None = None,
 ) -> Outcome:
     """Train in a run folder, from its newest checkpoint if it has one; a run that is finished is left as it is.
+
+    A training that loses its place, with a node or to a training beside it, waits for another one as long as the
+    cluster is large enough, and for ``scaling.wait_s`` where it is not.
 
     The folder's status.json tells how it went, also where this raises. Nothing of the training is left when this
     returns: no worker, no reserved place. Where this process is killed meanwhile, :func:`release` does the rest.
@@ -80,12 +91,14 @@ def run_trial(
         folder: its run folder; may have been forked from another run (:mod:`mpscl_ray.fork`).
         shared: of :func:`open_shared`.
         look: called several times a second while it trains; ``training.request_stop()`` ends it after a checkpoint.
+        shown_as: name in metrics and in Ray's account of trainings; None is the folder's.
         resume_command: what to give to go on, for status.json.
 
     Returns:
         The outcome: finished or interrupted.
 
     Raises:
+        NoRoom: the cluster has become too small.
         TrainingError: a loss was not finite, or workers were lost more often than run.restarts allows.
         MpsclError: whatever else it could not go on with.
     """
@@ -99,10 +112,10 @@ def run_trial(
         folder.write_environment()
         folder.write_model(launch.model_description(config, shared.domains))
         folder.write_status("running", resume_command=resume_command)
+        if shared.account:
+            keep_account()
         try:
-            training = launch.Launch(config, folder, shared.data, shared.use_gpu)
-            training.start()
-            outcome = _watch(training, look)
+            outcome = _train(config, folder, shared, look, shown_as)
             if outcome.state == "non_finite":
                 raise TrainingError(_non_finite(outcome))
         except BaseException as error:
@@ -126,6 +139,49 @@ def run_trial(
             global_step=outcome.step,
         )
         return outcome
+
+
+def _train(
+    config: Config, folder: RunFolder, shared: Shared, look: Callable[[launch.Launch], None], shown_as: str | None
+) -> Outcome:
+    """Train to the end, however often the place has to be found anew."""
+    in_vain = 0
+    while True:
+        training = launch.Launch(config, folder, shared.data, shared.use_gpu, shown_as=shown_as)
+        training.start()
+        try:
+            return _watch(training, look)
+        except NoRoom:
+            release(folder)
+            in_vain += _has_room(config, shared)
+            if in_vain > config.run.restarts or not _wait_for_room(config, shared, training, look):
+                raise
+        if training.stop_requested:
+            last = (folder.read_metrics() or [{"phase": "", "iteration": 0, "global_step": 0}])[-1]
+            return Outcome("interrupted", last["phase"], last["iteration"], last["global_step"])
+
+
+def _has_room(config: Config, shared: Shared) -> bool:
+    return capacity.free_places(capacity.worker_place(config, shared.use_gpu)) >= config.scaling.least_workers
+
+
+def _wait_for_room(
+    config: Config, shared: Shared, training: launch.Launch, look: Callable[[launch.Launch], None]
+) -> bool:
+    """Wait until there is room or ``look`` has asked for the end; False where the cluster is too small for it."""
+    too_small_since = None
+    place = capacity.worker_place(config, shared.use_gpu)
+    while True:
+        look(training)
+        if training.stop_requested or _has_room(config, shared):
+            return True
+        if capacity.places(place) >= config.scaling.least_workers:
+            too_small_since = None
+        elif too_small_since is None:
+            too_small_since = time.monotonic()
+        elif time.monotonic() - too_small_since >= config.scaling.wait_s:
+            return False
+        time.sleep(_LOOK_S)
 
 
 def _watch(training: launch.Launch, look: Callable[[launch.Launch], None]) -> Outcome:

@@ -33,7 +33,9 @@ from mpscl_ray.training_data import TrainingData
 log = logging.getLogger(__name__)
 
 
-def run_worker(settings: dict[str, Any], *, folder: str, token: str, data: TrainingData) -> dict[str, Any]:
+def run_worker(
+    settings: dict[str, Any], *, folder: str, token: str, data: TrainingData, shown_as: str
+) -> dict[str, Any]:
     """Train on this worker; returns the outcome as plain values, the same on every worker.
 
     An error that a restart cannot mend (settings, data, storage) is left in the run folder, where the restarted
@@ -45,6 +47,7 @@ def run_worker(settings: dict[str, Any], *, folder: str, token: str, data: Train
         folder: path or URL of the run folder.
         token: proves that the command that holds the run has sent the worker.
         data: slices, as handles that each worker opens.
+        shown_as: name of the run in its metrics.
     """
     rank = ray.train.get_context().get_world_rank()
     config = config_from_dict(settings)
@@ -56,7 +59,7 @@ def run_worker(settings: dict[str, Any], *, folder: str, token: str, data: Train
     _log_to(run.logs / f"worker-{rank}.log")
     torch.set_num_threads(max(1, int(config.scaling.cpus_per_worker)))
     device = ray.train.torch.get_device()
-    observer = _RunObserver(run, data.classes, Monitoring(run.name, rank, device), config.scaling, writes=rank == 0)
+    observer = _RunObserver(run, data.classes, Monitoring(shown_as, rank, device), config.scaling, writes=rank == 0)
     outcome: training.Outcome | None = None
 
     def stop_requested() -> bool:

@@ -15,6 +15,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -43,21 +44,31 @@ def free_base() -> int:
 
 
 class LocalCluster:
-    """Nodes with their own ports, folder and token; stopped, with all they started, at the end of the block."""
+    """Nodes with their own ports, folder and token; stopped, with all they started, at the end of the block.
 
-    def __init__(self, nodes: int = 1, *, cpus: int = 1) -> None:
+    Args:
+        nodes: how many.
+        cpus: of each.
+        installed: whether the package is on all nodes, so that jobs need not bring it.
+    """
+
+    def __init__(self, nodes: int = 1, *, cpus: int = 1, installed: bool = False) -> None:
         self.nodes, self.base = nodes, free_base()
         self.folder = Path(tempfile.mkdtemp(prefix="c", dir="/tmp"))
         inherited = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MPSCL_CLUSTER", "PYTHONPATH"))}
-        self._environment = inherited | {
-            "MPSCL_CLUSTER_DIR": str(self.folder),
-            "MPSCL_CLUSTER_PORT": str(self.base),
-            "MPSCL_CLUSTER_CPUS": str(cpus),
-            "OMP_NUM_THREADS": "1",
-            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-            # What else runs on this machine may need memory; it is not these processes that should end then.
-            "RAY_memory_monitor_refresh_ms": "0",
-        }
+        self._environment = (
+            inherited
+            | {
+                "MPSCL_CLUSTER_DIR": str(self.folder),
+                "MPSCL_CLUSTER_PORT": str(self.base),
+                "MPSCL_CLUSTER_CPUS": str(cpus),
+                "OMP_NUM_THREADS": "1",
+                "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+                # What else runs on this machine may need memory; it is not these processes that should end then.
+                "RAY_memory_monitor_refresh_ms": "0",
+            }
+            | ({"PYTHONPATH": str(ROOT)} if installed else {})
+        )
 
     def __enter__(self) -> Self:
         try:
@@ -71,16 +82,14 @@ class LocalCluster:
         self.script("down")
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def running(self, node: int) -> bool:
-        """Whether any process of a node lives."""
-        mark = f"MPSCL_CLUSTER_NODE={self.folder}/{node}".encode()
-        for process in Path("/proc").glob("[0-9]*/environ"):
-            try:
-                if mark in process.read_bytes().split(b"\0"):
-                    return True
-            except OSError:
-                continue  # ended meanwhile
-        return False
+    def processes(self, node: int) -> list[str]:
+        """Titles of all processes of a node."""
+        mark, found = f"MPSCL_CLUSTER_NODE={self.folder}/{node}".encode(), []
+        for process in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):  # ended meanwhile
+                if mark in (process / "environ").read_bytes().split(b"\0"):
+                    found.append((process / "cmdline").read_text().replace("\0", " ").strip())
+        return found
 
     @property
     def address(self) -> str:

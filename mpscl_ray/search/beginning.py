@@ -103,7 +103,8 @@ def shared_beginning(
                 phase = record["phase"].replace("_", " ")
                 say(f"shared by all trials: {phase} {record['iteration']} of {record['iterations']}")
 
-    outcome = run_trial(_shared_config(config, common, folder, shared.at_once), run, shared, look)
+    own = _shared_config(config, common, folder, shared.at_once)
+    outcome = run_trial(own, run, shared, look, shown_as=f"{folder.name}-{SHARED_RUN}")
     return run if outcome.state == "finished" else None
 
 

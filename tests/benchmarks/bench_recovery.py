@@ -154,7 +154,7 @@ def measure(kind: str, repeats: int) -> list[tuple[float, int]]:
             found.append((at - killed, reached - start))
             print(f"{kind} {number}: {at - killed:.1f} s, {reached - start} steps again", flush=True)
             if kind in ("spare", "shrink"):
-                lost = next(node for node in range(1, NODES[kind]) if not cluster.running(node))
+                lost = next(node for node in range(1, NODES[kind]) if not cluster.processes(node))
                 cluster.script("start", str(lost))
             if kind == "shrink":
                 job.next_step(begun + 2)

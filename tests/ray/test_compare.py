@@ -5,12 +5,14 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import secrets
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +131,21 @@ def test_a_cell_that_fails_does_not_stop_the_rest_and_is_tried_again(cluster: No
     assert {cell["state"] for cell in cells.values()} == {"finished"}
 
 
-def test_a_signal_stops_after_a_checkpoint_and_the_same_command_goes_on(
+def processes_of_cells() -> list[int]:
+    """Those of the cluster that was started here, which is below this process."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError, ValueError):  # ended meanwhile
+            if (process / "cmdline").read_text().startswith("ray::run_cell"):
+                parents = [int(process.name)]
+                while parents[-1] > 1 and parents[-1] != os.getpid():
+                    status = (Path("/proc") / str(parents[-1]) / "status").read_text()
+                    parents.append(int(status.partition("PPid:")[2].split()[0]))
+                found += parents[:1] if parents[-1] == os.getpid() else []
+    return found
+
+
+def test_a_lost_cell_goes_on_a_signal_stops_it_after_a_checkpoint_and_so_does_the_same_command(
     cluster: None, data: Path, tmp_path: Path
 ) -> None:
     presets, out = write_presets(tmp_path / "presets", phase=60), tmp_path / "out"
@@ -146,9 +162,18 @@ def test_a_signal_stops_after_a_checkpoint_and_the_same_command_goes_on(
         )
         run = RunFolder(out / "cells" / "mr2ct-seed1-mpscl")
         try:
+            log = run.logs / "worker-0.log"
             deadline = time.monotonic() + PATIENCE_S
-            while len(run.read_metrics()) < 3 and time.monotonic() < deadline and process.poll() is None:
-                time.sleep(0.1)
+            for start in (1, 2):
+                while time.monotonic() < deadline and process.poll() is None:
+                    begun = re.findall(r"training starts at step (\d+)", log.read_text() if log.exists() else "")
+                    if len(begun) == start and len(run.read_metrics()) >= int(begun[-1]) + 3:
+                        break
+                    time.sleep(0.1)
+                if start == 1:
+                    (cell,) = processes_of_cells()
+                    os.kill(cell, signal.SIGKILL)
+            assert int(begun[1]) > 0, "it goes on from a checkpoint"
             process.send_signal(signal.SIGTERM)
             assert process.wait(PATIENCE_S) == 130, (tmp_path / "output.txt").read_text()
         finally:
