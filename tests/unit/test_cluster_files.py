@@ -121,6 +121,8 @@ def test_what_the_files_name_exists() -> None:
     setup.read(ROOT / "setup.cfg")
     packages = setup["options"]["package_dir"].split()[2::3]
     assert set(packages) <= set(copied), "all that is installed is in the image"
+    for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", (CLUSTER / "README.md").read_text()):
+        assert (CLUSTER / link).exists(), link
     for name in (*RAY_FILES, *RAY_UP_FILES):
         assert f"/mpscl_ray:{__version__}" in (CLUSTER / name).read_text()
     constraints = (ROOT / "constraints.txt").read_text()
