@@ -142,3 +142,9 @@ def test_every_setting_is_documented() -> None:
 
 def test_presets_are_installed_with_the_package() -> None:
     assert {path.suffix for path in PRESETS.rglob("*") if path.is_file()} == {".yaml"}
+
+
+def test_an_empty_mapping_on_the_command_line_is_a_value() -> None:
+    with pytest.raises(ConfigError, match="'network' on the command line is not a setting"):
+        load_config("phantom", ["network={}"])
+    assert load_config("phantom", ["optim.legacy_param_repeats={}"]).optim.legacy_param_repeats == {}
