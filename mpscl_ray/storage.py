@@ -124,7 +124,7 @@ class Remote:
 
     def write_bytes(self, data: bytes) -> None:
         """Make or replace the object."""
-        with self._errors("write"), self._fs.open_output_stream(self.key) as stream:
+        with self._errors("write"), self._writing() as stream:
             stream.write(data)
 
     def download(self, target: Path) -> None:
@@ -146,7 +146,7 @@ class Remote:
 
     def upload(self, source: IO[bytes]) -> None:
         """Make or replace the object with the rest of an open file."""
-        with self._errors("write"), self._fs.open_output_stream(self.key) as stream:
+        with self._errors("write"), self._writing() as stream:
             while data := source.read(_CHUNK):
                 stream.write(data)
 
@@ -196,6 +196,10 @@ class Remote:
         with self._errors("list"):
             found = self._fs.get_file_info(fs.FileSelector(self.key, recursive=recursive, allow_not_found=True))
         return sorted(info.path.removeprefix(f"{self.key}/") for info in found if info.type == kind)
+
+    def _writing(self) -> pa.NativeFile:
+        # Without this a name that ends in .gz has its contents compressed, which they are already.
+        return self._fs.open_output_stream(self.key, compression=None)
 
     @property
     def _fs(self) -> fs.S3FileSystem:

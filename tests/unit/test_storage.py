@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -397,3 +398,9 @@ def test_a_search_fetches_and_uploads_its_own_files_and_none_of_its_trials(quick
             (place / part / "x").write_bytes(b"x")
         search.discard_weights()
         assert not [name for name in place.files() if name.startswith(("checkpoints", "phases", "best"))]
+
+
+def test_a_name_that_ends_in_gz_keeps_its_contents(place: Remote) -> None:
+    (place / "a.nii.gz").write_bytes(b"as it was written")
+    (place / "b.nii.gz").upload(io.BytesIO(b"as it was written"))
+    assert {(place / name).read_bytes() for name in place.files()} == {b"as it was written"}
