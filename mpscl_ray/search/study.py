@@ -323,8 +323,8 @@ class Study:
 
     def _stop(self, number: int) -> None:
         """The end of a trial that waits. Its settings and metrics stay; its weights are of no use to anyone."""
-        self._write_end(number, "stopped", f"fell behind at iteration {self.halving.waits_at(number)}")
         self.trial_folder(number).discard_weights()
+        self._write_end(number, "stopped", f"fell behind at iteration {self.halving.waits_at(number)}")
 
     def _write_end(self, number: int, state: End, reason: str = "") -> None:
         self.ledger.end(number, state, reason, self._seconds.get(number, 0.0))
