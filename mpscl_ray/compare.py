@@ -21,6 +21,7 @@ from mpscl_ray.data.schema import Manifest, load_manifest
 from mpscl_ray.durable_files import write_atomically
 from mpscl_ray.errors import ConfigError, Interrupted, MpsclError, TrainingError
 from mpscl_ray.interruption import Interruption
+from mpscl_ray.places import places_of_killed_commands_given_back
 from mpscl_ray.published_scores import published_for
 from mpscl_ray.run_folder import RunFolder
 from mpscl_ray.storage import Remote, child, locate
@@ -182,7 +183,7 @@ def compare(plan: Plan, command: Sequence[str]) -> int:
 def _run(plan: Plan, base: Config, folder: RunFolder, resume: str) -> None:
     ledger = Ledger(folder.path / "cells.json", folder.settle)
     out = locate(folder.address)  # workers may stand elsewhere
-    with connect():
+    with connect(), places_of_killed_commands_given_back(folder):
         base = phantom_dataset.resolve(base)
         datasets = (base.data.source, base.data.target)
         manifests = tuple(load_manifest(locate(dataset)) for dataset in datasets)

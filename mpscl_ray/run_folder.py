@@ -63,6 +63,10 @@ NOTICES_FILE = "notices.log"
 PLACE_FILE = ".placement-group"
 """Name of the file in the run folder that names the placement group of the workers, while they have one."""
 
+COMMANDS_FILE = ".commands"
+"""Name of the file in the folder of a command with the session and the job, a line each, of the command that runs and
+of those that were killed before it."""
+
 DECIDED_FILE = ".decided"
 """Name of the file, in the folder of a run that may be stopped for falling behind others, with the global step up to
 which that was decided, and ``stop`` behind it where the run is to end there. Where it is, training waits for it after

@@ -20,6 +20,7 @@ from mpscl_ray.errors import ConfigError, Interrupted, MpsclError, TrainingError
 from mpscl_ray.evaluate import PHASES_TABLE, evaluate_phases
 from mpscl_ray.interruption import Interruption, signals_end
 from mpscl_ray.panels import draw_phases
+from mpscl_ray.places import places_of_killed_commands_given_back
 from mpscl_ray.preflight import check_nodes
 from mpscl_ray.progress import ProgressLine
 from mpscl_ray.run_folder import LOSSES_FILE, NOTICES_FILE, STOP_FILE, RunFolder
@@ -131,7 +132,7 @@ def train(config: Config, command: list[str], *, dashboard: bool = False, allow_
             with signals_end("before training began"):
                 _check_before_ray(config, folder)
                 # Ray's start replaces the handler of SIGTERM by one that raises SystemExit.
-                with connect(dashboard=dashboard):
+                with connect(dashboard=dashboard), places_of_killed_commands_given_back(folder):
                     _train_and_evaluate(config, folder)
         except (Interrupted, SystemExit) as stop:
             reason = str(stop) if isinstance(stop, Interrupted) else "stopped by SIGTERM while Ray started or ended"

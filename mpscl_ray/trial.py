@@ -12,15 +12,13 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 
-import ray
-from ray.util.placement_group import PlacementGroup, remove_placement_group
-
 from mpscl_ray import capacity, launch
 from mpscl_ray.cluster_session import keep_account, keeps_account
 from mpscl_ray.config import Config, to_yaml
 from mpscl_ray.errors import MpsclError, NoRoom, StorageError, TrainingError
+from mpscl_ray.places import release
 from mpscl_ray.preflight import check_nodes
-from mpscl_ray.run_folder import PLACE_FILE, RunFolder
+from mpscl_ray.run_folder import RunFolder
 from mpscl_ray.training import Outcome
 from mpscl_ray.training_data import TrainingData
 
@@ -84,7 +82,8 @@ def run_trial(
     cluster is large enough, and for ``scaling.wait_s`` where it is not.
 
     The folder's status.json tells how it went, also where this raises. Nothing of the training is left when this
-    returns: no worker, no reserved place. Where this process is killed meanwhile, :func:`release` does the rest.
+    returns: no worker, no reserved place. Where this process is killed meanwhile,
+    :func:`~mpscl_ray.places.release` does the rest.
 
     Args:
         config: settings of this training.
@@ -194,19 +193,6 @@ def _watch(training: launch.Launch, look: Callable[[launch.Launch], None]) -> Ou
             with suppress(MpsclError):
                 training.watch(lambda: None)
         raise
-
-
-def release(folder: RunFolder) -> None:
-    """Give back the place of a training that does not run any more.
-
-    Ray Train does this itself when a training ends. Where its controller was killed, Ray would keep the place reserved
-    until the whole job ends, and trainings after it would wait for it.
-    """
-    name = folder.left(PLACE_FILE)
-    if name is None:
-        return
-    remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(name))))
-    folder.take_away(PLACE_FILE)
 
 
 def _non_finite(outcome: Outcome) -> str:

@@ -15,6 +15,7 @@ from mpscl_ray.cluster_session import connect
 from mpscl_ray.config import describe_keys, preset_names
 from mpscl_ray.errors import ConfigError, Interrupted, MpsclError, TrainingError
 from mpscl_ray.interruption import Interruption, signals_end
+from mpscl_ray.places import places_of_killed_commands_given_back
 from mpscl_ray.run_folder import RunFolder
 from mpscl_ray.search.beginning import choose_metric, shared_beginning
 from mpscl_ray.search.criteria import CRITERIA, LABEL_FREE
@@ -118,7 +119,7 @@ def search(space: Space, command: list[str], *, warm_up: RunFolder | None = None
             with signals_end("before the search began"):
                 if not any(value.startswith(phantom_dataset.PREFIX) for value in _datasets(space)):
                     choose_metric(space.search.metric, launch.load_domains(space.base)[0])
-                with connect(dashboard=dashboard):
+                with connect(dashboard=dashboard), places_of_killed_commands_given_back(folder):
                     study = _search(space, folder, ledger, warm_up)
         except (Interrupted, SystemExit) as stop:
             reason = str(stop) if isinstance(stop, Interrupted) else "stopped by SIGTERM while Ray started or ended"

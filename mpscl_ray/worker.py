@@ -16,7 +16,6 @@ from typing import Any
 import ray.train
 import ray.train.torch
 import torch
-from ray.util.placement_group import get_current_placement_group
 from torch import Tensor
 
 from mpscl_ray import training
@@ -25,9 +24,10 @@ from mpscl_ray.config import ScalingConfig, config_from_dict
 from mpscl_ray.durable_files import write_atomically
 from mpscl_ray.errors import MpsclError, StorageError
 from mpscl_ray.monitoring import Monitoring
+from mpscl_ray.places import leave_place
 from mpscl_ray.plots import panel, plot_progress
 from mpscl_ray.progress import TensorBoard
-from mpscl_ray.run_folder import DECIDED_FILE, FAILURE_FILE, NOTICES_FILE, PLACE_FILE, STOP_FILE, RunFolder
+from mpscl_ray.run_folder import DECIDED_FILE, FAILURE_FILE, NOTICES_FILE, STOP_FILE, RunFolder
 from mpscl_ray.training_data import TrainingData
 
 log = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ def run_worker(
     try:
         with run.training(token, rank):
             if rank == 0:
-                _leave_place(run)
+                leave_place(run)
             outcome = training.train(config, data, run, device, observer, stop_requested)
             observer.close()
     except MpsclError as error:
@@ -87,14 +87,6 @@ def run_worker(
         observer.close()
     log.info("worker ends: %s", outcome)
     return dataclasses.asdict(outcome)
-
-
-def _leave_place(run: RunFolder) -> None:
-    """Leave, for the command, the name of what must be given back if it finds the workers' controller dead."""
-    group = get_current_placement_group()
-    if group is not None:
-        write_atomically(run.path / PLACE_FILE, group.id.hex().encode())
-        run.publish(run.path / PLACE_FILE)
 
 
 def add_notice(folder: RunFolder, text: str, file: str = NOTICES_FILE) -> None:

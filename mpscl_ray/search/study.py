@@ -24,6 +24,7 @@ from mpscl_ray.bucket_run import open_run
 from mpscl_ray.config import Config, to_dict
 from mpscl_ray.errors import ClusterError, ConfigError, Interrupted, MpsclError, StorageError
 from mpscl_ray.interruption import Interruption
+from mpscl_ray.places import release
 from mpscl_ray.progress import TensorBoard
 from mpscl_ray.run_folder import RunFolder
 from mpscl_ray.search.criteria import score
@@ -34,7 +35,7 @@ from mpscl_ray.search.sharing import shared_phases
 from mpscl_ray.search.space import Space
 from mpscl_ray.search.task import PAUSE, STOP_SEARCH, UNREACHABLE, Task, run_task
 from mpscl_ray.storage import child
-from mpscl_ray.trial import Shared, release
+from mpscl_ray.trial import Shared
 
 LEDGER, TRIALS, RAY_FOLDER = "ledger.jsonl", "trials", "ray"
 """Names in the folder of a search."""

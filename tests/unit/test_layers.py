@@ -34,9 +34,9 @@ LAYERS: tuple[frozenset[str], ...] = (
     ),
     frozenset(
         "cluster_session parallel data.pipeline prepare prepare_options prepare_plan phantom_dataset monitoring "
-        "worker capacity launch preflight trial train evaluation evaluate predict report report_groups report_page "
-        "report_runs report_sections compare comparison_cells comparison_run comparison_table published_scores "
-        "search.beginning search.early_stopping search.task search.study search.results tune".split()
+        "worker capacity places launch preflight trial train evaluation evaluate predict report report_groups "
+        "report_page report_runs report_sections compare comparison_cells comparison_run comparison_table "
+        "published_scores search.beginning search.early_stopping search.task search.study search.results tune".split()
     ),
 )
 ONLY_THESE_IMPORT_RAY = LAYERS[-1]
