@@ -29,6 +29,10 @@ _QUIET = {
 _LONGEST_TEMP_DIR = 40
 """Ray's socket paths add about 60 characters to it, and the system allows 107."""
 
+_PREEMPTION = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
+"""For each training, a process that looks for nodes which will be taken away. A private cluster has its machine alone,
+which stays as long as the command does."""
+
 _KNOCK_S = 10.0
 
 _ACCOUNT = "RAY_TRAIN_ENABLE_STATE_TRACKING"
@@ -87,7 +91,8 @@ def connect(
             ray.shutdown()
         return
     folder = _short_temp_dir()
-    restore = _guard_by_token()
+    restore = {_PREEMPTION: os.environ.get(_PREEMPTION)} | _guard_by_token()
+    os.environ.setdefault(_PREEMPTION, "0")
     try:
         try:
             ray.init(

@@ -14,6 +14,13 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where several processes share the tests (``pytest -n 2``), one takes all that start a Ray, in turn."""
+    for item in items:
+        if item.path.parent == ROOT / "tests" / "ray":
+            item.add_marker(pytest.mark.xdist_group("ray"))
+
+
 @pytest.fixture(scope="session")
 def reference_data() -> Path:
     """Folder with third-party volumes and records, which are not distributed with the code.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -14,13 +13,13 @@ import pytest
 
 ray = pytest.importorskip("ray")
 
-from ray.util.placement_group import placement_group, placement_group_table  # noqa: E402
+from ray.util.placement_group import placement_group  # noqa: E402
 
 from mpscl_ray.cluster_session import connect  # noqa: E402
 from mpscl_ray.places import places_of_killed_commands_given_back  # noqa: E402
 from mpscl_ray.run_folder import COMMANDS_FILE, RunFolder  # noqa: E402
+from tests.ray_commands import environment, reserved  # noqa: E402
 
-ROOT = Path(__file__).resolve().parents[2]
 PATIENCE_S = 120
 
 COMMAND = """
@@ -51,10 +50,6 @@ def cluster() -> Iterator[None]:
         yield
 
 
-def reserved() -> set[str]:
-    return {name for name, group in placement_group_table().items() if group["state"] != "REMOVED"}
-
-
 def wait_for_free(cpus: float) -> None:
     deadline = time.monotonic() + PATIENCE_S
     while ray.available_resources().get("CPU", 0) != cpus:
@@ -71,12 +66,7 @@ def test_what_a_killed_command_left_is_given_back_before_the_next_begins_and_aft
     folder.create()
     command = subprocess.run(
         [sys.executable, "-c", COMMAND, str(folder.path)],
-        env=os.environ
-        | {
-            "RAY_ADDRESS": ray.get_runtime_context().gcs_address,
-            "RAY_AUTH_MODE": "token",
-            "PYTHONPATH": str(ROOT),
-        },
+        env=environment(),
         timeout=PATIENCE_S,
     )
     assert command.returncode == -signal.SIGKILL

@@ -5,12 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,15 +19,13 @@ from mpscl_ray.cluster_session import connect  # noqa: E402
 from mpscl_ray.config import load_config, to_dict  # noqa: E402
 from mpscl_ray.errors import ConfigError  # noqa: E402
 from mpscl_ray.storage import Remote  # noqa: E402
-from tests.nodes import ROOT  # noqa: E402
 from tests.ray.test_compare import write_presets  # noqa: E402
-from tests.ray.test_tune import assert_nothing_is_reserved  # noqa: E402
+from tests.ray_commands import assert_nothing_is_reserved, run_until_killed  # noqa: E402
 from tests.s3 import CREDENTIALS, Server, serve, upload_folder  # noqa: E402
 from tests.tiny import SETTINGS, make_pair  # noqa: E402
 
 pytestmark = pytest.mark.slow
 
-PATIENCE_S = 600
 ITERATIONS = 6
 
 
@@ -44,45 +37,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         upload_folder(make_pair(folder / "data"), started.folder("data"))
         with connect(2, object_store_memory=200 * 2**20):
             yield started
-
-
-@pytest.fixture
-def killed(tmp_path: Path) -> Iterator[Callable[[list[str], Callable[[], bool]], None]]:
-    """Starts a command on the cluster in a process of its own and kills it when a condition holds."""
-    started: list[subprocess.Popen[bytes]] = []
-
-    def run(words: list[str], when: Callable[[], bool]) -> None:
-        environment = os.environ | {
-            "RAY_ADDRESS": ray.get_runtime_context().gcs_address,
-            "RAY_AUTH_MODE": "token",
-            "PYTHONPATH": str(ROOT),
-        }
-        output = tmp_path / "killed.txt"
-        with output.open("w") as stream:
-            process = subprocess.Popen(
-                [sys.executable, "-m", *words],
-                env=environment,
-                stdout=stream,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-        started.append(process)
-        deadline = time.monotonic() + PATIENCE_S
-        while not when():
-            assert process.poll() is None, output.read_text()
-            assert time.monotonic() < deadline, output.read_text()
-            time.sleep(0.2)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-    yield run
-    for process in started:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-
-
-Killed = Callable[[list[str], Callable[[], bool]], None]
 
 
 def records(folder: Remote) -> list[dict[str, object]]:
@@ -110,7 +64,7 @@ def assert_clean(folder: Remote) -> None:
 
 
 def test_a_killed_search_in_a_bucket_goes_on_and_stops_what_falls_behind(
-    server: Server, killed: Killed, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     place = [f"data.source={server.url('data/mr')}", f"data.target={server.url('data/ct')}"]
     lengths = [f"phases.adaptation={ITERATIONS}", "run.validate_every=2", "scaling.workers=1"]
@@ -128,9 +82,9 @@ def test_a_killed_search_in_a_bucket_goes_on_and_stops_what_falls_behind(
     with other.lock(), pytest.raises(ConfigError, match="the run search is in use by process"):
         tune.main(words[1:])
 
-    killed(words, (folder / "shared" / "metrics.jsonl").exists)
+    run_until_killed(words, (folder / "shared" / "metrics.jsonl").exists)
     assert count(folder, "end") == 0
-    killed(words, lambda: count(folder, "report") >= 2)
+    run_until_killed(words, lambda: count(folder, "report") >= 2)
     assert count(folder, "end") < 3
     assert tune.main(words[1:]) == 0
     text = capsys.readouterr().out
@@ -181,7 +135,7 @@ def test_a_killed_search_in_a_bucket_goes_on_and_stops_what_falls_behind(
 
 
 def test_a_killed_comparison_in_a_bucket_goes_on_with_what_is_missing(
-    server: Server, killed: Killed, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = server.folder("runs/table")
     words = [
@@ -200,7 +154,7 @@ def test_a_killed_comparison_in_a_bucket_goes_on_with_what_is_missing(
             return {}
         return found
 
-    killed(["mpscl_ray.compare", *words], lambda: "finished" in [cell["state"] for cell in cells().values()])
+    run_until_killed(["mpscl_ray.compare", *words], lambda: "finished" in [cell["state"] for cell in cells().values()])
     trained = (out / "cells" / "mr2ct-seed1-baseline" / "metrics.jsonl").stamp()
     assert compare.main(words) == 0
     assert_nothing_is_reserved()

@@ -6,11 +6,8 @@ import csv
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
-import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,13 +17,12 @@ import yaml
 
 ray = pytest.importorskip("ray")
 
-from ray.util.placement_group import placement_group_table  # noqa: E402
-
 from mpscl_ray import cli, tune  # noqa: E402
 from mpscl_ray.cluster_session import connect  # noqa: E402
 from mpscl_ray.config import load_config, to_dict  # noqa: E402
 from mpscl_ray.run_folder import RunFolder  # noqa: E402
 from mpscl_ray.search.ledger import Ledger, Trial  # noqa: E402
+from tests.ray_commands import assert_nothing_is_reserved, run_until_killed  # noqa: E402
 from tests.tiny import SETTINGS, make_dataset, make_pair  # noqa: E402
 
 pytestmark = pytest.mark.slow
@@ -95,17 +91,6 @@ def ends(folder: Path) -> list[int]:
     ledger = folder / "ledger.jsonl"
     records = [json.loads(line) for line in ledger.read_text().splitlines()] if ledger.exists() else []
     return sorted(record["number"] for record in records if record["event"] == "end")
-
-
-def assert_nothing_is_reserved() -> None:
-    """No place is held on the cluster, and all of it is free."""
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        held = [entry for entry in placement_group_table().values() if entry["state"] != "REMOVED"]
-        if not held and ray.available_resources().get("CPU") == ray.cluster_resources()["CPU"]:
-            return
-        time.sleep(0.2)
-    pytest.fail(f"still reserved: {held}")
 
 
 def test_a_search_stops_what_falls_behind_records_what_fails_and_leaves_a_preset(
@@ -177,45 +162,7 @@ def test_a_search_stops_what_falls_behind_records_what_fails_and_leaves_a_preset
     assert "was started with another config: method.delta_th: 0.25 in the run, 0.3 now" in refused
 
 
-@pytest.fixture
-def killed(data: Path) -> Iterator[Callable[[str, Callable[[], bool]], None]]:
-    """Starts the command on the cluster in a process of its own and kills it when a condition holds."""
-    started: list[subprocess.Popen[bytes]] = []
-
-    def run(file: str, when: Callable[[], bool]) -> None:
-        environment = os.environ | {
-            "RAY_ADDRESS": ray.get_runtime_context().gcs_address,
-            "RAY_AUTH_MODE": "token",
-            "PYTHONPATH": str(ROOT),
-        }
-        with tempfile.TemporaryFile() as output:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "mpscl_ray.tune", file],
-                env=environment,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-            started.append(process)
-            deadline = time.monotonic() + PATIENCE_S
-            while not when():
-                if process.poll() is not None or time.monotonic() > deadline:
-                    output.seek(0)
-                    pytest.fail(f"ended, or did not come so far; it printed:\n{output.read().decode()}")
-                time.sleep(0.05)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-    yield run
-    for process in started:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-
-
-def test_a_killed_search_goes_on_and_accounts_for_each_trial_once(
-    here: Here, space: Spaces, data: Path, killed: Callable[[str, Callable[[], bool]], None]
-) -> None:
+def test_a_killed_search_goes_on_and_accounts_for_each_trial_once(here: Here, space: Spaces, data: Path) -> None:
     distributions = {"method.margin_source": {"choice": [0, 0.2, 0.4]}}
     file = space("killed", distributions, method="grid", early_stopping=False, evaluate="none")
     folder = data / "runs" / "killed"
@@ -224,9 +171,9 @@ def test_a_killed_search_goes_on_and_accounts_for_each_trial_once(
     def reports() -> int:
         return ledger.read_text().count('"report"') if ledger.exists() else 0
 
-    killed(file, lambda: (folder / "shared" / "metrics.jsonl").exists())
+    run_until_killed(["mpscl_ray.tune", file], lambda: (folder / "shared" / "metrics.jsonl").exists())
     assert ends(folder) == []
-    killed(file, lambda: reports() >= 2)
+    run_until_killed(["mpscl_ray.tune", file], lambda: reports() >= 2)
     in_the_middle = Ledger(ledger)
     assert not all(trial.ended for trial in in_the_middle.trials.values())
     begun = {
@@ -235,7 +182,7 @@ def test_a_killed_search_goes_on_and_accounts_for_each_trial_once(
         )
         for number in in_the_middle.trials
     }
-    killed(file, lambda: len(ends(folder)) >= 1)
+    run_until_killed(["mpscl_ray.tune", file], lambda: len(ends(folder)) >= 1)
     code, text = here(file)
     assert code == 0, text
     assert_nothing_is_reserved()
