@@ -501,7 +501,7 @@ def test_causes_name_the_worker_that_died_not_those_that_noticed() -> None:
     died = ray.exceptions.ActorDiedError()
     noticed = RuntimeError("Connection closed by peer")
     assert launch._causes({0: noticed, 1: died}) == "worker 1 was lost: its process died"
-    gone = "worker 0 reached another worker no more: its process or its node was lost"
+    gone = "worker 0 was cut off: a process or a node that it spoke to was lost"
     assert launch._causes({0: noticed}) == gone
     assert launch._causes({0: RuntimeError("of its own")}) == "worker 0 failed: of its own"
 
