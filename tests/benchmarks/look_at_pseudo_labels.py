@@ -1,0 +1,121 @@
+"""What the pseudo-labels of MPSCL and CAG are worth: theirs against the true labels of the target's training slices.
+
+``python tests/benchmarks/look_at_pseudo_labels.py RUN [RUN ...] [--phase warm_up]`` takes the method as it was at the
+end of an adaptation, or lets it begin one with the segmenter of a phase before. With ``--source-statistics`` the
+anchors of CAG are made with the batch statistics of the source, averaged over batches, instead of those that the
+segmenter has kept. The labels of the target are read for this look alone; no training sees them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from mpscl_ray import checkpoint
+from mpscl_ray.config import load_config
+from mpscl_ray.config_schema import is_adaptation
+from mpscl_ray.construction import build_method, build_segmenter, carry_over
+from mpscl_ray.data.stream import LocalSlices
+from mpscl_ray.losses import cosine_to_prototypes
+from mpscl_ray.methods import MPSCL
+from mpscl_ray.methods.base import TrainingSlices
+from mpscl_ray.methods.cag import CAG, IGNORE
+from mpscl_ray.prototypes import downsample_labels
+from mpscl_ray.pseudo_labels import self_paced_pseudo_labels
+from mpscl_ray.training_data import training_slices
+from tests.tiny import local_data
+
+CPU = torch.device("cpu")
+BATCH = 8
+
+
+def labellers(method: MPSCL | CAG) -> dict[str, Callable[[Tensor], Tensor]]:
+    """By what they are called: slices (B, 1, H, W) to pseudo-labels (B, h, w), IGNORE where a pixel is left out."""
+    if isinstance(method, CAG):
+        return {
+            "A, nearest anchor": lambda image: method.pseudo_labels(image)[0],
+            "P, probability": lambda image: method.pseudo_labels(image)[1],
+        }
+
+    def self_paced(image: Tensor) -> Tensor:
+        cosine = cosine_to_prototypes(method.trained.evaluate(image).features, method.prototypes)
+        labels, mask = self_paced_pseudo_labels(cosine, method.config.delta_th)
+        return torch.where(mask, labels, IGNORE)
+
+    return {"nearest prototype": self_paced}
+
+
+def with_source_statistics(method: CAG, slices: TrainingSlices) -> None:
+    """Begin a round of CAG with anchors that stand where the source's own statistics bring its slices."""
+    kept = copy.deepcopy(method.segmenter.state_dict())
+    norms = [layer for layer in method.segmenter.modules() if isinstance(layer, torch.nn.BatchNorm2d)]
+    for layer in norms:
+        layer.train()
+    for number, (image, _) in enumerate(slices.labelled(), start=1):
+        for layer in norms:
+            layer.momentum = 1 / number
+        method.segmenter(image)
+    method.segmenter.eval()
+    method.prepare(slices)
+    method.segmenter.load_state_dict(kept)
+    method.teacher.load_state_dict(kept)
+    method._look_at_gaps(slices)
+
+
+def look(folder: Path, phase: str, source_statistics: bool) -> None:
+    config = load_config(str(folder / "config.yaml"))
+    data = local_data(config)
+    classes = len(data.classes)
+    adaptation = next(name for name, _ in config.schedule if is_adaptation(name))
+    method = build_method(config, adaptation, build_segmenter(config, classes, adaptation), classes, CPU)
+    assert isinstance(method, (MPSCL, CAG)), f"{config.method_name} has no pseudo-labels of this kind"
+    state = checkpoint.load(folder / "phases" / phase)["method"]
+    if is_adaptation(phase):
+        method.load_state_dict(state)
+    else:
+        carry_over(method.networks, state["networks"])
+        slices = training_slices(config, data, CPU, dict)
+        method.prepare(slices)
+        if source_statistics and isinstance(method, CAG):
+            with_source_statistics(method, slices)
+    truth = LocalSlices(Path(config.data.target), "train", labels=True)
+    for name, labeller in labellers(method).items():
+        # Rows: true class; columns: pseudo-label, the last one for pixels that are left out.
+        pixels = torch.zeros(classes, classes + 1, dtype=torch.float64)
+        for batch in truth.shard(0, 1, BATCH):
+            found = labeller(batch["image"])
+            true = downsample_labels(batch["label"], (found.shape[1], found.shape[2]))
+            found = torch.where(found == IGNORE, classes, found)
+            pairs = (true * (classes + 1) + found).flatten()
+            pixels += torch.bincount(pairs, minlength=pixels.numel()).reshape(pixels.shape)
+        selected = pixels[:, :-1]
+        right = selected.diagonal() / selected.sum(dim=0).clamp(min=1)
+        print(
+            f"{folder.name}, end of {phase}, {name}: {selected.sum() / pixels.sum():.0%} of the pixels selected, "
+            f"{selected[1:].sum() / selected.sum():.1%} of these are a structure, "
+            f"{selected[:, 1:].sum() / selected.sum():.1%} are called one; right of those called "
+            + ", ".join(f"{title} {share:.0%}" for title, share in zip(data.classes, right.tolist(), strict=True))
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
+    parser.add_argument("--phase", default="warm_up", help="at whose end (default: warm_up)")
+    parser.add_argument("--source-statistics", action="store_true", help="for the anchors of CAG")
+    options = parser.parse_args()
+    with torch.no_grad():
+        for run in options.runs:
+            look(run, options.phase, options.source_statistics)
+
+
+if __name__ == "__main__":
+    main()
