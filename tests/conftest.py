@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 # One thread here and in all processes that tests start, as Ray gives a worker of one CPU: with another number, sums are
 # taken in another order, and runs that are compared bit for bit differ in the last one. Before anything imports torch.
@@ -14,11 +15,17 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where several processes share the tests (``pytest -n 2``), one takes all that start a Ray, in turn."""
-    for item in items:
-        if item.path.parent == ROOT / "tests" / "ray":
-            item.add_marker(pytest.mark.xdist_group("ray"))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With several processes (``pytest -n 2``) one takes all tests that start a Ray; the rest is shared file by file."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class OneRay(LoadScopeScheduling):  # type: ignore[misc, unused-ignore]
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "tests/ray" if file.startswith("tests/ray/") else file
+
+    return OneRay(config, log)
 
 
 @pytest.fixture(scope="session")

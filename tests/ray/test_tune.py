@@ -93,12 +93,25 @@ def ends(folder: Path) -> list[int]:
     return sorted(record["number"] for record in records if record["event"] == "end")
 
 
+def whole(space: Spaces) -> str:
+    """Weights beyond what float32 holds make a loss that is not finite; of the others, ever fewer go on."""
+    distributions = {"method.gamma": {"choice": [10, 1.0e39, 1, 0.1]}}
+    return space("whole", distributions, method="grid", grace=2, reduction=50, metric="information", evaluate="all")
+
+
+@pytest.fixture
+def beginning(here: Here, space: Spaces, data: Path) -> str:
+    """Run of the phases that the trials of a search share."""
+    folder = data / "runs" / "whole" / "shared"
+    if not RunFolder(folder).exists:
+        assert here(whole(space))[0] == 0
+    return str(folder)
+
+
 def test_a_search_stops_what_falls_behind_records_what_fails_and_leaves_a_preset(
     here: Here, space: Spaces, data: Path
 ) -> None:
-    # Weights beyond what float32 holds make a loss that is not finite; of the others, ever fewer go on.
-    distributions = {"method.gamma": {"choice": [10, 1.0e39, 1, 0.1]}}
-    file = space("whole", distributions, method="grid", grace=2, reduction=50, metric="information", evaluate="all")
+    file = whole(space)
     code, text = here(file)
     assert code == 0, text
     folder = data / "runs" / "whole"
@@ -200,19 +213,17 @@ def test_a_killed_search_goes_on_and_accounts_for_each_trial_once(here: Here, sp
 
 
 def test_a_target_without_labels_is_searched_by_a_label_free_criterion_from_a_run_that_is_given(
-    here: Here, space: Spaces, data: Path
+    here: Here, space: Spaces, data: Path, beginning: str
 ) -> None:
     file = space("free", {"method.delta_th": {"uniform": [0, 0.5]}}, trials=1, evaluate="none")
     target = f"data.target={data / 'unlabelled'}"
     code, text = here(file, target, "--metric", "oracle")
     assert code == 2
     assert "search.metric=oracle needs labels of all validation cases" in text
-    code, text = here(file, target, "--warm-up", str(data / "runs" / "whole" / "shared"))
+    code, text = here(file, target, "--warm-up", beginning)
     assert code == 2
     assert "is not the beginning of these trials: the target dataset is another one" in text
-    code, text = here(
-        file, "--warm-up", str(data / "runs" / "whole" / "shared"), "optim.momentum=0.5", "run.name=other"
-    )
+    code, text = here(file, "--warm-up", beginning, "optim.momentum=0.5", "run.name=other")
     assert code == 2
     assert "optim.momentum is 0.9 there and 0.5 here" in text
     code, text = here(file, target)
@@ -224,14 +235,14 @@ def test_a_target_without_labels_is_searched_by_a_label_free_criterion_from_a_ru
 
 
 def test_ctrl_c_stops_all_trials_with_checkpoints_and_the_command_goes_on(
-    here: Here, space: Spaces, data: Path
+    here: Here, space: Spaces, data: Path, beginning: str
 ) -> None:
     file = space("stopped", {"method.margin_source": {"choice": [0, 0.4]}}, method="grid", evaluate="none")
     folder = data / "runs" / "stopped"
     script = f"until grep -q report {folder / 'ledger.jsonl'} 2>/dev/null; do sleep 0.1; done; kill -INT {os.getpid()}"
     sender = subprocess.Popen(["bash", "-c", script])
     try:
-        code, text = here(file, "--warm-up", str(data / "runs" / "whole" / "shared"), "phases.adaptation=400")
+        code, text = here(file, "--warm-up", beginning, "phases.adaptation=400")
     finally:
         sender.kill()
         sender.wait()
