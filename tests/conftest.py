@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """With several processes (``pytest -n 2``) one takes all tests that start a Ray; the rest is shared file by file."""
+    """With several processes (``pytest -n 2``) one takes all tests that start a Ray, the rest goes by files."""
     from xdist.scheduler import LoadScopeScheduling
 
     class OneRay(LoadScopeScheduling):  # type: ignore[misc, unused-ignore]
