@@ -11,6 +11,17 @@ from torch import Tensor, nn
 from mpscl_ray.distributed import all_reduce_sums, world_size
 
 
+def batch_norms(network: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
+    """The batch normalisations of a network, those over workers too."""
+    return [layer for layer in network.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
+
+
+def average_over_passes(network: nn.Module, number: int) -> None:
+    """Let the next pass in training mode count as the number-th, from 1, whose statistics the running ones average."""
+    for layer in batch_norms(network):
+        layer.momentum = 1.0 / number
+
+
 def convert_batch_norm(module: nn.Module, device: torch.device) -> nn.Module:
     """Make batch normalisation use the statistics of all workers' images together.
 
@@ -167,7 +178,7 @@ class ForEach(nn.Module):
         super().__init__()
         self.network = network
         self.moves_statistics = moves_statistics
-        self._norms = [layer for layer in network.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
+        self._norms = batch_norms(network)
 
     def forward(self, *inputs: Tensor) -> tuple[Any, ...]:
         moves = self.moves_statistics or (True,) * len(inputs)

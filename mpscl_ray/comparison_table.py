@@ -118,7 +118,7 @@ class Row:
         dice: column -> value, percent.
         asd: column -> value.
         missed: see :class:`CellResult`, over all seeds.
-        gap: share closed, percent.
+        gap: share closed, percent, over the seeds that both bounds have too; NaN where there is none.
         iterations: of a run; None where there is none.
         minutes: mean wall time of a run; NaN where there is none.
     """
@@ -144,10 +144,15 @@ def rows_of(direction: Direction) -> list[Row]:
             for column in direction.columns
         }
 
-    means = {
-        system: values(direction.results.get(system, ()), "dice")["mean"].mean
-        for system in (*direction.rows, LOWER, UPPER)
-    }
+    def gap(system: str) -> float:
+        """Over common seeds: a bound's mean over other seeds than the system's would be another gap."""
+        dice = [
+            {result.seed: result.dice["mean"] for result in direction.results.get(name, ())}
+            for name in (system, LOWER, UPPER)
+        ]
+        common = set.intersection(*map(set, dice))
+        return gap_closed(*(over_seeds([of_seed[seed] for seed in common]).mean for of_seed in dice))
+
     rows = []
     for system, title in direction.rows.items():
         results = direction.results.get(system, ())
@@ -159,7 +164,7 @@ def rows_of(direction: Direction) -> list[Row]:
                 dice=values(results, "dice"),
                 asd=values(results, "asd"),
                 missed=sum(result.missed for result in results),
-                gap=100 * gap_closed(means[system], means[LOWER], means[UPPER]),
+                gap=100 * gap(system),
                 iterations=results[0].iterations if results else None,
                 minutes=float(np.mean([result.seconds for result in results])) / 60 if results else math.nan,
             )
@@ -186,8 +191,9 @@ def legend(directions: Sequence[Direction]) -> str:
         f"Mean ± sd (ddof 1) over {seeds} seed{'s' * (seeds > 1)} of the mean over volumes; every slice counts, a "
         "missed structure has Dice 0 and no ASD, and where that leaves a seed without ASD the cell is n/a. The mean "
         "column is the mean of the structures. In bold the best, Supervised apart. Gap: share of the way from W/o "
-        "adaptation to Supervised in mean Dice. Minutes: wall time of a run from its first phase to its scores, shared "
-        "phases counted for each that uses them; runs side by side share the machine."
+        "adaptation to Supervised in mean Dice, over the seeds that these two have as well. Minutes: wall time of a "
+        "run from its first phase to its scores, shared phases counted for each that uses them; runs side by side "
+        "share the machine."
     )
     return f"{text} {NOTE}" if any(direction.published for direction in directions) else text
 

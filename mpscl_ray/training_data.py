@@ -92,6 +92,19 @@ def training_slices(
         for batch in slices.shard(rank, world_size, batch_size):
             yield {name: tensor.to(device) for name, tensor in batch.items()}
 
+    def in_step() -> Iterator[Tensor]:
+        with SliceStream(
+            data.labelled,
+            seed=config.run.seed,
+            domain=SOURCE_DOMAIN,
+            global_batch=batch_size,
+            rank=rank,
+            world_size=world_size,
+            device=device,
+        ) as stream:
+            for _ in range(-(-data.labelled.rows // batch_size)):
+                yield stream.next()["image"]
+
     def target() -> Iterator[tuple[Tensor, Tensor]]:
         rows = torch.as_tensor(share(unlabelled.rows, rank, world_size))
         for start, batch in zip(range(0, len(rows), batch_size), batches(unlabelled), strict=True):
@@ -99,6 +112,7 @@ def training_slices(
 
     return TrainingSlices(
         labelled=lambda: ((batch["image"], batch["label"]) for batch in batches(data.labelled)),
+        labelled_in_step=in_step,
         unlabelled=target,
         target_volumes=tuple(unlabelled.files.case_rows()),
         size=unlabelled.files.size,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mpscl_ray import distributed
+from mpscl_ray.batch_statistics import average_over_passes
 from mpscl_ray.losses import full_precision
 from mpscl_ray.methods import base
 from mpscl_ray.methods.base import Batch, SegmentationConfig, TargetSplit, TrainingSlices
@@ -57,7 +58,6 @@ class AdaBN:
         self.segmenter = segmenter
         self.networks: dict[str, nn.Module] = {"segmenter": segmenter}
         prepare_network(distributed.start_alike(segmenter), device, precision)
-        self._norms = [layer for layer in segmenter.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
         self._optimisers = Optimisers(self.networks, device)
 
     def start_phase(self, iterations: int) -> None:
@@ -67,8 +67,7 @@ class AdaBN:
     def step(self, batch: Batch, iteration: int) -> dict[str, Tensor]:
         assert batch.target_image is not None, "AdaBN needs slices of the target domain"
         self._optimisers.begin(iteration)
-        for layer in self._norms:
-            layer.momentum = 1.0 / (iteration + 1)
+        average_over_passes(self.segmenter, iteration + 1)
         with autocast(self.device, self.precision):
             output = self.segmenter(base.to_network(batch.target_image, self.segmenter, self.precision))
         probabilities = full_precision(output.main).softmax(dim=1)

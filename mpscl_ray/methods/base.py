@@ -53,13 +53,17 @@ class Batch:
 
 @dataclass(frozen=True)
 class TrainingSlices:
-    """The training slices as a method may look at them before its phase: each once, in order, unchanged.
+    """The training slices as a method may look at them before its phase, unchanged: this worker's share of them.
 
-    What is iterated over is this worker's share; shares may differ in length, so no collective may be in the loop.
+    In ``labelled`` and ``unlabelled`` each slice comes once, in order; shares may differ in length, so no collective
+    may be in the loop. Where there has to be one, as in batch statistics, there is ``labelled_in_step``.
     """
 
     labelled: Callable[[], Iterable[tuple[Tensor, Tensor]]]
     """Batches of (image (B, 1, H, W), label (B, H, W)) of the labelled domain."""
+    labelled_in_step: Callable[[], Iterable[Tensor]]
+    """This worker's parts, images (B, 1, H, W), of the global batches of one pass over the labelled domain, shuffled;
+    on every worker equally many of the same size, for which the last batch may repeat slices."""
     unlabelled: Callable[[], Iterable[tuple[Tensor, Tensor]]]
     """Batches of (rows (B,) int64, image (B, 1, H, W)) of the target; a row is the slice's number."""
     target_volumes: tuple[range, ...]

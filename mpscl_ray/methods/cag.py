@@ -12,6 +12,7 @@ from pydantic import Field
 from torch import Tensor
 
 from mpscl_ray import distributed
+from mpscl_ray.batch_statistics import average_over_passes
 from mpscl_ray.losses import class_counts, focal_loss, full_precision
 from mpscl_ray.methods import base
 from mpscl_ray.methods.advent import AdvEntConfig
@@ -64,8 +65,10 @@ class CAG:
     Source: Zhang et al. 2019, anchors (their Eq. 2), active target samples (Eqs. 3 and 4) and losses (Eqs. 5 to 9).
     Differs from the released code: the network is the DeepLab that all methods here share, with the output of its
     fourth stage as features; the warm-up is AdvEnt; anchors are plain means over all images, where the released running
-    mean forgets after 3000 of them; the distance threshold is a quantile unless it is given; a round's teacher is the
-    last network of the round before, not the best on labels of the target.
+    mean forgets after 3000 of them; where the running statistics are the target's alone, which is not so in the
+    released code, anchors are made with statistics of the source, averaged over batches; the distance threshold is a
+    quantile unless it is given; a round's teacher is the last network of the round before, not the best on labels of
+    the target.
     """
 
     phases: ClassVar[tuple[str, ...]] = (base.SOURCE_ONLY, base.WARM_UP, base.ADAPTATION)
@@ -101,6 +104,8 @@ class CAG:
     def prepare(self, slices: TrainingSlices) -> None:
         """Begin a round: the student becomes the teacher, whose features on the source make the anchors."""
         self.teacher.load_state_dict(self.segmenter.state_dict())
+        if self.config.norm_statistics == "target":
+            self._take_statistics_of_source(slices)
         sums = torch.zeros(self.anchors.shape, dtype=torch.float64, device=self.device)
         counts = torch.zeros_like(self.anchor_counts)
         for image, label in slices.labelled():
@@ -113,7 +118,21 @@ class CAG:
         sums, counts = distributed.all_reduce_sums(sums, counts)
         self.anchors = (sums / counts.clamp(min=1)[:, None]).to(self.anchors.dtype)
         self.anchor_counts = counts
+        self.teacher.load_state_dict(self.segmenter.state_dict())
         self._look_at_gaps(slices)
+
+    def _take_statistics_of_source(self, slices: TrainingSlices) -> None:
+        """Let the teacher see the source as the student does in training, through statistics of the source itself.
+
+        Where the running statistics are the target's alone, slices of the source that come through them have features
+        that lie elsewhere, and so would the anchors.
+        """
+        self.teacher.train()
+        for number, image in enumerate(slices.labelled_in_step(), start=1):
+            average_over_passes(self.teacher, number)
+            with autocast(self.device, self.precision):
+                self.teacher(base.to_network(image.to(self.device), self.teacher, self.precision))
+        self.teacher.eval()
 
     def _look_at_gaps(self, slices: TrainingSlices) -> None:
         """Quantiles of the difference between second nearest and nearest anchor over all pixels of the target."""

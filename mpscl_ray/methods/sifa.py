@@ -12,6 +12,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mpscl_ray import distributed
+from mpscl_ray.batch_statistics import batch_norms
 from mpscl_ray.data.order import stream_key
 from mpscl_ray.losses import class_counts, full_precision
 from mpscl_ray.methods import base
@@ -166,7 +167,7 @@ class SIFA:
             if isinstance(layer, GlobalDropout):
                 layer.generator = self._dropout
                 layer.part, layer.parts = distributed.rank(), distributed.world_size()
-        self._norms = [layer for layer in segmenter.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
+        self._norms = batch_norms(segmenter)
         self._iterations = 0
         self._optimisers: dict[str, NetworkAdam] = {}
         self._begin_anew()

@@ -1,15 +1,13 @@
 """What the pseudo-labels of MPSCL and CAG are worth: theirs against the true labels of the target's training slices.
 
 ``python tests/benchmarks/look_at_pseudo_labels.py RUN [RUN ...] [--phase warm_up]`` takes the method as it was at the
-end of an adaptation, or lets it begin one with the segmenter of a phase before. With ``--source-statistics`` the
-anchors of CAG are made with the batch statistics of the source, averaged over batches, instead of those that the
-segmenter has kept. The labels of the target are read for this look alone; no training sees them.
+end of an adaptation, or lets it begin one with the segmenter of a phase before. The labels of the target are read for
+this look alone; no training sees them.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +24,6 @@ from mpscl_ray.construction import build_method, build_segmenter, carry_over
 from mpscl_ray.data.stream import LocalSlices
 from mpscl_ray.losses import cosine_to_prototypes
 from mpscl_ray.methods import MPSCL
-from mpscl_ray.methods.base import TrainingSlices
 from mpscl_ray.methods.cag import CAG, IGNORE
 from mpscl_ray.prototypes import downsample_labels
 from mpscl_ray.pseudo_labels import self_paced_pseudo_labels
@@ -53,24 +50,7 @@ def labellers(method: MPSCL | CAG) -> dict[str, Callable[[Tensor], Tensor]]:
     return {"nearest prototype": self_paced}
 
 
-def with_source_statistics(method: CAG, slices: TrainingSlices) -> None:
-    """Begin a round of CAG with anchors that stand where the source's own statistics bring its slices."""
-    kept = copy.deepcopy(method.segmenter.state_dict())
-    norms = [layer for layer in method.segmenter.modules() if isinstance(layer, torch.nn.BatchNorm2d)]
-    for layer in norms:
-        layer.train()
-    for number, (image, _) in enumerate(slices.labelled(), start=1):
-        for layer in norms:
-            layer.momentum = 1 / number
-        method.segmenter(image)
-    method.segmenter.eval()
-    method.prepare(slices)
-    method.segmenter.load_state_dict(kept)
-    method.teacher.load_state_dict(kept)
-    method._look_at_gaps(slices)
-
-
-def look(folder: Path, phase: str, source_statistics: bool) -> None:
+def look(folder: Path, phase: str) -> None:
     config = load_config(str(folder / "config.yaml"))
     data = local_data(config)
     classes = len(data.classes)
@@ -82,10 +62,7 @@ def look(folder: Path, phase: str, source_statistics: bool) -> None:
         method.load_state_dict(state)
     else:
         carry_over(method.networks, state["networks"])
-        slices = training_slices(config, data, CPU, dict)
-        method.prepare(slices)
-        if source_statistics and isinstance(method, CAG):
-            with_source_statistics(method, slices)
+        method.prepare(training_slices(config, data, CPU, dict))
     truth = LocalSlices(Path(config.data.target), "train", labels=True)
     for name, labeller in labellers(method).items():
         # Rows: true class; columns: pseudo-label, the last one for pixels that are left out.
@@ -110,11 +87,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
     parser.add_argument("--phase", default="warm_up", help="at whose end (default: warm_up)")
-    parser.add_argument("--source-statistics", action="store_true", help="for the anchors of CAG")
     options = parser.parse_args()
     with torch.no_grad():
         for run in options.runs:
-            look(run, options.phase, options.source_statistics)
+            look(run, options.phase)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,10 @@ METHODS = (
     "clan-focal",
     "intrada",
     "intrada-volumes",
+    "cag",
+    "cag-ce",
+    "sifa",
+    "sifa-first",
 )
 CASES = {
     1: (*PARITY, *METHODS),

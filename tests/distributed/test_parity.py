@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mpscl_ray import methods
 from tests.distributed.conftest import CASES, METHODS, PARITY
 
 Ranks = list[dict[str, np.ndarray[Any, Any]]]
@@ -36,6 +37,11 @@ def test_result_does_not_depend_on_the_number_of_workers(run: Run, case: str, wo
         deviations = {name: relative_deviation(ours[name], reference[name]) for name in compared}
         worst = max(deviations, key=lambda name: deviations[name])
         assert deviations[worst] < RELATIVE, f"{worst}: {deviations[worst]}"
+
+
+def test_every_method_is_compared_over_numbers_of_workers() -> None:
+    compared = {case.partition("-")[0] for case, _ in SEVERAL}
+    assert compared == {*methods.METHODS, "fc", "patchgan"} - {"mpscl"}  # MPSCL by the kinds of its discriminator
 
 
 @pytest.mark.parametrize(("case", "world_size"), SEVERAL)

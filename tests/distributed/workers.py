@@ -163,6 +163,7 @@ def slices() -> TrainingSlices:
     target = [(row[None], whole.target_image[row][None]) for row in rows]
     return TrainingSlices(
         labelled=lambda: uneven_shares(whole),
+        labelled_in_step=lambda: [my_part(global_batch(step)).source_image for step in (100, 101)],
         unlabelled=lambda: target,
         target_volumes=(range(3), range(3, 4), range(4, 7), range(7, 8)),
         size=(SIZE, SIZE),
@@ -352,7 +353,12 @@ CASES: dict[str, Callable[[], dict[str, Any]]] = {
     ),
     "cag": lambda: look_and_train("cag", min_pixels=2, probability_threshold=0.4),
     "cag-ce": lambda: look_and_train(
-        "cag", min_pixels=2, segmentation_loss="ce", distance_quantile=None, distance_threshold=0.01
+        "cag",
+        min_pixels=2,
+        segmentation_loss="ce",
+        distance_quantile=None,
+        distance_threshold=0.01,
+        norm_statistics="target",
     ),
     "sifa": lambda: sifa(pool_size=2),
     "sifa-first": lambda: sifa(version="v1", pool_size=2, dropout=0.25, prediction_ramp=(0.1, 0.4)),

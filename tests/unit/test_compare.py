@@ -188,6 +188,9 @@ def test_rows_by_hand() -> None:
     assert rows["baseline"].gap == pytest.approx(60.0)
     assert (rows["source_only"].gap, rows["supervised"].gap) == pytest.approx((0.0, 100.0))
     assert (rows["mpscl"].seeds, rows["mpscl"].missed) == (2, 4)
+    assert rows["mpscl"].gap == pytest.approx(100 * 0.45 / 0.55), "between the bounds of its two seeds, not of three"
+    (alone,) = (row for row in rows_of(direction(baseline=[result(1, 0.7)])) if row.system == "baseline")
+    assert math.isnan(alone.gap)
     assert math.isnan(rows["mpscl"].asd["mean"].mean), "a seed without ASD must not make the method better"
     assert rows["baseline"].minutes == pytest.approx(2.0)
     assert (rows["cscl"].seeds, rows["cscl"].iterations) == (0, None)

@@ -64,7 +64,7 @@ def test_the_adaptation_begins_with_the_prototypes_of_a_file(tmp_path: Path) -> 
     assert isinstance(method, MPSCL)
     centres = np.random.default_rng(0).normal(size=(1, 3, segmenter.feature_channels, 1)).astype(np.float32)
     np.save(file, centres)
-    nothing = TrainingSlices(list, list, (), (32, 32), dict)
+    nothing = TrainingSlices(list, list, list, (), (32, 32), dict)
     prepare(method, config, nothing)
     assert np.array_equal(method.prototypes.numpy(), centres.reshape(3, -1))
     np.save(file, centres[:, :2])

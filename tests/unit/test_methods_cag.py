@@ -45,6 +45,7 @@ def slices_of(part: Batch) -> TrainingSlices:
             (part.source_image[:4], part.source_label[:4]),
             (part.source_image[4:], part.source_label[4:]),
         ],
+        labelled_in_step=lambda: [part.source_image[[3, 0, 5]], part.source_image[[1, 4, 2]], part.source_image[:3]],
         unlabelled=lambda: [(torch.arange(4), target[:4]), (torch.arange(4, 6), target[4:])],
         target_volumes=(range(2), range(2, 6)),
         size=(SIZE, SIZE),
@@ -75,6 +76,30 @@ def test_anchors_are_means_over_images_and_classes_of_agreeing_pixels() -> None:
         expected = np.mean(own, axis=0) if own else np.zeros(method.anchors.shape[1])
         np.testing.assert_allclose(method.anchors[number], expected, rtol=1e-4, atol=1e-6)
     assert_equal_states(teacher.state_dict(), method.teacher.state_dict())
+
+
+def test_where_the_running_statistics_are_the_targets_anchors_are_made_with_those_of_the_source() -> None:
+    """Three passes in training mode, averaged by torch's own cumulative average; pseudo-labels as ever."""
+    method, part = trained(norm_statistics="target")
+    slices = slices_of(part)
+    method.prepare(slices)
+    reference = copy.deepcopy(method.segmenter)
+    for layer in reference.modules():
+        if isinstance(layer, torch.nn.BatchNorm2d):
+            layer.reset_running_stats()
+            layer.momentum = None
+    with torch.no_grad():
+        for images in slices.labelled_in_step():
+            reference(images)
+        output = reference.eval()(part.source_image)
+        vectors, pixels = class_features(output.features.double(), output.main, nearest_label(part.source_label))
+    valid = (pixels >= 2).double()
+    assert method.anchor_counts.tolist() == valid.sum(0).tolist()
+    assert (method.anchor_counts > 0).sum() >= 2
+    expected = (vectors * valid[..., None]).sum(0) / valid.sum(0).clamp(min=1)[:, None]
+    torch.testing.assert_close(method.anchors, expected.float(), rtol=1e-4, atol=1e-6)
+    assert_equal_states(method.teacher.state_dict(), method.segmenter.state_dict())
+    assert not method.teacher.training
 
 
 @pytest.mark.parametrize("quantile", [0.5, None])
