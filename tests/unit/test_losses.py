@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
@@ -316,10 +316,11 @@ def test_unknown_form_is_refused(generator: torch.Generator) -> None:
     margin=st.floats(0.05, 1.5),
     temperature=st.sampled_from([0.1, 1.0, 2.0]),
 )
+@example(cosines=[0.5, 0.75, 0.9899999999999999, 0.99], margin=1.0, temperature=0.1)  # equal in single precision
 def test_margin_on_a_correct_pixel(cosines: list[float], margin: float, temperature: float) -> None:
     """Released: the value ignores the margin, the gradient has the factor cos m + sin m cot(theta). Paper: neither."""
-    label = torch.tensor(cosines).argmax().reshape(1, 1, 1)
     start = torch.tensor(cosines, dtype=torch.float64).reshape(1, C, 1, 1)
+    label = start.argmax().reshape(1, 1, 1)
 
     def loss_and_gradient(m: float, form: losses.MarginForm) -> tuple[float, Tensor]:
         cosine = start.clone().requires_grad_()
