@@ -17,6 +17,7 @@ from ray.util.placement_group import placement_group_table
 
 ROOT = Path(__file__).resolve().parents[1]
 PATIENCE_S = 600
+POLL_S = 0.2
 
 
 def environment() -> dict[str, str]:
@@ -47,7 +48,7 @@ def run_until_killed(words: Sequence[str], when: Callable[[], bool]) -> None:
                 if process.poll() is not None or time.monotonic() > deadline:
                     output.seek(0)
                     pytest.fail(f"ended, or did not come so far; it printed:\n{output.read().decode()}")
-                time.sleep(0.05)
+                time.sleep(POLL_S)
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)

@@ -32,7 +32,7 @@ class Door(threading.Thread):
     def __init__(self, server: int) -> None:
         super().__init__(daemon=True)
         self.server, self.open = server, True
-        self.pairs: list[socket.socket] = []
+        self.pairs: set[tuple[socket.socket, socket.socket]] = set()
         self.listener = self._listen(0)
         self.port = self.listener.getsockname()[1]
         self.start()
@@ -53,9 +53,15 @@ class Door(threading.Thread):
             except OSError:
                 time.sleep(0.02)
                 continue
-            self.pairs += [client, server]
-            for one, other in ((client, server), (server, client)):
-                threading.Thread(target=self._pass, args=(one, other), daemon=True).start()
+            self.pairs.add((client, server))
+            threading.Thread(target=self._connect, args=(client, server), daemon=True).start()
+
+    def _connect(self, client: socket.socket, server: socket.socket) -> None:
+        answers = threading.Thread(target=self._pass, args=(server, client), daemon=True)
+        answers.start()
+        self._pass(client, server)
+        answers.join()
+        self._break(client, server)
 
     @staticmethod
     def _pass(one: socket.socket, other: socket.socket) -> None:
@@ -66,17 +72,21 @@ class Door(threading.Thread):
             with contextlib.suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)
 
+    def _break(self, client: socket.socket, server: socket.socket) -> None:
+        for end in (client, server):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+            end.close()
+        self.pairs.discard((client, server))
+
     @contextlib.contextmanager
     def shut(self) -> Iterator[None]:
         """Inside the block nobody gets through."""
         with contextlib.suppress(OSError):
             self.listener.shutdown(socket.SHUT_RDWR)
         self.listener.close()
-        for end in self.pairs:
-            with contextlib.suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)
-            end.close()
-        self.pairs.clear()
+        for pair in list(self.pairs):
+            self._break(*pair)
         try:
             yield
         finally:
