@@ -1,0 +1,56 @@
+"""Methods with stages, through the training loop: what two workers prepare and then train is what one does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mpscl_ray import checkpoint
+from mpscl_ray.run_folder import RunFolder
+from tests.tiny import make_pair, tiny_config, train_in_processes
+
+pytestmark = pytest.mark.slow
+
+OVERRIDES = {
+    "intrada": ("phases.source_only=2", "phases.warm_up=2", "phases.adaptation=4"),
+    "cag": ("phases.source_only=2", "phases.warm_up=2", "phases.adaptation=6", "method.min_pixels=2"),
+}
+
+
+def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """All that lies in nested mappings and lists, by where it lies."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from leaves(item, f"{name}/{key}")
+    elif isinstance(value, list | tuple):
+        for number, item in enumerate(value):
+            yield from leaves(item, f"{name}/{number}")
+    else:
+        yield name, value
+
+
+@pytest.mark.parametrize("name", OVERRIDES)
+def test_stages_do_not_depend_on_the_number_of_workers(name: str, tmp_path: Path) -> None:
+    data = make_pair(tmp_path / "data")
+    config = tiny_config(data / "mr", data / "ct", OVERRIDES[name], preset=f"phantom/{name}")
+    assert config.method.norm_statistics == "target", "CAG's anchors then need a pass of their own over the source"
+    ends = []
+    for workers in (1, 2):
+        run = tmp_path / f"{workers}"
+        seen = train_in_processes(config, run, workers=workers, double=True, watched=False)
+        assert all(process["outcome"]["state"] == "finished" for process in seen)
+        phases = RunFolder(run).finished_phases()
+        ends.append({phase: dict(leaves(checkpoint.load(RunFolder(run).phases / phase)["method"])) for phase in phases})
+    one, two = ends
+    assert one.keys() == two.keys() >= {"source_only", "warm_up"}
+    for phase, expected in one.items():
+        assert two[phase].keys() == expected.keys()
+        for key, value in expected.items():
+            if isinstance(value, torch.Tensor):
+                torch.testing.assert_close(two[phase][key], value, rtol=1e-7, atol=1e-9, msg=f"{phase} {key}")
+            else:
+                assert two[phase][key] == value, f"{phase} {key}"
