@@ -9,7 +9,6 @@ import functools
 import json
 import math
 import os
-import re
 import shutil
 import threading
 import time
@@ -21,7 +20,7 @@ from typing import Any
 import ray
 import ray.train
 import ray.train.torch
-from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
+from ray.train import FailureConfig, RunConfig, ScalingConfig
 
 from mpscl_ray import __version__
 from mpscl_ray.capacity import cluster_shortage, worker_place
@@ -34,13 +33,13 @@ from mpscl_ray.data.pipeline import open_slices
 from mpscl_ray.data.schema import Manifest, load_manifest
 from mpscl_ray.data.stream import Slices
 from mpscl_ray.errors import ClusterError, ConfigError, DataError, MpsclError, NoRoom, StorageError, TrainingError
+from mpscl_ray.lost_workers import LossesToNotices, causes, last_line
 from mpscl_ray.methods.adversarial import DISCRIMINATORS, DiscriminatorConfig
-from mpscl_ray.monitoring import count_restart
-from mpscl_ray.run_folder import FAILURE_FILE, LOSSES_FILE, STOP_FILE, RunFolder
+from mpscl_ray.run_folder import FAILURE_FILE, STOP_FILE, RunFolder
 from mpscl_ray.storage import Remote, locate
 from mpscl_ray.training import Outcome
 from mpscl_ray.training_data import TrainingData
-from mpscl_ray.worker import add_notice, run_worker
+from mpscl_ray.worker import run_worker
 
 RAY_FOLDER = "ray"
 """Folder in the run folder where Ray Train keeps its own files while it runs."""
@@ -187,43 +186,6 @@ def open_data(config: Config, domains: Domains) -> TrainingData:
     )
 
 
-class _LossesToNotices(UserCallback):
-    """Counts, and leaves a notice, each time that workers were lost; runs in the controller of Ray Train."""
-
-    def __init__(self, folder: RunFolder, shown_as: str) -> None:
-        self.folder, self.shown_as = folder, shown_as
-
-    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        if not (self.folder.path / FAILURE_FILE).exists():
-            count_restart(self.shown_as)
-            add_notice(self.folder, f"{_causes(worker_exceptions)}; the workers are replaced and go on", LOSSES_FILE)
-
-
-_PEER_IS_GONE = re.compile(
-    r"Connection (?:reset|closed|refused)|Broken pipe|remote process (?:exited|closed)", re.IGNORECASE
-)
-"""What gloo and NCCL say where one of the processes is there no more, which Ray Train may learn only later."""
-
-
-def _causes(worker_exceptions: Mapping[int, BaseException]) -> str:
-    """Which workers failed and how. Where one died, errors of the others are only its consequence."""
-    died = {rank: error for rank, error in worker_exceptions.items() if _is_death(error)}
-    lines = []
-    for rank, error in sorted((died or worker_exceptions).items()):
-        if _is_death(error):
-            lines.append(f"worker {rank} was lost: its process died")
-        elif _PEER_IS_GONE.search(str(error)):
-            lines.append(f"worker {rank} was cut off: a process or a node that it spoke to was lost")
-        else:
-            lines.append(f"worker {rank} failed: {_last_line(error)}")
-    return "; ".join(lines)
-
-
-def _is_death(error: BaseException) -> bool:
-    causes = (error, getattr(error, "health_check_failure", None), error.__cause__)
-    return any(isinstance(cause, ray.exceptions.ActorDiedError) for cause in causes)
-
-
 class Launch:
     """One training on Ray: started by :meth:`start`, ended when :attr:`running` is False.
 
@@ -275,7 +237,7 @@ class Launch:
                     # Without a limit Ray Train waits for ever for workers that have no place any more.
                     controller_failure_limit=max(config.run.restarts, patience),
                 ),
-                callbacks=[_LossesToNotices(RunFolder(folder.path.absolute()), shown_as)],  # type: ignore[list-item]
+                callbacks=[LossesToNotices(RunFolder(folder.path.absolute()), shown_as)],  # type: ignore[list-item]
             ),
         )
         self._thread = threading.Thread(target=self._fit, name="ray train", daemon=True)
@@ -335,21 +297,15 @@ class Launch:
                 return final[0]
             return TrainingError(
                 f"workers failed {self.config.run.restarts + 1} times, which is once more than run.restarts allows "
-                f"({_causes(error.worker_failures)}); {logs}"
+                f"({causes(error.worker_failures)}); {logs}"
             )
         if isinstance(error, ray.train.ControllerError):
             return NoRoom(f"the workers found no place any more: {cluster_shortage(self.config, self.use_gpu)}")
         if isinstance(error, (ray.train.TrainingFailedError, ray.exceptions.RayError)):
-            return ClusterError(f"Ray ended the training ({_last_line(error)}); {logs}")
+            return ClusterError(f"Ray ended the training ({last_line(error)}); {logs}")
         return error
 
 
 def _final(told: Mapping[str, Any]) -> MpsclError:
     """What a worker could not go on with, as it told it."""
     return _FINAL.get(told["exit_code"], TrainingError)(told["reason"])
-
-
-def _last_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    # Of a death for want of memory Ray says so early, and then goes on for a page.
-    return next((line for line in lines if "low on memory" in line), lines[-1])[:300]

@@ -215,6 +215,11 @@ class RunFolder:
         with storage_errors(self.path / name):
             (self.path / name).unlink(missing_ok=True)
 
+    def add_notice(self, text: str, file: str = NOTICES_FILE) -> None:
+        """Leave a sentence in the logs for the terminal of the command that runs the training."""
+        with (self.logs / file).open("a", encoding="utf-8") as stream:
+            stream.write(" ".join(text.split()) + "\n")
+
     # ---- workers ----
 
     def prepare_worker(self) -> None:

@@ -27,7 +27,7 @@ from mpscl_ray.monitoring import Monitoring
 from mpscl_ray.places import leave_place
 from mpscl_ray.plots import panel, plot_progress
 from mpscl_ray.progress import TensorBoard
-from mpscl_ray.run_folder import DECIDED_FILE, FAILURE_FILE, NOTICES_FILE, STOP_FILE, RunFolder
+from mpscl_ray.run_folder import DECIDED_FILE, FAILURE_FILE, STOP_FILE, RunFolder
 from mpscl_ray.training_data import TrainingData
 
 log = logging.getLogger(__name__)
@@ -87,12 +87,6 @@ def run_worker(
         observer.close()
     log.info("worker ends: %s", outcome)
     return dataclasses.asdict(outcome)
-
-
-def add_notice(folder: RunFolder, text: str, file: str = NOTICES_FILE) -> None:
-    """Leave a sentence for the terminal of the command that runs the training."""
-    with (folder.logs / file).open("a", encoding="utf-8") as stream:
-        stream.write(" ".join(text.split()) + "\n")
 
 
 STOP_THERE = "stop"
@@ -159,7 +153,7 @@ class _RunObserver(training.Observer):
 
     def notice(self, text: str) -> None:
         log.warning("%s", text)
-        add_notice(self.folder, text)
+        self.folder.add_notice(text)
 
     def record(self, record: Mapping[str, Any], validated: bool) -> None:
         self.monitoring.record(record)

@@ -11,6 +11,7 @@ ray = pytest.importorskip("ray")
 from mpscl_ray import launch  # noqa: E402
 from mpscl_ray.data.stream import LocalSlices  # noqa: E402
 from mpscl_ray.errors import ClusterError, TrainingError  # noqa: E402
+from mpscl_ray.lost_workers import causes  # noqa: E402
 from mpscl_ray.run_folder import RunFolder  # noqa: E402
 from tests.tiny import local_data, make_dataset, make_pair, tiny_config  # noqa: E402
 
@@ -65,10 +66,10 @@ def test_validation_slices_are_opened_with_labels_only_if_all_have_them(
 def test_causes_name_the_worker_that_died_not_those_that_noticed() -> None:
     died = ray.exceptions.ActorDiedError()
     noticed = RuntimeError("Connection closed by peer")
-    assert launch._causes({0: noticed, 1: died}) == "worker 1 was lost: its process died"
+    assert causes({0: noticed, 1: died}) == "worker 1 was lost: its process died"
     gone = "worker 0 was cut off: a process or a node that it spoke to was lost"
-    assert launch._causes({0: noticed}) == gone
-    assert launch._causes({0: RuntimeError("of its own")}) == "worker 0 failed: of its own"
+    assert causes({0: noticed}) == gone
+    assert causes({0: RuntimeError("of its own")}) == "worker 0 failed: of its own"
 
 
 def test_workers_that_fail_too_often_end_the_run_with_their_causes(pair: Path, tmp_path: Path) -> None:

@@ -34,9 +34,10 @@ LAYERS: tuple[frozenset[str], ...] = (
     ),
     frozenset(
         "cluster_session parallel data.pipeline prepare prepare_options prepare_plan phantom_dataset monitoring "
-        "worker capacity places launch preflight trial train evaluation evaluate predict report report_groups "
-        "report_page report_runs report_sections compare comparison_cells comparison_run comparison_table "
-        "published_scores search.beginning search.early_stopping search.task search.study search.results tune".split()
+        "worker lost_workers capacity places launch preflight trial train evaluation evaluate predict report "
+        "report_groups report_page report_runs report_sections compare comparison_cells comparison_run "
+        "comparison_table published_scores search.beginning search.early_stopping search.task search.study "
+        "search.results tune".split()
     ),
 )
 ONLY_THESE_IMPORT_RAY = LAYERS[-1]
@@ -83,3 +84,16 @@ def test_imports_go_downwards(path: Path) -> None:
         else:
             target = other if (PACKAGE / f"{other.replace('.', '/')}.py").exists() else f"{other}.__init__"
             assert layer_of(target) <= own, f"{name} (layer {own}) imports {other} (layer {layer_of(target)})"
+
+
+def test_what_the_controller_of_ray_train_loads_is_little() -> None:
+    """It starts no worker before it has it, so what it does not need makes each training start later."""
+    loaded, left = set(), {"lost_workers"}
+    while left:
+        name = left.pop()
+        loaded.add(name)
+        names = imported(PACKAGE / f"{name.replace('.', '/')}.py") - loaded
+        left |= {other for other in names if (PACKAGE / f"{other.replace('.', '/')}.py").exists()}
+        assert "third-party matplotlib" not in names, name
+    assert "run_folder" in loaded
+    assert not loaded & {"worker", "training", "plots"}
