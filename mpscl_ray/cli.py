@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import io
 import os
@@ -23,7 +24,7 @@ def run(main: Callable[[list[str]], int]) -> None:
     An :class:`MpsclError` is printed as one sentence; anything else is a defect and keeps its traceback.
     ``MPSCL_RAY_DEBUG=1`` shows the traceback of the former too.
     """
-    gc.freeze()  # What is imported stays: else Python looks through torch and Ray for cycles, for seconds at its end.
+    atexit.register(gc.freeze)  # Else Python looks for cycles in all of torch and Ray before it ends, for seconds.
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # A name of a file may hold what the terminal cannot show.
