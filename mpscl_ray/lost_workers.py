@@ -49,8 +49,8 @@ def causes(worker_exceptions: Mapping[int, BaseException]) -> str:
 
 
 def _is_death(error: BaseException) -> bool:
-    causes = (error, getattr(error, "health_check_failure", None), error.__cause__)
-    return any(isinstance(cause, ray.exceptions.ActorDiedError) for cause in causes)
+    chain = (error, getattr(error, "health_check_failure", None), error.__cause__)
+    return any(isinstance(cause, ray.exceptions.ActorDiedError) for cause in chain)
 
 
 def last_line(error: BaseException) -> str:

@@ -31,7 +31,7 @@ class Door(threading.Thread):
 
     def __init__(self, server: int) -> None:
         super().__init__(daemon=True)
-        self.server, self.open = server, True
+        self.server = server
         self.pairs: set[tuple[socket.socket, socket.socket]] = set()
         self.listener = self._listen(0)
         self.port = self.listener.getsockname()[1]
