@@ -51,6 +51,12 @@ SETTINGS = (
 )
 """Overrides that make any preset tiny: three phases of four iterations."""
 
+STAGES = {
+    "intrada": ("phases.source_only=2", "phases.warm_up=2", "phases.adaptation=4"),
+    "cag": ("phases.source_only=2", "phases.warm_up=2", "phases.adaptation=6", "method.min_pixels=2"),
+}
+"""Overrides of the methods with stages, for several short ones."""
+
 
 def make_dataset(
     folder: Path,

@@ -11,14 +11,9 @@ import torch
 
 from mpscl_ray import checkpoint
 from mpscl_ray.run_folder import RunFolder
-from tests.tiny import make_pair, tiny_config, train_in_processes
+from tests.tiny import STAGES, make_pair, tiny_config, train_in_processes
 
 pytestmark = pytest.mark.slow
-
-OVERRIDES = {
-    "intrada": ("phases.source_only=2", "phases.warm_up=2", "phases.adaptation=4"),
-    "cag": ("phases.source_only=2", "phases.warm_up=2", "phases.adaptation=6", "method.min_pixels=2"),
-}
 
 
 def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
@@ -33,10 +28,10 @@ def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
         yield name, value
 
 
-@pytest.mark.parametrize("name", OVERRIDES)
+@pytest.mark.parametrize("name", STAGES)
 def test_stages_do_not_depend_on_the_number_of_workers(name: str, tmp_path: Path) -> None:
     data = make_pair(tmp_path / "data")
-    config = tiny_config(data / "mr", data / "ct", OVERRIDES[name], preset=f"phantom/{name}")
+    config = tiny_config(data / "mr", data / "ct", STAGES[name], preset=f"phantom/{name}")
     assert config.method.norm_statistics == "target", "CAG's anchors then need a pass of their own over the source"
     ends = []
     for workers in (1, 2):

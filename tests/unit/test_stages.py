@@ -15,13 +15,9 @@ from mpscl_ray.config import Config
 from mpscl_ray.data.schema import load_manifest
 from mpscl_ray.methods.base import Batch
 from mpscl_ray.run_folder import RunFolder
-from tests.tiny import local_data, make_dataset, tiny_config
+from tests.tiny import STAGES, local_data, make_dataset, tiny_config
 
 CPU = torch.device("cpu")
-OVERRIDES = {
-    "intrada": ("phases.source_only=2", "phases.warm_up=2", "phases.adaptation=4"),
-    "cag": ("phases.source_only=2", "phases.warm_up=2", "phases.adaptation=6", "method.min_pixels=2"),
-}
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +31,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def config_of(data: Path, name: str) -> Config:
-    return tiny_config(data / "mr", data / "ct", OVERRIDES[name], preset=f"small/{name}")
+    return tiny_config(data / "mr", data / "ct", STAGES[name], preset=f"small/{name}")
 
 
 def train(config: Config, run: Path, stop_after: int | None = None, observer: Any = None) -> RunFolder:
@@ -60,7 +56,7 @@ def ends(folder: RunFolder) -> dict[str, tuple[bytes, bytes]]:
 
 @pytest.fixture(scope="module")
 def straight(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, tuple[bytes, bytes]]]:
-    return {name: ends(train(config_of(data, name), tmp_path_factory.mktemp(name))) for name in OVERRIDES}
+    return {name: ends(train(config_of(data, name), tmp_path_factory.mktemp(name))) for name in STAGES}
 
 
 @pytest.mark.parametrize(("name", "cut"), [("intrada", 4), ("intrada", 7), ("cag", 5), ("cag", 6)])
@@ -73,7 +69,7 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(
     assert ends(train(config, tmp_path)) == straight[name]
 
 
-@pytest.mark.parametrize("name", OVERRIDES)
+@pytest.mark.parametrize("name", STAGES)
 def test_a_run_that_was_killed_goes_on_bit_for_bit(
     data: Path, straight: dict[str, dict[str, tuple[bytes, bytes]]], tmp_path: Path, name: str
 ) -> None:
@@ -106,7 +102,7 @@ def test_the_second_stage_of_intrada_sees_the_target_alone(
     config = tiny_config(
         data / "mr",
         data / "ct",
-        [*OVERRIDES["intrada"], "phases.adaptation=10", *(f"data.augmentation.{change}" for change in NONE)],
+        [*STAGES["intrada"], "phases.adaptation=10", *(f"data.augmentation.{change}" for change in NONE)],
         preset="small/intrada",
     )
     folder = train(config, tmp_path)
