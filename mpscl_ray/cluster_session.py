@@ -7,15 +7,17 @@ import logging
 import os
 import secrets
 import shutil
+import signal
 import socket
 import sys
 import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from mpscl_ray.errors import ClusterError
 
@@ -34,6 +36,9 @@ _PREEMPTION = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
 which stays as long as the command does."""
 
 _KNOCK_S = 10.0
+
+START_ATTEMPTS = 3
+"""Starts of a private cluster before it is given up. Ray allows 30 seconds for each, which a busy machine exceeds."""
 
 _ACCOUNT = "RAY_TRAIN_ENABLE_STATE_TRACKING"
 """With it Ray Train tells the dashboard of its trainings, in a process which is for nothing where there is none. It is
@@ -61,7 +66,7 @@ def connect(
         object_store_memory: Bytes of shared memory of a private cluster; None leaves it to Ray.
 
     Raises:
-        ClusterError: where Ray cannot be reached or started.
+        ClusterError: where Ray cannot be reached, or cannot be started after several attempts.
     """
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
@@ -90,23 +95,17 @@ def connect(
         finally:
             ray.shutdown()
         return
-    folder = _short_temp_dir()
     restore = {_PREEMPTION: os.environ.get(_PREEMPTION)} | _guard_by_token()
     os.environ.setdefault(_PREEMPTION, "0")
+    folder: Path | None = None
     try:
-        try:
-            ray.init(
-                address="local",
-                num_cpus=num_cpus,
-                include_dashboard=dashboard,
-                dashboard_host="127.0.0.1",
-                log_to_driver=log_to_driver,
-                logging_level=logging.ERROR,
-                object_store_memory=object_store_memory,
-                _temp_dir=str(folder),
-            )
-        except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-            raise ClusterError(f"Ray cannot be started on this machine: {_first_line(error)}") from error
+        folder = _start(
+            num_cpus=num_cpus,
+            include_dashboard=dashboard,
+            dashboard_host="127.0.0.1",
+            log_to_driver=log_to_driver,
+            object_store_memory=object_store_memory,
+        )
         yield
     finally:
         ray.shutdown()
@@ -115,7 +114,42 @@ def connect(
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = before
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _start(**options: Any) -> Path:
+    """Start a private cluster and return its temporary folder.
+
+    Raises:
+        ClusterError: every attempt failed.
+    """
+    import ray
+
+    for attempt in range(1, START_ATTEMPTS + 1):
+        folder = _short_temp_dir()
+        try:
+            ray.init(address="local", logging_level=logging.ERROR, _temp_dir=str(folder), **options)
+            return folder
+        except Exception as error:  # noqa: BLE001 - Ray raises a bare Exception where a node is too slow to start
+            ray.shutdown()
+            _kill_processes_with(folder)
+            shutil.rmtree(folder, ignore_errors=True)
+            failure = error
+            if attempt < START_ATTEMPTS:
+                print(f"warning: Ray did not start ({_first_line(error)}); trying again", file=sys.stderr, flush=True)
+    raise ClusterError(
+        f"Ray cannot be started on this machine, tried {START_ATTEMPTS} times: {_first_line(failure)}; try again when "
+        "the machine is less busy and has free memory, or set RAY_ADDRESS to a running cluster"
+    ) from failure
+
+
+def _kill_processes_with(folder: Path) -> None:
+    """Kill the processes of a failed start, which have its folder in their command line; Ray leaves them running."""
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # ended meanwhile, or not ours
+            if f"{folder}/".encode() in (process / "cmdline").read_bytes():
+                os.kill(int(process.name), signal.SIGKILL)
 
 
 def keeps_account() -> bool:
