@@ -21,6 +21,7 @@ from mpscl_ray.data.schema import Manifest, load_manifest
 from mpscl_ray.durable_files import write_atomically
 from mpscl_ray.errors import ConfigError, Interrupted, MpsclError, TrainingError
 from mpscl_ray.interruption import Interruption
+from mpscl_ray.launch import Fit, fit_on_ray
 from mpscl_ray.places import places_of_killed_commands_given_back
 from mpscl_ray.published_scores import published_for
 from mpscl_ray.run_folder import RunFolder
@@ -68,8 +69,12 @@ class Plan:
     at_once: int | None = None
 
 
-def main(arguments: Sequence[str]) -> int:
+def main(arguments: Sequence[str], fit: Fit = fit_on_ray) -> int:
     """Run the comparison and print its table.
+
+    Args:
+        arguments: of the command line.
+        fit: what trains.
 
     Returns:
         The exit code: 0 where every cell is finished, 6 where some failed, 130 where it was stopped and can go on.
@@ -97,7 +102,7 @@ def main(arguments: Sequence[str]) -> int:
     add("--out", metavar="DIR", help="folder of the comparison, or its URL (default: RUN.STORAGE/compare)")
     add("--at-once", type=int, metavar="N", help="most cells at a time (default: as many as there is room for)")
     options = parser.parse_intermixed_args(list(arguments))
-    return compare(_plan(options), ["python", "-m", "mpscl_ray.compare", *arguments])
+    return compare(_plan(options), ["python", "-m", "mpscl_ray.compare", *arguments], fit)
 
 
 def _plan(options: argparse.Namespace) -> Plan:
@@ -144,7 +149,7 @@ def _seeds(text: str) -> tuple[int, ...]:
     raise ConfigError(f"--seeds is {text!r}; expected a number of seeds such as 3, or different seeds such as 1,4,5")
 
 
-def compare(plan: Plan, command: Sequence[str]) -> int:
+def compare(plan: Plan, command: Sequence[str], fit: Fit = fit_on_ray) -> int:
     """Run all cells of a plan that are not finished, and write the table; returns the exit code.
 
     Raises:
@@ -163,7 +168,7 @@ def compare(plan: Plan, command: Sequence[str]) -> int:
     with folder.lock():
         folder.write_status("running", resume_command=resume)
         try:
-            _run(plan, base, folder, resume)
+            _run(plan, base, folder, resume, fit)
         except (Interrupted, KeyboardInterrupt, SystemExit) as stop:
             # Ray's start replaces the handler of SIGTERM by one that raises SystemExit.
             reason = str(stop) if isinstance(stop, Interrupted) else "stopped while no cell was running"
@@ -180,7 +185,7 @@ def compare(plan: Plan, command: Sequence[str]) -> int:
     return 0
 
 
-def _run(plan: Plan, base: Config, folder: RunFolder, resume: str) -> None:
+def _run(plan: Plan, base: Config, folder: RunFolder, resume: str, fit: Fit) -> None:
     ledger = Ledger(folder.path / "cells.json", folder.settle)
     out = locate(folder.address)  # workers may stand elsewhere
     with connect(), places_of_killed_commands_given_back(folder):
@@ -200,7 +205,7 @@ def _run(plan: Plan, base: Config, folder: RunFolder, resume: str) -> None:
 
         todo = [cell for cell in cells if not is_done(ledger[cell.name])]
         if todo:
-            shared = _open(todo, folder)
+            shared = _open(todo, folder, fit)
             at_once = min([opened.at_once for opened in shared.values()] + ([plan.at_once] if plan.at_once else []))
             with Interruption() as interruption:
                 Comparison(cells, ledger, folder, shared, at_once, resume, write).run(interruption)
@@ -247,14 +252,14 @@ def _check_resumed(cell: Cell, out: Path | Remote) -> None:
         run.check_config(to_yaml(cell.config), MAY_CHANGE)
 
 
-def _open(cells: Sequence[Cell], folder: RunFolder) -> dict[str, Shared]:
+def _open(cells: Sequence[Cell], folder: RunFolder, fit: Fit) -> dict[str, Shared]:
     """Open the data that each cell needs, once for all cells that read the same."""
     opened: dict[tuple[str, str], Shared] = {}
     # One that also reads the target serves those that do not.
     for cell in sorted(cells, key=lambda cell: not any(reads_target(name) for name, _ in cell.config.schedule)):
         key = (cell.direction, cell.config.data.labelled)
         if key not in opened:
-            opened[key], warnings = open_shared(cell.config, folder)
+            opened[key], warnings = open_shared(cell.config, folder, fit)
             for warning in warnings:
                 print(f"warning: {warning}", flush=True)
     return {cell.name: opened[cell.direction, cell.config.data.labelled] for cell in cells}

@@ -123,6 +123,8 @@ class ScalingConfig:
     """CPUs reserved for, and threads used by, each worker."""
     wait_s: Annotated[float, Field(ge=0)] = 0
     """Seconds to wait for resources that the cluster lacks now, for example while it grows."""
+    resize_check_s: Annotated[float, Field(gt=0)] = 30
+    """Seconds between two checks whether an elastic run can have more workers; to take them, all workers restart."""
 
     @property
     def limits(self) -> tuple[int, int]:

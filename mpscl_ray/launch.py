@@ -46,8 +46,6 @@ RAY_FOLDER = "ray"
 
 _LOOK_S = 0.25
 _START_TIMEOUT_S = 30
-_GROW_S = 30.0
-"""Time between two looks whether an elastic run could have more workers; to take them, all start anew."""
 _RAY_TRAIN_SETTINGS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     # After a node was lost Ray takes it for alive a little longer, and waits so long for workers on it.
@@ -186,8 +184,57 @@ def open_data(config: Config, domains: Domains) -> TrainingData:
     )
 
 
+def fit_on_ray(
+    config: Config, folder: RunFolder, data: TrainingData, use_gpu: bool, display_name: str
+) -> dict[str, Any]:
+    """Train with Ray Train, and return the outcome that worker 0 returned.
+
+    Raises:
+        ray.train.TrainingFailedError: workers failed more often than run.restarts allows, or found no room.
+    """
+    storage = folder.path.absolute() / RAY_FOLDER
+    shutil.rmtree(storage, ignore_errors=True)
+    for name, value in _RAY_TRAIN_SETTINGS.items():
+        os.environ.setdefault(name, value)
+    patience = math.ceil(config.scaling.wait_s / _START_TIMEOUT_S)
+    trainer = ray.train.torch.TorchTrainer(
+        # The settings alone are Ray's train_loop_config: the dashboard shows that to everybody.
+        functools.partial(  # type: ignore[arg-type]
+            run_worker, folder=folder.address, token=folder.token, data=data, display_name=display_name
+        ),
+        train_loop_config=to_dict(config),
+        scaling_config=ScalingConfig(  # type: ignore[call-arg]  # the types are those of the former Ray Train
+            num_workers=config.scaling.workers,  # type: ignore[arg-type]
+            use_gpu=use_gpu,
+            resources_per_worker=worker_place(config, use_gpu),
+            elastic_resize_monitor_interval_s=config.scaling.resize_check_s,
+        ),
+        run_config=RunConfig(
+            # New each time: a run resumes from its own checkpoints, and Ray's would get in the way.
+            name=f"{display_name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",
+            storage_path=str(storage),
+            failure_config=FailureConfig(  # type: ignore[call-arg]
+                max_failures=config.run.restarts,
+                # Without a limit Ray Train waits for ever for workers that have no place any more.
+                controller_failure_limit=max(config.run.restarts, patience),
+            ),
+            callbacks=[LossesToNotices(RunFolder(folder.path.absolute()), display_name)],  # type: ignore[list-item]
+        ),
+    )
+    try:
+        outcome: dict[str, Any] = trainer.fit().return_value  # type: ignore[attr-defined]
+        return outcome
+    finally:
+        shutil.rmtree(storage, ignore_errors=True)
+
+
+Fit = Callable[[Config, RunFolder, TrainingData, bool, str], dict[str, Any]]
+"""Trains in a run folder and returns the fields of an :class:`Outcome`, or ``state="failed"`` with ``exit_code`` and
+``reason``. It stops after a checkpoint when STOP_FILE appears in the folder. :func:`fit_on_ray` is the one there is."""
+
+
 class Launch:
-    """One training on Ray: started by :meth:`start`, ended when :attr:`running` is False.
+    """One training in the background: started by :meth:`start`, ended when :attr:`running` is False.
 
     ``fit`` runs in a thread, so that the main thread stays free for signals and for showing how far the run is.
 
@@ -196,51 +243,29 @@ class Launch:
         folder: of the run.
         data: what is trained on.
         use_gpu: whether each worker gets a GPU.
-        shown_as: name in the metrics and in Ray's account of trainings; None is the run's.
+        display_name: name in the metrics and in Ray's account of trainings; None is the run's.
+        fit: what trains.
     """
 
     def __init__(
-        self, config: Config, folder: RunFolder, data: TrainingData, use_gpu: bool, *, shown_as: str | None = None
+        self,
+        config: Config,
+        folder: RunFolder,
+        data: TrainingData,
+        use_gpu: bool,
+        *,
+        display_name: str | None = None,
+        fit: Fit = fit_on_ray,
     ) -> None:
         self.config, self.folder, self.use_gpu = config, folder, use_gpu
-        shown_as = shown_as or folder.name
         self.stop_requested = False
         """Whether :meth:`request_stop` was called; where there was no worker to hear it, nothing else tells."""
-        self._result: Any = None
+        self._outcome: dict[str, Any] = {}
         self._error: BaseException | None = None
         for name in (STOP_FILE, FAILURE_FILE):
             (folder.path / name).unlink(missing_ok=True)
-        self._ray_folder = folder.path.absolute() / RAY_FOLDER
-        shutil.rmtree(self._ray_folder, ignore_errors=True)
-        for name, value in _RAY_TRAIN_SETTINGS.items():
-            os.environ.setdefault(name, value)
-        resources = worker_place(config, use_gpu)
-        patience = math.ceil(config.scaling.wait_s / _START_TIMEOUT_S)
-        self._trainer = ray.train.torch.TorchTrainer(
-            # The settings alone are Ray's train_loop_config: the account of trainings shows that to everybody.
-            functools.partial(  # type: ignore[arg-type]
-                run_worker, folder=folder.address, token=folder.token, data=data, shown_as=shown_as
-            ),
-            train_loop_config=to_dict(config),
-            scaling_config=ScalingConfig(  # type: ignore[call-arg]  # the types are those of the former Ray Train
-                num_workers=config.scaling.workers,  # type: ignore[arg-type]
-                use_gpu=use_gpu,
-                resources_per_worker=resources,
-                elastic_resize_monitor_interval_s=_GROW_S,
-            ),
-            run_config=RunConfig(
-                # New each time: going on from a checkpoint is our own business, Ray's idea of it would get in the way.
-                name=f"{shown_as}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",
-                storage_path=str(self._ray_folder),
-                failure_config=FailureConfig(  # type: ignore[call-arg]
-                    max_failures=config.run.restarts,
-                    # Without a limit Ray Train waits for ever for workers that have no place any more.
-                    controller_failure_limit=max(config.run.restarts, patience),
-                ),
-                callbacks=[LossesToNotices(RunFolder(folder.path.absolute()), shown_as)],  # type: ignore[list-item]
-            ),
-        )
-        self._thread = threading.Thread(target=self._fit, name="ray train", daemon=True)
+        self._fit = functools.partial(fit, config, folder, data, use_gpu, display_name or folder.name)
+        self._thread = threading.Thread(target=self._run, name="fit", daemon=True)
 
     def start(self) -> None:
         """Start the workers; returns at once."""
@@ -270,7 +295,6 @@ class Launch:
         self.folder.settle()
         look()
         (self.folder.path / STOP_FILE).unlink(missing_ok=True)
-        shutil.rmtree(self._ray_folder, ignore_errors=True)
         failure = self.folder.path / FAILURE_FILE
         if failure.exists():
             content = json.loads(failure.read_text(encoding="utf-8"))
@@ -278,13 +302,13 @@ class Launch:
             raise _final(content)
         if self._error is not None:
             raise self._explained(self._error)
-        if self._result.return_value["state"] == "failed":
-            raise _final(self._result.return_value)
-        return Outcome(**self._result.return_value)
+        if self._outcome["state"] == "failed":
+            raise _final(self._outcome)
+        return Outcome(**self._outcome)
 
-    def _fit(self) -> None:
+    def _run(self) -> None:
         try:
-            self._result = self._trainer.fit()
+            self._outcome = self._fit()
         except BaseException as error:  # noqa: BLE001 - raised again by watch(), in the main thread
             self._error = error
 

@@ -19,12 +19,12 @@ from mpscl_ray.run_folder import FAILURE_FILE, LOSSES_FILE, RunFolder
 class LossesToNotices(UserCallback):
     """Counts, and leaves a notice, each time that workers were lost; runs in the controller of Ray Train."""
 
-    def __init__(self, folder: RunFolder, shown_as: str) -> None:
-        self.folder, self.shown_as = folder, shown_as
+    def __init__(self, folder: RunFolder, display_name: str) -> None:
+        self.folder, self.display_name = folder, display_name
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         if not (self.folder.path / FAILURE_FILE).exists():
-            count_restart(self.shown_as)
+            count_restart(self.display_name)
             self.folder.add_notice(f"{causes(worker_exceptions)}; the workers are replaced and go on", LOSSES_FILE)
 
 

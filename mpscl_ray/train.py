@@ -62,8 +62,12 @@ data.labelled=target, the supervised bound.
 """
 
 
-def main(arguments: Sequence[str]) -> int:
+def main(arguments: Sequence[str], fit: launch.Fit = launch.fit_on_ray) -> int:
     """Train, evaluate every phase on the target's test volumes, and say what to do next.
+
+    Args:
+        arguments: of the command line.
+        fit: what trains.
 
     Returns:
         The exit code: 0, or 130 when the run was stopped and can go on.
@@ -91,7 +95,7 @@ def main(arguments: Sequence[str]) -> int:
     if options.show:
         print(to_yaml(config), end="")
         return 0
-    return train(config, list(arguments), dashboard=options.dashboard, allow_change=options.allow_change)
+    return train(config, list(arguments), dashboard=options.dashboard, allow_change=options.allow_change, fit=fit)
 
 
 def config_from_arguments(settings: Sequence[str]) -> Config:
@@ -107,8 +111,23 @@ def config_from_arguments(settings: Sequence[str]) -> Config:
     return load_config(presets[0] if presets else "phantom", overrides)
 
 
-def train(config: Config, command: list[str], *, dashboard: bool = False, allow_change: bool = False) -> int:
-    """Run a training in its folder, from the start or from its last checkpoint; returns the exit code."""
+def train(
+    config: Config,
+    command: list[str],
+    *,
+    dashboard: bool = False,
+    allow_change: bool = False,
+    fit: launch.Fit = launch.fit_on_ray,
+) -> int:
+    """Run a training in its folder, from the start or from its last checkpoint; returns the exit code.
+
+    Args:
+        config: settings.
+        command: words of the command line, for the line that resumes.
+        dashboard: whether a Ray that is started here serves its dashboard.
+        allow_change: whether a run resumes although settings that matter differ from its own.
+        fit: what trains.
+    """
     capacity.check_machine(config)
     folder = open_run(child(config.run.storage, config.run.name), "command", 60 * config.run.outage_min)
     folder.create()
@@ -133,7 +152,7 @@ def train(config: Config, command: list[str], *, dashboard: bool = False, allow_
                 _check_before_ray(config, folder)
                 # Ray's start replaces the handler of SIGTERM by one that raises SystemExit.
                 with connect(dashboard=dashboard), places_of_killed_commands_given_back(folder):
-                    _train_and_evaluate(config, folder)
+                    _train_and_evaluate(config, folder, fit)
         except (Interrupted, SystemExit) as stop:
             reason = str(stop) if isinstance(stop, Interrupted) else "stopped by SIGTERM while Ray started or ended"
             folder.write_status("interrupted", exit_code=Interrupted.exit_code, reason=reason, **_place(folder))
@@ -189,7 +208,7 @@ def _wants_phantom(config: Config) -> bool:
     return any(value.startswith(phantom_dataset.PREFIX) for value in (config.data.source, config.data.target))
 
 
-def _train_and_evaluate(config: Config, folder: RunFolder) -> None:
+def _train_and_evaluate(config: Config, folder: RunFolder, fit: launch.Fit) -> None:
     with signals_end("before training began"):
         use_gpu = capacity.check_cluster(config)
         config = phantom_dataset.resolve(config)
@@ -199,7 +218,7 @@ def _train_and_evaluate(config: Config, folder: RunFolder) -> None:
         check_nodes(folder.address, domains.fingerprints())
         data = launch.open_data(config, domains)
         print(_summary(config, folder, domains, data, use_gpu), flush=True)
-        training = launch.Launch(config, folder, data, use_gpu)
+        training = launch.Launch(config, folder, data, use_gpu, fit=fit)
     with Interruption() as interruption, _Watcher(config, folder, training, interruption) as watcher:
         outcome = training.watch(watcher.look)
     if outcome.state == "non_finite":

@@ -35,6 +35,7 @@ class Shared:
         use_gpu: whether each worker gets a GPU.
         at_once: how many trainings the cluster has room for at a time.
         account: whether Ray's dashboard is told of the trainings.
+        fit: what trains.
     """
 
     domains: launch.Domains
@@ -42,14 +43,16 @@ class Shared:
     use_gpu: bool
     at_once: int
     account: bool
+    fit: launch.Fit = launch.fit_on_ray
 
 
-def open_shared(config: Config, folder: RunFolder) -> tuple[Shared, list[str]]:
+def open_shared(config: Config, folder: RunFolder, fit: launch.Fit = launch.fit_on_ray) -> tuple[Shared, list[str]]:
     """Open the data of trainings that differ in settings which do not decide on what is read.
 
     Args:
         config: of any of them; its datasets are folders already (:mod:`mpscl_ray.phantom_dataset`).
         folder: of the command, which is there already; the runs will be below it.
+        fit: what trains.
 
     Returns:
         What the trainings share, and a sentence for each thing that deserves a warning.
@@ -64,7 +67,7 @@ def open_shared(config: Config, folder: RunFolder) -> tuple[Shared, list[str]]:
     check_nodes(folder.address, domains.fingerprints())
     data = launch.open_data(config, domains)
     at_once = capacity.trainings_at_once(config, use_gpu)
-    return Shared(domains, data, use_gpu, at_once, keeps_account()), warnings
+    return Shared(domains, data, use_gpu, at_once, keeps_account(), fit), warnings
 
 
 def run_trial(
@@ -73,7 +76,7 @@ def run_trial(
     shared: Shared,
     look: Callable[[launch.Launch], None] = lambda training: None,
     *,
-    shown_as: str | None = None,
+    display_name: str | None = None,
     resume_command: str | None = None,
 ) -> Outcome:
     """Train in a run folder, from its newest checkpoint if it has one; a run that is finished is left as it is.
@@ -90,7 +93,7 @@ def run_trial(
         folder: its run folder; may have been forked from another run (:mod:`mpscl_ray.fork`).
         shared: of :func:`open_shared`.
         look: called several times a second while it trains; ``training.request_stop()`` ends it after a checkpoint.
-        shown_as: name in metrics and in Ray's account of trainings; None is the folder's.
+        display_name: name in metrics and in Ray's account of trainings; None is the folder's.
         resume_command: what to give to go on, for status.json.
 
     Returns:
@@ -114,7 +117,7 @@ def run_trial(
         if shared.account:
             keep_account()
         try:
-            outcome = _train(config, folder, shared, look, shown_as)
+            outcome = _train(config, folder, shared, look, display_name)
             if outcome.state == "non_finite":
                 raise TrainingError(_non_finite(outcome))
         except BaseException as error:
@@ -141,12 +144,12 @@ def run_trial(
 
 
 def _train(
-    config: Config, folder: RunFolder, shared: Shared, look: Callable[[launch.Launch], None], shown_as: str | None
+    config: Config, folder: RunFolder, shared: Shared, look: Callable[[launch.Launch], None], display_name: str | None
 ) -> Outcome:
     """Train to the end, however often the place has to be found anew."""
     in_vain = 0
     while True:
-        training = launch.Launch(config, folder, shared.data, shared.use_gpu, shown_as=shown_as)
+        training = launch.Launch(config, folder, shared.data, shared.use_gpu, display_name=display_name, fit=shared.fit)
         training.start()
         try:
             return _watch(training, look)

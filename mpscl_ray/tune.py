@@ -51,8 +51,12 @@ the cluster goes; scaling.workers is what one of them takes.
 """
 
 
-def main(arguments: Sequence[str]) -> int:
+def main(arguments: Sequence[str], fit: launch.Fit = launch.fit_on_ray) -> int:
     """Search, and leave the best settings as a preset, with tables and pictures.
+
+    Args:
+        arguments: of the command line.
+        fit: what trains.
 
     Returns:
         The exit code: 0, or 130 when the search was stopped and can go on.
@@ -91,10 +95,17 @@ def main(arguments: Sequence[str]) -> int:
         shared = ", ".join(name for name, _ in shared_phases(space.base, space.keys)) or "nothing"
         print(f"# shared by all trials: {shared}\n{_yaml(space, given)}", end="")
         return 0
-    return search(space, list(arguments), warm_up=given, dashboard=options.dashboard)
+    return search(space, list(arguments), warm_up=given, dashboard=options.dashboard, fit=fit)
 
 
-def search(space: Space, command: list[str], *, warm_up: RunFolder | None = None, dashboard: bool = False) -> int:
+def search(
+    space: Space,
+    command: list[str],
+    *,
+    warm_up: RunFolder | None = None,
+    dashboard: bool = False,
+    fit: launch.Fit = launch.fit_on_ray,
+) -> int:
     """Carry out a search in its folder, from the start or from where it was stopped; returns the exit code."""
     check_machine(space.base)
     run = space.base.run
@@ -120,7 +131,7 @@ def search(space: Space, command: list[str], *, warm_up: RunFolder | None = None
                 if not any(value.startswith(phantom_dataset.PREFIX) for value in _datasets(space)):
                     choose_metric(space.search.metric, launch.load_domains(space.base)[0])
                 with connect(dashboard=dashboard), places_of_killed_commands_given_back(folder):
-                    study = _search(space, folder, ledger, warm_up)
+                    study = _search(space, folder, ledger, warm_up, fit)
         except (Interrupted, SystemExit) as stop:
             reason = str(stop) if isinstance(stop, Interrupted) else "stopped by SIGTERM while Ray started or ended"
             folder.write_status("interrupted", exit_code=Interrupted.exit_code, reason=reason)
@@ -147,10 +158,10 @@ def _yaml(space: Space, warm_up: RunFolder | None) -> str:
     return yaml.safe_dump(content, sort_keys=False, default_flow_style=None, width=100)
 
 
-def _search(space: Space, folder: RunFolder, ledger: Ledger, warm_up: RunFolder | None) -> Study:
+def _search(space: Space, folder: RunFolder, ledger: Ledger, warm_up: RunFolder | None, fit: launch.Fit) -> Study:
     """The search on a Ray that runs: shared phases, trials, results."""
     resolved = phantom_dataset.resolve(space.base)
-    shared, warnings = open_shared(resolved, folder)
+    shared, warnings = open_shared(resolved, folder, fit)
     for warning in warnings:
         print(f"warning: {warning}", flush=True)
     metric = choose_metric(space.search.metric, shared.domains)

@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 
 def run_worker(
-    settings: dict[str, Any], *, folder: str, token: str, data: TrainingData, shown_as: str
+    settings: dict[str, Any], *, folder: str, token: str, data: TrainingData, display_name: str
 ) -> dict[str, Any]:
     """Train on this worker; returns the outcome as plain values, the same on every worker.
 
@@ -47,7 +47,7 @@ def run_worker(
         folder: path or URL of the run folder.
         token: proves that the command that holds the run has sent the worker.
         data: slices, as handles that each worker opens.
-        shown_as: name of the run in its metrics.
+        display_name: name of the run in its metrics.
     """
     rank = ray.train.get_context().get_world_rank()
     config = config_from_dict(settings)
@@ -59,7 +59,7 @@ def run_worker(
     _log_to(run.logs / f"worker-{rank}.log")
     torch.set_num_threads(max(1, int(config.scaling.cpus_per_worker)))
     device = ray.train.torch.get_device()
-    observer = _RunObserver(run, data.classes, Monitoring(shown_as, rank, device), config.scaling, writes=rank == 0)
+    observer = _RunObserver(run, data.classes, Monitoring(display_name, rank, device), config.scaling, writes=rank == 0)
     outcome: training.Outcome | None = None
 
     def stop_requested() -> bool:

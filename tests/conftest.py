@@ -15,9 +15,18 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What is in tests/cluster is the second tier: ``-m cluster``."""
+    for item in items:
+        if ROOT / "tests" / "cluster" in item.path.parents:
+            item.add_marker(pytest.mark.cluster)
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """With several processes (``pytest -n 2``) one takes all tests that start a Ray, the rest goes by files."""
+    """With several processes (``pytest -n 2``) one takes all tests in tests/ray, which share a Ray; the rest goes by
+    files."""
     from xdist.scheduler import LoadScopeScheduling
 
     class OneRay(LoadScopeScheduling):  # type: ignore[misc, unused-ignore]

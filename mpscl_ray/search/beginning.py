@@ -104,7 +104,7 @@ def shared_beginning(
                 say(f"shared by all trials: {phase} {record['iteration']} of {record['iterations']}")
 
     own = _shared_config(config, common, folder, shared.at_once)
-    outcome = run_trial(own, run, shared, look, shown_as=f"{folder.name}-{SHARED_RUN}")
+    outcome = run_trial(own, run, shared, look, display_name=f"{folder.name}-{SHARED_RUN}")
     return run if outcome.state == "finished" else None
 
 

@@ -66,8 +66,8 @@ def run_task(settings: dict[str, Any], shared: Shared) -> None:
         if task.parent is not None:
             fork(folder, open_run(task.parent, patience_s=patience_s), task.phase)
         reporter.decided(0)
-        shown_as = f"{open_run(task.search).name}-{folder.name}"
-        run_trial(config, folder, shared, reporter.look, shown_as=shown_as)
+        display_name = f"{open_run(task.search).name}-{folder.name}"
+        run_trial(config, folder, shared, reporter.look, display_name=display_name)
         reporter.report()
     except MpsclError as error:
         try:

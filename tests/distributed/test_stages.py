@@ -13,8 +13,6 @@ from mpscl_ray import checkpoint
 from mpscl_ray.run_folder import RunFolder
 from tests.tiny import STAGES, make_pair, tiny_config, train_in_processes
 
-pytestmark = pytest.mark.slow
-
 
 def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
     """All that lies in nested mappings and lists, by where it lies."""

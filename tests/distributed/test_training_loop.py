@@ -33,9 +33,6 @@ RUNS = {
 Runs = dict[str, tuple[RunFolder, list[Any]]]
 
 
-pytestmark = pytest.mark.slow
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     """Run folder and what the workers saw."""

@@ -75,12 +75,10 @@ def run(script: str, **environment: str) -> str:
     return done.stdout
 
 
-@pytest.mark.slow
 def test_a_private_cluster_is_guarded_and_leaves_nothing(tmp_path_factory: pytest.TempPathFactory) -> None:
     assert run(PRIVATE, HOME=str(tmp_path_factory.mktemp("home"))) == "all well\n"
 
 
-@pytest.mark.slow
 def test_a_cluster_that_lets_in_whoever_comes_is_told_of(tmp_path: Path) -> None:
     token = tmp_path / "token"
     token.write_text("0" * 64)

@@ -8,7 +8,6 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,6 @@ from medpy.metric import binary
 from torch import nn
 
 from mpscl_ray import checkpoint, evaluate, predict
-from mpscl_ray.cluster_session import connect
 from mpscl_ray.data.schema import Manifest, Scaling, load_manifest, read_case, save_manifest, write_case
 from mpscl_ray.data.slices import Recipe, prepare_volume
 from mpscl_ray.errors import ConfigError, DataError, StorageError
@@ -146,12 +144,6 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder.path
 
 
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    with connect(2):
-        yield
-
-
 def rows_of(path: Path) -> list[dict[str, str]]:
     return list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
 
@@ -199,7 +191,6 @@ def test_evaluate_scores_every_slice_as_medpy_does(run: Path, capsys: pytest.Cap
     assert "ASD mm" in (results / "summary.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.slow
 def test_workers_find_the_same_scores(run: Path, cluster: None) -> None:
     alone = evaluate.evaluate_checkpoint(run, "source_only", out=run / "alone", workers=0, progress=False)
     spread = evaluate.evaluate_checkpoint(run, "source_only", out=run / "spread", workers=2, progress=False)
@@ -296,7 +287,6 @@ def oblique() -> np.ndarray:
     return affine
 
 
-@pytest.mark.slow
 def test_predict_segments_many_files_and_reports_the_bad_one(
     run: Path, cluster: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,18 +10,15 @@ import torch
 
 ray = pytest.importorskip("ray")
 
-from mpscl_ray.cluster_session import connect  # noqa: E402
 from mpscl_ray.data import pipeline, schema  # noqa: E402
 from mpscl_ray.data.augment import AugmentConfig  # noqa: E402
 from mpscl_ray.data.stream import LocalSlices, Slices, SliceStream  # noqa: E402
 from mpscl_ray.errors import ClusterError, DataError  # noqa: E402
-
-pytestmark = pytest.mark.slow
+from tests.ray.conftest import CPUS  # noqa: E402
 
 CLASSES = ("background", "MYO", "LAC")
 DEPTHS = (3, 140, 1, 26)
 SIZE = (12, 20)
-CPUS = 2
 STREAM = {"seed": 1, "domain": "source", "global_batch": 8}
 
 
@@ -68,10 +64,7 @@ def write_dataset(folder: Path, depths: tuple[int, ...] = DEPTHS) -> np.ndarray:
     return np.concatenate(images)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cluster() -> Iterator[None]:
-    with connect(num_cpus=CPUS, object_store_memory=100 * 2**20):
-        yield
+pytestmark = pytest.mark.usefixtures("cluster")
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +164,7 @@ def test_a_damaged_file_is_named_when_it_is_streamed(tmp_path: Path) -> None:
 def test_workers_that_hold_all_cpus_still_get_their_batches(folder: Path) -> None:
     """The handles are opened, travel to the workers and are read there while no CPU is free."""
 
-    @ray.remote(num_cpus=1)
+    @ray.remote(num_cpus=CPUS / 2)
     class Worker:
         def sums(self, handles: list[Slices], rank: int) -> list[float]:
             found = []
@@ -180,7 +173,7 @@ def test_workers_that_hold_all_cpus_still_get_their_batches(folder: Path) -> Non
                     found.append(sum(float(stream.next()["image"].double().sum()) for _ in range(15)))
             return found
 
-    workers = [Worker.remote() for _ in range(CPUS)]
+    workers = [Worker.remote() for _ in range(2)]
     ray.get([worker.__ray_ready__.remote() for worker in workers], timeout=60)
     assert ray.available_resources().get("CPU", 0) == 0
     handles = [pipeline.open_slices(folder, "train", labels=True, in_memory=kept) for kept in (True, False)]

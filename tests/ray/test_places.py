@@ -6,18 +6,17 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 ray = pytest.importorskip("ray")
 
-from ray.util.placement_group import placement_group  # noqa: E402
+from ray.util.placement_group import placement_group, remove_placement_group  # noqa: E402
 
-from mpscl_ray.cluster_session import connect  # noqa: E402
 from mpscl_ray.places import places_of_killed_commands_given_back  # noqa: E402
 from mpscl_ray.run_folder import COMMANDS_FILE, RunFolder  # noqa: E402
+from tests.ray.conftest import CPUS  # noqa: E402
 from tests.ray_commands import environment, reserved  # noqa: E402
 
 PATIENCE_S = 120
@@ -44,12 +43,6 @@ with folder.lock(), connect(), places_of_killed_commands_given_back(folder):
 """Is killed, and leaves a process that has a place reserved and goes on reserving places."""
 
 
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    with connect(2, object_store_memory=100 * 2**20):
-        yield
-
-
 def wait_for_free(cpus: float) -> None:
     deadline = time.monotonic() + PATIENCE_S
     while ray.available_resources().get("CPU", 0) != cpus:
@@ -71,7 +64,7 @@ def test_what_a_killed_command_left_is_given_back_before_the_next_begins_and_aft
     )
     assert command.returncode == -signal.SIGKILL
     assert len(reserved()) == 2
-    wait_for_free(0)
+    wait_for_free(CPUS - 2)
 
     record = folder.left(COMMANDS_FILE)
     assert record is not None
@@ -82,13 +75,15 @@ def test_what_a_killed_command_left_is_given_back_before_the_next_begins_and_aft
             assert reserved() == {own.id.hex()}, (
                 "not what others have, nor what a job of that id has in another cluster"
             )
-            wait_for_free(1)
+            wait_for_free(CPUS - 1)
             ray.get(survivor.reserve.remote())
             assert len(reserved()) == 2
             with pytest.raises(RuntimeError), places_of_killed_commands_given_back(folder):
                 raise RuntimeError("where the command fails too")
             ray.get(survivor.reserve.remote())
         assert reserved() == {own.id.hex()}
-    wait_for_free(1)
+    wait_for_free(CPUS - 1)
     assert folder.left(COMMANDS_FILE) is None
     ray.kill(survivor)
+    remove_placement_group(own)
+    wait_for_free(CPUS)

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from mpscl_ray.cluster_session import connect
 from mpscl_ray.data.schema import verify
 from mpscl_ray.errors import ClusterError, StorageError
 from mpscl_ray.parallel import map_volumes
@@ -21,14 +19,7 @@ def source(tmp_path: Path) -> Path:
     return mmwhs(tmp_path / "in")
 
 
-@pytest.fixture(scope="module")
-def two_workers() -> Iterator[None]:
-    with connect(2):
-        yield
-
-
-@pytest.mark.slow
-def test_workers_make_the_same_files(source: Path, tmp_path: Path, two_workers: None) -> None:
+def test_workers_make_the_same_files(source: Path, tmp_path: Path, cluster: None) -> None:
     _, alone = made(source)
     folder, together = made(source, workers=2, out=tmp_path / "with ray")
     assert together.fingerprint == alone.fingerprint
@@ -36,8 +27,7 @@ def test_workers_make_the_same_files(source: Path, tmp_path: Path, two_workers: 
     verify(folder, together.cases)
 
 
-@pytest.mark.slow
-def test_workers_name_every_bad_file(source: Path, two_workers: None) -> None:
+def test_workers_name_every_bad_file(source: Path, cluster: None) -> None:
     for number in (1002, 1005):
         path = source / f"ct_train_{number}_image.nii.gz"
         path.write_bytes(path.read_bytes()[:-1000])
@@ -58,8 +48,7 @@ def _fail_on_three(item: int) -> int:
     return item * item
 
 
-@pytest.mark.slow
-def test_errors_of_workers_arrive_with_the_name_of_the_volume(two_workers: None) -> None:
+def test_errors_of_workers_arrive_with_the_name_of_the_volume(cluster: None) -> None:
     seen: list[int] = []
     arguments: dict[str, Any] = {"workers": 2, "name": lambda item: f"volume {item}", "done": seen.append}
     assert map_volumes(_fail_on_three, [1, 2, 4, 5], **arguments) == [1, 4, 16, 25]

@@ -20,8 +20,6 @@ from mpscl_ray.run_folder import RunFolder
 from tests.local_cluster import ROOT, LocalCluster, wait_until
 from tests.tiny import SETTINGS, make_pair
 
-pytestmark = pytest.mark.slow
-
 PHASE = 40
 EVERY = 10
 STEPS = 3 * PHASE

@@ -20,8 +20,6 @@ from mpscl_ray.search.ledger import Ledger
 from tests.local_cluster import PATIENCE_S, LocalCluster, wait_until
 from tests.tiny import SETTINGS, make_pair
 
-pytestmark = pytest.mark.slow
-
 SHARED, OWN, EVERY = 8, 100, 10
 LENGTHS = (
     f"phases.adaptation={OWN}",

@@ -28,8 +28,6 @@ from tests.nodes import ROOT, wait_for
 from tests.s3 import CREDENTIALS, Server, serve, upload_folder
 from tests.tiny import SETTINGS, make_pair
 
-pytestmark = pytest.mark.slow
-
 PATIENCE_S = 900
 OUTAGE_S = 30
 PHASE, EVERY = 60, 5

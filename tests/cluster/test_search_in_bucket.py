@@ -19,12 +19,10 @@ from mpscl_ray.cluster_session import connect  # noqa: E402
 from mpscl_ray.config import load_config, to_dict  # noqa: E402
 from mpscl_ray.errors import ConfigError  # noqa: E402
 from mpscl_ray.storage import Remote  # noqa: E402
-from tests.ray.test_compare import write_presets  # noqa: E402
 from tests.ray_commands import assert_nothing_is_reserved, run_until_killed  # noqa: E402
 from tests.s3 import CREDENTIALS, Server, serve, upload_folder  # noqa: E402
 from tests.tiny import SETTINGS, make_pair  # noqa: E402
-
-pytestmark = pytest.mark.slow
+from tests.tiny_presets import write_presets  # noqa: E402
 
 ITERATIONS = 6
 

@@ -20,8 +20,6 @@ from mpscl_ray.run_folder import RunFolder
 from tests.local_cluster import ROOT, LocalCluster, wait_until
 from tests.tiny import SETTINGS, make_pair
 
-pytestmark = pytest.mark.slow
-
 MONITORING = ROOT / "cluster" / "monitoring"
 ENDLESS = ("phases.source_only=3", "phases.warm_up=3", "phases.adaptation=1000000", "run.validate_every=50")
 

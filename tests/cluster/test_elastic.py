@@ -17,8 +17,6 @@ from mpscl_ray.run_folder import RunFolder
 from tests.nodes import Cluster, cluster, wait_for
 from tests.tiny import SETTINGS, make_pair, tiny_settings
 
-pytestmark = pytest.mark.slow
-
 PATIENCE_S = 900
 EVERY = 20
 LONG = (

@@ -1,0 +1,99 @@
+"""The train command, killed and stopped in every way; and a worker that finds damage in what it streams."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from mpscl_ray import checkpoint
+from mpscl_ray.cluster_session import connect
+from mpscl_ray.errors import DataError
+from mpscl_ray.run_folder import RunFolder
+from tests.tiny import make_dataset, make_pair
+from tests.train_command import (
+    EVERY,
+    LONG,
+    Runs,
+    Start,
+    assert_same_run,
+    check_status,
+    started_commands,
+    starts,
+    wait_for_free_cpus,
+)
+
+
+@pytest.fixture(scope="module")
+def start() -> Iterator[Start]:
+    """Starts commands, on a Ray that this process is on or on one of their own."""
+    with connect(2, object_store_memory=200 * 2**20), started_commands() as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return Runs(make_pair(tmp_path_factory.mktemp("data")), tmp_path_factory.mktemp("runs"))
+
+
+def last_step(run: RunFolder) -> int:
+    return int(run.read_metrics()[-1]["global_step"])
+
+
+def test_a_run_that_is_stopped_and_killed_ends_as_if_it_had_not_been(start: Start, runs: Runs) -> None:
+    """In turn: two SIGTERMs on a Ray of its own; SIGKILL, SIGTERM and nothing on a cluster."""
+    run, words = runs["stopped"], runs.arguments("stopped", *LONG)
+
+    command = start(words)
+    command.wait_for_steps(run, 2)
+    command.process.send_signal(signal.SIGTERM)
+    time.sleep(0.2)
+    command.process.send_signal(signal.SIGTERM)
+    assert command.wait() == 130
+    assert run.read_status()["state"] in ("running", "interrupted"), "it may not have had the time to write it"
+    left_at_once = command
+
+    command = start(words, cluster=True)
+    reached = command.wait_for_steps(run, 3, start=2)
+    command.process.kill()
+    command.wait()
+    assert run.read_status()["state"] == "running"
+
+    command = start(words, cluster=True)
+    command.wait_for_steps(run, 3, start=3)
+    command.process.terminate()
+    assert command.wait() == 130, command.text
+    check_status(run, "interrupted", 130, "stopped by SIGTERM at iteration")
+    stopped = last_step(run)
+    assert checkpoint.list_checkpoints(run.checkpoints)[-1].name == f"step-{stopped:07d}"
+    command.assert_nothing_left()
+    wait_for_free_cpus()
+
+    command = start(words, cluster=True)
+    assert command.wait() == 0, command.text
+    check_status(run, "finished", 0, "")
+    steps = starts(run)
+    assert len(steps) == 4
+    assert steps[0] == 0
+    assert reached - EVERY <= steps[2]
+    assert steps[3] == stopped
+
+    calm = start(runs.arguments("calm", *LONG), cluster=True)
+    assert calm.wait() == 0, calm.text
+    assert_same_run(run, runs["calm"])
+    left_at_once.assert_nothing_left(seconds=150)  # Agents of a Ray that was left give up only after a minute.
+
+
+def test_a_flipped_bit_in_slices_that_workers_stream(start: Start, runs: Runs, tmp_path: Path) -> None:
+    target = make_dataset(tmp_path / "ct", "ct", seed=1)
+    file = target / "train" / "ct_train_1.parquet"
+    data = bytearray(file.read_bytes())
+    data[len(data) // 3] ^= 16
+    file.write_bytes(data)
+    command = start(runs.arguments("flipped", f"data.target={target}", "data.in_memory=false"), cluster=True)
+    assert command.wait() == DataError.exit_code, command.text
+    assert f"error: {file}: damaged" in command.text
+    assert "Traceback" not in command.text

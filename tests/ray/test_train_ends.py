@@ -1,0 +1,127 @@
+"""How the train command ends where training itself is not what is tested: what trains is a stub, or nothing does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from mpscl_ray import checkpoint, train
+from mpscl_ray.config import load_config
+from mpscl_ray.errors import ClusterError, DataError, TrainingError
+from mpscl_ray.launch import fit_on_ray
+from tests.ray.conftest import CPUS, Here
+from tests.stub_fit import fit
+from tests.tiny import make_dataset, make_pair
+from tests.train_command import Runs, check_status, starts, wait_for_free_cpus
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return Runs(make_pair(tmp_path_factory.mktemp("data")), tmp_path_factory.mktemp("runs"))
+
+
+def test_a_loss_that_is_not_finite_and_a_damaged_checkpoint(here: Here, runs: Runs) -> None:
+    """The first phase is sane, the second one is not; then a sane rate, with the newest checkpoint damaged."""
+    run = runs["wild"]
+    words = runs.arguments("wild", "phases.source_only_lr=0.01", "run.checkpoint_every=2", "scaling.workers=1")
+    code, text = here(train, *words, "optim.lr=1e30", fit=fit)
+    assert code == TrainingError.exit_code
+    assert "a loss or gradient was not finite, seen at iteration 1 of the phase warm_up" in text
+    assert "loss_cross_entropy_main nan" in text
+    assert "Traceback" not in text
+    check_status(run, "failed", TrainingError.exit_code, "the checkpoint step-0000004 is from before it")
+    older, newest = checkpoint.list_checkpoints(run.checkpoints)
+
+    data = bytearray((newest / checkpoint.TENSORS).read_bytes())
+    data[len(data) // 2] ^= 4
+    (newest / checkpoint.TENSORS).write_bytes(data)
+    code, text = here(train, *words, "optim.lr=0.01", "--allow-change", fit=fit)
+    assert code == 0, text
+    assert "changed for the rest of the run: optim.lr: 1e+30 in the run, 0.01 now" in text
+    assert run.read_metrics()[-1]["global_step"] == 12
+    assert starts(run) == [0, checkpoint.step_of(older)]
+    check_status(run, "finished", 0, "")
+    assert load_config(run.config_file).optim.lr == 0.01
+
+
+def test_what_the_cluster_does_not_have(here: Here, runs: Runs) -> None:
+    for settings, sentence in (
+        (
+            ["scaling.workers=4"],
+            f"4 workers need 4 CPUs, and the cluster has {CPUS} CPUs ({CPUS} free); use scaling.workers=2",
+        ),
+        (
+            ["scaling.device=gpu", "scaling.workers=1"],
+            f"need 1 CPUs and 1 GPUs, and the cluster has {CPUS} CPUs ({CPUS} free) and 0 GPUs",
+        ),
+        (["scaling.cpus_per_worker=2"], f"2 workers need 4 CPUs, and the cluster has {CPUS} CPUs"),
+    ):
+        words = runs.arguments("refused", "scaling.workers=2", *settings)
+        code, text = here(train, *words)
+        assert code == ClusterError.exit_code
+        assert sentence in text
+        assert "Traceback" not in text
+    check_status(runs["refused"], "failed", ClusterError.exit_code, "2 workers need 4 CPUs")
+
+
+@ray.remote(num_cpus=2)
+class Other:
+    """Holds most of the cluster."""
+
+
+def test_what_the_cluster_has_but_others_use(here: Here, runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    others = []
+
+    def others_come(*arguments: Any) -> dict[str, Any]:
+        others.append(Other.remote())
+        ray.get(others[-1].__ray_ready__.remote())
+        return fit_on_ray(*arguments)
+
+    monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "2")
+    words = runs.arguments("busy", "scaling.workers=2", "run.restarts=0")
+    code, text = here(train, *words, fit=others_come)  # between the check and the start of the workers
+    shortage = f"2 workers need 2 CPUs, and the cluster has {CPUS} CPUs (1 free); use scaling.workers=1"
+    assert code == ClusterError.exit_code
+    assert f"error: the workers found no place any more: {shortage}" in text
+    assert "Traceback" not in text
+
+    code, text = here(train, *words, "scaling.wait_s=1")
+    assert code == ClusterError.exit_code
+    assert f"error: {shortage}" in text
+    for other in others:
+        ray.kill(other)
+    wait_for_free_cpus()
+
+
+def test_a_dataset_with_a_flipped_bit(here: Here, runs: Runs, tmp_path: Path) -> None:
+    target = make_dataset(tmp_path / "ct", "ct", seed=1)
+    file = target / "train" / "ct_train_1.parquet"
+    data = bytearray(file.read_bytes())
+    data[len(data) // 3] ^= 16
+    file.write_bytes(data)
+    code, text = here(train, *runs.arguments("flipped", f"data.target={target}", "data.in_memory=true"), fit=fit)
+    assert code == DataError.exit_code, text
+    assert f"error: {file}: damaged" in text
+    assert "Traceback" not in text
+
+
+def test_the_upper_bound(here: Here, runs: Runs) -> None:
+    words = runs.arguments("upper", "run.select=oracle", "scaling.workers=1", preset="small/supervised")
+    code, text = here(train, *words, fit=fit)
+    assert code == 0, text
+    assert "trains on 18 labelled ct slices and no other slices, 1 CPU worker\n" in text
+    assert "except here: the supervised bound" in text
+    assert "best is chosen with target labels (oracle)" in text
+    assert [path.name for path in runs["upper"].phases.iterdir()] == ["supervised"]
+
+
+def test_a_target_without_any_label(here: Here, runs: Runs, tmp_path: Path) -> None:
+    target = make_dataset(tmp_path / "ct", "ct", seed=1, labelled=(), cases={"train": 2})
+    words = runs.arguments("bare", f"data.target={target}", "scaling.workers=1", preset="small/source_only")
+    code, text = here(train, *words, fit=fit)
+    assert code == 0, text
+    assert "no test or validation volume of the target is labelled" in text
+    assert not (runs["bare"].results / "phases.txt").exists()
