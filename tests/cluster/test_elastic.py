@@ -25,6 +25,7 @@ LONG = (
     "run.validate_every=1000000",
     "run.report_every=10",
     "optim.lr=1e-4",
+    "scaling.resize_check_s=5",
 )
 """Never ends by itself."""
 

@@ -29,8 +29,8 @@ from tests.s3 import CREDENTIALS, Server, serve, upload_folder
 from tests.tiny import SETTINGS, make_pair
 
 PATIENCE_S = 900
-OUTAGE_S = 30
-PHASE, EVERY = 60, 5
+OUTAGE_S = 8
+PHASE, EVERY = 40, 5
 STEPS = 3 * PHASE
 LONG = (
     *SETTINGS,
@@ -116,7 +116,7 @@ def undisturbed(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Run
 def test_a_run_that_is_cut_off_and_killed_ends_as_on_a_disk(
     server: Server, undisturbed: RunFolder, tmp_path: Path
 ) -> None:
-    """In turn: the storage stays away for good, the command is killed, the storage is away for half a minute.
+    """In turn: the storage stays away for good, the command is killed, the storage is away for some seconds.
 
     Each command runs on a machine that knows nothing of the others.
     """
