@@ -15,8 +15,7 @@ from mpscl_ray.cluster_session import connect
 from mpscl_ray.comparison_cells import DIRECTIONS, OF_A_CELL, Cell, Ledger, base_config, make_cells
 from mpscl_ray.comparison_run import Comparison, is_done, total_seconds
 from mpscl_ray.comparison_table import CellResult, Direction, comparison_csv, format_comparison
-from mpscl_ray.config import Config, to_yaml
-from mpscl_ray.config_schema import reads_target
+from mpscl_ray.config import Config, reads_target, to_yaml
 from mpscl_ray.data.schema import Manifest, load_manifest
 from mpscl_ray.durable_files import write_atomically
 from mpscl_ray.errors import ConfigError, Interrupted, MpsclError, TrainingError

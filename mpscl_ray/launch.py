@@ -24,8 +24,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 
 from mpscl_ray import __version__
 from mpscl_ray.capacity import cluster_shortage, worker_place
-from mpscl_ray.config import Config, to_dict
-from mpscl_ray.config_schema import reads_target
+from mpscl_ray.config import Config, DiscriminatorConfig, reads_target, to_dict
 from mpscl_ray.construction import network_arguments
 from mpscl_ray.data import SOURCE_DOMAIN, TARGET_DOMAIN
 from mpscl_ray.data.agreement import check_pair
@@ -34,7 +33,7 @@ from mpscl_ray.data.schema import Manifest, load_manifest
 from mpscl_ray.data.stream import Slices
 from mpscl_ray.errors import ClusterError, ConfigError, DataError, MpsclError, NoRoom, StorageError, TrainingError
 from mpscl_ray.lost_workers import LossesToNotices, causes, last_line
-from mpscl_ray.methods.adversarial import DISCRIMINATORS, DiscriminatorConfig
+from mpscl_ray.methods.adversarial import DISCRIMINATORS
 from mpscl_ray.run_folder import FAILURE_FILE, STOP_FILE, RunFolder
 from mpscl_ray.storage import Remote, locate
 from mpscl_ray.training import Outcome

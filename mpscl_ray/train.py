@@ -13,8 +13,7 @@ from typing import Any
 from mpscl_ray import capacity, cli, launch, phantom_dataset
 from mpscl_ray.bucket_run import open_run
 from mpscl_ray.cluster_session import connect
-from mpscl_ray.config import Config, describe_keys, load_config, preset_names, to_yaml
-from mpscl_ray.config_schema import reads_target
+from mpscl_ray.config import Config, describe_keys, load_config, preset_names, reads_target, to_yaml
 from mpscl_ray.construction import build_segmenter, load_start_weights
 from mpscl_ray.errors import ConfigError, Interrupted, MpsclError, TrainingError
 from mpscl_ray.evaluate import PHASES_TABLE, evaluate_phases

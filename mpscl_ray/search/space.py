@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mpscl_ray.config import Config, config_from_dict, load_config, to_dict
+from mpscl_ray.config import Config, config_from_dict, flatten, load_config, read_file, read_overrides, to_dict
 from mpscl_ray.errors import ConfigError
 from mpscl_ray.search.settings import SearchConfig, search_config
-from mpscl_ray.settings_text import flatten, read_file, read_overrides
 
 PACKAGE = Path(__file__).resolve().parents[1]
 

@@ -1,4 +1,4 @@
-"""Reading a run's settings from a preset and ``key=value`` overrides; what they are is in mpscl_ray.config_schema.
+"""Reading a run's settings from a preset and ``key=value`` overrides; what they are is in mpscl_ray.config.schema.
 
 One :func:`load_config` serves the command line, a search trial and the reload of a run folder. Unknown keys, wrong
 types and values out of range are all reported at once, each with the place it came from.
@@ -23,42 +23,13 @@ from typing import Annotated, Any
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from mpscl_ray.config_schema import (
-    Config,
-    DataConfig,
-    NetworkConfig,
-    PhasesConfig,
-    RunConfig,
-    ScalingConfig,
-)
+from mpscl_ray.config.methods import ADAPTATION, METHOD_CONFIGS, SOURCE_ONLY, WARM_UP
+from mpscl_ray.config.overrides import Setting, flatten, read_file, read_overrides
+from mpscl_ray.config.schema import Config
 from mpscl_ray.errors import ConfigError
-from mpscl_ray.methods import METHOD_CONFIGS
-from mpscl_ray.methods.base import ADAPTATION, SOURCE_ONLY, WARM_UP
-from mpscl_ray.settings_text import Setting, flatten, read_file, read_overrides
 from mpscl_ray.storage import Remote, cache_folder, is_url, locate
 
-__all__ = [
-    "ADAPTATION",
-    "METHOD_CONFIGS",
-    "SOURCE_ONLY",
-    "WARM_UP",
-    "Config",
-    "DataConfig",
-    "NetworkConfig",
-    "PhasesConfig",
-    "RunConfig",
-    "ScalingConfig",
-    "config_from_dict",
-    "describe_keys",
-    "differences",
-    "field_docs",
-    "load_config",
-    "preset_names",
-    "to_dict",
-    "to_yaml",
-]
-
-PRESETS = Path(__file__).parent / "presets"
+PRESETS = Path(__file__).parents[1] / "presets"
 """Folder of the presets that ship with the package; a preset's name is its path below it without ``.yaml``."""
 
 
