@@ -13,6 +13,7 @@ import functools
 import inspect
 import itertools
 import math
+import sys
 import textwrap
 import types
 import typing
@@ -156,7 +157,7 @@ def _build(settings: dict[str, Setting], problems: list[str]) -> Config:
     built: dict[str, Any] = {}
     for section, kind in sections.items():
         try:
-            built[section] = TypeAdapter(kind).validate_python(nested.get(section, {}))
+            built[section] = _adapter(kind).validate_python(nested.get(section, {}))
         except ValidationError as error:
             details = error.errors()
             fields = [detail["loc"][:1] for detail in details]
@@ -220,13 +221,20 @@ _PHASE_WORDS = {SOURCE_ONLY: "source-only phase", WARM_UP: "warm-up", ADAPTATION
 _NAME_CHARACTERS = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")
 
 
-def _known_keys(method: type[Any]) -> set[str]:
-    return {key for key, _, _ in _leaves(Config, method)}
+@functools.cache
+def _adapter(kind: type) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)  # which takes longer than to check a hundred configs with it
 
 
-def _free_mappings(method: type[Any]) -> list[str]:
+@functools.cache
+def _known_keys(method: type) -> frozenset[str]:
+    return frozenset(key for key, _, _ in _leaves(Config, method))
+
+
+@functools.cache
+def _free_mappings(method: type) -> tuple[str, ...]:
     """Keys whose value is itself a mapping from names that are not settings."""
-    return [key for key, _, kind in _leaves(Config, method) if dict in _origins(kind)]
+    return tuple(key for key, _, kind in _leaves(Config, method) if dict in _origins(kind))
 
 
 def _documented_keys() -> list[tuple[str, Any, str]]:
@@ -242,7 +250,7 @@ def _documented_keys() -> list[tuple[str, Any, str]]:
 _SECTIONS = [f.name for f in dataclasses.fields(Config)]
 
 
-def _leaves(kind: type[Any], method: type[Any], prefix: str = "") -> Iterator[tuple[str, tuple[type, Any], Any]]:
+def _leaves(kind: type, method: type, prefix: str = "") -> Iterator[tuple[str, tuple[type, Any], Any]]:
     hints = typing.get_type_hints(kind)
     for item in dataclasses.fields(kind):
         hint = method if prefix == "" and item.name == "method" else hints[item.name]
@@ -263,13 +271,18 @@ def field_docs(kind: type) -> dict[str, str]:
     """Meaning of each field of a dataclass, inherited ones too: the string below it."""
     docs: dict[str, str] = {}
     for owner in reversed(kind.__mro__[:-1]):
-        tree = ast.parse(textwrap.dedent(inspect.getsource(owner)))
-        (body,) = [node.body for node in tree.body if isinstance(node, ast.ClassDef)]
-        for node, after in itertools.pairwise(body):
+        for node, after in itertools.pairwise(_class_bodies(owner.__module__)[owner.__name__]):
             match node, after:
                 case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
                     docs[name] = " ".join(text.split())
     return docs
+
+
+@functools.cache
+def _class_bodies(module: str) -> dict[str, list[ast.stmt]]:
+    """Statements of each class of a module."""
+    tree = ast.parse(inspect.getsource(sys.modules[module]))
+    return {node.name: node.body for node in tree.body if isinstance(node, ast.ClassDef)}
 
 
 def _origins(hint: Any) -> set[Any]:

@@ -234,7 +234,7 @@ class SIFAConfig:
         }
 
 
-METHOD_CONFIGS: dict[str, type[Any]] = {
+METHOD_CONFIGS: dict[str, type] = {
     "mpscl": MPSCLConfig,
     "segmentation": SegmentationConfig,
     "adabn": AdaBNConfig,
