@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mpscl_ray import cli
 from mpscl_ray.bucket_run import open_run
-from mpscl_ray.data.schema import SPLITS
+from mpscl_ray.data import SPLITS
 from mpscl_ray.errors import ConfigError
 from mpscl_ray.evaluation import Evaluation, evaluate_checkpoint, find_dataset, json_text, write_tables
 from mpscl_ray.inference import choose_device, read_model

@@ -21,10 +21,11 @@ from typing import TypeVar
 
 from mpscl_ray import cli, prepare_plan
 from mpscl_ray.cluster_session import connect
+from mpscl_ray.data import SPLITS
 from mpscl_ray.data.dataset_checks import check_cases, check_staged, summarise_notices
 from mpscl_ray.data.label_table import LabelTable
 from mpscl_ray.data.layouts import scan
-from mpscl_ray.data.schema import MANIFEST, SPLITS, Manifest, Scaling, load_manifest, save_manifest
+from mpscl_ray.data.schema import MANIFEST, Manifest, Scaling, load_manifest, save_manifest
 from mpscl_ray.data.source_cases import SourceCase
 from mpscl_ray.data.source_volumes import Request, Settings, Staged, finish_case, stage_case
 from mpscl_ray.data.splits import Splitting

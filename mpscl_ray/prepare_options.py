@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mpscl_ray import cli
+from mpscl_ray.data import SPLITS
 from mpscl_ray.data.file_listing import spelt_out
 from mpscl_ray.data.layouts import LAYOUTS
-from mpscl_ray.data.released_slices import Flip
-from mpscl_ray.data.schema import SPLITS
-from mpscl_ray.data.slices import Recipe
+from mpscl_ray.data.recipe import Recipe
+from mpscl_ray.data.source_cases import Flip
 from mpscl_ray.errors import ConfigError
 from mpscl_ray.storage import Remote, locate
 

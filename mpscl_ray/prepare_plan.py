@@ -7,10 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import mpscl_ray
+from mpscl_ray.data import SPLITS
 from mpscl_ray.data.label_table import LabelTable, parse_label_table, with_corrections, with_ignored
-from mpscl_ray.data.released_slices import RELEASED_RANGES
-from mpscl_ray.data.schema import FORMAT_VERSION, SPLITS, Case, Manifest, Scaling
-from mpscl_ray.data.slices import Recipe
+from mpscl_ray.data.recipe import RELEASED_RANGES, Recipe
+from mpscl_ray.data.schema import FORMAT_VERSION, Case, Manifest, Scaling
 from mpscl_ray.data.source_cases import LayoutOptions, SourceCase
 from mpscl_ray.data.source_volumes import Request, Settings, Staged
 from mpscl_ray.data.splits import (

@@ -13,8 +13,8 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"errors", "__init__", "data.__init__"}),
     frozenset({"durable_files", "storage", "config"}),
     frozenset(
-        "networks losses label_free prototypes pseudo_labels metrics data.order data.geometry data.slices data.phantom "
-        "data.phantom_shapes data.phantom_imaging data.augment".split()
+        "networks losses label_free prototypes pseudo_labels metrics data.order data.recipe data.geometry data.slices "
+        "data.phantom data.phantom_shapes data.phantom_imaging data.augment".split()
     ),
     frozenset({"distributed", "batch_statistics"}),
     frozenset({"optimisation", "methods"}),
@@ -26,7 +26,7 @@ LAYERS: tuple[frozenset[str], ...] = (
         "data.chosen data.reading data.released_slices data.source_volumes data.splits data.stream data.tfrecord "
         "data.phantom_files cli "
         "search.__init__ search.settings search.space search.ledger search.draws search.criteria "
-        "search.outcome search.figures search.terminal search.sharing systems".split()
+        "search.agreement search.outcome search.figures search.terminal search.sharing systems".split()
     ),
     frozenset("validation feature_record construction pace training training_data fork figures titles".split()),
     frozenset(
