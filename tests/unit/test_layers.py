@@ -30,11 +30,11 @@ LAYERS: tuple[frozenset[str], ...] = (
     ),
     frozenset("validation feature_record construction pace training training_data fork figures titles".split()),
     frozenset(
-        "cluster_session parallel data.pipeline prepare prepare_options prepare_plan phantom_dataset monitoring "
-        "worker lost_workers capacity places launch preflight trial train evaluation evaluate predict report "
-        "report_groups report_page report_runs report_sections compare comparison_cells comparison_run "
-        "comparison_table published_scores search.beginning search.early_stopping search.task search.study "
-        "search.results tune".split()
+        "cluster_session parallel data.pipeline prepare prepare_options prepare_plan prepare_run phantom_dataset "
+        "monitoring worker lost_workers capacity places launch preflight trial train train_run evaluation evaluate "
+        "evaluate_run predict predict_run report report_run report_groups report_page report_runs report_sections "
+        "compare compare_run comparison_cells comparison_run comparison_table published_scores search.beginning "
+        "search.early_stopping search.task search.study search.results tune tune_run".split()
     ),
 )
 ONLY_THESE_IMPORT_RAY = LAYERS[-1]

@@ -16,7 +16,7 @@ import pytest
 
 ray = pytest.importorskip("ray")
 
-from mpscl_ray import capacity, checkpoint, cli, launch, train  # noqa: E402
+from mpscl_ray import capacity, checkpoint, cli, launch, train, train_run  # noqa: E402
 from mpscl_ray.config import load_config  # noqa: E402
 from mpscl_ray.errors import ClusterError, ConfigError, DataError, StorageError  # noqa: E402
 from mpscl_ray.run_folder import RunFolder  # noqa: E402
@@ -38,7 +38,7 @@ def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     def start(*arguments: object, **options: object) -> None:
         pytest.fail("Ray would have been started")
 
-    monkeypatch.setattr(train, "connect", start)
+    monkeypatch.setattr(train_run, "connect", start)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
 
 
@@ -352,14 +352,14 @@ class Trained:
 
 @pytest.fixture
 def pretend_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train, "connect", lambda **options: contextlib.nullcontext())
-    monkeypatch.setattr(train, "places_of_killed_commands_given_back", lambda folder: contextlib.nullcontext())
+    monkeypatch.setattr(train_run, "connect", lambda **options: contextlib.nullcontext())
+    monkeypatch.setattr(train_run, "places_of_killed_commands_given_back", lambda folder: contextlib.nullcontext())
     monkeypatch.setattr(capacity, "check_cluster", lambda config: False)
-    monkeypatch.setattr(train, "check_nodes", lambda run, datasets: None)
+    monkeypatch.setattr(train_run, "check_nodes", lambda run, datasets: None)
     monkeypatch.setattr(launch, "open_data", lambda config, domains: local_data(config))
     monkeypatch.setattr(launch, "Launch", Trained)
-    monkeypatch.setattr(train, "evaluate_phases", lambda *arguments: None)
-    monkeypatch.setattr(train, "draw_phases", lambda *arguments: None)
+    monkeypatch.setattr(train_run, "evaluate_phases", lambda *arguments: None)
+    monkeypatch.setattr(train_run, "draw_phases", lambda *arguments: None)
 
 
 @pytest.mark.usefixtures("pretend_ray")
@@ -367,7 +367,7 @@ def test_interrupted_during_the_evaluation(
     command: Command, pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(train, "evaluate_phases", lambda *arguments: os.kill(os.getpid(), signal.SIGINT))
+        patch.setattr(train_run, "evaluate_phases", lambda *arguments: os.kill(os.getpid(), signal.SIGINT))
         code, text, _ = command(*tiny(pair, tmp_path))
     assert code == 130
     assert "stopped by SIGINT during the evaluation; to go on:" in text
@@ -431,7 +431,7 @@ def test_results_in_the_working_directory_of_a_job_are_warned_of(command: Comman
 def test_a_defect_keeps_its_traceback_and_is_in_the_status(
     command: Command, pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train, "evaluate_phases", lambda *arguments: 1 / 0)
+    monkeypatch.setattr(train_run, "evaluate_phases", lambda *arguments: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         command(*tiny(pair, tmp_path))
     status = RunFolder(tmp_path / "run").read_status()
