@@ -1,4 +1,4 @@
-"""The cells of a comparison: which run each of them is, which share their beginning, and how far they are."""
+"""The cells of a comparison: what was asked for, the run of each, which share their beginning, and how far they are."""
 
 from __future__ import annotations
 
@@ -22,6 +22,29 @@ OF_A_CELL = ("run.name", "run.seed", "data.labelled", "method.name")
 """Settings that the comparison makes itself."""
 
 CellState = Literal["waiting", "running", "finished", "failed", "interrupted"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the command line asks for.
+
+    Attributes:
+        systems: in the order of the table.
+        seeds: of the runs.
+        directions: forward, backward or both.
+        families: direction -> folder of presets.
+        overrides: ``key=value`` for all cells.
+        out: folder, or URL, of the comparison; None for ``STORAGE/compare``.
+        at_once: most cells at a time; None for as many as there is room for.
+    """
+
+    systems: tuple[str, ...]
+    seeds: tuple[int, ...]
+    directions: tuple[str, ...]
+    families: Mapping[str, str]
+    overrides: tuple[str, ...]
+    out: str | None = None
+    at_once: int | None = None
 
 
 @dataclass(frozen=True)

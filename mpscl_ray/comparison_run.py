@@ -15,7 +15,7 @@ from mpscl_ray.bucket_run import open_run
 from mpscl_ray.comparison_cells import Cell, Entry, Ledger
 from mpscl_ray.config import config_from_dict, to_dict
 from mpscl_ray.errors import MpsclError, StorageError
-from mpscl_ray.evaluate import evaluate_phases
+from mpscl_ray.evaluate_run import evaluate_phases
 from mpscl_ray.fork import fork
 from mpscl_ray.interruption import Interruption
 from mpscl_ray.launch import Launch

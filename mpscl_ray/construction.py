@@ -11,11 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from mpscl_ray import checkpoint
-from mpscl_ray.config import WARM_UP, Config
-from mpscl_ray.config_schema import is_adaptation
-from mpscl_ray.methods import METHODS, MPSCL, AdvEnt, AdvEntConfig, Segmentation, SegmentationConfig
+from mpscl_ray.config import Config, SIFAConfig, is_adaptation, method_name, settings_of_phase
+from mpscl_ray.methods import METHODS, MPSCL, Segmentation
 from mpscl_ray.methods.base import Method, TrainingSlices
-from mpscl_ray.methods.sifa import SIFAConfig
 from mpscl_ray.networks import Segmenter, build, initialise
 from mpscl_ray.networks.pretrained import load_pretrained, load_prototypes, load_tensors
 
@@ -77,23 +75,10 @@ def prepare(method: Method, config: Config, slices: TrainingSlices) -> None:
         method.prototypes = load_prototypes(Path(path), *method.prototypes.shape).to(method.prototypes)
 
 
-def settings_of_phase(config: Config, phase: str) -> tuple[type[Any], Any]:
-    """The class that trains a phase and its settings, those of the run's method that have the same name.
-
-    Plain segmentation comes first and AdvEnt is the warm-up, whatever the method.
-    """
-    if is_adaptation(phase):
-        return METHODS[config.method_name], config.method
-    kind, settings = (AdvEnt, AdvEntConfig) if phase == WARM_UP else (Segmentation, SegmentationConfig)
-    shared = {field.name for field in dataclasses.fields(settings)} & {
-        field.name for field in dataclasses.fields(config.method)
-    }
-    return kind, settings(**{name: getattr(config.method, name) for name in shared})
-
-
 def build_method(config: Config, phase: str, segmenter: Segmenter, num_classes: int, device: torch.device) -> Method:
     """The method that trains the segmenter in one phase."""
-    kind, settings = settings_of_phase(config, phase)
+    settings = settings_of_phase(config, phase)
+    kind = METHODS[method_name(settings)]
     optim = config.optim
     if kind is Segmentation and config.phases.source_only_lr is not None:
         optim = dataclasses.replace(optim, lr=config.phases.source_only_lr)

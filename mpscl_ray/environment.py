@@ -12,8 +12,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import mpscl_ray
 
 _CREDENTIALS = re.compile(r"(?<=://)[^/@\s]+(?=@)")
@@ -29,6 +27,8 @@ def environment(command: Sequence[str] | None = None) -> dict[str, Any]:
     Returns:
         Keys started, mpscl_ray, commit, command, python, platform, cpus, torch, gpus, gpu_driver, packages.
     """
+    import torch  # Whoever wants the time alone, below, does without the seconds that this takes.
+
     return {
         "started": now(),
         "mpscl_ray": mpscl_ray.__version__,

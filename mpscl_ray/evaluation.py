@@ -16,7 +16,8 @@ from typing import Any
 from mpscl_ray import __version__
 from mpscl_ray.bucket_run import open_run
 from mpscl_ray.cluster_session import connect
-from mpscl_ray.data.schema import SPLITS, Case, Manifest, Scaling, load_manifest, read_case
+from mpscl_ray.data import SPLITS
+from mpscl_ray.data.schema import Case, Manifest, Scaling, load_manifest, read_case
 from mpscl_ray.data.slices import unscale
 from mpscl_ray.durable_files import storage_errors, write_atomically
 from mpscl_ray.errors import DataError

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from mpscl_ray import checkpoint as checkpoints
 from mpscl_ray.bucket_run import open_run
-from mpscl_ray.data.slices import Recipe, scale
+from mpscl_ray.data.recipe import Recipe
+from mpscl_ray.data.slices import scale
 from mpscl_ray.errors import ConfigError, DataError
 from mpscl_ray.networks import Segmenter, build
 from mpscl_ray.networks.pretrained import load_pretrained

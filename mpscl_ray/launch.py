@@ -24,8 +24,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 
 from mpscl_ray import __version__
 from mpscl_ray.capacity import cluster_shortage, worker_place
-from mpscl_ray.config import Config, to_dict
-from mpscl_ray.config_schema import reads_target
+from mpscl_ray.config import Config, DiscriminatorConfig, reads_target, to_dict
 from mpscl_ray.construction import network_arguments
 from mpscl_ray.data import SOURCE_DOMAIN, TARGET_DOMAIN
 from mpscl_ray.data.agreement import check_pair
@@ -34,7 +33,7 @@ from mpscl_ray.data.schema import Manifest, load_manifest
 from mpscl_ray.data.stream import Slices
 from mpscl_ray.errors import ClusterError, ConfigError, DataError, MpsclError, NoRoom, StorageError, TrainingError
 from mpscl_ray.lost_workers import LossesToNotices, causes, last_line
-from mpscl_ray.methods.adversarial import DISCRIMINATORS, DiscriminatorConfig
+from mpscl_ray.methods.adversarial import DISCRIMINATORS
 from mpscl_ray.run_folder import FAILURE_FILE, STOP_FILE, RunFolder
 from mpscl_ray.storage import Remote, locate
 from mpscl_ray.training import Outcome
@@ -244,7 +243,7 @@ class Launch:
         data: what is trained on.
         use_gpu: whether each worker gets a GPU.
         display_name: name in the metrics and in Ray's account of trainings; None is the run's.
-        fit: what trains.
+        fit: what trains; None is Ray Train.
     """
 
     def __init__(
@@ -255,7 +254,7 @@ class Launch:
         use_gpu: bool,
         *,
         display_name: str | None = None,
-        fit: Fit = fit_on_ray,
+        fit: Fit | None = None,
     ) -> None:
         self.config, self.folder, self.use_gpu = config, folder, use_gpu
         self.stop_requested = False
@@ -264,7 +263,7 @@ class Launch:
         self._error: BaseException | None = None
         for name in (STOP_FILE, FAILURE_FILE):
             (folder.path / name).unlink(missing_ok=True)
-        self._fit = functools.partial(fit, config, folder, data, use_gpu, display_name or folder.name)
+        self._fit = functools.partial(fit or fit_on_ray, config, folder, data, use_gpu, display_name or folder.name)
         self._thread = threading.Thread(target=self._run, name="fit", daemon=True)
 
     def start(self) -> None:

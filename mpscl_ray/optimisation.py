@@ -4,57 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from mpscl_ray import distributed
 from mpscl_ray.batch_statistics import convert_batch_norm
+from mpscl_ray.config import OptimConfig, ParameterKind, PrecisionConfig
 from mpscl_ray.errors import DataError
 from mpscl_ray.losses import poly_lr
-
-ParameterKind = Literal["stem", "block", "downsample", "head"]
-"""Where a convolution of the segmenter stands; decides its sub-steps, see ``OptimConfig.legacy_param_repeats``."""
-
-
-@dataclass(frozen=True)
-class OptimConfig:
-    """SGD for the segmenter, Adam for the discriminators, polynomial decay for both, restarted with every phase."""
-
-    lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 2.5e-4
-    """Learning rate of the segmenter at the start of a phase."""
-    head_lr_factor: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 10.0
-    """Learning rate of the two classifier heads over that of the backbone."""
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    """Momentum of SGD."""
-    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 5e-4
-    """Weight decay of SGD; 5e-4 in the released code, 1e-4 in the paper."""
-    lr_discriminator: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-4
-    """Learning rate of Adam at the start of a phase."""
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.99)
-    """Moment decays of Adam."""
-    power: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.9
-    """Exponent of the decay lr (1 - i / iterations)^power."""
-    legacy_param_repeats: dict[ParameterKind, Annotated[int, Field(ge=1)]] | None = None
-    """SGD sub-steps a parameter takes in one iteration, by where it stands: {stem: 1, block: 3, downsample: 4, head: 1}
-    is what the released code does by listing parameters several times. null: one each."""
-
-
-@dataclass(frozen=True)
-class PrecisionConfig:
-    """How GPUs compute. Cosines, logarithms, margin and Dice are in float32 whatever is set here."""
-
-    dtype: Literal["fp32", "bf16"] = "fp32"
-    """bf16 runs the networks under autocast; weights and optimisers stay float32."""
-    tf32: bool = True
-    """Let float32 products of GPUs use TF32."""
-    channels_last: bool = False
-    """Keep images and convolution weights in NHWC order."""
-    compile: bool = False
-    """Compile the networks with torch.compile; takes a minute at the start."""
 
 
 def prepare_network(network: nn.Module, device: torch.device, precision: PrecisionConfig) -> None:

@@ -15,12 +15,12 @@ from pathlib import Path
 from mpscl_ray.config import Config
 from mpscl_ray.data import phantom, phantom_imaging, phantom_shapes
 from mpscl_ray.data.phantom_files import FIRST_CASE, make_phantom
+from mpscl_ray.data.recipe import Recipe
 from mpscl_ray.data.schema import MANIFEST, load_manifest, save_manifest
-from mpscl_ray.data.slices import Recipe
 from mpscl_ray.durable_files import storage_errors, write_atomically
 from mpscl_ray.errors import ConfigError
-from mpscl_ray.prepare import prepare, unfinished
 from mpscl_ray.prepare_options import PrepareOptions
+from mpscl_ray.prepare_run import prepare, unfinished
 from mpscl_ray.storage import Remote, locate
 
 PREFIX = "phantom:"

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mpscl_ray import cli
+from mpscl_ray.data import SPLITS
 from mpscl_ray.data.file_listing import spelt_out
 from mpscl_ray.data.layouts import LAYOUTS
-from mpscl_ray.data.released_slices import Flip
-from mpscl_ray.data.schema import SPLITS
-from mpscl_ray.data.slices import Recipe
+from mpscl_ray.data.recipe import RELEASED_RANGES, Recipe
+from mpscl_ray.data.source_cases import Flip
 from mpscl_ray.errors import ConfigError
 from mpscl_ray.storage import Remote, locate
 
@@ -35,6 +35,9 @@ examples:
     python -m mpscl_ray.prepare Dataset042_Heart --layout nnunet --out DATA --split 0.8,0.2,0 \\
         --crop 192,192 --size 64,64
 """
+
+SLICE_LAYOUTS = ("tfrecord", "npy")
+"""Layouts of what was made into slices before."""
 
 
 @dataclass(frozen=True)
@@ -91,11 +94,36 @@ class PrepareOptions:
             raise ConfigError(f"--assume-spacing {_text(spacing)}: expected three sizes in mm above 0")
         if self.modality is not None and not self.modality.replace("_", "").replace("-", "").isalnum():
             raise ConfigError(f"--modality {self.modality!r}: expected a short name such as ct, mr, lge")
+        self.given_range(self.modality or "ct")
 
     @property
     def splits_without_labels(self) -> tuple[str, ...]:
         """Splits that need no labels, and get none."""
         return tuple(name for name in SPLITS if name in self.unlabelled or (name == "train" and self.transductive))
+
+    def given_range(self, modality: str) -> tuple[float, float, str] | None:
+        """Lower and upper end and origin of the intensity range by ``--range``; None where it is to be estimated.
+
+        Raises:
+            ConfigError: where it is neither a known word nor two numbers, the lower one first.
+        """
+        text = self.range
+        published = RELEASED_RANGES.get(modality)
+        if text == "auto":
+            text = "sifa" if self.layout in SLICE_LAYOUTS and published else "estimate"
+        if text == "estimate":
+            return None
+        if text == "sifa":
+            if published is None:
+                raise ConfigError(f"--range sifa is published for ct and mr, not for {modality!r}; give --range LO,HI")
+            return *published, "published (SIFA, MPSCL)"
+        found = numbers(text)
+        if found is None or len(found) != 2 or not -1e30 < found[0] < found[1] < 1e30:
+            raise ConfigError(
+                f"--range {text!r}: expected two numbers, the lower one first, e.g. --range -2.8,3.2, or estimate, or "
+                "sifa"
+            )
+        return found[0], found[1], "given"
 
     def command(self) -> str:
         """Command line that does the same; settings that do not change the dataset are left out."""
@@ -113,6 +141,14 @@ class PrepareOptions:
             flag = "--" + name.replace("_", "-")
             words += [flag] if value is True else [flag, _text(value)]
         return spelt_out(shlex.join(words))
+
+
+def numbers(text: str) -> list[float] | None:
+    """Numbers with commas between, where it is some."""
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        return None
 
 
 def _text(value: Any) -> str:

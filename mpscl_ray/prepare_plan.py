@@ -7,10 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import mpscl_ray
+from mpscl_ray.data import SPLITS
 from mpscl_ray.data.label_table import LabelTable, parse_label_table, with_corrections, with_ignored
-from mpscl_ray.data.released_slices import RELEASED_RANGES
-from mpscl_ray.data.schema import FORMAT_VERSION, SPLITS, Case, Manifest, Scaling
-from mpscl_ray.data.slices import Recipe
+from mpscl_ray.data.recipe import Recipe
+from mpscl_ray.data.schema import FORMAT_VERSION, Case, Manifest, Scaling
 from mpscl_ray.data.source_cases import LayoutOptions, SourceCase
 from mpscl_ray.data.source_volumes import Request, Settings, Staged
 from mpscl_ray.data.splits import (
@@ -22,9 +22,8 @@ from mpscl_ray.data.splits import (
     split_published,
 )
 from mpscl_ray.errors import ConfigError, DataError
-from mpscl_ray.prepare_options import PrepareOptions
+from mpscl_ray.prepare_options import SLICE_LAYOUTS, PrepareOptions, numbers
 
-_SLICE_LAYOUTS = ("tfrecord", "npy")
 _DEFAULT_FRACTIONS = "0.7,0.1,0.2"
 _LEAK_OF_THE_RELEASE = (
     "in the public release the MR validation slices come from the MR test patients: never select a model for MR on them"
@@ -111,11 +110,11 @@ def split_cases(options: PrepareOptions, modality: str, cases: Sequence[SourceCa
         if modality == "mr" and listed["val"]:
             splitting = replace(splitting, notices=(*splitting.notices, _LEAK_OF_THE_RELEASE))
         return splitting
-    fractions = _fractions(how)
+    fractions = numbers(how)
     if fractions is None:
         path = Path(how)
         return split_listed(members, read_split_file(path, modality), f"--split {path}")
-    fixed = [case for case in cases if case.split is not None and options.layout not in _SLICE_LAYOUTS]
+    fixed = [case for case in cases if case.split is not None and options.layout not in SLICE_LAYOUTS]
     if not fixed:
         return split_fractions(members, fractions, options.seed)
     # The folder itself names the test cases (imagesTs): only the others are drawn.
@@ -131,15 +130,7 @@ def split_cases(options: PrepareOptions, modality: str, cases: Sequence[SourceCa
 def _default_split(layout: str) -> str:
     if layout == "mmwhs":
         return "mmwhs"
-    return "released" if layout in _SLICE_LAYOUTS else _DEFAULT_FRACTIONS
-
-
-def _fractions(text: str) -> list[float] | None:
-    """Numbers, where it is some; None where it is the name of a file."""
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError:
-        return None
+    return "released" if layout in SLICE_LAYOUTS else _DEFAULT_FRACTIONS
 
 
 def requests(
@@ -176,36 +167,15 @@ def requests(
 # --------------------------------------------------------------------------------------------------------- range
 
 
-def given_range(options: PrepareOptions, modality: str) -> Scaling | None:
-    """The intensity range by ``--range``; None where it is to be estimated.
+def scaling(options: PrepareOptions, modality: str, staged: Sequence[Staged]) -> Scaling:
+    """The given range, else one that covers the training cases: the lowest and the highest of their robust ranges.
 
     Raises:
-        ConfigError: where it is neither a known word nor two numbers, the lower one first.
+        DataError: where there is no training case to estimate it from.
     """
-    text = options.range
-    published = RELEASED_RANGES.get(modality)
-    if text == "auto":
-        text = "sifa" if options.layout in _SLICE_LAYOUTS and published else "estimate"
-    if text == "estimate":
-        return None
-    if text == "sifa":
-        if published is None:
-            raise ConfigError(f"--range sifa is published for ct and mr, not for {modality!r}; give --range LO,HI")
-        return Scaling(*published, "published (SIFA, MPSCL)")
-    numbers = _fractions(text)
-    if numbers is None or len(numbers) != 2 or not -1e30 < numbers[0] < numbers[1] < 1e30:
-        raise ConfigError(
-            f"--range {text!r}: expected two numbers, the lower one first, e.g. --range -2.8,3.2, or estimate, or sifa"
-        )
-    return Scaling(numbers[0], numbers[1], "given")
-
-
-def estimated_range(modality: str, staged: Sequence[Staged]) -> Scaling:
-    """Range that covers the training cases: the lowest and the highest of their robust ranges.
-
-    Raises:
-        DataError: where there is no training case.
-    """
+    given = options.given_range(modality)
+    if given is not None:
+        return Scaling(*given)
     training = [case.intensity_range for case in staged if case.request.split == "train"]
     if not training:
         raise DataError(f"{modality}: no training case to estimate the intensity range from; give --range LO,HI")

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from mpscl_ray import checkpoint as checkpoints
 from mpscl_ray.bucket_run import open_run
 from mpscl_ray.config import config_from_dict
-from mpscl_ray.data.schema import SPLITS, Case, load_manifest, read_case
+from mpscl_ray.data import SPLITS
+from mpscl_ray.data.schema import Case, load_manifest, read_case
 from mpscl_ray.errors import ConfigError, DataError
 from mpscl_ray.feature_record import FeatureRecord
 from mpscl_ray.figures.feature_space import FeatureSample, sample_of

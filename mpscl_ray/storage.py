@@ -4,6 +4,8 @@ A place is a local path or ``s3://bucket/folder``; :func:`locate` tells which. T
 ``?endpoint_override=host:port`` or ``AWS_ENDPOINT_URL`` names, else AWS. Credentials come from where AWS tools look for
 them (``AWS_ACCESS_KEY_ID`` and ``AWS_SECRET_ACCESS_KEY``, a profile, the role of the machine), on every node, and never
 from the URL, because URLs are kept in the files of a run.
+
+pyarrow is imported where a server is asked, as each command and preset only wants to know whether a place is a URL.
 """
 
 from __future__ import annotations
@@ -17,14 +19,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import IO, Literal
+from typing import IO, TYPE_CHECKING, Literal
 from urllib.parse import parse_qsl, urlsplit
-
-import pyarrow as pa
-from pyarrow import fs
 
 from mpscl_ray.durable_files import storage_errors
 from mpscl_ray.errors import ConfigError, DataError, StorageError
+
+if TYPE_CHECKING:
+    from pyarrow import NativeFile, fs
 
 _OPTIONS = ("endpoint_override", "region", "scheme")
 _CHUNK = 1 << 23
@@ -168,15 +170,14 @@ class Remote:
 
     def stamp(self) -> tuple[int, int] | None:
         """Size and time of the object, which differ when it was replaced; None where there is none."""
-        with self._errors("read"):
-            (info,) = self._fs.get_file_info([self.key])
-        return (info.size, info.mtime_ns) if info.type == fs.FileType.File else None
+        info = self._look()
+        return (info.size, info.mtime_ns) if info.is_file else None
 
     def exists(self) -> bool:
         """Whether there is such an object or folder."""
-        with self._errors("read"):
-            (info,) = self._fs.get_file_info([self.key])
-        return bool(info.type != fs.FileType.NotFound)
+        from pyarrow import fs
+
+        return bool(self._look().type != fs.FileType.NotFound)
 
     def require_bucket(self) -> None:
         """Raises StorageError where there is no such bucket, which looks like an empty folder otherwise."""
@@ -186,18 +187,25 @@ class Remote:
 
     def files(self) -> list[str]:
         """Names, relative to this folder, of all objects below it."""
-        return self._list(fs.FileType.File, recursive=True)
+        return self._list("File", recursive=True)
 
     def folders(self) -> list[str]:
         """Names of the folders directly below this one."""
-        return self._list(fs.FileType.Directory, recursive=False)
+        return self._list("Directory", recursive=False)
 
-    def _list(self, kind: fs.FileType, recursive: bool) -> list[str]:
+    def _list(self, kind: Literal["File", "Directory"], recursive: bool) -> list[str]:
+        from pyarrow import fs
+
         with self._errors("list"):
             found = self._fs.get_file_info(fs.FileSelector(self.key, recursive=recursive, allow_not_found=True))
-        return sorted(info.path.removeprefix(f"{self.key}/") for info in found if info.type == kind)
+        return sorted(info.path.removeprefix(f"{self.key}/") for info in found if info.type == fs.FileType[kind])
 
-    def _writing(self) -> pa.NativeFile:
+    def _look(self) -> fs.FileInfo:
+        with self._errors("read"):
+            (info,) = self._fs.get_file_info([self.key])
+        return info
+
+    def _writing(self) -> NativeFile:
         # Without this a name that ends in .gz has its contents compressed, which they are already.
         return self._fs.open_output_stream(self.key, compression=None)
 
@@ -207,11 +215,13 @@ class Remote:
 
     @contextmanager
     def _errors(self, action: Literal["read", "write", "delete", "list"]) -> Iterator[None]:
+        from pyarrow import ArrowException
+
         try:
             yield
         except FileNotFoundError:
             raise
-        except (OSError, pa.ArrowException) as error:
+        except (OSError, ArrowException) as error:
             raise StorageError(f"cannot {action} {self}: {self._reason(str(error), action)}") from error
 
     def _reason(self, message: str, action: str) -> str:
@@ -301,6 +311,8 @@ def _endpoint(query: str) -> str:
 
 @lru_cache(maxsize=8)
 def _filesystem(query: str, endpoint: str) -> fs.S3FileSystem:
+    from pyarrow import fs
+
     options = dict(parse_qsl(query))
     scheme, separator, host = endpoint.rpartition("://")
     return fs.S3FileSystem(

@@ -5,9 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from mpscl_ray.config import Config, to_dict
-from mpscl_ray.config_schema import is_adaptation
-from mpscl_ray.construction import settings_of_phase
+from mpscl_ray.config import Config, is_adaptation, settings_of_phase, to_dict
 
 SYSTEMS: dict[str, str] = {
     "source_only": "W/o adaptation",
@@ -50,8 +48,8 @@ def beginning(config: Config, phase: str) -> dict[str, Any]:
     values["run"] = config.run.seed
     learnt = []
     for name, iterations in config.schedule[: names.index(phase) + 1]:
-        kind, settings = settings_of_phase(config, name)
-        learnt.append((name, iterations, kind.__name__, dataclasses.asdict(settings)))
+        settings = settings_of_phase(config, name)
+        learnt.append((name, iterations, type(settings).__name__, dataclasses.asdict(settings)))
     values["phases"] = learnt
     values["source_only_lr"] = config.phases.source_only_lr
     return values

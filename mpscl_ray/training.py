@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from mpscl_ray import checkpoint, distributed
-from mpscl_ray.config import SOURCE_ONLY, Config
-from mpscl_ray.config_schema import is_adaptation, reads_target
+from mpscl_ray.config import SOURCE_ONLY, Config, is_adaptation, reads_target
 from mpscl_ray.construction import (
     build_method,
     build_segmenter,

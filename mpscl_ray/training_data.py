@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from mpscl_ray import distributed
-from mpscl_ray.config import Config
-from mpscl_ray.config_schema import reads_target
+from mpscl_ray.config import Config, reads_target
 from mpscl_ray.data import SOURCE_DOMAIN, TARGET_DOMAIN
 from mpscl_ray.data.chosen import ChosenSlices
 from mpscl_ray.data.order import share

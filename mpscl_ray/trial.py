@@ -35,7 +35,7 @@ class Shared:
         use_gpu: whether each worker gets a GPU.
         at_once: how many trainings the cluster has room for at a time.
         account: whether Ray's dashboard is told of the trainings.
-        fit: what trains.
+        fit: what trains; None is Ray Train.
     """
 
     domains: launch.Domains
@@ -43,16 +43,16 @@ class Shared:
     use_gpu: bool
     at_once: int
     account: bool
-    fit: launch.Fit = launch.fit_on_ray
+    fit: launch.Fit | None = None
 
 
-def open_shared(config: Config, folder: RunFolder, fit: launch.Fit = launch.fit_on_ray) -> tuple[Shared, list[str]]:
+def open_shared(config: Config, folder: RunFolder, fit: launch.Fit | None = None) -> tuple[Shared, list[str]]:
     """Open the data of trainings that differ in settings which do not decide on what is read.
 
     Args:
         config: of any of them; its datasets are folders already (:mod:`mpscl_ray.phantom_dataset`).
         folder: of the command, which is there already; the runs will be below it.
-        fit: what trains.
+        fit: what trains; None is Ray Train.
 
     Returns:
         What the trainings share, and a sentence for each thing that deserves a warning.

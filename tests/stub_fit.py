@@ -16,8 +16,7 @@ import torch
 
 from mpscl_ray import checkpoint, cli
 from mpscl_ray.bucket_run import open_run
-from mpscl_ray.config import SOURCE_ONLY, Config
-from mpscl_ray.config_schema import is_adaptation
+from mpscl_ray.config import SOURCE_ONLY, Config, is_adaptation
 from mpscl_ray.construction import build_segmenter, network_arguments
 from mpscl_ray.run_folder import STOP_FILE, RunFolder
 from mpscl_ray.search.criteria import CRITERIA

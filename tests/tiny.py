@@ -14,12 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from mpscl_ray.config import Config, load_config, to_dict
-from mpscl_ray.config_schema import reads_target
+from mpscl_ray.config import METHOD_CONFIGS, Config, load_config, reads_target, to_dict
 from mpscl_ray.data import TARGET_DOMAIN
 from mpscl_ray.data.schema import Manifest, Scaling, load_manifest, save_manifest, write_case
 from mpscl_ray.data.stream import LocalSlices
-from mpscl_ray.methods import METHOD_CONFIGS, METHODS
+from mpscl_ray.methods import METHODS
 from mpscl_ray.training_data import TrainingData
 
 CLASSES = ("background", "ventricle", "wall")

@@ -10,24 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mpscl_ray.methods import (
-    METHOD_CONFIGS,
-    METHODS,
-    MPSCL,
-    SIFA,
-    AdaBN,
-    AdaOutput,
-    AdvEnt,
-    Batch,
-    Method,
-    MPSCLConfig,
-    Segmentation,
-    SIFAConfig,
-)
+from mpscl_ray.config import METHOD_CONFIGS, MPSCLConfig, OptimConfig, PrecisionConfig, SIFAConfig
+from mpscl_ray.methods import METHODS, MPSCL, SIFA, AdaBN, AdaOutput, AdvEnt, Batch, Method, Segmentation
 from mpscl_ray.networks import build, initialise
 from mpscl_ray.networks.deeplab import DeepLabV2
 from mpscl_ray.networks.sifa import SIFASegmenter
-from mpscl_ray.optimisation import OptimConfig, PrecisionConfig
 
 CLASSES = 3
 SIZE = 32

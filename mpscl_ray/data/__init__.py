@@ -5,3 +5,6 @@ SOURCE_DOMAIN = "source"
 
 TARGET_DOMAIN = "target"
 """The unlabelled domain that the segmenter is adapted to."""
+
+SPLITS = ("train", "val", "test")
+"""Parts of a dataset, by patient."""

@@ -8,16 +8,14 @@ touched by additions, multiplications and roundings only, which give the same bi
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Annotated
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from pydantic import Field
 from torch import Tensor
 
+from mpscl_ray.config import AugmentConfig
 from mpscl_ray.data.order import Keys, hash_integers
 
 _CHANNELS = 2
@@ -26,33 +24,6 @@ _CHANNELS = 2
 _AFFINE_DRAWS = 4
 _MAPPING_DRAWS = 3
 _WEIGHT_DRAWS = 64
-
-
-@dataclass(frozen=True)
-class AugmentConfig:
-    """Ranges of the random changes; the defaults change nothing."""
-
-    rotation_deg: Annotated[float, Field(ge=0, le=180)] = 0.0
-    """Largest rotation in the slice plane, in degrees; drawn evenly from +-rotation_deg."""
-    scale: tuple[Annotated[float, Field(ge=0.1, le=10)], Annotated[float, Field(ge=0.1, le=10)]] = (1.0, 1.0)
-    """Smallest and largest magnification of the anatomy; drawn evenly on a logarithmic scale."""
-    translation: Annotated[float, Field(ge=0, le=0.5)] = 0.0
-    """Largest shift along either side, as a fraction of that side; drawn evenly from +-translation."""
-    intensity_mapping: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Probability that the intensities of a slice are remapped by a random shallow convolution."""
-    intensity_mapping_strength: Annotated[float, Field(ge=0, le=1)] = 1.0
-    """Largest weight of the remapped image in the blend with the original; drawn evenly from 0 to this."""
-    intensity_mapping_layers: Annotated[int, Field(ge=1, le=3)] = 3
-    """Largest number of convolutions of a mapping; drawn evenly from 1 to this."""
-
-    def __post_init__(self) -> None:
-        if self.scale[0] > self.scale[1]:
-            raise ValueError(f"scale is (smallest, largest), and {self.scale[0]} is larger than {self.scale[1]}")
-
-    @property
-    def moves(self) -> bool:
-        """Whether the anatomy is moved, turned or scaled."""
-        return self.rotation_deg > 0 or self.translation > 0 or tuple(self.scale) != (1.0, 1.0)
 
 
 def augment(image: Tensor, label: Tensor | None, keys: Keys, config: AugmentConfig) -> tuple[Tensor, Tensor | None]:

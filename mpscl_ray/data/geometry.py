@@ -28,17 +28,11 @@ import numpy as np
 import numpy.typing as npt
 import scipy.sparse
 
+from mpscl_ray.data.recipe import PLANES
 from mpscl_ray.errors import DataError
 
 FloatArray = npt.NDArray[np.floating[Any]]
 LabelArray = npt.NDArray[np.integer[Any]]
-
-PLANES: dict[str, tuple[tuple[int, int], tuple[int, int], tuple[int, int]]] = {
-    "coronal": ((1, +1), (2, -1), (0, -1)),
-    "axial": ((2, +1), (1, -1), (0, -1)),
-    "sagittal": ((0, +1), (2, -1), (1, -1)),
-}
-"""For D, H and W of each plane: the world axis (0 right, 1 anterior, 2 superior) and the sense it is walked in."""
 
 _LETTERS = (("L", "R"), ("P", "A"), ("I", "S"))
 

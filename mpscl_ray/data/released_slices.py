@@ -7,22 +7,17 @@ import zipfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mpscl_ray.data.nifti import check_same_geometry, read_image, read_label
-from mpscl_ray.data.source_cases import SourceCase
+from mpscl_ray.data.recipe import RELEASED_RANGES
+from mpscl_ray.data.source_cases import Flip, SourceCase
 from mpscl_ray.data.tfrecord import read_slices
 from mpscl_ray.errors import DataError
 
-Flip = Literal["auto", "none", "both"]
-RELEASED_RANGES = {"ct": (-2.8, 3.2), "mr": (-1.8, 4.4)}
-"""Intensities that SIFA and MPSCL map to [-1, 1].
-
-Source: the constants of the released evaluation code.
-"""
 _MOST_VOXELS = 2**31
 
 

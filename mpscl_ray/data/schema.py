@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
+from mpscl_ray.data import SPLITS
 from mpscl_ray.data.agreement import label_statistics
 from mpscl_ray.durable_files import write_atomically
 from mpscl_ray.errors import DataError
@@ -30,7 +31,6 @@ from mpscl_ray.storage import Remote, cached_file, locate
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
-SPLITS = ("train", "val", "test")
 ROW_GROUP_SLICES = 64
 """Most slices in a row group; fewer where they are large, because a stream reads whole groups to get single slices."""
 ROW_GROUP_BYTES = 2**16

@@ -8,6 +8,9 @@ from typing import Literal
 
 from mpscl_ray.data.label_table import LabelTable
 
+Flip = Literal["auto", "none", "both"]
+"""Whether released test volumes are flipped along rows and columns; auto: those named like them."""
+
 Kind = Literal["nifti", "tfrecord", "npy", "npz", "released_nifti"]
 
 

@@ -18,10 +18,11 @@ from mpscl_ray.data.file_listing import spelt_out
 from mpscl_ray.data.label_maps import whole_ids
 from mpscl_ray.data.label_table import LabelTable
 from mpscl_ray.data.nifti import check_same_geometry, map_labels, phi_fields, read_image, read_label
-from mpscl_ray.data.released_slices import Flip, ReleasedSlices, read_released
+from mpscl_ray.data.recipe import Recipe
+from mpscl_ray.data.released_slices import ReleasedSlices, read_released
 from mpscl_ray.data.schema import Case, Scaling, write_case
-from mpscl_ray.data.slices import Recipe, intensity_range, prepare_volume, scale, unscale
-from mpscl_ray.data.source_cases import SourceCase
+from mpscl_ray.data.slices import intensity_range, prepare_volume, scale, unscale
+from mpscl_ray.data.source_cases import Flip, SourceCase
 from mpscl_ray.durable_files import storage_errors
 from mpscl_ray.errors import DataError, StorageError
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from mpscl_ray.data.schema import SPLITS
+from mpscl_ray.data import SPLITS
 from mpscl_ray.errors import ConfigError, DataError
 
 PUBLISHED_TEST = {

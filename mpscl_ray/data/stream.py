@@ -20,7 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mpscl_ray.data.augment import AugmentConfig, augment
+from mpscl_ray.config import AugmentConfig
+from mpscl_ray.data.augment import augment
 from mpscl_ray.data.order import Keys, Rows, StepOrder, share
 from mpscl_ray.data.reading import Arrays, SplitFiles
 from mpscl_ray.data.schema import Case

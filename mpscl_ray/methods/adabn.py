@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -10,16 +9,12 @@ from torch import Tensor, nn
 
 from mpscl_ray import distributed
 from mpscl_ray.batch_statistics import average_over_passes
+from mpscl_ray.config import AdaBNConfig, OptimConfig, PrecisionConfig
 from mpscl_ray.losses import full_precision
 from mpscl_ray.methods import base
-from mpscl_ray.methods.base import Batch, SegmentationConfig, TargetSplit, TrainingSlices
+from mpscl_ray.methods.base import Batch, TargetSplit, TrainingSlices
 from mpscl_ray.networks.deeplab import DeepLabV2
-from mpscl_ray.optimisation import OptimConfig, Optimisers, PrecisionConfig, autocast, prepare_network
-
-
-@dataclass(frozen=True)
-class AdaBNConfig(SegmentationConfig):
-    """Settings of AdaBN: it has none of its own."""
+from mpscl_ray.optimisation import Optimisers, autocast, prepare_network
 
 
 class AdaBN:
@@ -41,7 +36,7 @@ class AdaBN:
     instead of layer after layer.
     """
 
-    phases: ClassVar[tuple[str, ...]] = (base.SOURCE_ONLY, base.ADAPTATION)
+    phases: ClassVar[tuple[str, ...]] = AdaBNConfig.phases
     split: TargetSplit | None = None
 
     def __init__(

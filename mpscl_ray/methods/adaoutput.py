@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from mpscl_ray import distributed
+from mpscl_ray.config import AdaOutputConfig, OptimConfig, PrecisionConfig
 from mpscl_ray.losses import class_counts
 from mpscl_ray.methods import base
-from mpscl_ray.methods.adversarial import AdversarialConfig, Adversary
+from mpscl_ray.methods.adversarial import Adversary
 from mpscl_ray.methods.base import Batch, TargetSplit, TrainingSlices
 from mpscl_ray.methods.trained_segmenter import TrainedSegmenter
 from mpscl_ray.networks.deeplab import DeepLabV2
-from mpscl_ray.optimisation import OptimConfig, PrecisionConfig
-
-
-@dataclass(frozen=True)
-class AdaOutputConfig(AdversarialConfig):
-    """Settings of AdaOutput; its own adversarial weights are 0.001 and 0.0002, those of MPSCL's fork the default."""
-
-    adversarial_loss: Literal["bce", "least_squares"] = "bce"
-    """bce: cross-entropy of the discriminators' logits; least_squares: squared distance of their plain outputs."""
 
 
 class AdaOutput:
@@ -43,7 +34,7 @@ class AdaOutput:
     Differs from the paper: the discriminators' outputs are not brought to image size, as released.
     """
 
-    phases: ClassVar[tuple[str, ...]] = (base.SOURCE_ONLY, base.ADAPTATION)
+    phases: ClassVar[tuple[str, ...]] = AdaOutputConfig.phases
     split: TargetSplit | None = None
 
     def __init__(

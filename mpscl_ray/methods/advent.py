@@ -2,30 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from mpscl_ray import distributed
+from mpscl_ray.config import AdvEntConfig, OptimConfig, PrecisionConfig
 from mpscl_ray.losses import class_counts, self_information
 from mpscl_ray.methods import base
-from mpscl_ray.methods.adversarial import AdversarialConfig, Adversary
+from mpscl_ray.methods.adversarial import Adversary
 from mpscl_ray.methods.base import Batch, TargetSplit, TrainingSlices
 from mpscl_ray.methods.trained_segmenter import TrainedSegmenter
 from mpscl_ray.networks.deeplab import DeepLabV2
-from mpscl_ray.optimisation import OptimConfig, PrecisionConfig
-
-
-@dataclass(frozen=True)
-class AdvEntConfig(AdversarialConfig):
-    """Settings of AdvEnt, which is also the warm-up of the methods that need one."""
-
-    normalised_self_information: bool = True
-    """Divide the self-information maps by log C, as released; false is the paper's."""
-    variant: Literal["adversarial", "minent"] = "adversarial"
-    """adversarial: discriminators on self-information maps (AdvEnt); minent: the mean entropy itself is the loss."""
 
 
 class AdvEnt:
@@ -46,7 +35,7 @@ class AdvEnt:
     instead of 1e-30) are those of MPSCL's fork of it. AdvEnt and MinEnt are not averaged into one prediction.
     """
 
-    phases: ClassVar[tuple[str, ...]] = (base.SOURCE_ONLY, base.WARM_UP)
+    phases: ClassVar[tuple[str, ...]] = AdvEntConfig.phases
     split: TargetSplit | None = None
 
     def __init__(

@@ -8,50 +8,22 @@ optimisers.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Annotated, Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from mpscl_ray import distributed
 from mpscl_ray.batch_statistics import ForEach
+from mpscl_ray.config import DiscriminatorConfig, PrecisionConfig
 from mpscl_ray.losses import SOURCE_LABEL, TARGET_LABEL, domain_loss, least_squares_domain_loss
-from mpscl_ray.methods.base import SegmentationConfig, Weight
 from mpscl_ray.networks import initialise
 from mpscl_ray.networks.discriminators import FCDiscriminator, PatchGANDiscriminator
-from mpscl_ray.optimisation import PrecisionConfig, autocast, prepare_network
+from mpscl_ray.optimisation import autocast, prepare_network
 
 DISCRIMINATORS: dict[str, type[FCDiscriminator] | type[PatchGANDiscriminator]] = {
     "fc": FCDiscriminator,
     "patchgan": PatchGANDiscriminator,
 }
-
-
-@dataclass(frozen=True)
-class DiscriminatorConfig(SegmentationConfig):
-    """Settings of a method with discriminators."""
-
-    discriminator: Literal["fc", "patchgan"] = "fc"
-    """D: fc of AdaptSegNet (MR to CT in the paper) or patchgan of pix2pix (CT to MR, and Table III)."""
-    discriminator_width: Annotated[int, Field(ge=1)] = 64
-    """Channels of a discriminator's first convolution."""
-    norm_statistics: Literal["mixture", "target"] = "mixture"
-    """Whose forward passes move the running statistics that evaluation uses: both domains' (as released) or the
-    target's alone."""
-
-
-@dataclass(frozen=True)
-class AdversarialConfig(DiscriminatorConfig):
-    """Settings of a method that aligns the outputs of both heads by discriminators."""
-
-    lambda_main: Weight = 0.003
-    """lambda_adv of the main head: weight of its adversarial loss (Eq. 11)."""
-    lambda_aux: Weight = 2e-5
-    """lambda_adv of the auxiliary head; 2e-5 in the released code, a fifth of the main one in AdaptSegNet."""
-    halve_discriminator_loss: bool = True
-    """Halve the discriminators' loss on each domain, as released."""
 
 
 class Adversary:

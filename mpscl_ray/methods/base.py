@@ -4,32 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from mpscl_ray import distributed
 from mpscl_ray.batch_statistics import ForEach
+from mpscl_ray.config import PrecisionConfig
 from mpscl_ray.errors import DataError
 from mpscl_ray.losses import full_precision, soft_dice_loss, weighted_cross_entropy
 from mpscl_ray.networks.deeplab import DeepLabV2, SegmenterOutput, network_input, upsample_logits
-from mpscl_ray.optimisation import Optimisers, PrecisionConfig, autocast
-
-SOURCE_ONLY, WARM_UP, ADAPTATION = "source_only", "warm_up", "adaptation"
-"""The phases that a run can have, in this order: plain segmentation, AdvEnt, and what is particular to the method."""
-
-Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-"""Weight of a term of a loss."""
-
-
-@dataclass(frozen=True)
-class SegmentationConfig:
-    """Settings of plain segmentation, which the first phase of every method with a DeepLab is."""
-
-    segmentation_aux_weight: Weight = 0.1
-    """Weight of cross-entropy and Dice on the auxiliary head; 0.1 in the released code, unnamed in the paper."""
+from mpscl_ray.optimisation import Optimisers, autocast
 
 
 @dataclass(frozen=True)

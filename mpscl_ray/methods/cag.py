@@ -3,51 +3,27 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor
 
 from mpscl_ray import distributed
 from mpscl_ray.batch_statistics import average_over_passes
+from mpscl_ray.config import CAGConfig, OptimConfig, PrecisionConfig
 from mpscl_ray.losses import class_counts, focal_loss, full_precision
 from mpscl_ray.methods import base
-from mpscl_ray.methods.advent import AdvEntConfig
-from mpscl_ray.methods.base import Batch, TargetSplit, TrainingSlices, Weight
+from mpscl_ray.methods.base import Batch, TargetSplit, TrainingSlices
 from mpscl_ray.methods.trained_segmenter import TrainedSegmenter
 from mpscl_ray.networks.deeplab import DeepLabV2, SegmenterOutput
-from mpscl_ray.optimisation import OptimConfig, PrecisionConfig, autocast, prepare_network
+from mpscl_ray.optimisation import autocast, prepare_network
 from mpscl_ray.prototypes import downsample_labels
 
 IGNORE = -1
 """Pseudo-label of a pixel that does not count."""
 
 QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
-
-
-@dataclass(frozen=True)
-class CAGConfig(AdvEntConfig):
-    """Settings of CAG-UDA, after a warm-up with the settings of AdvEnt."""
-
-    rounds: Annotated[int, Field(ge=1, le=9)] = 3
-    """Rounds that share the iterations of the adaptation; each has the network of the one before as its teacher."""
-    probability_threshold: Annotated[float, Field(ge=0, le=1)] = 0.95
-    """A pixel's most probable class is its pseudo-label P where the teacher gives it more than this."""
-    distance_quantile: Annotated[float, Field(ge=0, le=1)] | None = 0.5
-    """Part of the target's pixels that get no pseudo-label A in a round, those with the least difference between
-    nearest and second nearest anchor; null uses distance_threshold."""
-    distance_threshold: Annotated[float, Field(ge=0)] = 2.5
-    """The nearest anchor is the pseudo-label A where it is nearer by this than the second: 2.5 as released, where
-    features are of another network and scale."""
-    lambda_distance: Weight = 0.7
-    """Weight of the distances of class features to anchors."""
-    min_pixels: Annotated[int, Field(ge=1)] = 10
-    """An image has a feature of a class if so many pixels are of it."""
-    segmentation_loss: Literal["ce", "wce_dice"] = "wce_dice"
-    """On the source: ce as released, or that of MPSCL, which all methods here have in common."""
 
 
 class CAG:
@@ -71,7 +47,7 @@ class CAG:
     the target.
     """
 
-    phases: ClassVar[tuple[str, ...]] = (base.SOURCE_ONLY, base.WARM_UP, base.ADAPTATION)
+    phases: ClassVar[tuple[str, ...]] = CAGConfig.phases
     split: TargetSplit | None = None
 
     def __init__(

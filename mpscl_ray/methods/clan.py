@@ -2,42 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor
 
 from mpscl_ray import distributed
+from mpscl_ray.config import CLANConfig, OptimConfig, PrecisionConfig
 from mpscl_ray.losses import SOURCE_LABEL, TARGET_LABEL, class_counts, domain_loss, focal_loss, full_precision
 from mpscl_ray.methods import base
-from mpscl_ray.methods.adversarial import Adversary, DiscriminatorConfig
-from mpscl_ray.methods.base import Batch, TargetSplit, TrainingSlices, Weight
+from mpscl_ray.methods.adversarial import Adversary
+from mpscl_ray.methods.base import Batch, TargetSplit, TrainingSlices
 from mpscl_ray.methods.trained_segmenter import TrainedSegmenter
 from mpscl_ray.networks.deeplab import DeepLabV2, upsample_logits
-from mpscl_ray.optimisation import OptimConfig, PrecisionConfig
-
-
-@dataclass(frozen=True)
-class CLANConfig(DiscriminatorConfig):
-    """Settings of CLAN; the defaults are those of its released GTA5 run."""
-
-    lambda_adversarial: Weight = 0.001
-    """lambda_adv: weight of the adversarial loss."""
-    lambda_weight: Weight = 0.01
-    """lambda_weight: weight of the likeness of the two heads' weights; doubled, as released."""
-    lambda_local: Weight = 40.0
-    """lambda_local: how much a pixel on which the heads disagree counts; 40 for GTA5, 10 for SYNTHIA."""
-    epsilon: Weight = 0.4
-    """epsilon: how much every pixel counts."""
-    preheat: Annotated[float, Field(ge=0, le=1)] = 0.05
-    """First part of the iterations, in which pixels count alike and the learning rate rises from 0."""
-    segmentation_loss: Literal["focal", "ce", "wce_dice"] = "wce_dice"
-    """On both heads: focal as released, ce as in the paper, or that of MPSCL, which all methods here have in common."""
-    detach_weight_map: bool = False
-    """Keep the gradient of the adversarial loss out of the map of disagreement; released: it flows through."""
 
 
 class CLAN:
@@ -59,7 +37,7 @@ class CLAN:
     start from a source-only phase with another second head, which is new here.
     """
 
-    phases: ClassVar[tuple[str, ...]] = (base.SOURCE_ONLY, base.ADAPTATION)
+    phases: ClassVar[tuple[str, ...]] = CLANConfig.phases
     segmenter_arguments: ClassVar[dict[str, Any]] = {"twin_heads": True}
     split: TargetSplit | None = None
 

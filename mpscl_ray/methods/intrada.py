@@ -4,38 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from fractions import Fraction
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from mpscl_ray import distributed
+from mpscl_ray.config import IntraDAConfig, OptimConfig, PrecisionConfig
 from mpscl_ray.errors import DataError
 from mpscl_ray.losses import self_information
-from mpscl_ray.methods import base
-from mpscl_ray.methods.advent import AdvEnt, AdvEntConfig
+from mpscl_ray.methods.advent import AdvEnt
 from mpscl_ray.methods.base import Batch, TargetSplit, TrainingSlices
 from mpscl_ray.networks import initialise
 from mpscl_ray.networks.deeplab import DeepLabV2
-from mpscl_ray.optimisation import OptimConfig, PrecisionConfig
 
 _EPS = 1e-30
-
-
-@dataclass(frozen=True)
-class IntraDAConfig(AdvEntConfig):
-    """Settings of IntraDA: those of AdvEnt, which trains both of its stages, and of the sorting between them."""
-
-    easy_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.67
-    """lambda: part of the target that is easy; the number is rounded down."""
-    unit: Literal["slice", "volume"] = "slice"
-    """What is sorted: slices, of which nearly empty ones come out as easy, or whole volumes by their slices' mean."""
-    score: Literal["entropy", "foreground_entropy"] = "entropy"
-    """What it is sorted by: mean self-information over all pixels, as released, or over those predicted as foreground;
-    a slice without any then counts as most uncertain."""
 
 
 class IntraDA:
@@ -60,7 +44,7 @@ class IntraDA:
     target; stage losses are those of AdvEnt here.
     """
 
-    phases: ClassVar[tuple[str, ...]] = (base.SOURCE_ONLY, base.WARM_UP, base.ADAPTATION)
+    phases: ClassVar[tuple[str, ...]] = IntraDAConfig.phases
 
     def __init__(
         self,

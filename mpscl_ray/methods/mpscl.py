@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor
 
 from mpscl_ray import distributed
+from mpscl_ray.config import MPSCLConfig, OptimConfig, PrecisionConfig
 from mpscl_ray.errors import DataError
 from mpscl_ray.losses import (
     MASK_EPS,
@@ -22,44 +21,12 @@ from mpscl_ray.losses import (
     self_information,
 )
 from mpscl_ray.methods import base
-from mpscl_ray.methods.adversarial import AdversarialConfig, Adversary
-from mpscl_ray.methods.base import Batch, TargetSplit, TrainingSlices, Weight
+from mpscl_ray.methods.adversarial import Adversary
+from mpscl_ray.methods.base import Batch, TargetSplit, TrainingSlices
 from mpscl_ray.methods.trained_segmenter import TrainedSegmenter
 from mpscl_ray.networks.deeplab import DeepLabV2
-from mpscl_ray.optimisation import OptimConfig, PrecisionConfig
 from mpscl_ray.prototypes import downsample_labels, initial_prototypes, prototype_sums, update_prototypes
 from mpscl_ray.pseudo_labels import self_paced_pseudo_labels
-
-Margin = Annotated[float, Field(ge=0, le=math.pi / 2)]
-Temperature = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-
-
-@dataclass(frozen=True)
-class MPSCLConfig(AdversarialConfig):
-    """Settings of MPSCL; the defaults are those of the released MR to CT run."""
-
-    margin_source: Margin = 0.4
-    """m on source pixels, radians (Eq. 8)."""
-    margin_target: Margin = 0.2
-    """m on selected target pixels, radians (Eq. 8)."""
-    temperature_source: Temperature = 1.0
-    """tau on source pixels (Eq. 8)."""
-    temperature_target: Temperature = 1.0
-    """tau on selected target pixels (Eq. 8)."""
-    base_temperature: Temperature = 1.0
-    """tau_b: the released form multiplies its loss by tau / tau_b; not in the paper."""
-    delta_th: Annotated[float, Field(ge=0, le=2)] = 0.25
-    """delta_th: how much closer (in cosine) the nearest prototype must be than the second nearest (Eq. 7)."""
-    alpha: Annotated[float, Field(ge=0, le=1)] = 0.2
-    """alpha: share of the old prototype that one update keeps (Eq. 5)."""
-    gamma: Weight = 1.0
-    """gamma: weight of the contrastive loss on source pixels (Eq. 11)."""
-    beta: Weight = 0.1
-    """beta: weight of the contrastive loss on selected target pixels (Eq. 11)."""
-    form: Literal["released", "paper"] = "released"
-    """Form of the margin loss: as released, with two maxima, or Eq. 8."""
-    normalised_self_information: bool = True
-    """Divide the self-information maps by log C, as released; false is the paper's."""
 
 
 class MPSCL:
@@ -77,7 +44,7 @@ class MPSCL:
     Source: Liu et al. 2022; total loss Eq. (11).
     """
 
-    phases: ClassVar[tuple[str, ...]] = (base.SOURCE_ONLY, base.WARM_UP, base.ADAPTATION)
+    phases: ClassVar[tuple[str, ...]] = MPSCLConfig.phases
     split: TargetSplit | None = None
 
     def __init__(

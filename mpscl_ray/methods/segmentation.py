@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from mpscl_ray import distributed
+from mpscl_ray.config import OptimConfig, PrecisionConfig, SegmentationConfig
 from mpscl_ray.losses import class_counts
 from mpscl_ray.methods import base
-from mpscl_ray.methods.base import Batch, SegmentationConfig, TargetSplit, TrainingSlices
+from mpscl_ray.methods.base import Batch, TargetSplit, TrainingSlices
 from mpscl_ray.methods.trained_segmenter import TrainedSegmenter
 from mpscl_ray.networks.deeplab import DeepLabV2
-from mpscl_ray.optimisation import OptimConfig, PrecisionConfig
 
 
 class Segmentation:
@@ -31,7 +31,7 @@ class Segmentation:
     Source: rows "W/o adaptation" and "Supervised" of Table III, Liu et al. 2022.
     """
 
-    phases: ClassVar[tuple[str, ...]] = (base.SOURCE_ONLY,)
+    phases: ClassVar[tuple[str, ...]] = SegmentationConfig.phases
     split: TargetSplit | None = None
 
     def __init__(

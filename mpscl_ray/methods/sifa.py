@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from mpscl_ray import distributed
 from mpscl_ray.batch_statistics import batch_norms
+from mpscl_ray.config import OptimConfig, PrecisionConfig, SIFAConfig
 from mpscl_ray.data.order import stream_key
 from mpscl_ray.losses import class_counts, full_precision
 from mpscl_ray.methods import base
-from mpscl_ray.methods.base import Batch, TargetSplit, TrainingSlices, Weight
+from mpscl_ray.methods.base import Batch, TargetSplit, TrainingSlices
 from mpscl_ray.methods.image_pool import ImagePool
 from mpscl_ray.methods.sifa_losses import batch_dice_loss, clipped_cross_entropy, fooled, half_squared_norm, told
 from mpscl_ray.networks.sifa import (
@@ -31,72 +30,10 @@ from mpscl_ray.networks.sifa import (
 from mpscl_ray.optimisation import (
     NetworkAdam,
     NonFiniteGuard,
-    OptimConfig,
-    PrecisionConfig,
     Snapshot,
     autocast,
     prepare_network,
 )
-
-Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Width = Annotated[int, Field(ge=1)]
-
-
-@dataclass(frozen=True)
-class SIFAConfig:
-    """Settings of SIFA, which has networks and optimisers of its own: of the others, ``network`` and ``optim`` are not
-    used. The defaults are those of the second version as released."""
-
-    version: Literal["v1", "v2"] = "v2"
-    """v2 (TMI) has a second classifier on earlier features; v1 (AAAI) has not."""
-    generator_width: Width = 32
-    """Channels of the first convolution of the image translators."""
-    generator_blocks: Width = 9
-    """Residual blocks of the translator from source to target."""
-    decoder_blocks: Width = 4
-    """Residual blocks of the decoder, which translates from target to source."""
-    encoder_width: Width = 16
-    """Channels of the first convolution of the encoder."""
-    output_stride: Literal[4, 8] = 8
-    """Image pixels per pixel of the encoder's features."""
-    critic_width: Width = 64
-    """Channels of the first convolution of a discriminator."""
-    lr_generator: Rate = 2e-4
-    """Learning rate of Adam for translators and discriminators (beta1 0.5)."""
-    lr_segmenter: Rate = 2e-4
-    """Learning rate of Adam for encoder and classifiers (beta1 0.9): 2e-4 in v2, 1e-3 in v1."""
-    segmenter_decay_every: Annotated[int, Field(ge=0)] = 0
-    """Iterations after which lr_segmenter falls to nine tenths, again and again; 0: never (v2)."""
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Part of the encoder's activations that is dropped: 0.25 in v1."""
-    lambda_cycle: Weight = 10.0
-    """Weight of the mean absolute difference of an image and its reconstruction."""
-    lambda_low: Weight = 0.1
-    """Weight of the segmentation loss of the second classifier (v2)."""
-    lambda_decoder: Weight = 0.1
-    """Weight of the decoder's losses in those of the encoder."""
-    lambda_prediction: Weight = 0.1
-    """Weight of the adversarial loss on predictions."""
-    lambda_prediction_low: Weight = 0.01
-    """The same on those of the second classifier (v2)."""
-    lambda_features: Weight = 0.1
-    """Weight of the adversarial loss on features, through the images made of them."""
-    prediction_ramp: tuple[Annotated[float, Field(ge=0, le=1)], Annotated[float, Field(ge=0, le=1)]] = (0.0, 0.0)
-    """Parts of the phase between which lambda_prediction grows from 0 to what it is; v1 grows it from epoch 5 to 7."""
-    lambda_l2: Weight = 1e-4
-    """Weight of half the squared norm of all parameters of encoder and classifiers."""
-    pool_size: Annotated[int, Field(ge=0)] = 50
-    """Global batches of earlier translated images that discriminators may see instead of the newest."""
-
-    def network_arguments(self) -> dict[str, Any]:
-        """The segmenter, as model.json and checkpoints describe it."""
-        return {
-            "kind": "sifa",
-            "width": self.encoder_width,
-            "output_stride": self.output_stride,
-            "low_level": self.version == "v2",
-            "dropout": self.dropout,
-        }
 
 
 class SIFA:
@@ -127,7 +64,7 @@ class SIFA:
     which occur in the released files, are no class's truth, as there.
     """
 
-    phases: ClassVar[tuple[str, ...]] = (base.ADAPTATION,)
+    phases: ClassVar[tuple[str, ...]] = SIFAConfig.phases
     split: TargetSplit | None = None
 
     def __init__(

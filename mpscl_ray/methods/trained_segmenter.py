@@ -8,14 +8,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from mpscl_ray.config import OptimConfig, PrecisionConfig
 from mpscl_ray.methods import base
 from mpscl_ray.networks.deeplab import DeepLabV2, SegmenterOutput
 from mpscl_ray.optimisation import (
     DiscriminatorAdam,
-    OptimConfig,
     Optimiser,
     Optimisers,
-    PrecisionConfig,
     SegmenterSGD,
     autocast,
     prepare_network,

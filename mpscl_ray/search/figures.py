@@ -16,7 +16,8 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
 from mpscl_ray.durable_files import write_atomically
-from mpscl_ray.search.criteria import rank_correlation, score
+from mpscl_ray.search.agreement import rank_correlation
+from mpscl_ray.search.criteria import score
 from mpscl_ray.search.ledger import Trial
 from mpscl_ray.search.space import Distribution
 

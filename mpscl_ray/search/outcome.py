@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from mpscl_ray.config import to_yaml
-from mpscl_ray.search.criteria import CRITERIA, ORACLE, Agreement, agreement, score
+from mpscl_ray.search.agreement import Agreement, agreement
+from mpscl_ray.search.criteria import CRITERIA, ORACLE, score
 from mpscl_ray.search.ledger import Trial
 from mpscl_ray.search.space import Space
 

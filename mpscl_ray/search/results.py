@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mpscl_ray.durable_files import write_atomically
-from mpscl_ray.evaluate import evaluate_phases
+from mpscl_ray.evaluate_run import evaluate_phases
 from mpscl_ray.evaluation import json_text, write_tables
 from mpscl_ray.score_table import Summary, format_table, summary_csv
 from mpscl_ray.search import figures

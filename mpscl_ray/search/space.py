@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mpscl_ray.config import Config, config_from_dict, load_config, to_dict
+import yaml
+
+from mpscl_ray.config import Config, config_from_dict, flatten, load_config, read_file, read_overrides, to_dict
 from mpscl_ray.errors import ConfigError
 from mpscl_ray.search.settings import SearchConfig, search_config
-from mpscl_ray.settings_text import flatten, read_file, read_overrides
+from mpscl_ray.storage import Remote
 
 PACKAGE = Path(__file__).resolve().parents[1]
 
@@ -102,13 +104,19 @@ class Space:
         )
         return values if inside else None
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values of all that decides on the trials, to be kept beside their results."""
-        return {
+    def to_yaml(self, warm_up: Path | Remote | None) -> str:
+        """All that decides on the trials, to be kept beside their results.
+
+        Args:
+            warm_up: the run whose first phases all trials go on from.
+        """
+        content = {
             **to_dict(self.base),
             "search": dict(vars(self.search)),
             "space": {entry.name: {entry.kind: list(entry.values)} for entry in self.distributions},
+            "warm_up": None if warm_up is None else str(warm_up),
         }
+        return yaml.safe_dump(content, sort_keys=False, default_flow_style=None, width=100)
 
 
 def space_names() -> list[str]:

@@ -20,7 +20,8 @@ from pathlib import Path
 os.environ["OMP_NUM_THREADS"] = "1"
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from mpscl_ray.search.criteria import CRITERIA, ORACLE, agreement, score
+from mpscl_ray.search.agreement import agreement
+from mpscl_ray.search.criteria import CRITERIA, ORACLE, score
 from mpscl_ray.search.ledger import Ledger, Trial
 from mpscl_ray.search.outcome import best_trial
 

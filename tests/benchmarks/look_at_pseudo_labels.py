@@ -18,8 +18,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from mpscl_ray import checkpoint
-from mpscl_ray.config import load_config
-from mpscl_ray.config_schema import is_adaptation
+from mpscl_ray.config import is_adaptation, load_config
 from mpscl_ray.construction import build_method, build_segmenter, carry_over
 from mpscl_ray.data.stream import LocalSlices
 from mpscl_ray.losses import cosine_to_prototypes

@@ -21,8 +21,8 @@ from mpscl_ray.bucket_run import open_run
 from mpscl_ray.data.phantom_files import make_phantom
 from mpscl_ray.data.schema import load_manifest
 from mpscl_ray.errors import StorageError
-from mpscl_ray.prepare import prepare
 from mpscl_ray.prepare_options import PrepareOptions
+from mpscl_ray.prepare_run import prepare
 from mpscl_ray.run_folder import RunFolder
 from tests.nodes import ROOT, wait_for
 from tests.s3 import CREDENTIALS, Server, serve, upload_folder

@@ -17,26 +17,21 @@ from torch import Tensor, nn
 
 from mpscl_ray import distributed
 from mpscl_ray.batch_statistics import ForEach, WorkersBatchNorm2d, convert_batch_norm
-from mpscl_ray.construction import carry_over
-from mpscl_ray.errors import TrainingError
-from mpscl_ray.methods import (
+from mpscl_ray.config import (
     METHOD_CONFIGS,
-    METHODS,
-    MPSCL,
-    SIFA,
-    AdvEnt,
     AdvEntConfig,
-    Batch,
-    Method,
     MPSCLConfig,
-    Segmentation,
+    OptimConfig,
+    PrecisionConfig,
     SegmentationConfig,
     SIFAConfig,
 )
+from mpscl_ray.construction import carry_over
+from mpscl_ray.errors import TrainingError
+from mpscl_ray.methods import METHODS, MPSCL, SIFA, AdvEnt, Batch, Method, Segmentation
 from mpscl_ray.methods.base import TrainingSlices
 from mpscl_ray.networks import build, initialise
 from mpscl_ray.networks.deeplab import DeepLabV2
-from mpscl_ray.optimisation import OptimConfig, PrecisionConfig
 
 CLASSES = 4
 GLOBAL_BATCH = 8

@@ -22,6 +22,8 @@ from mpscl_ray import checkpoint, evaluate, predict
 from mpscl_ray.data.schema import Manifest, Scaling, load_manifest, read_case, save_manifest, write_case
 from mpscl_ray.data.slices import Recipe, prepare_volume
 from mpscl_ray.errors import ConfigError, DataError, StorageError
+from mpscl_ray.evaluate_run import PHASES_TABLE, evaluate_phases
+from mpscl_ray.evaluation import evaluate_checkpoint
 from mpscl_ray.inference import load_segmenter
 from mpscl_ray.metrics import volume_scores
 from mpscl_ray.networks import DeepLabV2
@@ -192,18 +194,18 @@ def test_evaluate_scores_every_slice_as_medpy_does(run: Path, capsys: pytest.Cap
 
 
 def test_workers_find_the_same_scores(run: Path, cluster: None) -> None:
-    alone = evaluate.evaluate_checkpoint(run, "source_only", out=run / "alone", workers=0, progress=False)
-    spread = evaluate.evaluate_checkpoint(run, "source_only", out=run / "spread", workers=2, progress=False)
+    alone = evaluate_checkpoint(run, "source_only", out=run / "alone", workers=0, progress=False)
+    spread = evaluate_checkpoint(run, "source_only", out=run / "spread", workers=2, progress=False)
     assert (run / "alone" / "per_volume.csv").read_bytes() == (run / "spread" / "per_volume.csv").read_bytes()
     assert alone.summary.mean.counts == spread.summary.mean.counts
-    other = evaluate.evaluate_checkpoint(run, "adaptation", out=run / "other", workers=2, progress=False)
+    other = evaluate_checkpoint(run, "adaptation", out=run / "other", workers=2, progress=False)
     assert other.scores != spread.scores, "workers must not go on with the weights they had"
 
 
 def test_the_table_of_phases_has_a_row_for_each(run: Path) -> None:
-    done = evaluate.evaluate_phases(run, ["source_only", "adaptation"], workers=0, progress=False)
+    done = evaluate_phases(run, ["source_only", "adaptation"], workers=0, progress=False)
     assert list(done) == ["source_only", "adaptation"]
-    text = (run / "results" / evaluate.PHASES_TABLE).read_text(encoding="utf-8")
+    text = (run / "results" / PHASES_TABLE).read_text(encoding="utf-8")
     assert text.startswith("3 labelled test volumes of ct")
     lines = text.splitlines()
     assert lines[2].split() == ["Dice", "%", "AA", "LAC", "LVC", "MYO", "mean"]
@@ -220,7 +222,7 @@ def test_a_target_without_labels_and_their_table_has_no_table_of_phases(run: Pat
     other.write_config(RunFolder(run).read_config())
     model = RunFolder(run).read_model()
     other.write_model({**model, "target": {**model["target"], "dataset": str(dataset)}})
-    assert evaluate.evaluate_phases(other.path, ["source_only"], workers=0, progress=False) == {}
+    assert evaluate_phases(other.path, ["source_only"], workers=0, progress=False) == {}
     assert draw_phases(other.path, ["source_only"]) is None
     with pytest.raises(DataError, match=r"no case of the split test .* is labelled .*no other split has labels either"):
         evaluate.main([str(run), "--data", str(dataset)])
@@ -256,7 +258,7 @@ def test_what_cannot_be_evaluated_is_refused(run: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--workers"):
         evaluate.main([str(run), "--workers", "-1"])
     rescaled = write_dataset(tmp_path / "rescaled", "ct", scaling=Scaling(-2.0, 4.0, "estimated"))
-    done = evaluate.evaluate_checkpoint(run, data=rescaled, out=tmp_path / "out", workers=0, progress=False)
+    done = evaluate_checkpoint(run, data=rescaled, out=tmp_path / "out", workers=0, progress=False)
     assert any("scaled by the range -2 to 4" in notice for notice in done.notices)
     case = next(case for case in load_manifest(rescaled).split("test") if case.labelled)
     arrays = read_case(rescaled, case)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
 
-from mpscl_ray import checkpoint, train
-from mpscl_ray.config import load_config
-from mpscl_ray.errors import ClusterError, DataError, TrainingError
+from mpscl_ray import checkpoint, train, train_run
+from mpscl_ray.config import Config, load_config
+from mpscl_ray.errors import ClusterError, ConfigError, DataError, Interrupted, TrainingError
 from mpscl_ray.launch import fit_on_ray
+from mpscl_ray.run_folder import STOP_FILE, RunFolder
 from tests.ray.conftest import CPUS, Here
 from tests.stub_fit import fit
 from tests.tiny import make_dataset, make_pair
@@ -125,3 +129,86 @@ def test_a_target_without_any_label(here: Here, runs: Runs, tmp_path: Path) -> N
     assert code == 0, text
     assert "no test or validation volume of the target is labelled" in text
     assert not (runs["bare"].results / "phases.txt").exists()
+
+
+def test_a_stop_that_came_too_late_for_training_is_not_forgotten(here: Here, runs: Runs) -> None:
+    def stopped_at_its_end(*arguments: Any) -> dict[str, Any]:
+        outcome = fit(*arguments)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return outcome
+
+    words = runs.arguments("late", "scaling.workers=1")
+    code, text = here(train, *words, fit=stopped_at_its_end)
+    assert code == Interrupted.exit_code
+    assert "stopped by SIGTERM between training, which is done, and its evaluation" in text
+
+
+def test_interrupted_during_the_evaluation(here: Here, runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = runs.arguments("evaluated", "scaling.workers=1")
+    with monkeypatch.context() as patch:
+        patch.setattr(train_run, "evaluate_phases", lambda *arguments: os.kill(os.getpid(), signal.SIGINT))
+        code, text = here(train, *words, fit=fit)
+    assert code == Interrupted.exit_code
+    assert "stopped by SIGINT during the evaluation; to go on:" in text
+    status = runs["evaluated"].read_status()
+    assert (status["state"], status["phase"], status["global_step"]) == ("interrupted", "adaptation", 12)
+    assert here(train, *words, fit=fit)[0] == 0
+    check_status(runs["evaluated"], "finished", 0, "")
+
+
+def test_a_stopped_run_is_resumable_before_its_checkpoint_is_written(here: Here, runs: Runs) -> None:
+    seen: dict[str, Any] = {}
+
+    def stopped_in_the_middle(config: Config, folder: RunFolder, *more: Any) -> dict[str, Any]:
+        fit(config, folder, *more)
+        os.kill(os.getpid(), signal.SIGTERM)
+        while not (folder.path / STOP_FILE).exists():
+            time.sleep(0.01)
+        while folder.read_status()["state"] == "running":
+            time.sleep(0.01)
+        seen.update(folder.read_status())  # whatever stops it may kill it now
+        return {"state": "interrupted", "phase": "adaptation", "iteration": 3, "step": 11, "losses": {}}
+
+    assert here(train, *runs.arguments("middle", "scaling.workers=1"), fit=stopped_in_the_middle)[0] == 130
+    assert (seen["state"], seen["exit_code"], seen["global_step"]) == ("interrupted", 130, 12)
+    assert seen["reason"] == "stopped by SIGTERM; goes on from the last complete checkpoint"
+
+
+def test_a_file_in_the_run_folder_stops_a_run_too(here: Here, runs: Runs) -> None:
+    def asked_to_stop(config: Config, folder: RunFolder, *more: Any) -> dict[str, Any]:
+        (folder.path / STOP_FILE).touch()
+        return fit(config, folder, *more)
+
+    code, text = here(train, *runs.arguments("asked", "scaling.workers=1"), fit=asked_to_stop)
+    assert code == Interrupted.exit_code
+    assert "stopped by the file stop-requested in the run folder at iteration 1 of the phase source_only" in text
+
+
+def test_results_in_the_working_directory_of_a_job_are_warned_of(here: Here, runs: Runs, tmp_path: Path) -> None:
+    job = tmp_path / "_ray_pkg_0123456789abcdef"
+    words = runs.arguments("job", "scaling.workers=1", "phases.warm_up=0", "phases.adaptation=0")
+    assert "warning" not in here(train, *words, fit=fit)[1]
+    code, text = here(train, *words, f"run.storage={job}", fit=fit)
+    assert code == 0
+    assert "lies in the working directory of this job, which Ray deletes after it" in text
+
+
+def test_a_defect_keeps_its_traceback_and_is_in_the_status(here: Here, runs: Runs) -> None:
+    def defective(*arguments: Any) -> dict[str, Any]:
+        raise ZeroDivisionError("division by zero")
+
+    with pytest.raises(ZeroDivisionError):
+        here(train, *runs.arguments("defect", "scaling.workers=1"), fit=defective)
+    check_status(runs["defect"], "failed", 1, "ZeroDivisionError: division by zero")
+
+
+def test_a_run_with_longer_phases_resumes_although_it_was_finished(here: Here, runs: Runs) -> None:
+    words = runs.arguments("longer", "scaling.workers=1")
+    assert here(train, *words, fit=fit)[0] == 0
+    longer = [*words, "phases.adaptation=8"]
+    assert here(train, *longer, fit=fit)[0] == ConfigError.exit_code
+    code, text = here(train, *longer, "--allow-change", fit=fit)
+    assert code == 0
+    assert "phases.adaptation: 4 in the run, 8 now" in text
+    assert starts(runs["longer"]) == [0, 12]
+    assert runs["longer"].read_metrics()[-1]["global_step"] == 16

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from mpscl_ray import compare
+from mpscl_ray import compare, compare_run
 from mpscl_ray.comparison_cells import Cell, Entry, Ledger, make_cells, system_config
 from mpscl_ray.comparison_run import total_seconds
 from mpscl_ray.comparison_table import (
@@ -290,6 +290,6 @@ def test_an_unlabelled_target_is_refused_before_anything_is_trained(tmp_path: Pa
     make_dataset(tmp_path / "lge", "lge", labelled=())
     datasets = [str(tmp_path / name) for name in ("mr", "lge")]
     manifests = [load_manifest(Path(folder)) for folder in datasets]
-    compare._check_labels(["backward"], datasets, manifests)
+    compare_run._check_labels(["backward"], datasets, manifests)
     with pytest.raises(ConfigError, match=r"forward would be scored on .*lge.*--directions backward"):
-        compare._check_labels(["forward"], datasets, manifests)
+        compare_run._check_labels(["forward"], datasets, manifests)

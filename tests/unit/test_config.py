@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -148,3 +149,23 @@ def test_an_empty_mapping_on_the_command_line_is_a_value() -> None:
     with pytest.raises(ConfigError, match="'network' on the command line is not a setting"):
         load_config("phantom", ["network={}"])
     assert load_config("phantom", ["optim.legacy_param_repeats={}"]).optim.legacy_param_repeats == {}
+
+
+def test_a_preset_that_changes_between_two_readings_is_read_anew(tmp_path: Path) -> None:
+    below, file = tmp_path / "below.yaml", tmp_path / "mine.yaml"
+    below.write_text("preset: small/mpscl\noptim: {lr: 0.1}\n", encoding="utf-8")
+    file.write_text(f"preset: {below}\nrun: {{seed: 1}}\n", encoding="utf-8")
+    assert (load_config(file).optim.lr, load_config(file).run.seed) == (0.1, 1)
+    for path, old, new in ((below, "0.1", "0.2"), (file, "seed: 1", "seed: 2")):
+        before = path.stat()
+        path.write_text(path.read_text(encoding="utf-8").replace(old, new), encoding="utf-8")
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+        assert path.stat().st_size == before.st_size, "neither size nor time tells"
+    assert (load_config(file).optim.lr, load_config(file).run.seed) == (0.2, 2)
+
+
+def test_what_one_reading_lays_over_a_preset_is_not_in_the_next(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("preset: small/mpscl\noptim: {legacy_param_repeats: {}}\n", encoding="utf-8")
+    assert load_config(file, ["optim.legacy_param_repeats.stem=2"]).optim.legacy_param_repeats == {"stem": 2}
+    assert load_config(file).optim.legacy_param_repeats == {}

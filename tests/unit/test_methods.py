@@ -13,12 +13,12 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mpscl_ray.config import MPSCLConfig, OptimConfig, PrecisionConfig, SegmentationConfig
 from mpscl_ray.distributed import reduce_metrics, weights_checksum
 from mpscl_ray.errors import DataError
 from mpscl_ray.losses import MASK_EPS
-from mpscl_ray.methods import METHODS, Batch, MPSCLConfig, SegmentationConfig, mpscl
+from mpscl_ray.methods import METHODS, Batch, mpscl
 from mpscl_ray.methods.mpscl import prototype_angles
-from mpscl_ray.optimisation import OptimConfig, PrecisionConfig
 from mpscl_ray.prototypes import downsample_labels
 from tests.tiny_methods import (
     CLASSES,

@@ -17,8 +17,8 @@ from mpscl_ray.data.nifti import read_image
 from mpscl_ray.data.schema import load_manifest, read_case, verify
 from mpscl_ray.data.slices import Recipe, prepare_volume, scale
 from mpscl_ray.errors import ConfigError
-from mpscl_ray.prepare import prepare
 from mpscl_ray.prepare_options import PrepareOptions, parse
+from mpscl_ray.prepare_run import prepare
 from tests.raw_volumes import RAW_IDS, SMALL, made, mmwhs, options, refusal, volume, write
 
 

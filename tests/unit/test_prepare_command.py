@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 
-import mpscl_ray.prepare as prepare_module
+import mpscl_ray.prepare_run as prepare_module
 from mpscl_ray.data.schema import load_manifest, verify
 from mpscl_ray.errors import ConfigError, DataError, StorageError
-from mpscl_ray.prepare import main, prepare
+from mpscl_ray.prepare import main
+from mpscl_ray.prepare_run import prepare
 from tests.raw_volumes import made, mmwhs, options
 
 

@@ -13,7 +13,7 @@ import pytest
 from mpscl_ray.data.geometry import Geometry, restore_labels
 from mpscl_ray.data.schema import load_manifest, read_case
 from mpscl_ray.data.slices import Recipe, scale
-from mpscl_ray.prepare import prepare
+from mpscl_ray.prepare_run import prepare
 from tests.raw_volumes import made, mmwhs, options, refusal
 
 

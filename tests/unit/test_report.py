@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from mpscl_ray import launch, pace, report, training
+from mpscl_ray import launch, pace, report, report_run, training
 from mpscl_ray.config import to_yaml
 from mpscl_ray.data.schema import load_manifest, read_case
 from mpscl_ray.errors import ConfigError, DataError
@@ -102,7 +102,7 @@ def assert_whole(file: Path, names: set[str]) -> Page:
 def test_two_runs_side_by_side(data: Path, margin: Path, tmp_path: Path) -> None:
     overrides = ["method.margin_source=0", "method.margin_target=0"]
     without = tiny_run(tmp_path / "without", data / "mr", data / "ct", overrides)
-    file = report.report([without, margin], tmp_path / "report")
+    file = report_run.report([without, margin], tmp_path / "report")
     own = {f"{kind}-{name}" for kind in ("angles", "pseudo-labels") for name in ("margin", "without")}
     page = assert_whole(file, FIGURES | own | {"margin", "selection"})
     for said in ("CSCL", "MPSCL", "source only (CSCL)", "MR to CT", "ct_test_0", *CLASSES[1:]):
@@ -112,7 +112,7 @@ def test_two_runs_side_by_side(data: Path, margin: Path, tmp_path: Path) -> None
 
 def test_one_run_is_shown_phase_by_phase(margin: Path, tmp_path: Path) -> None:
     page = assert_whole(
-        report.report([margin], tmp_path), FIGURES | {"angles-margin", "pseudo-labels-margin", "selection"}
+        report_run.report([margin], tmp_path), FIGURES | {"angles-margin", "pseudo-labels-margin", "selection"}
     )
     assert "image, source only, warmed up, adapted, ground truth" in page.text
     assert "needs two runs with prototypes" in page.text
@@ -122,7 +122,7 @@ def test_a_target_without_labels_gives_fewer_figures_and_says_so(data: Path, tmp
     target = make_dataset(tmp_path / "ct", "ct", seed=1, labelled=())
     run = tiny_run(tmp_path / "run", data / "mr", target)
     names = FIGURES | {"angles-run", "pseudo-labels-run", "selection"}
-    file = report.report([run], tmp_path / "report")
+    file = report_run.report([run], tmp_path / "report")
     # So short a training may predict nothing but background, which leaves a sentence in place of a figure.
     if "No surfaces are drawn" in Page(file).text:
         names.remove("surfaces")
@@ -134,7 +134,7 @@ def test_a_target_without_labels_gives_fewer_figures_and_says_so(data: Path, tmp
 
 def test_a_run_that_is_not_done_is_shown_as_far_as_it_is(data: Path, tmp_path: Path) -> None:
     run = tiny_run(tmp_path / "run", data / "mr", data / "ct", stop_after=6)
-    page = assert_whole(report.report([run], tmp_path / "report"), FIGURES)
+    page = assert_whole(report_run.report([run], tmp_path / "report"), FIGURES)
     assert "image, source only, so far, ground truth" in page.text
     assert "interrupted (iteration 2 of warm_up)" in page.text
     assert "No pseudo-labels from MPSCL" in page.text
@@ -146,13 +146,13 @@ def test_a_run_without_checkpoint_shows_what_it_has_measured(data: Path, tmp_pat
         for file in checkpoint.iterdir():
             file.unlink()
         checkpoint.rmdir()
-    page = assert_whole(report.report([run.path], tmp_path / "report"), {"losses"})
+    page = assert_whole(report_run.report([run.path], tmp_path / "report"), {"losses"})
     assert "MPSCL has no checkpoint yet" in page.text
 
 
 def test_runs_with_different_targets_get_figures_of_their_own(data: Path, margin: Path, tmp_path: Path) -> None:
     other = tiny_run(tmp_path / "other", data / "ct", data / "mr")
-    file = report.report([margin, other], tmp_path / "report")
+    file = report_run.report([margin, other], tmp_path / "report")
     names = {f"{name}-{target}" for name in (*FIGURES, "selection") for target in ("mr", "ct")}
     page = assert_whole(file, names | {f"{k}-{n}" for k in ("angles", "pseudo-labels") for n in ("margin", "other")})
     assert "MPSCL (margin)" in page.text
@@ -170,7 +170,7 @@ def test_a_run_in_a_bucket_is_read_by_its_url(margin: Path, tmp_path: Path) -> N
         assert len(FeatureRecord(run.folder.path).read_panels()) == 2
         assert load(run, run.ends[-1], "cpu").weights.step == 12  # type: ignore[union-attr]
         with pytest.raises(ConfigError, match="is in a bucket; give a folder for its report with --out"):
-            report.report([place])
+            report.main([place])
 
 
 def test_training_labels_of_the_target_are_never_read(margin: Path) -> None:
@@ -200,11 +200,11 @@ def test_entropy_and_loss_of_the_shown_case(data: Path, margin: Path) -> None:
 
 def test_what_cannot_be_reported_is_one_sentence(margin: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="not the folder of a run"):
-        report.report([tmp_path])
+        report_run.report([tmp_path])
     with pytest.raises(ConfigError, match="given twice"):
-        report.report([margin, margin / ".." / "margin"])
+        report_run.report([margin, margin / ".." / "margin"])
     with pytest.raises(ConfigError, match=r"has no case 'ct_9'.*ct_test_0, ct_test_1"):
-        report.report([margin], tmp_path, case="ct_9")
+        report_run.report([margin], tmp_path, case="ct_9")
 
 
 def test_a_dataset_that_is_gone_leaves_the_curves(tmp_path: Path) -> None:
@@ -212,7 +212,7 @@ def test_a_dataset_that_is_gone_leaves_the_curves(tmp_path: Path) -> None:
     run = tiny_run(tmp_path / "run", data / "mr", data / "ct")
     (data / "ct").rename(tmp_path / "moved")
     names = {"losses", "angles-run", "pseudo-labels-run", "selection"}
-    page = assert_whole(report.report([run], tmp_path / "report"), names)
+    page = assert_whole(report_run.report([run], tmp_path / "report"), names)
     assert "No segmentations are shown: the target dataset" in page.text
 
 
@@ -221,6 +221,6 @@ def test_damaged_scores_are_named(margin: Path, tmp_path: Path) -> None:
     table.write_text("{")
     try:
         with pytest.raises(DataError, match=r"phases\.json is damaged"):
-            report.report([margin], tmp_path)
+            report_run.report([margin], tmp_path)
     finally:
         table.unlink()

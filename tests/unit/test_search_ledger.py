@@ -19,7 +19,8 @@ from matplotlib.image import imread
 from mpscl_ray.config import load_config
 from mpscl_ray.errors import ConfigError, DataError
 from mpscl_ray.search import figures
-from mpscl_ray.search.criteria import CRITERIA, agreement, rank_correlation, score
+from mpscl_ray.search.agreement import agreement, rank_correlation
+from mpscl_ray.search.criteria import CRITERIA, score
 from mpscl_ray.search.draws import draws
 from mpscl_ray.search.early_stopping import Halving, Listener
 from mpscl_ray.search.ledger import Ledger, Trial

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
@@ -16,12 +15,11 @@ import pytest
 
 ray = pytest.importorskip("ray")
 
-from mpscl_ray import capacity, checkpoint, cli, launch, train  # noqa: E402
+from mpscl_ray import capacity, checkpoint, cli, launch, train, train_run  # noqa: E402
 from mpscl_ray.config import load_config  # noqa: E402
 from mpscl_ray.errors import ClusterError, ConfigError, DataError, StorageError  # noqa: E402
 from mpscl_ray.run_folder import RunFolder  # noqa: E402
-from mpscl_ray.training import Outcome  # noqa: E402
-from tests.tiny import CLASSES, SETTINGS, local_data, make_dataset, make_pair, tiny_config  # noqa: E402
+from tests.tiny import CLASSES, SETTINGS, make_dataset, make_pair, tiny_config  # noqa: E402
 
 ONE_WORKER = ("scaling.workers=1",)
 
@@ -38,7 +36,7 @@ def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     def start(*arguments: object, **options: object) -> None:
         pytest.fail("Ray would have been started")
 
-    monkeypatch.setattr(train, "connect", start)
+    monkeypatch.setattr(train_run, "connect", start)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
 
 
@@ -328,125 +326,3 @@ def test_interrupted_before_ray_starts(
     assert "SIGTERM before training began" in status["reason"]
     assert status["resume_command"] in text
     assert signal.getsignal(signal.SIGTERM) == before
-
-
-class Trained:
-    """Stands in for a training on Ray; leaves a checkpoint as one does."""
-
-    outcome = Outcome("finished", "adaptation", 4, 12)
-
-    def __init__(self, config: object, folder: RunFolder, data: object, use_gpu: bool) -> None:
-        self.folder = folder
-
-    def start(self) -> None:
-        checkpoint.save(self.folder.checkpoints / "step-0000012", {"phase": "adaptation"})
-        self.folder.append_metrics({"global_step": 12, "phase": "adaptation", "iteration": 4, "iterations": 4})
-
-    def request_stop(self) -> None:
-        pass
-
-    def watch(self, look: Callable[[], None]) -> Outcome:
-        look()
-        return self.outcome
-
-
-@pytest.fixture
-def pretend_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train, "connect", lambda **options: contextlib.nullcontext())
-    monkeypatch.setattr(train, "places_of_killed_commands_given_back", lambda folder: contextlib.nullcontext())
-    monkeypatch.setattr(capacity, "check_cluster", lambda config: False)
-    monkeypatch.setattr(train, "check_nodes", lambda run, datasets: None)
-    monkeypatch.setattr(launch, "open_data", lambda config, domains: local_data(config))
-    monkeypatch.setattr(launch, "Launch", Trained)
-    monkeypatch.setattr(train, "evaluate_phases", lambda *arguments: None)
-    monkeypatch.setattr(train, "draw_phases", lambda *arguments: None)
-
-
-@pytest.mark.usefixtures("pretend_ray")
-def test_interrupted_during_the_evaluation(
-    command: Command, pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "evaluate_phases", lambda *arguments: os.kill(os.getpid(), signal.SIGINT))
-        code, text, _ = command(*tiny(pair, tmp_path))
-    assert code == 130
-    assert "stopped by SIGINT during the evaluation; to go on:" in text
-    status = RunFolder(tmp_path / "run").read_status()
-    assert (status["state"], status["phase"], status["global_step"]) == ("interrupted", "adaptation", 12)
-    assert command(*tiny(pair, tmp_path))[0] == 0
-    assert RunFolder(tmp_path / "run").read_status()["state"] == "finished"
-
-
-@pytest.mark.usefixtures("pretend_ray")
-def test_a_stop_that_came_too_late_for_training_is_not_forgotten(
-    command: Command, pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def watch(self: Trained, look: Callable[[], None]) -> Outcome:
-        os.kill(os.getpid(), signal.SIGTERM)
-        return self.outcome
-
-    monkeypatch.setattr(Trained, "watch", watch)
-    code, text, _ = command(*tiny(pair, tmp_path))
-    assert code == 130
-    assert "stopped by SIGTERM between training, which is done, and its evaluation" in text
-
-
-@pytest.mark.usefixtures("pretend_ray")
-def test_a_stopped_run_is_resumable_before_its_checkpoint_is_written(
-    command: Command, pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen: dict[str, object] = {}
-
-    def watch(self: Trained, look: Callable[[], None]) -> Outcome:
-        os.kill(os.getpid(), signal.SIGTERM)
-        look()
-        seen.update(self.folder.read_status())  # whoever stops it may kill it now
-        return Outcome("interrupted", "adaptation", 3, 11)
-
-    monkeypatch.setattr(Trained, "watch", watch)
-    assert command(*tiny(pair, tmp_path))[0] == 130
-    assert (seen["state"], seen["exit_code"], seen["global_step"]) == ("interrupted", 130, 12)
-    assert seen["reason"] == "stopped by SIGTERM; goes on from the last complete checkpoint"
-
-
-@pytest.mark.usefixtures("pretend_ray")
-def test_a_file_in_the_run_folder_stops_a_run_too(
-    command: Command, pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(Trained, "outcome", Outcome("interrupted", "adaptation", 3, 11))
-    code, text, _ = command(*tiny(pair, tmp_path))
-    assert code == 130
-    assert "stopped by the file stop-requested in the run folder at iteration 3 of the phase adaptation" in text
-
-
-@pytest.mark.usefixtures("pretend_ray")
-def test_results_in_the_working_directory_of_a_job_are_warned_of(command: Command, pair: Path, tmp_path: Path) -> None:
-    assert "warning" not in command(*tiny(pair, tmp_path))[1]
-    code, text, _ = command(*tiny(pair, tmp_path / "_ray_pkg_0123456789abcdef"))
-    assert code == 0
-    assert "lies in the working directory of this job, which Ray deletes after it" in text
-
-
-@pytest.mark.usefixtures("pretend_ray")
-def test_a_defect_keeps_its_traceback_and_is_in_the_status(
-    command: Command, pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(train, "evaluate_phases", lambda *arguments: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        command(*tiny(pair, tmp_path))
-    status = RunFolder(tmp_path / "run").read_status()
-    assert (status["state"], status["exit_code"]) == ("failed", 1)
-    assert status["reason"] == "ZeroDivisionError: division by zero"
-
-
-@pytest.mark.usefixtures("pretend_ray")
-def test_a_run_with_longer_phases_goes_on_although_it_was_finished(
-    command: Command, pair: Path, tmp_path: Path
-) -> None:
-    assert command(*tiny(pair, tmp_path))[0] == 0
-    longer = tiny(pair, tmp_path, "phases.adaptation=8")
-    assert command(*longer)[0] == ConfigError.exit_code
-    code, text, _ = command(*longer, "--allow-change")
-    assert code == 0
-    assert "phases.adaptation: 4 in the run, 8 now" in text
-    assert "trains on 18 labelled mr slices" in text

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,16 +28,24 @@ def read_file(path: Path) -> dict[str, Setting]:
         ConfigError: the file cannot be read, or holds no keys and values.
     """
     try:
-        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read: {error}; give a readable YAML file") from error
+    return {key: Setting(copy.deepcopy(value), origin) for key, (value, origin) in _parsed(text, path)}
+
+
+@functools.lru_cache(maxsize=256)
+def _parsed(text: str, path: Path) -> tuple[tuple[str, Setting], ...]:
+    """Keys and values of a text, once for each that a file has had: a comparison reads its presets in every cell."""
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if root is None:
-        return {}
+        return ()
     if not isinstance(root, yaml.MappingNode):
         raise ConfigError(f"{path} holds a {root.tag.rsplit(':', 1)[-1]}, expected keys and values")
-    return dict(_walk(root, path))
+    return tuple(_walk(root, path))
 
 
 def _walk(node: yaml.MappingNode, path: Path, prefix: str = "") -> Iterator[tuple[str, Setting]]:

@@ -1,4 +1,4 @@
-"""Reading a run's settings from a preset and ``key=value`` overrides; what they are is in mpscl_ray.config_schema.
+"""Reading a run's settings from a preset and ``key=value`` overrides; what they are is in mpscl_ray.config.schema.
 
 One :func:`load_config` serves the command line, a search trial and the reload of a run folder. Unknown keys, wrong
 types and values out of range are all reported at once, each with the place it came from.
@@ -13,6 +13,7 @@ import functools
 import inspect
 import itertools
 import math
+import sys
 import textwrap
 import types
 import typing
@@ -23,42 +24,13 @@ from typing import Annotated, Any
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from mpscl_ray.config_schema import (
-    Config,
-    DataConfig,
-    NetworkConfig,
-    PhasesConfig,
-    RunConfig,
-    ScalingConfig,
-)
+from mpscl_ray.config.methods import ADAPTATION, METHOD_CONFIGS, SOURCE_ONLY, WARM_UP
+from mpscl_ray.config.overrides import Setting, flatten, read_file, read_overrides
+from mpscl_ray.config.schema import Config
 from mpscl_ray.errors import ConfigError
-from mpscl_ray.methods import METHOD_CONFIGS
-from mpscl_ray.methods.base import ADAPTATION, SOURCE_ONLY, WARM_UP
-from mpscl_ray.settings_text import Setting, flatten, read_file, read_overrides
 from mpscl_ray.storage import Remote, cache_folder, is_url, locate
 
-__all__ = [
-    "ADAPTATION",
-    "METHOD_CONFIGS",
-    "SOURCE_ONLY",
-    "WARM_UP",
-    "Config",
-    "DataConfig",
-    "NetworkConfig",
-    "PhasesConfig",
-    "RunConfig",
-    "ScalingConfig",
-    "config_from_dict",
-    "describe_keys",
-    "differences",
-    "field_docs",
-    "load_config",
-    "preset_names",
-    "to_dict",
-    "to_yaml",
-]
-
-PRESETS = Path(__file__).parent / "presets"
+PRESETS = Path(__file__).parents[1] / "presets"
 """Folder of the presets that ship with the package; a preset's name is its path below it without ``.yaml``."""
 
 
@@ -185,7 +157,7 @@ def _build(settings: dict[str, Setting], problems: list[str]) -> Config:
     built: dict[str, Any] = {}
     for section, kind in sections.items():
         try:
-            built[section] = TypeAdapter(kind).validate_python(nested.get(section, {}))
+            built[section] = _adapter(kind).validate_python(nested.get(section, {}))
         except ValidationError as error:
             details = error.errors()
             fields = [detail["loc"][:1] for detail in details]
@@ -249,13 +221,20 @@ _PHASE_WORDS = {SOURCE_ONLY: "source-only phase", WARM_UP: "warm-up", ADAPTATION
 _NAME_CHARACTERS = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")
 
 
-def _known_keys(method: type[Any]) -> set[str]:
-    return {key for key, _, _ in _leaves(Config, method)}
+@functools.cache
+def _adapter(kind: type) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)  # which takes longer than to check a hundred configs with it
 
 
-def _free_mappings(method: type[Any]) -> list[str]:
+@functools.cache
+def _known_keys(method: type) -> frozenset[str]:
+    return frozenset(key for key, _, _ in _leaves(Config, method))
+
+
+@functools.cache
+def _free_mappings(method: type) -> tuple[str, ...]:
     """Keys whose value is itself a mapping from names that are not settings."""
-    return [key for key, _, kind in _leaves(Config, method) if dict in _origins(kind)]
+    return tuple(key for key, _, kind in _leaves(Config, method) if dict in _origins(kind))
 
 
 def _documented_keys() -> list[tuple[str, Any, str]]:
@@ -271,7 +250,7 @@ def _documented_keys() -> list[tuple[str, Any, str]]:
 _SECTIONS = [f.name for f in dataclasses.fields(Config)]
 
 
-def _leaves(kind: type[Any], method: type[Any], prefix: str = "") -> Iterator[tuple[str, tuple[type, Any], Any]]:
+def _leaves(kind: type, method: type, prefix: str = "") -> Iterator[tuple[str, tuple[type, Any], Any]]:
     hints = typing.get_type_hints(kind)
     for item in dataclasses.fields(kind):
         hint = method if prefix == "" and item.name == "method" else hints[item.name]
@@ -292,13 +271,18 @@ def field_docs(kind: type) -> dict[str, str]:
     """Meaning of each field of a dataclass, inherited ones too: the string below it."""
     docs: dict[str, str] = {}
     for owner in reversed(kind.__mro__[:-1]):
-        tree = ast.parse(textwrap.dedent(inspect.getsource(owner)))
-        (body,) = [node.body for node in tree.body if isinstance(node, ast.ClassDef)]
-        for node, after in itertools.pairwise(body):
+        for node, after in itertools.pairwise(_class_bodies(owner.__module__)[owner.__name__]):
             match node, after:
                 case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
                     docs[name] = " ".join(text.split())
     return docs
+
+
+@functools.cache
+def _class_bodies(module: str) -> dict[str, list[ast.stmt]]:
+    """Statements of each class of a module."""
+    tree = ast.parse(inspect.getsource(sys.modules[module]))
+    return {node.name: node.body for node in tree.body if isinstance(node, ast.ClassDef)}
 
 
 def _origins(hint: Any) -> set[Any]:

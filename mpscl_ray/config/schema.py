@@ -1,16 +1,21 @@
-"""The settings of a run as frozen dataclasses: defaults, limits and meaning. mpscl_ray.config reads them."""
+"""The settings of a run as frozen dataclasses: defaults, limits and meaning. mpscl_ray.config.load reads them."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field
 
-from mpscl_ray.data.augment import AugmentConfig
-from mpscl_ray.methods import METHOD_CONFIGS, METHODS, MPSCLConfig
-from mpscl_ray.methods.base import ADAPTATION, SOURCE_ONLY, WARM_UP
-from mpscl_ray.optimisation import OptimConfig, PrecisionConfig
+from mpscl_ray.config.methods import (
+    ADAPTATION,
+    SOURCE_ONLY,
+    WARM_UP,
+    AdvEntConfig,
+    MPSCLConfig,
+    SegmentationConfig,
+    method_name,
+)
 
 SUPERVISED = "supervised"
 """What the first phase is called where it trains on labels of the target."""
@@ -52,6 +57,33 @@ class RunConfig:
     """What decides on `best`: source validation Dice less target entropy, or target validation Dice ("oracle")."""
     restarts: Annotated[int, Field(ge=0)] = 3
     """How many times lost workers are replaced before the run is given up (still resumable)."""
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """Ranges of the random changes; the defaults change nothing."""
+
+    rotation_deg: Annotated[float, Field(ge=0, le=180)] = 0.0
+    """Largest rotation in the slice plane, in degrees; drawn evenly from +-rotation_deg."""
+    scale: tuple[Annotated[float, Field(ge=0.1, le=10)], Annotated[float, Field(ge=0.1, le=10)]] = (1.0, 1.0)
+    """Smallest and largest magnification of the anatomy; drawn evenly on a logarithmic scale."""
+    translation: Annotated[float, Field(ge=0, le=0.5)] = 0.0
+    """Largest shift along either side, as a fraction of that side; drawn evenly from +-translation."""
+    intensity_mapping: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Probability that the intensities of a slice are remapped by a random shallow convolution."""
+    intensity_mapping_strength: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """Largest weight of the remapped image in the blend with the original; drawn evenly from 0 to this."""
+    intensity_mapping_layers: Annotated[int, Field(ge=1, le=3)] = 3
+    """Largest number of convolutions of a mapping; drawn evenly from 1 to this."""
+
+    def __post_init__(self) -> None:
+        if self.scale[0] > self.scale[1]:
+            raise ValueError(f"scale is (smallest, largest), and {self.scale[0]} is larger than {self.scale[1]}")
+
+    @property
+    def moves(self) -> bool:
+        """Whether the anatomy is moved, turned or scaled."""
+        return self.rotation_deg > 0 or self.translation > 0 or tuple(self.scale) != (1.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -110,6 +142,47 @@ class PhasesConfig:
     """Learning rate of the first phase where it is not optim.lr."""
 
 
+ParameterKind = Literal["stem", "block", "downsample", "head"]
+"""Where a convolution of the segmenter stands; decides its sub-steps, see ``OptimConfig.legacy_param_repeats``."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """SGD for the segmenter, Adam for the discriminators, polynomial decay for both, restarted with every phase."""
+
+    lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 2.5e-4
+    """Learning rate of the segmenter at the start of a phase."""
+    head_lr_factor: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 10.0
+    """Learning rate of the two classifier heads over that of the backbone."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Momentum of SGD."""
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 5e-4
+    """Weight decay of SGD; 5e-4 in the released code, 1e-4 in the paper."""
+    lr_discriminator: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-4
+    """Learning rate of Adam at the start of a phase."""
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.99)
+    """Moment decays of Adam."""
+    power: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.9
+    """Exponent of the decay lr (1 - i / iterations)^power."""
+    legacy_param_repeats: dict[ParameterKind, Annotated[int, Field(ge=1)]] | None = None
+    """SGD sub-steps a parameter takes in one iteration, by where it stands: {stem: 1, block: 3, downsample: 4, head: 1}
+    is what the released code does by listing parameters several times. null: one each."""
+
+
+@dataclass(frozen=True)
+class PrecisionConfig:
+    """How GPUs compute. Cosines, logarithms, margin and Dice are in float32 whatever is set here."""
+
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """bf16 runs the networks under autocast; weights and optimisers stay float32."""
+    tf32: bool = True
+    """Let float32 products of GPUs use TF32."""
+    channels_last: bool = False
+    """Keep images and convolution weights in NHWC order."""
+    compile: bool = False
+    """Compile the networks with torch.compile; takes a minute at the start."""
+
+
 @dataclass(frozen=True)
 class ScalingConfig:
     """What a run takes of the machine or cluster."""
@@ -164,12 +237,12 @@ class Config:
     @property
     def method_name(self) -> str:
         """Key of the method in :data:`METHOD_CONFIGS`."""
-        return next(name for name, kind in METHOD_CONFIGS.items() if type(self.method) is kind)
+        return method_name(self.method)
 
     @property
     def method_phases(self) -> tuple[str, ...]:
         """Phases that a run of this method can have."""
-        phases: tuple[str, ...] = METHODS[self.method_name].phases
+        phases: tuple[str, ...] = self.method.phases
         return phases
 
     @property
@@ -183,3 +256,15 @@ class Config:
             share = self.phases.adaptation * (number + 1) // rounds - self.phases.adaptation * number // rounds
             lengths.append((name, share))
         return [(name, iterations) for name, iterations in lengths if iterations > 0]
+
+
+def settings_of_phase(config: Config, phase: str) -> Any:
+    """Settings of what trains a phase: the method's, or those that plain segmentation or AdvEnt share with it.
+
+    Plain segmentation comes first and AdvEnt is the warm-up, whatever the method.
+    """
+    if is_adaptation(phase):
+        return config.method
+    kind = AdvEntConfig if phase == WARM_UP else SegmentationConfig
+    own = {item.name for item in fields(config.method)}
+    return kind(**{item.name: getattr(config.method, item.name) for item in fields(kind) if item.name in own})

@@ -1,0 +1,112 @@
+"""What each command loads before it accepts its arguments: whoever asks for help, or errs, has the answer at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+HEAVY = "torch ray numpy scipy pandas pyarrow matplotlib tensorboardX safetensors nibabel".split()
+"""Packages that take from a tenth of a second to several seconds to import."""
+
+ONE_AFTER_THE_OTHER = f"""
+import contextlib, importlib, io, json, sys
+from mpscl_ray import cli
+main, found = importlib.import_module(sys.argv[1]).main, []
+for words in json.loads(sys.argv[2]):
+    sys.argv[1:] = words
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):
+        try:
+            cli.run(main)
+        except SystemExit as end:
+            code = end.code
+    found.append((code, text.getvalue(), [name for name in {HEAVY} if name in sys.modules]))
+print(json.dumps(found))
+"""
+"""Runs a command with several lists of arguments: exit code, output and heavy packages loaded after each."""
+
+CASES = {
+    "train": [
+        ("--help", 0, "method.margin_source = 0.4"),
+        ("mr2ct/mpscl --show", 0, "name: mr2ct-mpscl"),
+        ("--shwo", 2, "unrecognized arguments: --shwo"),
+        ("mr2ct/mpsc", 2, "error: there is no preset 'mr2ct/mpsc'"),
+        ("optim.lrr=1", 2, "error: 'optim.lrr' on the command line is not a setting"),
+        ("method.margin_source=4", 2, "error: method.margin_source=4 on the command line"),
+        ("run.name=a/b", 2, "error: run.name='a/b' must be made of"),
+    ],
+    "tune": [
+        ("--help", 0, "search.reduction = 4"),
+        ("contrastive --show", 0, "# shared by all trials: source_only, warm_up"),
+        ("--show --warm-up runs/before", 0, "warm_up: runs/before"),
+        ("--shwo", 2, "unrecognized arguments: --shwo"),
+        ("phantm", 2, "error: there is no space 'phantm'"),
+        ("preset=phantm", 2, "error: there is no preset 'phantm'"),
+        ("optim.lrr=1", 2, "error: 'optim.lrr' on the command line is not a setting"),
+        ("search.trials=0", 2, "error: search.trials=0 on the command line"),
+        ("--metric dice", 2, "error: search.metric=dice on the command line is not one of"),
+    ],
+    "compare": [
+        ("--help", 0, "systems: source_only, adabn"),
+        ("--shwo", 2, "unrecognized arguments: --shwo"),
+        ("mpsc", 2, "error: there is no system mpsc"),
+        ("--presets nothing", 2, "error: the presets nothing have no system mpscl"),
+        ("optim.lrr=1", 2, "error: 'optim.lrr' on the command line is not a setting"),
+        ("method.margin_source=4", 2, "error: method.margin_source=4 on the command line"),
+        ("--seeds 0", 2, "error: --seeds is '0'"),
+        ("--presets small", 2, "error: no data to compare on"),
+    ],
+    "prepare": [
+        ("--help", 0, "MM-WHS 2017, as downloaded"),
+        ("--shwo", 2, "required: INPUT, --layout, --out"),
+        ("in --layout nothing --out out", 2, "invalid choice: 'nothing'"),
+        ("in --layout npy --out gs://bucket", 2, "error: gs:// is not a storage that can be used directly"),
+        ("in --layout npy --out out --channel -1", 2, "error: --channel -1: expected 0 or more"),
+        ("in --layout npy --out out --clip-percentile 0", 2, "error: clip_percentile is 0.0"),
+        ("in --layout npy --out out --range 3,1", 2, "error: --range '3,1': expected two numbers"),
+    ],
+    "evaluate": [
+        ("--help", 0, "last checkpoint, test split of the target"),
+        ("run --shwo", 2, "unrecognized arguments: --shwo"),
+        ("run --split nothing", 2, "invalid choice: 'nothing'"),
+        ("run --workers -1", 2, "error: --workers is -1"),
+    ],
+    "predict": [
+        ("--help", 0, "not a medical device"),
+        ("run image.nii --out out --shwo", 2, "unrecognized arguments: --shwo"),
+        ("run image.nii --out out --assume-spacing 1,1", 2, "'1,1' is not three sizes"),
+        ("run image.nii --out out --workers -1", 2, "error: --workers is -1"),
+        ("run s3://bucket/image.nii --out out", 2, "error: s3://bucket/image.nii is in a bucket"),
+    ],
+    "report": [
+        ("--help", 0, "one run, phase by phase"),
+        ("run --shwo", 2, "unrecognized arguments: --shwo"),
+        ("run --out s3://bucket/report", 2, "is a URL, and a report is written to a folder"),
+        ("s3://bucket/run", 2, "error: the run s3://bucket/run is in a bucket"),
+    ],
+}
+
+
+@pytest.mark.parametrize("command", CASES)
+def test_help_and_what_is_refused_need_nothing_that_computes(command: str, tmp_path: Path) -> None:
+    words = json.dumps([arguments.split() for arguments, _, _ in CASES[command]])
+    done = subprocess.run(
+        [sys.executable, "-c", ONE_AFTER_THE_OTHER, f"mpscl_ray.{command}", words],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    results = json.loads(done.stdout)
+    for (arguments, code, part), (found, text, loaded) in zip(CASES[command], results, strict=True):
+        assert (found, loaded) == (code, []), arguments
+        assert part in text, arguments
+    assert list(tmp_path.iterdir()) == []
