@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from html.parser import HTMLParser
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from mpscl_ray import launch, pace, report, training
+from mpscl_ray import launch, report
 from mpscl_ray.config import to_yaml
 from mpscl_ray.data.schema import load_manifest, read_case
 from mpscl_ray.errors import ConfigError, DataError
@@ -22,7 +21,8 @@ from mpscl_ray.losses import class_counts, weighted_cross_entropy
 from mpscl_ray.report_runs import choose_case, load, look_at, read_runs
 from mpscl_ray.run_folder import RunFolder
 from tests.s3 import serve, upload_folder
-from tests.tiny import CLASSES, local_data, make_dataset, make_pair, tiny_config
+from tests.tiny import CLASSES, make_dataset, make_pair, tiny_config
+from tests.tiny_runs import train
 
 FIGURES = {"segmentations", "surfaces", "overconfident", "losses", "features"}
 """Of any run with labels in its target's test split."""
@@ -33,20 +33,9 @@ def tiny_run(
 ) -> Path:
     """A run as the train command leaves it, less its evaluation."""
     config = tiny_config(source, target, [*overrides, f"run.name={folder.name}"])
-    run = RunFolder(folder)
-    run.create()
+    outcome, run = train(config, folder, stop_after)
     run.write_config(to_yaml(config))
     run.write_model(launch.model_description(config, launch.load_domains(config)[0]))
-    steps = itertools.count(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pace, "LOOK_S", 0.0)
-        outcome = training.train(
-            config,
-            local_data(config),
-            run,
-            torch.device("cpu"),
-            stop_requested=lambda: next(steps) == stop_after,
-        )
     place = {"phase": outcome.phase, "iteration": outcome.iteration, "global_step": outcome.step}
     run.write_status("finished" if outcome.state == "finished" else "interrupted", exit_code=0, **place)
     return folder
