@@ -85,8 +85,9 @@ class TestContract:
     def test_five_steps_saved_and_five_more_are_ten(self, name: str) -> None:
         straight = MAKE[name](seed=0)
         straight.start_phase(10)
-        for step in range(10):
-            straight.step(batch(step), step)
+        losses = [straight.step(batch(step), step).get("loss_segmentation") for step in range(10)]
+        if name in TRAINED:
+            assert float(losses[-1]) < 0.6 * float(losses[0]), "it learns"
 
         first = MAKE[name](seed=0)
         first.start_phase(10)
@@ -193,21 +194,21 @@ class TestDeepLab:
             method.load_state_dict({**state, "networks": {}})
 
 
-@pytest.mark.parametrize("name", TRAINED)
-class TestTraining:
-    def test_learns_discs(self, name: str) -> None:
-        method = MAKE[name]()
-        method.start_phase(60)
-        for step in range(60):
-            metrics = method.step(batch(step, size=4 if name == "sifa" else 8), step)
-        assert float(metrics["loss_segmentation"]) < 0.7
-        test, target_label = labelled_batch(1000, size=16)
-        assert test.target_image is not None
-        for image, label in ((test.source_image, test.source_label), (test.target_image, target_label)):
-            predicted = method.predict(image).argmax(dim=1)
-            for disc in (1, 2):
-                ours, truth = predicted == disc, label == disc
-                assert 2 * (ours & truth).sum() / (ours.sum() + truth.sum()) > 0.7
+@pytest.mark.parametrize("name", ["advent", "mpscl", "sifa"])
+def test_learns_discs(name: str) -> None:
+    """With adversaries, with contrast, with networks of its own; that others learn, ten steps of the contract show."""
+    method = MAKE[name]()
+    method.start_phase(60)
+    for step in range(60):
+        metrics = method.step(batch(step, size=4 if name == "sifa" else 8), step)
+    assert float(metrics["loss_segmentation"]) < 0.7
+    test, target_label = labelled_batch(1000, size=16)
+    assert test.target_image is not None
+    for image, label in ((test.source_image, test.source_label), (test.target_image, target_label)):
+        predicted = method.predict(image).argmax(dim=1)
+        for disc in (1, 2):
+            ours, truth = predicted == disc, label == disc
+            assert 2 * (ours & truth).sum() / (ours.sum() + truth.sum()) > 0.7
 
 
 @pytest.mark.parametrize("form", ["released", "paper"])
