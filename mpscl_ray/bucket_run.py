@@ -50,6 +50,9 @@ log = logging.getLogger(__name__)
 _LAST_UPLOADS_S = 60.0
 """How long a command that ends waits for a storage that does not answer."""
 
+LEASE = ".lease"
+"""The lease object in the folder of a run."""
+
 _AGAIN_S = 2.0
 
 _LOOK_S = 2.0
@@ -90,11 +93,13 @@ class BucketRun(RunFolder):
 
     look_s = _LOOK_S
 
-    def __init__(self, remote: Remote, role: str, patience_s: float, also: Sequence[str] = ()) -> None:
+    def __init__(
+        self, remote: Remote, role: str, patience_s: float, also: Sequence[str] = (), lease: Lease | None = None
+    ) -> None:
         super().__init__(_copy_folder(remote, role))
         self.remote, self.role, self.patience_s, self._also = remote, role, patience_s, also
         self.name = remote.name
-        self._lease = Lease(remote / ".lease", remote.name)
+        self._lease = lease or Lease(remote / LEASE, remote.name)
         self._mirror: Mirror | None = None
         self._looked = False
 

@@ -18,8 +18,8 @@ EXIT_CODES = (
 """Shown at the end of every --help."""
 
 
-def run(main: Callable[[list[str]], int]) -> None:
-    """Run a command's ``main(arguments)`` and leave the process with its exit code.
+def run(main: Callable[[list[str]], int], arguments: list[str] | None = None) -> None:
+    """Run a command's ``main(arguments)``, by default with those of the process, and leave with its exit code.
 
     An :class:`MpsclError` is printed as one sentence; anything else is a defect and keeps its traceback.
     ``MPSCL_RAY_DEBUG=1`` shows the traceback of the former too.
@@ -29,7 +29,7 @@ def run(main: Callable[[list[str]], int]) -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # A name of a file may hold what the terminal cannot show.
     try:
-        code = main(sys.argv[1:])
+        code = main(sys.argv[1:] if arguments is None else arguments)
     except MpsclError as error:
         if os.environ.get("MPSCL_RAY_DEBUG") == "1":
             raise

@@ -23,19 +23,30 @@ from mpscl_ray.run_lock import alive
 from mpscl_ray.storage import Remote
 
 RENEW_S = 10.0
-"""Time between two renewals."""
+"""Seconds between two renewals, by default."""
 DEAD_AFTER_S = 60.0
-"""A lease that stands still for so long belongs to nobody."""
+"""Seconds after which a lease that stands still belongs to nobody, by default."""
 SETTLE_S = 1.0
 """Time between writing a token and reading it back; longer than a small request takes."""
 _LOOK_S = 1.0
 
 
 class Lease:
-    """The lease object of one run."""
+    """The lease object of one run.
 
-    def __init__(self, remote: Remote, run: str, token: str = "") -> None:
+    Args:
+        remote: where it is.
+        run: name of the run.
+        token: of the owner; a new one by default.
+        renew_s: seconds between two renewals.
+        dead_after_s: a lease that stands still for so many seconds belongs to nobody.
+    """
+
+    def __init__(
+        self, remote: Remote, run: str, token: str = "", *, renew_s: float = RENEW_S, dead_after_s: float = DEAD_AFTER_S
+    ) -> None:
         self.remote, self.run = remote, run
+        self._renew_s, self._dead_after_s = renew_s, dead_after_s
         self.token = token or secrets.token_hex(8)
         self._count = 0
         self._renewed = 0.0
@@ -67,7 +78,7 @@ class Lease:
     def renew(self) -> None:
         """Check, and show that the owner lives if the last time is a while ago."""
         self.check()
-        if time.monotonic() - self._renewed > RENEW_S:
+        if time.monotonic() - self._renewed > self._renew_s:
             self._write()
 
     def release(self) -> None:
@@ -83,11 +94,11 @@ class Lease:
     def _watch(self, found: dict[str, Any]) -> None:
         print(
             f"the run {self.run} was left by process {found.get('pid')} on {found.get('host')}, or is in use: looking "
-            f"for a sign of life for up to {DEAD_AFTER_S:g} s",
+            f"for a sign of life for up to {self._dead_after_s:g} s",
             file=sys.stderr,
             flush=True,
         )
-        deadline = time.monotonic() + DEAD_AFTER_S
+        deadline = time.monotonic() + self._dead_after_s
         while time.monotonic() < deadline:
             time.sleep(_LOOK_S)
             there = self._read()

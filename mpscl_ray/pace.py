@@ -8,8 +8,8 @@ from collections.abc import Callable
 from mpscl_ray import distributed
 from mpscl_ray.data.stream import SliceStream
 
-LOOK_S = 0.5
-"""Seconds, about, between two looks at whether the run was asked to stop."""
+LOOK_EVERY_S = 0.5
+"""Seconds, about, between two looks at whether the run was asked to stop, by default."""
 
 MOST_STEPS_UNSEEN = 50
 """Steps after which it is looked in any case."""
@@ -47,24 +47,31 @@ class StopLooks:
 
     Args:
         stop_requested: asked on worker 0.
+        every_s: seconds, about, between two looks; 0 looks after each step.
+        clock: seconds that pass.
     """
 
-    def __init__(self, stop_requested: Callable[[], bool]) -> None:
-        self._stop_requested = stop_requested
+    def __init__(
+        self,
+        stop_requested: Callable[[], bool],
+        every_s: float = LOOK_EVERY_S,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._stop_requested, self._every_s, self._clock = stop_requested, every_s, clock
         self._next = 0
-        self._seen = (time.perf_counter(), 0)
+        self._seen = (clock(), 0)
 
     def look_soon(self) -> None:
         """Look after the next step, whenever that is; all workers say so at the same step."""
         self._next = 0
 
     def stop_after(self, step: int) -> bool:
-        """Whether to end after this step. Worker 0 says when all look next: about every ``LOOK_S`` seconds."""
+        """Whether to end after this step. Worker 0 says when all look next: about every ``every_s`` seconds."""
         if step < self._next:
             return False
-        now, (before, step_before) = time.perf_counter(), self._seen
+        now, (before, step_before) = self._clock(), self._seen
         seconds_a_step = (now - before) / max(step - step_before, 1)
-        steps = min(max(int(LOOK_S / seconds_a_step), 1), MOST_STEPS_UNSEEN)
+        steps = min(max(int(self._every_s / seconds_a_step), 1), MOST_STEPS_UNSEEN)
         asked = distributed.rank() == 0 and self._stop_requested()
         stop, self._next = distributed.broadcast_object([asked, step + steps])
         self._seen = now, step

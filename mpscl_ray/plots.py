@@ -34,15 +34,18 @@ Record = Mapping[str, Any]
 
 
 def plot_progress(records: Sequence[Record], path: Path, title: str = "") -> None:
-    """Draw losses, shares and validation Dice over the iterations of a run, phases apart, as a PNG.
+    """Write :func:`progress_figure` as a PNG; an older file is replaced as a whole. Raises StorageError."""
+    buffer = io.BytesIO()
+    FigureCanvasAgg(progress_figure(records, title)).print_png(buffer)  # type: ignore[no-untyped-call]
+    write_atomically(path, buffer.getvalue())
+
+
+def progress_figure(records: Sequence[Record], title: str = "") -> Figure:
+    """Losses, shares and validation Dice over the iterations of a run, phases apart.
 
     Args:
         records: Records of metrics.jsonl, in order.
-        path: PNG to write; replaced as a whole.
         title: Name of the run.
-
-    Raises:
-        StorageError: The file cannot be written.
     """
     shares = ("train/selected_fraction", *sorted(_tags(records, "train/discriminator_accuracy")))
     dice = sorted(_tags(records, "val/dice/"), key=lambda tag: tag.endswith("/mean"))
@@ -64,9 +67,7 @@ def plot_progress(records: Sequence[Record], path: Path, title: str = "") -> Non
         )
     if title:
         figure.suptitle(title)
-    buffer = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(buffer)  # type: ignore[no-untyped-call]
-    write_atomically(path, buffer.getvalue())
+    return figure
 
 
 def panel(

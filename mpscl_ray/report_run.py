@@ -8,7 +8,7 @@ from pathlib import Path
 import yaml
 
 from mpscl_ray.durable_files import storage_errors, write_atomically
-from mpscl_ray.figures.style import class_colour
+from mpscl_ray.figures.style import DPI, class_colour
 from mpscl_ray.inference import choose_device
 from mpscl_ray.report_groups import group_runs, look_at_group
 from mpscl_ray.report_page import page
@@ -17,7 +17,13 @@ from mpscl_ray.report_sections import overview, sections
 
 
 def report(
-    runs: Sequence[Path], out: Path | None = None, *, case: str | None = None, device: str | None = None
+    runs: Sequence[Path],
+    out: Path | None = None,
+    *,
+    case: str | None = None,
+    device: str | None = None,
+    dpi: float = DPI,
+    pdf: bool = True,
 ) -> Path:
     """Make the page and the figures.
 
@@ -26,6 +32,8 @@ def report(
         out: folder for the report; None for ``RUN/report`` of one run, ``report`` beside the first of several.
         case: volume of the target to show; None for the first labelled test volume.
         device: where to predict; None takes a GPU where there is one.
+        dpi: pixels of the figures per inch.
+        pdf: whether to write each figure as PDF too, which takes longer than all the rest.
 
     Returns:
         The page.
@@ -51,7 +59,7 @@ def report(
     text = page(
         title=f"Adaptation {' and '.join(directions)}",
         summary=f"{len(found)} run{'s' * (len(found) > 1)}: {names}.",
-        sections=[overview(groups), *sections(groups, folder / "figures")],
+        sections=[overview(groups), *sections(groups, folder / "figures", dpi, pdf)],
         structures=list(structures.items()),
         settings=[(run.folder.name, yaml.safe_dump(dict(run.config), sort_keys=False)) for run in found],
     )

@@ -22,8 +22,8 @@ _ROWS = 4
 """Slices of the side-by-side figure."""
 
 
-def sections(groups: Sequence[Group], folder: Path) -> Iterator[Section]:
-    """All sections, each figure written into ``folder`` as PNG and PDF when its section is made."""
+def sections(groups: Sequence[Group], folder: Path, dpi: float, pdf: bool) -> Iterator[Section]:
+    """All sections, each figure written into ``folder`` as PNG and, if wanted, PDF when its section is made."""
     makers = (_segmentations, _surfaces, _overconfident, _losses, _pseudo_labels, _angles, _margin, _features)
     for maker in makers:
         section: Section | None = None
@@ -36,7 +36,7 @@ def sections(groups: Sequence[Group], folder: Path) -> Iterator[Section]:
             section = section or Section(own.title, own.lead)
             heading = f"Target {group.name}. " if group.suffix else ""
             for picture in pictures:
-                image = save(picture, folder)
+                image = save(picture, folder, dpi, pdf)
                 caption = heading + picture.caption
                 section.shown.append(Shown(picture.name, image, caption, heading + picture.alternative))
             section.tables += own.tables

@@ -29,7 +29,7 @@ from mpscl_ray.data.stream import Slices, tensors
 from mpscl_ray.errors import ConfigError, DataError
 from mpscl_ray.feature_record import FeatureRecord, middle_slices
 from mpscl_ray.methods.base import Batch, Method
-from mpscl_ray.pace import Clock, StopLooks
+from mpscl_ray.pace import LOOK_EVERY_S, Clock, StopLooks
 from mpscl_ray.run_folder import RunFolder
 from mpscl_ray.training_data import TrainingData, open_streams, training_slices
 from mpscl_ray.validation import Validation, selection_score, target_criteria, validate
@@ -80,6 +80,9 @@ class Observer:
     def started(self, step: int) -> None:
         """Training begins at this step: 0, or that of the checkpoint it goes on from."""
 
+    def batch(self, batch: Batch) -> None:
+        """The next step trains on this batch."""
+
     def notice(self, text: str) -> None:
         """Worker 0 only: a sentence that whoever runs the training should read."""
 
@@ -100,6 +103,9 @@ def train(
     device: torch.device,
     observer: Observer | None = None,
     stop_requested: Callable[[], bool] = lambda: False,
+    *,
+    look_every_s: float = LOOK_EVERY_S,
+    dtype: torch.dtype = torch.float32,
 ) -> Outcome:
     """Train from the newest intact checkpoint, or from the start, to the end of the last phase.
 
@@ -108,15 +114,18 @@ def train(
         data: slices; the same on every worker.
         run: folder on a file system that all workers share; worker 0 writes, all read.
         device: of this worker.
-        observer: told of metrics, panels and notices.
-        stop_requested: asked on worker 0 about twice a second; True ends training after a checkpoint.
+        observer: told of batches, metrics, panels and notices.
+        stop_requested: asked on worker 0 now and then; True ends training after a checkpoint.
+        look_every_s: seconds, about, between two such questions; 0 asks after each step.
+        dtype: of the weights, and so of what is computed from the images, which stay in single precision.
 
     Raises:
         ConfigError: the newest checkpoint is of a phase that the settings do not have.
         DataError: a checkpoint or a dataset is damaged beyond what can be passed over.
         StorageError: a checkpoint cannot be written.
     """
-    return _Training(config, data, run, device, observer or Observer(), stop_requested).run()
+    looks = StopLooks(stop_requested, look_every_s)
+    return _Training(config, data, run, device, observer or Observer(), looks, dtype).run()
 
 
 def newest_checkpoint(run: RunFolder) -> tuple[Path | None, list[str]]:
@@ -145,10 +154,11 @@ class _Training:
         run: RunFolder,
         device: torch.device,
         observer: Observer,
-        stop_requested: Callable[[], bool],
+        looks: StopLooks,
+        dtype: torch.dtype,
     ) -> None:
         self.config, self.data, self.folder, self.device = config, data, run, device
-        self.observer, self.looks = observer, StopLooks(stop_requested)
+        self.observer, self.looks, self.dtype = observer, looks, dtype
         self.features = FeatureRecord(run.path)
         self.rank, self.world_size = distributed.rank(), distributed.world_size()
         self.position = Position()
@@ -162,7 +172,7 @@ class _Training:
         for number in range(self.position.phase, len(self.schedule)):
             name, iterations = self.schedule[number]
             # A segmenter of its own for each phase: DistributedDataParallel leaves hooks on the parameters it wrapped.
-            segmenter = build_segmenter(self.config, len(self.data.classes), name)
+            segmenter = build_segmenter(self.config, len(self.data.classes), name).to(self.dtype)
             if resumed is None and not weights:
                 self._notice(load_start_weights(segmenter, self.config))
             method = build_method(self.config, name, segmenter, len(self.data.classes), self.device)
@@ -176,7 +186,9 @@ class _Training:
                 self.position = Position(number, 0, self.position.step)
                 method.start_phase(iterations)
                 if is_adaptation(name):
-                    slices = training_slices(self.config, self.data, self.device, self._start_weights)
+                    slices = training_slices(
+                        self.config, self.data, self.device, self._start_weights, self.rank, self.world_size
+                    )
                     prepare(method, self.config, slices)
                     if self.rank == 0:
                         self.features.rewind(self.position.step - 1)  # a start that was interrupted may have looked
@@ -192,12 +204,15 @@ class _Training:
     def _run_phase(self, name: str, iterations: int, method: Method) -> Outcome | None:
         """Iterations of one phase from where it stands; an outcome only if the run ends here."""
         run, position = self.config.run, self.position
-        source, target = open_streams(self.config, self.data, method, name, position.step, self.device)
+        source, target = open_streams(
+            self.config, self.data, method, name, position.step, self.device, self.rank, self.world_size
+        )
         clock = Clock(position.step, source, target)
         try:
             while position.iteration < iterations:
                 labelled = source.next()
                 batch = Batch(labelled["image"], labelled["label"], target.next()["image"] if target else None)
+                self.observer.batch(batch)
                 metrics = method.step(batch, position.iteration)
                 position.iteration += 1
                 position.step += 1
@@ -241,7 +256,7 @@ class _Training:
             end = checkpoint.load(self.folder.phases / SOURCE_ONLY)
             weights: dict[str, Tensor] = end["method"]["networks"]["segmenter"]
             return weights
-        segmenter = build_segmenter(self.config, len(self.data.classes))
+        segmenter = build_segmenter(self.config, len(self.data.classes)).to(self.dtype)
         load_start_weights(segmenter, self.config)
         return segmenter.state_dict()
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mpscl_ray import distributed
 from mpscl_ray.config import Config, reads_target
 from mpscl_ray.data import SOURCE_DOMAIN, TARGET_DOMAIN
 from mpscl_ray.data.chosen import ChosenSlices
@@ -39,7 +38,14 @@ class TrainingData:
 
 
 def open_streams(
-    config: Config, data: TrainingData, method: Method, phase: str, start_step: int, device: torch.device
+    config: Config,
+    data: TrainingData,
+    method: Method,
+    phase: str,
+    start_step: int,
+    device: torch.device,
+    rank: int,
+    world_size: int,
 ) -> tuple[SliceStream, SliceStream | None]:
     """This worker's streams of what takes the places of source and target in the batches of a phase.
 
@@ -50,6 +56,8 @@ def open_streams(
         phase: its name.
         start_step: global step of the first batch.
         device: where the batches go.
+        rank: number of this worker.
+        world_size: number of workers.
     """
 
     def stream(name: str, slices: Slices | None) -> SliceStream:
@@ -63,8 +71,8 @@ def open_streams(
             seed=config.run.seed,
             domain=name,
             global_batch=config.data.batch_size,
-            rank=distributed.rank(),
-            world_size=distributed.world_size(),
+            rank=rank,
+            world_size=world_size,
             augment=augmentation,
             start_step=start_step,
             device=device,
@@ -80,11 +88,15 @@ def open_streams(
 
 
 def training_slices(
-    config: Config, data: TrainingData, device: torch.device, start_weights: Callable[[], dict[str, Tensor]]
+    config: Config,
+    data: TrainingData,
+    device: torch.device,
+    start_weights: Callable[[], dict[str, Tensor]],
+    rank: int,
+    world_size: int,
 ) -> TrainingSlices:
     """This worker's share of all training slices, un-augmented, as a method may look at them before its phase."""
     unlabelled, batch_size = data.unlabelled, config.data.batch_size
-    rank, world_size = distributed.rank(), distributed.world_size()
     assert unlabelled is not None
 
     def batches(slices: Slices) -> Iterator[dict[str, Tensor]]:

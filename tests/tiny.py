@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from mpscl_ray.config import METHOD_CONFIGS, Config, load_config, reads_target, to_dict
+from mpscl_ray.config import METHOD_CONFIGS, Config, load_config, reads_target
 from mpscl_ray.data import TARGET_DOMAIN
 from mpscl_ray.data.schema import Manifest, Scaling, load_manifest, save_manifest, write_case
 from mpscl_ray.data.stream import LocalSlices
@@ -176,37 +171,3 @@ def local_data(config: Config) -> TrainingData:
         unlabelled=LocalSlices(folders[TARGET_DOMAIN], "train", labels=False) if adapts else None,
         validation=validation,
     )
-
-
-def train_in_processes(
-    config: Config,
-    run: Path,
-    *,
-    workers: int = 1,
-    stop_after: int | None = None,
-    double: bool = False,
-    watched: bool = True,
-) -> list[Any]:
-    """Train without Ray, each worker in a new process; what each of them saw, see training_process.py."""
-    run.mkdir(parents=True, exist_ok=True)
-    meeting = len(list(run.glob("task-*.json")))
-    content: dict[str, Any] = {"world_size": workers, "run": str(run), "config": to_dict(config), "double": double}
-    content |= {"meeting": meeting, "watched": watched}
-    task = run / f"task-{meeting}.json"
-    task.write_text(json.dumps(content | ({} if stop_after is None else {"stop_after": stop_after})))
-    script = Path(__file__).with_name("training_process.py")
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(script), str(task), str(rank)], env=environment, stderr=subprocess.PIPE, text=True
-        )
-        for rank in range(workers)
-    ]
-    try:
-        errors = [process.communicate(timeout=300)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    assert not any(process.returncode for process in processes), "\n".join(errors)
-    return [json.loads((run / f"process-{rank}.json").read_text()) for rank in range(workers)]

@@ -23,6 +23,7 @@ from mpscl_ray.data.label_maps import colour
 from mpscl_ray.durable_files import write_atomically
 
 DPI = 160
+"""Pixels of a figure per inch, where nothing else is asked for."""
 GREY = "#666666"
 ERROR = "#d40000"
 """Marks errors; on images alone, where no structure has this red, and always as an outline."""
@@ -122,22 +123,23 @@ def wrapped(title: str) -> str:
     return f"{title[:middle]}\n{title[middle + 1 :]}"
 
 
-def png(figure: Figure) -> bytes:
+def png(figure: Figure, dpi: float = DPI) -> bytes:
     """A figure as PNG."""
     buffer = io.BytesIO()
     with house_style():
-        FigureCanvasAgg(figure).print_figure(buffer, dpi=DPI, format="png", metadata={"Software": None})
+        FigureCanvasAgg(figure).print_figure(buffer, dpi=dpi, format="png", metadata={"Software": None})
     return buffer.getvalue()
 
 
-def save(picture: Picture, folder: Path) -> bytes:
-    """Write ``NAME.png`` and ``NAME.pdf``; returns the PNG. Raises StorageError."""
-    image = png(picture.figure)
+def save(picture: Picture, folder: Path, dpi: float = DPI, pdf: bool = True) -> bytes:
+    """Write ``NAME.png`` and, if wanted, ``NAME.pdf``; returns the PNG. Raises StorageError."""
+    image = png(picture.figure, dpi)
     write_atomically(folder / f"{picture.name}.png", image)
-    buffer = io.BytesIO()
-    with house_style():
-        FigureCanvasPdf(picture.figure).print_figure(
-            buffer, dpi=DPI, format="pdf", metadata={"CreationDate": None, "Title": picture.name}
-        )
-    write_atomically(folder / f"{picture.name}.pdf", buffer.getvalue())
+    if pdf:
+        buffer = io.BytesIO()
+        with house_style():
+            FigureCanvasPdf(picture.figure).print_figure(
+                buffer, dpi=dpi, format="pdf", metadata={"CreationDate": None, "Title": picture.name}
+            )
+        write_atomically(folder / f"{picture.name}.pdf", buffer.getvalue())
     return image

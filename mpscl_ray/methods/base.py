@@ -98,7 +98,8 @@ class Method(Protocol):
         """One training iteration, optimiser steps included, without waiting for the device.
 
         Args:
-            batch: on the method's device, the same size on every worker.
+            batch: on the method's device, the same size on every worker; what is computed from
+                images has the dtype of the segmenter's weights.
             iteration: of the phase, from 0.
 
         Returns:
@@ -164,8 +165,8 @@ def upsampled(output: SegmenterOutput, size: torch.Size) -> dict[str, Tensor]:
 
 
 def to_network(image: Tensor, segmenter: DeepLabV2, precision: PrecisionConfig) -> Tensor:
-    """Slices as the segmenter takes them."""
-    x = network_input(image, segmenter.in_channels)
+    """Slices as the segmenter takes them, in the dtype of its weights."""
+    x = network_input(image.to(segmenter.conv1.weight.dtype), segmenter.in_channels)
     return x.contiguous(memory_format=torch.channels_last) if precision.channels_last else x
 
 

@@ -94,11 +94,11 @@ class SIFA:
         }
         if config.version == "v2":
             self.networks["critic_low"] = SIFADiscriminator(num_classes, critic)
-        dtype = next(segmenter.parameters()).dtype
+        self._dtype = next(segmenter.parameters()).dtype
         for number, network in enumerate(self.networks.values()):
             if network is not segmenter:
                 initialise_sifa(network, seed + number)
-            prepare_network(distributed.start_alike(network.to(device, dtype)), device, precision)
+            prepare_network(distributed.start_alike(network.to(device, self._dtype)), device, precision)
         self._dropout = torch.Generator(device)
         for layer in segmenter.modules():
             if isinstance(layer, GlobalDropout):
@@ -132,7 +132,8 @@ class SIFA:
         assert batch.target_image is not None, "SIFA needs slices of the target domain"
         assert self._iterations > 0, "start_phase comes before the first step"
         c = self.config
-        image_a, image_b, labels = batch.source_image, batch.target_image, batch.source_label
+        image_a, image_b = (image.to(self._dtype) for image in (batch.source_image, batch.target_image))
+        labels = batch.source_label
         decay = 0.9 ** (iteration // c.segmenter_decay_every) if c.segmenter_decay_every else 1.0
         for name, optimiser in self._optimisers.items():
             optimiser.begin(iteration, self._iterations, decay if name == "segmenter" else 1.0)
@@ -285,7 +286,7 @@ class SIFA:
         was_training = self.segmenter.training
         self.segmenter.eval()
         with autocast(self.device, self.precision):
-            output: SIFAOutput = self.segmenter(images.to(self.device))
+            output: SIFAOutput = self.segmenter(images.to(self.device, self._dtype))
         self.segmenter.train(was_training)
         return full_precision(output.main).softmax(dim=1)
 

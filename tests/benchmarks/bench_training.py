@@ -19,11 +19,14 @@ from pathlib import Path
 os.environ["OMP_NUM_THREADS"] = "1"
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from mpscl_ray import capacity, launch
+import torch
+
+from mpscl_ray import capacity, launch, training
 from mpscl_ray.cluster_session import connect
 from mpscl_ray.config import Config, load_config
 from mpscl_ray.run_folder import RunFolder
-from tests.tiny import make_dataset, train_in_processes
+from tests.tiny import local_data, make_dataset
+from tests.worker_processes import on_workers
 
 WARM = 10
 """Steps of the phases before the measured one, and between two readings."""
@@ -35,9 +38,16 @@ def on_ray(config: Config, run: Path) -> None:
     folder.create()
     use_gpu = capacity.check_cluster(config)
     domains, _ = launch.load_domains(config)
-    training = launch.Launch(config, folder, launch.open_data(config, domains), use_gpu)
-    training.start()
-    assert training.watch(lambda: None).state == "finished"
+    launched = launch.Launch(config, folder, launch.open_data(config, domains), use_gpu)
+    launched.start()
+    assert launched.watch(lambda: None).state == "finished"
+
+
+def without_ray(config: Config, run: Path) -> None:
+    """Train as one worker of those there are."""
+    folder = RunFolder(run)
+    folder.create()
+    assert training.train(config, local_data(config), folder, torch.device("cpu")).state == "finished"
 
 
 def steps(run: Path, batch: int) -> list[tuple[float, float]]:
@@ -79,7 +89,7 @@ def main() -> None:
                     if way == "Ray":
                         on_ray(config, run)
                     else:
-                        train_in_processes(config, run, workers=workers, watched=False)
+                        on_workers(workers, without_ray, config, run)
                     measured.setdefault(f"{way} {workers}", []).append(steps(run, config.data.batch_size))
     print("workers   ms/step alone   ms/step Ray   ratio of medians   of best rounds   waiting alone   waiting Ray")
     for workers in (1, 2):

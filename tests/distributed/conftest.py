@@ -1,22 +1,20 @@
-"""Runs the cases of workers.py in gloo processes: all cases of one number of workers in one set of processes."""
+"""Runs the cases of cases.py in gloo processes: all cases of one number of workers in one set of processes."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from tests.distributed.cases import run_cases
+from tests.worker_processes import on_workers
+
 Ranks = list[dict[str, np.ndarray[Any, Any]]]
 Run = Callable[[str, int], Ranks]
 
-ROOT = Path(__file__).resolve().parents[2]
 PARITY = ("fc-released", "fc-paper", "patchgan-released", "patchgan-paper", "segmentation")
 METHODS = (
     "advent",
@@ -41,32 +39,11 @@ CASES = {
 
 
 @pytest.fixture(scope="session")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """``run(case, world_size)``: the arrays that each rank wrote."""
+def run() -> Run:
+    """``run(case, world_size)``: the arrays of each rank."""
 
     @cache
-    def folder_of(world_size: int) -> Path:
-        folder = tmp_path_factory.mktemp(f"workers-{world_size}")
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(ROOT)}
-        script = str(Path(__file__).with_name("workers.py"))
-        logs = [folder / f"log-{rank}" for rank in range(world_size)]
-        processes = []
-        for rank, log in enumerate(logs):
-            arguments = [script, str(rank), str(world_size), str(folder), *CASES[world_size]]
-            with log.open("w") as stream:
-                command = [sys.executable, "-W", "error", *arguments]
-                processes.append(subprocess.Popen(command, env=environment, stdout=stream, stderr=stream))
-        try:
-            codes = [process.wait(timeout=1800) for process in processes]
-        finally:
-            for process in processes:
-                process.kill()
-                process.wait()
-        assert not any(codes), "\n".join(f"rank {rank}:\n{log.read_text()}" for rank, log in enumerate(logs))
-        return folder
+    def results_of(world_size: int) -> list[dict[str, dict[str, np.ndarray[Any, Any]]]]:
+        return on_workers(world_size, run_cases, CASES[world_size])
 
-    def read(case: str, world_size: int) -> Ranks:
-        folder = folder_of(world_size)
-        return [dict(np.load(folder / f"{case}-{rank}.npz", allow_pickle=False)) for rank in range(world_size)]
-
-    return read
+    return lambda case, world_size: [results[case] for results in results_of(world_size)]

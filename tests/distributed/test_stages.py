@@ -11,7 +11,9 @@ import torch
 
 from mpscl_ray import checkpoint
 from mpscl_ray.run_folder import RunFolder
-from tests.tiny import STAGES, make_pair, tiny_config, train_in_processes
+from tests.tiny import STAGES, make_pair, tiny_config
+from tests.tiny_runs import train_and_watch
+from tests.worker_processes import on_workers
 
 
 def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
@@ -34,8 +36,8 @@ def test_stages_do_not_depend_on_the_number_of_workers(name: str, tmp_path: Path
     ends = []
     for workers in (1, 2):
         run = tmp_path / f"{workers}"
-        seen = train_in_processes(config, run, workers=workers, double=True, watched=False)
-        assert all(process["outcome"]["state"] == "finished" for process in seen)
+        found = on_workers(workers, train_and_watch, config, run, None, torch.float64)
+        assert all(outcome.state == "finished" for outcome, _ in found)
         phases = RunFolder(run).finished_phases()
         ends.append({phase: dict(leaves(checkpoint.load(RunFolder(run).phases / phase)["method"])) for phase in phases})
     one, two = ends

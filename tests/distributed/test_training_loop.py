@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any
 
 import pytest
 import torch
@@ -11,7 +10,9 @@ import torch
 from mpscl_ray import checkpoint
 from mpscl_ray.feature_record import FeatureRecord
 from mpscl_ray.run_folder import RunFolder
-from tests.tiny import make_pair, tiny_config, train_in_processes
+from tests.tiny import make_pair, tiny_config
+from tests.tiny_runs import train_and_watch
+from tests.worker_processes import on_workers
 
 SINGLE = ("phases.source_only=3", "phases.warm_up=2", "phases.adaptation=2", "optim.lr=1e-5", "run.report_every=1")
 """Seven steps at a low rate. At a usual one a single rounding in the initial weights changes the third gradient of one
@@ -30,7 +31,7 @@ RUNS = {
 }
 """Workers, and the number of steps after which they are stopped, for each process group in turn."""
 
-Runs = dict[str, tuple[RunFolder, list[Any]]]
+Runs = dict[str, tuple[RunFolder, list[list[list[str]]]]]
 
 
 @pytest.fixture(scope="module")
@@ -39,22 +40,23 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     data = make_pair(tmp_path_factory.mktemp("data"))
     found: Runs = {}
     for name, groups in RUNS.items():
-        double = "double" in name
-        config = tiny_config(data / "mr", data / "ct", DOUBLE if double else SINGLE)
+        steps, dtype = (DOUBLE, torch.float64) if "double" in name else (SINGLE, torch.float32)
+        config = tiny_config(data / "mr", data / "ct", steps)
         run = tmp_path_factory.mktemp(name.replace(" ", "-"))
-        seen = [
-            train_in_processes(config, run, workers=workers, stop_after=stop, double=double) for workers, stop in groups
-        ]
-        assert all(process["outcome"]["state"] == "finished" for process in seen[-1])
-        found[name] = RunFolder(run), [step for processes in seen for step in by_step(processes)]
+        seen: list[list[list[str]]] = []
+        for workers, stop in groups:
+            ends = on_workers(workers, train_and_watch, config, run, stop, dtype)
+            seen += by_step([hashes for _, hashes in ends])
+        assert all(outcome.state == "finished" for outcome, _ in ends)
+        found[name] = RunFolder(run), seen
     return found
 
 
-def by_step(processes: list[Any]) -> list[list[list[str]]]:
+def by_step(workers: list[list[list[list[str]]]]) -> list[list[list[str]]]:
     """What all workers saw, one after the other, by step and domain."""
     return [
         [list(itertools.chain(*parts)) for parts in zip(*domains, strict=True)]
-        for domains in zip(*(process["seen"] for process in processes), strict=True)
+        for domains in zip(*workers, strict=True)
     ]
 
 

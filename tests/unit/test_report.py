@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from html.parser import HTMLParser
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from mpscl_ray import launch, pace, report, report_run, training
+from mpscl_ray import launch, report, report_run
 from mpscl_ray.config import to_yaml
 from mpscl_ray.data.schema import load_manifest, read_case
 from mpscl_ray.errors import ConfigError, DataError
@@ -22,7 +21,8 @@ from mpscl_ray.losses import class_counts, weighted_cross_entropy
 from mpscl_ray.report_runs import choose_case, load, look_at, read_runs
 from mpscl_ray.run_folder import RunFolder
 from tests.s3 import serve, upload_folder
-from tests.tiny import CLASSES, local_data, make_dataset, make_pair, tiny_config
+from tests.tiny import CLASSES, make_dataset, make_pair, tiny_config
+from tests.tiny_runs import train
 
 FIGURES = {"segmentations", "surfaces", "overconfident", "losses", "features"}
 """Of any run with labels in its target's test split."""
@@ -33,23 +33,17 @@ def tiny_run(
 ) -> Path:
     """A run as the train command leaves it, less its evaluation."""
     config = tiny_config(source, target, [*overrides, f"run.name={folder.name}"])
-    run = RunFolder(folder)
-    run.create()
+    outcome, run = train(config, folder, stop_after)
     run.write_config(to_yaml(config))
     run.write_model(launch.model_description(config, launch.load_domains(config)[0]))
-    steps = itertools.count(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pace, "LOOK_S", 0.0)
-        outcome = training.train(
-            config,
-            local_data(config),
-            run,
-            torch.device("cpu"),
-            stop_requested=lambda: next(steps) == stop_after,
-        )
     place = {"phase": outcome.phase, "iteration": outcome.iteration, "global_step": outcome.step}
     run.write_status("finished" if outcome.state == "finished" else "interrupted", exit_code=0, **place)
     return folder
+
+
+def quick(runs: Sequence[Path], out: Path) -> Path:
+    """A report for a look at its page: coarse figures, and no PDF, which the test of two runs asks for."""
+    return report_run.report(runs, out, dpi=20, pdf=False)
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +80,7 @@ class Page(HTMLParser):
 
 
 def assert_whole(file: Path, names: set[str]) -> Page:
-    """The page needs nothing but itself, and each figure is there in all three forms."""
+    """The page needs nothing but itself, and each figure is in it and beside it."""
     page = Page(file)
     assert page.tags.isdisjoint({"script", "link", "iframe"})
     assert all(reference.startswith(("data:image/png;base64,", "#")) for reference in page.references)
@@ -95,34 +89,28 @@ def assert_whole(file: Path, names: set[str]) -> Page:
     assert all(alternative for _, alternative in page.pictures)
     for name in names:
         assert (file.parent / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-        assert (file.parent / "figures" / f"{name}.pdf").read_bytes().startswith(b"%PDF")
     return page
 
 
 def test_two_runs_side_by_side(data: Path, margin: Path, tmp_path: Path) -> None:
     overrides = ["method.margin_source=0", "method.margin_target=0"]
     without = tiny_run(tmp_path / "without", data / "mr", data / "ct", overrides)
-    file = report_run.report([without, margin], tmp_path / "report")
+    file = report_run.report([without, margin], tmp_path / "report", dpi=20)
     own = {f"{kind}-{name}" for kind in ("angles", "pseudo-labels") for name in ("margin", "without")}
-    page = assert_whole(file, FIGURES | own | {"margin", "selection"})
+    names = FIGURES | own | {"margin", "selection"}
+    page = assert_whole(file, names)
+    for name in names:
+        assert (file.parent / "figures" / f"{name}.pdf").read_bytes().startswith(b"%PDF")
     for said in ("CSCL", "MPSCL", "source only (CSCL)", "MR to CT", "ct_test_0", *CLASSES[1:]):
         assert said in page.text, said
     assert "No scores yet for without, margin" in page.text
-
-
-def test_one_run_is_shown_phase_by_phase(margin: Path, tmp_path: Path) -> None:
-    page = assert_whole(
-        report_run.report([margin], tmp_path), FIGURES | {"angles-margin", "pseudo-labels-margin", "selection"}
-    )
-    assert "image, source only, warmed up, adapted, ground truth" in page.text
-    assert "needs two runs with prototypes" in page.text
 
 
 def test_a_target_without_labels_gives_fewer_figures_and_says_so(data: Path, tmp_path: Path) -> None:
     target = make_dataset(tmp_path / "ct", "ct", seed=1, labelled=())
     run = tiny_run(tmp_path / "run", data / "mr", target)
     names = FIGURES | {"angles-run", "pseudo-labels-run", "selection"}
-    file = report_run.report([run], tmp_path / "report")
+    file = quick([run], tmp_path / "report")
     # So short a training may predict nothing but background, which leaves a sentence in place of a figure.
     if "No surfaces are drawn" in Page(file).text:
         names.remove("surfaces")
@@ -134,7 +122,7 @@ def test_a_target_without_labels_gives_fewer_figures_and_says_so(data: Path, tmp
 
 def test_a_run_that_is_not_done_is_shown_as_far_as_it_is(data: Path, tmp_path: Path) -> None:
     run = tiny_run(tmp_path / "run", data / "mr", data / "ct", stop_after=6)
-    page = assert_whole(report_run.report([run], tmp_path / "report"), FIGURES)
+    page = assert_whole(quick([run], tmp_path / "report"), FIGURES)
     assert "image, source only, so far, ground truth" in page.text
     assert "interrupted (iteration 2 of warm_up)" in page.text
     assert "No pseudo-labels from MPSCL" in page.text
@@ -146,17 +134,22 @@ def test_a_run_without_checkpoint_shows_what_it_has_measured(data: Path, tmp_pat
         for file in checkpoint.iterdir():
             file.unlink()
         checkpoint.rmdir()
-    page = assert_whole(report_run.report([run.path], tmp_path / "report"), {"losses"})
+    page = assert_whole(quick([run.path], tmp_path / "report"), {"losses"})
     assert "MPSCL has no checkpoint yet" in page.text
 
 
-def test_runs_with_different_targets_get_figures_of_their_own(data: Path, margin: Path, tmp_path: Path) -> None:
+def test_runs_with_different_targets_get_figures_of_their_own_phase_by_phase(
+    data: Path, margin: Path, tmp_path: Path
+) -> None:
     other = tiny_run(tmp_path / "other", data / "ct", data / "mr")
-    file = report_run.report([margin, other], tmp_path / "report")
+    file = quick([margin, other], tmp_path / "report")
     names = {f"{name}-{target}" for name in (*FIGURES, "selection") for target in ("mr", "ct")}
     page = assert_whole(file, names | {f"{k}-{n}" for k in ("angles", "pseudo-labels") for n in ("margin", "other")})
     assert "MPSCL (margin)" in page.text
-    assert "Target MR. Case mr_test_0" in page.text
+    for target in ("mr", "ct"):
+        assert f"Target {target.upper()}. Case {target}_test_0" in page.text
+    assert page.text.count("image, source only, warmed up, adapted, ground truth") == 2
+    assert "needs two runs with prototypes" in page.text
 
 
 def test_a_run_in_a_bucket_is_read_by_its_url(margin: Path, tmp_path: Path) -> None:
@@ -212,7 +205,7 @@ def test_a_dataset_that_is_gone_leaves_the_curves(tmp_path: Path) -> None:
     run = tiny_run(tmp_path / "run", data / "mr", data / "ct")
     (data / "ct").rename(tmp_path / "moved")
     names = {"losses", "angles-run", "pseudo-labels-run", "selection"}
-    page = assert_whole(report_run.report([run], tmp_path / "report"), names)
+    page = assert_whole(quick([run], tmp_path / "report"), names)
     assert "No segmentations are shown: the target dataset" in page.text
 
 

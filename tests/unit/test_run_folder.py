@@ -257,12 +257,14 @@ def test_environment_says_what_ran_and_no_secrets(run: RunFolder, monkeypatch: p
     assert os.uname().nodename not in (content["platform"], *content["command"])
 
 
-def test_environments_of_earlier_starts_are_kept(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(environment, "now", lambda: "2026-01-02T03:04:05+00:00")
+def test_environments_of_earlier_starts_are_kept(run: RunFolder) -> None:
     run.write_environment(["first"])
+    started = json.loads(run.environment_file.read_text())["started"]
     run.write_environment(["second"])
     assert json.loads(run.environment_file.read_text())["command"] == ["second"]
-    assert json.loads((run.logs / "environment-20260102030405.json").read_text())["command"] == ["first"]
+    (kept,) = run.logs.glob("environment-*.json")
+    assert kept.stem == "environment-" + re.sub(r"\D", "", started.removesuffix("+00:00"))
+    assert json.loads(kept.read_text())["command"] == ["first"]
 
 
 def test_gpus_are_read_from_the_driver(tmp_path: Path) -> None:

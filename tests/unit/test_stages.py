@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from mpscl_ray import checkpoint, pace, training
+from mpscl_ray import checkpoint
 from mpscl_ray.config import Config
 from mpscl_ray.data.schema import load_manifest
-from mpscl_ray.methods.base import Batch
 from mpscl_ray.run_folder import RunFolder
 from tests.tiny import STAGES, local_data, make_dataset, tiny_config
-
-CPU = torch.device("cpu")
+from tests.tiny_runs import Killed, Killer, Watcher, train
 
 
 @pytest.fixture(scope="module")
@@ -34,18 +30,6 @@ def config_of(data: Path, name: str) -> Config:
     return tiny_config(data / "mr", data / "ct", STAGES[name], preset=f"small/{name}")
 
 
-def train(config: Config, run: Path, stop_after: int | None = None, observer: Any = None) -> RunFolder:
-    folder = RunFolder(run)
-    folder.create()
-    steps = itertools.count(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pace, "LOOK_S", 0.0)
-        training.train(
-            config, local_data(config), folder, CPU, observer, stop_requested=lambda: next(steps) == stop_after
-        )
-    return folder
-
-
 def ends(folder: RunFolder) -> dict[str, tuple[bytes, bytes]]:
     """Every byte of the checkpoint at the end of each phase."""
     return {
@@ -56,7 +40,7 @@ def ends(folder: RunFolder) -> dict[str, tuple[bytes, bytes]]:
 
 @pytest.fixture(scope="module")
 def straight(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, tuple[bytes, bytes]]]:
-    return {name: ends(train(config_of(data, name), tmp_path_factory.mktemp(name))) for name in STAGES}
+    return {name: ends(train(config_of(data, name), tmp_path_factory.mktemp(name))[1]) for name in STAGES}
 
 
 @pytest.mark.parametrize(("name", "cut"), [("intrada", 4), ("intrada", 7), ("cag", 5), ("cag", 6)])
@@ -66,7 +50,7 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(
     """After step 4 the stages of IntraDA and CAG begin, after 6 and 8 the next rounds of CAG."""
     config = config_of(data, name)
     train(config, tmp_path, stop_after=cut)
-    assert ends(train(config, tmp_path)) == straight[name]
+    assert ends(train(config, tmp_path)[1]) == straight[name]
 
 
 @pytest.mark.parametrize("name", STAGES)
@@ -74,45 +58,28 @@ def test_a_run_that_was_killed_goes_on_bit_for_bit(
     data: Path, straight: dict[str, dict[str, tuple[bytes, bytes]]], tmp_path: Path, name: str
 ) -> None:
     """Killed after the first step of a stage, before its first checkpoint: the stage is prepared again."""
-
-    class Killed(BaseException):
-        pass
-
-    class Kill(training.Observer):
-        def record(self, record: Mapping[str, Any], validated: bool) -> None:
-            if record["phase"].startswith("adaptation"):
-                raise Killed
-
     config = config_of(data, name)
     with pytest.raises(Killed):
-        train(config, tmp_path, observer=Kill())
-    assert ends(train(config, tmp_path)) == straight[name]
+        train(config, tmp_path, None, Killer(lambda record: record["phase"].startswith("adaptation")))
+    assert ends(train(config, tmp_path)[1]) == straight[name]
 
 
-def test_the_second_stage_of_intrada_sees_the_target_alone(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen: list[Batch] = []
-
-    def recorded(*tensors: Any) -> Batch:
-        seen.append(Batch(*tensors))
-        return seen[-1]
-
-    monkeypatch.setattr(training, "Batch", recorded)
+def test_the_second_stage_of_intrada_sees_the_target_alone(data: Path, tmp_path: Path) -> None:
     config = tiny_config(
         data / "mr",
         data / "ct",
         [*STAGES["intrada"], "phases.adaptation=10", *(f"data.augmentation.{change}" for change in NONE)],
         preset="small/intrada",
     )
-    folder = train(config, tmp_path)
+    watcher = Watcher()
+    _, folder = train(config, tmp_path, None, watcher)
     state = checkpoint.load(folder.phases / "adaptation")["method"]["split"]
     slices = local_data(config).unlabelled
     assert slices is not None
     (images,) = (batch["image"] for batch in slices.shard(0, 1, 100))
     easy, hard = images[state["easy"]], images[state["hard"]]
     assert (len(easy), len(hard)) == (12, 6)
-    for batch in seen[4:]:
+    for batch in watcher.batches[4:]:
         assert batch.target_image is not None
         for image, label in zip(batch.source_image, batch.source_label, strict=True):
             (place,) = (index for index in range(12) if torch.equal(easy[index], image))
@@ -121,7 +88,7 @@ def test_the_second_stage_of_intrada_sees_the_target_alone(
 
 
 def test_each_round_of_cag_has_the_end_of_the_one_before_as_its_teacher(data: Path, tmp_path: Path) -> None:
-    folder = train(config_of(data, "cag"), tmp_path)
+    _, folder = train(config_of(data, "cag"), tmp_path)
     states = [checkpoint.load(folder.phases / name)["method"] for name in ("warm_up", *ROUNDS)]
     for before, state in itertools.pairwise(states):
         assert state["teacher"].keys() == before["networks"]["segmenter"].keys()

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 import torch
 
-from mpscl_ray import bucket_run, checkpoint, lease
-from mpscl_ray.bucket_run import BucketRun, open_run
+from mpscl_ray import checkpoint
+from mpscl_ray.bucket_run import LEASE, BucketRun, open_run
 from mpscl_ray.data.reading import SplitFiles
 from mpscl_ray.data.schema import load_manifest, read_case
 from mpscl_ray.errors import ClusterError, ConfigError, DataError, StorageError
@@ -230,21 +230,16 @@ def test_patience_has_an_end(server: Server, place: Remote, tmp_path: Path) -> N
 # ------------------------------------------------------------------------------------------------------ lease
 
 
-@pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leases that move on, and die, sooner."""
-    monkeypatch.setattr(lease, "RENEW_S", 0.2)
-    monkeypatch.setattr(lease, "DEAD_AFTER_S", 10.0)
-    monkeypatch.setattr(bucket_run, "_LAST_UPLOADS_S", PATIENCE_S)
-
-
 def elsewhere(remote: Remote) -> None:
     """Make the owner of a lease one of another host, of which only the lease can tell whether it lives."""
-    (remote / ".lease").write_bytes(json.dumps(json.loads((remote / ".lease").read_bytes()) | {"host": "x"}).encode())
+    (remote / LEASE).write_bytes(json.dumps(json.loads((remote / LEASE).read_bytes()) | {"host": "x"}).encode())
 
 
-def test_a_run_has_one_writer(quick: None, place: Remote) -> None:
-    first, second = (BucketRun(place, role, 0.0) for role in ("command", "other"))
+def test_a_run_has_one_writer(place: Remote) -> None:
+    first, second = (
+        BucketRun(place, role, 0.0, lease=Lease(place / LEASE, place.name, renew_s=0.2))
+        for role in ("command", "other")
+    )
     first.create()
     second.create()
     with first.lock():
@@ -256,19 +251,18 @@ def test_a_run_has_one_writer(quick: None, place: Remote) -> None:
         pass
 
 
-def test_a_dead_owner_on_another_host_is_followed(quick: None, place: Remote, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lease, "DEAD_AFTER_S", 2.0)
-    dead = Lease(place / ".lease", "demo")
+def test_a_dead_owner_on_another_host_is_followed(place: Remote) -> None:
+    dead = Lease(place / LEASE, "demo")
     dead.take()
     elsewhere(place)
-    new = Lease(place / ".lease", "demo")
+    new = Lease(place / LEASE, "demo", dead_after_s=2.0)
     new.take()
     new.check()
     with pytest.raises(ClusterError, match=f"was taken over by process {os.getpid()} on"):
         dead.renew()
 
 
-def test_the_lease_of_a_killed_process_of_this_host_is_free_at_once(quick: None, place: Remote) -> None:
+def test_the_lease_of_a_killed_process_of_this_host_is_free_at_once(place: Remote) -> None:
     script = (
         "import sys; from mpscl_ray.lease import Lease; from mpscl_ray.storage import Remote\n"
         "Lease(Remote.parse(sys.argv[1]) / '.lease', 'demo').take(); print('mine', flush=True); sys.stdin.read()"
@@ -279,17 +273,17 @@ def test_the_lease_of_a_killed_process_of_this_host_is_free_at_once(quick: None,
         assert owner.stdout is not None
         assert owner.stdout.readline() == "mine\n"
         owner.kill()
-    Lease(place / ".lease", "demo").take()
+    Lease(place / LEASE, "demo").take()
 
 
-def test_who_lost_the_run_uploads_nothing_more(quick: None, place: Remote) -> None:
+def test_who_lost_the_run_uploads_nothing_more(place: Remote) -> None:
     command, worker = BucketRun(place, "command", 0.0), BucketRun(place, "worker-0", PATIENCE_S)
     command.create()
 
     def train() -> None:
         worker.prepare_worker()
         with worker.training(command.token, 0):
-            Lease(place / ".lease", "demo")._write()
+            Lease(place / LEASE, "demo")._write()
             checkpoint.save(worker.checkpoints / "step-0000001", state(1))
             wait_until(lambda: worker.problem is not None)
 
@@ -311,7 +305,7 @@ def test_who_lost_the_run_uploads_nothing_more(quick: None, place: Remote) -> No
 # -------------------------------------------------------------------------------------------------------- run
 
 
-def test_command_and_worker_meet_in_the_bucket_and_a_fresh_node_goes_on(quick: None, place: Remote) -> None:
+def test_command_and_worker_meet_in_the_bucket_and_a_fresh_node_goes_on(place: Remote) -> None:
     command = BucketRun(place, "command", 0.0)
     command.create()
     with command.lock():
@@ -353,9 +347,7 @@ def test_command_and_worker_meet_in_the_bucket_and_a_fresh_node_goes_on(quick: N
     assert not worker.path.exists()
 
 
-def test_who_does_not_hold_a_run_sees_what_others_leave_and_tells_them(
-    quick: None, place: Remote, server: Server
-) -> None:
+def test_who_does_not_hold_a_run_sees_what_others_leave_and_tells_them(place: Remote, server: Server) -> None:
     command, worker, other = (open_run(place, role) for role in ("command", "worker-0", "reader"))
     command.create()
     assert worker.left(DECIDED_FILE) is None
@@ -380,7 +372,7 @@ def test_who_does_not_hold_a_run_sees_what_others_leave_and_tells_them(
     assert open_run(place).read_status()["reason"] == "told by one who does not hold it"
 
 
-def test_a_search_fetches_and_uploads_its_own_files_and_none_of_its_trials(quick: None, place: Remote) -> None:
+def test_a_search_fetches_and_uploads_its_own_files_and_none_of_its_trials(place: Remote) -> None:
     (place / "trials" / "001" / "config.yaml").write_bytes(b"a: 1")
     (place / "ledger.jsonl").write_bytes(b"{}\n")
     search = open_run(place, "command", also=("ledger.jsonl", "tensorboard"))

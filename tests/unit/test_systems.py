@@ -7,16 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from mpscl_ray import checkpoint, launch, training
+from mpscl_ray import checkpoint, launch
 from mpscl_ray.config import Config, load_config, to_yaml
 from mpscl_ray.errors import ConfigError
 from mpscl_ray.evaluation import evaluate_checkpoint
 from mpscl_ray.fork import fork
 from mpscl_ray.run_folder import RunFolder
 from mpscl_ray.systems import SYSTEMS, beginning, shared_phase
-from tests.tiny import local_data, make_pair, tiny_config
+from tests.tiny import make_pair, tiny_config
+from tests.tiny_runs import train
 
-CPU = torch.device("cpu")
 TINY_SIFA = [f"method.{width}=1" for width in ("generator_width", "generator_blocks", "encoder_width", "critic_width")]
 
 
@@ -65,19 +65,12 @@ def test_phases_that_a_method_has_not_are_told() -> None:
         load_config("phantom/clan", ["data.labelled=target"])
 
 
-def train(config: Config, run: Path) -> RunFolder:
-    folder = RunFolder(run)
-    folder.create()
-    assert training.train(config, local_data(config), folder, CPU).state == "finished"
-    return folder
-
-
 @pytest.fixture(scope="module")
 def parent(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Config, RunFolder]:
     """A tiny run of MPSCL."""
     base = make_pair(tmp_path_factory.mktemp("systems"))
     config = tiny_config(base / "mr", base / "ct")
-    return base, config, train(config, base / "mpscl")
+    return base, config, train(config, base / "mpscl")[1]
 
 
 @pytest.mark.parametrize("name", [name for name in SYSTEMS if name != "supervised"])
@@ -87,7 +80,8 @@ def test_what_configs_say_is_shared_is_the_same_in_weights(
     """Trained whole or forked from MPSCL's run, a system ends alike; every phase of its run can be evaluated."""
     base, mpscl, begun = parent
     config = tiny_config(base / "mr", base / "ct", TINY_SIFA if "sifa" in name else (), preset=f"small/{name}")
-    whole = train(config, tmp_path / "whole")
+    outcome, whole = train(config, tmp_path / "whole")
+    assert outcome.state == "finished"
     common = shared_phase(config, mpscl)
     last = config.schedule[-1][0]
     if common is not None:
@@ -97,7 +91,7 @@ def test_what_configs_say_is_shared_is_the_same_in_weights(
             assert all(torch.equal(tensor, theirs[network][key]) for key, tensor in weights.items())
         forked = RunFolder(tmp_path / "forked")
         fork(forked, begun, common)
-        train(config, forked.path)
+        assert train(config, forked.path)[0].state == "finished"
         assert (forked.phases / last / checkpoint.TENSORS).read_bytes() == (
             whole.phases / last / checkpoint.TENSORS
         ).read_bytes()

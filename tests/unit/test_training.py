@@ -5,24 +5,21 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from mpscl_ray import checkpoint, pace, training
-from mpscl_ray.config import Config
 from mpscl_ray.data.stream import LocalSlices
 from mpscl_ray.errors import ConfigError, DataError
 from mpscl_ray.feature_record import FeatureRecord
-from mpscl_ray.methods.base import Batch
 from mpscl_ray.run_folder import RunFolder
-from tests.tiny import SIZE, local_data, make_dataset, make_pair, tiny_config, train_in_processes
+from tests.tiny import SIZE, make_dataset, make_pair, tiny_config
+from tests.tiny_runs import Killed, Killer, Watcher, hashes, train
 
-CPU = torch.device("cpu")
 TEN_STEPS = ("phases.source_only=3", "phases.warm_up=3", "run.report_every=1")
 """Three, three and four iterations."""
 
@@ -31,57 +28,6 @@ TEN_STEPS = ("phases.source_only=3", "phases.warm_up=3", "run.report_every=1")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder with the datasets mr and ct."""
     return make_pair(tmp_path_factory.mktemp("data"))
-
-
-class Told(training.Observer):
-    """Remembers what an observer is told."""
-
-    def __init__(self) -> None:
-        self.starts: list[int] = []
-        self.notices: list[str] = []
-        self.validated: list[int] = []
-        self.panels: list[tuple[int, Tensor, Tensor, Tensor | None]] = []
-
-    def started(self, step: int) -> None:
-        self.starts.append(step)
-
-    def notice(self, text: str) -> None:
-        self.notices.append(text)
-
-    def record(self, record: Mapping[str, Any], validated: bool) -> None:
-        if validated:
-            self.validated.append(record["global_step"])
-
-    def panel(self, step: int, images: Tensor, predictions: Tensor, labels: Tensor | None) -> None:
-        self.panels.append((step, images, predictions, labels))
-
-
-def train(
-    config: Config, run: Path, stop_after: int | None = None, told: Told | None = None
-) -> tuple[training.Outcome, RunFolder]:
-    """Train in this process; ``stop_after`` counts the steps of this call."""
-    folder = RunFolder(run)
-    folder.create()
-    steps = itertools.count(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pace, "LOOK_S", 0.0)
-        outcome = training.train(
-            config, local_data(config), folder, CPU, told, stop_requested=lambda: next(steps) == stop_after
-        )
-    return outcome, folder
-
-
-@pytest.fixture
-def seen(monkeypatch: pytest.MonkeyPatch) -> list[Batch]:
-    """The batches that are trained on."""
-    batches: list[Batch] = []
-
-    def recorded(*tensors: Any) -> Batch:
-        batches.append(Batch(*tensors))
-        return batches[-1]
-
-    monkeypatch.setattr(training, "Batch", recorded)
-    return batches
 
 
 def contents(directory: Path) -> dict[str, str]:
@@ -122,79 +68,53 @@ def assert_same_features(one: RunFolder, other: RunFolder) -> None:
 
 
 @pytest.fixture(scope="module")
-def straight(pair: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunFolder, list[Any]]:
-    """Ten steps in one go, in a process of its own, and the slices it saw."""
-    run = tmp_path_factory.mktemp("straight")
-    (process,) = train_in_processes(tiny_config(pair / "mr", pair / "ct", TEN_STEPS), run)
-    assert process["outcome"]["state"] == "finished"
-    assert process["outcome"]["step"] == len(process["seen"]) == 10
-    return RunFolder(run), process["seen"]
+def straight(pair: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunFolder, Watcher]:
+    """Ten steps in one go, and what it told."""
+    watcher = Watcher()
+    outcome, run = train(
+        tiny_config(pair / "mr", pair / "ct", TEN_STEPS), tmp_path_factory.mktemp("run"), None, watcher
+    )
+    assert (outcome.state, outcome.step) == ("finished", 10)
+    return run, watcher
 
 
-def test_ten_steps_are_five_and_five_in_another_process(
-    pair: Path, straight: tuple[RunFolder, list[Any]], tmp_path: Path
-) -> None:
-    config = tiny_config(pair / "mr", pair / "ct", TEN_STEPS)
-    (first,) = train_in_processes(config, tmp_path, stop_after=5)
-    assert first["outcome"]["state"] == "interrupted"
-    assert (first["outcome"]["phase"], first["outcome"]["iteration"]) == ("warm_up", 2)
-    (second,) = train_in_processes(config, tmp_path)
-    assert second["pid"] != first["pid"]
-    assert second["outcome"] == {**second["outcome"], "state": "finished", "step": 10}
-
-    folder, slices = straight
-    assert first["seen"] + second["seen"] == slices
-    assert_same_state(folder.phases / "adaptation", tmp_path / "phases" / "adaptation")
-    assert contents(folder.phases / "warm_up") == contents(tmp_path / "phases" / "warm_up")
-    assert contents(folder.best) == contents(tmp_path / "best")
-    assert comparable(folder.read_metrics()) == comparable(RunFolder(tmp_path).read_metrics())
-
-
-@pytest.mark.parametrize("cut", [1, 3, 4, 6, 8, 10], ids=lambda cut: f"after step {cut}")
+@pytest.mark.parametrize("cut", [1, 3, 4, 5, 6, 8, 10], ids=lambda cut: f"after step {cut}")
 def test_a_run_goes_on_from_any_step_as_if_it_had_not_stopped(
-    pair: Path, straight: tuple[RunFolder, list[Any]], tmp_path: Path, cut: int
+    pair: Path, straight: tuple[RunFolder, Watcher], tmp_path: Path, cut: int
 ) -> None:
     """Steps 3, 6 and 10 end a phase; the end is written down after the checkpoint, so it is still to be done."""
     config = tiny_config(pair / "mr", pair / "ct", TEN_STEPS)
-    outcome, run = train(config, tmp_path, stop_after=cut)
+    before, after = Watcher(), Watcher()
+    outcome, run = train(config, tmp_path, cut, before)
     assert (outcome.state, outcome.step) == ("interrupted", cut)
-    told = Told()
-    outcome, _ = train(config, tmp_path, told=told)
+    outcome, _ = train(config, tmp_path, None, after)
     assert (outcome.state, outcome.step) == ("finished", 10)
-    assert told.starts == [cut]
-    assert "going on" in told.notices[0]
+    assert after.starts == [cut]
+    assert "going on" in after.notices[0]
 
-    folder, _ = straight
+    folder, whole = straight
+    assert len(before.batches) == cut
+    for ours, theirs in zip(before.batches + after.batches, whole.batches, strict=True):
+        assert hashes(ours) == hashes(theirs)
     assert_same_state(folder.phases / "adaptation", run.phases / "adaptation")
-    assert contents(folder.phases / "source_only") == contents(run.phases / "source_only")
+    for part in ("phases/source_only", "phases/warm_up", "best"):
+        assert contents(folder.path / part) == contents(run.path / part)
     assert comparable(folder.read_metrics()) == comparable(run.read_metrics())
     assert [record["iteration"] for record in FeatureRecord(run.path).read()] == [0, 4]
     assert_same_features(folder, run)
 
 
 def test_a_killed_run_repeats_what_came_after_its_last_checkpoint(
-    pair: Path, straight: tuple[RunFolder, list[Any]], tmp_path: Path, seen: list[Batch]
+    pair: Path, straight: tuple[RunFolder, Watcher], tmp_path: Path
 ) -> None:
     config = tiny_config(pair / "mr", pair / "ct", TEN_STEPS)
-
-    class Killed(BaseException):
-        pass
-
-    class Kill(training.Observer):
-        def record(self, record: Mapping[str, Any], validated: bool) -> None:
-            if record["global_step"] == 9:
-                raise Killed
-
-    folder = RunFolder(tmp_path)
-    folder.create()
     with pytest.raises(Killed):
-        training.train(config, local_data(config), folder, CPU, Kill())
+        train(config, tmp_path, None, Killer(lambda record: record["global_step"] == 9))
+    folder, watcher = RunFolder(tmp_path), Watcher()
     assert folder.read_metrics()[-1]["global_step"] == 9
-    del seen[:]
-    told = Told()
-    train(config, tmp_path, told=told)
-    assert told.starts == [8]
-    assert len(seen) == 2
+    train(config, tmp_path, None, watcher)
+    assert watcher.starts == [8]
+    assert len(watcher.batches) == 2
     records = folder.read_metrics()
     assert [record["global_step"] for record in records] == list(range(1, 11))
     assert comparable(records) == comparable(straight[0].read_metrics())
@@ -203,14 +123,14 @@ def test_a_killed_run_repeats_what_came_after_its_last_checkpoint(
 
 
 def test_a_damaged_checkpoint_is_passed_over_with_a_notice(
-    pair: Path, straight: tuple[RunFolder, list[Any]], tmp_path: Path
+    pair: Path, straight: tuple[RunFolder, Watcher], tmp_path: Path
 ) -> None:
     config = tiny_config(pair / "mr", pair / "ct", TEN_STEPS)
     _, run = train(config, tmp_path, stop_after=6)
     older, newest = checkpoint.list_checkpoints(run.checkpoints)
     flip_a_bit(newest / checkpoint.TENSORS)
-    told = Told()
-    outcome, _ = train(config, tmp_path, told=told)
+    told = Watcher()
+    outcome, _ = train(config, tmp_path, observer=told)
     assert outcome.step == 10
     assert told.starts == [checkpoint.step_of(older)]
     assert newest.name in told.notices[0]
@@ -228,30 +148,16 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(pair: Path,
     assert run.read_metrics()[-1]["global_step"] == 6
 
 
-def test_a_phase_that_was_made_longer_decays_over_its_new_length(
-    pair: Path, tmp_path: Path, rates: list[float]
-) -> None:
+def test_a_phase_that_was_made_longer_decays_over_its_new_length(pair: Path, tmp_path: Path) -> None:
     short = tiny_config(pair / "mr", pair / "ct", ["phases.warm_up=0", "phases.adaptation=0", "phases.source_only=4"])
     train(short, tmp_path)
     long = tiny_config(pair / "mr", pair / "ct", ["phases.warm_up=0", "phases.adaptation=2", "phases.source_only=8"])
-    del rates[:]
+    rates: list[float] = []
+    hook = register_optimizer_step_pre_hook(lambda optimiser, *_: rates.append(optimiser.param_groups[0]["lr"]))
     outcome, _ = train(long, tmp_path)
+    hook.remove()
     assert (outcome.state, outcome.step) == ("finished", 10)
     assert rates[:4] == pytest.approx([0.01 * (1 - iteration / 8) ** 0.9 for iteration in range(4, 8)])
-
-
-@pytest.fixture
-def rates(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Learning rates of the segmenter's backbone."""
-    found: list[float] = []
-    step = torch.optim.SGD.step
-
-    def recorded(self: torch.optim.SGD, *arguments: Any) -> Any:
-        found.append(self.param_groups[0]["lr"])
-        return step(self, *arguments)
-
-    monkeypatch.setattr(torch.optim.SGD, "step", recorded)
-    return found
 
 
 def test_a_phase_that_was_dropped_while_in_it_is_an_error(pair: Path, tmp_path: Path) -> None:
@@ -269,8 +175,8 @@ def test_pretrained_weights_are_read_at_the_start_alone(pair: Path, tmp_path: Pa
     _, other = train(tiny_config(pair / "mr", pair / "ct", ["run.seed=5", "phases.warm_up=0"]), tmp_path / "other")
     trained = checkpoint.load(other.phases / "source_only")["method"]["networks"]["segmenter"]
     torch.save(trained, weights)
-    told = Told()
-    _, run = train(config, tmp_path / "run", stop_after=2, told=told)
+    told = Watcher()
+    _, run = train(config, tmp_path / "run", stop_after=2, observer=told)
     started = checkpoint.load(run.checkpoints / "step-0000002")["method"]["networks"]["segmenter"]
     assert torch.equal(started["conv1.weight"], trained["conv1.weight"])
     assert told.notices == [f"{len(trained)} tensors loaded from {weights}"]
@@ -288,8 +194,8 @@ def flip_a_bit(file: Path) -> None:
 
 
 def test_what_a_run_leaves_and_tells(pair: Path, tmp_path: Path) -> None:
-    told = Told()
-    outcome, run = train(tiny_config(pair / "mr", pair / "ct", ["run.keep_checkpoints=3"]), tmp_path, told=told)
+    told = Watcher()
+    outcome, run = train(tiny_config(pair / "mr", pair / "ct", ["run.keep_checkpoints=3"]), tmp_path, observer=told)
     assert outcome == training.Outcome("finished", "adaptation", 4, 12)
     records = run.read_metrics()
     assert [record["global_step"] for record in records] == [2, 4, 6, 8, 10, 12]
@@ -363,12 +269,11 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_anything_moves(pair: Path
     assert_same_state(run.phases / "adaptation", other.phases / "adaptation")
 
 
-def test_stop_looks_come_about_twice_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stop_looks_come_about_twice_a_second() -> None:
     now = [0.0]
-    monkeypatch.setattr(pace.time, "perf_counter", lambda: now[0])
     asked: list[int] = []
     step = 0
-    looks = pace.StopLooks(lambda: bool(asked.append(step)))
+    looks = pace.StopLooks(lambda: bool(asked.append(step)), clock=lambda: now[0])
     for step in range(1, 41):
         now[0] += 0.05 if step <= 20 else 5.0
         looks.stop_after(step)
@@ -437,8 +342,8 @@ def test_the_best_checkpoint_is_chosen_without_target_labels(pair: Path, tmp_pat
 
 def test_a_target_without_validation_labels(pair: Path, tmp_path: Path) -> None:
     target = make_dataset(tmp_path / "ct", "ct", seed=1, labelled=())
-    told = Told()
-    outcome, run = train(tiny_config(pair / "mr", target), tmp_path / "run", told=told)
+    told = Watcher()
+    outcome, run = train(tiny_config(pair / "mr", target), tmp_path / "run", observer=told)
     assert outcome.state == "finished"
     record = run.read_metrics()[-1]
     assert "val/entropy" in record
@@ -453,8 +358,8 @@ def test_without_validation_splits(pair: Path, tmp_path: Path, held_out: str) ->
     counts = {"train": 2}
     target = make_dataset(tmp_path / "ct", "ct", labelled=(), seed=1, cases=counts)
     source = pair / "mr" if held_out == "source" else make_dataset(tmp_path / "mr", "mr", cases=counts)
-    told = Told()
-    outcome, run = train(tiny_config(source, target), tmp_path / "run", told=told)
+    told = Watcher()
+    outcome, run = train(tiny_config(source, target), tmp_path / "run", observer=told)
     assert outcome.state == "finished"
     assert run.best.is_dir() == (held_out == "source")
     record = run.read_metrics()[-1]
@@ -464,13 +369,14 @@ def test_without_validation_splits(pair: Path, tmp_path: Path, held_out: str) ->
 
 
 @pytest.mark.parametrize("preset", ["small/source_only", "small/supervised"])
-def test_the_bounds(pair: Path, tmp_path: Path, preset: str, seen: list[Batch]) -> None:
-    _, run = train(tiny_config(pair / "mr", pair / "ct", preset=preset), tmp_path)
+def test_the_bounds(pair: Path, tmp_path: Path, preset: str) -> None:
+    watcher = Watcher()
+    _, run = train(tiny_config(pair / "mr", pair / "ct", preset=preset), tmp_path, None, watcher)
     phase = preset.partition("/")[2]
     assert [path.name for path in run.phases.iterdir()] == [phase]
     assert run.best.is_dir()
-    assert all(batch.target_image is None for batch in seen)
-    brightest = torch.cat([batch.source_image for batch in seen]).mean(0).amax()
+    assert all(batch.target_image is None for batch in watcher.batches)
+    brightest = torch.cat([batch.source_image for batch in watcher.batches]).mean(0).amax()
     assert (brightest > 0.5) == (phase == "source_only"), "ventricles are 0.8 in the source and 0.5 in the target"
 
 
@@ -488,14 +394,12 @@ def test_the_bounds(pair: Path, tmp_path: Path, preset: str, seen: list[Batch]) 
         ("more classes than are seen", {"classes": ("background", "a", "b", "c", "d")}, []),
     ],
 )
-def test_odd_data_gives_finite_losses(
-    tmp_path: Path, name: str, source: dict[str, Any], overrides: list[str], seen: list[Batch]
-) -> None:
+def test_odd_data_gives_finite_losses(tmp_path: Path, name: str, source: dict[str, Any], overrides: list[str]) -> None:
     shape = {key: value for key, value in source.items() if key in ("slices", "cases", "classes")}
     make_dataset(tmp_path / "mr", "mr", **source)
     make_dataset(tmp_path / "ct", "ct", seed=1, **shape)
     outcome, run = train(tiny_config(tmp_path / "mr", tmp_path / "ct", overrides), tmp_path / "run")
-    assert (outcome.state, outcome.step, len(seen)) == ("finished", 12, 12)
+    assert (outcome.state, outcome.step) == ("finished", 12)
     for record in run.read_metrics():
         trained = {key: value for key, value in record.items() if key.startswith("train/")}
         assert all(math.isfinite(value) for value in trained.values()), trained

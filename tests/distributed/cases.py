@@ -1,18 +1,12 @@
-"""What each gloo process of the distributed tests runs: ``workers.py RANK WORLD_SIZE FOLDER CASE...``.
-
-Each case writes ``FOLDER/CASE-RANK.npz``. The global batch of a step is the same for every number of workers.
-"""
+"""What each worker of the distributed tests runs. The global batch of a step is the same for any number of workers."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from mpscl_ray import distributed
@@ -365,18 +359,10 @@ CASES: dict[str, Callable[[], dict[str, Any]]] = {
 }
 
 
-def main(arguments: list[str]) -> None:
-    rank, world_size, folder = int(arguments[0]), int(arguments[1]), Path(arguments[2])
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
-    for case in arguments[3:]:
-        results = {
-            name: np.asarray(value.detach() if isinstance(value, Tensor) else value)
-            for name, value in CASES[case]().items()
-        }
-        np.savez(folder / f"{case}-{rank}.npz", **results)
-    dist.destroy_process_group()
+def run_cases(names: Sequence[str]) -> dict[str, dict[str, np.ndarray[Any, Any]]]:
+    """What this worker has in the end, case by case."""
 
+    def plain(value: Any) -> np.ndarray[Any, Any]:
+        return np.asarray(value.detach() if isinstance(value, Tensor) else value)
 
-if __name__ == "__main__":
-    main(sys.argv[1:])
+    return {case: {name: plain(value) for name, value in CASES[case]().items()} for case in names}

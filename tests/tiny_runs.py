@@ -1,0 +1,119 @@
+"""Trainings without Ray on what tests.tiny makes: in this process, or one for each worker of a gloo group."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import random
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mpscl_ray import training
+from mpscl_ray.config import Config
+from mpscl_ray.methods.base import Batch
+from mpscl_ray.run_folder import RunFolder
+from mpscl_ray.training import Observer, Outcome
+from tests.tiny import local_data
+
+
+class Watcher(Observer):
+    """Remembers what an observer is told."""
+
+    def __init__(self) -> None:
+        self.starts: list[int] = []
+        self.notices: list[str] = []
+        self.batches: list[Batch] = []
+        self.validated: list[int] = []
+        self.panels: list[tuple[int, Tensor, Tensor, Tensor | None]] = []
+
+    def started(self, step: int) -> None:
+        self.starts.append(step)
+
+    def notice(self, text: str) -> None:
+        self.notices.append(text)
+
+    def batch(self, batch: Batch) -> None:
+        self.batches.append(batch)
+
+    def record(self, record: Mapping[str, Any], validated: bool) -> None:
+        if validated:
+            self.validated.append(record["global_step"])
+
+    def panel(self, step: int, images: Tensor, predictions: Tensor, labels: Tensor | None) -> None:
+        self.panels.append((step, images, predictions, labels))
+
+
+class Killed(BaseException):
+    """Stands for the end of the process."""
+
+
+class Killer(Observer):
+    """Kills a run when the metrics of a step have been read, before a checkpoint of that step.
+
+    Args:
+        when: asked with each record.
+    """
+
+    def __init__(self, when: Callable[[Mapping[str, Any]], bool]) -> None:
+        self.when = when
+
+    def record(self, record: Mapping[str, Any], validated: bool) -> None:
+        if self.when(record):
+            raise Killed
+
+
+_CALLS = itertools.count(1000)
+
+
+def train(
+    config: Config,
+    run: Path,
+    stop_after: int | None = None,
+    observer: Observer | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Outcome, RunFolder]:
+    """Train as one worker of those that there are; ``stop_after`` counts the steps of this call.
+
+    The global random states are others at each call, as in another process.
+    """
+    folder = RunFolder(run)
+    folder.create()
+    for seed in (random.seed, np.random.seed, torch.manual_seed):
+        seed(next(_CALLS))
+    steps = itertools.count(1)
+    outcome = training.train(
+        config,
+        local_data(config),
+        folder,
+        torch.device("cpu"),
+        observer,
+        lambda: next(steps) == stop_after,
+        look_every_s=0,
+        dtype=dtype,
+    )
+    return outcome, folder
+
+
+def train_and_watch(
+    config: Config, run: Path, stop_after: int | None, dtype: torch.dtype
+) -> tuple[Outcome, list[list[list[str]]]]:
+    """Train; the outcome and, by step and domain, a hash of each slice that was trained on."""
+    watcher = Watcher()
+    outcome, _ = train(config, run, stop_after, watcher, dtype)
+    return outcome, [hashes(batch) for batch in watcher.batches]
+
+
+def hashes(batch: Batch) -> list[list[str]]:
+    """A hash of each slice, its label included, by domain."""
+
+    def of(*tensors: Tensor) -> list[str]:
+        rows = zip(*(tensor.numpy() for tensor in tensors), strict=True)
+        return [hashlib.sha256(b"".join(array.tobytes() for array in row)).hexdigest()[:16] for row in rows]
+
+    domains = [of(batch.source_image, batch.source_label)]
+    return domains if batch.target_image is None else [*domains, of(batch.target_image)]
