@@ -79,6 +79,7 @@ def test_a_private_cluster_is_guarded_and_leaves_nothing(tmp_path_factory: pytes
     assert run(PRIVATE, HOME=str(tmp_path_factory.mktemp("home"))) == "all well\n"
 
 
+@pytest.mark.cluster
 def test_a_cluster_that_lets_in_whoever_comes_is_told_of(tmp_path: Path) -> None:
     token = tmp_path / "token"
     token.write_text("0" * 64)
