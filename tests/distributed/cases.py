@@ -30,7 +30,7 @@ from mpscl_ray.networks.deeplab import DeepLabV2
 CLASSES = 4
 GLOBAL_BATCH = 8
 SIZE = 32
-STEPS = 20
+STEPS = 6
 WARM_UP = 3
 CPU = torch.device("cpu")
 
@@ -68,7 +68,7 @@ def segmenter(seed: int, **arguments: Any) -> DeepLabV2:
 
 
 def method(seed: int = 0, **settings: Any) -> MPSCL:
-    chosen = {"discriminator_width": 4, "delta_th": 0.1, "lambda_main": 0.1, "lambda_aux": 0.02, **settings}
+    chosen = {"discriminator_width": 4, "delta_th": 0.07, "lambda_main": 0.1, "lambda_aux": 0.02, **settings}
     return MPSCL(segmenter(seed), MPSCLConfig(**chosen), OPTIM, CLASSES, CPU, PrecisionConfig(), seed)
 
 
@@ -121,7 +121,7 @@ def look_and_train(name: str, **settings: Any) -> dict[str, Any]:
     method = kind(network, METHOD_CONFIGS[name](**settings), OPTIM, CLASSES, CPU, PrecisionConfig(), seed)
     method.start_phase(STEPS)
     method.prepare(slices())
-    return record(method, steps=10)
+    return record(method)
 
 
 def sifa(**settings: Any) -> dict[str, Any]:

@@ -60,7 +60,7 @@ def test_the_batches_are_as_uneven_as_the_claim_needs(run: Run, case: str) -> No
     few, many = np.sort(selected.mean(axis=1))
     assert few > 0
     assert many > 2 * few
-    assert np.any(selected.max(axis=0) > 10 * selected.min(axis=0))
+    assert np.any(selected.max(axis=0) > 5 * selected.min(axis=0))
     # A mean of the workers' means would be another number: the local losses differ.
     local = [ours["local.loss_cross_entropy_main"] for ours in run(case, 2)]
     assert np.all(np.abs(local[0] - local[1]) > 1e-3)

@@ -198,8 +198,8 @@ class TestDeepLab:
 def test_learns_discs(name: str) -> None:
     """With adversaries, with contrast, with networks of its own; that others learn, ten steps of the contract show."""
     method = MAKE[name]()
-    method.start_phase(40)
-    for step in range(40):
+    method.start_phase(30)
+    for step in range(30):
         metrics = method.step(batch(step), step)
     assert float(metrics["loss_segmentation"]) < 0.7
     test, target_label = labelled_batch(1000, size=16)

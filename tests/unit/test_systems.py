@@ -12,6 +12,7 @@ from mpscl_ray.config import Config, load_config, to_yaml
 from mpscl_ray.errors import ConfigError
 from mpscl_ray.evaluation import evaluate_checkpoint
 from mpscl_ray.fork import fork
+from mpscl_ray.methods import METHODS
 from mpscl_ray.run_folder import RunFolder
 from mpscl_ray.systems import SYSTEMS, beginning, shared_phase
 from tests.tiny import make_pair, tiny_config
@@ -65,11 +66,18 @@ def test_phases_that_a_method_has_not_are_told() -> None:
         load_config("phantom/clan", ["data.labelled=target"])
 
 
+def short_config(base: Path, name: str) -> Config:
+    """A system with phases of two iterations."""
+    preset = f"small/{name}"
+    phases = [f"phases.{phase}=2" for phase in METHODS[load_config(preset).method_name].phases]
+    return tiny_config(base / "mr", base / "ct", [*phases, *(TINY_SIFA if "sifa" in name else ())], preset)
+
+
 @pytest.fixture(scope="module")
 def parent(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Config, RunFolder]:
     """A tiny run of MPSCL."""
     base = make_pair(tmp_path_factory.mktemp("systems"))
-    config = tiny_config(base / "mr", base / "ct")
+    config = short_config(base, "mpscl")
     return base, config, train(config, base / "mpscl")[1]
 
 
@@ -79,7 +87,7 @@ def test_what_configs_say_is_shared_is_the_same_in_weights(
 ) -> None:
     """Trained whole or forked from MPSCL's run, a system ends alike; every phase of its run can be evaluated."""
     base, mpscl, begun = parent
-    config = tiny_config(base / "mr", base / "ct", TINY_SIFA if "sifa" in name else (), preset=f"small/{name}")
+    config = short_config(base, name)
     outcome, whole = train(config, tmp_path / "whole")
     assert outcome.state == "finished"
     common = shared_phase(config, mpscl)
