@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from mpscl_ray.run_folder import RunFolder
+from mpscl_ray.runs.run_directory import RunFolder
 from tests.ray_commands import PATIENCE_S, environment
 
 

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from mpscl_ray.data.schema import Manifest, load_manifest
-from mpscl_ray.data.slices import Recipe
+from mpscl_ray.data.dataset import Manifest, load_manifest
+from mpscl_ray.data.volumes.preprocess import Recipe
 from mpscl_ray.errors import DataError
-from mpscl_ray.prepare_options import PrepareOptions
-from mpscl_ray.prepare_run import prepare
+from mpscl_ray.prepare.options import PrepareOptions
+from mpscl_ray.prepare.run import prepare
 
 RAW_IDS = (205, 420, 500, 820)
 SMALL = Recipe(crop=(16, 16), size=(12, 12))

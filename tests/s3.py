@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from pyarrow import fs
 
-from mpscl_ray.storage import Remote
+from mpscl_ray.runs.storage import Remote
 
 CREDENTIALS = {
     "AWS_ACCESS_KEY_ID": "key-of-the-tests",

@@ -14,15 +14,15 @@ from typing import Any
 
 import torch
 
-from mpscl_ray import checkpoint, cli
-from mpscl_ray.bucket_run import open_run
 from mpscl_ray.config import SOURCE_ONLY, Config, is_adaptation
-from mpscl_ray.construction import build_segmenter, network_arguments
-from mpscl_ray.run_folder import STOP_FILE, RunFolder
-from mpscl_ray.search.criteria import CRITERIA
-from mpscl_ray.training import newest_checkpoint
-from mpscl_ray.training_data import TrainingData
-from mpscl_ray.worker import wait_for_decision
+from mpscl_ray.runs import checkpoint, cli
+from mpscl_ray.runs.bucket_run import open_run
+from mpscl_ray.runs.run_directory import STOP_FILE, RunFolder
+from mpscl_ray.train.loop import newest_checkpoint
+from mpscl_ray.train.phases import build_segmenter, network_arguments
+from mpscl_ray.train.ray.worker import wait_for_decision
+from mpscl_ray.train.streams import TrainingData
+from mpscl_ray.tune.criteria import CRITERIA
 
 TOO_LARGE = 1e30
 """A contrastive weight or learning rate from which on the loss is not finite."""

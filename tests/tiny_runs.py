@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mpscl_ray import training
 from mpscl_ray.config import Config
 from mpscl_ray.methods.base import Batch
-from mpscl_ray.run_folder import RunFolder
-from mpscl_ray.training import Observer, Outcome
+from mpscl_ray.runs.run_directory import RunFolder
+from mpscl_ray.train import loop
+from mpscl_ray.train.loop import Observer, Outcome
 from tests.tiny import local_data
 
 
@@ -86,7 +86,7 @@ def train(
     for seed in (random.seed, np.random.seed, torch.manual_seed):
         seed(next(_CALLS))
     steps = itertools.count(1)
-    outcome = training.train(
+    outcome = loop.train(
         config,
         local_data(config),
         folder,

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from mpscl_ray.config import load_config, to_dict
-from mpscl_ray.search.ledger import Ledger, Trial
+from mpscl_ray.tune.ledger import Ledger, Trial
 from tests.tiny import SETTINGS
 
 ITERATIONS = 12

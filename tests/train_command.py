@@ -21,7 +21,7 @@ import pytest
 import ray
 
 from mpscl_ray.config import load_config, to_yaml
-from mpscl_ray.run_folder import RunFolder
+from mpscl_ray.runs.run_directory import RunFolder
 from tests.tiny import tiny_settings
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -22,7 +22,7 @@ T = TypeVar("T")
 PATIENCE_S = 300.0
 
 _FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["pytest", "mpscl_ray.training", "torch._dynamo"])
+_FORKS.set_forkserver_preload(["pytest", "mpscl_ray.train.loop", "torch._dynamo"])
 
 
 def on_workers(number: int, job: Callable[..., T], *arguments: Any) -> list[T]:

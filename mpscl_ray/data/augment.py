@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mpscl_ray.config import AugmentConfig
-from mpscl_ray.data.order import Keys, hash_integers
+from mpscl_ray.data.sampler import Keys, hash_integers
 
 _CHANNELS = 2
 """Feature maps between the layers of a random intensity mapping."""

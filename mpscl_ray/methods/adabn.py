@@ -7,14 +7,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from mpscl_ray import distributed
-from mpscl_ray.batch_statistics import average_over_passes
 from mpscl_ray.config import AdaBNConfig, OptimConfig, PrecisionConfig
-from mpscl_ray.losses import full_precision
+from mpscl_ray.distributed import collectives
+from mpscl_ray.distributed.batch_norm import average_over_passes
 from mpscl_ray.methods import base
 from mpscl_ray.methods.base import Batch, TargetSplit, TrainingSlices
+from mpscl_ray.methods.losses import full_precision
+from mpscl_ray.methods.optim import Optimisers, autocast, prepare_network
 from mpscl_ray.networks.deeplab import DeepLabV2
-from mpscl_ray.optimisation import Optimisers, autocast, prepare_network
 
 
 class AdaBN:
@@ -52,7 +52,7 @@ class AdaBN:
         self.device, self.precision = device, precision
         self.segmenter = segmenter
         self.networks: dict[str, nn.Module] = {"segmenter": segmenter}
-        prepare_network(distributed.start_alike(segmenter), device, precision)
+        prepare_network(collectives.start_alike(segmenter), device, precision)
         self._optimisers = Optimisers(self.networks, device)
 
     def start_phase(self, iterations: int) -> None:

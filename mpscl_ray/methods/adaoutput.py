@@ -7,12 +7,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from mpscl_ray import distributed
 from mpscl_ray.config import AdaOutputConfig, OptimConfig, PrecisionConfig
-from mpscl_ray.losses import class_counts
+from mpscl_ray.distributed import collectives
 from mpscl_ray.methods import base
 from mpscl_ray.methods.adversarial import Adversary
 from mpscl_ray.methods.base import Batch, TargetSplit, TrainingSlices
+from mpscl_ray.methods.losses import class_counts
 from mpscl_ray.methods.trained_segmenter import TrainedSegmenter
 from mpscl_ray.networks.deeplab import DeepLabV2
 
@@ -70,7 +70,7 @@ class AdaOutput:
         source, target = self.trained.forward(batch.source_image, batch.target_image)
         source_logits = base.upsampled(source, labels.shape[-2:])
         target_logits = base.upsampled(target, labels.shape[-2:])
-        counts = distributed.all_reduce_sum(class_counts(labels, self.num_classes))
+        counts = collectives.all_reduce_sum(class_counts(labels, self.num_classes))
 
         # Segmenter, with frozen discriminators.
         segmentation = base.segmentation_loss(source_logits, labels, counts, c.segmentation_aux_weight)

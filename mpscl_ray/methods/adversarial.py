@@ -12,13 +12,13 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from mpscl_ray import distributed
-from mpscl_ray.batch_statistics import ForEach
 from mpscl_ray.config import DiscriminatorConfig, PrecisionConfig
-from mpscl_ray.losses import SOURCE_LABEL, TARGET_LABEL, domain_loss, least_squares_domain_loss
+from mpscl_ray.distributed import collectives
+from mpscl_ray.distributed.batch_norm import ForEach
+from mpscl_ray.methods.losses import SOURCE_LABEL, TARGET_LABEL, domain_loss, least_squares_domain_loss
+from mpscl_ray.methods.optim import autocast, prepare_network
 from mpscl_ray.networks import initialise
 from mpscl_ray.networks.discriminators import FCDiscriminator, PatchGANDiscriminator
-from mpscl_ray.optimisation import autocast, prepare_network
 
 DISCRIMINATORS: dict[str, type[FCDiscriminator] | type[PatchGANDiscriminator]] = {
     "fc": FCDiscriminator,
@@ -58,7 +58,7 @@ class Adversary:
             self.discriminators[head] = discriminator.to(dtype)
             prepare_network(discriminator, device, precision)
         self._discriminate = {
-            head: distributed.wrap(ForEach(network), device) for head, network in self.discriminators.items()
+            head: collectives.wrap(ForEach(network), device) for head, network in self.discriminators.items()
         }
         self._device, self._precision = device, precision
         self._loss = least_squares_domain_loss if least_squares else domain_loss

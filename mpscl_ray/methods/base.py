@@ -9,13 +9,13 @@ from typing import Any, ClassVar, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from mpscl_ray import distributed
-from mpscl_ray.batch_statistics import ForEach
 from mpscl_ray.config import PrecisionConfig
+from mpscl_ray.distributed import collectives
+from mpscl_ray.distributed.batch_norm import ForEach
 from mpscl_ray.errors import DataError
-from mpscl_ray.losses import full_precision, soft_dice_loss, weighted_cross_entropy
+from mpscl_ray.methods.losses import full_precision, soft_dice_loss, weighted_cross_entropy
+from mpscl_ray.methods.optim import Optimisers, autocast
 from mpscl_ray.networks.deeplab import DeepLabV2, SegmenterOutput, network_input, upsample_logits
-from mpscl_ray.optimisation import Optimisers, autocast
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ def segmentation_loss(logits: dict[str, Tensor], labels: Tensor, counts: Tensor,
     for head, factor in (("main", 1.0), ("aux", aux_weight)):
         if head in logits:
             numerator = weighted_cross_entropy(logits[head], labels, counts).numerator
-            entropy = distributed.share_of_ratio(numerator, weight_sum.to(numerator.dtype))
+            entropy = collectives.share_of_ratio(numerator, weight_sum.to(numerator.dtype))
             dice = soft_dice_loss(logits[head], labels)
             parts[f"loss_cross_entropy_{head}"], parts[f"loss_dice_{head}"] = entropy, dice
             total = total + factor * (entropy + dice)
@@ -181,7 +181,7 @@ def wrap_segmenter(
     """The segmenter as a function of source and target input: one wrapped forward for one backward, both domains in
     it, is what gradient averaging can follow."""
     moves = None if norm_statistics == "mixture" else (False, True)
-    return distributed.wrap(ForEach(segmenter, moves), device)
+    return collectives.wrap(ForEach(segmenter, moves), device)
 
 
 @torch.no_grad()

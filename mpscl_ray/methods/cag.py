@@ -9,16 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mpscl_ray import distributed
-from mpscl_ray.batch_statistics import average_over_passes
 from mpscl_ray.config import CAGConfig, OptimConfig, PrecisionConfig
-from mpscl_ray.losses import class_counts, focal_loss, full_precision
+from mpscl_ray.distributed import collectives
+from mpscl_ray.distributed.batch_norm import average_over_passes
 from mpscl_ray.methods import base
 from mpscl_ray.methods.base import Batch, TargetSplit, TrainingSlices
+from mpscl_ray.methods.losses import class_counts, focal_loss, full_precision
+from mpscl_ray.methods.optim import autocast, prepare_network
+from mpscl_ray.methods.prototypes import downsample_labels
 from mpscl_ray.methods.trained_segmenter import TrainedSegmenter
 from mpscl_ray.networks.deeplab import DeepLabV2, SegmenterOutput
-from mpscl_ray.optimisation import autocast, prepare_network
-from mpscl_ray.prototypes import downsample_labels
 
 IGNORE = -1
 """Pseudo-label of a pixel that does not count."""
@@ -63,7 +63,7 @@ class CAG:
         self.config, self.num_classes, self.segmenter = config, num_classes, segmenter
         self.device, self.precision = device, precision
         self.teacher = copy.deepcopy(segmenter)
-        prepare_network(distributed.start_alike(self.teacher.to(device)), device, precision)
+        prepare_network(collectives.start_alike(self.teacher.to(device)), device, precision)
         self.teacher.requires_grad_(False).eval()
         self.trained = TrainedSegmenter(segmenter, optim, device, precision, config.norm_statistics)
         self.networks = self.trained.networks
@@ -91,7 +91,7 @@ class CAG:
             valid = pixels >= self.config.min_pixels
             sums += (vectors * valid[..., None]).sum(dim=0)
             counts += valid.sum(dim=0)
-        sums, counts = distributed.all_reduce_sums(sums, counts)
+        sums, counts = collectives.all_reduce_sums(sums, counts)
         self.anchors = (sums / counts.clamp(min=1)[:, None]).to(self.anchors.dtype)
         self.anchor_counts = counts
         self.teacher.load_state_dict(self.segmenter.state_dict())
@@ -118,7 +118,7 @@ class CAG:
         for rows, image in slices.unlabelled():
             output = base.evaluate(self.teacher, image.to(self.device), self.precision)
             gaps[rows.to(self.device)] = self._nearest(output.features)[1].double()
-        values = distributed.all_reduce_sum(gaps).flatten().sort().values
+        values = collectives.all_reduce_sum(gaps).flatten().sort().values
         quantiles = (*QUANTILES, self.config.distance_quantile or 0.0)
         found = values[[round(quantile * (len(values) - 1)) for quantile in quantiles]].cpu()
         self.gap_quantiles = found[:-1].clone()
@@ -166,7 +166,7 @@ class CAG:
             "loss_distance_source": self._distance(source, labels_small),
             "loss_distance_target": self._distance(target, by_anchor),
         }
-        totals = distributed.all_reduce_sums(
+        totals = collectives.all_reduce_sums(
             class_counts(labels, self.num_classes), *(value for pair in sums.values() for value in pair)
         )
         counts = totals[0]
@@ -174,7 +174,7 @@ class CAG:
         for number, (name, (numerator, _)) in enumerate(sums.items()):
             numerator_sum, count = totals[1 + 2 * number : 3 + 2 * number]
             count = count.clamp(min=1)
-            losses[name] = distributed.share_of_ratio(numerator, count)
+            losses[name] = collectives.share_of_ratio(numerator, count)
             if "distance" in name:
                 losses[name] = losses[name] * tenths(numerator_sum / count)
 

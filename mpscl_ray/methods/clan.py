@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mpscl_ray import distributed
 from mpscl_ray.config import CLANConfig, OptimConfig, PrecisionConfig
-from mpscl_ray.losses import SOURCE_LABEL, TARGET_LABEL, class_counts, domain_loss, focal_loss, full_precision
+from mpscl_ray.distributed import collectives
 from mpscl_ray.methods import base
 from mpscl_ray.methods.adversarial import Adversary
 from mpscl_ray.methods.base import Batch, TargetSplit, TrainingSlices
+from mpscl_ray.methods.losses import SOURCE_LABEL, TARGET_LABEL, class_counts, domain_loss, focal_loss, full_precision
 from mpscl_ray.methods.trained_segmenter import TrainedSegmenter
 from mpscl_ray.networks.deeplab import DeepLabV2, upsample_logits
 
@@ -107,7 +107,7 @@ class CLAN:
     def _segmentation(self, logits: dict[str, Tensor], labels: Tensor) -> dict[str, Tensor]:
         """Segmentation losses on both heads, which count alike."""
         if self.config.segmentation_loss == "wce_dice":
-            counts = distributed.all_reduce_sum(class_counts(labels, self.num_classes))
+            counts = collectives.all_reduce_sum(class_counts(labels, self.num_classes))
             return base.segmentation_loss(logits, labels, counts, 1.0).parts
         gamma = 2.0 if self.config.segmentation_loss == "focal" else 0.0
         name = "focal" if gamma else "cross_entropy"

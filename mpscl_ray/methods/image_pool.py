@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mpscl_ray import distributed
-from mpscl_ray.data.order import hash_integers
+from mpscl_ray.data.sampler import hash_integers
+from mpscl_ray.distributed import collectives
 from mpscl_ray.errors import DataError
 
 
@@ -40,13 +40,13 @@ class ImagePool:
         chance, place = self.draw(self.count)
         self.count += 1
         if len(self.batches) < self.size:
-            self.batches.append(distributed.gather_batch(newest).clone())
+            self.batches.append(collectives.gather_batch(newest).clone())
             return newest
         if chance <= 0.5:
             return newest
         earlier = self.batches[place]
-        self.batches[place] = distributed.gather_batch(newest).clone()
-        return earlier[len(newest) * distributed.rank() :][: len(newest)]
+        self.batches[place] = collectives.gather_batch(newest).clone()
+        return earlier[len(newest) * collectives.rank() :][: len(newest)]
 
     def draw(self, count: int) -> tuple[float, int]:
         """A number in [0, 1) and a place in the pool."""

@@ -10,12 +10,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from mpscl_ray import distributed
 from mpscl_ray.config import IntraDAConfig, OptimConfig, PrecisionConfig
+from mpscl_ray.distributed import collectives
 from mpscl_ray.errors import DataError
-from mpscl_ray.losses import self_information
 from mpscl_ray.methods.advent import AdvEnt
 from mpscl_ray.methods.base import Batch, TargetSplit, TrainingSlices
+from mpscl_ray.methods.losses import self_information
 from mpscl_ray.networks import initialise
 from mpscl_ray.networks.deeplab import DeepLabV2
 
@@ -87,7 +87,7 @@ class IntraDA:
         for number, (name, network) in enumerate(list(self.networks.items())[1:]):
             assert name.startswith("discriminator_")
             initialise(network, self.seed + number)  # type: ignore[arg-type]
-            distributed.start_alike(network)
+            collectives.start_alike(network)
 
     def _predict_all(self, slices: TrainingSlices) -> tuple[Tensor, Tensor]:
         """Score (N,) float64 and label (N, H, W) uint8 of every slice of the target, on every worker."""
@@ -99,7 +99,7 @@ class IntraDA:
             rows = rows.to(scores.device)
             labels[rows] = probabilities.argmax(dim=1).to(torch.uint8)
             scores[rows] = uncertainty(probabilities, self.config.score == "foreground_entropy").double()
-        return distributed.all_reduce_sum(scores).cpu(), distributed.all_reduce_sum(labels).cpu()
+        return collectives.all_reduce_sum(scores).cpu(), collectives.all_reduce_sum(labels).cpu()
 
     def step(self, batch: Batch, iteration: int) -> dict[str, Tensor]:
         """A step of AdvEnt; the batch has easy slices with pseudo-labels as source, hard ones as target."""

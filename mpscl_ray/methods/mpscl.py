@@ -10,23 +10,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mpscl_ray import distributed
 from mpscl_ray.config import MPSCLConfig, OptimConfig, PrecisionConfig
+from mpscl_ray.distributed import collectives
 from mpscl_ray.errors import DataError
-from mpscl_ray.losses import (
+from mpscl_ray.methods import base
+from mpscl_ray.methods.adversarial import Adversary
+from mpscl_ray.methods.base import Batch, TargetSplit, TrainingSlices
+from mpscl_ray.methods.losses import (
     MASK_EPS,
     class_counts,
     cosine_to_prototypes,
     margin_contrastive_loss,
     self_information,
 )
-from mpscl_ray.methods import base
-from mpscl_ray.methods.adversarial import Adversary
-from mpscl_ray.methods.base import Batch, TargetSplit, TrainingSlices
+from mpscl_ray.methods.prototypes import downsample_labels, initial_prototypes, prototype_sums, update_prototypes
+from mpscl_ray.methods.pseudo_labels import self_paced_pseudo_labels
 from mpscl_ray.methods.trained_segmenter import TrainedSegmenter
 from mpscl_ray.networks.deeplab import DeepLabV2
-from mpscl_ray.prototypes import downsample_labels, initial_prototypes, prototype_sums, update_prototypes
-from mpscl_ray.pseudo_labels import self_paced_pseudo_labels
 
 
 class MPSCL:
@@ -87,10 +87,10 @@ class MPSCL:
         if self._contrast:
             labels_small = downsample_labels(labels, (source.features.shape[2], source.features.shape[3]))
             sums, pixels = prototype_sums(source.features, labels_small, self.num_classes)
-            counts, sums, pixels = distributed.all_reduce_sums(counts, sums, pixels)
+            counts, sums, pixels = collectives.all_reduce_sums(counts, sums, pixels)
             prototypes = update_prototypes(self.prototypes, sums, pixels, c.alpha)
         else:
-            counts = distributed.all_reduce_sum(counts)
+            counts = collectives.all_reduce_sum(counts)
 
         # Segmenter, with frozen discriminators.
         segmentation = base.segmentation_loss(source_logits, labels, counts, c.segmentation_aux_weight)
@@ -114,9 +114,9 @@ class MPSCL:
             contrast = margin_contrastive_loss(
                 cosine, pseudo_labels, c.margin_target, c.temperature_target, c.base_temperature, c.form, weights=mask
             )
-            selected = distributed.all_reduce_sum(contrast.denominator)
+            selected = collectives.all_reduce_sum(contrast.denominator)
             selected = selected + MASK_EPS if c.form == "released" else selected.clamp(min=1.0)
-            losses["loss_contrastive_target"] = distributed.share_of_ratio(contrast.numerator, selected)
+            losses["loss_contrastive_target"] = collectives.share_of_ratio(contrast.numerator, selected)
             total = total + c.gamma * losses["loss_contrastive_source"] + c.beta * losses["loss_contrastive_target"]
             metrics["selected_fraction"] = mask.to(total.dtype).mean()
             metrics["prototype_angle_min"], metrics["prototype_angle_mean"] = prototype_angles(prototypes)
@@ -165,7 +165,7 @@ class MPSCL:
             batch_sums, batch_counts = prototype_sums(features, labels_small, self.num_classes)
             sums += batch_sums
             counts += batch_counts
-        sums, counts = distributed.all_reduce_sums(sums, counts)
+        sums, counts = collectives.all_reduce_sums(sums, counts)
         self.prototypes = initial_prototypes(sums, counts).to(self.prototypes.dtype)
 
     def state_dict(self) -> dict[str, Any]:

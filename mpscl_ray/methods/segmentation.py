@@ -7,11 +7,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from mpscl_ray import distributed
 from mpscl_ray.config import OptimConfig, PrecisionConfig, SegmentationConfig
-from mpscl_ray.losses import class_counts
+from mpscl_ray.distributed import collectives
 from mpscl_ray.methods import base
 from mpscl_ray.methods.base import Batch, TargetSplit, TrainingSlices
+from mpscl_ray.methods.losses import class_counts
 from mpscl_ray.methods.trained_segmenter import TrainedSegmenter
 from mpscl_ray.networks.deeplab import DeepLabV2
 
@@ -56,7 +56,7 @@ class Segmentation:
         self.trained.optimisers.begin(iteration)
 
         (output,) = self.trained.forward(batch.source_image)
-        counts = distributed.all_reduce_sum(class_counts(labels, self.num_classes))
+        counts = collectives.all_reduce_sum(class_counts(labels, self.num_classes))
         logits = base.upsampled(output, labels.shape[-2:])
         loss = base.segmentation_loss(logits, labels, counts, self.config.segmentation_aux_weight)
         loss.total.backward()  # type: ignore[no-untyped-call]

@@ -9,14 +9,21 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from mpscl_ray import distributed
-from mpscl_ray.batch_statistics import batch_norms
 from mpscl_ray.config import OptimConfig, PrecisionConfig, SIFAConfig
-from mpscl_ray.data.order import stream_key
-from mpscl_ray.losses import class_counts, full_precision
+from mpscl_ray.data.sampler import stream_key
+from mpscl_ray.distributed import collectives
+from mpscl_ray.distributed.batch_norm import batch_norms
 from mpscl_ray.methods import base
 from mpscl_ray.methods.base import Batch, TargetSplit, TrainingSlices
 from mpscl_ray.methods.image_pool import ImagePool
+from mpscl_ray.methods.losses import class_counts, full_precision
+from mpscl_ray.methods.optim import (
+    NetworkAdam,
+    NonFiniteGuard,
+    Snapshot,
+    autocast,
+    prepare_network,
+)
 from mpscl_ray.methods.sifa_losses import batch_dice_loss, clipped_cross_entropy, fooled, half_squared_norm, told
 from mpscl_ray.networks.sifa import (
     Decoder,
@@ -26,13 +33,6 @@ from mpscl_ray.networks.sifa import (
     SIFASegmenter,
     Translator,
     initialise_sifa,
-)
-from mpscl_ray.optimisation import (
-    NetworkAdam,
-    NonFiniteGuard,
-    Snapshot,
-    autocast,
-    prepare_network,
 )
 
 
@@ -98,12 +98,12 @@ class SIFA:
         for number, network in enumerate(self.networks.values()):
             if network is not segmenter:
                 initialise_sifa(network, seed + number)
-            prepare_network(distributed.start_alike(network.to(device, self._dtype)), device, precision)
+            prepare_network(collectives.start_alike(network.to(device, self._dtype)), device, precision)
         self._dropout = torch.Generator(device)
         for layer in segmenter.modules():
             if isinstance(layer, GlobalDropout):
                 layer.generator = self._dropout
-                layer.part, layer.parts = distributed.rank(), distributed.world_size()
+                layer.part, layer.parts = collectives.rank(), collectives.world_size()
         self._norms = batch_norms(segmenter)
         self._iterations = 0
         self._optimisers: dict[str, NetworkAdam] = {}
@@ -138,7 +138,7 @@ class SIFA:
         for name, optimiser in self._optimisers.items():
             optimiser.begin(iteration, self._iterations, decay if name == "segmenter" else 1.0)
         self._dropout.manual_seed(stream_key(self.seed, "dropout", iteration) % 2**63)
-        counts = distributed.all_reduce_sum(class_counts(labels, self.num_classes))
+        counts = collectives.all_reduce_sum(class_counts(labels, self.num_classes))
         metrics: dict[str, Tensor] = {}
 
         # g_A
@@ -228,7 +228,7 @@ class SIFA:
         """Move the network of a sub-step, unless something was not finite on some worker, now or before."""
         loss.backward()  # type: ignore[no-untyped-call]
         gradients = self._optimisers[name].gradients()
-        distributed.average_gradients(gradients)
+        collectives.average_gradients(gradients)
         guard = self._guards[name]
         guard.flag = self._flag
         guard.update(losses, gradients)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from mpscl_ray import distributed
-from mpscl_ray.losses import full_precision
+from mpscl_ray.distributed import collectives
+from mpscl_ray.methods.losses import full_precision
 
 
 def fooled(verdict: Tensor) -> Tensor:
@@ -56,5 +56,5 @@ def batch_dice_loss(logits: Tensor, labels: Tensor) -> Tensor:
     classes = torch.arange(logits.shape[1], device=labels.device)
     truth = (labels[:, None] == classes[:, None, None]).to(probabilities.dtype)
     sums = [x.sum(dim=(0, 2, 3)) for x in (probabilities * truth, probabilities.square(), truth)]
-    overlap, squares, sizes = distributed.sum_with_gradient(torch.stack(sums)).unbind()
+    overlap, squares, sizes = collectives.sum_with_gradient(torch.stack(sums)).unbind()
     return 1.0 - (2.0 * overlap / (squares + sizes + 1e-7)).mean()

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from mpscl_ray.config import OptimConfig, PrecisionConfig
 from mpscl_ray.methods import base
-from mpscl_ray.networks.deeplab import DeepLabV2, SegmenterOutput
-from mpscl_ray.optimisation import (
+from mpscl_ray.methods.optim import (
     DiscriminatorAdam,
     Optimiser,
     Optimisers,
@@ -19,6 +18,7 @@ from mpscl_ray.optimisation import (
     autocast,
     prepare_network,
 )
+from mpscl_ray.networks.deeplab import DeepLabV2, SegmenterOutput
 
 
 class TrainedSegmenter:

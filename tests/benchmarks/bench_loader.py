@@ -25,12 +25,12 @@ import ray
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from mpscl_ray.cluster_session import connect
-from mpscl_ray.data import SOURCE_DOMAIN, TARGET_DOMAIN, schema
+from mpscl_ray.data import SOURCE_DOMAIN, TARGET_DOMAIN, dataset
 from mpscl_ray.data.augment import AugmentConfig, augment
-from mpscl_ray.data.order import sample_keys
-from mpscl_ray.data.pipeline import open_slices
-from mpscl_ray.data.stream import LocalSlices, Slices, SliceStream
+from mpscl_ray.data.loader import LocalSlices, Slices, SliceStream
+from mpscl_ray.data.ray_source import open_slices
+from mpscl_ray.data.sampler import sample_keys
+from mpscl_ray.distributed.ray_session import connect
 
 CASE_SLICES = 100
 CLASSES = ("background", "MYO", "LAC", "LVC", "AA")
@@ -69,7 +69,7 @@ def write(folder: Path, slices: int, size: int) -> None:
             for i in range(depth):
                 np.save(folder / domain / f"image-{start + i:06d}.npy", image[i])
                 np.save(folder / domain / f"label-{start + i:06d}.npy", label[i])
-            case = schema.write_case(
+            case = dataset.write_case(
                 folder / f"{domain}-parquet",
                 id=f"case-{start:06d}",
                 patient=f"patient-{start:06d}",
@@ -84,12 +84,12 @@ def write(folder: Path, slices: int, size: int) -> None:
                 sources={},
             )
             cases.append(case)
-        manifest = schema.Manifest(
-            version=schema.FORMAT_VERSION,
+        manifest = dataset.Manifest(
+            version=dataset.FORMAT_VERSION,
             modality=domain,
             classes=CLASSES,
             size=(size, size),
-            scaling=schema.Scaling(-1.0, 1.0, "given"),
+            scaling=dataset.Scaling(-1.0, 1.0, "given"),
             recipe={},
             splitting={},
             labels={},
@@ -99,7 +99,7 @@ def write(folder: Path, slices: int, size: int) -> None:
             product_version="0",
             cases=tuple(cases),
         )
-        schema.save_manifest(folder / f"{domain}-parquet", manifest)
+        dataset.save_manifest(folder / f"{domain}-parquet", manifest)
 
 
 def data_loader(folder: Path, batch: int, workers: int) -> Iterator[int]:
@@ -182,7 +182,7 @@ def main() -> None:
     parser.add_argument("--row-group", type=int, help="slices in a row group, in place of the format's own number")
     options = parser.parse_args()
     if options.row_group:
-        schema.ROW_GROUP_SLICES = options.row_group
+        dataset.ROW_GROUP_SLICES = options.row_group
     torch.set_num_threads(1)
     results: list[tuple[str, float, float, str]] = []
     with tempfile.TemporaryDirectory() as name:

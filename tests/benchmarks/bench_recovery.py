@@ -28,7 +28,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from mpscl_ray.run_folder import RunFolder
+from mpscl_ray.runs.run_directory import RunFolder
 from tests.local_cluster import LocalCluster, wait_until
 from tests.tiny import SETTINGS, make_pair
 

@@ -20,8 +20,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from mpscl_ray.bucket_run import open_run
-from mpscl_ray.storage import child
+from mpscl_ray.runs.bucket_run import open_run
+from mpscl_ray.runs.storage import child
 from tests.s3 import serve, upload_folder
 from tests.tiny import SETTINGS, make_pair
 

@@ -17,7 +17,7 @@ from collections.abc import Callable
 import numpy as np
 from medpy.metric import binary
 
-from mpscl_ray.metrics import volume_scores
+from mpscl_ray.evaluate.metrics import volume_scores
 
 CLASSES = ["background", "MYO", "LAC", "LVC", "AA"]
 # class index, centre and semi-axes in 1/256 of the volume: drawn in this order, each over the one before

@@ -21,10 +21,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 
-from mpscl_ray import capacity, launch, training
-from mpscl_ray.cluster_session import connect
 from mpscl_ray.config import Config, load_config
-from mpscl_ray.run_folder import RunFolder
+from mpscl_ray.distributed.ray_session import connect
+from mpscl_ray.runs.run_directory import RunFolder
+from mpscl_ray.train import loop
+from mpscl_ray.train.ray import launch, resources
 from tests.tiny import local_data, make_dataset
 from tests.worker_processes import on_workers
 
@@ -36,7 +37,7 @@ def on_ray(config: Config, run: Path) -> None:
     """Train as the command does, on a Ray that runs."""
     folder = RunFolder(run)
     folder.create()
-    use_gpu = capacity.check_cluster(config)
+    use_gpu = resources.check_cluster(config)
     domains, _ = launch.load_domains(config)
     launched = launch.Launch(config, folder, launch.open_data(config, domains), use_gpu)
     launched.start()
@@ -47,7 +48,7 @@ def without_ray(config: Config, run: Path) -> None:
     """Train as one worker of those there are."""
     folder = RunFolder(run)
     folder.create()
-    assert training.train(config, local_data(config), folder, torch.device("cpu")).state == "finished"
+    assert loop.train(config, local_data(config), folder, torch.device("cpu")).state == "finished"
 
 
 def steps(run: Path, batch: int) -> list[tuple[float, float]]:

@@ -17,16 +17,16 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from mpscl_ray import checkpoint
 from mpscl_ray.config import is_adaptation, load_config
-from mpscl_ray.construction import build_method, build_segmenter, carry_over
-from mpscl_ray.data.stream import LocalSlices
-from mpscl_ray.losses import cosine_to_prototypes
+from mpscl_ray.data.loader import LocalSlices
 from mpscl_ray.methods import MPSCL
 from mpscl_ray.methods.cag import CAG, IGNORE
-from mpscl_ray.prototypes import downsample_labels
-from mpscl_ray.pseudo_labels import self_paced_pseudo_labels
-from mpscl_ray.training_data import training_slices
+from mpscl_ray.methods.losses import cosine_to_prototypes
+from mpscl_ray.methods.prototypes import downsample_labels
+from mpscl_ray.methods.pseudo_labels import self_paced_pseudo_labels
+from mpscl_ray.runs import checkpoint
+from mpscl_ray.train.phases import build_method, build_segmenter, carry_over
+from mpscl_ray.train.streams import training_slices
 from tests.tiny import local_data
 
 CPU = torch.device("cpu")

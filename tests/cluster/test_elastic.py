@@ -9,11 +9,9 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("ray")
-
-from mpscl_ray import checkpoint
 from mpscl_ray.errors import Interrupted, StorageError
-from mpscl_ray.run_folder import RunFolder
+from mpscl_ray.runs import checkpoint
+from mpscl_ray.runs.run_directory import RunFolder
 from tests.nodes import Cluster, cluster, wait_for
 from tests.tiny import SETTINGS, make_pair, tiny_settings
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from mpscl_ray import checkpoint
-from mpscl_ray.cluster_session import connect
+from mpscl_ray.distributed.ray_session import connect
 from mpscl_ray.errors import DataError
-from mpscl_ray.run_folder import RunFolder
+from mpscl_ray.runs import checkpoint
+from mpscl_ray.runs.run_directory import RunFolder
 from tests.tiny import make_dataset, make_pair
 from tests.train_command import (
     EVERY,

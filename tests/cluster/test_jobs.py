@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from mpscl_ray import checkpoint
 from mpscl_ray.config import load_config, to_yaml
 from mpscl_ray.errors import ConfigError, Interrupted
-from mpscl_ray.run_folder import RunFolder
+from mpscl_ray.runs import checkpoint
+from mpscl_ray.runs.run_directory import RunFolder
 from tests.local_cluster import ROOT, LocalCluster, wait_until
 from tests.tiny import SETTINGS, make_pair
 
@@ -194,7 +194,7 @@ def test_nobody_is_let_in_without_the_token(cluster: LocalCluster) -> None:
     refused = cluster.command("ray", "job", "submit", "--", "true", RAY_AUTH_MODE="disabled")
     assert refused.returncode != 0
     assert "token authentication is enabled" in refused.stdout
-    joined = "from mpscl_ray.cluster_session import connect\nwith connect(): print('in')"
+    joined = "from mpscl_ray.distributed.ray_session import connect\nwith connect(): print('in')"
     friend = cluster.command("python", "-c", joined)
     assert friend.stdout == "in\n", "and no warning"
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from mpscl_ray import tune
-from mpscl_ray.cluster_session import connect
-from mpscl_ray.run_folder import RunFolder
-from mpscl_ray.search.ledger import Ledger
+from mpscl_ray.distributed.ray_session import connect
+from mpscl_ray.runs.run_directory import RunFolder
+from mpscl_ray.tune import command as tune
+from mpscl_ray.tune.ledger import Ledger
 from tests.ray_commands import assert_nothing_is_reserved, run_until_killed
 from tests.tiny import make_pair
 from tests.tiny_search import ITERATIONS, SHARED_STEPS, ends, trials_of, write_space

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mpscl_ray import compare
-from mpscl_ray.cluster_session import connect
+from mpscl_ray.compare import command as compare
+from mpscl_ray.distributed.ray_session import connect
 from tests.lost_cell import check_a_lost_and_stopped_cell
 from tests.tiny import make_pair
 from tests.tiny_presets import write_presets

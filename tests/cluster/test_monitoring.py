@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mpscl_ray.monitoring import TAGS
-from mpscl_ray.run_folder import RunFolder
+from mpscl_ray.runs.run_directory import RunFolder
+from mpscl_ray.train.ray.prometheus import TAGS
 from tests.local_cluster import ROOT, LocalCluster, wait_until
 from tests.tiny import SETTINGS, make_pair
 

@@ -15,8 +15,8 @@ import pytest
 import yaml
 
 from mpscl_ray.config import load_config, to_dict
-from mpscl_ray.run_folder import RunFolder
-from mpscl_ray.search.ledger import Ledger
+from mpscl_ray.runs.run_directory import RunFolder
+from mpscl_ray.tune.ledger import Ledger
 from tests.local_cluster import PATIENCE_S, LocalCluster, wait_until
 from tests.tiny import SETTINGS, make_pair
 

@@ -14,16 +14,15 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("ray")
-
-from mpscl_ray import checkpoint, evaluate
-from mpscl_ray.bucket_run import open_run
-from mpscl_ray.data.phantom_files import make_phantom
-from mpscl_ray.data.schema import load_manifest
+from mpscl_ray.data.dataset import load_manifest
+from mpscl_ray.data.phantom.files import make_phantom
 from mpscl_ray.errors import StorageError
-from mpscl_ray.prepare_options import PrepareOptions
-from mpscl_ray.prepare_run import prepare
-from mpscl_ray.run_folder import RunFolder
+from mpscl_ray.evaluate import command as evaluate
+from mpscl_ray.prepare.options import PrepareOptions
+from mpscl_ray.prepare.run import prepare
+from mpscl_ray.runs import checkpoint
+from mpscl_ray.runs.bucket_run import open_run
+from mpscl_ray.runs.run_directory import RunFolder
 from tests.nodes import ROOT, wait_for
 from tests.s3 import CREDENTIALS, Server, serve, upload_folder
 from tests.tiny import SETTINGS, make_pair

@@ -11,18 +11,19 @@ from pathlib import Path
 import pytest
 import yaml
 
-ray = pytest.importorskip("ray")
-
-from mpscl_ray import checkpoint, compare, train, tune  # noqa: E402
-from mpscl_ray.bucket_run import open_run  # noqa: E402
-from mpscl_ray.cluster_session import connect  # noqa: E402
-from mpscl_ray.config import load_config, to_dict  # noqa: E402
-from mpscl_ray.errors import ConfigError  # noqa: E402
-from mpscl_ray.storage import Remote  # noqa: E402
-from tests.ray_commands import assert_nothing_is_reserved, run_until_killed  # noqa: E402
-from tests.s3 import CREDENTIALS, Server, serve, upload_folder  # noqa: E402
-from tests.tiny import SETTINGS, make_pair  # noqa: E402
-from tests.tiny_presets import write_presets  # noqa: E402
+from mpscl_ray.compare import command as compare
+from mpscl_ray.config import load_config, to_dict
+from mpscl_ray.distributed.ray_session import connect
+from mpscl_ray.errors import ConfigError
+from mpscl_ray.runs import checkpoint
+from mpscl_ray.runs.bucket_run import open_run
+from mpscl_ray.runs.storage import Remote
+from mpscl_ray.train import command as train
+from mpscl_ray.tune import command as tune
+from tests.ray_commands import assert_nothing_is_reserved, run_until_killed
+from tests.s3 import CREDENTIALS, Server, serve, upload_folder
+from tests.tiny import SETTINGS, make_pair
+from tests.tiny_presets import write_presets
 
 ITERATIONS = 6
 

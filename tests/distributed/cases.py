@@ -9,8 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mpscl_ray import distributed
-from mpscl_ray.batch_statistics import ForEach, WorkersBatchNorm2d, convert_batch_norm
 from mpscl_ray.config import (
     METHOD_CONFIGS,
     AdvEntConfig,
@@ -20,12 +18,14 @@ from mpscl_ray.config import (
     SegmentationConfig,
     SIFAConfig,
 )
-from mpscl_ray.construction import carry_over
+from mpscl_ray.distributed import collectives
+from mpscl_ray.distributed.batch_norm import ForEach, WorkersBatchNorm2d, convert_batch_norm
 from mpscl_ray.errors import TrainingError
 from mpscl_ray.methods import METHODS, MPSCL, SIFA, AdvEnt, Batch, Method, Segmentation
 from mpscl_ray.methods.base import TrainingSlices
 from mpscl_ray.networks import build, initialise
 from mpscl_ray.networks.deeplab import DeepLabV2
+from mpscl_ray.train.phases import carry_over
 
 CLASSES = 4
 GLOBAL_BATCH = 8
@@ -49,8 +49,8 @@ def global_batch(step: int) -> Batch:
 
 
 def my_part(batch: Batch) -> Batch:
-    size = GLOBAL_BATCH // distributed.world_size()
-    rows = slice(distributed.rank() * size, (distributed.rank() + 1) * size)
+    size = GLOBAL_BATCH // collectives.world_size()
+    rows = slice(collectives.rank() * size, (collectives.rank() + 1) * size)
     assert batch.target_image is not None
     return Batch(batch.source_image[rows], batch.source_label[rows], batch.target_image[rows])
 
@@ -98,7 +98,7 @@ def flat_state(state: dict[str, Any], prefix: str = "") -> dict[str, Tensor]:
 def parity(settings: dict[str, Any]) -> dict[str, Any]:
     """Warm-up and adaptation with everything that must not depend on the number of workers."""
     # A start that differs between the ranks: wrapping must bring rank 0's weights to all.
-    seed = distributed.rank()
+    seed = collectives.rank()
     config = AdvEntConfig(
         discriminator=settings["discriminator"], discriminator_width=4, lambda_main=0.1, lambda_aux=0.02
     )
@@ -115,7 +115,7 @@ def parity(settings: dict[str, Any]) -> dict[str, Any]:
 
 def look_and_train(name: str, **settings: Any) -> dict[str, Any]:
     """Any method, after it has looked at slices that the workers share unevenly."""
-    seed = distributed.rank()
+    seed = collectives.rank()
     kind = METHODS[name]
     network = segmenter(seed, **getattr(kind, "segmenter_arguments", {}))
     method = kind(network, METHOD_CONFIGS[name](**settings), OPTIM, CLASSES, CPU, PrecisionConfig(), seed)
@@ -135,7 +135,7 @@ def sifa(**settings: Any) -> dict[str, Any]:
         output_stride=4,
         **settings,
     )
-    seed = distributed.rank()
+    seed = collectives.rank()
     network = build({"num_classes": CLASSES, **config.network_arguments()})
     initialise(network, seed)
     trained = SIFA(network.double(), config, OPTIM, CLASSES, CPU, PrecisionConfig(), 3)
@@ -145,7 +145,7 @@ def sifa(**settings: Any) -> dict[str, Any]:
 
 def slices() -> TrainingSlices:
     """Eight slices of each domain, the target's in four volumes; the last worker has nearly all of them."""
-    rank, last = distributed.rank(), distributed.world_size() - 1
+    rank, last = collectives.rank(), collectives.world_size() - 1
     rows = torch.tensor([rank] if rank < last else list(range(last, GLOBAL_BATCH)))
     whole = global_batch(100)
     assert whole.target_image is not None
@@ -162,16 +162,16 @@ def slices() -> TrainingSlices:
 
 def source_only_then_adapted() -> dict[str, Any]:
     """Two methods that are wrapped around the same segmenter, one after the other."""
-    shared = segmenter(distributed.rank())
+    shared = segmenter(collectives.rank())
     first = Segmentation(shared, SegmentationConfig(), OPTIM, CLASSES, CPU, PrecisionConfig(), 0)
     config = MPSCLConfig(discriminator_width=4, delta_th=0.1, norm_statistics="target")
-    second = MPSCL(shared, config, OPTIM, CLASSES, CPU, PrecisionConfig(), distributed.rank())
+    second = MPSCL(shared, config, OPTIM, CLASSES, CPU, PrecisionConfig(), collectives.rank())
     first.start_phase(STEPS)
     results = record(first)
     second.start_phase(WARM_UP)
     for step in range(WARM_UP):
         second.step(my_part(global_batch(50 + step)), step)
-    distributed.assert_same_weights(second.networks)
+    collectives.assert_same_weights(second.networks)
     return results | {f"state.adapted.{name}": tensor for name, tensor in flat_state(second.state_dict()).items()}
 
 
@@ -183,12 +183,12 @@ def record(trained: Method, steps: int = STEPS) -> dict[str, Any]:
     for step in range(steps):
         metrics = trained.step(my_part(global_batch(WARM_UP + step)), step)
         local.append({name: float(value) for name, value in metrics.items()})
-        reduced.append(distributed.reduce_metrics(metrics))
+        reduced.append(collectives.reduce_metrics(metrics))
         if step in (0, steps - 1):
             place = "first" if step == 0 else "last"
             results |= {f"gradient_{place}.{name}": g for name, g in named_gradients(trained.networks).items()}
-    distributed.assert_same_weights(trained.networks)
-    results["checksum"] = np.frombuffer(bytes.fromhex(distributed.weights_checksum(trained.networks)), dtype=np.uint8)
+    collectives.assert_same_weights(trained.networks)
+    results["checksum"] = np.frombuffer(bytes.fromhex(collectives.weights_checksum(trained.networks)), dtype=np.uint8)
     results |= {f"metric.{name}": np.array([m[name] for m in reduced]) for name in reduced[0]}
     results |= {f"local.{name}": np.array([m[name] for m in local]) for name in local[0]}
     results |= {f"state.{name}": tensor for name, tensor in flat_state(trained.state_dict()).items()}
@@ -197,7 +197,7 @@ def record(trained: Method, steps: int = STEPS) -> dict[str, Any]:
 
 def uneven_shares(batch: Batch) -> list[tuple[Tensor, Tensor]]:
     """All slices of a global batch, of which the last worker has all but one for each other worker."""
-    rank, last = distributed.rank(), distributed.world_size() - 1
+    rank, last = collectives.rank(), collectives.world_size() - 1
     rows = [rank] if rank < last else list(range(last, GLOBAL_BATCH))
     return [(batch.source_image[row : row + 1], batch.source_label[row : row + 1]) for row in rows]
 
@@ -211,7 +211,7 @@ def non_finite(place: str) -> dict[str, Any]:
     for step, name in enumerate(("first", "before", "after", "later")):
         batch = my_part(global_batch(step))
         assert batch.target_image is not None
-        if name == "after" and distributed.rank() == distributed.world_size() - 1:
+        if name == "after" and collectives.rank() == collectives.world_size() - 1:
             image = {"source": batch.source_image, "target": batch.target_image}[place]
             image[0, 0, 3, 4] = torch.nan if place == "source" else torch.inf
         metrics = trained.step(batch, step)
@@ -219,7 +219,7 @@ def non_finite(place: str) -> dict[str, Any]:
         results |= {f"{name}.{key}": tensor for key, tensor in flat_state(trained.state_dict()).items()}
         if name == "after":
             results |= {f"local.{key}": value for key, value in trained.non_finite_losses().items()}
-    losses = distributed.reduce_metrics(trained.non_finite_losses())
+    losses = collectives.reduce_metrics(trained.non_finite_losses())
     results |= {f"loss.{key}": np.array(value) for key, value in losses.items()}
     return {"flags": np.array(flags), **results}
 
@@ -227,7 +227,7 @@ def non_finite(place: str) -> dict[str, Any]:
 def batch_norm() -> dict[str, Any]:
     """One layer over the workers, and nn.BatchNorm2d on the union of their batches."""
     results: dict[str, Any] = {}
-    rank = distributed.rank()
+    rank = collectives.rank()
     cases = {
         "plain": {"dtype": torch.float64},
         "single": {"dtype": torch.float32},
@@ -239,7 +239,7 @@ def batch_norm() -> dict[str, Any]:
     }
     for name, case in cases.items():
         dtype = case["dtype"]
-        sizes = case.get("sizes", [3] * 4)[: distributed.world_size()]
+        sizes = case.get("sizes", [3] * 4)[: collectives.world_size()]
         rows = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
         reference = nn.BatchNorm2d(6, affine=case.get("affine", True)).to(dtype)
         generator = torch.Generator().manual_seed(1)
@@ -279,7 +279,7 @@ def batch_norm() -> dict[str, Any]:
                 )
         if reference.affine:
             for key in ("weight", "bias"):
-                results[f"ours.{name}.{key}"] = distributed.all_reduce_sum(getattr(converted, key).grad)
+                results[f"ours.{name}.{key}"] = collectives.all_reduce_sum(getattr(converted, key).grad)
                 results[f"reference.{name}.{key}"] = getattr(reference, key).grad
         results |= {f"ours.{name}.{key}": value for key, value in converted.named_buffers()}
         results |= {f"reference.{name}.{key}": value for key, value in reference.named_buffers()}
@@ -290,32 +290,32 @@ def batch_norm() -> dict[str, Any]:
 
 def objects() -> dict[str, Any]:
     """What every rank gets of objects and sums that differ between the ranks."""
-    rank = distributed.rank()
-    everything = distributed.gather_objects({"rank": rank, "text": "ä" * (10 * rank)})
-    assert [item["rank"] for item in everything] == list(range(distributed.world_size()))
-    assert [len(item["text"]) for item in everything] == [10 * r for r in range(distributed.world_size())]
-    assert distributed.broadcast_object([rank, None, 0.5]) == [0, None, 0.5]
-    counts, halves = distributed.all_reduce_sums(torch.tensor([[rank, 1]]), torch.tensor(0.5))
+    rank = collectives.rank()
+    everything = collectives.gather_objects({"rank": rank, "text": "ä" * (10 * rank)})
+    assert [item["rank"] for item in everything] == list(range(collectives.world_size()))
+    assert [len(item["text"]) for item in everything] == [10 * r for r in range(collectives.world_size())]
+    assert collectives.broadcast_object([rank, None, 0.5]) == [0, None, 0.5]
+    counts, halves = collectives.all_reduce_sums(torch.tensor([[rank, 1]]), torch.tensor(0.5))
     assert counts.dtype == torch.int64
     network = nn.Linear(2, 2)
     nn.init.constant_(network.weight, rank)
     try:
-        distributed.assert_same_weights({"linear": network})
+        collectives.assert_same_weights({"linear": network})
         message = ""
     except TrainingError as error:
         message = str(error)
     value = torch.tensor(float(rank + 1), requires_grad=True)
-    denominator = distributed.all_reduce_sum(torch.tensor(2.0 * rank)) + 1.0
-    share = distributed.share_of_ratio(value * value, denominator)
+    denominator = collectives.all_reduce_sum(torch.tensor(2.0 * rank)) + 1.0
+    share = collectives.share_of_ratio(value * value, denominator)
     share.backward()
-    distributed.barrier()
+    collectives.barrier()
     return {
         "counts": counts,
         "halves": halves,
         "drift_was_seen": np.array("linear" in message),
-        "any": distributed.any_worker(torch.tensor(rank == 1)),
-        "none": distributed.any_worker(torch.tensor(False)),
-        "ratio": np.array(distributed.reduce_metrics({"ratio": share})["ratio"]),
+        "any": collectives.any_worker(torch.tensor(rank == 1)),
+        "none": collectives.any_worker(torch.tensor(False)),
+        "ratio": np.array(collectives.reduce_metrics({"ratio": share})["ratio"]),
         "ratio_gradient": value.grad,
     }
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from mpscl_ray import checkpoint
-from mpscl_ray.run_folder import RunFolder
+from mpscl_ray.runs import checkpoint
+from mpscl_ray.runs.run_directory import RunFolder
 from tests.tiny import STAGES, make_pair, tiny_config
 from tests.tiny_runs import train_and_watch
 from tests.worker_processes import on_workers

@@ -7,9 +7,9 @@ import itertools
 import pytest
 import torch
 
-from mpscl_ray import checkpoint
-from mpscl_ray.feature_record import FeatureRecord
-from mpscl_ray.run_folder import RunFolder
+from mpscl_ray.runs import checkpoint
+from mpscl_ray.runs.run_directory import RunFolder
+from mpscl_ray.train.feature_log import FeatureRecord
 from tests.tiny import make_pair, tiny_config
 from tests.tiny_runs import train_and_watch
 from tests.worker_processes import on_workers

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mpscl_ray import losses, prototypes, pseudo_labels
+from mpscl_ray.methods import losses, prototypes, pseudo_labels
 
 NUM_CLASSES = 5
 

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from mpscl_ray.losses import TARGET_LABEL, domain_loss
 from mpscl_ray.methods.base import Batch
+from mpscl_ray.methods.losses import TARGET_LABEL, domain_loss
 from mpscl_ray.methods.mpscl import MPSCL, MPSCLConfig
+from mpscl_ray.methods.optim import OptimConfig, PrecisionConfig
 from mpscl_ray.networks.deeplab import DeepLabV2
-from mpscl_ray.optimisation import OptimConfig, PrecisionConfig
 
 RELATIVE = 1e-4
 # Each loss of the released step, and what it is called here. Its discriminator losses are of the target half alone.

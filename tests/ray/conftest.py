@@ -11,11 +11,10 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import ray
 
-ray = pytest.importorskip("ray")
-
-from mpscl_ray import cli  # noqa: E402
-from mpscl_ray.cluster_session import connect  # noqa: E402
+from mpscl_ray.distributed.ray_session import connect
+from mpscl_ray.runs import cli
 
 CPUS = 3
 """Three trainings of one worker, or one of two and something beside it."""

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from mpscl_ray import checkpoint, compare
+from mpscl_ray.compare import command as compare
 from mpscl_ray.errors import ConfigError, TrainingError
-from mpscl_ray.run_folder import RunFolder
+from mpscl_ray.runs import checkpoint
+from mpscl_ray.runs.run_directory import RunFolder
 from tests.lost_cell import check_a_lost_and_stopped_cell
 from tests.stub_fit import fit
 from tests.tiny import make_pair

@@ -18,17 +18,19 @@ import torch
 from medpy.metric import binary
 from torch import nn
 
-from mpscl_ray import checkpoint, evaluate, predict
-from mpscl_ray.data.schema import Manifest, Scaling, load_manifest, read_case, save_manifest, write_case
-from mpscl_ray.data.slices import Recipe, prepare_volume
+from mpscl_ray.data.dataset import Manifest, Scaling, load_manifest, read_case, save_manifest, write_case
+from mpscl_ray.data.volumes.preprocess import Recipe, prepare_volume
 from mpscl_ray.errors import ConfigError, DataError, StorageError
-from mpscl_ray.evaluate_run import PHASES_TABLE, evaluate_phases
-from mpscl_ray.evaluation import evaluate_checkpoint
-from mpscl_ray.inference import load_segmenter
-from mpscl_ray.metrics import volume_scores
+from mpscl_ray.evaluate import command as evaluate
+from mpscl_ray.evaluate.metrics import volume_scores
+from mpscl_ray.evaluate.run import PHASES_TABLE, evaluate_phases
+from mpscl_ray.evaluate.scoring import evaluate_checkpoint
 from mpscl_ray.networks import DeepLabV2
-from mpscl_ray.panels import draw_phases
-from mpscl_ray.run_folder import RunFolder
+from mpscl_ray.predict import command as predict
+from mpscl_ray.predict.predictor import load_segmenter
+from mpscl_ray.runs import checkpoint
+from mpscl_ray.runs.run_directory import RunFolder
+from mpscl_ray.train.phase_images import draw_phases
 from tests.s3 import serve
 
 CLASSES = ("background", "MYO", "LAC", "LVC", "AA")

@@ -10,11 +10,9 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("ray")
-
-from mpscl_ray import phantom_dataset
-from mpscl_ray.data.schema import load_manifest, read_case
-from mpscl_ray.storage import child
+from mpscl_ray.data.dataset import load_manifest, read_case
+from mpscl_ray.prepare import phantom_dataset
+from mpscl_ray.runs.storage import child
 from tests.nodes import ROOT
 from tests.s3 import Server, serve
 

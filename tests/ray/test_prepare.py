@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from mpscl_ray.data.schema import verify
+from mpscl_ray.data.dataset import verify
+from mpscl_ray.distributed.parallel_map import map_volumes
 from mpscl_ray.errors import ClusterError, StorageError
-from mpscl_ray.parallel import map_volumes
 from tests.raw_volumes import made, mmwhs, refusal
 
 

@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
-from mpscl_ray import checkpoint, train
 from mpscl_ray.config import load_config
-from mpscl_ray.inference import load_segmenter
-from mpscl_ray.run_folder import RunFolder
+from mpscl_ray.predict.predictor import load_segmenter
+from mpscl_ray.runs import checkpoint
+from mpscl_ray.runs.run_directory import RunFolder
+from mpscl_ray.train import command as train
 from tests.ray.conftest import Here
 from tests.tiny import make_pair
 from tests.train_command import (

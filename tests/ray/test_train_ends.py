@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 import ray
 
-from mpscl_ray import checkpoint, train, train_run
 from mpscl_ray.config import Config, load_config
 from mpscl_ray.errors import ClusterError, ConfigError, DataError, Interrupted, TrainingError
-from mpscl_ray.launch import fit_on_ray
-from mpscl_ray.run_folder import STOP_FILE, RunFolder
+from mpscl_ray.runs import checkpoint
+from mpscl_ray.runs.run_directory import STOP_FILE, RunFolder
+from mpscl_ray.train import command as train
+from mpscl_ray.train import run as train_run
+from mpscl_ray.train.ray.launch import fit_on_ray
 from tests.ray.conftest import CPUS, Here
 from tests.stub_fit import fit
 from tests.tiny import make_dataset, make_pair

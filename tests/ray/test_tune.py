@@ -11,10 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from mpscl_ray import checkpoint, launch, tune
 from mpscl_ray.config import Config, load_config, to_yaml
-from mpscl_ray.run_folder import RunFolder
-from mpscl_ray.search.space import load_space
+from mpscl_ray.runs import checkpoint
+from mpscl_ray.runs.run_directory import RunFolder
+from mpscl_ray.train.ray import launch
+from mpscl_ray.tune import command as tune
+from mpscl_ray.tune.space import load_space
 from tests.ray.conftest import Here
 from tests.ray_commands import assert_nothing_is_reserved
 from tests.stub_fit import fit

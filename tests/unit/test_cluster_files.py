@@ -20,9 +20,10 @@ import ray.dashboard.modules.metrics.dashboards as ray_dashboards
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from mpscl_ray import __version__, monitoring
+from mpscl_ray import __version__
 from mpscl_ray.config import load_config
-from mpscl_ray.worker import STOP_FILE
+from mpscl_ray.train.ray import prometheus
+from mpscl_ray.train.ray.worker import STOP_FILE
 
 ROOT = Path(__file__).resolve().parents[2]
 CLUSTER = ROOT / "cluster"
@@ -283,7 +284,7 @@ def expressions() -> list[str]:
 
 
 def test_every_metric_of_the_dashboard_is_exported_by_the_code_or_by_ray() -> None:
-    ours = {f"ray_{name}{'_total' * (name == 'mpscl_restarts')}" for name in monitoring.TAGS}
+    ours = {f"ray_{name}{'_total' * (name == 'mpscl_restarts')}" for name in prometheus.TAGS}
     rays = "".join(file.read_text() for file in Path(ray_dashboards.__path__[0]).glob("*_panels.py"))
     named = set()
     for expression in expressions():
@@ -292,15 +293,15 @@ def test_every_metric_of_the_dashboard_is_exported_by_the_code_or_by_ray() -> No
         assert found, expression
         named |= found
         for name, labels in re.findall(r"ray_(mpscl_\w+?)(?:_total)?\{([^}]*)\}", expression):
-            assert set(re.findall(r"(\w+)=", labels)) <= {"run", *monitoring.TAGS[name]}
+            assert set(re.findall(r"(\w+)=", labels)) <= {"run", *prometheus.TAGS[name]}
     for name in named - ours:
         assert re.search(rf"\b{name}\b", rays), name
     assert ours <= named, "none is forgotten"
 
 
 def test_the_metrics_are_documented_with_their_tags() -> None:
-    for text in (str(monitoring.__doc__), (CLUSTER / "README.md").read_text()):
-        for name, tags in monitoring.TAGS.items():
+    for text in (str(prometheus.__doc__), (CLUSTER / "README.md").read_text()):
+        for name, tags in prometheus.TAGS.items():
             (line,) = [line for line in text.splitlines() if re.match(rf"\W*{name}(_total)?\b", line)]
             for tag in tags:
                 assert re.search(rf"\b{tag}\b", line), line
@@ -320,7 +321,7 @@ def test_readings_of_a_record() -> None:
         "val/source/dice/mean": 0.125,
         "val/entropy": 2.0,
     }
-    assert sorted(monitoring.readings(record), key=str) == [
+    assert sorted(prometheus.readings(record), key=str) == [
         ("mpscl_dice", {"domain": "source", "structure": "mean"}, 0.125),
         ("mpscl_dice", {"domain": "target", "structure": "wall"}, 0.25),
         ("mpscl_discriminator_accuracy", {"head": "main"}, 0.75),

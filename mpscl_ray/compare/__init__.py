@@ -1,0 +1,1 @@
+"""A table of systems, seeds and directions: the compare command."""

@@ -1,0 +1,114 @@
+"""``python -m mpscl_ray.compare [SYSTEM ...]``: a whole table of methods, seeds and directions, side by side on Ray."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from mpscl_ray.compare.cells import DIRECTIONS, OF_A_CELL, Plan, base_config
+from mpscl_ray.config.systems import SYSTEMS
+from mpscl_ray.errors import ConfigError
+from mpscl_ray.runs import cli
+
+if TYPE_CHECKING:
+    from mpscl_ray.train.ray.launch import Fit
+
+_EXAMPLES = """\
+examples:
+  python -m mpscl_ray.compare                                    all systems, phantom hearts, both directions, 3 seeds
+  python -m mpscl_ray.compare source_only mpscl supervised --seeds 1 --directions forward
+  python -m mpscl_ray.compare --data data/bssfp data/lge --directions forward --out runs/lge-table
+  python -m mpscl_ray.compare --data data/mr data/ct --presets mr2ct,ct2mr scaling.workers=2 run.storage=/shared/runs
+  python -m mpscl_ray.compare --data s3://hearts/mr s3://hearts/ct --presets small --out s3://hearts/runs/table
+
+The same command goes on where it stopped, tries failed cells again, and may be given more systems or seeds. Cells that
+begin alike train the shared phases once. OUT/comparison.txt, .md, .csv and .tex grow with each finished cell.
+"""
+
+
+def main(arguments: Sequence[str], fit: Fit | None = None) -> int:
+    """Run the comparison and print its table.
+
+    Args:
+        arguments: of the command line.
+        fit: what trains; None is Ray Train.
+
+    Returns:
+        The exit code: 0 where every cell is finished, 6 where some failed, 130 where it was stopped and can go on.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m mpscl_ray.compare",
+        description="Train and score several systems over seeds and directions; one table of all. Budgets are equal\n"
+        "in the presets phantom and small, and each system's own in mr2ct and ct2mr.",
+        epilog=f"{_EXAMPLES}\nsystems: {', '.join(SYSTEMS)}\n\n{cli.EXIT_CODES}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("words", nargs="*", metavar="SYSTEM | key=value", help="systems (default: all) and settings for all cells")
+    add("--seeds", default="3", metavar="N", help="number of seeds, from 1 on; or a list such as 1,4,5 (default: 3)")
+    add(
+        "--directions",
+        default="both",
+        choices=("both", *DIRECTIONS),
+        help="forward is SOURCE to TARGET (default: both)",
+    )
+    add("--data", nargs=2, metavar=("SOURCE", "TARGET"), help="prepared datasets (default: the phantom hearts)")
+    add(
+        "--presets", metavar="FAMILY", help="presets, or two of them by direction (default: phantom; small with --data)"
+    )
+    add("--out", metavar="DIR", help="folder of the comparison, or its URL (default: RUN.STORAGE/compare)")
+    add("--at-once", type=int, metavar="N", help="most cells at a time (default: as many as there is room for)")
+    options = parser.parse_intermixed_args(list(arguments))
+    plan = _plan(options)
+    base = base_config(plan.families["forward"], plan.overrides)
+    if not base.data.source or not base.data.target:
+        raise ConfigError("no data to compare on: give the folders of two prepared datasets with --data SOURCE TARGET")
+    # Here, so that whoever only asks, or errs, does not wait for torch and Ray.
+    from mpscl_ray.compare.run import compare
+
+    return compare(plan, base, ["python", "-m", "mpscl_ray.compare", *arguments], fit)
+
+
+def _plan(options: argparse.Namespace) -> Plan:
+    named = [word for word in options.words if "=" not in word]
+    overrides = [word for word in options.words if "=" in word]
+    unknown = [word for word in named if word not in SYSTEMS]
+    if unknown:
+        raise ConfigError(f"there is no system {', '.join(unknown)}; the systems are {', '.join(SYSTEMS)}")
+    for word in overrides:
+        key = word.partition("=")[0]
+        if key in OF_A_CELL:
+            raise ConfigError(
+                f"{key} is not a setting of a comparison, which makes it itself for each cell; leave it out"
+            )
+    if options.data:
+        overrides += [f"data.source={options.data[0]}", f"data.target={options.data[1]}"]
+    given = any(word.startswith(("data.source=", "data.target=")) for word in overrides)
+    families = (options.presets or ("small" if given else "phantom")).split(",")
+    if len(families) > 2 or not all(families):
+        raise ConfigError(f"--presets is {options.presets!r}; expected one family, or two of them: forward,backward")
+    directions = DIRECTIONS if options.directions == "both" else (options.directions,)
+    if options.at_once is not None and options.at_once < 1:
+        raise ConfigError(f"--at-once is {options.at_once}; expected 1 or more")
+    return Plan(
+        systems=tuple(system for system in SYSTEMS if system in named or not named),
+        seeds=_seeds(options.seeds),
+        directions=directions,
+        families={"forward": families[0], "backward": families[-1]},
+        overrides=tuple(overrides),
+        out=options.out,
+        at_once=options.at_once,
+    )
+
+
+def _seeds(text: str) -> tuple[int, ...]:
+    try:
+        numbers = [int(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        numbers = []
+    if "," not in text and numbers and 1 <= numbers[0] <= 1000:
+        return tuple(range(1, numbers[0] + 1))
+    if "," in text and numbers and len(set(numbers)) == len(numbers) and min(numbers) >= 0:
+        return tuple(numbers)
+    raise ConfigError(f"--seeds is {text!r}; expected a number of seeds such as 3, or different seeds such as 1,4,5")

@@ -1,0 +1,224 @@
+"""One comparison from its start, or from where it stopped, to its table: what the compare command does."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from mpscl_ray.compare.cells import DIRECTIONS, Cell, Ledger, Plan, make_cells
+from mpscl_ray.compare.published import published_for
+from mpscl_ray.compare.runner import Comparison, is_done, total_seconds
+from mpscl_ray.compare.table import CellResult, Direction, comparison_csv, format_comparison
+from mpscl_ray.config import Config, reads_target, to_yaml
+from mpscl_ray.config.systems import SYSTEMS
+from mpscl_ray.data.dataset import Manifest, load_manifest
+from mpscl_ray.distributed.ray_session import connect
+from mpscl_ray.errors import ConfigError, Interrupted, MpsclError, TrainingError
+from mpscl_ray.prepare import phantom_dataset
+from mpscl_ray.runs.atomic_files import write_atomically
+from mpscl_ray.runs.bucket_run import open_run
+from mpscl_ray.runs.run_directory import RunFolder
+from mpscl_ray.runs.signals import Interruption
+from mpscl_ray.runs.storage import Remote, child, locate
+from mpscl_ray.train.ray.concurrent import Shared, open_shared
+from mpscl_ray.train.ray.launch import Fit
+from mpscl_ray.train.ray.placement_groups import places_of_killed_commands_given_back
+from mpscl_ray.train.ray.resources import check_machine
+from mpscl_ray.train.run import MAY_CHANGE
+
+TABLES = {"comparison.txt": "text", "comparison.md": "markdown", "comparison.tex": "latex"}
+"""Files of the table, beside comparison.csv."""
+
+
+def compare(plan: Plan, base: Config, command: Sequence[str], fit: Fit | None = None) -> int:
+    """Run all cells of a plan that are not finished, and write the table; returns the exit code.
+
+    Raises:
+        ConfigError, DataError, ClusterError, StorageError: what no cell could be run with.
+        Interrupted: stopped from outside; the same command goes on.
+        TrainingError: some cells failed; the table is written all the same.
+    """
+    check_machine(base)
+    place = plan.out or child(base.run.storage, "compare")
+    folder = open_run(place, "command", 60 * base.run.outage_min, ("cells.json", "comparison.*"))
+    folder.create(("cells",))
+    resume = shlex.join(command)
+    with folder.lock():
+        folder.write_status("running", resume_command=resume)
+        try:
+            _run(plan, base, folder, resume, fit)
+        except (Interrupted, KeyboardInterrupt, SystemExit) as stop:
+            # Ray's start replaces the handler of SIGTERM by one that raises SystemExit.
+            reason = str(stop) if isinstance(stop, Interrupted) else "stopped while no cell was running"
+            folder.write_status("interrupted", exit_code=Interrupted.exit_code, reason=reason)
+            print(f"{reason}; to go on:\n  {resume}", flush=True)
+            return Interrupted.exit_code
+        except MpsclError as error:
+            folder.write_status("failed", exit_code=error.exit_code, reason=str(error))
+            raise
+        except BaseException as error:
+            folder.write_status("failed", exit_code=1, reason=f"{type(error).__name__}: {error}")
+            raise
+        folder.write_status("finished", exit_code=0)
+    return 0
+
+
+def _run(plan: Plan, base: Config, folder: RunFolder, resume: str, fit: Fit | None) -> None:
+    ledger = Ledger(folder.path / "cells.json", folder.settle)
+    out = locate(folder.address)  # workers may stand elsewhere
+    with connect(), places_of_killed_commands_given_back(folder):
+        base = phantom_dataset.resolve(base)
+        datasets = (base.data.source, base.data.target)
+        manifests = tuple(load_manifest(locate(dataset)) for dataset in datasets)
+        names = _direction_names(plan.directions, manifests)
+        _check_labels(plan.directions, datasets, manifests)
+        storage = str(out / "cells")
+        cells = make_cells(plan.systems, plan.seeds, names, plan.families, datasets, plan.overrides, storage)
+        for cell in cells:
+            _check_resumed(cell, out)
+        print(_summary(plan, cells, ledger, manifests, out), flush=True)
+
+        def write() -> None:
+            _write_tables(folder.path, _directions(plan, cells, ledger, manifests))
+
+        todo = [cell for cell in cells if not is_done(ledger[cell.name])]
+        if todo:
+            shared = _open(todo, folder, fit)
+            at_once = min([opened.at_once for opened in shared.values()] + ([plan.at_once] if plan.at_once else []))
+            with Interruption() as interruption:
+                Comparison(cells, ledger, folder, shared, at_once, resume, write).run(interruption)
+        write()
+    print(f"\n{format_comparison(_directions(plan, cells, ledger, manifests), 'text')}")
+    _print_next_steps(out, cells, ledger)
+    failed = [cell.name for cell in cells if ledger[cell.name].state == "failed"]
+    if todo and interruption.requested:
+        done = f"{_finished(cells, ledger)} of {_plural(len(cells), 'cell')}"
+        raise Interrupted(f"stopped by {interruption.signal_name} with {done} finished")
+    if failed:
+        raise TrainingError(
+            f"{len(failed)} of {len(cells)} cells failed: {', '.join(failed)}; {out / 'cells.json'} says why, and the "
+            "same command tries them again"
+        )
+
+
+def _direction_names(directions: Sequence[str], manifests: Sequence[Manifest]) -> dict[str, tuple[str, str]]:
+    """Direction -> names of its source and target, for the names of cells: modalities, if these tell them apart."""
+    source, target = (manifest.modality for manifest in manifests)
+    if source == target:
+        source, target = "a", "b"
+    both = {"forward": (source, target), "backward": (target, source)}
+    return {direction: both[direction] for direction in directions}
+
+
+def _check_labels(directions: Sequence[str], datasets: Sequence[str], manifests: Sequence[Manifest]) -> None:
+    """What is trained on must be labelled, and what is scored too; else say it before anything is trained."""
+    for direction in directions:
+        order = (0, 1) if direction == "forward" else (1, 0)
+        scored = manifests[order[1]]
+        if not any(case.labelled for split in ("test", "val") for case in scored.split(split)):
+            other = next(name for name in DIRECTIONS if name != direction)
+            raise ConfigError(
+                f"the direction {direction} would be scored on {datasets[order[1]]}, which has no labelled test or "
+                f"validation volume; prepare some, or give --directions {other}"
+            )
+
+
+def _check_resumed(cell: Cell, out: Path | Remote) -> None:
+    """A cell that has begun goes on with the settings it was begun with."""
+    run = open_run(out / "cells" / cell.name)
+    if run.steps() and run.exists:
+        run.check_config(to_yaml(cell.config), MAY_CHANGE)
+
+
+def _open(cells: Sequence[Cell], folder: RunFolder, fit: Fit | None) -> dict[str, Shared]:
+    """Open the data that each cell needs, once for all cells that read the same."""
+    opened: dict[tuple[str, str], Shared] = {}
+    # One that also reads the target serves those that do not.
+    for cell in sorted(cells, key=lambda cell: not any(reads_target(name) for name, _ in cell.config.schedule)):
+        key = (cell.direction, cell.config.data.labelled)
+        if key not in opened:
+            opened[key], warnings = open_shared(cell.config, folder, fit)
+            for warning in warnings:
+                print(f"warning: {warning}", flush=True)
+    return {cell.name: opened[cell.direction, cell.config.data.labelled] for cell in cells}
+
+
+def _summary(
+    plan: Plan, cells: Sequence[Cell], ledger: Ledger, manifests: Sequence[Manifest], out: Path | Remote
+) -> str:
+    budgets = sorted({cell.iterations for cell in cells})
+    spread = f"{budgets[0]}" if len(budgets) == 1 else f"{budgets[0]} to {budgets[-1]}"
+    own = sum(cell.own_iterations for cell in cells)
+    titles = ", ".join(SYSTEMS[system] for system in plan.systems)
+    names = [f"{source} to {target}" for source, target in _direction_names(plan.directions, manifests).values()]
+    return (
+        f"comparison in {out}: {titles}\n"
+        f"  {' and '.join(names)}, seeds {', '.join(map(str, plan.seeds))}: {_plural(len(cells), 'cell')}, "
+        f"{_finished(cells, ledger)} of them finished\n"
+        f"  {spread} iterations each; phases that cells share are trained once, {own} iterations in all"
+    )
+
+
+def _finished(cells: Sequence[Cell], ledger: Ledger) -> int:
+    return sum(is_done(ledger[cell.name]) for cell in cells)
+
+
+def _plural(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' * (number != 1)}"
+
+
+def _directions(plan: Plan, cells: Sequence[Cell], ledger: Ledger, manifests: Sequence[Manifest]) -> list[Direction]:
+    """The table as it is now."""
+    structures = manifests[0].classes[1:]
+    found = []
+    for direction in plan.directions:
+        own = [cell for cell in cells if cell.direction == direction]
+        done = [cell for cell in own if is_done(ledger[cell.name])]
+        source, target = (m.modality for m in (manifests if direction == "forward" else manifests[::-1]))
+        known = [ledger[cell.name].summary for cell in done]
+        in_mm = all(s is None or s["structures"]["mean"]["asd_mm_worst_case"]["n"] for s in known)
+        unit = "mm" if in_mm else "voxel"
+        results: dict[str, list[CellResult]] = {}
+        for cell in done:
+            summary, seconds = ledger[cell.name].summary, total_seconds(cell.name, ledger)
+            assert summary is not None
+            results.setdefault(cell.system, []).append(
+                CellResult.from_summary(cell.seed, summary, cell.iterations, seconds, unit)
+            )
+        scored = ledger[done[0].name].scored_on if done else {}
+        volumes = (
+            f"{scored['volumes']} labelled {'test' if scored['split'] == 'test' else 'validation'} volumes of "
+            f"{scored['modality'].upper()} in {scored['dataset']}"
+            if scored
+            else "nothing yet"
+        )
+        found.append(
+            Direction(
+                title=f"{source.upper()} to {target.upper()}",
+                data=f"Presets {plan.families[direction]}, scored on {volumes}.",
+                structures=structures,
+                rows={system: SYSTEMS[system] for system in plan.systems},
+                results=results,
+                seeds=len(plan.seeds),
+                unit=unit,
+                published=published_for(source, target, frozenset(structures)),
+            )
+        )
+    return found
+
+
+def _write_tables(out: Path, directions: Sequence[Direction]) -> None:
+    for name, style in TABLES.items():
+        write_atomically(out / name, format_comparison(directions, style).encode())  # type: ignore[arg-type]
+    write_atomically(out / "comparison.csv", comparison_csv(directions).encode())
+
+
+def _print_next_steps(out: Path | Remote, cells: Sequence[Cell], ledger: Ledger) -> None:
+    first = [cell for cell in cells if (cell.direction, cell.seed) == (cells[0].direction, cells[0].seed)]
+    runs = " ".join(str(out / "cells" / cell.name) for cell in first if is_done(ledger[cell.name]))
+    print(f"{out} has the table as comparison.txt, .md, .csv and .tex, and each run in cells/. Next:")
+    if runs:
+        page = out / "report" if isinstance(out, Path) else "report"
+        print(f"  python -m mpscl_ray.report {runs} --out {page}")
+    print("  the same command with more systems or --seeds, which trains only what is missing", flush=True)

@@ -1,0 +1,51 @@
+"""What a run's system and phases are called in figures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from mpscl_ray.config.systems import SYSTEMS
+
+PHASE_TITLES: Mapping[str, str] = {
+    "source_only": "source only",
+    "supervised": "supervised",
+    "warm_up": "warmed up",
+    "adaptation": "adapted",
+}
+"""What the segmenter is at the end of each phase."""
+
+
+def system_of(config: Mapping[str, Any]) -> str:
+    """Name of the system that a run's settings make: a key of ``SYSTEMS``, or the method's own name.
+
+    Args:
+        config: nested plain values, as ``config.yaml`` has them.
+
+    Returns:
+        ``baseline`` is MPSCL with beta = gamma = 0 (Table IV of Liu et al. 2022), ``cscl`` without margins (Table V).
+    """
+    method = config.get("method", {})
+    name = str(method.get("name", "mpscl"))
+    if name == "segmentation":
+        return "supervised" if config.get("data", {}).get("labelled") == "target" else "source_only"
+    if name == "mpscl":
+        if not method.get("beta", 1) and not method.get("gamma", 1):
+            return "baseline"
+        if not method.get("margin_source", 1) and not method.get("margin_target", 1):
+            return "cscl"
+    if name == "advent" and method.get("variant") == "minent":
+        return "minent"
+    if name == "sifa":
+        return f"sifa_{method.get('version', 'v2')}"
+    return name
+
+
+def title_of(system: str) -> str:
+    """How a system is written in figures and tables."""
+    return SYSTEMS.get(system, system)
+
+
+def phase_title(phase: str) -> str:
+    """How the end of a phase is written in figures."""
+    return PHASE_TITLES.get(phase, phase.replace("_", " "))

@@ -1,0 +1,184 @@
+"""Do two sets of prepared cases agree: classes, size, orientation, scale, patients?
+
+Most of what ruins an adaptation is visible before it starts: a test set that is stored upside down, a domain resampled
+by a stale header, the same patient on both sides. The checks need only the manifests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpscl_ray.errors import DataError
+
+if TYPE_CHECKING:
+    from mpscl_ray.data.dataset import Case, Manifest
+
+_FLIPS = {
+    "as they are": np.array([1.0, 1.0]),
+    "with the rows flipped": np.array([-1.0, 1.0]),
+    "with the columns flipped": np.array([1.0, -1.0]),
+    "with rows and columns flipped": np.array([-1.0, -1.0]),
+}
+_NOTABLE_DISTANCE = 0.04
+"""Structures that lie this fraction of the image from where they should are worth a word; less is anatomy."""
+_NOTABLE_RATIO = 1.3
+
+
+def label_statistics(label: NDArray[np.uint8] | None, num_classes: int) -> dict[str, Any]:
+    """The fields of a case that tell where and how large its structures are (see ``Case``).
+
+    Args:
+        label: (D, H, W), or None.
+    """
+    if label is None:
+        return {"class_voxels": None, "class_centres": None, "structure_width": None}
+    _, height, width = label.shape
+    voxels = np.bincount(label.reshape(-1), minlength=num_classes)
+    centres: list[tuple[float, float] | None] = []
+    for index in range(num_classes):
+        if voxels[index] == 0:
+            centres.append(None)
+            continue
+        inside = label == index
+        rows = float(inside.sum(axis=(0, 2)) @ (np.arange(height) + 0.5)) / float(voxels[index])
+        columns = float(inside.sum(axis=(0, 1)) @ (np.arange(width) + 0.5)) / float(voxels[index])
+        centres.append((rows / height, columns / width))
+    largest = int((label > 0).sum(axis=(1, 2)).max())
+    return {
+        "class_voxels": tuple(int(count) for count in voxels),
+        "class_centres": tuple(centres),
+        "structure_width": float(np.sqrt(largest)) if largest else None,
+    }
+
+
+def mean_centres(cases: Iterable[Case]) -> NDArray[np.float64] | None:
+    """Mean (row, column) of each structure over the labelled cases, (C-1, 2); NaN for a structure that none shows."""
+    rows = [
+        [(np.nan, np.nan) if centre is None else centre for centre in case.class_centres[1:]]
+        for case in cases
+        if case.class_centres is not None
+    ]
+    if not rows:
+        return None
+    centres = np.asarray(rows, dtype=np.float64)
+    count = np.isfinite(centres).sum(axis=0)
+    return np.where(count > 0, np.nansum(centres, axis=0) / np.maximum(count, 1), np.nan)
+
+
+def orientation_notice(first: Iterable[Case], second: Iterable[Case], names: tuple[str, str]) -> str | None:
+    """A sentence where the structures of two sets agree much better after a flip, else None.
+
+    Compared is how the structures lie to each other, so that another crop does not matter.
+    """
+    one, two = mean_centres(first), mean_centres(second)
+    if one is None or two is None:
+        return None
+    shared = np.isfinite(one).all(axis=1) & np.isfinite(two).all(axis=1)
+    if shared.sum() < 2:
+        return None
+    one = one[shared] - one[shared].mean(axis=0)
+    two = two[shared] - two[shared].mean(axis=0)
+    distances = {name: float(np.sqrt(((one - two * flip) ** 2).sum(axis=1).mean())) for name, flip in _FLIPS.items()}
+    straight = distances["as they are"]
+    best = min(distances, key=lambda name: distances[name])
+    if straight < _NOTABLE_DISTANCE or distances[best] > 0.5 * straight:
+        return None
+    return (
+        f"the structures of {names[1]} lie like those of {names[0]} only {best}: mean distance "
+        f"{distances[best]:.1%} of the image instead of {straight:.1%}; check the orientation of both"
+    )
+
+
+def _widths(cases: Iterable[Case]) -> tuple[float | None, float | None]:
+    """Median structure width in pixels and, where all spacings are known, in mm."""
+    pixels, millimetres = [], []
+    for case in cases:
+        if case.structure_width is None:
+            continue
+        pixels.append(case.structure_width)
+        if case.spacing_mm is not None:
+            millimetres.append(case.structure_width * float(np.sqrt(case.spacing_mm[1] * case.spacing_mm[2])))
+    if not pixels:
+        return None, None
+    return float(np.median(pixels)), float(np.median(millimetres)) if len(millimetres) == len(pixels) else None
+
+
+def _far(one: float, two: float) -> bool:
+    return max(one, two) > _NOTABLE_RATIO * min(one, two)
+
+
+def size_notice(source: Iterable[Case], target: Iterable[Case]) -> str | None:
+    """A sentence where the structures of two domains differ in size, in pixels or by their spacing, else None."""
+    pixels_source, mm_source = _widths(source)
+    pixels_target, mm_target = _widths(target)
+    if pixels_source is None or pixels_target is None:
+        return None
+    by_pixel = f"{pixels_source:.0f} and {pixels_target:.0f} pixels wide"
+    if mm_source is None or mm_target is None:
+        if _far(pixels_source, pixels_target):
+            return f"the structures of source and target are {by_pixel}: check crop and size of both"
+        return None
+    by_mm = f"{mm_source:.0f} and {mm_target:.0f} mm"
+    if _far(mm_source, mm_target) and not _far(pixels_source, pixels_target):
+        return (
+            f"the structures of source and target are {by_pixel}, but {by_mm} by the spacing of the files: the spacing "
+            "of one domain is likely stale; do not resample by it, and trust no distance in mm there"
+        )
+    if _far(pixels_source, pixels_target):
+        return (
+            f"the structures of source and target are {by_pixel} ({by_mm}): give both the same --spacing-mm, --crop "
+            "and --size"
+        )
+    return None
+
+
+def check_pair(source: Manifest, target: Manifest) -> list[str]:
+    """Refuse a source and a target that cannot be trained together; return what deserves a warning.
+
+    Args:
+        source: the labelled domain.
+        target: the domain to adapt to; its classes may be unknown (empty) if none of its cases is labelled.
+
+    Raises:
+        DataError: where size or classes differ, the source has no labelled training case, a domain has no training
+            case, or both hold the same image.
+    """
+    names = f"source {source.modality!r} and target {target.modality!r}"
+    if source.size != target.size:
+        raise DataError(
+            f"{names}: slices of {source.size[0]} x {source.size[1]} and {target.size[0]} x {target.size[1]} pixels; "
+            "prepare both with the same --size"
+        )
+    if target.classes and source.classes != target.classes:
+        raise DataError(
+            f"{names}: the classes are {', '.join(source.classes)} and {', '.join(target.classes)}; prepare both with "
+            "the same class names in the same order"
+        )
+    if not any(case.labelled for case in source.split("train")):
+        raise DataError(f"source {source.modality!r}: no training case is labelled; prepare it with its labels")
+    if not target.split("train"):
+        raise DataError(f"target {target.modality!r}: there is no training case; prepare it with a train split")
+    images = {case.content_sha256: case.id for case in source.cases}
+    same = sorted({(images[case.content_sha256], case.id) for case in target.cases if case.content_sha256 in images})
+    if same:
+        pairs = ", ".join(f"{one} = {two}" for one, two in same[:10])
+        raise DataError(f"{names}: {len(same)} images are the same in both: {pairs}; a domain must have its own images")
+    notices = []
+    patients = sorted({case.patient for case in source.cases} & {case.patient for case in target.cases})
+    if patients:
+        notices.append(
+            f"{len(patients)} patients are in source and target ({', '.join(patients[:5])}): fine for paired "
+            "examinations, but then the result is not one on unseen patients"
+        )
+    held_out = [case for case in target.cases if case.split != "train"]
+    for notice in (
+        orientation_notice(source.cases, held_out, ("the source", "the target")),
+        size_notice(source.cases, held_out),
+    ):
+        if notice:
+            notices.append(notice)
+    return notices

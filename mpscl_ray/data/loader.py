@@ -1,0 +1,266 @@
+"""Batches of slices for one worker: which slices there are, in which order they come, and their way into tensors.
+
+:class:`Slices` is a split of a prepared dataset, opened for reading; :class:`LocalSlices` holds it in the memory of
+this process, the kinds that Ray Data reads are in :mod:`mpscl_ray.data.ray_source`. :class:`SliceStream` turns any of
+them into the endless, augmented batches of one rank.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from itertools import count
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mpscl_ray.config import AugmentConfig
+from mpscl_ray.data.augment import augment
+from mpscl_ray.data.dataset import Case
+from mpscl_ray.data.parquet_reader import Arrays, SplitFiles
+from mpscl_ray.data.sampler import Keys, Rows, StepOrder, share
+
+PREFETCH = 2
+"""Batches that a stream prepares ahead of the training step."""
+
+
+class Slices(ABC):
+    """All slices of one split of a prepared dataset, opened for reading.
+
+    Attributes:
+        files: which slices there are, as rows 0..N-1.
+    """
+
+    def __init__(self, files: SplitFiles) -> None:
+        """Open the slices of these files."""
+        self.files = files
+
+    @property
+    def rows(self) -> int:
+        """Number of slices."""
+        return self.files.rows
+
+    @abstractmethod
+    def fetch(self, batches: Iterable[Rows]) -> Generator[Arrays, None, None]:
+        """Fetch one batch of slices after the other.
+
+        Args:
+            batches: row indices of each batch; may be endless, and is read only a bounded number of batches ahead.
+
+        Yields:
+            The slices of each batch, in the order of its rows, in memory of their own.
+        """
+
+    def shard(self, rank: int, world_size: int, batch_size: int) -> Iterator[dict[str, Tensor]]:
+        """This rank's part of all slices, once, in order and unchanged; over all ranks each slice comes exactly once.
+
+        Ranks may differ by one slice, and so by one batch: put no collective operation inside the loop.
+
+        Args:
+            rank: number of this worker.
+            world_size: number of workers.
+            batch_size: most slices in a batch; the last may have fewer.
+
+        Yields:
+            Batches as :meth:`SliceStream.next` gives them.
+        """
+        own = share(self.rows, rank, world_size)
+        firsts = range(0, len(own), batch_size)
+        for arrays in self.fetch(np.asarray(own[first : first + batch_size]) for first in firsts):
+            yield tensors(arrays)
+
+    def volumes(self, rank: int = 0, world_size: int = 1) -> Iterator[tuple[Case, Arrays]]:
+        """Whole cases for validation: this rank gets every ``world_size``-th, its slices in order.
+
+        Yields:
+            The case, and its arrays (D, H, W).
+        """
+        rows = [np.asarray(own) for own in self.files.case_rows()[rank::world_size]]
+        yield from zip(self.files.cases[rank::world_size], self.fetch(rows), strict=True)
+
+
+class ResidentSlices(Slices):
+    """Slices that are in memory as a few large arrays, each of consecutive rows."""
+
+    @abstractmethod
+    def parts(self) -> Sequence[tuple[int, Arrays]]:
+        """The first row and the arrays of each part, in the order of the rows."""
+
+    def fetch(self, batches: Iterable[Rows]) -> Generator[Arrays, None, None]:
+        """Copy the rows of each batch out of memory."""
+        parts = self.parts()
+        starts = np.array([start for start, _ in parts])
+        for rows in batches:
+            arrays = self.files.empty(len(rows))
+            owners = np.searchsorted(starts, rows, side="right") - 1
+            for place, (owner, row) in enumerate(zip(owners, rows, strict=True)):
+                for name, array in parts[owner][1].items():
+                    arrays[name][place] = array[row - starts[owner]]
+            yield arrays
+
+
+class LocalSlices(ResidentSlices):
+    """Slices in the memory of this process, read when it is opened; no Ray needed."""
+
+    def __init__(self, folder: Path | str, split: str, *, labels: bool) -> None:
+        """Read all cases of a split, one after the other.
+
+        Raises:
+            DataError: no such dataset or split, labels missing, or a file missing or damaged, which it names.
+        """
+        super().__init__(SplitFiles.find(folder, split, labels=labels))
+        self._parts = [(own.start, self.files.read(np.asarray(own))) for own in self.files.case_rows()]
+
+    def parts(self) -> Sequence[tuple[int, Arrays]]:
+        """One part for each case."""
+        return self._parts
+
+
+def tensors(arrays: Arrays, keys: Keys | None = None, config: AugmentConfig | None = None) -> dict[str, Tensor]:
+    """Turn arrays into a batch, augmented if wanted: image (B, 1, H, W) float32, label (B, H, W) int64."""
+    image = torch.from_numpy(arrays["image"]).unsqueeze(1)
+    label = torch.from_numpy(arrays["label"]) if "label" in arrays else None
+    if keys is not None and config is not None:
+        image, label = augment(image, label, keys, config)
+    return {"image": image} if label is None else {"image": image, "label": label.long()}
+
+
+class SliceStream:
+    """The endless, shuffled, augmented batches of one rank, prepared in the background at most two ahead.
+
+    The batch of a global step is a function of the data, the seed, the domain, the step and the global batch size; see
+    :mod:`mpscl_ray.data.sampler`. To resume is to open the stream at the step reached.
+
+    Attributes:
+        wait_seconds: time for which :meth:`next` has waited in all; its share of the run's time is the data-wait share.
+        order: which rows this rank takes at which step.
+    """
+
+    def __init__(
+        self,
+        slices: Slices,
+        *,
+        seed: int,
+        domain: str,
+        global_batch: int,
+        rank: int = 0,
+        world_size: int = 1,
+        augment: AugmentConfig | None = None,
+        start_step: int = 0,
+        device: torch.device | None = None,
+    ) -> None:
+        """Start to prepare batches.
+
+        Args:
+            slices: where they come from.
+            seed: seed of the run.
+            domain: name of the domain.
+            global_batch: slices per step over all ranks.
+            rank: number of this worker.
+            world_size: number of workers.
+            augment: random changes of the slices; None for none.
+            start_step: the first step to give a batch for.
+            device: where the tensors go; through pinned memory, without waiting, if it is a GPU.
+
+        Raises:
+            ConfigError: the global batch cannot be divided evenly among the workers.
+        """
+        self.order = StepOrder(seed, domain, slices.rows, global_batch, rank, world_size)
+        self.wait_seconds = 0.0
+        self._slices = slices
+        self._augment = augment
+        self._start_step = start_step
+        self._device = device or torch.device("cpu")
+        self._ready: deque[dict[str, Tensor] | Exception] = deque()
+        self._changed = threading.Condition()
+        self._closed = False
+        # A daemon, because a stream that is never closed must not keep the process alive.
+        self._thread = threading.Thread(target=self._prepare, name=f"slices of {domain}", daemon=True)
+        self._thread.start()
+
+    def next(self) -> dict[str, Tensor]:
+        """Batch of the next step.
+
+        Returns:
+            ``image`` (B, 1, H, W) float32 and, where the slices were opened with labels, ``label`` (B, H, W) int64, B
+            being the global batch size divided by the number of workers.
+
+        Raises:
+            DataError: a file turned out missing or damaged; it is named. Whatever else went wrong in the background is
+                raised here too.
+        """
+        begin = time.perf_counter()
+        with self._changed:
+            assert not self._closed, "the stream is closed"
+            self._changed.wait_for(lambda: self._ready)
+            item = self._ready[0]
+            if isinstance(item, Exception):
+                # Stays in its place: a second call fails in the same way instead of waiting for ever.
+                raise item
+            self._ready.popleft()
+            self._changed.notify_all()
+        self.wait_seconds += time.perf_counter() - begin
+        if self._device.type == "cpu":
+            return item
+        return {name: tensor.to(self._device, non_blocking=True) for name, tensor in item.items()}
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        """Batches without end."""
+        while True:
+            yield self.next()
+
+    def close(self) -> None:
+        """Stop preparing batches and wait until the background thread has ended; may be called twice."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        self._thread.join()
+        self._ready.clear()
+
+    def __enter__(self) -> SliceStream:
+        """Use as a context: closed at its end."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close the stream."""
+        self.close()
+
+    def _prepare(self) -> None:
+        fetched = self._slices.fetch(self.order.steps(self._start_step))
+        try:
+            if self._device.type == "cuda":
+                # A thread starts with the first GPU; pinning would make every worker of a node open a context on it.
+                torch.cuda.set_device(self._device)
+            for step in count(self._start_step):
+                if not self._wait_for_room():
+                    return
+                self._hand_over(self._finish(next(fetched), step))
+        except Exception as error:  # noqa: BLE001 - handed to the thread that waits for the batch
+            self._hand_over(error)
+        finally:
+            fetched.close()
+
+    def _wait_for_room(self) -> bool:
+        """Wait until a batch may be prepared; False when the stream has been closed instead."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or len(self._ready) < PREFETCH)
+            return not self._closed
+
+    def _hand_over(self, item: dict[str, Tensor] | Exception) -> None:
+        with self._changed:
+            self._ready.append(item)
+            self._changed.notify_all()
+
+    def _finish(self, arrays: Arrays, step: int) -> dict[str, Tensor]:
+        batch = tensors(arrays, self.order.batch_keys(step), self._augment)
+        if self._device.type == "cuda":
+            batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
+        return batch

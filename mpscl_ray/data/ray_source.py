@@ -1,0 +1,198 @@
+"""Slices that Ray Data reads: kept in the object store where they fit, streamed from the files where they do not.
+
+Both give the same batches. Kept slices are read once, in parallel, and every worker of a node then looks at the same
+copy in shared memory. Streamed slices are read by each worker's own Ray Data execution of the deterministic order, a
+bounded number of bytes ahead. The reading tasks ask for no CPU: training workers may hold them all, and a task that
+waited for one would wait for ever.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import ray
+from ray.data import Dataset, ExecutionResources, TaskPoolStrategy
+from ray.data.exceptions import SystemException
+from ray.exceptions import RayError, RayTaskError
+
+from mpscl_ray.data.loader import ResidentSlices, Slices
+from mpscl_ray.data.parquet_reader import Arrays, SplitFiles, read_block, table_column
+from mpscl_ray.data.sampler import Rows
+from mpscl_ray.errors import ClusterError, MpsclError
+from mpscl_ray.runs.storage import Remote
+
+KEPT_FRACTION = 0.3
+"""Largest part of a node's object store that ``auto`` lets one split fill; two domains leave room for other blocks."""
+
+SPAN_BYTES = 8 * 2**20
+"""Decoded bytes that one reading task of a stream makes, if so many batches are allowed."""
+
+SPAN_BATCHES = 32
+"""Most batches that one reading task of a stream makes, however small."""
+
+AHEAD_BYTES = 4 * SPAN_BYTES
+"""Decoded bytes that a stream may have read ahead in the object store."""
+
+SPANS_PER_EXECUTION = 256
+"""Reading tasks that one execution of Ray Data is given; the next execution goes on from there."""
+
+STREAM_TASKS = 2
+"""Reading tasks of one stream at a time."""
+
+
+def open_slices(
+    folder: Path | Remote | str, split: str, *, labels: bool, in_memory: bool | Literal["auto"] = "auto"
+) -> KeptSlices | StreamedSlices:
+    """Open a split of a prepared dataset for the workers of a run.
+
+    Ray must be initialised. The result travels to the workers, as an argument of a task or in the configuration of
+    their training loop, and stays valid as long as the process that opened it lives.
+
+    Args:
+        folder: the dataset folder, on storage that all nodes see, or in a bucket: nodes then keep copies of its files.
+        split: name of the split.
+        labels: whether to read the labels. Without, their bytes are never touched.
+        in_memory: True to keep the decoded slices in the object store, False to stream them from the files, "auto" to
+            keep them if they take at most 30 % of the object store of the smallest node.
+
+    Raises:
+        DataError: no such dataset or split, labels missing, or a file missing or damaged, which it names.
+        ClusterError: the slices are to be kept and do not fit, or Ray fails.
+    """
+    files = SplitFiles.find(folder, split, labels=labels)
+    need, capacity = files.rows * files.slice_bytes, object_store_bytes()
+    if in_memory == "auto":
+        in_memory = need <= KEPT_FRACTION * capacity
+    elif in_memory and need > 0.9 * capacity:
+        raise ClusterError(
+            f"{folder}: the slices of the split {split!r} take {need / 2**20:.0f} MiB in memory, and the object store "
+            f"of the smallest node has {capacity / 2**20:.0f} MiB; stream them (in_memory false or auto), or give Ray "
+            "a larger object store"
+        )
+    return KeptSlices(files) if in_memory else StreamedSlices(files)
+
+
+def object_store_bytes() -> int:
+    """Size of the smallest object store among the nodes that can run workers."""
+    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    resources = [node["Resources"] for node in nodes if node["Alive"]]
+    able = [node for node in resources if node.get("CPU") or node.get("GPU")] or resources
+    return int(min(node.get("object_store_memory", 0) for node in able))
+
+
+class KeptSlices(ResidentSlices):
+    """Slices in Ray's object store; all workers of a node look at one copy."""
+
+    def __init__(self, files: SplitFiles) -> None:
+        """Read all cases of a split, in parallel."""
+        super().__init__(files)
+        cases = [np.asarray(own) for own in files.case_rows()]
+        cpus: float = ray.cluster_resources().get("CPU", 0)  # type: ignore[no-untyped-call]
+        tasks = max(STREAM_TASKS, int(cpus))
+        dataset = _read_through_ray(files, cases, tasks=tasks, ahead_bytes=None)
+        with _plain_errors(self.files):
+            # The dataset is not kept: its blocks live as long as the references to them.
+            self._blocks = dataset.materialize().to_arrow_refs()
+        self._parts: list[tuple[int, Arrays]] | None = None
+
+    def parts(self) -> Sequence[tuple[int, Arrays]]:
+        """Views of the blocks in shared memory; brought to this node when first asked for."""
+        if self._parts is None:
+            with _plain_errors(self.files):
+                tables = ray.get(self._blocks)
+            starts = [own.start for own in self.files.case_rows()]
+            self._parts = [(start, _views(table, self.files)) for start, table in zip(starts, tables, strict=True)]
+        return self._parts
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Only the references travel, never the slices themselves."""
+        return {**self.__dict__, "_parts": None}
+
+
+class StreamedSlices(Slices):
+    """Slices read from the files when they are needed, by a Ray Data execution of their order."""
+
+    def fetch(self, batches: Iterable[Rows]) -> Generator[Arrays, None, None]:
+        """Read the batches through Ray Data in the order given, a bounded number of bytes ahead."""
+        spans = self._spans(iter(batches))
+        while ahead := list(islice(spans, SPANS_PER_EXECUTION)):
+            dataset = _read_through_ray(
+                self.files, [np.concatenate(span) for span in ahead], tasks=STREAM_TASKS, ahead_bytes=AHEAD_BYTES
+            )
+            blocks: Any = iter(dataset.iter_batches(batch_size=None, batch_format="pyarrow"))
+            with _plain_errors(self.files), closing(blocks) as tables:
+                for span, table in zip(ahead, tables, strict=True):
+                    assert np.array_equal(table.column("row"), np.concatenate(span)), "slices out of order"
+                    views, start = _views(table, self.files), 0
+                    for rows in span:
+                        yield {name: view[start : start + len(rows)].copy() for name, view in views.items()}
+                        start += len(rows)
+
+    def _spans(self, batches: Iterator[Rows]) -> Iterator[list[Rows]]:
+        """Consecutive batches that one task reads together."""
+        span: list[Rows] = []
+        for rows in batches:
+            span.append(rows)
+            if len(span) == SPAN_BATCHES or sum(map(len, span)) * self.files.slice_bytes >= SPAN_BYTES:
+                yield span
+                span = []
+        if span:
+            yield span
+
+
+def _read_through_ray(files: SplitFiles, pieces: list[Rows], *, tasks: int, ahead_bytes: int | None) -> Dataset:
+    """Dataset of one block for each piece, in this order, holding the rows of the piece.
+
+    Args:
+        files: where the rows are from.
+        pieces: rows of each block.
+        tasks: most reading tasks at a time.
+        ahead_bytes: most bytes of blocks that wait in the object store; None to keep all.
+    """
+    dataset = ray.data.from_items([{"rows": rows.tolist()} for rows in pieces], override_num_blocks=len(pieces))
+    context = dataset.context
+    context.execution_options.preserve_order = True
+    if ahead_bytes is not None:
+        context.execution_options.resource_limits = ExecutionResources.for_limits(object_store_memory=ahead_bytes)
+    context.target_max_block_size = None  # A block is never cut up: it stays the piece that was asked for.
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.raise_original_map_exception = True
+    # When an execution starts and ends is not news during training, its warning about busy CPUs is wrong here, and all
+    # errors that it logs are raised too.
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+    reader: Any = read_block
+    return dataset.map_batches(
+        reader,
+        batch_size=None,
+        batch_format="pyarrow",
+        fn_kwargs={"files": files},
+        num_cpus=0,
+        compute=TaskPoolStrategy(min(tasks, len(pieces))),
+    )
+
+
+def _views(table: pa.Table, files: SplitFiles) -> Arrays:
+    """Arrays that share the memory of a table's columns."""
+    return {name: table_column(table, name) for name in files.columns}
+
+
+@contextmanager
+def _plain_errors(files: SplitFiles) -> Iterator[None]:
+    """Raise what a reading task raised as itself, and a failure of Ray as an error of the cluster."""
+    try:
+        yield
+    except RayTaskError as error:
+        if isinstance(error.cause, MpsclError):
+            # Ray adds lines on how often it was tried.
+            raise type(error.cause)(str(error.cause).splitlines()[0]) from None
+        raise ClusterError(f"{files.folder}: the split {files.split!r} could not be read: {error.cause!r}") from error
+    except (RayError, SystemException) as error:
+        raise ClusterError(f"{files.folder}: Ray could not read the split {files.split!r}: {error}") from error

@@ -1,0 +1,50 @@
+"""Some of the slices of a split, with labels of their own: what a method trains on that sorts its target."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpscl_ray.data.loader import Slices
+from mpscl_ray.data.parquet_reader import Arrays
+from mpscl_ray.data.sampler import Rows
+
+
+class ChosenSlices(Slices):
+    """Chosen rows of other slices, numbered anew from 0.
+
+    Args:
+        slices: where they come from.
+        rows: (n,) their rows there.
+        labels: (n, H, W) uint8 that take the place of labels; None leaves what the slices have.
+    """
+
+    def __init__(self, slices: Slices, rows: Rows, labels: NDArray[np.uint8] | None = None) -> None:
+        super().__init__(slices.files)
+        assert labels is None or len(labels) == len(rows)
+        self._slices, self._rows, self._labels = slices, rows, labels
+
+    @property
+    def rows(self) -> int:
+        """Number of slices."""
+        return len(self._rows)
+
+    def fetch(self, batches: Iterable[Rows]) -> Generator[Arrays, None, None]:
+        """Fetch one batch after the other, as :meth:`Slices.fetch` does."""
+        asked: deque[Rows] = deque()
+
+        def translated() -> Iterator[Rows]:
+            for rows in batches:
+                asked.append(rows)
+                yield self._rows[rows]
+
+        fetched = self._slices.fetch(translated())
+        try:
+            for arrays in fetched:
+                rows = asked.popleft()
+                yield arrays if self._labels is None else {**arrays, "label": self._labels[rows]}
+        finally:
+            fetched.close()

@@ -1,0 +1,1 @@
+"""Volumes: NIfTI files, their geometry, and how they become slices."""

@@ -1,0 +1,123 @@
+"""Label ids of a file to class indices, and the colours and names of classes for viewers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from mpscl_ray.errors import ConfigError, DataError
+from mpscl_ray.runs.atomic_files import write_atomically
+from mpscl_ray.runs.palette import colour
+
+KNOWN_TYPOS = {421: 420}
+"""Ids that occur in published label maps by mistake, and what they stand for (MM-WHS 2017: left atrium)."""
+
+_WHOLE_NUMBER_TOLERANCE = 1e-3
+_PIECE = 1 << 22
+_TABLE_LIMIT = 1 << 16
+_LISTED = 10
+
+
+def whole_ids(values: npt.NDArray[Any]) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_]]:
+    """The whole number nearest to each label value, and whether it is one of 32 bits that lies within 0.001."""
+    with np.errstate(invalid="ignore"):
+        whole = np.rint(values, dtype=np.float64)
+        return whole, (np.abs(values - whole) <= _WHOLE_NUMBER_TOLERANCE) & (np.abs(whole) < 2**31)
+
+
+def map_labels(
+    array: npt.NDArray[np.integer[Any]],
+    table: Mapping[int, int],
+    ignored: AbstractSet[int],
+    path: Path,
+    unknown: Literal["background", "error"] = "background",
+) -> tuple[npt.NDArray[np.uint8], tuple[str, ...]]:
+    """Class index of each voxel from its id in the file.
+
+    Args:
+        array: Ids, any shape.
+        table: Id to class index, 0..255. The id 0 is background unless the table says otherwise.
+        ignored: Ids of structures that are known and become background without a word.
+        path: File, for messages.
+        unknown: What to do with an id that is in neither: ``background`` and report it, or ``error``.
+
+    Returns:
+        Class indices in the shape of the array, and a notice on ids that were not expected or a map without labels.
+
+    Raises:
+        ConfigError: The table names a class index beyond 0..255.
+        DataError: An unknown id, where these are errors.
+    """
+    wrong = [index for index in table.values() if not 0 <= index <= 255]
+    if wrong:
+        raise ConfigError(f"the label table maps to class index {wrong[0]}; expected 0 to 255")
+    known = {0: 0, **dict.fromkeys(ignored, 0), **table}
+    flat = array.reshape(-1, order="A")
+    low, high = (int(flat.min()), int(flat.max())) if flat.size else (0, 0)
+    if high - low < _TABLE_LIMIT:
+        ids = np.arange(low, high + 1)
+        counts = np.zeros(ids.size, dtype=np.int64)
+        for piece in _pieces(flat):
+            counts += np.bincount(piece.astype(np.int64) - low, minlength=ids.size)
+    else:
+        ids, counts = np.unique(flat, return_counts=True)
+    present = counts > 0
+    stray = {int(i): int(n) for i, n in zip(ids[present], counts[present], strict=True) if int(i) not in known}
+    notices = []
+    if stray:
+        message = _stray_sentence(stray, table, ignored)
+        if unknown == "error":
+            raise DataError(
+                f"{path} holds {message}; correct the file, or add the id to the label table or the ignored ids"
+            )
+        notices.append(f"{path.name}: {message}; set to background")
+    classes = np.array([known.get(int(i), 0) for i in ids], dtype=np.uint8)
+    mapped = np.empty(flat.size, dtype=np.uint8)
+    for piece, target in zip(_pieces(flat), _pieces(mapped), strict=True):
+        target[:] = classes[piece.astype(np.int64) - low if high - low < _TABLE_LIMIT else np.searchsorted(ids, piece)]
+    if not mapped.any():
+        notices.append(f"{path.name}: no voxel belongs to any class")
+    fortran = array.flags.f_contiguous and not array.flags.c_contiguous
+    return mapped.reshape(array.shape, order="F" if fortran else "C"), tuple(notices)
+
+
+def _pieces(flat: npt.NDArray[Any]) -> Iterator[npt.NDArray[Any]]:
+    """Views of a few million elements, so that no temporary gets as large as a volume."""
+    return (flat[start : start + _PIECE] for start in range(0, flat.size, _PIECE))
+
+
+def _stray_sentence(stray: Mapping[int, int], table: Mapping[int, int], ignored: AbstractSet[int]) -> str:
+    listed = ", ".join(f"{i} ({n} voxels)" for i, n in sorted(stray.items())[:_LISTED])
+    more = f" and {len(stray) - _LISTED} more" if len(stray) > _LISTED else ""
+    sentence = f"label ids that the label table does not know: {listed}{more}"
+    for typo, meant in KNOWN_TYPOS.items():
+        if typo in stray and (meant in table or meant in ignored):
+            sentence += (
+                f" ({typo} is known to be written by mistake for {meant}: add {typo} to the table to map it alike)"
+            )
+    return sentence
+
+
+def write_itksnap_labels(path: Path, classes: Sequence[str]) -> None:
+    """Write names and colours of the classes as a label description file that ITK-SNAP opens.
+
+    Args:
+        path: File to write.
+        classes: Names by class index, background first.
+
+    Raises:
+        StorageError: The file cannot be written.
+    """
+    rule = "#" * 48
+    lines = [rule, "# ITK-SnAP Label Description File", "# IDX   -R-  -G-  -B-  -A--  VIS MSH  LABEL", rule]
+    for index, name in enumerate(classes):
+        red, green, blue = colour(index)
+        shown = int(index > 0)
+        text = name.replace('"', "'") if index else "Clear Label"
+        lines.append(f'{index:5d}  {red:4d} {green:4d} {blue:4d}  {shown:7.2g}  {shown:2d} {shown:2d}    "{text}"')
+    write_atomically(path, ("\n".join(lines) + "\n").encode())

@@ -1,0 +1,97 @@
+"""How volumes are made into slices: what a user may choose, and what was published."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, get_args
+
+from mpscl_ray.errors import ConfigError
+
+Orientation = Literal["canonical", "stored"]
+Centre = Literal["labels", "image", "auto"]
+
+PLANES: dict[str, tuple[tuple[int, int], tuple[int, int], tuple[int, int]]] = {
+    "coronal": ((1, +1), (2, -1), (0, -1)),
+    "axial": ((2, +1), (1, -1), (0, -1)),
+    "sagittal": ((0, +1), (2, -1), (1, -1)),
+}
+"""For D, H and W of each plane: the world axis (0 right, 1 anterior, 2 superior) and the sense it is walked in."""
+
+RELEASED_RANGES = {"ct": (-2.8, 3.2), "mr": (-1.8, 4.4)}
+"""Intensities that SIFA and MPSCL map to [-1, 1].
+
+Source: the constants of the released evaluation code.
+"""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How volumes are made into slices; the same for every volume of a dataset and for prediction later."""
+
+    orientation: Orientation = "canonical"
+    """``canonical``: turned by the affine as :mod:`mpscl_ray.data.volumes.geometry` shows. ``stored``: as acquired."""
+    slice_axis: str = "coronal"
+    """``coronal``, ``axial`` or ``sagittal``; with ``stored``, the array axis along which slices are stacked, 0-2."""
+    spacing_mm: tuple[float | None, float | None, float | None] | None = None
+    """Voxel size along D, H and W to resample to; None, as a whole or for one axis, keeps that of the volume."""
+    crop: tuple[int, int] | None = (256, 256)
+    """Rows and columns cut out around the centre, in voxels after resampling; None keeps whole slices."""
+    crop_depth: int | None = None
+    """At most this many slices around the centre; None keeps all."""
+    centre: Centre = "auto"
+    """``labels``: mean coordinate of all labelled voxels. ``image``: found without labels. ``auto``: labels if any."""
+    size: tuple[int, int] | None = None
+    """Rows and columns that the crop is resized to; None leaves it as it is."""
+    clip_percentile: float = 98.0
+    """Intensities above this percentile of the crop are set to it; 100 clips nothing."""
+
+    def __post_init__(self) -> None:
+        """Refuse settings that cannot be carried out.
+
+        Raises:
+            ConfigError: Naming the key, what it is and what it may be.
+        """
+        for name, value, allowed in (
+            ("orientation", self.orientation, get_args(Orientation)),
+            ("slice_axis", self.slice_axis, ("0", "1", "2") if self.orientation == "stored" else tuple(PLANES)),
+            ("centre", self.centre, get_args(Centre)),
+        ):
+            if value not in allowed:
+                raise ConfigError(
+                    f"{name} is {value!r}; with orientation {self.orientation!r} it has to be one of "
+                    f"{', '.join(allowed)}"
+                )
+        for name, pair in (("crop", self.crop), ("size", self.size)):
+            if pair is not None and (len(pair) != 2 or any(n is None or n < 2 for n in pair)):
+                raise ConfigError(f"{name} is {pair}; expected rows and columns, both at least 2, such as 256 256")
+        if self.crop_depth is not None and self.crop_depth < 1:
+            raise ConfigError(f"crop_depth is {self.crop_depth}; expected a number of slices, at least 1")
+        if self.spacing_mm is not None and (
+            len(self.spacing_mm) != 3 or any(s is not None and not 0.0 < s < math.inf for s in self.spacing_mm)
+        ):
+            raise ConfigError(
+                f"spacing_mm is {self.spacing_mm}; expected three sizes in mm above 0 (slice, row, column)"
+            )
+        if not 0.0 < self.clip_percentile <= 100.0:
+            raise ConfigError(f"clip_percentile is {self.clip_percentile}; expected above 0 and at most 100")
+
+    def to_json(self) -> dict[str, Any]:
+        """The same as a dictionary of JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Recipe:
+        """Inverse of `to_json`, also after a trip through JSON text.
+
+        Raises:
+            ConfigError: A key is unknown, or a value cannot be carried out.
+        """
+        unknown = sorted(set(values) - {field.name for field in fields(cls)})
+        if unknown:
+            raise ConfigError(
+                f"unknown key {unknown[0]!r} in a recipe; known: {', '.join(f.name for f in fields(cls))}"
+            )
+        settings: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in values.items()}
+        return cls(**settings)

@@ -1,0 +1,1 @@
+"""Several processes: collectives, batch statistics over workers, and being connected to Ray."""

@@ -1,0 +1,214 @@
+"""Batch normalisation with the statistics of all workers' images, and of each domain's by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mpscl_ray.distributed.collectives import all_reduce_sums, world_size
+
+
+def batch_norms(network: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
+    """The batch normalisations of a network, those over workers too."""
+    return [layer for layer in network.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
+
+
+def average_over_passes(network: nn.Module, number: int) -> None:
+    """Let the next pass in training mode count as the number-th, from 1, whose statistics the running ones average."""
+    for layer in batch_norms(network):
+        layer.momentum = 1.0 / number
+
+
+def convert_batch_norm(module: nn.Module, device: torch.device) -> nn.Module:
+    """Make batch normalisation use the statistics of all workers' images together.
+
+    Parameters, buffers and state-dict keys stay the same. On GPUs the layers become SyncBatchNorm, elsewhere
+    :class:`WorkersBatchNorm2d`; in one process nothing changes. Calling it twice does no harm.
+
+    Args:
+        module: with any number of nn.BatchNorm2d.
+        device: where the module will run.
+
+    Returns:
+        The module, changed in place; where it is a batch normalisation itself, its replacement.
+    """
+    if world_size() == 1:
+        return module
+    return _replace(module, _sync_batch_norm if device.type == "cuda" else _workers_batch_norm)
+
+
+def _replace(module: nn.Module, convert: Callable[[nn.BatchNorm2d], nn.Module]) -> nn.Module:
+    if type(module) is nn.BatchNorm2d:
+        return convert(module)
+    for name, child in module.named_children():
+        replacement = _replace(child, convert)
+        if replacement is not child:
+            setattr(module, name, replacement)
+    return module
+
+
+def _sync_batch_norm(layer: nn.BatchNorm2d) -> nn.Module:
+    converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(layer)  # type: ignore[no-untyped-call]
+    return converted
+
+
+def _workers_batch_norm(layer: nn.BatchNorm2d) -> nn.Module:
+    converted = WorkersBatchNorm2d(
+        layer.num_features, layer.eps, layer.momentum, layer.affine, layer.track_running_stats
+    )
+    converted.weight, converted.bias = layer.weight, layer.bias
+    converted.running_mean, converted.running_var = layer.running_mean, layer.running_var
+    converted.num_batches_tracked = layer.num_batches_tracked
+    return converted.train(layer.training)
+
+
+class WorkersBatchNorm2d(nn.BatchNorm2d):
+    """Batch normalisation over the images of all workers, on CPUs, where SyncBatchNorm does not run.
+
+    Equals nn.BatchNorm2d on the union of the workers' batches, running statistics (with the unbiased variance of the
+    union) and gradients included. The workers' batches may differ in size.
+    """
+
+    parts: Sequence[bool] = (True,)
+    """The batch is that many equal parts, normalised as if they came one after the other; whether each one moves the
+    running statistics."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(input)
+        if self.momentum is None:
+            raise NotImplementedError("WorkersBatchNorm2d has no cumulative average (momentum=None)")
+        output, means, variances, counts = _WorkersNorm.apply(  # type: ignore[no-untyped-call]
+            input, self.weight, self.bias, self.eps, len(self.parts)
+        )
+        if self.track_running_stats and self.running_mean is not None and self.running_var is not None:
+            with torch.no_grad():
+                for moves, mean, variance, count in zip(self.parts, means, variances, counts, strict=True):
+                    if moves:
+                        unbiased = variance * (count / (count - 1))
+                        self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+                        self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
+                if self.num_batches_tracked is not None:
+                    self.num_batches_tracked.add_(sum(self.parts))
+        return output  # type: ignore[no-any-return]
+
+
+class _WorkersNorm(torch.autograd.Function):
+    """``y = weight * (x - mean) / sqrt(variance + eps) + bias`` with mean and variance over all workers, part by part.
+
+    With ``g`` the gradient of y, ``h = (x - mean) / sqrt(variance + eps)`` and means over all workers:
+    ``dx = weight / sqrt(variance + eps) * (g - mean(g) - h * mean(g h))``, ``dweight = sum g h``, ``dbias = sum g``
+    (these two over the own images: whoever averages gradients adds the others').
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, parts: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        # torch.var_mean takes several times as long on CPUs as the kernel that batch normalisation itself uses.
+        local = [torch.ops.aten.batch_norm_update_stats(part, None, None, 0.0) for part in x.chunk(parts)]
+        mean = torch.stack([part[0] for part in local]).double()
+        variance = torch.stack([part[1] for part in local]).double()
+        count = mean.new_full((parts, 1), x.numel() // x.shape[1] // parts)
+        count, sums, squares = all_reduce_sums(count, count * mean, count * (variance + mean * mean))
+        mean = sums / count
+        variance = (squares / count - mean * mean).clamp_(min=0.0)
+        dtype = x.dtype if weight is None else weight.dtype
+        means, variances = mean.to(dtype), variance.to(dtype)
+        ctx.eps = eps
+        ctx.save_for_backward(x, weight, means, variances, count)
+        ctx.mark_non_differentiable(mean, variance, count)
+        normalised = [
+            torch.batch_norm(part, weight, bias, means[i], variances[i], False, 0.0, eps, False)
+            for i, part in enumerate(x.chunk(parts))
+        ]
+        return torch.cat(normalised) if parts > 1 else normalised[0], mean, variance, count
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
+        x, weight, means, variances, count = ctx.saved_tensors
+        scale = torch.ones_like(means[0]) if weight is None else weight
+        parts = len(means)
+        # In evaluation mode this kernel gives sum(g h) and sum(g) for the mean and variance that it is handed.
+        local = [
+            torch.ops.aten.native_batch_norm_backward(
+                g, part, scale, means[i], variances[i], None, None, False, ctx.eps, [False, True, True]
+            )
+            for i, (g, part) in enumerate(zip(grads[0].chunk(parts), x.chunk(parts), strict=True))
+        ]
+        sum_gh = torch.stack([part[1] for part in local])
+        sum_g = torch.stack([part[2] for part in local])
+        dx = None
+        if ctx.needs_input_grad[0]:
+            all_gh, all_g = all_reduce_sums(sum_gh, sum_g)
+            inverse = torch.rsqrt(variances + ctx.eps)
+            factor = scale * inverse
+            slope = -factor * inverse * (all_gh / count.to(means.dtype))
+            offset = -factor * (all_g / count.to(means.dtype)) - slope * means
+            dx = torch.empty_like(x)
+            for i, (out, g, part) in enumerate(
+                zip(dx.chunk(parts), grads[0].chunk(parts), x.chunk(parts), strict=True)
+            ):
+                a, b, c = (values[i].view(1, -1, 1, 1) for values in (factor, slope, offset))
+                torch.addcmul(c, g, a, out=out).addcmul_(part, b)
+        return (
+            dx,
+            sum_gh.sum(dim=0) if ctx.needs_input_grad[1] else None,
+            sum_g.sum(dim=0) if ctx.needs_input_grad[2] else None,
+            None,
+            None,
+        )
+
+
+class ForEach(nn.Module):
+    """Run a network on several inputs in one forward, with batch statistics of each input by itself.
+
+    A wrapped network may be run forward once per backward. Inputs of the same shape go through the network as one batch
+    where its normalisation can tell them apart, which halves the collectives of two inputs; else one after the other.
+
+    Args:
+        network: takes one input; gives a tensor, or a named tuple of tensors and None, with the batch in front.
+        moves_statistics: for each input, whether its pass moves the running statistics. None: all do.
+    """
+
+    def __init__(self, network: nn.Module, moves_statistics: Sequence[bool] | None = None) -> None:
+        super().__init__()
+        self.network = network
+        self.moves_statistics = moves_statistics
+        self._norms = batch_norms(network)
+
+    def forward(self, *inputs: Tensor) -> tuple[Any, ...]:
+        moves = self.moves_statistics or (True,) * len(inputs)
+        tell_apart = all(isinstance(layer, WorkersBatchNorm2d) for layer in self._norms)
+        if tell_apart and len({x.shape for x in inputs}) == 1:
+            for layer in self._norms:
+                layer.parts = moves  # type: ignore[assignment]
+            try:
+                return _split(self.network(torch.cat(inputs)), len(inputs))
+            finally:
+                for layer in self._norms:
+                    layer.parts = (True,)  # type: ignore[assignment]
+        outputs = []
+        for x, tracked in zip(inputs, moves, strict=True):
+            # With the attribute off, a pass in training mode leaves the running statistics alone.
+            for layer in self._norms:
+                layer.track_running_stats = tracked
+            try:
+                outputs.append(self.network(x))
+            finally:
+                for layer in self._norms:
+                    layer.track_running_stats = True
+        return tuple(outputs)
+
+
+def _split(output: Any, number: int) -> tuple[Any, ...]:
+    """Cut what a network gave for inputs that went in as one batch."""
+    if output is None:
+        return (None,) * number
+    if isinstance(output, Tensor):
+        return output.chunk(number)
+    kind = type(output)
+    return tuple(kind(*fields) for fields in zip(*(_split(field, number) for field in output), strict=True))

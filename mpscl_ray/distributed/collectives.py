@@ -1,0 +1,234 @@
+"""The seam to the other workers: every collective of the product is called from here.
+
+In one process, with or without a process group, each function is the identity, so that no other module asks how many
+workers there are. Objects travel as JSON and tensors as they are; nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from mpscl_ray.errors import TrainingError
+
+T = TypeVar("T")
+
+
+def world_size() -> int:
+    """Number of workers; 1 without a process group."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Number of this worker, 0 to ``world_size() - 1``."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def barrier() -> None:
+    """Wait until every worker is here."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+def all_reduce_sum(tensor: Tensor) -> Tensor:
+    """Sum of a tensor over the workers, without gradient and in the dtype given.
+
+    Args:
+        tensor: same shape and dtype on every worker.
+
+    Returns:
+        A new tensor; in one process the argument itself, detached.
+    """
+    if world_size() == 1:
+        return tensor.detach()
+    total = tensor.detach().clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total)
+    return total
+
+
+def all_reduce_sums(*tensors: Tensor) -> list[Tensor]:
+    """Sum several tensors over the workers in ONE collective.
+
+    They travel as float64, in which counts are exact and sums of float32 lose nothing that matters.
+
+    Args:
+        tensors: same shapes on every worker.
+
+    Returns:
+        The sums, in the shapes and dtypes given.
+    """
+    if world_size() == 1:
+        return [tensor.detach() for tensor in tensors]
+    total = all_reduce_sum(torch.cat([tensor.detach().reshape(-1).double() for tensor in tensors]))
+    parts = total.split_with_sizes([tensor.numel() for tensor in tensors])
+    return [part.view_as(tensor).to(tensor.dtype) for part, tensor in zip(parts, tensors, strict=True)]
+
+
+def all_reduce_mean(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Mean over the workers of each 0-dim tensor, in one collective.
+
+    Args:
+        values: the same names, in the same order, on every worker.
+
+    Returns:
+        The means as 0-dim float64 tensors on the device of the values.
+    """
+    if not values:
+        return {}
+    stacked = torch.stack([value.detach().double() for value in values.values()])
+    return dict(zip(values, (all_reduce_sum(stacked) / world_size()).unbind(), strict=True))
+
+
+def reduce_metrics(values: Mapping[str, Tensor]) -> dict[str, float]:
+    """Global values of what ``Method.step`` returned: mean over the workers, read on the host.
+
+    Every worker calls it, at the report interval: this is the one place where the host waits for the device.
+    """
+    means = all_reduce_mean(values)
+    numbers: list[float] = torch.stack(list(means.values())).tolist() if means else []
+    return dict(zip(means, numbers, strict=True))
+
+
+def share_of_ratio(numerator: Tensor, global_denominator: Tensor) -> Tensor:
+    """A worker's share of a ratio of sums: ``W * numerator / denominator``.
+
+    The mean of the shares over the W workers, and so the gradient that DistributedDataParallel averages, is
+    ``sum_r numerator_r / denominator``.
+
+    Args:
+        numerator: this worker's sum, 0-dim, with gradient.
+        global_denominator: sum over all workers, 0-dim.
+    """
+    return numerator * world_size() / global_denominator
+
+
+def any_worker(flag: Tensor) -> Tensor:
+    """1.0 on every worker if the 0-dim ``flag`` is true on one of them, else 0.0 (float32)."""
+    return (all_reduce_sum(flag.to(torch.float32)) > 0).to(torch.float32)
+
+
+def broadcast_object(value: T) -> T:
+    """The value that worker 0 has, on every worker.
+
+    Args:
+        value: of JSON types; ignored except on worker 0.
+    """
+    return value if world_size() == 1 else gather_objects(value)[0]
+
+
+def gather_objects(value: T) -> list[T]:
+    """The values of all workers, in the order of their ranks, on every worker.
+
+    Args:
+        value: of JSON types (tuples come back as lists).
+    """
+    if world_size() == 1:
+        return [value]
+    device = _device_of_collectives()
+    data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(device)
+    sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(world_size())]
+    dist.all_gather(sizes, torch.tensor([data.numel()], device=device))
+    lengths = [int(size.item()) for size in sizes]
+    padded = torch.zeros(max(lengths), dtype=torch.uint8, device=device)
+    padded[: data.numel()] = data
+    texts = [torch.empty_like(padded) for _ in lengths]
+    dist.all_gather(texts, padded)
+    return [json.loads(bytes(text[:length].tolist())) for text, length in zip(texts, lengths, strict=True)]
+
+
+def _device_of_collectives() -> torch.device:
+    """NCCL alone moves GPU memory only; every other set-up takes CPU tensors."""
+    if dist.get_backend_config() in ("nccl", "cuda:nccl"):
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def wrap(module: nn.Module, device: torch.device) -> nn.Module:
+    """Average the gradients of a module over the workers, which start from the weights of worker 0.
+
+    Wrap while every parameter that will ever be trained requires a gradient: one that is frozen here is never averaged.
+    Buffers are averaged nowhere: the batch normalisation of :mod:`mpscl_ray.distributed.batch_norm` keeps them equal.
+
+    Args:
+        module: on ``device`` already.
+        device: of the module.
+
+    Returns:
+        The module in DistributedDataParallel, or the module itself in one process.
+    """
+    if world_size() == 1:
+        return module
+    devices = [device] if device.type == "cuda" else None
+    return DistributedDataParallel(module, device_ids=devices, forward_sync_buffers=False, gradient_as_bucket_view=True)
+
+
+@torch.no_grad()
+def start_alike(module: nn.Module) -> nn.Module:
+    """Give a module that is not wrapped the weights and buffers of worker 0; returns it."""
+    if world_size() > 1:
+        for tensor in module.state_dict().values():
+            dist.broadcast(tensor, 0)
+    return module
+
+
+def average_gradients(gradients: Sequence[Tensor]) -> None:
+    """Average gradients over the workers in place, in one collective: for networks that are not wrapped.
+
+    Args:
+        gradients: of the same parameters, in the same order, on every worker; all of one dtype.
+    """
+    if world_size() == 1 or not gradients:
+        return
+    total = all_reduce_sum(torch.cat([gradient.reshape(-1) for gradient in gradients])) / world_size()
+    parts = total.split_with_sizes([gradient.numel() for gradient in gradients])
+    for gradient, part in zip(gradients, parts, strict=True):
+        gradient.copy_(part.view_as(gradient))
+
+
+def sum_with_gradient(tensor: Tensor) -> Tensor:
+    """Sum over the workers, with the gradient that the average over workers needs.
+
+    Where every worker computes the same loss from the sum, the mean of their gradients is that of the loss.
+    """
+    return all_reduce_sum(tensor) + (tensor - tensor.detach()) * world_size()
+
+
+def gather_batch(tensor: Tensor) -> Tensor:
+    """The parts (B, ...) of all workers as one batch (W B, ...), in the order of their ranks, without gradient."""
+    if world_size() == 1:
+        return tensor.detach()
+    parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(world_size())]
+    dist.all_gather(parts, tensor.detach().contiguous())
+    return torch.cat(parts)
+
+
+def weights_checksum(modules: Mapping[str, nn.Module]) -> str:
+    """SHA-256 over names and bytes of all parameters and buffers."""
+    digest = hashlib.sha256()
+    for name, module in modules.items():
+        for key, tensor in module.state_dict().items():
+            digest.update(f"{name}.{key}".encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def assert_same_weights(modules: Mapping[str, nn.Module]) -> None:
+    """Compare the weights of all workers.
+
+    Raises:
+        TrainingError: the workers do not hold the same weights.
+    """
+    checksums = gather_objects({name: weights_checksum({name: module}) for name, module in modules.items()})
+    different = [name for name in modules if len({checksum[name] for checksum in checksums}) > 1]
+    if different:
+        raise TrainingError(
+            f"the weights of {', '.join(different)} are not the same on all {len(checksums)} workers, so their "
+            "gradients were not averaged; resume from the last checkpoint and report this as a defect"
+        )

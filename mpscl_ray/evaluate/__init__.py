@@ -1,0 +1,1 @@
+"""Scores: metrics of a volume, their tables, and the evaluate command."""

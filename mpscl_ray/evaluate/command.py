@@ -1,0 +1,55 @@
+"""``python -m mpscl_ray.evaluate RUN``: Dice and surface distance of a trained segmenter on labelled volumes."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from mpscl_ray.data import SPLITS
+from mpscl_ray.errors import ConfigError
+from mpscl_ray.runs import cli
+
+_EXAMPLES = """\
+examples:
+  python -m mpscl_ray.evaluate runs/mpscl                                  last checkpoint, test split of the target
+  python -m mpscl_ray.evaluate runs/mpscl --checkpoint source_only         the end of the first phase
+  python -m mpscl_ray.evaluate runs/mpscl --data DATA/ct --split val       another dataset or split
+  python -m mpscl_ray.evaluate runs/mpscl --checkpoint mr2ct.pth --released-protocol
+                                                                           released weights, the papers' way of counting
+
+RUN/results/NAME/ gets per_volume.csv, summary.csv, summary.md and summary.json.
+"""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Evaluate one checkpoint and print its table; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m mpscl_ray.evaluate",
+        description="Dice and average surface distance of a run's segmenter on labelled volumes; every slice counts.",
+        epilog=f"{_EXAMPLES}\n{cli.EXIT_CODES}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("run", metavar="RUN", help="folder of the run, or its URL")
+    add("--checkpoint", default="last", help="last (default), best, a phase, a name in RUN/checkpoints, or a path")
+    add("--data", metavar="FOLDER", help="prepared dataset, or its URL (default: the run's target)")
+    add("--split", default="test", choices=SPLITS, help="which volumes (default: test)")
+    add("--out", metavar="DIR", help="folder for the tables, or its URL (default: RUN/results/NAME)")
+    add(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="volumes at a time, on Ray; 0 in this process (default: by their number)",
+    )
+    add("--device", help="cpu, cuda or cuda:N (default: a GPU where there is one)")
+    add("--largest-component", action="store_true", help="keep only the largest connected part of each structure")
+    add(
+        "--released-protocol", action="store_true", help="count as the released code does, to compare published numbers"
+    )
+    options = parser.parse_args(list(arguments))
+    if options.workers is not None and options.workers < 0:
+        raise ConfigError(f"--workers is {options.workers}; expected 0 or more")
+    # Here, so that whoever only asks, or errs, does not wait for torch.
+    from mpscl_ray.evaluate.run import evaluate
+
+    return evaluate(options)

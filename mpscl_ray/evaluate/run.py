@@ -1,0 +1,96 @@
+"""Scores of a run, of one checkpoint or at the end of each phase, and their tables: what the evaluate command does."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from mpscl_ray.evaluate.scoring import Evaluation, evaluate_checkpoint, find_dataset, json_text, write_tables
+from mpscl_ray.evaluate.tables import default_measures, format_table, summary_csv
+from mpscl_ray.predict.predictor import choose_device, read_model
+from mpscl_ray.runs.bucket_run import open_run
+from mpscl_ray.runs.run_directory import RunFolder
+from mpscl_ray.runs.storage import child
+
+PHASES_TABLE = "phases.txt"
+"""File in a run's results with a row for each phase; ``phases.md``, ``.csv`` and ``.json`` have the same."""
+
+
+def evaluate_phases(
+    run: RunFolder | Path | str,
+    phases: Sequence[str],
+    *,
+    device: str | None = None,
+    workers: int | None = None,
+    progress: bool = True,
+) -> dict[str, Evaluation]:
+    """Evaluate the end of each phase on the target and write ``results/phases.{txt,md,csv,json}``, a row per phase.
+
+    The volumes are those of the test split; where none of them is labelled, those of the validation split, and the
+    table says so.
+
+    Args:
+        run: folder, or URL, of a run whose phases are finished.
+        phases: their names, in order.
+        device: see :func:`evaluate_checkpoint`.
+        workers: see :func:`evaluate_checkpoint`.
+        progress: whether to show progress lines.
+
+    Returns:
+        Phase -> evaluation; empty, with nothing written, where no volume of the target is labelled.
+
+    Raises:
+        As :func:`evaluate_checkpoint`.
+    """
+    home = open_run(run)
+    folder, manifest, _ = find_dataset(home.place, read_model(home), None)
+    split = next((name for name in ("test", "val") if any(case.labelled for case in manifest.split(name))), None)
+    if split is None:
+        return {}
+    done = {
+        phase: evaluate_checkpoint(home, phase, split=split, device=device, workers=workers, progress=progress)
+        for phase in phases
+    }
+    rows = {evaluation.row_label: evaluation.summary for evaluation in done.values()}
+    volumes = next(iter(rows.values())).volumes
+    heading = f"{volumes} labelled {'test' if split == 'test' else 'validation'} volumes of {manifest.modality}"
+    if split == "val":
+        heading += " (no test volume is labelled)"
+    write_tables(
+        home.results,
+        {
+            PHASES_TABLE: f"{heading}\n\n{format_table(rows)}\n",
+            "phases.md": f"{heading}\n\n{format_table(rows, style='markdown')}\n",
+            "phases.csv": summary_csv(rows),
+            "phases.json": json_text(
+                {"split": split, "dataset": str(folder), "rows": {k: v.to_json() for k, v in rows.items()}}
+            ),
+        },
+    )
+    home.publish(home.results)
+    return done
+
+
+def evaluate(options: argparse.Namespace) -> int:
+    """Evaluate one checkpoint, by the options of the command, and print its table; returns the exit code."""
+    choose_device(options.device)
+    home = open_run(options.run)
+    evaluation = evaluate_checkpoint(
+        home,
+        options.checkpoint,
+        data=options.data,
+        split=options.split,
+        out=options.out,
+        device=options.device,
+        workers=options.workers,
+        largest_component=options.largest_component,
+        released_protocol=options.released_protocol,
+    )
+    measures = (*default_measures([evaluation.summary]), "asd_voxel")
+    print(f"{evaluation.modality}, {len(evaluation.scores)} volumes of the split {evaluation.split}\n")
+    print(evaluation.table(measures=list(dict.fromkeys(measures))))
+    for notice in evaluation.notices:
+        print(f"note: {notice}")
+    print(f"\nwritten to {options.out or child(home.place, 'results', evaluation.name)}")
+    return 0

@@ -1,0 +1,305 @@
+"""Optimisers, their decay, precision, and the guard that keeps a non-finite step from moving anything."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mpscl_ray.config import OptimConfig, ParameterKind, PrecisionConfig
+from mpscl_ray.distributed import collectives
+from mpscl_ray.distributed.batch_norm import convert_batch_norm
+from mpscl_ray.errors import DataError
+from mpscl_ray.methods.losses import poly_lr
+
+
+def prepare_network(network: nn.Module, device: torch.device, precision: PrecisionConfig) -> None:
+    """Bring a network, in place, to where and how it will be trained.
+
+    Args:
+        network: on any device; keeps its parameters' names.
+        device: where it goes.
+        precision: memory format and compilation.
+    """
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high" if precision.tf32 else "highest")
+        torch.backends.cudnn.allow_tf32 = precision.tf32
+    network.to(device)
+    if precision.channels_last:
+        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    convert_batch_norm(network, device)
+    if precision.compile:
+        network.compile()
+
+
+def autocast(device: torch.device, precision: PrecisionConfig) -> AbstractContextManager[Any]:
+    """Context in which networks run forward."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision.dtype == "bf16")
+
+
+class Optimiser:
+    """A torch optimiser with its decay, that leaves everything as it is where the non-finite flag is set.
+
+    It is a fused one, which reads the flag on the device: the host waits for nothing.
+
+    Args:
+        optimiser: fused; its groups carry ``base_lr``.
+        parameters: what it trains, by name.
+        power: exponent of the decay.
+    """
+
+    def __init__(self, optimiser: torch.optim.Optimizer, parameters: Mapping[str, Tensor], power: float) -> None:
+        self._optimiser = optimiser
+        self._parameters = dict(parameters)
+        self._power = power
+        for parameter in self._parameters.values():
+            optimiser.state[parameter].update(self._initial_state(parameter))
+
+    def _initial_state(self, parameter: Tensor) -> dict[str, Tensor]:
+        # Explicit zeros instead of the optimiser's own lazy ones, which a flagged first step leaves uninitialised.
+        if isinstance(self._optimiser, torch.optim.SGD):
+            return {"momentum_buffer": torch.zeros_like(parameter)}
+        step = torch.zeros((), dtype=torch.float32, device=parameter.device)
+        return {"step": step, "exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
+
+    def begin(self, iteration: int, iterations: int, lr_factor: float | None = None) -> None:
+        """Forget the gradients and set the learning rate: by the decay at this iteration, or by a factor."""
+        self._optimiser.zero_grad(set_to_none=True)
+        for group in self._optimiser.param_groups:
+            base = group["base_lr"]
+            decayed = poly_lr(base, iteration, iterations, self._power)
+            group["lr"] = decayed if lr_factor is None else base * lr_factor
+
+    def gradients(self) -> list[Tensor]:
+        """Gradients of all parameters that have one."""
+        return [parameter.grad for parameter in self._parameters.values() if parameter.grad is not None]
+
+    def step(self, non_finite: Tensor) -> None:
+        """Move the parameters unless ``non_finite`` (0-dim float32 on their device) is 1."""
+        self._optimiser.found_inf = non_finite  # type: ignore[attr-defined]
+        self._optimiser.step()
+
+    def state_dict(self) -> dict[str, dict[str, Tensor]]:
+        """State tensors by kind, then by parameter name. They are the live ones."""
+        state: dict[str, dict[str, Tensor]] = {}
+        for name, parameter in self._parameters.items():
+            for kind, tensor in self._optimiser.state[parameter].items():
+                state.setdefault(kind, {})[name] = tensor
+        return state
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Take over what :meth:`state_dict` gave.
+
+        Raises:
+            DataError: the state is not of an optimiser of these parameters.
+        """
+        for name, parameter in self._parameters.items():
+            for kind, tensor in self._optimiser.state[parameter].items():
+                saved = state.get(kind, {}).get(name)
+                if saved is None or saved.shape != tensor.shape:
+                    found = "nothing" if saved is None else f"shape {tuple(saved.shape)}"
+                    raise DataError(
+                        f"the checkpoint has {found} for the optimiser's '{kind}' of {name}, expected shape "
+                        f"{tuple(tensor.shape)}; resume with the settings that the run was started with"
+                    )
+                tensor.copy_(saved)
+
+
+class SegmenterSGD(Optimiser):
+    """SGD with momentum of the segmenter, the heads at their own rate.
+
+    With ``legacy_param_repeats`` a parameter takes r sub-steps on one gradient g, into which every sub-step adds the
+    weight decay anew: g_k = g_{k-1} + wd p_{k-1}; v_k = momentum v_{k-1} + g_k; p_k = p_{k-1} - lr v_k, k = 1..r.
+
+    Source: released code of Liu et al. 2022, run with the SGD of torch 1.3 on lists that hold parameters several times.
+    """
+
+    def __init__(self, segmenter: nn.Module, config: OptimConfig) -> None:
+        named = {name: p for name, p in segmenter.named_parameters() if p.requires_grad}
+        kinds = {name: parameter_kind(name) for name in named}
+        backbone = [p for name, p in named.items() if kinds[name] != "head"]
+        heads = [p for name, p in named.items() if kinds[name] == "head"]
+        head_lr = config.lr * config.head_lr_factor
+        repeats = config.legacy_param_repeats
+        sgd = torch.optim.SGD(
+            [
+                {"params": backbone, "base_lr": config.lr},
+                {"params": heads, "base_lr": head_lr},
+            ],
+            lr=config.lr,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay if repeats is None else 0.0,
+            fused=True,
+        )
+        super().__init__(sgd, named, config.power)
+        self._weight_decay = config.weight_decay
+        self._repeats = None if repeats is None else {name: repeats.get(kind, 1) for name, kind in kinds.items()}
+
+    def step(self, non_finite: Tensor) -> None:
+        if self._repeats is None:
+            super().step(non_finite)
+            return
+        for sub_step in range(1, max(self._repeats.values()) + 1):
+            for name, parameter in self._parameters.items():
+                if self._repeats[name] < sub_step:
+                    parameter.grad = None
+            active = [parameter for parameter in self._parameters.values() if parameter.grad is not None]
+            with torch.no_grad():
+                torch._foreach_add_(self.gradients(), active, alpha=self._weight_decay)
+            super().step(non_finite)
+
+
+class NetworkAdam(Optimiser):
+    """Adam of all of one network, as discriminators and image translators are trained."""
+
+    def __init__(self, network: nn.Module, lr: float, betas: tuple[float, float], power: float) -> None:
+        named = dict(network.named_parameters())
+        adam = torch.optim.Adam([{"params": list(named.values()), "base_lr": lr}], lr=lr, betas=betas, fused=True)
+        super().__init__(adam, named, power)
+
+
+class DiscriminatorAdam(NetworkAdam):
+    """Adam of one discriminator."""
+
+    def __init__(self, discriminator: nn.Module, config: OptimConfig) -> None:
+        super().__init__(discriminator, config.lr_discriminator, config.betas, config.power)
+
+
+def parameter_kind(name: str) -> ParameterKind:
+    """Where a parameter of the segmenter stands, by its state-dict name."""
+    if name.startswith(("layer5.", "layer6.")):
+        return "head"
+    if ".downsample." in name:
+        return "downsample"
+    return "block" if name.startswith("layer") else "stem"
+
+
+class NonFiniteGuard:
+    """Agrees with all workers on whether a step is finite, and remembers the first that was not.
+
+    ``flag`` is 0-dim float32 on the device: 0, and 1 from the first non-finite step on.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.flag = torch.zeros((), dtype=torch.float32, device=device)
+        self._names: tuple[str, ...] = ()
+        self._losses = torch.zeros(0, dtype=torch.float64, device=device)
+
+    @torch.no_grad()
+    def update(self, losses: Mapping[str, Tensor], gradients: Sequence[Tensor]) -> None:
+        """Look at a step whose gradients are averaged already. One collective of one number.
+
+        Args:
+            losses: this worker's component losses, 0-dim, by name.
+            gradients: everything that an optimiser is about to use.
+        """
+        watched = dict(losses)
+        if gradients:
+            watched["gradient_norm"] = torch.nn.utils.get_total_norm(gradients)
+        values = torch.stack([value.detach().double() for value in watched.values()])
+        bad = collectives.any_worker(~values.isfinite().all())
+        if self._names == tuple(watched):
+            values = torch.where(self.flag > 0, self._losses, values)
+        self._names, self._losses = tuple(watched), values
+        self.flag = torch.maximum(self.flag, bad)
+
+    def losses(self) -> dict[str, Tensor]:
+        """This worker's losses and gradient norm at the first non-finite step; while all are finite, at the last."""
+        return dict(zip(self._names, self._losses.unbind(), strict=True))
+
+
+class Snapshot:
+    """Values of tensors at one moment, to go back to where a flag on the device says so."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        by_dtype: dict[torch.dtype, list[Tensor]] = {}
+        for tensor in tensors:
+            by_dtype.setdefault(tensor.dtype, []).append(tensor)
+        # One flat copy for each dtype: a handful of kernels where a copy of each tensor would be hundreds.
+        self._groups = [(group, _flat(group)) for group in by_dtype.values()]
+
+    @torch.no_grad()
+    def restore_where(self, flag: Tensor) -> None:
+        """Bring the values back if ``flag`` (0-dim) is positive."""
+        for tensors, before in self._groups:
+            values = torch.where(flag > 0, before, _flat(tensors)).split_with_sizes([t.numel() for t in tensors])
+            torch._foreach_copy_(tensors, [value.view_as(t) for value, t in zip(values, tensors, strict=True)])
+
+
+class Optimisers:
+    """What moves in a training iteration: all optimisers of a method and the buffers of its networks, or none of it.
+
+    Args:
+        networks: of the method, prepared.
+        device: where they are.
+    """
+
+    def __init__(self, networks: Mapping[str, nn.Module], device: torch.device) -> None:
+        self._networks, self._device = networks, device
+        self._buffers = [buffer for network in networks.values() for buffer in network.buffers()]
+        self._before = Snapshot([])
+        self._optimisers: dict[str, Optimiser] = {}
+        self.guard = NonFiniteGuard(device)
+        self.iterations = 0
+
+    def start(self, optimisers: Mapping[str, Optimiser], iterations: int) -> None:
+        """Begin a phase of so many iterations with fresh optimisers, the networks in training mode."""
+        self._optimisers, self.iterations = dict(optimisers), iterations
+        for network in self._networks.values():
+            network.train()
+
+    def begin(self, iteration: int, lr_factor: float | None = None) -> None:
+        """Begin an iteration: remember the buffers, forget the gradients, set the learning rates.
+
+        Args:
+            iteration: of the phase, from 0.
+            lr_factor: what the learning rates are of those at the start; None for the polynomial decay.
+        """
+        assert self.iterations > 0, "start_phase comes before the first step"
+        self._before = Snapshot(self._buffers)
+        for optimiser in self._optimisers.values():
+            optimiser.begin(iteration, self.iterations, lr_factor)
+
+    def finish(self, losses: Mapping[str, Tensor]) -> Tensor:
+        """Move, unless a loss or a gradient is not finite on some worker or was not before.
+
+        Args:
+            losses: this worker's component losses, 0-dim, by name.
+
+        Returns:
+            The flag: 0-dim, 1 where nothing moved.
+        """
+        gradients = [gradient for optimiser in self._optimisers.values() for gradient in optimiser.gradients()]
+        self.guard.update(losses, gradients)
+        self._before.restore_where(self.guard.flag)
+        for optimiser in self._optimisers.values():
+            optimiser.step(self.guard.flag)
+        return self.guard.flag
+
+    def state_dict(self) -> dict[str, Any]:
+        """State of the optimisers by name, and the phase. The tensors are the live ones."""
+        return {
+            "optimisers": {name: optimiser.state_dict() for name, optimiser in self._optimisers.items()},
+            "phase": {"iterations": self.iterations},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what :meth:`state_dict` gave, into the optimisers of a phase that was started.
+
+        Raises:
+            DataError: the state is not of these optimisers.
+        """
+        for name, optimiser in self._optimisers.items():
+            optimiser.load_state_dict(state["optimisers"].get(name, {}))
+
+    def forget_non_finite(self) -> None:
+        """Begin anew with a flag that is not set."""
+        self.guard = NonFiniteGuard(self._device)
+
+
+def _flat(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat([tensor.detach().reshape(-1) for tensor in tensors])

@@ -1,0 +1,88 @@
+"""Domain-adaptive category prototypes: the mean feature of each class.
+
+Sums and counts are float64 and additive, over batches (the whole source set) as over workers.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mpscl_ray.methods.losses import class_counts
+
+
+def downsample_labels(labels: Tensor, size: tuple[int, int]) -> Tensor:
+    """Nearest-neighbour labels at feature resolution: out[k] = in[floor(k H / h)] along each axis.
+
+    Args:
+        labels: (B, H, W) int64.
+        size: (h, w).
+
+    Returns:
+        (B, h, w) int64.
+    """
+    rows, columns = (
+        torch.arange(small, device=labels.device) * large // small
+        for small, large in zip(size, labels.shape[1:], strict=True)
+    )
+    return labels[:, rows[:, None], columns]
+
+
+@torch.no_grad()
+def prototype_sums(features: Tensor, labels_small: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+    """Sum of the raw features of each class, and its number of pixels.
+
+    Args:
+        features: (B, d, h, w).
+        labels_small: (B, h, w) int64, see :func:`downsample_labels`.
+        num_classes: C.
+
+    Returns:
+        sums (C, d) and counts (C,), float64, zero for a class that does not occur.
+
+    Source: numerator and denominator of Eqs. (4) and (5), Liu et al. 2022.
+    """
+    with torch.autocast(features.device.type, enabled=False):
+        classes = torch.arange(num_classes, device=labels_small.device)
+        members = labels_small.flatten(1)[:, :, None] == classes
+        sums = torch.matmul(features.double().flatten(2), members.double()).sum(dim=0)
+    return sums.T.contiguous(), class_counts(labels_small, num_classes)
+
+
+@torch.no_grad()
+def initial_prototypes(sums: Tensor, counts: Tensor) -> Tensor:
+    """Mean feature of each class over all that was summed.
+
+    Args:
+        sums: (C, d), over the whole source set and all workers.
+        counts: (C,).
+
+    Returns:
+        (C, d), dtype of ``sums``. A class without a pixel gets the zero prototype: cosine 0 with every feature.
+
+    Source: Eq. (4), Liu et al. 2022.
+    Differs from the released code: it loads these from a file that came without the routine that made it.
+    """
+    return sums / counts.clamp_min(1)[:, None]
+
+
+@torch.no_grad()
+def update_prototypes(prototypes: Tensor, sums: Tensor, counts: Tensor, alpha: float) -> Tensor:
+    """Moving update of the prototypes by one global batch: c <- alpha c + (1 - alpha) mean.
+
+    A class that does not occur in the batch keeps its prototype. Both are un-normalised.
+
+    Args:
+        prototypes: (C, d).
+        sums: (C, d), of the global source batch.
+        counts: (C,).
+        alpha: Share of the old prototype that stays.
+
+    Returns:
+        (C, d), a new tensor of the dtype of ``prototypes``.
+
+    Source: Eq. (5), Liu et al. 2022.
+    """
+    means = initial_prototypes(sums, counts)
+    moved = alpha * prototypes.to(means.dtype) + (1.0 - alpha) * means
+    return torch.where(counts[:, None] > 0, moved.to(prototypes.dtype), prototypes)

@@ -1,0 +1,1 @@
+"""Label maps of new images in their own geometry: the predict command."""

@@ -1,0 +1,100 @@
+"""``python -m mpscl_ray.predict RUN INPUT... --out DIR``: label maps for images, in the geometry of the images."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from mpscl_ray.errors import ConfigError
+from mpscl_ray.runs import cli
+from mpscl_ray.runs.storage import Remote, is_url, locate
+
+_EXAMPLES = """\
+examples:
+  python -m mpscl_ray.predict runs/mpscl patient7.nii.gz --out predictions
+  python -m mpscl_ray.predict runs/mpscl SCANS --pattern '*_LGE.nii.gz' --out predictions --preview --workers 4
+  python -m mpscl_ray.predict runs/mpscl mr_1001.nii.gz --modality source --checkpoint source_only --out predictions
+  python -m mpscl_ray.predict s3://hearts/runs/mpscl patient7.nii.gz --out s3://hearts/predictions
+
+For patient7.nii.gz the folder gets patient7_prediction.nii.gz (same grid, affine and orientation), volumes.json,
+itksnap_labels.txt and slicer_labels.ctbl. A file that cannot be read is reported and does not stop the others.
+"""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Segment images; returns the exit code, 3 if some of them could not be."""
+    options = _parser().parse_args(list(arguments))
+    if options.workers is not None and options.workers < 0:
+        raise ConfigError(f"--workers is {options.workers}; expected 0 or more")
+    out = _place(options.inputs, options.out)
+    # Here, so that whoever only asks, or errs, does not wait for torch and Ray.
+    from mpscl_ray.predict.run import predict
+
+    return predict(options, out)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m mpscl_ray.predict",
+        description="Segment NIfTI images with a trained run; label maps come in the geometry of the images. For "
+        "research, not a medical device.",
+        epilog=f"{_EXAMPLES}\n{cli.EXIT_CODES}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("run", metavar="RUN", help="folder of the run, or its URL")
+    add("inputs", type=Path, nargs="+", metavar="INPUT", help="NIfTI files, or folders of them")
+    add("--out", required=True, metavar="DIR", help="folder for the label maps, or its URL")
+    add("--pattern", metavar="GLOB", help="which files of a folder (default: all NIfTI files that are no label maps)")
+    add("--modality", default="target", help="target (default), source, or the name of one of the run's modalities")
+    add("--checkpoint", default="last", help="last (default), best, a phase, a name in RUN/checkpoints, or a path")
+    add(
+        "--label-values",
+        choices=("index", "raw"),
+        default="index",
+        help="class indices, or the ids of the data's files",
+    )
+    add("--largest-component", action="store_true", help="keep only the largest connected part of each structure")
+    add("--probabilities", action="store_true", help="a map of the probability of each structure too")
+    add("--preview", action="store_true", help="a picture of some slices with their labels too")
+    add("--assume-spacing", type=_spacing, metavar="X,Y,Z", help="voxel size in mm for files that do not tell")
+    add(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="volumes at a time, on Ray; 0 in this process (default: by their number)",
+    )
+    add("--device", help="cpu, cuda or cuda:N (default: a GPU where there is one)")
+    add("--overwrite", action="store_true", help="replace files of an earlier prediction")
+    return parser
+
+
+def _spacing(text: str) -> tuple[float, float, float]:
+    try:
+        x, y, z = (float(part) for part in text.split(","))
+    except ValueError:
+        x = y = z = math.nan
+    if not all(0 < size < math.inf for size in (x, y, z)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not three sizes in mm above 0, such as 1,1,5")
+    return x, y, z
+
+
+def _place(inputs: Sequence[Path], out: str) -> Path | Remote:
+    """Where label maps go.
+
+    Raises:
+        ConfigError: an input is in a bucket, or the URL cannot be used.
+        StorageError: there is no such bucket.
+    """
+    for given in inputs:
+        if is_url(given):
+            raise ConfigError(
+                f"{locate(given)} is in a bucket, and images are read from files; copy it to this machine"
+            )
+    place = locate(out)
+    if isinstance(place, Remote):
+        place.require_bucket()
+        return place
+    return place.absolute()

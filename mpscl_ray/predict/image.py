@@ -1,0 +1,244 @@
+"""A label map for an image file, on the grid of that file, and what goes with it: volumes, probabilities, a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from mpscl_ray.data.volumes.nifti import Volume, read_image, write_itksnap_labels
+from mpscl_ray.data.volumes.nifti_output import write_label_map, write_values
+from mpscl_ray.data.volumes.preprocess import Geometry, prepare_volume, restore_labels, restore_most_probable
+from mpscl_ray.errors import ConfigError, DataError
+from mpscl_ray.predict.predictor import (
+    Checkpoint,
+    Domain,
+    Model,
+    Predictor,
+    keep_largest_component,
+    segmenter_of_worker,
+)
+from mpscl_ray.runs.atomic_files import write_atomically
+from mpscl_ray.runs.palette import colour
+from mpscl_ray.runs.plots import panel, save_png
+from mpscl_ray.runs.storage import Remote, written_to
+
+SUFFIX = "_prediction.nii.gz"
+"""End of a label map's name, behind the stem of the image's."""
+ITKSNAP_LABELS = "itksnap_labels.txt"
+SLICER_LABELS = "slicer_labels.ctbl"
+PROBABILITY_STEPS = 255
+"""Probabilities are stored as whole numbers, 0..255, with the slope that makes 255 one."""
+_PREVIEW_SLICES = 6
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is the same for every image."""
+
+    run: str
+    weights: Checkpoint
+    stamp: int
+    """Of the weights, see :meth:`Checkpoint.stamp`."""
+    domain: str
+    """``source`` or ``target``: which way images are prepared."""
+    out: Path | Remote
+    raw_ids: Mapping[str, int] | None = None
+    """Label id of each structure in the output; None for class indices."""
+    device: str | None = None
+    largest_component: bool = False
+    probabilities: bool = False
+    preview: bool = False
+    assume_spacing_mm: tuple[float, float, float] | None = None
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What became of one image."""
+
+    image: Path
+    error: str | None = None
+    """Why there is no label map."""
+    files: tuple[str, ...] = ()
+    """Names in the output folder, the label map first."""
+    volumes_ml: Mapping[str, float] | None = None
+    notices: tuple[str, ...] = ()
+
+
+def stem(image: Path) -> str:
+    """Name of an image without ``.nii`` or ``.nii.gz``."""
+    name = image.name
+    for ending in (".nii.gz", ".nii"):
+        if name.lower().endswith(ending):
+            return name[: -len(ending)]
+    return name
+
+
+def outputs(image: Path, job: Job, classes: Sequence[str]) -> tuple[str, ...]:
+    """Names of the files that an image gets, the label map first."""
+    base = stem(image)
+    names = [base + SUFFIX]
+    if job.probabilities:
+        names += [f"{base}_probability_{_plain(structure)}.nii.gz" for structure in classes[1:]]
+    if job.preview:
+        names.append(f"{base}_preview.png")
+    return tuple(names)
+
+
+def predict_in_worker(job: Job, image: Path) -> Prediction:
+    """:func:`predict_image` with the segmenter that this worker process has already."""
+    return predict_image(segmenter_of_worker(job.run, job.weights, job.stamp, job.device), job, image)
+
+
+def predict_image(predictor: Predictor, job: Job, image: Path) -> Prediction:
+    """Segment one image and write its files, the label map last.
+
+    Args:
+        predictor: segmenter of the run.
+        job: what to do.
+        image: NIfTI file.
+
+    Returns:
+        What was written; with an error, and no label map, where the image cannot be read or does not fit into memory.
+
+    Raises:
+        StorageError: the output folder cannot be written, which no other image would change.
+    """
+    assert predictor.model is not None
+    try:
+        with written_to(job.out) as folder:
+            return _predict(predictor, predictor.model.domain(job.domain), job, folder, image)
+    except DataError as error:
+        return Prediction(image, error=str(error))
+    except MemoryError:
+        return Prediction(image, error=f"{image} does not fit into memory; give fewer --workers, or crop it")
+
+
+def _predict(predictor: Predictor, domain: Domain, job: Job, folder: Path, image: Path) -> Prediction:
+    classes = predictor.classes
+    volume = read_image(image, assume_spacing_mm=job.assume_spacing_mm)
+    # Never by labels: a new image has none, so the crop is placed as for a user without any.
+    prepared = prepare_volume(
+        volume.array, volume.affine, None, replace(domain.recipe, centre="image"), case=str(image)
+    )
+    geometry = prepared.geometry
+    slices = domain.scale(prepared.image)
+    resampled = any(axis.step != 1.0 for axis in geometry.axes)
+    probabilities: npt.NDArray[np.float32] | None = None
+    if resampled or job.probabilities:
+        probabilities = predictor.predict_probabilities(slices)
+        labels = probabilities.argmax(axis=0).astype(np.uint8)
+    else:
+        labels = predictor.predict_slices(slices)
+    if probabilities is not None and resampled:
+        # Smoother than the nearest label where slices are coarser than the image.
+        restored = restore_most_probable(probabilities, geometry)
+    else:
+        restored = restore_labels(labels, geometry)
+    if job.largest_component:
+        labels = keep_largest_component(labels, len(classes))
+        restored = keep_largest_component(restored, len(classes))
+    names = outputs(image, job, classes)
+    if job.probabilities:
+        assert probabilities is not None
+        for name, values in zip(names[1:], probabilities[1:], strict=False):
+            steps = np.rint(values * PROBABILITY_STEPS).astype(np.uint8)
+            write_values(folder / name, restore_labels(steps, geometry), volume, slope=1.0 / PROBABILITY_STEPS)
+    if job.preview:
+        save_png(folder / names[-1], preview(slices, labels, classes))
+    if job.raw_ids is None:
+        write_label_map(folder / names[0], restored, volume, classes)
+    else:
+        table = np.array([0, *(job.raw_ids[name] for name in classes[1:])])
+        kind = np.int16 if np.abs(table).max() < 2**15 else np.int32
+        write_values(folder / names[0], table.astype(kind)[restored], volume)
+    voxel_ml = abs(float(np.linalg.det(volume.affine[:3, :3]))) / 1000.0
+    counts = np.bincount(restored.ravel(order="K"), minlength=len(classes))
+    return Prediction(
+        image,
+        files=names,
+        volumes_ml={name: float(count * voxel_ml) for name, count in zip(classes[1:], counts[1:], strict=True)},
+        notices=(*volume.notices, *_doubts(volume, domain, labels, geometry)),
+    )
+
+
+def _doubts(volume: Volume, domain: Domain, labels: npt.NDArray[np.uint8], geometry: Geometry) -> list[str]:
+    """What may be wrong with a segmentation, as far as it shows."""
+    doubts = []
+    if not labels.any():
+        doubts.append("no structure was found")
+    low = float(volume.array.min())
+    if domain.modality.lower().startswith("mr") and low <= -500:
+        doubts.append(
+            f"intensities from {low:g} on look like Hounsfield units, but the model expects {domain.modality}"
+        )
+    rows, columns = geometry.axes[1:]
+    for axis, first, last in (
+        (rows, labels[:, 0], labels[:, -1]),
+        (columns, labels[:, :, 0], labels[:, :, -1]),
+    ):
+        before = axis.start > 0.5
+        after = axis.start + axis.step * (axis.samples - 1) < axis.length - 1.5
+        if (before and first.any()) or (after and last.any()):
+            doubts.append("a structure reaches the edge of the crop and may be cut off; is the heart near the middle?")
+            break
+    return doubts
+
+
+def preview(
+    slices: npt.NDArray[np.float32], labels: npt.NDArray[np.uint8], classes: Sequence[str]
+) -> npt.NDArray[np.uint8]:
+    """Picture (height, width, 3) of some slices, alone and under their labels.
+
+    Args:
+        slices: (D, H, W).
+        labels: (D, H, W) class indices.
+        classes: names, background first.
+
+    Returns:
+        Slices evenly spaced over those with labels; over all where there are none.
+    """
+    used = np.flatnonzero(labels.any(axis=(1, 2)))
+    first, last = (used[0], used[-1]) if used.size else (0, len(labels) - 1)
+    chosen = np.unique(np.linspace(first, last, _PREVIEW_SLICES + 2).round().astype(int)[1:-1])
+    return panel(slices[chosen], {"prediction": labels[chosen]}, classes)
+
+
+def output_ids(model: Model, domain: Domain) -> dict[str, int]:
+    """Label ids of the files that the run's data was made from, for each structure.
+
+    Raises:
+        ConfigError: the run does not know them.
+    """
+    for known in (domain, *model.domains.values()):
+        if all(name in known.raw_ids for name in model.classes[1:]):
+            return {name: known.raw_ids[name] for name in model.classes[1:]}
+    raise ConfigError(
+        "the run does not know the label ids of the files its data was made from; leave out --label-values raw"
+    )
+
+
+def write_label_tables(place: Path | Remote, classes: Sequence[str], raw_ids: Mapping[str, int] | None) -> None:
+    """Write names and colours for ITK-SNAP and 3D Slicer; the one for ITK-SNAP goes with class indices alone."""
+    with written_to(place) as folder:
+        if raw_ids is None:
+            write_itksnap_labels(folder / ITKSNAP_LABELS, classes)
+        write_atomically(folder / SLICER_LABELS, slicer_table(classes, raw_ids).encode())
+
+
+def slicer_table(classes: Sequence[str], raw_ids: Mapping[str, int] | None = None) -> str:
+    """Colour table that 3D Slicer opens: id, name, red, green, blue and opacity a line."""
+    lines = ["# label names and colours for 3D Slicer"]
+    for index, name in enumerate(classes):
+        value = index if raw_ids is None else raw_ids.get(name, 0)
+        red, green, blue = colour(index)
+        lines.append(f"{value} {_plain(name)} {red} {green} {blue} {255 if index else 0}")
+    return "\n".join(lines) + "\n"
+
+
+def _plain(name: str) -> str:
+    """A name without blanks and path separators."""
+    return "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in name)

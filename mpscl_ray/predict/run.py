@@ -1,0 +1,211 @@
+"""Label maps for images: what the predict command does."""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import json
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from mpscl_ray import __version__
+from mpscl_ray.distributed.parallel_map import map_volumes
+from mpscl_ray.distributed.ray_session import connect
+from mpscl_ray.errors import ConfigError, DataError
+from mpscl_ray.predict.image import (
+    SLICER_LABELS,
+    SUFFIX,
+    Job,
+    Prediction,
+    output_ids,
+    outputs,
+    predict_image,
+    predict_in_worker,
+    slicer_table,
+    stem,
+    write_label_tables,
+)
+from mpscl_ray.predict.predictor import choose_device, find_checkpoint, load_weights, read_model, volumes_at_a_time
+from mpscl_ray.prepare.file_listing import is_dicom
+from mpscl_ray.runs.atomic_files import write_atomically
+from mpscl_ray.runs.bucket_run import open_run
+from mpscl_ray.runs.progress import ProgressLine
+from mpscl_ray.runs.storage import Remote, written_to
+
+VOLUMES = "volumes.json"
+"""File in the output folder with the volume of each structure in ml, by label map."""
+
+_NO_IMAGES = ("_label", "_labels", "_manual", "_seg", "_mask", "_gt", SUFFIX.removesuffix(".nii.gz"))
+"""Ends of names in a folder that are label maps, not images."""
+
+
+def predict(options: argparse.Namespace, out: Path | Remote) -> int:
+    """Segment images by the options of the command; returns the exit code, 3 if some of them could not be.
+
+    Args:
+        options: of the command.
+        out: folder for the label maps.
+    """
+    device = choose_device(options.device)
+    home = open_run(options.run)
+    model = read_model(home)
+    domain = model.domain(options.modality)
+    weights, warnings = find_checkpoint(home, options.checkpoint)
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    job = Job(
+        run=home.address,
+        weights=replace(weights, path=home.relative(weights.path)),
+        stamp=weights.stamp(),
+        domain=options.modality,
+        out=out,
+        raw_ids=output_ids(model, domain) if options.label_values == "raw" else None,
+        device=options.device,
+        largest_component=options.largest_component,
+        probabilities=options.probabilities,
+        preview=options.preview,
+        assume_spacing_mm=options.assume_spacing,
+    )
+    images, failed = find_images(options.inputs, options.pattern)
+    previous = _check_outputs(images, job, model.classes, options.overwrite)
+    workers = volumes_at_a_time(len(images), device) if options.workers is None else options.workers
+    predictor = load_weights(model, weights, options.device)  # also in front of workers: its errors come at once
+    if images:
+        write_label_tables(job.out, model.classes, job.raw_ids)
+    line = ProgressLine(len(images), "segmenting, volume")
+    with line, connect(workers) if workers else nullcontext():
+        done = map_volumes(
+            partial(predict_in_worker, job) if workers else partial(predict_image, predictor, job),
+            images,
+            workers=workers,
+            name=str,
+            done=line.update,
+        )
+    failed += [prediction for prediction in done if prediction.error]
+    good = [prediction for prediction in done if not prediction.error]
+    _write_volumes(job, previous, good)
+    _report(good, failed, options.out)
+    return DataError.exit_code if failed else 0
+
+
+def find_images(inputs: Sequence[Path], pattern: str | None) -> tuple[list[Path], list[Prediction]]:
+    """The files to segment, and a failure for each input that holds none.
+
+    Args:
+        inputs: files, which are taken as they are, and folders.
+        pattern: which files of a folder; None for NIfTI files that are not named like label maps.
+
+    Raises:
+        ConfigError: two files would give label maps of the same name.
+    """
+    images: list[Path] = []
+    failed: list[Prediction] = []
+    for given in inputs:
+        if not given.is_dir():
+            images.append(given)
+            continue
+        try:
+            files = sorted(path for path in given.iterdir() if path.is_file() and not path.name.startswith("."))
+        except OSError as refusal:
+            failed.append(
+                Prediction(given, error=f"{given} cannot be read ({refusal.strerror}); check its permissions")
+            )
+            continue
+        found = [path for path in files if _is_image(path.name, pattern)]
+        images += found
+        if not found and any(is_dicom(path) for path in files):
+            error = f"{given} holds DICOM files, expected NIfTI; convert them with: dcm2niix -z y -ba y {given}"
+            failed.append(Prediction(given, error=error))
+        elif not found:
+            wanted = f"that matches {pattern}" if pattern else "ending in .nii or .nii.gz that is no label map"
+            failed.append(Prediction(given, error=f"{given} holds no file {wanted} ({len(files)} files); give images"))
+    images = list({path.absolute(): path for path in images}.values())
+    counts = Counter(stem(path) for path in images)
+    double = [str(path) for path in images if counts[stem(path)] > 1]
+    if double:
+        raise ConfigError(f"{', '.join(double[:6])} would give label maps of the same name; segment them apart")
+    return images, failed
+
+
+def _is_image(name: str, pattern: str | None) -> bool:
+    if pattern is not None:
+        return fnmatch.fnmatch(name, pattern)
+    lower = name.lower()
+    base = lower.removesuffix(".gz").removesuffix(".nii")
+    return lower.endswith((".nii", ".nii.gz")) and not base.endswith(_NO_IMAGES)
+
+
+def _check_outputs(images: Sequence[Path], job: Job, classes: Sequence[str], overwrite: bool) -> dict[str, Any]:
+    """Entries that volumes.json has already.
+
+    Raises:
+        ConfigError: files of an earlier prediction are in the way, or label maps with other labels are in the folder.
+    """
+    names = [name for image in images for name in outputs(image, job, classes)]
+    there = [name for name in names if (job.out / name).exists()]
+    if there and not overwrite:
+        more = f" and {len(there) - 3} more" if len(there) > 3 else ""
+        raise ConfigError(
+            f"{job.out} has {', '.join(there[:3])}{more} already; give another --out, or --overwrite to replace them"
+        )
+    table = job.out / SLICER_LABELS
+    if (
+        table.exists()
+        and not overwrite
+        and table.read_bytes().decode(errors="replace") != slicer_table(classes, job.raw_ids)
+    ):
+        raise ConfigError(f"{table} names other labels than this run; give another --out, or --overwrite to replace it")
+    try:
+        previous = json.loads((job.out / VOLUMES).read_bytes())["predictions"]
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except (OSError, ValueError, KeyError, TypeError):
+        previous = None
+    if isinstance(previous, dict):
+        return previous
+    if overwrite:
+        return {}
+    raise ConfigError(f"{job.out / VOLUMES} is not what predict writes; move it away, or give --overwrite")
+
+
+def _write_volumes(job: Job, previous: dict[str, Any], good: Sequence[Prediction]) -> None:
+    """Add the new predictions to volumes.json."""
+    if not good:
+        return
+    weights = job.weights
+    entries = {
+        prediction.files[0]: {
+            "image": prediction.image.name,
+            "files": list(prediction.files),
+            "volumes_ml": dict(prediction.volumes_ml or {}),
+            "run": job.run,
+            "checkpoint": {"name": weights.name, "path": str(weights.path)},
+            "prepared_as": job.domain,
+            "notices": list(prediction.notices),
+            "product_version": __version__,
+        }
+        for prediction in good
+    }
+    text = json.dumps({"predictions": {**previous, **entries}}, indent=1, ensure_ascii=False, allow_nan=False)
+    with written_to(job.out) as folder:
+        write_atomically(folder / VOLUMES, (text + "\n").encode())
+
+
+def _report(good: Sequence[Prediction], failed: Sequence[Prediction], out: str) -> None:
+    for prediction in good:
+        volumes = ", ".join(f"{name} {volume:.1f}" for name, volume in (prediction.volumes_ml or {}).items())
+        print(f"{prediction.files[0]}: {volumes} ml")
+        for notice in prediction.notices:
+            print(f"  note: {notice}")
+    if good:
+        print(f"{len(good)} label maps, {VOLUMES} and the label tables are in {out}")
+    if failed:
+        print(f"error: {len(failed)} of {len(failed) + len(good)} inputs were not segmented:", file=sys.stderr)
+        for prediction in failed:
+            print(f"  {prediction.error}", file=sys.stderr)

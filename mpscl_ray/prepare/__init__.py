@@ -1,0 +1,1 @@
+"""From raw files to a dataset: layouts, checks, splits, and the prepare command."""

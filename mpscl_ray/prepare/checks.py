@@ -1,0 +1,106 @@
+"""What only shows when all cases of a modality lie side by side."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+
+from mpscl_ray.data.compatibility import orientation_notice
+from mpscl_ray.data.dataset import Case
+from mpscl_ray.prepare.splits import overlaps
+from mpscl_ray.prepare.staging import Staged
+
+_LISTED = 6
+
+
+def check_staged(
+    staged: Sequence[Staged], classes: Sequence[str], *, transductive: bool, allow_missing_classes: bool
+) -> tuple[list[str], list[str]]:
+    """Problems and notices of one modality: leaks, sizes, empty labels, absent classes.
+
+    Args:
+        staged: the cases of all splits.
+        classes: names of the label values.
+        transductive: whether training cases may be validation or test cases too.
+        allow_missing_classes: whether a class that no training case shows is only worth a notice.
+    """
+    entries = [
+        (case.request.split, case.request.source.id, case.request.source.patient, case.content_sha256)
+        for case in staged
+    ]
+    problems, notices = overlaps(entries, transductive=transductive)
+    by_size: dict[tuple[int, ...], list[str]] = {}
+    for case in staged:
+        by_size.setdefault(case.shape[1:], []).append(case.request.source.id)
+    if len(by_size) > 1:
+        found = "; ".join(f"{size[0]} x {size[1]} ({_some(names)})" for size, names in sorted(by_size.items()))
+        problems.append(f"slices of different sizes: {found}; give --crop or --size")
+    training = [case for case in staged if case.request.split == "train" and case.class_voxels is not None]
+    volumes = [case for case in training if case.request.source.kind in ("nifti", "npz", "released_nifti")]
+    empty = [
+        case.request.source.id for case in staged if case.class_voxels is not None and not sum(case.class_voxels[1:])
+    ]
+    empty_volumes = [case for case in volumes if case.class_voxels is not None and not sum(case.class_voxels[1:])]
+    if 2 * len(empty_volumes) > len(volumes):
+        problems.append(
+            f"the labels of {len(empty_volumes)} of {len(volumes)} training cases are all background "
+            f"({_some([case.request.source.id for case in empty_volumes])}); check the label table, or give "
+            "--unlabelled train"
+        )
+    elif empty:
+        notices.append(f"labelled cases that show no structure, {len(empty)}: {_some(empty)}")
+    if training and 2 * len(empty_volumes) <= len(volumes):
+        for index, name in enumerate(classes[1:], start=1):
+            if any(case.class_voxels is not None and case.class_voxels[index] for case in training):
+                continue
+            sentence = f"no training case shows the class {name}"
+            if allow_missing_classes:
+                notices.append(sentence)
+            else:
+                problems.append(f"{sentence}; check the label table, or give --allow-missing-classes")
+    return problems, notices
+
+
+def check_cases(cases: Sequence[Case]) -> list[str]:
+    """Notices on the finished cases of one modality."""
+    notices = []
+    held_out = [case for case in cases if case.split != "train"]
+    leaking = [case.id for case in held_out if case.cropped_around_labels]
+    if leaking:
+        notices.append(
+            f"validation and test cases that are cropped around their own labels, {len(leaking)}: {_some(leaking)}; a "
+            "mild leak, usual in the published protocol, which --centre image does without"
+        )
+    notice = orientation_notice(
+        [case for case in cases if case.split == "train"], held_out, ("the training cases", "the held-out cases")
+    )
+    if notice:
+        notices.append(notice)
+    return notices
+
+
+def summarise_notices(cases: Iterable[tuple[str, Iterable[str]]]) -> list[str]:
+    """Notices of many cases, each kind once: those that differ only in numbers are of one kind.
+
+    Args:
+        cases: case id and its notices.
+    """
+    kinds: dict[str, list[tuple[str, str]]] = {}
+    for case, notices in cases:
+        for notice in notices:
+            # An id of a stray label tells kinds apart, the number of its voxels does not.
+            kind = re.sub(r"\(\d+ voxels\)", "", notice)
+            if "label id" not in kind:
+                kind = re.sub(r"-?\d[\d.]*(e[+-]?\d+)?", "", kind)
+            kinds.setdefault(kind, []).append((case, notice))
+    summary = []
+    for same in kinds.values():
+        names = list(dict.fromkeys(case for case, _ in same))
+        numbers = "" if len({notice for _, notice in same}) == 1 else f" (numbers of {names[0]})"
+        summary.append(f"{_some(names)}: {same[0][1]}{numbers}")
+    return summary
+
+
+def _some(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:_LISTED])
+    return shown if len(names) <= _LISTED else f"{shown} and {len(names) - _LISTED} more"

@@ -1,0 +1,114 @@
+"""Finding images and labels in the folder layouts that users hold; nothing but names is read here.
+
+Every layout gives a :class:`Scan`: the cases, and all that is wrong with the folder at once. Images and labels are
+paired by name, never by their position in a list.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from mpscl_ray.errors import ConfigError, DataError
+from mpscl_ray.prepare.file_listing import Listing, is_dicom, list_files
+from mpscl_ray.prepare.label_table import LabelTable
+from mpscl_ray.prepare.slice_layouts import npy_cases, tfrecord_cases
+from mpscl_ray.prepare.source_cases import Found, LayoutOptions, SourceCase
+from mpscl_ray.prepare.volume_layouts import folder_cases, mmwhs_cases, nnunet_cases
+
+LAYOUTS: dict[str, Callable[[Listing, LayoutOptions], Found]] = {
+    "mmwhs": mmwhs_cases,
+    "nnunet": nnunet_cases,
+    "folder": folder_cases,
+    "tfrecord": tfrecord_cases,
+    "npy": npy_cases,
+}
+_MAX_ID_BYTES = 200
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What a folder holds."""
+
+    cases: tuple[SourceCase, ...]
+    table: LabelTable | None
+    """Meaning of the raw labels, where the layout tells."""
+    problems: tuple[str, ...]
+    notices: tuple[str, ...]
+
+
+def scan(folder: Path, layout: str, options: LayoutOptions) -> Scan:
+    """Cases of a folder in one of the :data:`LAYOUTS`.
+
+    Raises:
+        ConfigError: where the options do not fit the layout.
+        DataError: where the folder is missing, empty, or holds nothing of the layout.
+    """
+    listing = list_files(folder)
+    if layout not in LAYOUTS:
+        raise ConfigError(f"--layout {layout!r}: expected one of {', '.join(LAYOUTS)}")
+    cases, table, used = LAYOUTS[layout](listing, options)
+    if layout in ("mmwhs", "tfrecord", "npy") and options.modality is not None:
+        cases = [case for case in cases if case.modality == options.modality]
+    strays = [path for path in listing.files if path not in used]
+    if not cases and not listing.problems:
+        raise DataError(_nothing_found(listing, layout, options, strays))
+    if strays:
+        listing.notices.append(f"files that are not part of the layout, {len(strays)}: {listing.some(strays)}")
+    cases = sorted((_with_patient(case, options, listing.problems) for case in cases), key=_natural)
+    _check_ids(listing, cases)
+    return Scan(tuple(cases), table, tuple(listing.problems), tuple(listing.notices))
+
+
+def _natural(case: SourceCase) -> list[tuple[int, int | str]]:
+    """Sort key that puts patient2 before patient10."""
+    parts = re.split(r"(\d+)", f"{case.modality}/{case.id}")
+    return [(0, int(part)) if part.isdecimal() else (1, part) for part in parts if part]
+
+
+def _nothing_found(listing: Listing, layout: str, options: LayoutOptions, strays: Sequence[Path]) -> str:
+    dicom = [path for path in strays[:200] if is_dicom(path)]
+    if dicom:
+        return (
+            f"{listing.root}: holds DICOM files (e.g. {listing.relative(dicom[0])}), which are not read; convert them "
+            f"first: dcm2niix -ba y -z y -o NIFTI_FOLDER {listing.root}"
+        )
+    expected = {
+        "mmwhs": "files called like ct_train_1001_image.nii.gz",
+        "nnunet": "imagesTr/CASE_0000.nii.gz",
+        "folder": f"files that match --image-pattern {options.image_pattern}",
+        "tfrecord": "*.tfrecords files",
+        "npy": "*.npy or *.npz files",
+    }[layout]
+    which = f" of the modality {options.modality!r}" if options.modality else ""
+    return f"{listing.root}: no {expected}{which} (layout {layout}); it holds {listing.some(listing.files)}"
+
+
+def _with_patient(case: SourceCase, options: LayoutOptions, problems: list[str]) -> SourceCase:
+    if options.patient_pattern is None:
+        return case
+    try:
+        match = re.search(options.patient_pattern, case.id)
+    except re.error as error:
+        raise ConfigError(f"--patient-pattern {options.patient_pattern!r}: not a regular expression: {error}") from None
+    if match is None:
+        problems.append(f"case {case.id}: --patient-pattern {options.patient_pattern!r} does not match it")
+        return case
+    return replace(case, patient=(match[1] if match.re.groups and match[1] is not None else match[0]))
+
+
+def _check_ids(listing: Listing, cases: Iterable[SourceCase]) -> None:
+    by_id: dict[tuple[str, str], list[SourceCase]] = {}
+    for case in cases:
+        by_id.setdefault((case.modality, case.id), []).append(case)
+    for (_, name), same in by_id.items():
+        if len(same) > 1:
+            files = ", ".join(listing.relative(case.images[0]) for case in same)
+            listing.problems.append(f"case {name} is there {len(same)} times: {files}; keep one")
+        if len(name.encode(errors="surrogateescape")) > _MAX_ID_BYTES or not name.isprintable() or "/" in name:
+            listing.problems.append(
+                f"{listing.relative(same[0].images[0])!r}: {name!r} cannot name a file of the dataset (at most "
+                f"{_MAX_ID_BYTES} bytes of printable text); rename it"
+            )

@@ -1,0 +1,318 @@
+"""What ``mpscl_ray.prepare`` can be told, by a command line or a program, and the way back to a command line."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+import shlex
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from mpscl_ray.data import SPLITS
+from mpscl_ray.data.volumes.recipe import RELEASED_RANGES, Recipe
+from mpscl_ray.errors import ConfigError
+from mpscl_ray.prepare.file_listing import spelt_out
+from mpscl_ray.prepare.layouts import LAYOUTS
+from mpscl_ray.prepare.source_cases import Flip
+from mpscl_ray.runs import cli
+from mpscl_ray.runs.storage import Remote, locate
+
+EXAMPLES = """\
+examples:
+  MM-WHS 2017, as downloaded, with the published test volumes:
+    python -m mpscl_ray.prepare MMWHS --layout mmwhs --out DATA --fix-label 421=420
+  a source and a target of your own, the target without labels:
+    python -m mpscl_ray.prepare HOSPITAL_A --layout folder --out DATA --modality mr --labels 1=MYO,2=LV \\
+        --image-pattern '{case}_image.nii.gz' --label-pattern '{case}_label.nii.gz'
+    python -m mpscl_ray.prepare HOSPITAL_B --layout folder --out DATA --modality ct --labels 1=MYO,2=LV \\
+        --image-pattern '{case}.nii.gz' --unlabelled --centre image
+  the TFRecords of SIFA / PnP-AdaNet:
+    python -m mpscl_ray.prepare RECORDS --layout tfrecord --out DATA --group-slices 600
+  an nnU-Net dataset, split 80 : 20 by patient, for a small network:
+    python -m mpscl_ray.prepare Dataset042_Heart --layout nnunet --out DATA --split 0.8,0.2,0 \\
+        --crop 192,192 --size 64,64
+"""
+
+SLICE_LAYOUTS = ("tfrecord", "npy")
+"""Layouts of what was made into slices before."""
+
+
+@dataclass(frozen=True)
+class PrepareOptions:
+    """Everything that decides what a prepared dataset is. Field names are those of the command's options."""
+
+    input: Path
+    out: Path | Remote
+    """Each modality becomes a folder of its own in it."""
+    layout: str
+    modality: str | None = None
+    image_pattern: str | None = None
+    label_pattern: str | None = None
+    patient_pattern: str | None = None
+    group_slices: int | None = None
+    channel: int = 0
+    labels: str | None = None
+    ignore_labels: str | None = None
+    fix_label: str | None = None
+    unknown_labels: Literal["error", "background"] | None = None
+    split: str | None = None
+    seed: int = 0
+    unlabelled: tuple[str, ...] = ()
+    transductive: bool = False
+    range: str = "auto"
+    flip: Flip = "auto"
+    assume_spacing: tuple[float, ...] | None = None
+    fix_geometry: Literal["copy-from-image"] | None = None
+    any_modality: bool = False
+    allow_missing_classes: bool = False
+    overwrite: bool = False
+    workers: int | None = None
+    recipe: Recipe = field(default_factory=Recipe)
+
+    def __post_init__(self) -> None:
+        """Refuse what no folder could satisfy.
+
+        Raises:
+            ConfigError: Naming the option.
+        """
+        if self.layout not in LAYOUTS:
+            raise ConfigError(f"--layout {self.layout!r}: expected one of {', '.join(LAYOUTS)}")
+        wrong = [name for name in self.unlabelled if name not in SPLITS]
+        if wrong:
+            raise ConfigError(f"--unlabelled {','.join(self.unlabelled)}: {wrong[0]!r} is none of {', '.join(SPLITS)}")
+        if self.workers is not None and self.workers < 0:
+            raise ConfigError(f"--workers {self.workers}: expected 0 (this process) or more")
+        if self.channel < 0:
+            raise ConfigError(f"--channel {self.channel}: expected 0 or more")
+        if self.seed < 0:
+            raise ConfigError(f"--seed {self.seed}: expected 0 or more")
+        spacing = self.assume_spacing
+        if spacing is not None and not all(size is not None and 0 < size < math.inf for size in spacing):
+            raise ConfigError(f"--assume-spacing {_text(spacing)}: expected three sizes in mm above 0")
+        if self.modality is not None and not self.modality.replace("_", "").replace("-", "").isalnum():
+            raise ConfigError(f"--modality {self.modality!r}: expected a short name such as ct, mr, lge")
+        self.given_range(self.modality or "ct")
+
+    @property
+    def splits_without_labels(self) -> tuple[str, ...]:
+        """Splits that need no labels, and get none."""
+        return tuple(name for name in SPLITS if name in self.unlabelled or (name == "train" and self.transductive))
+
+    def given_range(self, modality: str) -> tuple[float, float, str] | None:
+        """Lower and upper end and origin of the intensity range by ``--range``; None where it is to be estimated.
+
+        Raises:
+            ConfigError: where it is neither a known word nor two numbers, the lower one first.
+        """
+        text = self.range
+        published = RELEASED_RANGES.get(modality)
+        if text == "auto":
+            text = "sifa" if self.layout in SLICE_LAYOUTS and published else "estimate"
+        if text == "estimate":
+            return None
+        if text == "sifa":
+            if published is None:
+                raise ConfigError(f"--range sifa is published for ct and mr, not for {modality!r}; give --range LO,HI")
+            return *published, "published (SIFA, MPSCL)"
+        found = numbers(text)
+        if found is None or len(found) != 2 or not -1e30 < found[0] < found[1] < 1e30:
+            raise ConfigError(
+                f"--range {text!r}: expected two numbers, the lower one first, e.g. --range -2.8,3.2, or estimate, or "
+                "sifa"
+            )
+        return found[0], found[1], "given"
+
+    def command(self) -> str:
+        """Command line that does the same; settings that do not change the dataset are left out."""
+        words = ["python", "-m", "mpscl_ray.prepare", str(self.input.absolute())]
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        defaults = {item.name: item.default for item in fields(self)}
+        for name in ("input", "recipe", "workers", "overwrite"):
+            del values[name]
+        values |= self.recipe.to_json()
+        values["out"] = self.out.absolute() if isinstance(self.out, Path) else self.out
+        defaults |= Recipe().to_json()
+        for name, value in values.items():
+            if value == defaults.get(name):
+                continue
+            flag = "--" + name.replace("_", "-")
+            words += [flag] if value is True else [flag, _text(value)]
+        return spelt_out(shlex.join(words))
+
+
+def numbers(text: str) -> list[float] | None:
+    """Numbers with commas between, where it is some."""
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        return None
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return ",".join("keep" if part is None else str(part) for part in value)
+    return "none" if value is None else str(value)
+
+
+def _list(convert: Callable[[str], Any], count: int, example: str) -> Callable[[str], Any]:
+    def parse(text: str) -> tuple[Any, ...] | None:
+        if text == "none":
+            return None
+        try:
+            parts = tuple(None if part.strip() == "keep" else convert(part) for part in text.split(","))
+        except ValueError:
+            parts = ()
+        if len(parts) != count:
+            raise argparse.ArgumentTypeError(f"{text!r}: expected {count} numbers with commas between, e.g. {example}")
+        return parts
+
+    return parse
+
+
+def _splits(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line of ``mpscl_ray.prepare``."""
+    top = argparse.ArgumentParser(
+        prog="python -m mpscl_ray.prepare",
+        description="Make a dataset for training from images: checked, turned, cropped, normalised, split by patient.",
+        epilog=EXAMPLES + cli.EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    default = Recipe()
+    top.add_argument("input", type=Path, metavar="INPUT", help="folder with the images")
+    top.add_argument("--layout", required=True, choices=LAYOUTS, help="how files are named in it")
+    top.add_argument(
+        "--out",
+        required=True,
+        type=locate,
+        metavar="DIR",
+        help="each modality becomes DIR/<modality>; a folder or a URL",
+    )
+    top.add_argument("--modality", help="name of the modality (folder, nnunet), or the only one to prepare (others)")
+    top.add_argument("--overwrite", action="store_true", help="replace a finished dataset of the same name")
+    top.add_argument(
+        "--workers", type=int, metavar="N", help="volumes at a time, with Ray; 0: one by one in this process"
+    )
+
+    files = top.add_argument_group("files")
+    files.add_argument("--image-pattern", metavar="PATTERN", help="layout folder: path of an image, with {case} and *")
+    files.add_argument("--label-pattern", metavar="PATTERN", help="layout folder: path of its label")
+    files.add_argument("--patient-pattern", metavar="REGEX", help="finds the patient in a case id (first group)")
+    files.add_argument("--group-slices", type=int, metavar="N", help="slice files: N consecutive numbers make a case")
+    files.add_argument("--channel", type=int, default=0, help="layout nnunet: which channel to read")
+    files.add_argument(
+        "--flip",
+        choices=("auto", "none", "both"),
+        default="auto",
+        help="npz volumes: flip rows and columns; auto: those named like the released test volumes",
+    )
+
+    labels = top.add_argument_group("labels")
+    labels.add_argument("--labels", metavar="TABLE", help="raw ids and class names, e.g. 200=MYO,500=LV,600=RV")
+    labels.add_argument("--ignore-labels", metavar="IDS", help="raw ids that are background on purpose, e.g. 550,600")
+    labels.add_argument("--fix-label", metavar="WRONG=MEANT", help="slips in label files, e.g. 421=420 in MM-WHS")
+    labels.add_argument(
+        "--unknown-labels",
+        choices=("error", "background"),
+        help="other ids: an error (default for volumes), or reported and background (default for released slices)",
+    )
+    labels.add_argument(
+        "--unlabelled",
+        nargs="?",
+        const=SPLITS,
+        default=(),
+        type=_splits,
+        metavar="SPLITS",
+        help="splits that need no labels, and get none, e.g. train; without SPLITS all of them",
+    )
+    labels.add_argument("--allow-missing-classes", action="store_true", help="a class may be absent from training")
+
+    split = top.add_argument_group("splits, always by patient")
+    split.add_argument(
+        "--split",
+        metavar="HOW",
+        help="mmwhs (published test volumes; default of that layout), released (by file name; default for slices), "
+        "fractions of train,val,test (default 0.7,0.1,0.2), or a JSON file {train: [ids], val: [...], test: [...]}",
+    )
+    split.add_argument("--seed", type=int, default=0, help="of the draw by fractions")
+    split.add_argument(
+        "--transductive",
+        action="store_true",
+        help="patients may be in train, without their labels, and in val or test as well (e.g. MS-CMRSeg)",
+    )
+
+    steps = top.add_argument_group("from volume to slices")
+    steps.add_argument("--orientation", choices=("canonical", "stored"), default=default.orientation)
+    steps.add_argument(
+        "--slice-axis", default=default.slice_axis, help="coronal, axial, sagittal; with --orientation stored 0, 1 or 2"
+    )
+    steps.add_argument(
+        "--spacing-mm",
+        type=_list(float, 3, "keep,1,1"),
+        metavar="D,H,W",
+        help="resample to this voxel size (slice, row, column); `keep` leaves an axis as it is; default: none",
+    )
+    steps.add_argument(
+        "--crop",
+        type=_list(int, 2, "256,256"),
+        default=default.crop,
+        metavar="H,W",
+        help="rows and columns cut out around the heart, default 256,256; none: whole slices",
+    )
+    steps.add_argument("--crop-depth", type=int, metavar="D", help="at most so many slices")
+    steps.add_argument(
+        "--centre",
+        choices=("auto", "labels", "image"),
+        default=default.centre,
+        help="centre of the crop: from the labels, or found without; auto: labels if all splits have them",
+    )
+    steps.add_argument("--size", type=_list(int, 2, "80,80"), metavar="H,W", help="resize the crop; default: keep it")
+    steps.add_argument(
+        "--clip-percentile", type=float, default=default.clip_percentile, help="brighter voxels are set to this one"
+    )
+    steps.add_argument(
+        "--range",
+        default="auto",
+        metavar="LO,HI",
+        help="z-scored intensities that become -1 and 1; estimate: from the training cases; sifa: the published ones; "
+        "auto: sifa for released slices of ct and mr, else estimate",
+    )
+    steps.add_argument(
+        "--assume-spacing",
+        type=_list(float, 3, "1,1,1"),
+        metavar="X,Y,Z",
+        help="voxel size in mm of volumes whose header has no usable geometry",
+    )
+    steps.add_argument(
+        "--fix-geometry", choices=("copy-from-image",), help="trust the image where the geometry of its label differs"
+    )
+    steps.add_argument(
+        "--any-modality", action="store_true", help="take images whose intensities look like those of another modality"
+    )
+    return top
+
+
+def parse(arguments: Sequence[str]) -> PrepareOptions:
+    """Options from the command line.
+
+    Raises:
+        ConfigError: where a value cannot be carried out.
+        SystemExit: with code 2 for a wrong usage, 0 after ``--help``.
+    """
+    joined: list[str] = []
+    for argument in arguments:
+        # argparse takes the value of `--range -2.8,3.2` for an option.
+        if re.match(r"-[\d.]", argument) and joined and joined[-1].startswith("--") and "=" not in joined[-1]:
+            joined[-1] += f"={argument}"
+        else:
+            joined.append(argument)
+    values = vars(parser().parse_args(joined))
+    names = [item.name for item in fields(Recipe)]
+    recipe = Recipe(**{name: values.pop(name) for name in names})
+    return PrepareOptions(**values, recipe=recipe)

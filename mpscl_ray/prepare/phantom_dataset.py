@@ -1,0 +1,128 @@
+"""The phantom hearts as a prepared dataset: made once for a storage folder, by the same code as real data.
+
+Commands may start at the same moment: each makes the hearts in a folder of its own, which gets its name when it is
+whole. Who comes second uses what is there. In a bucket both put the same bytes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+from mpscl_ray.config import Config
+from mpscl_ray.data.dataset import MANIFEST, load_manifest, save_manifest
+from mpscl_ray.data.phantom import anatomy, imaging, shapes
+from mpscl_ray.data.phantom.files import FIRST_CASE, make_phantom
+from mpscl_ray.data.volumes.recipe import Recipe
+from mpscl_ray.errors import ConfigError
+from mpscl_ray.prepare.options import PrepareOptions
+from mpscl_ray.prepare.run import prepare, unfinished
+from mpscl_ray.runs.atomic_files import storage_errors, write_atomically
+from mpscl_ray.runs.storage import Remote, locate
+
+PREFIX = "phantom:"
+"""``data.source=phantom:mr`` stands for the dataset that is made here."""
+
+MODALITIES = ("mr", "ct")
+
+TRAIN, VAL, TEST = 12, 2, 4
+"""Cases of each modality."""
+
+SEED = 7
+"""Of the hearts; the same for all runs, so that seeds of runs are compared on the same data."""
+
+RECIPE = Recipe(spacing_mm=(2.4, 2.4, 2.4), crop=(64, 64), crop_depth=44)
+"""Coronal slices of 64 x 64 at 2.4 mm, which hold the heart."""
+
+
+def resolve(config: Config) -> Config:
+    """Replace ``phantom:mr`` and ``phantom:ct`` by folders of prepared datasets, making them where they are missing.
+
+    Raises:
+        ConfigError: another word after ``phantom:``.
+        StorageError: the storage folder cannot be written.
+    """
+    source, target = (_resolved(config, key) for key in ("source", "target"))
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, source=source, target=target))
+
+
+def _resolved(config: Config, key: str) -> str:
+    value: str = getattr(config.data, key)
+    if not value.startswith(PREFIX):
+        return value
+    modality = value.removeprefix(PREFIX)
+    if modality not in MODALITIES:
+        raise ConfigError(f"data.{key}={value}: the phantom has {' and '.join(PREFIX + name for name in MODALITIES)}")
+    return str(phantom_dataset(locate(config.run.storage)) / modality)
+
+
+def phantom_dataset(storage: Path | Remote) -> Path | Remote:
+    """Folder with the prepared datasets ``mr`` and ``ct`` of the phantom, made on first use.
+
+    The name of the folder carries a hash of everything that decides what it holds, so that another version of the
+    phantom is another dataset.
+    """
+    recipe = json.dumps([TRAIN, VAL, TEST, SEED, RECIPE.to_json(), _code_hash()])
+    folder = storage / f"phantom-{hashlib.sha256(recipe.encode()).hexdigest()[:8]}"
+    prepared = folder / "prepared"
+    if _is_whole(prepared):
+        return prepared
+    print(f"making the phantom hearts in {folder}", flush=True)
+    with unfinished(storage, folder.name) as here:
+        # What lies in this node's cache cannot be prepared on another one.
+        _make(here, str(folder), workers=0 if isinstance(folder, Remote) else None)
+        _publish(here, folder)
+    return prepared
+
+
+def _is_whole(prepared: Path | Remote) -> bool:
+    return all((prepared / modality / MANIFEST).exists() for modality in MODALITIES)
+
+
+def _make(here: Path, name: str, workers: int | None) -> None:
+    """Make hearts and datasets in a folder that will get another name, which manifests tell already."""
+    count = TRAIN + VAL + TEST
+    raw = here / "nifti"
+    make_phantom(raw, count, count, SEED)
+    for modality in MODALITIES:
+        names = [f"{modality}_{FIRST_CASE + number}" for number in range(count)]
+        split = {"train": names[:TRAIN], "val": names[TRAIN : TRAIN + VAL], "test": names[TRAIN + VAL :]}
+        file = here / f"split-{modality}.json"
+        write_atomically(file, json.dumps(split, indent=1).encode())
+        dataset = here / "prepared" / modality
+        prepare(
+            PrepareOptions(
+                raw, dataset.parent, "mmwhs", modality=modality, split=str(file), recipe=RECIPE, workers=workers
+            )
+        )
+        manifest = load_manifest(dataset)
+        save_manifest(dataset, dataclasses.replace(manifest, command=manifest.command.replace(str(here), name)))
+
+
+def _publish(here: Path, folder: Path | Remote) -> None:
+    """Give what is whole its name, unless another command was faster."""
+    if isinstance(folder, Remote):
+        for modality in MODALITIES:
+            files = sorted(path for path in (here / "prepared" / modality).rglob("*") if path.is_file())
+            for file in sorted(files, key=lambda path: path.name == MANIFEST):
+                with file.open("rb") as stream:
+                    (folder / file.relative_to(here)).upload(stream)
+        return
+    with storage_errors(folder):
+        try:
+            here.rename(folder)
+        except OSError:
+            if _is_whole(folder / "prepared"):
+                return
+            # Half of one, which a killed command of an earlier version left.
+            shutil.rmtree(folder, ignore_errors=True)
+            here.rename(folder)
+
+
+def _code_hash() -> str:
+    """Hash of the source that makes the hearts: a changed phantom must not be mistaken for the old one."""
+    sources = [Path(module.__file__ or "").read_bytes() for module in (anatomy, shapes, imaging)]
+    return hashlib.sha256(b"".join(sources)).hexdigest()

@@ -1,0 +1,257 @@
+"""What a run of ``mpscl_ray.prepare`` will do with what it found: label table, recipe, splits, intensity range."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import mpscl_ray
+from mpscl_ray.data import SPLITS
+from mpscl_ray.data.dataset import FORMAT_VERSION, Case, Manifest, Scaling
+from mpscl_ray.data.volumes.recipe import Recipe
+from mpscl_ray.errors import ConfigError, DataError
+from mpscl_ray.prepare.label_table import LabelTable, parse_label_table, with_corrections, with_ignored
+from mpscl_ray.prepare.options import SLICE_LAYOUTS, PrepareOptions, numbers
+from mpscl_ray.prepare.source_cases import LayoutOptions, SourceCase
+from mpscl_ray.prepare.splits import (
+    Member,
+    Splitting,
+    read_split_file,
+    split_fractions,
+    split_listed,
+    split_published,
+)
+from mpscl_ray.prepare.staging import Request, Settings, Staged
+
+_DEFAULT_FRACTIONS = "0.7,0.1,0.2"
+_LEAK_OF_THE_RELEASE = (
+    "in the public release the MR validation slices come from the MR test patients: never select a model for MR on them"
+)
+
+
+def layout_options(options: PrepareOptions) -> LayoutOptions:
+    """What the layout needs to know."""
+    return LayoutOptions(
+        modality=options.modality,
+        image_pattern=options.image_pattern,
+        label_pattern=options.label_pattern,
+        patient_pattern=options.patient_pattern,
+        group_slices=options.group_slices,
+        channel=options.channel,
+    )
+
+
+def label_table(options: PrepareOptions, implied: LabelTable | None) -> LabelTable | None:
+    """The user's table, else that of the layout; None where there is none.
+
+    Raises:
+        ConfigError: where it is malformed, or there is none to correct.
+    """
+    table = implied
+    if options.labels:
+        given = parse_label_table(options.labels)
+        table = given if implied is None else replace(given, unknown=implied.unknown)
+    if table is None:
+        if options.ignore_labels or options.fix_label or options.unknown_labels:
+            raise ConfigError("--ignore-labels, --fix-label and --unknown-labels need a label table: give --labels")
+        return None
+    if options.ignore_labels:
+        table = with_ignored(table, options.ignore_labels)
+    if options.fix_label:
+        table = with_corrections(table, options.fix_label)
+    if options.unknown_labels:
+        table = replace(table, unknown=options.unknown_labels)
+    return table
+
+
+def settings(options: PrepareOptions, table: LabelTable | None) -> Settings:
+    """What is the same for every case.
+
+    Where some splits have no labels, all crops are placed without labels, so that they are alike.
+    """
+    recipe = options.recipe
+    if recipe.centre == "auto" and options.splits_without_labels:
+        recipe = replace(recipe, centre="image")
+    spacing = options.assume_spacing
+    return Settings(
+        recipe=recipe,
+        table=table,
+        assume_spacing_mm=None if spacing is None else (spacing[0], spacing[1], spacing[2]),
+        copy_geometry_from_image=options.fix_geometry is not None,
+        any_modality=options.any_modality,
+        flip=options.flip,
+    )
+
+
+# ------------------------------------------------------------------------------------------------------- splits
+
+
+def split_cases(options: PrepareOptions, modality: str, cases: Sequence[SourceCase]) -> Splitting:
+    """Which case goes into which split.
+
+    Raises:
+        ConfigError: where ``--split`` cannot be understood.
+        DataError: where the cases cannot be split that way.
+    """
+    how = options.split or _default_split(options.layout)
+    members = [Member(case.id, case.patient) for case in cases]
+    if how == "mmwhs":
+        return split_published(members, modality)
+    if how == "released":
+        unknown = [case.id for case in cases if case.split is None]
+        if unknown:
+            raise DataError(
+                f"--split released: neither train, val nor test in the names of {len(unknown)} files, e.g. "
+                f"{unknown[0]}; rename them, or give --split as fractions or a JSON file"
+            )
+        listed = {split: [case.id for case in cases if case.split == split] for split in SPLITS}
+        splitting = split_listed(members, listed, "released")
+        if modality == "mr" and listed["val"]:
+            splitting = replace(splitting, notices=(*splitting.notices, _LEAK_OF_THE_RELEASE))
+        return splitting
+    fractions = numbers(how)
+    if fractions is None:
+        path = Path(how)
+        return split_listed(members, read_split_file(path, modality), f"--split {path}")
+    fixed = [case for case in cases if case.split is not None and options.layout not in SLICE_LAYOUTS]
+    if not fixed:
+        return split_fractions(members, fractions, options.seed)
+    # The folder itself names the test cases (imagesTs): only the others are drawn.
+    drawn = [Member(case.id, case.patient) for case in cases if case.split is None]
+    kept = sum(fractions[:2])
+    if not drawn or kept == 0:
+        raise DataError(f"{modality}: imagesTs holds the test cases, and nothing is left to train on; give a JSON file")
+    rest = split_fractions(drawn, [fractions[0] / kept, fractions[1] / kept, 0.0], options.seed)
+    test = tuple(sorted(case.id for case in fixed))
+    return Splitting({**rest.cases, "test": test}, {**rest.record, "test": "as in the folder"}, rest.notices)
+
+
+def _default_split(layout: str) -> str:
+    if layout == "mmwhs":
+        return "mmwhs"
+    return "released" if layout in SLICE_LAYOUTS else _DEFAULT_FRACTIONS
+
+
+def requests(
+    options: PrepareOptions,
+    modality: str,
+    cases: Sequence[SourceCase],
+    splitting: Splitting,
+    folder: Path,
+    table: LabelTable | None,
+    problems: list[str],
+) -> list[Request]:
+    """One request for each case and split; labels that are missing where they are needed become problems."""
+    by_id = {case.id: case for case in cases}
+    found: list[Request] = []
+    missing: list[str] = []
+    for split in SPLITS:
+        keep = split not in options.splits_without_labels
+        for name in splitting.cases[split]:
+            source = by_id[name]
+            if keep and not source.labels and source.kind in ("nifti", "npy", "released_nifti"):
+                looked_for = f" ({source.label_hint})" if source.label_hint else ""
+                missing.append(f"{modality}: case {name} ({split}) has no label{looked_for}")
+            found.append(Request(source, split, keep, folder, len(found)))
+    if missing:
+        problems += missing
+        problems.append(
+            "cases without labels are fine in splits that are named with --unlabelled, e.g. --unlabelled train"
+        )
+    elif table is None and any(request.keep_labels and request.source.labels for request in found):
+        raise ConfigError("what the label values mean is not known: give --labels, e.g. --labels 1=MYO,2=LV")
+    return found
+
+
+# --------------------------------------------------------------------------------------------------------- range
+
+
+def scaling(options: PrepareOptions, modality: str, staged: Sequence[Staged]) -> Scaling:
+    """The given range, else one that covers the training cases: the lowest and the highest of their robust ranges.
+
+    Raises:
+        DataError: where there is no training case to estimate it from.
+    """
+    given = options.given_range(modality)
+    if given is not None:
+        return Scaling(*given)
+    training = [case.intensity_range for case in staged if case.request.split == "train"]
+    if not training:
+        raise DataError(f"{modality}: no training case to estimate the intensity range from; give --range LO,HI")
+    low, high = min(low for low, _ in training), max(high for _, high in training)
+    return Scaling(round(low, 4), round(high, 4), f"estimated from {len(training)} training cases")
+
+
+# ------------------------------------------------------------------------------------------------------ manifest
+
+
+def manifest(
+    options: PrepareOptions,
+    prepared: Settings,
+    modality: str,
+    splitting: Splitting,
+    scaling: Scaling,
+    staged: Sequence[Staged],
+    cases: Sequence[Case],
+    notices: Sequence[str],
+) -> Manifest:
+    """Everything that tells how the dataset was made."""
+    table, recipe = prepared.table, prepared.recipe
+    size = (staged[0].shape[1], staged[0].shape[2])
+    steps = [f"files of layout {options.layout}"]
+    if table is not None:
+        meaning = ", ".join(f"{raw} {table.classes[value]}" for raw, value in sorted(table.effective().items()))
+        steps.append(f"raw labels: {meaning}; ignored on purpose: {sorted(table.ignored) or 'none'}")
+    if options.splits_without_labels:
+        steps.append(f"labels left out of {', '.join(options.splits_without_labels)}")
+    steps.append(f"split by patient: {splitting.record['method']}{', transductive' if options.transductive else ''}")
+    released = list(dict.fromkeys(step for case in staged for step in case.steps))
+    steps += released or _recipe_steps(recipe)
+    steps.append(f"{scaling.low:g} to {scaling.high:g} mapped to [-1, 1], not clipped; range {scaling.origin}")
+    all_notices = [*splitting.notices, *notices]
+    if released:
+        recipe = replace(recipe, size=size)
+        all_notices.append(
+            "the slices were prepared by their publisher, whose steps are known only in part; a new volume is prepared "
+            "by the recipe given here, which is the nearest known"
+        )
+    return Manifest(
+        version=FORMAT_VERSION,
+        modality=modality,
+        classes=table.classes if table is not None else (),
+        size=size,
+        scaling=scaling,
+        recipe=recipe.to_json(),
+        splitting={**splitting.record, "transductive": options.transductive},
+        labels={} if table is None else table.record(),
+        steps=tuple(steps),
+        notices=tuple(all_notices),
+        command=options.command(),
+        product_version=mpscl_ray.__version__,
+        cases=tuple(sorted(cases, key=lambda case: (SPLITS.index(case.split), case.id))),
+    )
+
+
+def _recipe_steps(recipe: Recipe) -> list[str]:
+    if recipe.orientation == "canonical":
+        steps = [f"turned by the affine to {recipe.slice_axis} slices"]
+    else:
+        steps = [f"not turned; slices along array axis {recipe.slice_axis}"]
+    if recipe.spacing_mm is not None:
+        sizes = ", ".join("kept" if size is None else f"{size:g} mm" for size in recipe.spacing_mm)
+        steps.append(f"resampled to (slice, row, column) {sizes}")
+    if recipe.crop is not None or recipe.crop_depth is not None:
+        rows = "all rows and columns" if recipe.crop is None else f"{recipe.crop[0]} x {recipe.crop[1]}"
+        depth = "all" if recipe.crop_depth is None else f"at most {recipe.crop_depth}"
+        where = {
+            "labels": "the labels' mean coordinate",
+            "image": "a centre found without labels",
+            "auto": "the labels' mean coordinate where there are labels",
+        }[recipe.centre]
+        steps.append(f"cropped to {rows}, {depth} slices, around {where}")
+    if recipe.size is not None:
+        steps.append(f"resized to {recipe.size[0]} x {recipe.size[1]}")
+    steps.append(f"clipped at percentile {recipe.clip_percentile:g} of the crop")
+    steps.append("z-score of the crop")
+    return steps

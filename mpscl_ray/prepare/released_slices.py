@@ -1,0 +1,133 @@
+"""Slices and volumes that someone prepared before: the SIFA / PnP-AdaNet release, and that of the MPSCL authors."""
+
+from __future__ import annotations
+
+import re
+import zipfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpscl_ray.data.volumes.nifti import check_same_geometry, read_image, read_label
+from mpscl_ray.data.volumes.recipe import RELEASED_RANGES
+from mpscl_ray.errors import DataError
+from mpscl_ray.prepare.source_cases import Flip, SourceCase
+from mpscl_ray.prepare.tfrecord import read_slices
+
+_MOST_VOXELS = 2**31
+
+
+@dataclass
+class ReleasedSlices:
+    """Slices (H, W) of one file with their raw labels."""
+
+    images: list[NDArray[np.float32]]
+    labels: list[NDArray[Any] | None]
+    steps: list[str]
+    """What was done to them, here and before."""
+    scaled_by: tuple[float, float] | None = None
+    """The range that they were scaled to [-1, 1] by; None for z-scored ones."""
+
+
+def read_released(source: SourceCase, path: Path, label_path: Path | None, flip: Flip) -> ReleasedSlices:
+    """Slices of one file, raw labels with them where it or its partner has any.
+
+    Args:
+        source: the case that the file belongs to.
+        path: a TFRecord, npy, npz or NIfTI file.
+        label_path: the label file of an npy slice or a NIfTI volume.
+        flip: whether test volumes are flipped along rows and columns; auto: those named like the released test volumes.
+
+    Raises:
+        DataError: where the file is damaged or not what the releases hold.
+    """
+    if source.kind == "tfrecord":
+        records = read_slices(path)
+        if not records:
+            raise DataError(f"{path}: holds no record")
+        return ReleasedSlices(
+            [record.image for record in records],
+            [record.label for record in records],
+            ["middle slice of each record's three; z-scored volumes by the publisher"],
+        )
+    if source.kind == "npy":
+        image = _load_npy(path)
+        label = None if label_path is None else _load_npy(label_path)
+        if label is not None and label.shape != image.shape:
+            raise DataError(f"{label_path}: its shape {label.shape} is not that of its image, {image.shape}")
+        low, high = float(image.min()), float(image.max())
+        if low < -1.5 or high > 1.5:
+            raise DataError(f"{path}: intensities from {low:g} to {high:g}; npy slices of the release lie in [-1, 1]")
+        scaled_by = RELEASED_RANGES.get(source.modality)
+        if scaled_by is None:
+            raise DataError(f"{path}: no published range for the modality {source.modality!r}, only for ct and mr")
+        steps = [f"npy slices in [-1, 1], scaled by the publisher with {scaled_by[0]:g} to {scaled_by[1]:g}"]
+        return ReleasedSlices([image.astype(np.float32)], [label], steps, scaled_by)
+    if source.kind == "released_nifti":
+        volume = read_image(path)
+        label_volume = None if label_path is None else read_label(label_path)
+        if label_volume is not None:
+            check_same_geometry(volume, label_volume)
+        return _turned(path, volume.array, None if label_volume is None else label_volume.array, flip)
+    return _turned(path, *_load_npz(path), flip)
+
+
+def _load_npy(path: Path) -> NDArray[Any]:
+    try:
+        array = np.load(path, allow_pickle=False, mmap_mode="r")
+        if not 0 < array.size <= _MOST_VOXELS or array.dtype.kind not in "fiub":
+            raise ValueError(f"{array.size} values of type {array.dtype}")
+        array = np.squeeze(np.array(array))
+    except (ValueError, OverflowError, EOFError, OSError) as error:
+        raise DataError(f"{path}: not a readable npy array of numbers ({error}); copy or download it again") from None
+    if array.ndim != 2:
+        raise DataError(f"{path}: an array of shape {array.shape}, expected one slice (H, W)")
+    return array
+
+
+def _load_npz(path: Path) -> tuple[NDArray[np.float32], NDArray[Any] | None]:
+    """``arr_0``, the image, and ``arr_1``, its label."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(entry.file_size for entry in archive.infolist())
+            if unpacked > 8 * _MOST_VOXELS:
+                raise ValueError(f"it unpacks to {unpacked} bytes")
+            damaged = archive.testzip()
+            if damaged:
+                raise ValueError(f"wrong checksum of {damaged}")
+        with np.load(path, allow_pickle=False) as arrays:
+            if "arr_0" not in arrays.files:
+                found = ", ".join(sorted(arrays.files)) or "nothing"
+                raise ValueError(f"it holds {found}, expected arr_0 (image) and arr_1 (label)")
+            image = arrays["arr_0"]
+            if image.dtype.kind not in "fiub":
+                raise ValueError(f"arr_0 holds values of type {image.dtype}")
+            return image.astype(np.float32), arrays["arr_1"] if "arr_1" in arrays.files else None
+    # RuntimeError: the archive is encrypted, or compressed in a way that Python does not know.
+    except (ValueError, OverflowError, EOFError, OSError, zipfile.BadZipFile, zlib.error, RuntimeError) as error:
+        raise DataError(f"{path}: not a readable npz volume ({error}); copy or download it again") from None
+
+
+def _turned(path: Path, image: NDArray[np.float32], label: NDArray[Any] | None, flip: Flip) -> ReleasedSlices:
+    """Slices of a test volume (H, W, D), turned as the released evaluation turns them."""
+    if (
+        image.ndim != 3
+        or image.size == 0
+        or (label is not None and (label.shape != image.shape or label.dtype.kind not in "fiub"))
+    ):
+        found = "no label" if label is None else f"label {label.shape} {label.dtype}"
+        raise DataError(f"{path}: image {image.shape}, {found}; expected two arrays of numbers (H, W, D)")
+    steps = ["slices along axis 2 of the test volume; z-scored by the publisher"]
+    if flip == "both" or (flip == "auto" and re.search(r"_\d+\.nii\.gz(\.npz)?$", path.name)):
+        image = image[::-1, ::-1]
+        label = None if label is None else label[::-1, ::-1]
+        steps.append("axes 0 and 1 flipped to the orientation of the training slices")
+    else:
+        steps.append("not flipped")
+    planes = [np.ascontiguousarray(image[:, :, k]) for k in range(image.shape[2])]
+    labels: list[NDArray[Any] | None] = [None if label is None else label[:, :, k] for k in range(image.shape[2])]
+    return ReleasedSlices(planes, labels, steps)

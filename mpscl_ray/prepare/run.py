@@ -1,0 +1,359 @@
+"""Images to a dataset for training: what the prepare command does.
+
+A run reads and checks every file first and reports all it finds at once; only when nothing is wrong, each modality
+appears as a finished folder. Until then its files are in a hidden folder beside, which no command takes for a dataset.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import socket
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+from mpscl_ray.data import SPLITS
+from mpscl_ray.data.dataset import MANIFEST, Manifest, Scaling, load_manifest, save_manifest
+from mpscl_ray.distributed.parallel_map import map_volumes
+from mpscl_ray.distributed.ray_session import connect
+from mpscl_ray.errors import ConfigError, DataError, StorageError
+from mpscl_ray.prepare import plan as prepare_plan
+from mpscl_ray.prepare.checks import check_cases, check_staged, summarise_notices
+from mpscl_ray.prepare.label_table import LabelTable
+from mpscl_ray.prepare.layouts import scan
+from mpscl_ray.prepare.options import PrepareOptions
+from mpscl_ray.prepare.source_cases import SourceCase
+from mpscl_ray.prepare.splits import Splitting
+from mpscl_ray.prepare.staging import Request, Settings, Staged, finish_case, stage_case
+from mpscl_ray.runs.atomic_files import fsync_directory, storage_errors
+from mpscl_ray.runs.progress import ProgressLine
+from mpscl_ray.runs.storage import Remote, cache_folder
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+_WORTH_RAY = 500 * 2**20
+"""Bytes of input below which starting Ray takes longer than the work."""
+_LISTED_PROBLEMS = 50
+_SMALL = 128
+
+
+@dataclass
+class _Dataset:
+    """The dataset of one modality in the making."""
+
+    modality: str
+    folder: Path
+    """Where its files are until it is finished."""
+    splitting: Splitting
+    requests: list[Request]
+    notices: list[str]
+    staged: list[Staged]
+
+
+def prepare(options: PrepareOptions, *, progress: bool = True) -> dict[str, Path | Remote]:
+    """Make a dataset of each modality in the input folder.
+
+    Args:
+        options: what to do.
+        progress: whether to show a progress line.
+
+    Returns:
+        Modality -> folder of its dataset, here or in a bucket.
+
+    Raises:
+        ConfigError: where options are wrong or contradict each other, or a dataset is there already.
+        DataError: listing everything that is wrong with the input; nothing is written then.
+        StorageError: where the output cannot be written.
+    """
+    found = scan(options.input, options.layout, prepare_plan.layout_options(options))
+    table = prepare_plan.label_table(options, found.table)
+    settings = prepare_plan.settings(options, table)
+    problems = list(found.problems)
+    modalities = sorted({case.modality for case in found.cases})
+    for modality in modalities:
+        _check_place(options.out / modality, options.overwrite)
+    with ExitStack() as stack:
+        datasets = []
+        for modality in modalities:
+            folder = stack.enter_context(unfinished(options.out, modality))
+            cases = [case for case in found.cases if case.modality == modality]
+            datasets.append(_plan(modality, cases, options, folder, table, problems, found.notices))
+        workers = _workers(options, [request for dataset in datasets for request in dataset.requests])
+        if workers:
+            stack.enter_context(connect(workers))
+        _stage(datasets, options, settings, workers, problems, progress)
+        for dataset in datasets:
+            wrong, notices = check_staged(
+                dataset.staged,
+                table.classes if table else (),
+                transductive=options.transductive,
+                allow_missing_classes=options.allow_missing_classes,
+            )
+            problems += [f"{dataset.modality}: {problem}" for problem in wrong]
+            dataset.notices += notices
+        if problems:
+            raise DataError(_listed(options.input, problems, found.notices))
+        _note_shared_images(datasets)
+        scalings = [prepare_plan.scaling(options, dataset.modality, dataset.staged) for dataset in datasets]
+        for dataset, scaling in zip(datasets, scalings, strict=True):
+            save_manifest(dataset.folder, _finish(dataset, scaling, options, settings, workers, progress))
+        return {dataset.modality: _publish(dataset, options) for dataset in datasets}
+
+
+def _plan(
+    modality: str,
+    cases: list[SourceCase],
+    options: PrepareOptions,
+    folder: Path,
+    table: LabelTable | None,
+    problems: list[str],
+    notices: Sequence[str],
+) -> _Dataset:
+    try:
+        splitting = prepare_plan.split_cases(options, modality, cases)
+    except DataError as error:
+        # The files are still looked at, so that one run finds all that is wrong.
+        problems.append(str(error))
+        splitting = Splitting({"train": tuple(case.id for case in cases), "val": (), "test": ()}, {"method": "none"})
+    staging = folder / ".staged"
+    with storage_errors(staging):
+        staging.mkdir()
+    requests = prepare_plan.requests(options, modality, cases, splitting, staging, table, problems)
+    if not requests:
+        problems.append(f"{modality}: every case is left out by --split {options.split}")
+    return _Dataset(modality, folder, splitting, requests, list(notices), [])
+
+
+def _workers(options: PrepareOptions, requests: Sequence[Request]) -> int:
+    """Volumes at a time; 0 where Ray is not worth starting."""
+    if options.workers is not None:
+        return min(options.workers, len(requests))
+    ray = sys.modules.get("ray")
+    running = ray is not None and ray.is_initialized()
+    size = sum(path.stat().st_size for request in requests for path in request.source.images)
+    if not running and size < _WORTH_RAY:
+        return 0
+    return min(os.cpu_count() or 1, len(requests))
+
+
+def _map(
+    function: Callable[[Item], Result],
+    items: Sequence[Item],
+    workers: int,
+    name: Callable[[Item], str],
+    label: str,
+    options: PrepareOptions,
+    progress: bool,
+) -> list[Result]:
+    here = isinstance(options.out, Remote)
+    if not progress:
+        return map_volumes(function, items, workers=workers, name=name, done=lambda count: None, here=here)
+    with ProgressLine(len(items), label) as line:
+        return map_volumes(function, items, workers=workers, name=name, done=line.update, here=here)
+
+
+def _stage(
+    datasets: Sequence[_Dataset],
+    options: PrepareOptions,
+    settings: Settings,
+    workers: int,
+    problems: list[str],
+    progress: bool,
+) -> None:
+    requests = [request for dataset in datasets for request in dataset.requests]
+    results = _map(
+        partial(stage_case, settings=settings),
+        requests,
+        workers,
+        lambda request: str(request.source.images[0]),
+        "reading and normalising",
+        options,
+        progress,
+    )
+    wrong: set[str] = set()
+    owner = {request.folder: dataset for dataset in datasets for request in dataset.requests}
+    for request, result in zip(requests, results, strict=True):
+        if isinstance(result, Staged):
+            owner[request.folder].staged.append(result)
+        else:
+            wrong.update(result)
+    # Sorted by file; a file that is in two splits is wrong once.
+    problems += sorted(wrong)
+
+
+def _finish(
+    dataset: _Dataset, scaling: Scaling, options: PrepareOptions, settings: Settings, workers: int, progress: bool
+) -> Manifest:
+    classes = settings.table.classes if settings.table else ()
+    cases = _map(
+        partial(finish_case, scaling=scaling, classes=classes, folder=dataset.folder),
+        dataset.staged,
+        workers,
+        lambda staged: staged.request.source.id,
+        f"writing {dataset.modality}",
+        options,
+        progress,
+    )
+    shutil.rmtree(dataset.folder / ".staged")
+    for split in SPLITS:
+        if (dataset.folder / split).is_dir():
+            fsync_directory(dataset.folder / split)
+    notices = [
+        *dataset.notices,
+        *check_cases(cases),
+        *summarise_notices((case.id, case.notices) for case in cases),
+    ]
+    return prepare_plan.manifest(
+        options, settings, dataset.modality, dataset.splitting, scaling, dataset.staged, cases, notices
+    )
+
+
+def _note_shared_images(datasets: Sequence[_Dataset]) -> None:
+    owners: dict[str, tuple[_Dataset, str]] = {}
+    for dataset in datasets:
+        for case in dataset.staged:
+            other, name = owners.setdefault(case.content_sha256, (dataset, case.request.source.id))
+            if other is not dataset:
+                dataset.notices.append(f"{case.request.source.id} is the same image as {name} of {other.modality}")
+
+
+def _listed(folder: Path, problems: Sequence[str], notices: Sequence[str]) -> str:
+    count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+    lines = [f"{folder}: {count}, nothing was written:", *(f"  - {problem}" for problem in problems[:_LISTED_PROBLEMS])]
+    if len(problems) > _LISTED_PROBLEMS:
+        lines.append(f"  - and {len(problems) - _LISTED_PROBLEMS} more")
+    lines += [f"  note: {notice}" for notice in notices]
+    return "\n".join(lines)
+
+
+# ------------------------------------------------------------------------------------------- folders on the disk
+
+
+def _check_place(target: Path | Remote, overwrite: bool) -> None:
+    """Refuse a place that is taken, before any work is done."""
+    inside = target.files() if isinstance(target, Remote) else target.is_dir() and any(target.iterdir())
+    if not inside and (isinstance(target, Remote) or target.is_dir() or not target.exists()):
+        return
+    if not (target / MANIFEST).exists():
+        raise StorageError(f"{target}: there is something else than a dataset; move it away or choose another --out")
+    if not overwrite:
+        raise ConfigError(f"{target}: there is a finished dataset already; give --overwrite to replace it")
+
+
+@contextmanager
+def unfinished(out: Path | Remote, name: str) -> Iterator[Path]:
+    """A hidden folder of this process beside finished ones, for those in a bucket in the cache folder; gone after the
+    block unless it was given its name. Those that killed processes of this host have left are removed."""
+    if isinstance(out, Remote):
+        out = cache_folder() / "unfinished"
+    prefix = f".{name}.unfinished-{socket.gethostname()}-"
+    with storage_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+        for left in out.glob(f"{prefix}*"):
+            process = left.name.removeprefix(prefix).partition("-")[0]
+            if process.isdecimal() and not _is_running(int(process)):
+                shutil.rmtree(left)
+        folder = Path(tempfile.mkdtemp(prefix=f"{prefix}{os.getpid()}-", dir=out))
+        folder.chmod(0o777 & ~_umask())  # mkdtemp lets nobody else in; a dataset is readable like any other folder
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _publish(dataset: _Dataset, options: PrepareOptions) -> Path | Remote:
+    """Give the finished folder its name; an old dataset of the name goes when the new one is in place."""
+    target = options.out / dataset.modality
+    if isinstance(target, Remote):
+        _upload(dataset.folder, target, options.overwrite)
+        return target
+    assert isinstance(options.out, Path)
+    old = dataset.folder.with_name(dataset.folder.name.replace("unfinished", "replaced"))
+    with storage_errors(target):
+        fsync_directory(dataset.folder)
+        _check_place(target, options.overwrite)
+        if target.exists():
+            target.rename(old)
+        dataset.folder.rename(target)
+        fsync_directory(options.out)
+        shutil.rmtree(old, ignore_errors=True)
+    return target
+
+
+def _upload(folder: Path, target: Remote, overwrite: bool) -> None:
+    """Put a finished folder into a bucket, the manifest last and that of an old dataset gone first: whatever breaks it
+    off, there is never a manifest of files that are not all there."""
+    _check_place(target, overwrite)
+    (target / MANIFEST).delete()
+    target.delete_folder()
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    for path in sorted(files, key=lambda path: path.name == MANIFEST):
+        with path.open("rb") as stream:
+            (target / path.relative_to(folder)).upload(stream)
+
+
+# ------------------------------------------------------------------------------------------------------ summary
+
+
+def summary(folder: Path | Remote) -> str:
+    """Text on a finished dataset: its splits, classes, range, and what is worth knowing."""
+    manifest = load_manifest(folder)
+    lines = [
+        f"{manifest.modality}: {folder}",
+        f"  slices of {manifest.size[0]} x {manifest.size[1]}; z-scored intensities {manifest.scaling.low:g} to "
+        f"{manifest.scaling.high:g} are [-1, 1] ({manifest.scaling.origin})",
+    ]
+    rows = [["split", "patients", "cases", "labelled", "slices", *manifest.classes]]
+    for split in SPLITS:
+        cases = manifest.split(split)
+        voxels = [
+            sum(case.class_voxels[index] for case in cases if case.class_voxels)
+            for index in range(len(manifest.classes))
+        ]
+        total = sum(voxels)
+        rows.append(
+            [
+                split,
+                str(len({case.patient for case in cases})),
+                str(len(cases)),
+                str(sum(case.labelled for case in cases)),
+                str(sum(case.slices for case in cases)),
+                *(f"{100 * count / total:.2f} %" if total else "-" for count in voxels),
+            ]
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines += ["  " + "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    lines += [f"  note: {notice}" for notice in manifest.notices]
+    return "\n".join(lines)
+
+
+def next_command(folders: dict[str, Path | Remote]) -> str:
+    """What to type now; the small preset for slices that a CPU can train on."""
+    first = next(iter(folders.values()))
+    source, target = (str(folders["mr"]), str(folders["ct"])) if {"ct", "mr"} <= set(folders) else (str(first), "OTHER")
+    preset = "small/mpscl" if max(load_manifest(first).size) <= _SMALL else "mr2ct/mpscl"
+    return shlex.join(["python", "-m", "mpscl_ray.train", preset, f"data.source={source}", f"data.target={target}"])

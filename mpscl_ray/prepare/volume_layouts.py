@@ -1,0 +1,204 @@
+"""Layouts with a volume in each file: MM-WHS 2017, nnU-Net, and any folder by patterns of names."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from mpscl_ray.errors import ConfigError, DataError
+from mpscl_ray.prepare.file_listing import Listing, pair_by_name, stem_before
+from mpscl_ray.prepare.label_table import BACKGROUND, MMWHS, LabelTable
+from mpscl_ray.prepare.source_cases import Found, LayoutOptions, SourceCase, collect
+
+_NIFTI = (".nii.gz", ".nii")
+_LABEL_WORDS = ("_label", "_labels", "_manual", "_seg", "_segmentation", "_mask", "_gt")
+
+
+def mmwhs_cases(listing: Listing, options: LayoutOptions) -> Found:
+    """``{ct,mr}_train_10NN_{image,label}.nii.gz`` anywhere below the folder."""
+    images: dict[str, list[Path]] = {}
+    labels: dict[str, list[Path]] = {}
+    used: set[Path] = set()
+    hidden: list[Path] = []
+    for path in listing.files:
+        match = re.fullmatch(r"(ct|mr)_(train|test)_(\d+)_(image|label)\.nii(\.gz)?", path.name)
+        if not match:
+            continue
+        used.add(path)
+        if match[2] == "test":
+            hidden.append(path)
+            continue
+        collect(images if match[4] == "image" else labels, f"{match[1]}_{match[3]}", path)
+    if hidden:
+        listing.notices.append(
+            f"{len(hidden)} volumes of the challenge's own test set, which has no labels, are left out; segment them "
+            f"with mpscl_ray.predict: {listing.some(hidden)}"
+        )
+    cases = []
+    for case, image, label in pair_by_name(listing, images, labels):
+        modality, _, number = case.partition("_")
+        hint = f"{modality}_train_{number}_label.nii.gz"
+        cases.append(SourceCase(case, modality, case, "nifti", (image,), label, label_hint=hint))
+    return cases, MMWHS, used
+
+
+def nnunet_cases(listing: Listing, options: LayoutOptions) -> Found:
+    """``imagesTr labelsTr imagesTs labelsTs dataset.json``; files without a channel suffix are the MSD form of it."""
+    path = listing.root / "dataset.json"
+    try:
+        about = json.loads(path.read_text(encoding="utf-8-sig"))
+        if not isinstance(about, dict):
+            raise ValueError("expected an object")
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); layout nnunet needs it for the labels") from error
+    except ValueError as error:
+        raise DataError(f"{path}: not JSON: {error}") from None
+    table = _nnunet_labels(path, about, listing.notices)
+    ending = str(about.get("file_ending", ""))
+    endings = (ending,) if ending else _NIFTI
+    if not set(endings) <= set(_NIFTI):
+        raise DataError(f"{path}: file_ending {ending!r}; only .nii.gz and .nii are read")
+    used = {path}
+    cases: list[SourceCase] = []
+    modality = options.modality or _nnunet_modality(path, about, options.channel)
+    for images_name, labels_name, split in (("imagesTr", "labelsTr", None), ("imagesTs", "labelsTs", "test")):
+        images: dict[str, list[Path]] = {}
+        labels: dict[str, list[Path]] = {}
+        other_channels = 0
+        for stem, file in _stems(listing, labels_name, endings):
+            used.add(file)
+            collect(labels, stem, file)
+        for stem, file in _stems(listing, images_name, endings):
+            used.add(file)
+            channel = re.fullmatch(r"(.+)_(\d{4})", stem)
+            # In the MSD form a number at the end is part of the case's name, and of its label's.
+            if channel is None or stem in labels:
+                collect(images, stem, file)
+            elif int(channel[2]) == options.channel:
+                collect(images, channel[1], file)
+            else:
+                other_channels += 1
+        if other_channels:
+            listing.notices.append(
+                f"{images_name}: only channel {options.channel:04d} is read, {other_channels} files of other channels "
+                "are not; choose with --channel"
+            )
+        if split == "test" and images and not labels:
+            listing.notices.append(
+                f"{len(images)} test images without labels ({labels_name} is empty) are left out; segment them with "
+                "mpscl_ray.predict"
+            )
+            continue
+        for case, image, label in pair_by_name(listing, images, labels):
+            hint = f"{labels_name}/{case}{endings[0]}"
+            cases.append(SourceCase(case, modality, case, "nifti", (image,), label, split, hint))
+    count = about.get("numTraining")
+    training = sum(case.split is None for case in cases)
+    if isinstance(count, int) and count != training:
+        listing.notices.append(f"dataset.json says numTraining {count}, imagesTr holds {training} cases")
+    return cases, table, used
+
+
+def _stems(listing: Listing, folder: str, endings: Sequence[str]) -> Iterator[tuple[str, Path]]:
+    for file in listing.files:
+        stem = stem_before(file.name, endings)
+        if stem is not None and file.parent.name == folder:
+            yield stem, file
+
+
+def _nnunet_modality(path: Path, about: Mapping[str, Any], channel: int) -> str:
+    channels = about.get("channel_names", about.get("modality"))
+    name = channels.get(str(channel)) if isinstance(channels, dict) else None
+    if not isinstance(name, str) or not re.search(r"\w", name):
+        raise DataError(f"{path}: channel_names has no name for channel {channel}; give --modality")
+    lowered = re.sub(r"\W+", "_", name.lower()).strip("_")
+    return {"mri": "mr"}.get(lowered, lowered)
+
+
+def _nnunet_labels(path: Path, about: Mapping[str, Any], notices: list[str]) -> LabelTable:
+    labels = about.get("labels")
+    pairs: list[tuple[int, str]] = []
+    try:
+        if not isinstance(labels, dict) or not labels:
+            raise ValueError("expected an object")
+        for key, value in labels.items():
+            # nnU-Net v2 writes name: id, the older form and MSD id: name.
+            raw, name = (int(value), key) if isinstance(value, int) else (int(key), str(value))
+            pairs.append((raw, name))
+    except (TypeError, ValueError):
+        raise DataError(
+            f"{path}: labels {json.dumps(labels)[:120]} are not NAME: ID pairs (regions are not supported); correct "
+            "dataset.json or use --layout folder with --labels"
+        ) from None
+    pairs.sort()
+    ignored = frozenset(raw for raw, name in pairs if name == "ignore")
+    if ignored:
+        notices.append("dataset.json: the label 'ignore' becomes background")
+    for (raw, name), (other, another) in pairwise(pairs):
+        if raw == other:
+            raise DataError(f"{path}: the label {raw} has two names, {name} and {another}; correct dataset.json")
+    notices += [
+        f"dataset.json: the label 0, called {name!r}, becomes background"
+        for raw, name in pairs
+        if raw == 0 and name.lower() != BACKGROUND
+    ]
+    named = {raw: name for raw, name in pairs if raw != 0 and raw not in ignored}
+    classes = list(dict.fromkeys([BACKGROUND, *named.values()]))  # several ids may share a name
+    values = {0: 0, **{raw: classes.index(name) for raw, name in named.items()}}
+    if len(classes) < 2 or len(classes) > 255:
+        raise DataError(f"{path}: {len(classes) - 1} labels besides background; expected 1 to 254")
+    return LabelTable(tuple(classes), values, ignored)
+
+
+def folder_cases(listing: Listing, options: LayoutOptions) -> Found:
+    """Any folder, by patterns of paths with ``{case}``."""
+    if options.image_pattern is None or options.modality is None:
+        raise ConfigError(
+            "--layout folder needs --modality and --image-pattern, e.g. --modality mr --image-pattern "
+            "'{case}_C0.nii.gz' --label-pattern '{case}_C0_manual.nii.gz'"
+        )
+    image_pattern = _pattern(options.image_pattern, "--image-pattern")
+    label_pattern = None if options.label_pattern is None else _pattern(options.label_pattern, "--label-pattern")
+    images: dict[str, list[Path]] = {}
+    labels: dict[str, list[Path]] = {}
+    used: set[Path] = set()
+    for path in listing.files:
+        relative = listing.relative(path)
+        # A label may match both patterns ({case}.nii.gz and {case}_seg.nii.gz), an image never does.
+        label = label_pattern.fullmatch(relative) if label_pattern else None
+        image = image_pattern.fullmatch(relative)
+        if label:
+            collect(labels, label["case"], path)
+        elif image:
+            collect(images, image["case"], path)
+        else:
+            continue
+        used.add(path)
+    maps = [case for case in images if case.lower().endswith(_LABEL_WORDS)]
+    if 0 < len(maps) < len(images):
+        listing.problems.append(
+            f"images by --image-pattern that are named like label maps, {len(maps)}: "
+            f"{listing.some([images[case][0] for case in maps])}; tell them apart with --label-pattern, or give a "
+            "narrower --image-pattern"
+        )
+    cases = []
+    for case, image_path, label_paths in pair_by_name(listing, images, labels):
+        hint = (options.label_pattern or "").replace("{case}", case)
+        cases.append(SourceCase(case, options.modality, case, "nifti", (image_path,), label_paths, label_hint=hint))
+    return cases, None, used
+
+
+def _pattern(text: str, option: str) -> re.Pattern[str]:
+    if "{case}" not in text:
+        raise ConfigError(f"{option} {text!r}: must contain {{case}}, e.g. '{{case}}_image.nii.gz'")
+    expression = ""
+    for part in re.split(r"(\{case\}|\*)", text):
+        if part == "{case}":
+            expression += "(?P=case)" if "(?P<case>" in expression else "(?P<case>[^/]+?)"
+        else:
+            expression += "[^/]*" if part == "*" else re.escape(part)
+    return re.compile(expression)

@@ -1,0 +1,57 @@
+"""``python -m mpscl_ray.report RUN...``: the paper's figures from runs, on one page."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from mpscl_ray.errors import ConfigError
+from mpscl_ray.runs import cli
+from mpscl_ray.runs.storage import is_url
+
+_EXAMPLES = """\
+examples:
+  python -m mpscl_ray.report runs/mr2ct                            one run, phase by phase, in runs/mr2ct/report
+  python -m mpscl_ray.report runs/lower runs/cscl runs/mpscl runs/upper --out report
+                                                                   several side by side, in this order
+  python -m mpscl_ray.report runs/mr2ct --case ct_1003             another volume of the target
+
+DIR/index.html has everything in one file; DIR/figures/ has each figure as PNG and PDF. A run that still trains is shown
+as far as it is. Give the runs with and without margin together to compare their angles.
+"""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Write the report and say where it is; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m mpscl_ray.report",
+        description="The paper's figures from finished or running runs, as one HTML page.",
+        epilog=f"{_EXAMPLES}\n{cli.EXIT_CODES}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("runs", nargs="+", metavar="RUN", help="folders or URLs of runs, in the order of the columns")
+    add(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="folder for the page (default: RUN/report; of several: beside the first)",
+    )
+    add("--case", metavar="ID", help="volume of the target to show (default: the first labelled test volume)")
+    add("--device", help="cpu, cuda or cuda:N (default: a GPU where there is one)")
+    options = parser.parse_args(list(arguments))
+    if options.out is not None and is_url(options.out):
+        raise ConfigError(
+            f"--out {options.out} is a URL, and a report is written to a folder of this machine; give one"
+        )
+    if options.out is None and is_url(options.runs[0]):
+        raise ConfigError(f"the run {options.runs[0]} is in a bucket; give a folder for its report with --out DIR")
+    # Here, so that whoever only asks, or errs, does not wait for torch.
+    from mpscl_ray.report.run import report
+
+    file = report(options.runs, options.out, case=options.case, device=options.device)
+    print(
+        f"written: {file}\n\nOpen it in any browser; it needs no server. The figures are in {file.parent / 'figures'}"
+    )
+    return 0

@@ -1,0 +1,151 @@
+"""Self-paced pseudo-labels of a few target slices as training goes on, after Fig. 10, and how many are right."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from numpy.typing import NDArray
+
+from mpscl_ray.report.figures.style import RUN_COLOURS, RUN_LINES, class_colours, class_legend, image_grid
+from mpscl_ray.runs.plots import grey_slices, overlay
+from mpscl_ray.train.feature_log import PseudoLabels
+
+COLUMNS = ("nearest prototype", "difference of\ncosines", "selected", "pseudo-label")
+_SIDES = 2
+_LOOKS = 5
+
+
+def refinement(
+    panels: Sequence[PseudoLabels],
+    shown: Mapping[str, NDArray[Any]],
+    iterations: Mapping[int, int],
+    classes: Sequence[str],
+    delta_th: float,
+) -> Figure:
+    """Rows: looks from first to last, above them the slice. Four columns for each of two slices, a line between them.
+
+    Args:
+        panels: looks in order; at least one.
+        shown: the slices (:meth:`FeatureRecord.read_slices`).
+        iterations: global step -> iteration of the adaptation.
+        classes: names, background first.
+        delta_th: threshold on the difference.
+
+    Source: Fig. 10, Liu et al. 2022.
+    """
+    looks = [panels[index] for index in sorted(set(np.linspace(0, len(panels) - 1, _LOOKS).round().astype(int)))]
+    sides = _chosen(panels, shown)
+    highest = max(float(panel.difference.max()) for panel in looks)
+    ratios = ([1.0] * len(COLUMNS) + [0.18]) * len(sides)
+    figure, axes = image_grid(len(looks) + 1, len(ratios) - 1, (1.12, 1.14), ratios[:-1])
+    for place in axes.flat:
+        place.set_facecolor("none")
+    palette = class_colours(len(classes))
+    for side, index in enumerate(sides):
+        first = side * (len(COLUMNS) + 1)
+        grey = grey_slices(shown["image"][[index]])
+        axes[0, first].imshow(grey[0], interpolation="nearest")
+        axes[0, first].set_title(f"slice {shown['slice_index'][index]}")
+        if "label" in shown:
+            axes[0, first + 1].imshow(overlay(grey, shown["label"][[index]])[0], interpolation="nearest")
+            axes[0, first + 1].set_title("ground truth")
+        for row, panel in enumerate(looks, start=1):
+            nearest, selected = panel.nearest[index], panel.selected[index]
+            pseudo = palette[nearest].copy()
+            pseudo[~selected] = 255
+            tiles: list[tuple[NDArray[Any], dict[str, Any]]] = [
+                (palette[nearest], {}),
+                (panel.difference[index], {"cmap": "viridis", "vmin": 0, "vmax": highest}),
+                (selected, {"cmap": "gray", "vmin": 0, "vmax": 1}),
+                (pseudo, {}),
+            ]
+            for column, (tile, options) in enumerate(tiles):
+                place = axes[row, first + column]
+                place.imshow(tile, interpolation="nearest", **options)
+                if row == 1:
+                    place.set_title(COLUMNS[column], fontsize=7)
+                for spine in place.spines.values():
+                    spine.set_visible(True)
+                    spine.set_linewidth(0.4)
+    for row, panel in enumerate(looks, start=1):
+        iteration = iterations.get(panel.global_step)
+        when = f"step {panel.global_step}" if iteration is None else f"iteration\n{iteration}" if iteration else "start"
+        axes[row, 0].set_ylabel(when, fontsize=7)
+    scale = figure.colorbar(
+        ScalarMappable(Normalize(0, highest), "viridis"), ax=list(axes[1:, -1]), fraction=0.09, pad=0.05, aspect=35
+    )
+    scale.set_label("difference of cosines")
+    scale.outline.set_visible(False)
+    if delta_th < highest:
+        scale.ax.axhline(delta_th, color="white", linewidth=1.5)
+    class_legend(figure, classes)
+    if len(sides) > 1:
+        _dotted_line(figure, axes)
+    return figure
+
+
+def selection_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
+    """How many pixels are selected, how many of those are called a structure, and how many of these rightly.
+
+    Args:
+        runs: title -> records of features.jsonl, at least one of each.
+    """
+    figure = Figure(figsize=(8.6, 2.4), layout="constrained")
+    axes = figure.subplots(1, 3, sharex=True)
+    titles = (
+        "pixels selected, share of all",
+        "pseudo-label is a structure,\nshare of selected",
+        "right where pseudo-label is a\nstructure (by labels, for this only)",
+    )
+    for number, (title, records) in enumerate(runs.items()):
+        style: dict[str, Any] = {
+            "color": RUN_COLOURS[number % len(RUN_COLOURS)],
+            "linestyle": RUN_LINES[number % len(RUN_LINES)],
+            "marker": "o",
+            "markersize": 2.5,
+        }
+        shares = [_shares(record) for record in records]
+        for place, values in zip(axes, zip(*shares, strict=True), strict=True):
+            place.plot([record["iteration"] for record in records], values, label=title, **style)
+    for place, title in zip(axes, titles, strict=True):
+        place.set_title(title)
+        place.set_ylim(-0.02, 1.02)
+        place.set_xlabel("iteration of the adaptation")
+        place.grid(alpha=0.25, linewidth=0.5)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)))
+    return figure
+
+
+def _shares(record: Mapping[str, Any]) -> tuple[float, float, float]:
+    nearest, selected = (np.sum(record[name], axis=1) for name in ("nearest", "selected"))
+    share = selected.sum() / max(nearest.sum(), 1)
+    structures = selected[1:].sum() / selected.sum() if selected.sum() else np.nan
+    right = np.nan
+    if "selected_confusion" in record:
+        confusion = np.asarray(record["selected_confusion"])[:, 1:]
+        right = confusion[1:].trace() / confusion.sum() if confusion.sum() else np.nan
+    return float(share), float(structures), float(right)
+
+
+def _chosen(panels: Sequence[PseudoLabels], shown: Mapping[str, NDArray[Any]]) -> list[int]:
+    """The slices that show most: by their labels, else by what the last look calls structures."""
+    maps = shown["label"] if "label" in shown else panels[-1].nearest
+    sizes = np.count_nonzero(maps.reshape(len(maps), -1), axis=1)
+    return sorted(int(index) for index in np.argsort(-sizes, kind="stable")[:_SIDES])
+
+
+def _dotted_line(figure: Figure, axes: NDArray[Any]) -> None:
+    """Between the two slices, once the layout is known."""
+    figure.draw_without_rendering()
+    gap = axes[1, len(COLUMNS)].get_position()
+    top, bottom = axes[0, 0].get_position().y1, axes[-1, 0].get_position().y0
+    middle = (gap.x0 + gap.x1) / 2
+    figure.set_layout_engine("none")
+    figure.add_artist(Line2D([middle, middle], [bottom, top], linestyle=":", color="black", linewidth=1))

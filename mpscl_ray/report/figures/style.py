@@ -1,0 +1,145 @@
+"""What all figures share: fonts, colours of structures and of runs, and files that look alike in every medium."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_pdf import FigureCanvasPdf
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.patches import Patch
+from numpy.typing import NDArray
+
+from mpscl_ray.runs.atomic_files import write_atomically
+from mpscl_ray.runs.palette import colour
+
+DPI = 160
+"""Pixels of a figure per inch, where nothing else is asked for."""
+GREY = "#666666"
+ERROR = "#d40000"
+"""Marks errors; on images alone, where no structure has this red, and always as an outline."""
+
+RUN_COLOURS = ("#1b1b1b", "#8c510a", "#5e3c99", "#1f78b4", "#e7298a", "#7f7f7f", "#33a02c", "#e6ab02")
+"""Lines of runs, which differ in their dashes as well."""
+
+RUN_LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)), (0, (8, 2)), (0, (3, 3)))
+
+_RC = {
+    "font.family": "DejaVu Sans",
+    "font.size": 8,
+    "axes.titlesize": 8.5,
+    "axes.labelsize": 8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.7,
+    "legend.frameon": False,
+    "legend.fontsize": 7.5,
+    "pdf.fonttype": 42,
+    "svg.fonttype": "none",
+}
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure and what is said of it.
+
+    Attributes:
+        name: of its files, without ending.
+        figure: drawn.
+        caption: what is to be seen, in whole sentences.
+        alternative: the same for who cannot see it.
+    """
+
+    name: str
+    figure: Figure
+    caption: str
+    alternative: str
+
+
+@contextmanager
+def house_style() -> Iterator[None]:
+    """Fonts and lines of all figures that are made inside the block."""
+    with matplotlib.rc_context(_RC):  # type: ignore[arg-type]
+        yield
+
+
+def class_colour(index: int) -> str:
+    """Colour of a class as ``#rrggbb``."""
+    return "#{:02x}{:02x}{:02x}".format(*colour(index))
+
+
+def class_colours(number: int) -> NDArray[np.uint8]:
+    """(C, 3) RGB of the first classes."""
+    return np.array([colour(index) for index in range(number)], dtype=np.uint8)
+
+
+def class_legend(figure: Figure, classes: Sequence[str]) -> None:
+    """Names and colours of the structures below a figure."""
+    handles = [Patch(facecolor=class_colour(index), label=name) for index, name in enumerate(classes) if index]
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 8), handlelength=1.2)
+
+
+def bare(axes: Axes) -> None:
+    """Without ticks and frame, for images."""
+    axes.set_xticks([])
+    axes.set_yticks([])
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+
+
+def image_grid(
+    rows: int, columns: int, tile: tuple[float, float], ratios: Sequence[float] | None = None
+) -> tuple[Figure, NDArray[Any]]:
+    """A figure of bare tiles, close together.
+
+    Args:
+        rows: of tiles.
+        columns: of tiles.
+        tile: width and height in inches.
+        ratios: widths of the columns where they are not all 1.
+    """
+    figure = Figure(figsize=(tile[0] * sum(ratios or [1] * columns) + 0.4, tile[1] * rows + 0.7))
+    figure.set_layout_engine(ConstrainedLayoutEngine(w_pad=0.015, h_pad=0.015, wspace=0.015, hspace=0.015))
+    axes: NDArray[Any] = figure.subplots(rows, columns, squeeze=False, width_ratios=ratios)
+    for place in axes.flat:
+        bare(place)
+    return figure, axes
+
+
+def wrapped(title: str) -> str:
+    """A long title in two lines."""
+    if len(title) <= 16 or " " not in title:
+        return title
+    middle = min((at for at, letter in enumerate(title) if letter == " "), key=lambda at: abs(at - len(title) / 2))
+    return f"{title[:middle]}\n{title[middle + 1 :]}"
+
+
+def png(figure: Figure, dpi: float = DPI) -> bytes:
+    """A figure as PNG."""
+    buffer = io.BytesIO()
+    with house_style():
+        FigureCanvasAgg(figure).print_figure(buffer, dpi=dpi, format="png", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def save(picture: Picture, folder: Path, dpi: float = DPI, pdf: bool = True) -> bytes:
+    """Write ``NAME.png`` and, if wanted, ``NAME.pdf``; returns the PNG. Raises StorageError."""
+    image = png(picture.figure, dpi)
+    write_atomically(folder / f"{picture.name}.png", image)
+    if pdf:
+        buffer = io.BytesIO()
+        with house_style():
+            FigureCanvasPdf(picture.figure).print_figure(
+                buffer, dpi=dpi, format="pdf", metadata={"CreationDate": None, "Title": picture.name}
+            )
+        write_atomically(folder / f"{picture.name}.pdf", buffer.getvalue())
+    return image

@@ -1,0 +1,68 @@
+"""The page of a report and its figures: what the report command does."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+
+from mpscl_ray.predict.predictor import choose_device
+from mpscl_ray.report.figures.style import DPI, class_colour
+from mpscl_ray.report.groups import group_runs, look_at_group
+from mpscl_ray.report.html import page
+from mpscl_ray.report.runs import read_runs
+from mpscl_ray.report.sections import overview, sections
+from mpscl_ray.runs.atomic_files import storage_errors, write_atomically
+
+
+def report(
+    runs: Sequence[Path],
+    out: Path | None = None,
+    *,
+    case: str | None = None,
+    device: str | None = None,
+    dpi: float = DPI,
+    pdf: bool = True,
+) -> Path:
+    """Make the page and the figures.
+
+    Args:
+        runs: folders of runs.
+        out: folder for the report; None for ``RUN/report`` of one run, ``report`` beside the first of several.
+        case: volume of the target to show; None for the first labelled test volume.
+        device: where to predict; None takes a GPU where there is one.
+        dpi: pixels of the figures per inch.
+        pdf: whether to write each figure as PDF too, which takes longer than all the rest.
+
+    Returns:
+        The page.
+
+    Raises:
+        ConfigError: no such run or case.
+        DataError: a run or a dataset is damaged.
+        StorageError: the folder cannot be written.
+    """
+    choose_device(device)  # One that is not there is refused before anything is read.
+    found = read_runs(runs)
+    first = Path(runs[0])
+    folder = out or (first / "report" if len(runs) == 1 else first.absolute().parent / "report")
+    with storage_errors(folder):
+        (folder / "figures").mkdir(parents=True, exist_ok=True)
+    groups = group_runs(found)
+    for group in groups:
+        look_at_group(group, case, device, lambda text: print(text, flush=True))
+    print("drawing", flush=True)
+    directions = list(dict.fromkeys(run.direction for run in found))
+    names = ", ".join(f"{run.title} ({run.folder.name}, {run.state})" for run in found)
+    structures = {name: class_colour(index) for group in groups for index, name in enumerate(group.classes) if index}
+    text = page(
+        title=f"Adaptation {' and '.join(directions)}",
+        summary=f"{len(found)} run{'s' * (len(found) > 1)}: {names}.",
+        sections=[overview(groups), *sections(groups, folder / "figures", dpi, pdf)],
+        structures=list(structures.items()),
+        settings=[(run.folder.name, yaml.safe_dump(dict(run.config), sort_keys=False)) for run in found],
+    )
+    file = folder / "index.html"
+    write_atomically(file, text.encode())
+    return file

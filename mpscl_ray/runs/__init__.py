@@ -1,0 +1,1 @@
+"""What a run leaves and needs: its directory, checkpoints, locks, storage, signals and progress."""

@@ -1,0 +1,318 @@
+"""Checkpoints: plain folders of safetensors and JSON, written so that no kill and no full disk can lose one.
+
+A checkpoint is a folder of three files::
+
+    step-0000300/
+        tensors.safetensors   every tensor of the state; any safetensors reader opens it
+        state.json            {"format", "version", "state"}: the nesting, the plain values, the tensors' names
+        SHA256SUMS            of the two others, as ``sha256sum -c`` reads it; written last
+
+It is written aside as ``.step-0000300.partial-<pid>``; each file is synced, the folder is synced, renamed, and the
+folder above is synced. A kill at any moment leaves the checkpoints before it untouched, and at most a leftover whose
+name starts with a dot, which the next :func:`save` removes. One process at a time may save into a folder; any number
+may read.
+
+What a state may hold, and how exactly it comes back, is in :mod:`mpscl_ray.runs.checkpoint_format`. Nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+
+from mpscl_ray.errors import DataError, StorageError
+from mpscl_ray.runs.atomic_files import disk_full, free_bytes, fsync_directory, storage_errors
+from mpscl_ray.runs.checkpoint_format import decode, encode, safetensors_chunks, safetensors_layout
+
+FORMAT = "mpscl_ray checkpoint"
+VERSION = 1
+TENSORS = "tensors.safetensors"
+STATE = "state.json"
+SUMS = "SHA256SUMS"
+
+_NAME = re.compile(r"step-(\d{7,})")
+_LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<kind>partial|replaced|removed)-\d+")
+_CHUNK = 1 << 24
+# Room for the folder itself and the blocks that files are rounded up to.
+_SLACK = 1 << 16
+
+
+class CheckpointDamaged(DataError):
+    """A checkpoint whose files are missing, unreadable or not what SHA256SUMS says."""
+
+
+def checkpoint_name(step: int) -> str:
+    """Name of the checkpoint of a global step: ``step-0000300``."""
+    return f"step-{step:07d}"
+
+
+def save(directory: Path, state: Mapping[str, Any]) -> Path:
+    """Write a state as the checkpoint ``directory``, replacing one of that name only when the new one is complete.
+
+    Args:
+        directory: Folder to make, such as ``RUN/checkpoints/step-0000300``.
+        state: What to keep; see :mod:`mpscl_ray.runs.checkpoint_format` for what it may hold.
+
+    Returns:
+        ``directory``.
+
+    Raises:
+        StorageError: No space (with the bytes needed and free), no permission, or a file in the way. Checkpoints
+            that were there are intact, and nothing half-written is left.
+        TypeError: The state holds something that cannot be kept exactly.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    encoded = encode(state, (), tensors)
+    document = json.dumps({"format": FORMAT, "version": VERSION, "state": encoded}, allow_nan=False).encode("ascii")
+    header, ordered = safetensors_layout(tensors)
+    needed = len(header) + sum(tensor.nbytes for tensor in ordered) + len(document) + _SLACK
+
+    parent = directory.parent
+    partial = parent / f".{directory.name}.partial-{os.getpid()}"
+    with storage_errors(directory, needed):
+        parent.mkdir(parents=True, exist_ok=True)
+        if directory.exists() and not directory.is_dir():
+            raise StorageError(f"cannot write the checkpoint {directory}: a file of that name is in the way; move it")
+        _recover(parent)
+        _clean(parent)
+        free = free_bytes(parent)
+        if free is not None and free < needed:
+            raise disk_full(directory, needed, free)
+        try:
+            partial.mkdir()
+            sums = [
+                (STATE, _write(partial / STATE, [memoryview(document)])),
+                (TENSORS, _write(partial / TENSORS, safetensors_chunks(header, ordered))),
+            ]
+            _write(partial / SUMS, [memoryview(_sums_text(sums))])
+            fsync_directory(partial)
+            _publish(partial, directory)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            _recover(parent)
+            raise
+    return directory
+
+
+def load(directory: Path) -> dict[str, Any]:
+    """Read a checkpoint back, after its hashes have been verified.
+
+    Raises:
+        CheckpointDamaged: Names the file, and the hash found and expected.
+        DataError: Intact, but not a checkpoint that this version understands.
+    """
+    _recover(directory.parent, directory.name)
+    contents = {name: _read(directory, name) for name in (STATE, TENSORS)}
+    _compare_sums(directory, [(name, hashlib.sha256(data).hexdigest()) for name, data in contents.items()])
+    document = _document(directory, contents[STATE])
+    state = decode(document["state"], safetensors.torch.load(contents[TENSORS]))
+    assert isinstance(state, dict)
+    return state
+
+
+def verify(directory: Path) -> None:
+    """Check the hashes of a checkpoint without loading it. Raises as :func:`load` does."""
+    document = _read(directory, STATE)
+    hashes = [(STATE, hashlib.sha256(document).hexdigest()), (TENSORS, _hash(directory, TENSORS))]
+    _compare_sums(directory, hashes)
+    _document(directory, document)
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints ``step-NNNNNNN`` in a folder, oldest step first, damaged ones included; [] without a folder."""
+    try:
+        entries = [entry for entry in folder.iterdir() if _NAME.fullmatch(entry.name) and entry.is_dir()]
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise StorageError(f"cannot read the folder of checkpoints {folder}: {error.strerror}") from error
+    return sorted(entries, key=step_of)
+
+
+def step_of(directory: Path) -> int:
+    """Global step in a checkpoint's name."""
+    match = _NAME.fullmatch(directory.name)
+    if match is None:
+        raise ValueError(f"{directory.name} is not the name of a checkpoint, such as {checkpoint_name(300)}")
+    return int(match.group(1))
+
+
+def latest(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint whose hashes verify.
+
+    Returns:
+        The checkpoint, or None where there is none, and a sentence for each newer one that is damaged and was skipped.
+
+    Raises:
+        DataError: The newest intact checkpoint is of another format or version: going on from an older one would
+            throw good work away.
+    """
+    if folder.is_dir():
+        _recover(folder)
+    notices: list[str] = []
+    for directory in reversed(list_checkpoints(folder)):
+        try:
+            verify(directory)
+        except CheckpointDamaged as damage:
+            notices.append(f"skipped: {damage}")
+        else:
+            return directory, notices
+    return None, notices
+
+
+def prune(folder: Path, keep: int, protect: Collection[Path] = ()) -> list[Path]:
+    """Remove all but the newest ``keep`` checkpoints and the protected ones.
+
+    The newest checkpoint that verifies is never removed, even where newer, damaged ones fill the quota.
+
+    Returns:
+        What was removed, oldest first.
+    """
+    if keep < 1:
+        raise ValueError(f"keep must be at least 1, got {keep}")
+    directories = list_checkpoints(folder)
+    protected = {path.resolve() for path in protect} | {path.resolve() for path in directories[-keep:]}
+    doomed = [path for path in directories if path.resolve() not in protected]
+    if not doomed:
+        return []
+    newest_valid, _ = latest(folder)
+    removed = [path for path in doomed if path != newest_valid]
+    for path in removed:
+        # Renamed first: a kill half-way through the removal must not leave a checkpoint that looks damaged.
+        aside = path.with_name(f".{path.name}.removed-{os.getpid()}")
+        with storage_errors(path):
+            shutil.rmtree(aside, ignore_errors=True)
+            os.rename(path, aside)
+            shutil.rmtree(aside, ignore_errors=True)
+    return removed
+
+
+def _write(path: Path, chunks: Sequence[memoryview] | Iterator[memoryview]) -> str:
+    """Write a new file, sync it, and return the SHA-256 of what was meant to be in it."""
+    digest = hashlib.sha256()
+    with open(path, "xb", buffering=0) as file:
+        for chunk in chunks:
+            for start in range(0, len(chunk), _CHUNK):
+                piece = chunk[start : start + _CHUNK]
+                digest.update(piece)
+                while piece:
+                    piece = piece[file.write(piece) :]
+        os.fsync(file.fileno())
+    return digest.hexdigest()
+
+
+def _sums_text(hashes: Sequence[tuple[str, str]]) -> bytes:
+    return "".join(f"{digest}  {name}\n" for name, digest in hashes).encode("ascii")
+
+
+def _publish(partial: Path, directory: Path) -> None:
+    """Give a complete checkpoint its name. Folders cannot replace each other, so an old one steps aside first."""
+    aside = directory.with_name(f".{directory.name}.replaced-{os.getpid()}")
+    for attempt in range(3):
+        if directory.exists():
+            os.rename(directory, aside)
+        try:
+            os.rename(partial, directory)
+        except OSError:
+            # A reader that looked between the two renames has put the old one back (_recover).
+            if attempt == 2 or not directory.exists():
+                raise
+        else:
+            break
+    fsync_directory(directory.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _leftovers(parent: Path) -> Iterator[tuple[Path, str, Path]]:
+    """(leftover, kind, the checkpoint it belongs to) for what interrupted saves and removals have left."""
+    for entry in list(parent.iterdir()):
+        match = _LEFTOVER.fullmatch(entry.name)
+        if match and entry.is_dir():
+            yield entry, match["kind"], parent / match["name"]
+
+
+def _recover(parent: Path, name: str | None = None) -> None:
+    """Give back its name to a checkpoint whose replacement was interrupted between two renames."""
+    try:
+        for entry, kind, target in _leftovers(parent):
+            if kind == "replaced" and not target.exists() and name in (None, target.name):
+                os.rename(entry, target)
+    except OSError:
+        # A reader without write permission, or another process was faster. Reading then says what is missing.
+        return
+
+
+def _clean(parent: Path) -> None:
+    for entry, kind, target in _leftovers(parent):
+        if kind != "replaced" or target.exists():
+            shutil.rmtree(entry, ignore_errors=True)
+
+
+def _damaged(directory: Path, what: str) -> CheckpointDamaged:
+    return CheckpointDamaged(
+        f"checkpoint {directory} is damaged: {what}; use an earlier checkpoint, or copy this one again"
+    )
+
+
+def _unreadable(directory: Path, name: str, error: OSError) -> DataError | StorageError:
+    if isinstance(error, PermissionError):
+        return StorageError(f"cannot read {directory / name}: {error.strerror}")
+    if isinstance(error, FileNotFoundError):
+        return _damaged(directory, f"{name} is missing")
+    if isinstance(error, NotADirectoryError):
+        return DataError(f"{directory} is a file, expected the folder of a checkpoint, such as {checkpoint_name(300)}")
+    return _damaged(directory, f"{name} cannot be read ({error.strerror})")
+
+
+def _read(directory: Path, name: str) -> bytes:
+    try:
+        return (directory / name).read_bytes()
+    except OSError as error:
+        raise _unreadable(directory, name, error) from error
+
+
+def _hash(directory: Path, name: str) -> str:
+    try:
+        with open(directory / name, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise _unreadable(directory, name, error) from error
+
+
+def _compare_sums(directory: Path, hashes: Sequence[tuple[str, str]]) -> None:
+    """Compare SHA256SUMS, byte for byte, with what it must say of the files as they are."""
+    text = _read(directory, SUMS)
+    if text == _sums_text(hashes):
+        return
+    for name, found in hashes:
+        match = re.search(rf"^([0-9a-f]{{64}})  {re.escape(name)}$", text.decode("ascii", "replace"), re.MULTILINE)
+        if match is None:
+            raise _damaged(directory, f"{SUMS} has no readable line for {name}")
+        if match.group(1) != found:
+            raise _damaged(directory, f"{name} has the SHA-256 {found}, {SUMS} says {match.group(1)}")
+    raise _damaged(directory, f"{SUMS} has lines that do not belong there")
+
+
+def _document(directory: Path, data: bytes) -> dict[str, Any]:
+    """Parse a verified state.json and refuse what is not ours."""
+    try:
+        document = json.loads(data)
+    except ValueError:
+        document = None
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        raise DataError(f'{directory} is not a checkpoint of mpscl_ray: {STATE} lacks "format": "{FORMAT}"')
+    if document.get("version") != VERSION:
+        raise DataError(
+            f"checkpoint {directory} has version {document.get('version')!r}, this mpscl_ray reads version {VERSION}; "
+            f"use the mpscl_ray that wrote it"
+        )
+    return document

@@ -1,0 +1,53 @@
+"""Runs that share their beginning: a new run that goes on from the end of a phase of another one."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from mpscl_ray.errors import ConfigError
+from mpscl_ray.runs import checkpoint
+from mpscl_ray.runs.run_directory import RunFolder
+
+
+def fork(run: RunFolder, parent: RunFolder, phase: str) -> Path:
+    """Make a new run begin where a phase of ``parent`` ended, as if it had trained up to there itself.
+
+    The new run goes on from there when it is trained: weights, random state and position in the data are those of the
+    parent, so that it ends as a run that trained all phases would, provided the settings of the phases up to the fork
+    are the same. Earlier phases' ends come along for the table of results. A run that has checkpoints already is left
+    as it is: it was forked before.
+
+    Args:
+        run: the new run; its folder is made.
+        parent: the run that has finished the phase.
+        phase: name of the phase, such as ``warm_up``.
+
+    Returns:
+        The checkpoint that the new run begins with.
+
+    Raises:
+        ConfigError: the parent has not finished that phase; names those it has.
+        DataError: the parent's checkpoint is damaged.
+        StorageError: the new folder cannot be written.
+    """
+    run.create()
+    existing = run.steps()
+    if existing:
+        return run.fetched(run.checkpoints / existing[0])
+    finished = parent.finished_phases()
+    if phase not in finished:
+        raise ConfigError(
+            f"the run {parent.place} has no end of the phase {phase} to begin from; it has finished "
+            f"{', '.join(finished) or 'no phase yet'}: train it first, or name one of these"
+        )
+    state = checkpoint.load(parent.fetched(parent.phases / phase))
+    for earlier in finished:
+        before = checkpoint.load(parent.fetched(parent.phases / earlier)) if earlier != phase else state
+        if before["position"]["phase"] <= state["position"]["phase"]:
+            shutil.rmtree(run.phases / earlier, ignore_errors=True)
+            run.publish(checkpoint.save(run.phases / earlier, before))
+    # Last, because it is what tells that the fork is complete.
+    first = checkpoint.save(run.checkpoints / checkpoint.checkpoint_name(state["position"]["step"]), state)
+    run.publish(first)
+    return first

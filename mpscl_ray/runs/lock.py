@@ -1,0 +1,123 @@
+"""Locks of a run's folder: one command at a time, and one worker 0. The system frees those of a process that ends."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from mpscl_ray.errors import ClusterError, ConfigError, StorageError
+from mpscl_ray.runs.atomic_files import storage_errors
+from mpscl_ray.runs.environment import now
+
+_NO_FLOCK = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)
+_FORMER_WORKER_S = 60.0
+"""So long may a worker take to end after the command that started it was killed."""
+
+
+@contextmanager
+def hold_run(folder: Path) -> Iterator[None]:
+    """Hold a run's folder for this command.
+
+    Raises:
+        ConfigError: another process of this host holds it; names its pid.
+        StorageError: the lock file cannot be written.
+    """
+    file = folder / ".lock"
+    with storage_errors(file):
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        _take(folder, descriptor)
+        with storage_errors(file):
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"{os.getpid()} {platform.node()} {now()}\n".encode(), 0)
+        try:
+            yield
+        finally:
+            os.ftruncate(descriptor, 0)
+    finally:
+        os.close(descriptor)
+
+
+def _take(folder: Path, descriptor: int) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return
+    except OSError as error:
+        if error.errno not in (errno.EWOULDBLOCK, errno.EACCES, *_NO_FLOCK):
+            raise StorageError(f"cannot lock {folder / '.lock'}: {error.strerror}") from error
+        supported = error.errno not in _NO_FLOCK
+    pid, host, since = [*os.pread(descriptor, 1000, 0).decode("utf-8", "replace").split(), "?", "?", "?"][:3]
+    # Without flock (some network file systems) the pid in the file is all there is to go by.
+    if not supported and (host != platform.node() or not alive(pid)):
+        return
+    raise ConfigError(
+        f"the run {folder.name} is in use by process {pid} on {host} since {since} ({folder}); wait for it, "
+        f'stop it with "kill {pid}", or give this one another run.name'
+    )
+
+
+def holder(folder: Path) -> int | None:
+    """Pid of the process that holds a run's folder now; None when nobody does."""
+    try:
+        descriptor = os.open(folder / ".lock", os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        pid = os.pread(descriptor, 1000, 0).decode("utf-8", "replace").split(" ")[0]
+        return int(pid) if pid.isdigit() and alive(pid) else None
+    else:
+        return None
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def hold_training(folder: Path) -> Iterator[None]:
+    """Hold the right to write what worker 0 writes.
+
+    A command that is killed gives its run free at once, but on a cluster its workers live on for some seconds.
+
+    Raises:
+        ClusterError: another worker goes on holding it.
+    """
+    with (folder / ".worker-lock").open("a+", encoding="utf-8") as file:
+        deadline = time.monotonic() + _FORMER_WORKER_S
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    file.seek(0)
+                    raise ClusterError(
+                        f"a worker of an earlier start ({file.read().strip()}) still trains the run {folder}; end "
+                        "it, or wait until the cluster has, and give the same command again"
+                    ) from None
+                time.sleep(0.5)
+            except OSError:
+                break  # Some network file systems have no locks.
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {os.uname().nodename}")
+        file.flush()
+        yield
+
+
+def alive(pid: str) -> bool:
+    """Whether a process of this host runs."""
+    if not pid.isdigit():
+        return False
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

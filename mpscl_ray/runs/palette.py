@@ -1,0 +1,22 @@
+"""The colour of each class, the same in every picture and viewer."""
+
+from __future__ import annotations
+
+COLOURS: tuple[tuple[int, int, int], ...] = (
+    (0, 0, 0),
+    (230, 159, 0),
+    (86, 180, 233),
+    (0, 158, 115),
+    (204, 121, 167),
+    (0, 114, 178),
+    (213, 94, 0),
+    (240, 228, 66),
+)
+"""RGB of each class index, background first: the palette of Okabe and Ito, told apart with any colour vision.
+
+Further classes begin again after the background."""
+
+
+def colour(index: int) -> tuple[int, int, int]:
+    """RGB of a class index."""
+    return COLOURS[index] if index < len(COLOURS) else COLOURS[1 + (index - 1) % (len(COLOURS) - 1)]

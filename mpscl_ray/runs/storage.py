@@ -1,0 +1,325 @@
+"""Folders by URL: objects of an S3-compatible storage, read and written through pyarrow.
+
+A place is a local path or ``s3://bucket/folder``; :func:`locate` tells which. The server is the one that
+``?endpoint_override=host:port`` or ``AWS_ENDPOINT_URL`` names, else AWS. Credentials come from where AWS tools look for
+them (``AWS_ACCESS_KEY_ID`` and ``AWS_SECRET_ACCESS_KEY``, a profile, the role of the machine), on every node, and never
+from the URL, because URLs are kept in the files of a run.
+
+pyarrow is imported where a server is asked, as each command and preset only wants to know whether a place is a URL.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Literal
+from urllib.parse import parse_qsl, urlsplit
+
+from mpscl_ray.errors import ConfigError, DataError, StorageError
+from mpscl_ray.runs.atomic_files import storage_errors
+
+if TYPE_CHECKING:
+    from pyarrow import NativeFile, fs
+
+_OPTIONS = ("endpoint_override", "region", "scheme")
+_CHUNK = 1 << 23
+_CONNECT_S = 5.0
+_SILENCE_S = 20.0
+"""So long may a server be silent in the middle of a request."""
+_ATTEMPTS = 2
+
+_REFUSALS = ("ACCESS_DENIED", "INVALID_ACCESS_KEY_ID", "SIGNATURE_DOES_NOT_MATCH", "EXPIRED_TOKEN", "INVALID_CLIENT")
+
+
+def is_url(place: object) -> bool:
+    """Whether a place is given by URL (also one that :class:`pathlib.Path` has taken a slash from)."""
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(place)) is not None
+
+
+def locate(place: str | Path | Remote) -> Path | Remote:
+    """A place as a path or a remote folder.
+
+    Raises:
+        ConfigError: a URL that cannot be used.
+    """
+    if isinstance(place, Remote):
+        return place
+    return Remote.parse(str(place)) if is_url(place) else Path(place)
+
+
+def child(place: str | Path | Remote, *names: str) -> Path | Remote:
+    """A folder or file below a place."""
+    found = locate(place)
+    for name in names:
+        found = found / name
+    return found
+
+
+@dataclass(frozen=True)
+class Remote:
+    """A folder or an object of a bucket. Making one touches nothing; each method asks the server.
+
+    All methods raise StorageError, with the URL and what to do, where the server refuses or does not answer.
+    """
+
+    key: str
+    """``bucket/folder/name``"""
+    query: str = ""
+    """Options behind the question mark."""
+
+    @classmethod
+    def parse(cls, url: str) -> Remote:
+        """From a URL; raises ConfigError, without what may be a secret in it, where it cannot be used."""
+        parts = urlsplit(re.sub(r"^s3:/(?!/)", "s3://", url))
+        if parts.scheme != "s3":
+            raise ConfigError(
+                f"{parts.scheme}:// is not a storage that can be used directly, expected s3://BUCKET/FOLDER or a "
+                "folder on a file system that all nodes share; mount it there"
+            )
+        given = parse_qsl(parts.query, keep_blank_values=True)
+        unknown = sorted({name for name, _ in given} - set(_OPTIONS))
+        if "@" in parts.netloc or unknown:
+            what = f"the option {unknown[0]}" if unknown else "a key in front of the bucket"
+            raise ConfigError(
+                f"a URL of a bucket has {what}, expected s3://BUCKET/FOLDER with at most the options "
+                f"{', '.join(_OPTIONS)}; give credentials in AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+            )
+        if not parts.netloc:
+            raise ConfigError(f"{url} names no bucket, expected s3://BUCKET/FOLDER")
+        names = [parts.netloc, *(name for name in parts.path.split("/") if name)]
+        return cls("/".join(names), parts.query)
+
+    def __str__(self) -> str:
+        """The URL."""
+        return f"s3://{self.key}" + (f"?{self.query}" if self.query else "")
+
+    def __truediv__(self, name: str | Path) -> Remote:
+        """The folder or object below this one."""
+        return replace(self, key=f"{self.key}/{name}")
+
+    @property
+    def name(self) -> str:
+        """The last part."""
+        return self.key.rpartition("/")[2]
+
+    @property
+    def parent(self) -> Remote:
+        """The folder around this one."""
+        return replace(self, key=self.key.rpartition("/")[0])
+
+    @property
+    def server(self) -> str:
+        """Who is asked, for messages."""
+        return _endpoint(self.query) or "AWS"
+
+    def read_bytes(self) -> bytes:
+        """Contents of the object. Raises FileNotFoundError where there is none."""
+        with self._errors("read"), self._fs.open_input_file(self.key) as stream:
+            return bytes(stream.read())
+
+    def write_bytes(self, data: bytes) -> None:
+        """Make or replace the object."""
+        with self._errors("write"), self._writing() as stream:
+            stream.write(data)
+
+    def download(self, target: Path) -> None:
+        """Copy the object into a file, which appears when it is whole. Raises FileNotFoundError where there is none."""
+        aside = target.with_name(f".{target.name}.partial-{os.getpid()}")
+        with storage_errors(target.parent):
+            target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with storage_errors(target):
+                file = aside.open("wb")
+            with file, self._errors("read"), self._fs.open_input_file(self.key) as stream:
+                while data := stream.read(_CHUNK):
+                    with storage_errors(target):
+                        file.write(data)
+                        file.flush()
+            os.replace(aside, target)
+        finally:
+            aside.unlink(missing_ok=True)
+
+    def upload(self, source: IO[bytes]) -> None:
+        """Make or replace the object with the rest of an open file."""
+        with self._errors("write"), self._writing() as stream:
+            while data := source.read(_CHUNK):
+                stream.write(data)
+
+    def delete(self) -> None:
+        """Remove the object, if there is one."""
+        try:
+            with self._errors("delete"):
+                self._fs.delete_file(self.key)
+        except FileNotFoundError:
+            return
+
+    def delete_folder(self) -> None:
+        """Remove all objects below, if there are any."""
+        try:
+            with self._errors("delete"):
+                self._fs.delete_dir(self.key)
+        except FileNotFoundError:
+            return
+
+    def stamp(self) -> tuple[int, int] | None:
+        """Size and time of the object, which differ when it was replaced; None where there is none."""
+        info = self._look()
+        return (info.size, info.mtime_ns) if info.is_file else None
+
+    def exists(self) -> bool:
+        """Whether there is such an object or folder."""
+        from pyarrow import fs
+
+        return bool(self._look().type != fs.FileType.NotFound)
+
+    def require_bucket(self) -> None:
+        """Raises StorageError where there is no such bucket, which looks like an empty folder otherwise."""
+        bucket = replace(self, key=self.key.partition("/")[0])
+        if not bucket.exists():
+            raise StorageError(f"cannot read {self}: {self._reason('NO_SUCH_BUCKET', 'read')}")
+
+    def files(self) -> list[str]:
+        """Names, relative to this folder, of all objects below it."""
+        return self._list("File", recursive=True)
+
+    def folders(self) -> list[str]:
+        """Names of the folders directly below this one."""
+        return self._list("Directory", recursive=False)
+
+    def _list(self, kind: Literal["File", "Directory"], recursive: bool) -> list[str]:
+        from pyarrow import fs
+
+        with self._errors("list"):
+            found = self._fs.get_file_info(fs.FileSelector(self.key, recursive=recursive, allow_not_found=True))
+        return sorted(info.path.removeprefix(f"{self.key}/") for info in found if info.type == fs.FileType[kind])
+
+    def _look(self) -> fs.FileInfo:
+        with self._errors("read"):
+            (info,) = self._fs.get_file_info([self.key])
+        return info
+
+    def _writing(self) -> NativeFile:
+        # Without this a name that ends in .gz has its contents compressed, which they are already.
+        return self._fs.open_output_stream(self.key, compression=None)
+
+    @property
+    def _fs(self) -> fs.S3FileSystem:
+        return _filesystem(self.query, _endpoint(self.query))
+
+    @contextmanager
+    def _errors(self, action: Literal["read", "write", "delete", "list"]) -> Iterator[None]:
+        from pyarrow import ArrowException
+
+        try:
+            yield
+        except FileNotFoundError:
+            raise
+        except (OSError, ArrowException) as error:
+            raise StorageError(f"cannot {action} {self}: {self._reason(str(error), action)}") from error
+
+    def _reason(self, message: str, action: str) -> str:
+        bucket = self.key.partition("/")[0]
+        if "NO_SUCH_BUCKET" in message:
+            return f"there is no bucket {bucket} at {self.server}; make it, or correct the URL"
+        if any(code in message for code in _REFUSALS):
+            code = next(code for code in _REFUSALS if code in message)
+            return (
+                f"{self.server} refuses ({code}); give credentials that may {action} in the bucket {bucket} in "
+                "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile, on every node"
+            )
+        if "NETWORK_CONNECTION" in message or "curlCode" in message:
+            return (
+                f"no answer from {self.server}; check that it runs and that endpoint_override in the URL or "
+                "AWS_ENDPOINT_URL names it, then give the same command again"
+            )
+        code_found = re.search(r"AWS Error (\w+)", message)
+        detail = code_found.group(1) if code_found else " ".join(message.split())[:200]
+        return f"{self.server} answers {detail}; check the URL and the server, then give the same command again"
+
+
+def cache_folder() -> Path:
+    """Folder of this node for copies of what lies in buckets: ``MPSCL_RAY_CACHE``, else ``~/.cache/mpscl_ray``."""
+    given = os.environ.get("MPSCL_RAY_CACHE")
+    folder = Path(given or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mpscl_ray")
+    with storage_errors(folder):
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # images of patients may come to lie there
+    return folder
+
+
+@contextmanager
+def written_to(place: Path | Remote) -> Iterator[Path]:
+    """A folder to write in: the place itself, made if need be, or one of this node whose files are put into the bucket,
+    in the order in which they were written, when the block ends well.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    if isinstance(place, Path):
+        with storage_errors(place):
+            place.mkdir(parents=True, exist_ok=True)
+        yield place
+        return
+    with tempfile.TemporaryDirectory(prefix=f"{place.name}-", dir=cache_folder()) as temporary:
+        yield Path(temporary)
+        files = [path for path in sorted(Path(temporary).rglob("*")) if path.is_file()]
+        for file in sorted(files, key=lambda path: path.stat().st_mtime_ns):
+            with file.open("rb") as stream:
+                (place / file.relative_to(temporary)).upload(stream)
+
+
+def cached_file(remote: Remote, sha256: str, size: int) -> Path:
+    """A local copy of an immutable object, fetched once on each node and checked against its hash.
+
+    Raises:
+        FileNotFoundError: there is no such object.
+        DataError: its contents are not those of the hash.
+    """
+    path = cache_folder() / "cases" / sha256[:2] / f"{sha256}{Path(remote.name).suffix}"
+    if path.is_file() and path.stat().st_size == size:
+        return path
+    fetched = path.with_name(f"{path.name}.fetched-{os.getpid()}")
+    try:
+        remote.download(fetched)
+        with fetched.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != sha256:
+            raise DataError(
+                f"{remote}: damaged or replaced: its SHA-256 is not the manifest's; prepare the dataset again"
+            )
+        os.replace(fetched, path)
+    finally:
+        fetched.unlink(missing_ok=True)
+    return path
+
+
+def _endpoint(query: str) -> str:
+    options = dict(parse_qsl(query))
+    return (
+        options.get("endpoint_override")
+        or os.environ.get("AWS_ENDPOINT_URL_S3")
+        or os.environ.get("AWS_ENDPOINT_URL")
+        or ""
+    )
+
+
+@lru_cache(maxsize=8)
+def _filesystem(query: str, endpoint: str) -> fs.S3FileSystem:
+    from pyarrow import fs
+
+    options = dict(parse_qsl(query))
+    scheme, separator, host = endpoint.rpartition("://")
+    return fs.S3FileSystem(
+        endpoint_override=host or None,
+        scheme=options.get("scheme") or (scheme if separator else "https"),
+        region=options.get("region") or os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION"),
+        connect_timeout=_CONNECT_S,
+        request_timeout=_SILENCE_S,
+        retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=_ATTEMPTS),
+    )

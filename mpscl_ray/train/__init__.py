@@ -1,0 +1,1 @@
+"""One training: its loop, its data, its phases, and the train command."""

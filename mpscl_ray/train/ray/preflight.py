@@ -1,0 +1,136 @@
+"""Whether every node of the cluster sees what a run needs, found out before the first step.
+
+A worker, or a task that reads slices, may come to any node. So each node, at the same time, reads a word that the
+command has left where the run is, writes, reads and deletes a file of its own there, and reads the manifests of both
+datasets.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from mpscl_ray.data.dataset import load_manifest
+from mpscl_ray.errors import ClusterError, ConfigError, DataError, MpsclError, StorageError
+from mpscl_ray.runs.atomic_files import storage_errors
+from mpscl_ray.runs.storage import Remote, locate
+
+WORD = ".preflight"
+"""Name of the file, in the folder of runs, that tells whether a node sees the same folder as the command."""
+
+PATIENCE_S = 120.0
+"""So long may a node take to answer; starting a process there is most of it."""
+
+_NAMED = 5
+"""Most nodes that an error names."""
+
+_KINDS: dict[int, type[MpsclError]] = {kind.exit_code: kind for kind in (ConfigError, DataError, StorageError)}
+
+
+@dataclass(frozen=True)
+class _Needs:
+    """What a node has to see."""
+
+    runs: str
+    """Address of the folder of the run."""
+    word: str
+    datasets: dict[str, str]
+    """Fingerprint of each dataset by its address."""
+
+
+def check_nodes(run: str, datasets: dict[str, str]) -> None:
+    """Let every node try what a worker will do.
+
+    Args:
+        run: address of the run's folder, which is there already.
+        datasets: fingerprints of the datasets by their addresses.
+
+    Raises:
+        StorageError: naming every node, by its address, that does not see the folder of the run or cannot write there.
+        DataError: naming every node that does not see a dataset.
+        ClusterError: a node does not answer.
+    """
+    needs = _Needs(run, secrets.token_hex(8), datasets)
+    word = locate(run) / f"{WORD}-{needs.word}"
+    _write(word, needs.word.encode())
+    try:
+        failures = _ask_all(needs)
+    finally:
+        word.delete() if isinstance(word, Remote) else word.unlink(missing_ok=True)
+    if failures:
+        kind = _KINDS.get(failures[0][1], ClusterError)
+        named = "; ".join(f"node {node}: {reason}" for node, _, reason in failures[:_NAMED])
+        raise kind(named + (f"; and {len(failures) - _NAMED} nodes more" if len(failures) > _NAMED else ""))
+
+
+def _ask_all(needs: _Needs) -> list[tuple[str, int, str]]:
+    """(address of the node, exit code, what is wrong there) of each node on which something is."""
+    listed: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    nodes = {node["NodeID"]: node["NodeManagerAddress"] for node in listed if node["Alive"]}
+    task = ray.remote(num_cpus=0, max_retries=1)(_try_here)
+    answers = {
+        task.options(label_selector={"ray.io/node-id": node}).remote(needs): name for node, name in nodes.items()
+    }
+    ready, late = ray.wait(list(answers), num_returns=len(answers), timeout=PATIENCE_S)
+    failures = [
+        (answers[answer], ClusterError.exit_code, f"no answer within {PATIENCE_S:g} s; look whether it is overloaded")
+        for answer in late
+    ]
+    for answer in ready:
+        try:
+            failure = ray.get(answer)
+        except ray.exceptions.RayError as error:
+            failure = (ClusterError.exit_code, " ".join(str(error).split())[:300])
+        if failure is not None:
+            failures.append((answers[answer], *failure))
+    return failures
+
+
+def _try_here(needs: _Needs) -> tuple[int, str] | None:
+    """Exit code and sentence on what this node cannot do."""
+    folder = locate(needs.runs)
+    try:
+        try:
+            shared = (folder / f"{WORD}-{needs.word}").read_bytes() == needs.word.encode()
+        except FileNotFoundError:
+            shared = False
+        except OSError as error:
+            raise StorageError(f"cannot read {folder}: {error.strerror}") from error
+        if not shared:
+            raise StorageError(
+                f"{folder} is another folder there than where the command runs, or none; mount one that all nodes "
+                "share and name it in run.storage, or use a bucket"
+            )
+        _try_file(folder / f"{WORD}-{needs.word}-{os.uname().nodename}-{os.getpid()}")
+        for dataset, fingerprint in needs.datasets.items():
+            if load_manifest(dataset).fingerprint != fingerprint:
+                raise DataError(f"{dataset} is another dataset there than where the command runs; use a shared one")
+    except MpsclError as error:
+        return error.exit_code, str(error)
+    return None
+
+
+def _try_file(file: Path | Remote) -> None:
+    """Write, read and delete it."""
+    _write(file, b"written")
+    try:
+        if file.read_bytes() != b"written":
+            raise StorageError(f"{file} does not read as it was written; check the storage")
+    except FileNotFoundError:
+        raise StorageError(f"{file} was written and is not there; check the storage") from None
+    finally:
+        with storage_errors(Path(str(file))):
+            file.delete() if isinstance(file, Remote) else file.unlink(missing_ok=True)
+
+
+def _write(file: Path | Remote, data: bytes) -> None:
+    if isinstance(file, Remote):
+        file.write_bytes(data)
+    else:
+        with storage_errors(file):
+            file.write_bytes(data)

@@ -1,0 +1,131 @@
+"""The slices that a run reads, as streams of batches and as what a method looks at before its phase."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mpscl_ray.config import Config, reads_target
+from mpscl_ray.data import SOURCE_DOMAIN, TARGET_DOMAIN
+from mpscl_ray.data.loader import Slices, SliceStream
+from mpscl_ray.data.sampler import share
+from mpscl_ray.data.subset import ChosenSlices
+from mpscl_ray.methods.base import Method, TrainingSlices
+
+EASY, HARD = "easy", "hard"
+"""Names of the streams of a target that a method has sorted."""
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """The slices that one run reads.
+
+    Attributes:
+        classes: names, background first.
+        labelled: slices with labels that train the segmenter.
+        unlabelled: slices of the target, opened without labels; None for plain segmentation.
+        validation: slices by domain, with labels where there are any. Never trained on.
+    """
+
+    classes: tuple[str, ...]
+    labelled: Slices
+    unlabelled: Slices | None
+    validation: Mapping[str, Slices]
+
+
+def open_streams(
+    config: Config,
+    data: TrainingData,
+    method: Method,
+    phase: str,
+    start_step: int,
+    device: torch.device,
+    rank: int,
+    world_size: int,
+) -> tuple[SliceStream, SliceStream | None]:
+    """This worker's streams of what takes the places of source and target in the batches of a phase.
+
+    Args:
+        config: of the run.
+        data: its slices.
+        method: trains the phase; where it has sorted the target, both streams are of the target.
+        phase: its name.
+        start_step: global step of the first batch.
+        device: where the batches go.
+        rank: number of this worker.
+        world_size: number of workers.
+    """
+
+    def stream(name: str, slices: Slices | None) -> SliceStream:
+        assert slices is not None
+        augmentation = config.data.augmentation
+        if name != SOURCE_DOMAIN:
+            # Intensities are remapped in the labelled domain only: the target has to keep the look it is adapted to.
+            augmentation = dataclasses.replace(augmentation, intensity_mapping=0.0)
+        return SliceStream(
+            slices,
+            seed=config.run.seed,
+            domain=name,
+            global_batch=config.data.batch_size,
+            rank=rank,
+            world_size=world_size,
+            augment=augmentation,
+            start_step=start_step,
+            device=device,
+        )
+
+    if method.split is not None:
+        split = method.split
+        assert data.unlabelled is not None
+        easy = ChosenSlices(data.unlabelled, split.easy.numpy(), split.pseudo_labels.numpy())
+        return stream(EASY, easy), stream(HARD, ChosenSlices(data.unlabelled, split.hard.numpy()))
+    source = stream(SOURCE_DOMAIN, data.labelled)
+    return source, stream(TARGET_DOMAIN, data.unlabelled) if reads_target(phase) else None
+
+
+def training_slices(
+    config: Config,
+    data: TrainingData,
+    device: torch.device,
+    start_weights: Callable[[], dict[str, Tensor]],
+    rank: int,
+    world_size: int,
+) -> TrainingSlices:
+    """This worker's share of all training slices, un-augmented, as a method may look at them before its phase."""
+    unlabelled, batch_size = data.unlabelled, config.data.batch_size
+    assert unlabelled is not None
+
+    def batches(slices: Slices) -> Iterator[dict[str, Tensor]]:
+        for batch in slices.shard(rank, world_size, batch_size):
+            yield {name: tensor.to(device) for name, tensor in batch.items()}
+
+    def in_step() -> Iterator[Tensor]:
+        with SliceStream(
+            data.labelled,
+            seed=config.run.seed,
+            domain=SOURCE_DOMAIN,
+            global_batch=batch_size,
+            rank=rank,
+            world_size=world_size,
+            device=device,
+        ) as stream:
+            for _ in range(-(-data.labelled.rows // batch_size)):
+                yield stream.next()["image"]
+
+    def target() -> Iterator[tuple[Tensor, Tensor]]:
+        rows = torch.as_tensor(share(unlabelled.rows, rank, world_size))
+        for start, batch in zip(range(0, len(rows), batch_size), batches(unlabelled), strict=True):
+            yield rows[start : start + batch_size], batch["image"]
+
+    return TrainingSlices(
+        labelled=lambda: ((batch["image"], batch["label"]) for batch in batches(data.labelled)),
+        labelled_in_step=in_step,
+        unlabelled=target,
+        target_volumes=tuple(unlabelled.files.case_rows()),
+        size=unlabelled.files.size,
+        start_weights=start_weights,
+    )

@@ -1,0 +1,112 @@
+"""The table of trials on a terminal, drawn over itself; elsewhere a line for each thing that happens."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TextIO
+
+from mpscl_ray.tune.ledger import Trial
+
+_REDRAW_S = 1.0
+_RECENT = 5
+"""Sentences below the table."""
+
+
+class Board:
+    """Shows a search while it runs.
+
+    Args:
+        rows: gives the lines of the table now.
+        stream: where to; a table is drawn on terminals only.
+    """
+
+    def __init__(self, rows: Callable[[], list[str]], stream: TextIO | None = None) -> None:
+        self._rows = rows
+        self._stream = sys.stdout if stream is None else stream
+        self._live = self._stream.isatty()
+        self._drawn = 0
+        self._last = 0.0
+        self._recent: list[str] = []
+        self._lock = threading.Lock()
+
+    def say(self, sentence: str) -> None:
+        """Tell what happens; may be called from any thread."""
+        with self._lock:
+            if self._live:
+                self._recent = [*self._recent, sentence][-_RECENT:]
+            else:
+                print(sentence, file=self._stream, flush=True)
+
+    def look(self) -> None:
+        """Draw the table again, at most once a second."""
+        if self._live and time.monotonic() - self._last >= _REDRAW_S:
+            self._draw()
+
+    def close(self) -> None:
+        """Draw the last state, and leave it there."""
+        if self._live:
+            self._draw()
+        self._live = False
+
+    def _draw(self) -> None:
+        with self._lock:
+            columns, height = shutil.get_terminal_size()
+            lines = [*self._rows(), "", *self._recent]
+            lines = [line[: columns - 1] for line in lines[: height - 2]]
+            up = f"\x1b[{self._drawn}A" if self._drawn else ""
+            print(up + "\x1b[J" + "\n".join(lines), file=self._stream, flush=True)
+            self._drawn, self._last = len(lines), time.monotonic()
+
+
+def short(value: Any) -> str:
+    """A setting's value in a cell."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def short_key(key: str) -> str:
+    """A setting's name at the head of a column: without its section."""
+    return key.rpartition(".")[2]
+
+
+def trial_rows(
+    trials: Sequence[Trial],
+    columns: Mapping[str, str],
+    running: Mapping[int, float],
+    total: int,
+    iterations: int,
+    score: Callable[[Trial], float | None],
+    metric: str,
+) -> list[str]:
+    """The table of trials as text.
+
+    Args:
+        trials: that have begun.
+        columns: heading by searched key.
+        running: numbers of trials that run now.
+        total: how many there will be.
+        iterations: of a trial in full.
+        score: of a trial.
+        metric: heading of the score.
+    """
+    cells = [["trial", "state", "iteration", metric, *columns.values()]]
+    for trial in trials:
+        value = score(trial)
+        state = trial.state or ("running" if trial.number in running else "waiting")
+        cells.append(
+            [
+                f"{trial.number:03d}",
+                state,
+                f"{trial.iteration}/{iterations}",
+                "" if value is None or math.isnan(value) else f"{value:.4f}",
+                *(short(trial.settings[key]) for key in columns),
+            ]
+        )
+    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in cells]
+    waiting = total - len(trials)
+    return lines + ([f"{waiting} more to come"] if waiting > 0 else [])

@@ -1,0 +1,202 @@
+"""Pictures of a search: the trials' curves, parallel coordinates, and the effect of each setting."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+
+from mpscl_ray.runs.atomic_files import write_atomically
+from mpscl_ray.tune.agreement import rank_correlation
+from mpscl_ray.tune.criteria import score
+from mpscl_ray.tune.ledger import Trial
+from mpscl_ray.tune.space import Distribution
+
+_MAP = matplotlib.colormaps["viridis"]
+_STOPPED, _FAILED, _GREY = "#999999", "#b2182b", "#666666"
+_DPI = 110
+
+
+def curves(trials: Sequence[Trial], metric: str, rungs: Sequence[float], best: int | None, path: Path) -> None:
+    """Score over iterations: trials in full in colour, stopped ones grey and ended by a cross, failed ones red.
+
+    Args:
+        trials: with reports.
+        metric: what is drawn.
+        rungs: iterations at which trials were compared; none without early stopping.
+        best: number of the best trial.
+        path: PNG to write.
+    """
+    figure = Figure(figsize=(9, 5), dpi=_DPI, layout="constrained")
+    axes = figure.subplots()
+    for rung in rungs:
+        axes.axvline(rung, color=_GREY, linewidth=0.8, linestyle=":")
+    for trial in sorted(trials, key=lambda entry: (entry.number == best, entry.state == "finished")):
+        points = [(iteration, score(values, metric)) for iteration, values in sorted(trial.reports.items())]
+        points = [point for point in points if math.isfinite(point[1])]
+        if not points:
+            continue
+        colour = {"finished": "#2166ac", "failed": _FAILED}.get(str(trial.state), _STOPPED)
+        chosen = trial.number == best
+        axes.plot(
+            *zip(*points, strict=True),
+            color="black" if chosen else colour,
+            linewidth=2.4 if chosen else 1.3,
+            zorder=3 if chosen else 2,
+        )
+        marker = {"finished": "o", "stopped": "x", "failed": "X"}.get(str(trial.state), ".")
+        axes.plot(*points[-1], marker=marker, color="black" if chosen else colour, zorder=4)
+        axes.annotate(
+            f"{trial.number}",
+            points[-1],
+            xytext=(6, 0),
+            textcoords="offset points",
+            fontsize=8,
+            color="black" if chosen else colour,
+            va="center",
+            zorder=4,
+        )
+    for label, style in (
+        ("best", {"color": "black", "linewidth": 2.4}),
+        ("trained in full", {"color": "#2166ac", "marker": "o"}),
+        ("stopped early", {"color": _STOPPED, "marker": "x"}),
+        ("failed", {"color": _FAILED, "marker": "X"}),
+    ):
+        axes.plot([], [], label=label, **style)
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    axes.set_xlabel("iteration of the last phase (dotted: rungs)" if rungs else "iteration of the last phase")
+    axes.set_ylabel(axis_name(metric))
+    axes.grid(alpha=0.3)
+    _save(figure, path)
+
+
+def parallel_coordinates(trials: Sequence[Trial], space: Sequence[Distribution], metric: str, path: Path) -> None:
+    """One line a trial through its settings to its score; colour is the score, dashed lines were stopped early."""
+    scored = _scored(trials, metric)
+    figure = Figure(figsize=(max(6.0, 1.8 * (len(space) + 2)), 5), dpi=_DPI, layout="constrained")
+    axes = figure.subplots()
+    scores = [value for _, value in scored]
+    low, high = (min(scores), max(scores)) if scores else (0.0, 1.0)
+    norm = Normalize(low, high if high > low else low + 1e-9)
+    for trial, value in sorted(scored, key=lambda pair: (pair[0].state == "finished", pair[1])):
+        heights = [_height(entry, trial.settings[entry.keys[0]]) for entry in space] + [float(norm(value))]
+        full = trial.state == "finished"
+        axes.plot(
+            range(len(heights)),
+            heights,
+            color=_MAP(float(norm(value))),
+            linestyle="-" if full else (0, (4, 3)),
+            linewidth=2.0 if full else 1.0,
+            alpha=1.0 if full else 0.6,
+        )
+    for position, entry in enumerate(space):
+        axes.axvline(position, color=_GREY, linewidth=0.8)
+        for height, text in _ticks(entry):
+            axes.annotate(text, (position, height), fontsize=8, xytext=(3, 0), textcoords="offset points", va="center")
+    axes.axvline(len(space), color=_GREY, linewidth=0.8)
+    for height, bound in ((0.0, low), (1.0, high)):
+        axes.annotate(
+            f"{bound:.3f}", (len(space), height), fontsize=8, xytext=(3, 0), textcoords="offset points", va="center"
+        )
+    names = [_label(entry) for entry in space]
+    axes.set_xticks(range(len(space) + 1), [*names, axis_name(metric).replace(" (", "\n(")])
+    axes.set_yticks([])
+    axes.set_xlim(-0.1, len(space) + 0.35)
+    for side in ("top", "left", "right", "bottom"):
+        axes.spines[side].set_visible(False)
+    axes.set_title("solid: trained in full; dashed: stopped early, score where it stopped", fontsize=9, color=_GREY)
+    _save(figure, path)
+
+
+def effects(trials: Sequence[Trial], space: Sequence[Distribution], metric: str, path: Path) -> None:
+    """Score against each setting, with the rank correlation over trials in full."""
+    columns = len(space) if len(space) < 5 else 3 if len(space) < 7 else 4
+    rows = math.ceil(len(space) / columns)
+    figure = Figure(figsize=(3.1 * columns, 2.9 * rows), dpi=_DPI, layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False, sharey=True)
+    for axes, entry in zip(grid.flat, space, strict=False):
+        _effect(axes, _scored(trials, metric), entry)
+    for axes in grid.flat[len(space) :]:
+        axes.set_visible(False)
+    for row in grid:
+        row[0].set_ylabel(axis_name(metric))
+    figure.suptitle(
+        "filled: trained in full; crosses: stopped early, score where they stopped", fontsize=9, color=_GREY
+    )
+    _save(figure, path)
+
+
+def _effect(axes: Axes, scored: Sequence[tuple[Trial, float]], entry: Distribution) -> None:
+    key = entry.keys[0]
+    places = {repr(value): position for position, value in enumerate(entry.values)}
+
+    def place(trial: Trial) -> float:
+        value = trial.settings[key]
+        return places.get(repr(value), 0) if entry.kind == "choice" else float(value)
+
+    full = [(place(trial), value) for trial, value in scored if trial.state == "finished"]
+    stopped = [(place(trial), value) for trial, value in scored if trial.state != "finished"]
+    if stopped:
+        axes.plot(*zip(*stopped, strict=True), "x", color=_STOPPED)
+    if full:
+        axes.plot(*zip(*full, strict=True), "o", color="#2166ac")
+    if entry.kind == "choice":
+        axes.set_xticks(range(len(entry.values)), [str(value) for value in entry.values])
+        axes.set_xlim(-0.5, len(entry.values) - 0.5)
+        for position in range(len(entry.values)):
+            own = [value for at, value in full if at == position]
+            if own:
+                axes.hlines(float(np.mean(own)), position - 0.2, position + 0.2, color="black")
+    elif entry.kind == "loguniform":
+        axes.set_xscale("log")
+    numeric = entry.kind != "choice" and len(full) > 2
+    rho = rank_correlation([at for at, _ in full], [value for _, value in full]) if numeric else math.nan
+    axes.set_xlabel(_label(entry), fontsize=9)
+    axes.set_title("" if math.isnan(rho) else f"rank correlation {rho:+.2f} ({len(full)} in full)", fontsize=8)
+    axes.grid(alpha=0.3)
+
+
+def axis_name(metric: str) -> str:
+    """A criterion as it labels an axis."""
+    return "target validation Dice (oracle)" if metric == "oracle" else f"{metric.replace('_', ' ')} (no target labels)"
+
+
+def _label(entry: Distribution) -> str:
+    return "\n".join(key.rpartition(".")[2] for key in entry.keys)
+
+
+def _scored(trials: Sequence[Trial], metric: str) -> list[tuple[Trial, float]]:
+    pairs = [(trial, score(trial.last, metric)) for trial in trials if trial.reports]
+    return [pair for pair in pairs if math.isfinite(pair[1])]
+
+
+def _height(entry: Distribution, value: Any) -> float:
+    """Where a value stands on its axis, 0 to 1."""
+    if entry.kind == "choice":
+        position = [repr(choice) for choice in entry.values].index(repr(value))
+        return position / max(1, len(entry.values) - 1)
+    low, high = entry.values
+    if entry.kind == "loguniform":
+        return math.log(value / low) / math.log(high / low)
+    return float((value - low) / (high - low))
+
+
+def _ticks(entry: Distribution) -> list[tuple[float, str]]:
+    if entry.kind == "choice":
+        return [(_height(entry, value), str(value)) for value in entry.values]
+    return [(0.0, f"{entry.values[0]:g}"), (1.0, f"{entry.values[1]:g}")]
+
+
+def _save(figure: Figure, path: Path) -> None:
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(buffer)  # type: ignore[no-untyped-call]
+    write_atomically(path, buffer.getvalue())

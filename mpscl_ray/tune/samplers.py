@@ -1,0 +1,151 @@
+"""Which settings the trials of a search get: fixed by the seed, or learnt from ended trials by Optuna."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import numpy as np
+
+from mpscl_ray.errors import ConfigError
+from mpscl_ray.tune.ledger import Trial
+from mpscl_ray.tune.space import Distribution, Space
+
+DIGITS = 4
+"""Significant digits of a drawn number: enough for any setting, and short enough to read."""
+
+
+class Draws(Protocol):
+    """Gives each trial its settings."""
+
+    total: int
+
+    def settings(self, number: int) -> dict[str, Any]:
+        """Values of the searched keys for the trial with this number, from 1."""
+        ...
+
+    def ended(self, trial: Trial, score: float | None) -> None:
+        """A trial is over; ``score`` is its last, None where it has none."""
+        ...
+
+
+def draws(space: Space, known: Mapping[int, Trial], scores: Mapping[int, float | None]) -> Draws:
+    """The draws of a search that knows some trials already.
+
+    Raises:
+        ConfigError: Optuna is asked for and not installed.
+    """
+    if space.search.method == "optuna":
+        return OptunaDraws(space, known, scores)
+    return FixedDraws(space)
+
+
+class FixedDraws:
+    """A list that the seed alone decides on: trial 7 is the same, however many there are and whenever it runs."""
+
+    def __init__(self, space: Space) -> None:
+        self._space = space
+        self._grid = grid(space) if space.search.method == "grid" else None
+        self.total = len(self._grid) if self._grid is not None else space.search.trials
+
+    def settings(self, number: int) -> dict[str, Any]:
+        if self._grid is not None:
+            return self._grid[number - 1]
+        default = self._space.default()
+        if number == 1 and default is not None:
+            return default
+        rng = np.random.default_rng([self._space.search.seed, number])
+        return _spread(self._space, [draw(entry, rng) for entry in self._space.distributions])
+
+    def ended(self, trial: Trial, score: float | None) -> None:
+        """Nothing is learnt."""
+
+
+def grid(space: Space) -> list[dict[str, Any]]:
+    """All combinations of choices, the last key changing fastest."""
+    points = itertools.product(*(entry.values for entry in space.distributions))
+    return [_spread(space, point) for point in points]
+
+
+def draw(distribution: Distribution, rng: np.random.Generator) -> Any:
+    """One value."""
+    if distribution.kind == "choice":
+        return distribution.values[int(rng.integers(len(distribution.values)))]
+    low, high = distribution.values
+    if distribution.kind == "integer":
+        return int(rng.integers(int(low), int(high), endpoint=True))
+    if distribution.kind == "loguniform":
+        return _rounded(float(np.exp(rng.uniform(np.log(low), np.log(high)))), low, high)
+    return _rounded(float(rng.uniform(low, high)), low, high)
+
+
+def _rounded(value: float, low: float, high: float) -> float:
+    return float(min(max(float(f"{value:.{DIGITS}g}"), low), high))
+
+
+def _spread(space: Space, values: Any) -> dict[str, Any]:
+    """One value for each distribution as one for each key."""
+    return {key: value for entry, value in zip(space.distributions, values, strict=True) for key in entry.keys}
+
+
+class OptunaDraws:
+    """Optuna's tree-structured Parzen estimator, told of every trial that ended, before an interruption too."""
+
+    def __init__(self, space: Space, known: Mapping[int, Trial], scores: Mapping[int, float | None]) -> None:
+        try:
+            import optuna
+        except ImportError as error:
+            raise ConfigError(
+                'search.method=optuna needs the package optuna, which is missing: pip install "mpscl_ray[optuna]", '
+                "or use search.method=random"
+            ) from error
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        self._optuna, self._space = optuna, space
+        self.total = space.search.trials
+        ended = sum(trial.ended for trial in known.values())
+        self._study = optuna.create_study(
+            direction="maximize",
+            sampler=optuna.samplers.TPESampler(seed=space.search.seed + ended, constant_liar=True),
+        )
+        self._distributions = {entry.name: self._distribution(entry) for entry in space.distributions}
+        self._asked: dict[int, Any] = {}
+        for number, trial in sorted(known.items()):
+            if trial.ended:
+                self._add(trial, scores.get(number))
+
+    def settings(self, number: int) -> dict[str, Any]:
+        default = self._space.default()
+        if number == 1 and default is not None:
+            self._study.enqueue_trial({entry.name: default[entry.keys[0]] for entry in self._space.distributions})
+        asked = self._asked[number] = self._study.ask(self._distributions)
+        values = []
+        for entry in self._space.distributions:
+            value = asked.params[entry.name]
+            values.append(_rounded(value, *entry.values) if entry.kind in ("uniform", "loguniform") else value)
+        return _spread(self._space, values)
+
+    def ended(self, trial: Trial, score: float | None) -> None:
+        asked = self._asked.pop(trial.number, None)
+        if asked is None:
+            self._add(trial, score)
+        elif score is None:
+            self._study.tell(asked, state=self._optuna.trial.TrialState.FAIL)
+        else:
+            self._study.tell(asked, score)
+
+    def _add(self, trial: Trial, score: float | None) -> None:
+        if score is None:
+            return
+        params = {entry.name: trial.settings[entry.keys[0]] for entry in self._space.distributions}
+        self._study.add_trial(
+            self._optuna.trial.create_trial(params=params, distributions=self._distributions, value=score)
+        )
+
+    def _distribution(self, entry: Distribution) -> Any:
+        kinds = self._optuna.distributions
+        if entry.kind == "choice":
+            return kinds.CategoricalDistribution(entry.values)
+        if entry.kind == "integer":
+            return kinds.IntDistribution(int(entry.values[0]), int(entry.values[1]))
+        return kinds.FloatDistribution(*map(float, entry.values), log=entry.kind == "loguniform")

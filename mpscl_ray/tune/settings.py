@@ -1,0 +1,83 @@
+"""How a space is searched: the settings below ``search`` in a space file and on the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import textwrap
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, TypeAdapter, ValidationError
+
+from mpscl_ray.config import field_docs
+from mpscl_ray.tune.criteria import CRITERIA
+
+
+@dataclass(frozen=True)
+class SearchConfig:
+    """How a space is searched and when a trial is stopped early."""
+
+    method: Literal["random", "grid", "optuna"] = "random"
+    """random draws; grid: every combination of choices; optuna: draws that learn from trials that ended (needs
+    pip install mpscl_ray[optuna])."""
+    trials: Annotated[int, Field(ge=1)] = 12
+    """Trials of a random or an Optuna search, the first with the preset's own values; a grid has as many as points."""
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 1
+    """Seed of the draws; the trials' own is run.seed."""
+    metric: str = "auto"
+    """What trials are compared by: oracle (target validation Dice) or a label-free criterion; auto: oracle where the
+    target's validation cases are labelled, else the label-free default."""
+    early_stopping: bool = True
+    """Let trials wait at rungs, and go on with the best of them (ASHA); false trains each to its end."""
+    grace: Annotated[int, Field(ge=1)] | None = None
+    """Iterations of the last phase up to the first rung; null: a tenth of the phase."""
+    reduction: Annotated[float, Field(gt=1)] = 4
+    """From each rung the best 1/reduction of the trials go on, at least one in all; rungs are this factor apart."""
+    evaluate: Literal["best", "all", "none"] = "best"
+    """Trials that are evaluated on the target's test volumes when the search is over; nothing is chosen by that."""
+
+
+def describe_search() -> str:
+    """Every setting of a search with its default and meaning, for ``--help``."""
+    docs = field_docs(SearchConfig)
+    lines: list[str] = []
+    for field in dataclasses.fields(SearchConfig):
+        lines.append(f"  search.{field.name} = {'null' if field.default is None else str(field.default).lower()}")
+        lines.extend(textwrap.wrap(docs[field.name], 106, initial_indent=" " * 6, subsequent_indent=" " * 6))
+    return "\n".join(lines)
+
+
+def search_config(values: Mapping[str, tuple[Any, str]]) -> tuple[SearchConfig, list[str]]:
+    """Check settings of a search.
+
+    Args:
+        values: by name, each with the place it was written at, such as ``in small.yaml:4``.
+
+    Returns:
+        The settings, defaults where something is wrong, and a sentence for each thing that is.
+    """
+    problems = []
+    names = [field.name for field in dataclasses.fields(SearchConfig)]
+    known = {}
+    for name, (value, origin) in values.items():
+        if name in names:
+            known[name] = value
+            continue
+        near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+        hint = f"did you mean 'search.{near[0]}'?" if near else f"there are {', '.join(names)}"
+        problems.append(f"'search.{name}' {origin} is not a setting of a search; {hint}")
+    try:
+        config = TypeAdapter(SearchConfig).validate_python(known)
+    except ValidationError as error:
+        for detail in error.errors():
+            name = str(detail["loc"][0])
+            message = detail["msg"][0].lower() + detail["msg"][1:]
+            problems.append(f"search.{name}={values[name][0]} {values[name][1]}: {message}")
+        return SearchConfig(), list(dict.fromkeys(problems))
+    if config.metric != "auto" and config.metric not in CRITERIA:
+        problems.append(
+            f"search.metric={config.metric} {values['metric'][1]} is not one of auto, {', '.join(CRITERIA)}"
+        )
+    return config, problems

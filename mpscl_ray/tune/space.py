@@ -1,0 +1,321 @@
+"""Spaces: which settings a search varies, and between what; one YAML file each, see :data:`EXAMPLE`.
+
+Everything is checked before anything starts: the settings at both ends of a distribution, and at each of its choices.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mpscl_ray.config import Config, config_from_dict, flatten, load_config, read_file, read_overrides, to_dict
+from mpscl_ray.errors import ConfigError
+from mpscl_ray.runs.storage import Remote
+from mpscl_ray.tune.settings import SearchConfig, search_config
+
+PACKAGE = Path(__file__).resolve().parents[1]
+
+EXAMPLE = """\
+  preset: phantom                                # what a trial has besides
+  phases: {adaptation: 120}                      # any setting, as in a preset
+  search: {method: random, trials: 12}           # how to search
+  space:
+    method.margin_source: {uniform: [0, 0.6]}
+    method.gamma: {loguniform: [0.1, 3]}
+    data.batch_size: {integer: [4, 16]}
+    method.discriminator: {choice: [fc, patchgan]}
+    method.temperature_source, method.temperature_target: {uniform: [0.5, 2]}     # one draw for both
+"""
+
+KINDS = ("uniform", "loguniform", "integer", "choice")
+
+NO_RESULT = ("run.", "scaling.", "data.source", "data.target", "data.labelled", "data.in_memory", "method.name")
+"""Beginnings of keys that decide where and how a run works or what it is, not how good: they are not searched."""
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """Values that one setting, or several that share a draw, may have.
+
+    Attributes:
+        keys: settings that get the value.
+        kind: uniform, loguniform or integer between two limits, both included; or choice.
+        values: the two limits, or the choices.
+        origin: where it was written, such as ``in small.yaml:4``.
+    """
+
+    keys: tuple[str, ...]
+    kind: str
+    values: tuple[Any, ...]
+    origin: str
+
+    @property
+    def name(self) -> str:
+        """The keys, as they head a column."""
+        return ", ".join(self.keys)
+
+    def contains(self, value: Any) -> bool:
+        """Whether a draw can give this value."""
+        if self.kind == "choice":
+            return value in self.values
+        low, high = self.values
+        return isinstance(value, (int, float)) and low <= value <= high and (self.kind != "integer" or value % 1 == 0)
+
+
+@dataclass(frozen=True)
+class Space:
+    """A checked space.
+
+    Attributes:
+        name: of the file, without its ending.
+        base: settings of a trial but for those that are searched; ``run.name`` is that of the search.
+        search: how to search.
+        distributions: what to vary, in the order of the file.
+    """
+
+    name: str
+    base: Config
+    search: SearchConfig
+    distributions: tuple[Distribution, ...]
+
+    @property
+    def keys(self) -> list[str]:
+        """All settings that are varied."""
+        return [key for distribution in self.distributions for key in distribution.keys]
+
+    def config(self, values: Mapping[str, Any]) -> Config:
+        """Settings of a trial from the values of its keys."""
+        return config_from_dict(_merged(to_dict(self.base), values), "of the trial")
+
+    def default(self) -> dict[str, Any] | None:
+        """The base's own values of the keys; None where they do not lie in the space."""
+        plain = dict(flatten(to_dict(self.base)))
+        values = {key: plain.get(key) for key in self.keys}
+        inside = all(
+            distribution.contains(values[key]) and values[key] == values[distribution.keys[0]]
+            for distribution in self.distributions
+            for key in distribution.keys
+        )
+        return values if inside else None
+
+    def to_yaml(self, warm_up: Path | Remote | None) -> str:
+        """All that decides on the trials, to be kept beside their results.
+
+        Args:
+            warm_up: the run whose first phases all trials go on from.
+        """
+        content = {
+            **to_dict(self.base),
+            "search": dict(vars(self.search)),
+            "space": {entry.name: {entry.kind: list(entry.values)} for entry in self.distributions},
+            "warm_up": None if warm_up is None else str(warm_up),
+        }
+        return yaml.safe_dump(content, sort_keys=False, default_flow_style=None, width=100)
+
+
+def space_names() -> list[str]:
+    """Names of the spaces that come with the package."""
+    return sorted(path.stem for path in _folder().glob("*.yaml"))
+
+
+def describe_spaces() -> list[tuple[str, str]]:
+    """Name and first comment of each space that comes with the package."""
+    found = []
+    for name in space_names():
+        lines = (_folder() / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
+        comments = [line.lstrip("# ") for line in lines[: next(i for i, x in enumerate(lines) if x[:1] != "#")]]
+        found.append((name, " ".join(comments)))
+    return found
+
+
+def _folder() -> Path:
+    """The folder lies beside the package in a checkout, and in it where the package was installed."""
+    inside = PACKAGE / "tune_spaces"
+    return inside if inside.is_dir() else PACKAGE.parent / "tune_spaces"
+
+
+def load_space(space: str | Path, overrides: Sequence[str] = ()) -> Space:
+    """Read a space, by name or a YAML file by path, and check it with everything laid over it.
+
+    Args:
+        space: a name of :func:`space_names`, or the path of a YAML file.
+        overrides: ``key=value`` for settings of the trials, ``search.key=value`` for the search, ``preset=NAME``.
+
+    Raises:
+        ConfigError: naming all that is wrong, each with its place: unknown keys with the nearest known one, limits that
+            a setting does not have, no distribution at all.
+    """
+    path = _path(space)
+    entries = read_file(path)
+    problems = [
+        f"'{key}' {origin} has the value {value!r}, expected keys and values below it"
+        for key, (value, origin) in entries.items()
+        if key in ("space", "search") and value != {}
+    ]
+    written, wrong = read_overrides(overrides)
+    problems += wrong
+    given = {key: value for key, (value, _) in written.items()}
+    name = path.stem
+    search, wrong = search_config(
+        {key.removeprefix("search."): value for key, value in entries.items() if key.startswith("search.")}
+        | {
+            key.removeprefix("search."): (value, "on the command line")
+            for key, value in given.items()
+            if key.startswith("search.")
+        }
+    )
+    problems += wrong
+    preset = given.pop("preset", entries.get("preset", ("phantom", ""))[0])
+    settings = {key: value for key, (value, _) in entries.items() if _is_setting(key)}
+    base: Config | None = None
+    try:
+        plain = to_dict(load_config(str(preset)))
+        plain = _merged(plain, {"run.name": f"tune-{name}"})
+        config_from_dict(plain := _merged(plain, settings), f"in {path.name}")
+        base = config_from_dict(
+            _merged(plain, {key: value for key, value in given.items() if not key.startswith("search.")}),
+            "on the command line",
+        )
+    except ConfigError as error:
+        problems += _sentences(error)
+    distributions, wrong = _distributions(
+        {key.removeprefix("space."): value for key, value in entries.items() if key.startswith("space.")},
+        base or load_config("phantom"),
+    )
+    problems += wrong
+    if not distributions and not wrong:
+        problems.append(f"{path.name} has no distribution: give at least one setting below the key 'space'")
+    if search.method == "grid":
+        problems += [
+            f"{entry.name} {entry.origin} is {entry.kind}, and a grid has only choices: write "
+            f"{{choice: [VALUE, ...]}}, or set search.method=random"
+            for entry in distributions
+            if entry.kind != "choice"
+        ]
+    if problems:
+        raise ConfigError(problems[0] if len(problems) == 1 else "\n  ".join(["the search is wrong:", *problems]))
+    assert base is not None
+    return Space(name, base, search, tuple(distributions))
+
+
+def _is_setting(key: str) -> bool:
+    return key.partition(".")[0] not in ("preset", "search", "space")
+
+
+def _path(space: str | Path) -> Path:
+    named = _folder() / f"{space}.yaml"
+    if named.is_file():
+        return named
+    path = Path(space)
+    if path.suffix in (".yaml", ".yml"):
+        if path.is_file():
+            return path
+        raise ConfigError(f"there is no space file {path}; give the path of a YAML file or one of {_listing()}")
+    near = difflib.get_close_matches(str(space), space_names(), n=1, cutoff=0.4)
+    hint = f"did you mean '{near[0]}'? " if near else ""
+    raise ConfigError(
+        f"there is no space '{space}'; {hint}The spaces are {_listing()}; your own is given by its path, with .yaml"
+    )
+
+
+def _listing() -> str:
+    return ", ".join(space_names())
+
+
+def _distributions(entries: Mapping[str, tuple[Any, str]], base: Config) -> tuple[list[Distribution], list[str]]:
+    """Read and check the distributions; a sentence for each thing that is wrong."""
+    found: list[Distribution] = []
+    problems: list[str] = []
+    seen: dict[str, str] = {}
+    for path, (values, origin) in entries.items():
+        name, _, kind = path.rpartition(".")
+        if kind not in KINDS:
+            problems.append(_no_distribution(path, kind, values, origin))
+            continue
+        keys = tuple(key.strip() for key in name.split(","))
+        problem = _wrong_values(kind, values)
+        if problem:
+            problems.append(f"{name} {origin}: {problem}")
+            continue
+        for key in keys:
+            if key in seen:
+                problems.append(f"{key} {origin} has a distribution already, {seen[key]}")
+            seen[key] = origin
+        wrong = [_unsearchable(key, origin) for key in keys if key.startswith(NO_RESULT) and key != "run.seed"]
+        wrong = wrong or _outside(keys, kind, values, origin, base)
+        problems += wrong
+        if not wrong:
+            found.append(Distribution(keys, kind, tuple(values), origin))
+    return found, problems
+
+
+def _no_distribution(path: str, kind: str, values: Any, origin: str) -> str:
+    near = difflib.get_close_matches(kind, KINDS, n=1, cutoff=0.6)
+    if near:
+        return f"'{kind}' {origin} is not a distribution; did you mean '{near[0]}'?"
+    return (
+        f"{path} {origin} has the value {values!r}, expected a distribution such as {{uniform: [0, 1]}} "
+        f"({', '.join(KINDS)}); a setting with one value goes outside 'space'"
+    )
+
+
+def _wrong_values(kind: str, values: Any) -> str | None:
+    if not isinstance(values, list) or not values:
+        return f"{kind} has {values!r}, expected a list"
+    if kind == "choice":
+        duplicates = len(values) != len({repr(value) for value in values})
+        return "a choice is given twice" if duplicates else None
+    numbers = [v for v in values if isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v)]
+    if len(values) != 2 or len(numbers) != 2:
+        return f"{kind} has {values!r}, expected two numbers, the limits (YAML wants 1.0e-5, not 1e-5)"
+    if not values[0] < values[1]:
+        return f"{kind} has the limits {values[0]} and {values[1]}, expected the lower one first"
+    if kind == "loguniform" and values[0] <= 0:
+        return f"loguniform begins at {values[0]}, expected a limit above 0"
+    if kind == "integer" and any(value % 1 for value in values):
+        return f"integer has {values!r}, expected whole numbers"
+    return None
+
+
+def _unsearchable(key: str, origin: str) -> str:
+    return (
+        f"{key} {origin} cannot be searched: it says what a run is or where it works, not how well it learns; set it "
+        "outside 'space'"
+    )
+
+
+def _outside(keys: tuple[str, ...], kind: str, values: list[Any], origin: str, base: Config) -> list[str]:
+    """What the settings themselves say of the ends of a distribution, or of its choices."""
+    plain = to_dict(base)
+    problems: list[str] = []
+    for value in values:
+        try:
+            config_from_dict(_merged(plain, dict.fromkeys(keys, value)), origin)
+        except ConfigError as error:
+            problems += _sentences(error)
+    return list(dict.fromkeys(problems))
+
+
+def _sentences(error: ConfigError) -> list[str]:
+    """The problems that an error of the settings lists."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    return lines[1:] if len(lines) > 1 else lines
+
+
+def _merged(nested: Mapping[str, Any], flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested settings with some of them replaced by flat ones."""
+    merged = {key: _merged(value, {}) if isinstance(value, Mapping) else value for key, value in nested.items()}
+    for key, value in flat.items():
+        *parents, last = key.split(".")
+        place = merged
+        for parent in parents:
+            below = place.get(parent)
+            place[parent] = place = below if isinstance(below, dict) else {}
+        place[last] = value
+    return merged

@@ -1,0 +1,87 @@
+"""Places that killed commands have left reserved, on a real local Ray."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import ray
+from ray.util.placement_group import placement_group, remove_placement_group
+
+from mpscl_ray.runs.run_directory import COMMANDS_FILE, RunFolder
+from mpscl_ray.train.ray.placement_groups import places_of_killed_commands_given_back
+from tests.ray.conftest import CPUS
+from tests.ray_commands import environment, reserved
+
+PATIENCE_S = 120
+
+COMMAND = """
+import os, signal, sys
+from pathlib import Path
+import ray
+from ray.util.placement_group import placement_group
+from mpscl_ray.cluster_session import connect
+from mpscl_ray.places import places_of_killed_commands_given_back
+from mpscl_ray.run_folder import RunFolder
+
+class Survivor:
+    def reserve(self):
+        ray.get(placement_group([{"CPU": 1}]).ready())
+
+folder = RunFolder(Path(sys.argv[1]))
+with folder.lock(), connect(), places_of_killed_commands_given_back(folder):
+    survivor = ray.remote(num_cpus=0)(Survivor).options(name="survivor", namespace="test", lifetime="detached").remote()
+    ray.get(survivor.reserve.remote())
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+"""Is killed, and leaves a process that has a place reserved and goes on reserving places."""
+
+
+def wait_for_free(cpus: float) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while ray.available_resources().get("CPU", 0) != cpus:
+        assert time.monotonic() < deadline, f"still reserved: {reserved()}"
+        time.sleep(0.1)
+
+
+def test_what_a_killed_command_left_is_given_back_before_the_next_begins_and_after_it_what_came_late(
+    cluster: None, tmp_path: Path
+) -> None:
+    own = placement_group([{"CPU": 1}])
+    ray.get(own.ready())
+    folder = RunFolder(tmp_path / "run")
+    folder.create()
+    command = subprocess.run(
+        [sys.executable, "-c", COMMAND, str(folder.path)],
+        env=environment(),
+        timeout=PATIENCE_S,
+    )
+    assert command.returncode == -signal.SIGKILL
+    assert len(reserved()) == 2
+    wait_for_free(CPUS - 2)
+
+    record = folder.left(COMMANDS_FILE)
+    assert record is not None
+    folder.leave(COMMANDS_FILE, record + f"another-session {ray.get_runtime_context().get_job_id()}\n")
+    survivor = ray.get_actor("survivor", namespace="test")
+    with folder.lock():
+        with places_of_killed_commands_given_back(folder):
+            assert reserved() == {own.id.hex()}, (
+                "not what others have, nor what a job of that id has in another cluster"
+            )
+            wait_for_free(CPUS - 1)
+            ray.get(survivor.reserve.remote())
+            assert len(reserved()) == 2
+            with pytest.raises(RuntimeError), places_of_killed_commands_given_back(folder):
+                raise RuntimeError("where the command fails too")
+            ray.get(survivor.reserve.remote())
+        assert reserved() == {own.id.hex()}
+    wait_for_free(CPUS - 1)
+    assert folder.left(COMMANDS_FILE) is None
+    ray.kill(survivor)
+    remove_placement_group(own)
+    wait_for_free(CPUS)

@@ -1,0 +1,113 @@
+"""The systems of the comparison: their presets, their budgets, and the beginnings that they share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from mpscl_ray.config import Config, load_config, to_yaml
+from mpscl_ray.config.systems import SYSTEMS, beginning, shared_phase
+from mpscl_ray.errors import ConfigError
+from mpscl_ray.evaluate.scoring import evaluate_checkpoint
+from mpscl_ray.methods import METHODS
+from mpscl_ray.runs import checkpoint
+from mpscl_ray.runs.fork import fork
+from mpscl_ray.runs.run_directory import RunFolder
+from mpscl_ray.train.ray import launch
+from tests.tiny import make_pair, tiny_config
+from tests.tiny_runs import train
+
+TINY_SIFA = [f"method.{width}=1" for width in ("generator_width", "generator_blocks", "encoder_width", "critic_width")]
+
+
+@pytest.mark.parametrize("folder", ["phantom", "small", "mr2ct", "ct2mr"])
+def test_every_system_has_a_preset_with_the_same_budget(folder: str) -> None:
+    budgets = {}
+    for name in SYSTEMS:
+        config = load_config(f"{folder}/{name}")
+        phases = [(phase, length) for phase, length in config.schedule if name != "adabn" or phase != "adaptation"]
+        budgets[name] = sum(length for _, length in phases)
+        if "sifa" not in name:
+            assert config.data.batch_size == load_config(f"{folder}/mpscl").data.batch_size
+    assert budgets["mpscl"] > 0
+    # The bounds have the iterations of the adaptation alone, SIFA those of its release.
+    own = {"source_only", "supervised", "adabn", "sifa_v1", "sifa_v2"}
+    without = own if folder in ("mr2ct", "ct2mr") else set()
+    assert {name for name in SYSTEMS if budgets[name] != budgets["mpscl"]} == without, budgets
+
+
+def test_what_is_shared_on_the_phantom() -> None:
+    mpscl = load_config("phantom/mpscl")
+    shared = {name: shared_phase(load_config(f"phantom/{name}"), mpscl) for name in SYSTEMS}
+    assert shared["source_only"] is shared["supervised"] is None
+    assert shared["adabn"] is shared["sifa_v1"] is shared["sifa_v2"] is None
+    warmed_up = {"mpscl", "baseline", "cscl", "cag", "intrada"}
+    assert {name for name in SYSTEMS if shared[name] == "warm_up"} == warmed_up
+    assert {name for name in SYSTEMS if shared[name] == "source_only"} == {"adaoutput", "advent", "minent", "clan"}
+    assert shared_phase(load_config("phantom/adabn"), load_config("phantom/source_only")) == "source_only"
+    for change in ("run.seed=2", "optim.lr=1e-3", "data.source=phantom:mr", "network.width=8"):
+        assert shared_phase(load_config("phantom/mpscl", [change]), mpscl) is None, change
+    for change in ("method.lambda_main=0.1", "phases.warm_up=99", "optim.lr_discriminator=1e-5"):
+        other = load_config("phantom/mpscl", [change])
+        assert beginning(other, "warm_up") != beginning(mpscl, "warm_up"), change
+    for change in ("method.beta=0", "run.name=other", "scaling.workers=1", "phases.adaptation=1"):
+        assert shared_phase(load_config("phantom/mpscl", [change]), mpscl) == "warm_up", change
+    with pytest.raises(ValueError, match="no phase"):
+        beginning(mpscl, "supervised")
+
+
+def test_phases_that_a_method_has_not_are_told() -> None:
+    with pytest.raises(ConfigError, match=r"method.name=sifa has no source-only phase and no warm-up; set phases"):
+        load_config("phantom/sifa_v2", ["phases.warm_up=3"])
+    with pytest.raises(ConfigError, match=r"method.name=advent has no adaptation; set phases.adaptation=0"):
+        load_config("phantom/advent", ["phases.adaptation=1"])
+    with pytest.raises(ConfigError, match=r"data.labelled=target .* goes with method.name=segmentation"):
+        load_config("phantom/clan", ["data.labelled=target"])
+
+
+def short_config(base: Path, name: str) -> Config:
+    """A system with phases of two iterations."""
+    preset = f"small/{name}"
+    phases = [f"phases.{phase}=2" for phase in METHODS[load_config(preset).method_name].phases]
+    return tiny_config(base / "mr", base / "ct", [*phases, *(TINY_SIFA if "sifa" in name else ())], preset)
+
+
+@pytest.fixture(scope="module")
+def parent(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Config, RunFolder]:
+    """A tiny run of MPSCL."""
+    base = make_pair(tmp_path_factory.mktemp("systems"))
+    config = short_config(base, "mpscl")
+    return base, config, train(config, base / "mpscl")[1]
+
+
+@pytest.mark.parametrize("name", [name for name in SYSTEMS if name != "supervised"])
+def test_what_configs_say_is_shared_is_the_same_in_weights(
+    parent: tuple[Path, Config, RunFolder], name: str, tmp_path: Path
+) -> None:
+    """Trained whole or forked from MPSCL's run, a system ends alike; every phase of its run can be evaluated."""
+    base, mpscl, begun = parent
+    config = short_config(base, name)
+    outcome, whole = train(config, tmp_path / "whole")
+    assert outcome.state == "finished"
+    common = shared_phase(config, mpscl)
+    last = config.schedule[-1][0]
+    if common is not None:
+        ours, theirs = (checkpoint.load(run.phases / common)["method"]["networks"] for run in (whole, begun))
+        assert ours.keys() == theirs.keys()
+        for network, weights in ours.items():
+            assert all(torch.equal(tensor, theirs[network][key]) for key, tensor in weights.items())
+        forked = RunFolder(tmp_path / "forked")
+        fork(forked, begun, common)
+        assert train(config, forked.path)[0].state == "finished"
+        assert (forked.phases / last / checkpoint.TENSORS).read_bytes() == (
+            whole.phases / last / checkpoint.TENSORS
+        ).read_bytes()
+    domains, _ = launch.load_domains(config)
+    whole.write_config(to_yaml(config))
+    whole.write_model(launch.model_description(config, domains))
+    for phase, _ in config.schedule:
+        evaluation = evaluate_checkpoint(whole.path, phase, device="cpu", workers=0, progress=False)
+        assert evaluation.weights.phase == phase
+        assert len(evaluation.scores) == 2

@@ -1,0 +1,299 @@
+"""Reading slices from a dataset's files, and the stream of batches that is made of them, without Ray."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from mpscl_ray.data import dataset
+from mpscl_ray.data.augment import AugmentConfig
+from mpscl_ray.data.loader import LocalSlices, Slices, SliceStream
+from mpscl_ray.data.parquet_reader import SplitFiles
+from mpscl_ray.errors import DataError
+
+CLASSES = ("background", "MYO", "LAC")
+DEPTHS = (3, 140, 1, 26)
+SIZE = (12, 20)
+
+
+def write_dataset(folder: Path, depths: tuple[int, ...] = DEPTHS, *, labelled: bool = True) -> np.ndarray:
+    """Dataset whose first pixel of every slice is the number of its row; returns all images."""
+    rng = np.random.default_rng(0)
+    cases, images = [], []
+    for number, depth in enumerate(depths):
+        image = rng.uniform(-1, 1, (depth, *SIZE)).astype(np.float32)
+        image[:, 0, 0] = np.arange(depth) + sum(depths[:number])
+        images.append(image)
+        cases.append(
+            dataset.write_case(
+                folder,
+                id=f"case-{number}",
+                patient=f"patient-{number}",
+                split="train",
+                image=image,
+                label=rng.integers(0, 3, image.shape).astype(np.uint8) if labelled else None,
+                classes=CLASSES,
+                content_sha256="0" * 64,
+                geometry={},
+                spacing_mm=None,
+                cropped_around_labels=False,
+                sources={},
+            )
+        )
+    manifest = dataset.Manifest(
+        version=dataset.FORMAT_VERSION,
+        modality="mr",
+        classes=CLASSES,
+        size=SIZE,
+        scaling=dataset.Scaling(-1.0, 1.0, "given"),
+        recipe={},
+        splitting={},
+        labels={},
+        steps=(),
+        notices=(),
+        command="",
+        product_version="0",
+        cases=tuple(cases),
+    )
+    dataset.save_manifest(folder, manifest)
+    return np.concatenate(images)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> np.ndarray:
+    return write_dataset(tmp_path_factory.getbasetemp() / "dataset")
+
+
+@pytest.fixture(scope="module")
+def folder(images: np.ndarray, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.getbasetemp() / "dataset"
+
+
+@pytest.fixture(scope="module")
+def local(folder: Path) -> LocalSlices:
+    return LocalSlices(folder, "train", labels=True)
+
+
+def row_numbers(batch: dict[str, torch.Tensor]) -> list[int]:
+    return [int(number) for number in batch["image"][:, 0, 0, 0]]
+
+
+# ------------------------------------------------------------------------------------------------------ reading
+
+
+def test_rows_are_read_in_any_order_with_repeats(folder: Path, images: np.ndarray) -> None:
+    files = SplitFiles.find(folder, "train", labels=True)
+    assert files.rows == sum(DEPTHS)
+    rows = np.array([169, 0, 142, 70, 70, 3, 66, 143, 168])
+    arrays = files.read(rows)
+    np.testing.assert_array_equal(arrays["image"], images[rows])
+    whole = files.read(np.arange(files.rows))
+    np.testing.assert_array_equal(whole["image"], images)
+    np.testing.assert_array_equal(arrays["label"], whole["label"][rows])
+
+
+def test_reading_without_labels_never_touches_their_bytes(tmp_path: Path) -> None:
+    images = write_dataset(tmp_path)
+    for path in tmp_path.glob("train/*.parquet"):
+        data = bytearray(path.read_bytes())
+        metadata = pq.read_metadata(path)
+        for group in range(metadata.num_row_groups):
+            columns = [metadata.row_group(group).column(i) for i in range(metadata.num_columns)]
+            (label,) = [column for column in columns if column.path_in_schema.startswith("label")]
+            start = label.data_page_offset
+            data[start : start + label.total_compressed_size] = b"\xff" * label.total_compressed_size
+        path.write_bytes(data)
+    slices = LocalSlices(tmp_path, "train", labels=False)
+    (arrays,) = slices.fetch([np.arange(len(images))])
+    assert set(arrays) == {"image"}
+    np.testing.assert_array_equal(arrays["image"], images)
+    with pytest.raises(DataError, match=r"case-0\.parquet: damaged"):
+        LocalSlices(tmp_path, "train", labels=True)
+
+
+def test_a_flipped_bit_anywhere_is_refused_or_changes_nothing(tmp_path: Path) -> None:
+    write_dataset(tmp_path, (5,))
+    path = tmp_path / "train" / "case-0.parquet"
+    intact, files = path.read_bytes(), SplitFiles.find(tmp_path, "train", labels=True)
+    expected = files.read(np.arange(5))
+    rng = np.random.default_rng(1)
+    refused = unchanged = 0
+    for _ in range(400):
+        damaged = bytearray(intact)
+        damaged[rng.integers(len(intact))] ^= 1 << int(rng.integers(8))
+        path.write_bytes(damaged)
+        try:
+            arrays = files.read(np.arange(5))
+        except DataError as error:
+            refused += str(path) in str(error)
+        else:
+            unchanged += all(np.array_equal(arrays[name], array) for name, array in expected.items())
+    assert refused + unchanged == 400
+    assert refused > 300
+
+
+def test_files_that_are_not_what_the_manifest_says_are_named(tmp_path: Path) -> None:
+    write_dataset(tmp_path, (4, 6))
+    files = SplitFiles.find(tmp_path, "train", labels=True)
+    path = tmp_path / "train" / "case-1.parquet"
+    intact, table = path.read_bytes(), pq.read_table(path)
+
+    def refusal(content: bytes | pa.Table | None) -> str:
+        if content is None:
+            path.unlink()
+        elif isinstance(content, bytes):
+            path.write_bytes(content)
+        else:
+            pq.write_table(content, path, compression="lz4", write_page_checksum=True)
+            object.__setattr__(files.cases[1], "bytes", path.stat().st_size)
+        with pytest.raises(DataError) as caught:
+            files.read(np.arange(files.rows))
+        assert str(path) in str(caught.value)
+        return str(caught.value)
+
+    assert "cut short" in refusal(intact[:-100])
+    assert "missing" in refusal(None)
+    assert "5 slices, the manifest says 6" in refusal(table.slice(0, 5))
+    assert "no column 'label'" in refusal(table.drop_columns(["label"]))
+    wrong = pa.FixedShapeTensorArray.from_numpy_ndarray(np.zeros((6, 12, 19), np.float32))
+    assert "column 'image' is" in refusal(table.set_column(2, "image", wrong))
+    assert "not in order" in refusal(table.take(pa.array([0, 2, 1, 3, 4, 5])))
+    assert "format version None" in refusal(table.replace_schema_metadata(None))
+
+
+def test_labels_that_are_not_there_and_empty_splits_are_refused(tmp_path: Path) -> None:
+    write_dataset(tmp_path, (2, 2), labelled=False)
+    with pytest.raises(DataError, match=r"2 of its 2 cases have none .*case-0"):
+        LocalSlices(tmp_path, "train", labels=True)
+    with pytest.raises(DataError, match="'val' has no cases"):
+        LocalSlices(tmp_path, "val", labels=False)
+    assert LocalSlices(tmp_path, "train", labels=False).files.rows == 4
+
+
+def test_shards_partition_the_slices_whatever_the_number_of_workers(local: LocalSlices, images: np.ndarray) -> None:
+    for world_size in (1, 2, 3, 7):
+        shards = [list(local.shard(rank, world_size, batch_size=8)) for rank in range(world_size)]
+        assert [row for shard in shards for batch in shard for row in row_numbers(batch)] == list(range(len(images)))
+        assert all(len(batch["image"]) == 8 for shard in shards for batch in shard[:-1])
+    batch = shards[0][0]
+    assert (batch["image"].dtype, batch["label"].dtype) == (torch.float32, torch.int64)
+    assert batch["image"].shape == (8, 1, *SIZE)
+    assert batch["label"].shape == (8, *SIZE)
+
+
+def test_volumes_are_whole_cases(local: LocalSlices, images: np.ndarray) -> None:
+    seen = {case.id: arrays["image"] for rank in (0, 1, 2) for case, arrays in local.volumes(rank, 3)}
+    assert [len(seen[f"case-{number}"]) for number in range(4)] == list(DEPTHS)
+    np.testing.assert_array_equal(np.concatenate([seen[f"case-{number}"] for number in range(4)]), images)
+
+
+# ------------------------------------------------------------------------------------------------------- stream
+
+
+def batches(slices: Slices, steps: int, **options) -> list[dict[str, torch.Tensor]]:
+    with SliceStream(slices, **{"seed": 1, "domain": "source", "global_batch": 8, **options}) as stream:
+        return [stream.next() for _ in range(steps)]
+
+
+def assert_equal_batches(ones: list[dict[str, torch.Tensor]], others: list[dict[str, torch.Tensor]]) -> None:
+    for one, other in zip(ones, others, strict=True):
+        assert one.keys() == other.keys()
+        for name, tensor in one.items():
+            assert torch.equal(tensor, other[name])
+
+
+def test_batches_follow_the_order(local: LocalSlices, images: np.ndarray) -> None:
+    with SliceStream(local, seed=1, domain="source", global_batch=8) as stream:
+        for step in range(30):
+            batch = stream.next()
+            rows = stream.order.batch_rows(step)
+            np.testing.assert_array_equal(batch["image"][:, 0], images[rows])
+    assert (batch["image"].shape, batch["image"].dtype) == ((8, 1, *SIZE), torch.float32)
+    assert (batch["label"].shape, batch["label"].dtype) == ((8, *SIZE), torch.int64)
+
+
+def test_augmented_batches_do_not_depend_on_the_number_of_workers(local: LocalSlices) -> None:
+    options = {"augment": AugmentConfig(rotation_deg=20, scale=(0.8, 1.2), intensity_mapping=0.5)}
+    whole = batches(local, 25, **options)
+    for world_size in (2, 4):
+        ranks = [batches(local, 25, rank=rank, world_size=world_size, **options) for rank in range(world_size)]
+        joined = [
+            {name: torch.cat([part[name] for part in parts]) for name in parts[0]} for parts in zip(*ranks, strict=True)
+        ]
+        assert_equal_batches(joined, whole)
+
+
+def test_a_resumed_stream_goes_on_where_the_step_says(local: LocalSlices) -> None:
+    options = {"augment": AugmentConfig(rotation_deg=20, intensity_mapping=0.5)}
+    assert_equal_batches(batches(local, 26, **options)[20:], batches(local, 6, start_step=20, **options))
+
+
+class Slow(Slices):
+    """Counts the batches that are fetched, and fails or waits where it is told to."""
+
+    def __init__(self, files: SplitFiles, fail_at: int = 10**9) -> None:
+        super().__init__(files)
+        self.fetched = 0
+        self.fail_at = fail_at
+        self.closed = threading.Event()
+
+    def fetch(self, batches: Iterator[np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
+        try:
+            for rows in batches:
+                if self.fetched == self.fail_at:
+                    raise DataError("train/case-7.parquet: damaged")
+                time.sleep(0.02)
+                self.fetched += 1
+                yield self.files.empty(len(rows))
+        finally:
+            self.closed.set()
+
+
+def test_at_most_two_batches_are_prepared_ahead(folder: Path) -> None:
+    slow = Slow(SplitFiles.find(folder, "train", labels=True))
+    with SliceStream(slow, seed=0, domain="source", global_batch=4) as stream:
+        for taken in (0, 3):
+            for _ in range(taken):
+                stream.next()
+            while slow.fetched < taken + 2:
+                time.sleep(0.01)
+            time.sleep(0.2)
+            assert slow.fetched == taken + 2
+
+
+def test_waiting_for_data_is_accounted(folder: Path) -> None:
+    with SliceStream(
+        Slow(SplitFiles.find(folder, "train", labels=True)), seed=0, domain="source", global_batch=4
+    ) as slow:
+        for _ in range(10):
+            slow.next()
+        assert slow.wait_seconds >= 0.1
+
+
+def test_an_error_in_the_background_surfaces_at_its_step_and_again(folder: Path) -> None:
+    slow = Slow(SplitFiles.find(folder, "train", labels=True), fail_at=3)
+    with SliceStream(slow, seed=0, domain="source", global_batch=4) as stream:
+        for _ in range(3):
+            stream.next()
+        for _ in range(2):
+            with pytest.raises(DataError, match=r"case-7\.parquet"):
+                stream.next()
+
+
+def test_close_ends_the_thread_and_the_fetching(folder: Path) -> None:
+    before = threading.active_count()
+    slow = Slow(SplitFiles.find(folder, "train", labels=True))
+    stream = SliceStream(slow, seed=0, domain="source", global_batch=4)
+    stream.next()
+    stream.close()
+    stream.close()
+    assert slow.closed.is_set()
+    assert threading.active_count() == before

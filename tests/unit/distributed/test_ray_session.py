@@ -1,0 +1,71 @@
+"""Starting Ray on a machine that is too busy for it: what is tried again, what is left, what is said."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from mpscl_ray.distributed.ray_session import START_ATTEMPTS, connect
+from mpscl_ray.errors import ClusterError
+
+TOO_SLOW = "The current node timed out during startup. This could happen because some of the raylet failed to startup"
+
+
+class Starts:
+    """``ray.init`` on a machine where so many starts fail, each with a process that lives on."""
+
+    def __init__(self, failing: int) -> None:
+        self.failing = failing
+        self.processes: list[subprocess.Popen[bytes]] = []
+
+    def __call__(self, *, _temp_dir: str, **options: Any) -> None:
+        command = [sys.executable, "-c", "import time; time.sleep(600)", f"--session-dir={_temp_dir}/session"]
+        process = subprocess.Popen(command)
+        while _temp_dir not in Path(f"/proc/{process.pid}/cmdline").read_text():
+            time.sleep(0.01)  # it is being executed
+        self.processes.append(process)
+        if len(self.processes) <= self.failing:
+            raise Exception(TOO_SLOW)  # a bare one, as Ray does
+
+
+@pytest.fixture
+def temporary(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where Ray's temporary folders would be."""
+    folder = Path(tempfile.mkdtemp(prefix="t", dir="/tmp"))
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "0" * 64)
+    return folder
+
+
+def test_a_start_that_fails_is_tried_again(
+    temporary: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    starts = Starts(failing=START_ATTEMPTS - 1)
+    monkeypatch.setattr(ray, "init", starts)
+    with connect(1):
+        *failed, started = starts.processes
+        assert [process.wait(10) for process in failed] == [-9] * (START_ATTEMPTS - 1), "nothing of them lives on"
+        assert started.poll() is None
+        assert len(list(temporary.iterdir())) == 1
+    assert list(temporary.iterdir()) == []
+    assert capsys.readouterr().err.count(f"warning: Ray did not start ({TOO_SLOW}") == START_ATTEMPTS - 1
+    started.kill()
+    started.wait()
+
+
+def test_starts_that_all_fail_end_in_one_sentence(temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    starts = Starts(failing=START_ATTEMPTS)
+    monkeypatch.setattr(ray, "init", starts)
+    with pytest.raises(ClusterError, match=rf"tried {START_ATTEMPTS} times: {TOO_SLOW}.*; try again when"), connect(1):
+        pytest.fail("there is no Ray")
+    assert [process.wait(10) for process in starts.processes] == [-9] * START_ATTEMPTS
+    assert list(temporary.iterdir()) == []
+    assert ClusterError.exit_code == 4

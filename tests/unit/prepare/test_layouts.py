@@ -1,0 +1,409 @@
+"""Finding and pairing files by name: every layout, and everything odd that folders hold. No file is opened here."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mpscl_ray.errors import ConfigError, DataError
+from mpscl_ray.prepare.label_table import MMWHS, RELEASED, LabelTable
+from mpscl_ray.prepare.layouts import Scan, scan
+from mpscl_ray.prepare.source_cases import LayoutOptions
+
+
+def touch(folder: Path, *names: str) -> Path:
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"x")
+    return folder
+
+
+def pairs(found: Scan, folder: Path) -> dict[str, tuple[str, ...]]:
+    return {
+        f"{case.modality}/{case.id}": tuple(
+            path.relative_to(folder).as_posix() for path in (*case.images, *case.labels)
+        )
+        for case in found.cases
+    }
+
+
+def ids(found: Scan) -> list[str]:
+    return [case.id for case in found.cases]
+
+
+FOLDER = LayoutOptions(modality="mr", image_pattern="{case}_C0.nii.gz", label_pattern="{case}_C0_manual.nii.gz")
+
+
+# -------------------------------------------------------------------------------------------------------- MM-WHS
+
+
+def test_mmwhs_in_one_folder_or_many(tmp_path: Path) -> None:
+    touch(
+        tmp_path,
+        "ct_train/ct_train_1001_image.nii.gz",
+        "ct_train/ct_train_1001_label.nii.gz",
+        "mr_train_1002_label.nii.gz",
+        "mr_train_1002_image.nii.gz",
+        "ct_test/ct_test_2001_image.nii.gz",
+        "README.txt",
+    )
+    found = scan(tmp_path, "mmwhs", LayoutOptions())
+    assert pairs(found, tmp_path) == {
+        "ct/ct_1001": ("ct_train/ct_train_1001_image.nii.gz", "ct_train/ct_train_1001_label.nii.gz"),
+        "mr/mr_1002": ("mr_train_1002_image.nii.gz", "mr_train_1002_label.nii.gz"),
+    }
+    assert found.table is MMWHS
+    assert found.problems == ()
+    assert found.notices[0].startswith("1 volumes of the challenge's own test set")
+    assert found.notices[1] == "files that are not part of the layout, 1: README.txt"
+    assert ids(scan(tmp_path, "mmwhs", LayoutOptions(modality="ct"))) == ["ct_1001"]
+
+
+def test_mmwhs_patients_of_ct_and_mr_are_different_people(tmp_path: Path) -> None:
+    touch(tmp_path, "ct_train_1001_image.nii.gz", "mr_train_1001_image.nii.gz")
+    assert [case.patient for case in scan(tmp_path, "mmwhs", LayoutOptions()).cases] == ["ct_1001", "mr_1001"]
+
+
+def test_a_label_without_image_and_an_image_without_label(tmp_path: Path) -> None:
+    touch(tmp_path, "ct_train_1001_image.nii.gz", "ct_train_1002_label.nii.gz")
+    found = scan(tmp_path, "mmwhs", LayoutOptions())
+    assert found.problems == ("ct_train_1002_label.nii.gz: a label whose image is missing",)
+    (case,) = found.cases
+    assert case.labels == ()
+    assert case.label_hint == "ct_train_1001_label.nii.gz"
+
+
+def test_duplicates_are_named(tmp_path: Path) -> None:
+    touch(tmp_path, "a/ct_train_1001_image.nii.gz", "b/ct_train_1001_image.nii.gz", "b/ct_train_1001_label.nii.gz")
+    (problem,) = scan(tmp_path, "mmwhs", LayoutOptions()).problems
+    assert problem.startswith("case ct_1001 has 2 image files: a/ct_train_1001_image.nii.gz, b/ct_train_1001_image")
+
+
+# -------------------------------------------------------------------------------------------------------- folder
+
+
+def test_patterns_pair_by_name_never_by_position(tmp_path: Path) -> None:
+    names = [f"patient{k}_C0.nii.gz" for k in (10, 9, 1)] + [f"patient{k}_C0_manual.nii.gz" for k in (9, 10, 1)]
+    touch(tmp_path, *names)
+    found = scan(tmp_path, "folder", FOLDER)
+    assert ids(found) == ["patient1", "patient9", "patient10"]
+    for case in found.cases:
+        assert case.images[0].name == f"{case.id}_C0.nii.gz"
+        assert case.labels[0].name == f"{case.id}_C0_manual.nii.gz"
+    assert found.table is None
+
+
+def test_a_label_that_matches_both_patterns_is_a_label(tmp_path: Path) -> None:
+    touch(tmp_path, "a.nii.gz", "a_seg.nii.gz")
+    options = LayoutOptions(modality="mr", image_pattern="{case}.nii.gz", label_pattern="{case}_seg.nii.gz")
+    assert pairs(scan(tmp_path, "folder", options), tmp_path) == {"mr/a": ("a.nii.gz", "a_seg.nii.gz")}
+
+
+def test_label_maps_are_no_images_of_an_unlabelled_folder(tmp_path: Path) -> None:
+    names = ("a_C0.nii.gz", "b_C0.nii.gz", "a_C0_manual.nii.gz")
+    options = LayoutOptions(modality="mr", image_pattern="{case}.nii.gz")
+    (problem,) = scan(touch(tmp_path, *names), "folder", options).problems
+    assert problem.startswith("images by --image-pattern that are named like label maps, 1: a_C0_manual.nii.gz; ")
+    assert scan(tmp_path, "folder", replace(options, label_pattern="{case}_manual.nii.gz")).problems == ()
+    assert scan(tmp_path, "folder", replace(options, image_pattern="{case}_C0.nii.gz")).problems == ()
+
+
+def test_patterns_with_folders_wildcards_and_repeats(tmp_path: Path) -> None:
+    touch(tmp_path, "x/scan 1/scan 1_T1_v7.nii", "x/scan 1/mask.nii", "x/other/scan 1_T1_v7.nii")
+    options = LayoutOptions(modality="mr", image_pattern="x/{case}/{case}_T1_*.nii", label_pattern="x/{case}/mask.nii")
+    found = scan(tmp_path, "folder", options)
+    assert pairs(found, tmp_path) == {"mr/scan 1": ("x/scan 1/scan 1_T1_v7.nii", "x/scan 1/mask.nii")}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (LayoutOptions(modality="mr"), "needs --modality and --image-pattern"),
+        (LayoutOptions(image_pattern="{case}.nii"), "needs --modality and --image-pattern"),
+        (LayoutOptions(modality="mr", image_pattern="*.nii"), "must contain {case}"),
+    ],
+)
+def test_the_folder_layout_needs_its_options(tmp_path: Path, options: LayoutOptions, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        scan(touch(tmp_path, "a.nii"), "folder", options)
+
+
+def test_patients_by_a_pattern(tmp_path: Path) -> None:
+    touch(tmp_path, "s1_day1_C0.nii.gz", "s1_day2_C0.nii.gz", "odd_C0.nii.gz")
+    options = LayoutOptions(modality="mr", image_pattern="{case}_C0.nii.gz", patient_pattern=r"^(s\d+)_")
+    found = scan(tmp_path, "folder", options)
+    assert {case.id: case.patient for case in found.cases if case.id != "odd"} == {"s1_day1": "s1", "s1_day2": "s1"}
+    assert found.problems == (r"case odd: --patient-pattern '^(s\\d+)_' does not match it",)
+    with pytest.raises(ConfigError, match="not a regular expression"):
+        scan(tmp_path, "folder", LayoutOptions(modality="mr", image_pattern="{case}_C0.nii.gz", patient_pattern="("))
+
+
+# ------------------------------------------------------------------------------------------------- what folders hold
+
+
+def test_unicode_spaces_and_long_paths(tmp_path: Path) -> None:
+    deep = "/".join(["long folder name " + "x" * 80] * 8)
+    touch(tmp_path, "Zoë Müller 心_C0.nii.gz", f"{deep}/in depth_C0.nii.gz")
+    options = LayoutOptions(modality="mr", image_pattern="{case}_C0.nii.gz")
+    assert ids(scan(tmp_path, "folder", options)) == ["Zoë Müller 心"]
+    options = LayoutOptions(modality="mr", image_pattern="*/*/*/*/*/*/*/*/{case}_C0.nii.gz")
+    assert ids(scan(tmp_path, "folder", options)) == ["in depth"]
+
+
+def test_names_that_cannot_name_a_file_of_the_dataset(tmp_path: Path) -> None:
+    touch(tmp_path, "心" * 70 + "_C0.nii.gz", "a\nb_C0.nii.gz")
+    problems = scan(tmp_path, "folder", FOLDER).problems
+    assert len(problems) == 2
+    assert all("cannot name a file of the dataset" in problem for problem in problems)
+
+
+def test_symlinks_loops_and_broken_ones(tmp_path: Path) -> None:
+    store = touch(tmp_path / "store", "ct_train_1001_image.nii.gz")
+    folder = tmp_path / "in"
+    (folder / "sub").mkdir(parents=True)
+    (folder / "linked").symlink_to(store)
+    (folder / "sub" / "up").symlink_to(folder)
+    (folder / "self.nii.gz").symlink_to(folder / "self.nii.gz")
+    (folder / "ct_train_1002_image.nii.gz").symlink_to(tmp_path / "gone.nii.gz")
+    found = scan(folder, "mmwhs", LayoutOptions())
+    assert ids(found) == ["ct_1001"]
+    assert sorted(found.problems) == [
+        f"{folder}/ct_train_1002_image.nii.gz: a symlink to something that does not exist",
+        f"{folder}/self.nii.gz: a symlink to something that does not exist",
+    ]
+    assert any("leads back to a folder" in notice for notice in found.notices)
+
+
+def test_hidden_files_are_passed_over(tmp_path: Path) -> None:
+    touch(tmp_path, "._ct_train_1001_image.nii.gz", ".DS_Store", ".cache/ct_train_1003_image.nii.gz")
+    touch(tmp_path, "ct_train_1001_image.nii.gz")
+    found = scan(tmp_path, "mmwhs", LayoutOptions())
+    assert ids(found) == ["ct_1001"]
+    assert found.notices == ()
+
+
+@pytest.mark.parametrize("layout", ["mmwhs", "tfrecord", "npy"])
+def test_folders_that_hold_nothing_of_it(tmp_path: Path, layout: str) -> None:
+    with pytest.raises(DataError, match="no such folder"):
+        scan(tmp_path / "nowhere", layout, LayoutOptions())
+    with pytest.raises(DataError, match="the folder holds no files"):
+        scan(tmp_path, layout, LayoutOptions())
+    touch(tmp_path, "notes.txt")
+    with pytest.raises(DataError, match=rf"layout {layout}\); it holds notes.txt"):
+        scan(tmp_path, layout, LayoutOptions())
+    with pytest.raises(DataError, match="a file; give the folder"):
+        scan(tmp_path / "notes.txt", layout, LayoutOptions())
+
+
+def test_a_dicom_folder_points_to_the_converter(tmp_path: Path) -> None:
+    (tmp_path / "IM0001").write_bytes(b"\0" * 128 + b"DICM" + b"\0" * 50)
+    with pytest.raises(DataError, match=r"DICOM files.*dcm2niix -ba y"):
+        scan(tmp_path, "mmwhs", LayoutOptions())
+    os.remove(tmp_path / "IM0001")
+    touch(tmp_path, "slice.dcm")
+    with pytest.raises(DataError, match=r"e\.g\. slice\.dcm.*dcm2niix"):
+        scan(tmp_path, "folder", FOLDER)
+
+
+def test_an_unknown_layout(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="expected one of mmwhs, nnunet, folder, tfrecord, npy"):
+        scan(touch(tmp_path, "a"), "bids", LayoutOptions())
+
+
+# -------------------------------------------------------------------------------------------------------- nnU-Net
+
+
+def nnunet(folder: Path, *names: str, **about: Any) -> Path:
+    content = {
+        "channel_names": {"0": "CT"},
+        "labels": {"background": 0, "MYO": 1, "LV": 2},
+        "numTraining": 2,
+        "file_ending": ".nii.gz",
+        **about,
+    }
+    touch(folder, *names)
+    (folder / "dataset.json").write_text(json.dumps(content))
+    return folder
+
+
+NAMES = ("imagesTr/a_0000.nii.gz", "imagesTr/b_0000.nii.gz", "labelsTr/a.nii.gz", "labelsTr/b.nii.gz")
+
+
+def test_nnunet(tmp_path: Path) -> None:
+    nnunet(tmp_path, *NAMES, "imagesTs/c_0000.nii.gz", "labelsTs/c.nii.gz")
+    found = scan(tmp_path, "nnunet", LayoutOptions())
+    assert pairs(found, tmp_path) == {
+        "ct/a": ("imagesTr/a_0000.nii.gz", "labelsTr/a.nii.gz"),
+        "ct/b": ("imagesTr/b_0000.nii.gz", "labelsTr/b.nii.gz"),
+        "ct/c": ("imagesTs/c_0000.nii.gz", "labelsTs/c.nii.gz"),
+    }
+    assert [case.split for case in found.cases] == [None, None, "test"]
+    assert found.table == LabelTable(("background", "MYO", "LV"), {0: 0, 1: 1, 2: 2})
+    assert (found.problems, found.notices) == ((), ())
+
+
+def test_nnunet_test_images_without_labels_are_left_out(tmp_path: Path) -> None:
+    found = scan(nnunet(tmp_path, *NAMES, "imagesTs/c_0000.nii.gz"), "nnunet", LayoutOptions())
+    assert ids(found) == ["a", "b"]
+    assert found.notices == (
+        "1 test images without labels (labelsTs is empty) are left out; segment them with mpscl_ray.predict",
+    )
+
+
+def test_nnunet_older_forms(tmp_path: Path) -> None:
+    # The Decathlon: no channel suffix, ids as keys, `modality` for the channels.
+    touch(tmp_path, "imagesTr/la_003.nii.gz", "labelsTr/la_003.nii.gz")
+    about = {"modality": {"0": "MRI"}, "labels": {"0": "background", "1": "left atrium"}, "numTraining": 1}
+    (tmp_path / "dataset.json").write_text(json.dumps(about))
+    found = scan(tmp_path, "nnunet", LayoutOptions())
+    assert pairs(found, tmp_path) == {"mr/la_003": ("imagesTr/la_003.nii.gz", "labelsTr/la_003.nii.gz")}
+    assert found.table is not None
+    assert found.table.classes == ("background", "left atrium")
+
+
+def test_the_decathlon_may_number_its_cases_by_four_digits(tmp_path: Path) -> None:
+    names = ("imagesTr/ct_1001.nii.gz", "labelsTr/ct_1001.nii.gz", "imagesTr/ct_1002.nii.gz", "labelsTr/ct_1002.nii.gz")
+    found = scan(nnunet(tmp_path, *names), "nnunet", LayoutOptions())
+    assert pairs(found, tmp_path) == {"ct/ct_1001": names[:2], "ct/ct_1002": names[2:]}
+    assert (found.problems, found.notices) == ((), ())
+
+
+def test_nnunet_ids_that_share_a_name_are_one_class_and_a_structure_of_id_0_is_told(tmp_path: Path) -> None:
+    labels = {"0": "AA", "1": "LV", "2": "MYO", "3": "LV"}
+    found = scan(nnunet(tmp_path, *NAMES, labels=labels), "nnunet", LayoutOptions())
+    assert found.table == LabelTable(("background", "LV", "MYO"), {0: 0, 1: 1, 2: 2, 3: 1})
+    assert found.notices == ("dataset.json: the label 0, called 'AA', becomes background",)
+
+
+def test_nnunet_channels_counts_and_ignored_labels(tmp_path: Path) -> None:
+    labels = {"background": 0, "MYO": 1, "LV": 3, "ignore": 4}
+    nnunet(
+        tmp_path, *NAMES, "imagesTr/a_0001.nii.gz", "imagesTr/b_0001.nii.gz", labels=labels, numTraining=5,
+        channel_names={"0": "T1 weighted", "1": "T2"},
+    )  # fmt: skip
+    found = scan(tmp_path, "nnunet", LayoutOptions())
+    assert found.cases[0].modality == "t1_weighted"
+    assert found.table == LabelTable(("background", "MYO", "LV"), {0: 0, 1: 1, 3: 2}, frozenset({4}))
+    assert [notice.split(":")[0] for notice in found.notices] == [
+        "dataset.json",
+        "imagesTr",
+        "dataset.json says numTraining 5, imagesTr holds 2 cases",
+    ]
+    second = scan(tmp_path, "nnunet", LayoutOptions(channel=1))
+    assert second.cases[0].images[0].name == "a_0001.nii.gz"
+
+
+@pytest.mark.parametrize(
+    ("about", "message"),
+    [
+        ({"labels": {"background": 0, "whole": [1, 2]}}, "regions are not supported"),
+        ({"labels": {}}, "are not NAME: ID pairs"),
+        ({"labels": {"background": 0, "MYO": 1, "LV": 1}}, "the label 1 has two names, LV and MYO"),
+        ({"labels": {"background": 0}}, "0 labels besides background"),
+        ({"channel_names": {}}, "no name for channel 0; give --modality"),
+        ({"file_ending": ".png"}, r"file_ending '\.png'"),
+    ],
+)
+def test_nnunet_refusals(tmp_path: Path, about: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=rf"dataset\.json: .*{message}"):
+        scan(nnunet(tmp_path, *NAMES, **about), "nnunet", LayoutOptions())
+
+
+def test_nnunet_needs_its_json(tmp_path: Path) -> None:
+    touch(tmp_path, *NAMES)
+    with pytest.raises(DataError, match=r"dataset\.json: cannot be read"):
+        scan(tmp_path, "nnunet", LayoutOptions())
+    (tmp_path / "dataset.json").write_text("{")
+    with pytest.raises(DataError, match="not JSON"):
+        scan(tmp_path, "nnunet", LayoutOptions())
+
+
+# ------------------------------------------------------------------------------------------------- released slices
+
+
+def test_tfrecords_modality_and_split_from_the_words(tmp_path: Path) -> None:
+    touch(
+        tmp_path,
+        "ct/ct_train_slice10.tfrecords",
+        "ct/ct_train_slice9.tfrecords",
+        "ct/sifa_validation_ct_01.tfrecords",
+        "mr/training_07.tfrecords",
+        "image_mr_1007.nii.gz",
+        "gth_mr_1007.nii.gz",
+    )
+    found = scan(tmp_path, "tfrecord", LayoutOptions())
+    assert [(case.modality, case.id, case.split) for case in found.cases] == [
+        ("ct", "ct_train_slice9", "train"),
+        ("ct", "ct_train_slice10", "train"),
+        ("ct", "sifa_validation_ct_01", "val"),
+        ("mr", "mr_1007", "test"),
+        ("mr", "training_07", "train"),
+    ]
+    assert found.table is RELEASED
+    volume = next(case for case in found.cases if case.id == "mr_1007")
+    assert (volume.kind, volume.labels[0].name) == ("released_nifti", "gth_mr_1007.nii.gz")
+
+
+def test_a_record_of_no_known_modality(tmp_path: Path) -> None:
+    touch(tmp_path, "train_slice0.tfrecords")
+    (problem,) = scan(tmp_path, "tfrecord", LayoutOptions()).problems
+    assert problem == "train_slice0.tfrecords: neither ct nor mr in its name or folder; give --modality"
+    assert ids(scan(tmp_path, "tfrecord", LayoutOptions(modality="mr"))) == ["train_slice0"]
+
+
+def test_slices_grouped_by_number(tmp_path: Path) -> None:
+    touch(
+        tmp_path, *(f"ct_train_slice{k}.tfrecords" for k in range(5)), "ct_val_slice0.tfrecords", "ct_train_x.tfrecords"
+    )
+    found = scan(tmp_path, "tfrecord", LayoutOptions(group_slices=2))
+    groups = {case.id: [path.stem.rpartition("slice")[2] for path in case.images] for case in found.cases}
+    assert groups == {
+        "ct_train_slices0000": ["0", "1"],
+        "ct_train_slices0001": ["2", "3"],
+        "ct_train_slices0002": ["4"],
+        "ct_val_slices0000": ["0"],
+        "ct_train_x": ["ct_train_x"],
+    }
+    assert any("does not say which slices are of one patient" in notice for notice in found.notices)
+    with pytest.raises(ConfigError, match="--group-slices 0"):
+        scan(tmp_path, "tfrecord", LayoutOptions(group_slices=0))
+
+
+def test_npy_release(tmp_path: Path) -> None:
+    touch(
+        tmp_path,
+        "train_ct/ct_train_slice1.npy",
+        "train_ct/ct_train_slice0.npy",
+        "gt_train_ct/ct_train_slice0_gt.npy",
+        "gt_train_ct/ct_train_slice1_gt.npy",
+        "val_mr/mr_val_slice3.npy",
+        "test_mr/image_mr_1007.nii.gz.npz",
+    )
+    found = scan(tmp_path, "npy", LayoutOptions())
+    assert pairs(found, tmp_path) == {
+        "ct/ct_train_slice0": ("train_ct/ct_train_slice0.npy", "gt_train_ct/ct_train_slice0_gt.npy"),
+        "ct/ct_train_slice1": ("train_ct/ct_train_slice1.npy", "gt_train_ct/ct_train_slice1_gt.npy"),
+        "mr/mr_1007": ("test_mr/image_mr_1007.nii.gz.npz",),
+        "mr/mr_val_slice3": ("val_mr/mr_val_slice3.npy",),
+    }
+    assert [case.split for case in found.cases] == ["train", "train", "test", "val"]
+
+
+def test_npy_groups_do_not_mix_labelled_and_unlabelled_slices(tmp_path: Path) -> None:
+    touch(tmp_path, "ct_train_slice0.npy", "ct_train_slice1.npy", "ct_train_slice0_gt.npy")
+    (problem,) = scan(tmp_path, "npy", LayoutOptions(group_slices=10)).problems
+    assert problem == "ct_train_slice1_gt.npy: missing, though other slices of its group are labelled"
+
+
+def test_reference_folders(reference_data: Path) -> None:
+    options = LayoutOptions(modality="lge", image_pattern="{case}_LGE.nii.gz", label_pattern="{case}_LGE_manual.nii.gz")
+    found = scan(reference_data / "mscmrseg" / "lge", "folder", options)
+    assert ids(found) == [f"patient{k}" for k in range(1, 46)]
+    assert [case.id for case in found.cases if case.labels] == [f"patient{k}" for k in range(1, 6)]
+    assert (found.problems, found.notices) == ((), ())

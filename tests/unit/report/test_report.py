@@ -1,0 +1,221 @@
+"""The report command on tiny runs: what is on the page, what is said to be missing, what it refuses."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mpscl_ray.config import to_yaml
+from mpscl_ray.data.dataset import load_manifest, read_case
+from mpscl_ray.errors import ConfigError, DataError
+from mpscl_ray.methods.losses import class_counts, weighted_cross_entropy
+from mpscl_ray.predict.predictor import find_checkpoint
+from mpscl_ray.report import command as report
+from mpscl_ray.report import run as report_run
+from mpscl_ray.report.runs import choose_case, load, look_at, read_runs
+from mpscl_ray.runs.run_directory import RunFolder
+from mpscl_ray.train.feature_log import FeatureRecord
+from mpscl_ray.train.ray import launch
+from tests.s3 import serve, upload_folder
+from tests.tiny import CLASSES, make_dataset, make_pair, tiny_config
+from tests.tiny_runs import train
+
+FIGURES = {"segmentations", "surfaces", "overconfident", "losses", "features"}
+"""Of any run with labels in its target's test split."""
+
+
+def tiny_run(
+    folder: Path, source: Path, target: Path, overrides: Sequence[str] = (), stop_after: int | None = None
+) -> Path:
+    """A run as the train command leaves it, less its evaluation."""
+    config = tiny_config(source, target, [*overrides, f"run.name={folder.name}"])
+    outcome, run = train(config, folder, stop_after)
+    run.write_config(to_yaml(config))
+    run.write_model(launch.model_description(config, launch.load_domains(config)[0]))
+    place = {"phase": outcome.phase, "iteration": outcome.iteration, "global_step": outcome.step}
+    run.write_status("finished" if outcome.state == "finished" else "interrupted", exit_code=0, **place)
+    return folder
+
+
+def quick(runs: Sequence[Path], out: Path) -> Path:
+    """A report for a look at its page: coarse figures, and no PDF, which the test of two runs asks for."""
+    return report_run.report(runs, out, dpi=20, pdf=False)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_pair(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def margin(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_run(tmp_path_factory.mktemp("runs") / "margin", data / "mr", data / "ct")
+
+
+class Page(HTMLParser):
+    """What a page refers to, its pictures, and its text."""
+
+    def __init__(self, file: Path) -> None:
+        super().__init__()
+        self.references: list[str] = []
+        self.pictures: list[tuple[str, str]] = []
+        self.text = ""
+        self.tags: set[str] = set()
+        self.feed(file.read_text(encoding="utf-8"))
+        self.text = " ".join(self.text.split())
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        values = {name: value or "" for name, value in attrs}
+        self.references += [values[name] for name in ("src", "href", "data", "action") if name in values]
+        if tag == "img":
+            self.pictures.append((values["src"], values["alt"]))
+
+    def handle_data(self, text: str) -> None:
+        self.text += text
+
+
+def assert_whole(file: Path, names: set[str]) -> Page:
+    """The page needs nothing but itself, and each figure is in it and beside it."""
+    page = Page(file)
+    assert page.tags.isdisjoint({"script", "link", "iframe"})
+    assert all(reference.startswith(("data:image/png;base64,", "#")) for reference in page.references)
+    assert "url(" not in file.read_text(encoding="utf-8")
+    assert len(page.pictures) == len(names)
+    assert all(alternative for _, alternative in page.pictures)
+    for name in names:
+        assert (file.parent / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    return page
+
+
+def test_two_runs_side_by_side(data: Path, margin: Path, tmp_path: Path) -> None:
+    overrides = ["method.margin_source=0", "method.margin_target=0"]
+    without = tiny_run(tmp_path / "without", data / "mr", data / "ct", overrides)
+    file = report_run.report([without, margin], tmp_path / "report", dpi=20)
+    own = {f"{kind}-{name}" for kind in ("angles", "pseudo-labels") for name in ("margin", "without")}
+    names = FIGURES | own | {"margin", "selection"}
+    page = assert_whole(file, names)
+    for name in names:
+        assert (file.parent / "figures" / f"{name}.pdf").read_bytes().startswith(b"%PDF")
+    for said in ("CSCL", "MPSCL", "source only (CSCL)", "MR to CT", "ct_test_0", *CLASSES[1:]):
+        assert said in page.text, said
+    assert "No scores yet for without, margin" in page.text
+
+
+def test_a_target_without_labels_gives_fewer_figures_and_says_so(data: Path, tmp_path: Path) -> None:
+    target = make_dataset(tmp_path / "ct", "ct", seed=1, labelled=())
+    run = tiny_run(tmp_path / "run", data / "mr", target)
+    names = FIGURES | {"angles-run", "pseudo-labels-run", "selection"}
+    file = quick([run], tmp_path / "report")
+    # So short a training may predict nothing but background, which leaves a sentence in place of a figure.
+    if "No surfaces are drawn" in Page(file).text:
+        names.remove("surfaces")
+    page = assert_whole(file, names)
+    for said in ("shown without ground truth", "errors are not marked", "no curve on the target", "by prediction"):
+        assert said in page.text, said
+    assert "image, source only, warmed up, adapted." in page.text
+
+
+def test_a_run_that_is_not_done_is_shown_as_far_as_it_is(data: Path, tmp_path: Path) -> None:
+    run = tiny_run(tmp_path / "run", data / "mr", data / "ct", stop_after=6)
+    page = assert_whole(quick([run], tmp_path / "report"), FIGURES)
+    assert "image, source only, so far, ground truth" in page.text
+    assert "interrupted (iteration 2 of warm_up)" in page.text
+    assert "No pseudo-labels from MPSCL" in page.text
+
+
+def test_a_run_without_checkpoint_shows_what_it_has_measured(data: Path, tmp_path: Path) -> None:
+    run = RunFolder(tiny_run(tmp_path / "run", data / "mr", data / "ct", stop_after=1))
+    for checkpoint in run.checkpoints.iterdir():
+        for file in checkpoint.iterdir():
+            file.unlink()
+        checkpoint.rmdir()
+    page = assert_whole(quick([run.path], tmp_path / "report"), {"losses"})
+    assert "MPSCL has no checkpoint yet" in page.text
+
+
+def test_runs_with_different_targets_get_figures_of_their_own_phase_by_phase(
+    data: Path, margin: Path, tmp_path: Path
+) -> None:
+    other = tiny_run(tmp_path / "other", data / "ct", data / "mr")
+    file = quick([margin, other], tmp_path / "report")
+    names = {f"{name}-{target}" for name in (*FIGURES, "selection") for target in ("mr", "ct")}
+    page = assert_whole(file, names | {f"{k}-{n}" for k in ("angles", "pseudo-labels") for n in ("margin", "other")})
+    assert "MPSCL (margin)" in page.text
+    for target in ("mr", "ct"):
+        assert f"Target {target.upper()}. Case {target}_test_0" in page.text
+    assert page.text.count("image, source only, warmed up, adapted, ground truth") == 2
+    assert "needs two runs with prototypes" in page.text
+
+
+def test_a_run_in_a_bucket_is_read_by_its_url(margin: Path, tmp_path: Path) -> None:
+    with serve(tmp_path) as server:
+        upload_folder(margin, server.folder("runs/margin"))
+        place = server.url("runs/margin")
+        (run,) = read_runs([place])
+        (local,) = read_runs([margin])
+        assert [end.name for end in run.ends] == [end.name for end in local.ends]
+        assert (run.looks, run.records) == (local.looks, local.records)
+        assert len(FeatureRecord(run.folder.path).read_panels()) == 2
+        assert load(run, run.ends[-1], "cpu").weights.step == 12  # type: ignore[union-attr]
+        with pytest.raises(ConfigError, match="is in a bucket; give a folder for its report with --out"):
+            report.main([place])
+
+
+def test_training_labels_of_the_target_are_never_read(margin: Path) -> None:
+    (run,) = read_runs([margin])
+    assert choose_case(run, "ct_train_0").label is None
+    assert choose_case(run, "ct_val_1").label is not None
+    assert choose_case(run, None).case.id == "ct_test_0"
+
+
+def test_entropy_and_loss_of_the_shown_case(data: Path, margin: Path) -> None:
+    (run,) = read_runs([margin])
+    shown = choose_case(run, None)
+    predictor = load(run, find_checkpoint(margin, "adaptation")[0], "cpu")
+    look = look_at(predictor, shown, "adapted")
+    folder = data / "ct"
+    arrays = read_case(folder, load_manifest(folder).split("test")[0])
+    probabilities = torch.from_numpy(predictor.predict_probabilities(arrays["image"])).transpose(0, 1).double()
+    entropy = torch.special.entr(probabilities).sum(1) / math.log(3)
+    assert look.segmented.entropy == pytest.approx(entropy.numpy(), abs=1e-5)
+    assert (look.segmented.labels == probabilities.argmax(1).numpy()).all()
+    labels = torch.tensor(arrays["label"].astype(np.int64))
+    sums = weighted_cross_entropy(probabilities.log(), labels, class_counts(labels, 3))
+    assert look.cross_entropy == pytest.approx(float(sums.numerator / sums.denominator), rel=1e-5)
+    assert look.step == 12
+    assert np.isfinite(look.segmented.entropy).all()
+
+
+def test_what_cannot_be_reported_is_one_sentence(margin: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="not the folder of a run"):
+        report_run.report([tmp_path])
+    with pytest.raises(ConfigError, match="given twice"):
+        report_run.report([margin, margin / ".." / "margin"])
+    with pytest.raises(ConfigError, match=r"has no case 'ct_9'.*ct_test_0, ct_test_1"):
+        report_run.report([margin], tmp_path, case="ct_9")
+
+
+def test_a_dataset_that_is_gone_leaves_the_curves(tmp_path: Path) -> None:
+    data = make_pair(tmp_path / "data")
+    run = tiny_run(tmp_path / "run", data / "mr", data / "ct")
+    (data / "ct").rename(tmp_path / "moved")
+    names = {"losses", "angles-run", "pseudo-labels-run", "selection"}
+    page = assert_whole(quick([run], tmp_path / "report"), names)
+    assert "No segmentations are shown: the target dataset" in page.text
+
+
+def test_damaged_scores_are_named(margin: Path, tmp_path: Path) -> None:
+    table = RunFolder(margin).results / "phases.json"
+    table.write_text("{")
+    try:
+        with pytest.raises(DataError, match=r"phases\.json is damaged"):
+            report_run.report([margin], tmp_path)
+    finally:
+        table.unlink()

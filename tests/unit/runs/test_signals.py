@@ -1,0 +1,113 @@
+"""Signals: the first asks, the second leaves."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+
+import pytest
+
+from mpscl_ray.runs.signals import Interruption
+
+LOOP = """
+import sys
+import time
+from mpscl_ray.interruption import Interruption
+
+try:
+    with Interruption() as interruption:
+        print("running", flush=True)
+        for step in range(6000):
+            time.sleep(0.01)
+            if interruption.requested and {obedient}:
+                print("checkpoint after", interruption.signal_name, flush=True)
+                sys.exit(130)
+finally:
+    print("cleaned up", flush=True)
+"""
+
+
+def start(obedient: bool) -> subprocess.Popen[str]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", LOOP.format(obedient=obedient)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "running\n"
+    return process
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_first_signal_lets_the_loop_finish(number: signal.Signals) -> None:
+    process = start(obedient=True)
+    process.send_signal(number)
+    output, errors = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert output == f"checkpoint after {number.name}\ncleaned up\n"
+    assert f"{number.name}: finishing this step and writing a checkpoint" in errors
+
+
+@pytest.mark.parametrize(("first", "second"), [(signal.SIGINT, signal.SIGINT), (signal.SIGTERM, signal.SIGINT)])
+def test_second_signal_leaves_at_once(first: signal.Signals, second: signal.Signals) -> None:
+    process = start(obedient=False)
+    process.send_signal(first)
+    assert process.stderr is not None
+    line = ""
+    while "finishing this step" not in line:
+        line = process.stderr.readline()
+        assert line, "the process ended at the first signal"
+    process.send_signal(second)
+    output, errors = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert output == "", "a second signal does not wait for clean-up"
+    assert f"{second.name} again: leaving at once" in errors
+
+
+def test_handlers_are_put_back() -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with Interruption() as interruption:
+        os.kill(os.getpid(), signal.SIGTERM)
+        wait_for(lambda: interruption.requested)
+        assert interruption.signal_name == "SIGTERM"
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_request_from_another_thread_ends_the_wait() -> None:
+    interruption = Interruption()
+    assert interruption.wait(0.0) is False
+    thread = threading.Timer(0.05, interruption.request, ["driver"])
+    thread.start()
+    assert interruption.wait(20) is True
+    assert interruption.signal_name == "driver"
+    thread.join()
+
+
+def test_handlers_need_the_main_thread() -> None:
+    found: list[str] = []
+
+    def enter() -> None:
+        try:
+            with Interruption():
+                pass
+        except ValueError as error:
+            found.append(str(error))
+
+    thread = threading.Thread(target=enter)
+    thread.start()
+    thread.join()
+    assert len(found) == 1
+    assert "main thread" in found[0]
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)

@@ -1,0 +1,398 @@
+"""Datasets and runs in a bucket, on an S3-speaking server that refuses, is cut off and comes back."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mpscl_ray.data.dataset import load_manifest, read_case
+from mpscl_ray.data.parquet_reader import SplitFiles
+from mpscl_ray.errors import ClusterError, ConfigError, DataError, StorageError
+from mpscl_ray.runs import checkpoint
+from mpscl_ray.runs.bucket_run import LEASE, BucketRun, open_run
+from mpscl_ray.runs.lease import Lease
+from mpscl_ray.runs.run_directory import DECIDED_FILE, STOP_FILE
+from mpscl_ray.runs.storage import Remote
+from mpscl_ray.runs.sync import Mirror, receive, send
+from mpscl_ray.train.ray.worker import STOP_THERE, wait_for_decision
+from tests.s3 import Server, serve, upload_folder
+from tests.tiny import make_dataset
+
+PATIENCE_S = 120.0
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with serve(tmp_path_factory.mktemp("s3")) as started:
+        yield started
+
+
+@pytest.fixture
+def place(server: Server, request: pytest.FixtureRequest) -> Remote:
+    """A folder of the bucket that is this test's own."""
+    return server.folder(request.node.name.replace("[", "-").replace("]", ""))
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.05)
+
+
+def state(step: int, size: int = 1000) -> dict[str, object]:
+    return {"step": step, "weights": torch.full((size,), float(step))}
+
+
+# ------------------------------------------------------------------------------------------------------- URLs
+
+
+@pytest.mark.parametrize(
+    ("url", "sentence"),
+    [
+        ("gs://bucket/a", "gs:// is not a storage that can be used directly, expected s3://BUCKET/FOLDER"),
+        ("s3:///a", "names no bucket"),
+        ("s3://KEYID:hidden@bucket/a", "a URL of a bucket has a key in front of the bucket"),
+        ("s3://bucket/a?secret_key=hidden", "a URL of a bucket has the option secret_key"),
+    ],
+)
+def test_a_url_that_cannot_be_used_is_refused_without_its_secret(url: str, sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence.replace("?", r"\?")) as refused:
+        open_run(url)
+    assert "hidden" not in str(refused.value)
+    assert "KEYID" not in str(refused.value)
+
+
+def test_a_url_survives_pathlib_and_names_below_it_keep_its_options() -> None:
+    remote = Remote.parse(str(Path("s3://bucket/runs?endpoint_override=host:1")))
+    assert str(remote / "a" / "b") == "s3://bucket/runs/a/b?endpoint_override=host:1"
+    assert (remote / "a").parent == remote
+
+
+# ----------------------------------------------------------------------------------------------------- errors
+
+
+def test_a_bucket_that_is_not_there(server: Server) -> None:
+    run = open_run(server.url("runs/a", bucket="none"), "command")
+    for action in (run.create, run.require):
+        with pytest.raises(StorageError, match=r"there is no bucket none at http://127.*; make it, or correct the URL"):
+            action()
+
+
+def test_a_server_that_does_not_run(server: Server) -> None:
+    with server.door.shut(), pytest.raises(StorageError, match=r"cannot write s3://bucket/runs/a/\S+: no answer from"):
+        open_run(server.url("runs/a"), "command").create()
+
+
+def test_credentials_that_are_refused_and_the_secret_is_not_told(tmp_path: Path) -> None:
+    """One action is free of credentials: making the bucket. The ones of the tests belong to nobody."""
+    with serve(tmp_path, INITIAL_NO_AUTH_ACTION_COUNT="2") as guarded:
+        run = open_run(guarded.url("runs/a"), "command")
+        with pytest.raises(StorageError) as refused:
+            run.create()
+    assert "refuses (" in str(refused.value)
+    assert "give credentials that may write in the bucket bucket" in str(refused.value)
+    assert os.environ.get("AWS_SECRET_ACCESS_KEY", "secret-of-the-tests") not in str(refused.value)
+
+
+# --------------------------------------------------------------------------------------------------- datasets
+
+
+def test_a_dataset_reads_as_on_disk_and_is_fetched_once(place: Remote, tmp_path: Path) -> None:
+    folder = make_dataset(tmp_path / "mr", "mr")
+    upload_folder(folder, place)
+    manifest = load_manifest(str(place))
+    assert manifest == load_manifest(folder)
+    case = manifest.split("train")[1]
+    for name, array in read_case(place, case).items():
+        np.testing.assert_array_equal(array, read_case(folder, case)[name])
+    (place / case.file).delete()
+    rows = np.array([7, 0, 11])
+    here, there = (SplitFiles.find(where, "train", labels=True) for where in (folder, str(place)))
+    for name in ("image", "label"):
+        first = np.array([6, 7])  # of the case that is gone in the bucket
+        np.testing.assert_array_equal(there.read(first)[name], here.read(first)[name])
+        np.testing.assert_array_equal(there.read(rows)[name], here.read(rows)[name])
+
+
+def test_a_dataset_that_is_damaged_or_missing(place: Remote, tmp_path: Path) -> None:
+    folder = make_dataset(tmp_path / "mr", "mr", seed=5)
+    upload_folder(folder, place)
+    missing, damaged, _ = load_manifest(place).split("train")
+    (place / missing.file).delete()
+    data = bytearray((place / damaged.file).read_bytes())
+    data[len(data) // 2] ^= 1
+    (place / damaged.file).write_bytes(bytes(data))
+    with pytest.raises(DataError, match=rf"{missing.file}\?.*: missing, though the manifest lists it"):
+        read_case(place, missing)
+    with pytest.raises(DataError, match=rf"{damaged.file}\?.*: damaged or replaced: its SHA-256"):
+        SplitFiles.find(place, "train", labels=False).read(np.array([6]))
+    with pytest.raises(DataError, match=r"it has no manifest.json\); it holds the datasets .*give one of them"):
+        load_manifest(place.parent)
+
+
+# ------------------------------------------------------------------------------------------------ checkpoints
+
+
+def test_a_checkpoint_whose_upload_breaks_off_is_none(server: Server, place: Remote, tmp_path: Path) -> None:
+    old, new = (checkpoint.save(tmp_path / name, state(step, 3_000_000)) for step, name in ((1, "a"), (2, "b")))
+    assert send(old, place / "best")
+    assert receive(place / "best", tmp_path / "got")
+
+    def cut() -> None:
+        wait_until(lambda: not (place / "best" / checkpoint.SUMS).exists())
+        with server.door.shut():
+            broken.wait(PATIENCE_S)
+
+    broken = threading.Event()
+    cutter = threading.Thread(target=cut)
+    cutter.start()
+    with pytest.raises(StorageError):
+        _send_for_ever(new, place / "best")
+    broken.set()
+    cutter.join()
+    assert not receive(place / "best", tmp_path / "got"), "not complete"
+    assert checkpoint.load(tmp_path / "got")["step"] == 1, "what was here is untouched"
+    assert send(new, place / "best")
+    assert receive(place / "best", tmp_path / "got")
+    assert checkpoint.load(tmp_path / "got")["step"] == 2
+
+
+def _send_for_ever(path: Path, remote: Remote) -> None:
+    """Until the cut falls into an upload."""
+    while True:
+        send(path, remote)
+
+
+# ----------------------------------------------------------------------------------------------------- mirror
+
+
+def test_a_storage_that_fails_and_comes_back_gets_everything(server: Server, place: Remote, tmp_path: Path) -> None:
+    said: list[str] = []
+    mirror = Mirror(
+        tmp_path,
+        place,
+        outgoing=("checkpoints", "*.jsonl"),
+        incoming=("word",),
+        check=lambda: None,
+        patience_s=PATIENCE_S,
+        say=said.append,
+    )
+    mirror.start()
+    log = tmp_path / "metrics.jsonl"
+    log.write_text("1\n")
+    checkpoint.save(tmp_path / "checkpoints" / "step-0000001", state(1))
+    assert mirror.settle()
+    assert (place / "metrics.jsonl").read_bytes() == b"1\n"
+    with server.door.shut():
+        log.write_text("1\n2\n")
+        checkpoint.save(tmp_path / "checkpoints" / "step-0000002", state(2))
+        checkpoint.prune(tmp_path / "checkpoints", 1)
+        assert not mirror.settle(), "nobody waits for it"
+        wait_until(lambda: len(said) == 1)
+        assert not mirror.settle()
+    (place / "word").write_bytes(b"hello")
+    wait_until((tmp_path / "word").exists)
+    wait_until(lambda: len(said) == 2)
+    assert mirror.settle()
+    mirror.close()
+    assert "no answer from" in said[0]
+    assert "answers again" in said[1]
+    assert (place / "metrics.jsonl").read_bytes() == b"1\n2\n"
+    assert {name.split("/")[1] for name in place.files() if "checkpoints" in name} == {"step-0000002"}
+    assert receive(place / "checkpoints" / "step-0000002", tmp_path / "back")
+    assert checkpoint.load(tmp_path / "back")["step"] == 2
+
+
+def test_patience_has_an_end(server: Server, place: Remote, tmp_path: Path) -> None:
+    with server.door.shut():
+        mirror = Mirror(
+            tmp_path, place, outgoing=("*",), incoming=(), check=lambda: None, patience_s=0.5, say=lambda text: None
+        )
+        (tmp_path / "file").write_text("x")
+        mirror.start()
+        wait_until(lambda: mirror.problem is not None)
+        with pytest.raises(StorageError, match="the storage of the run has failed for"):
+            mirror.close()
+
+
+# ------------------------------------------------------------------------------------------------------ lease
+
+
+def elsewhere(remote: Remote) -> None:
+    """Make the owner of a lease one of another host, of which only the lease can tell whether it lives."""
+    (remote / LEASE).write_bytes(json.dumps(json.loads((remote / LEASE).read_bytes()) | {"host": "x"}).encode())
+
+
+def test_a_run_has_one_writer(place: Remote) -> None:
+    first, second = (
+        BucketRun(place, role, 0.0, lease=Lease(place / LEASE, place.name, renew_s=0.2))
+        for role in ("command", "other")
+    )
+    first.create()
+    second.create()
+    with first.lock():
+        with pytest.raises(ConfigError, match=rf"in use by process {os.getpid()} on .*another run.name"), second.lock():
+            pass
+        assert second.holder() == os.getpid()
+    assert second.holder() is None
+    with second.lock():
+        pass
+
+
+def test_a_dead_owner_on_another_host_is_followed(place: Remote) -> None:
+    dead = Lease(place / LEASE, "demo")
+    dead.take()
+    elsewhere(place)
+    new = Lease(place / LEASE, "demo", dead_after_s=2.0)
+    new.take()
+    new.check()
+    with pytest.raises(ClusterError, match=f"was taken over by process {os.getpid()} on"):
+        dead.renew()
+
+
+def test_the_lease_of_a_killed_process_of_this_host_is_free_at_once(place: Remote) -> None:
+    script = (
+        "import sys; from mpscl_ray.runs.lease import Lease; from mpscl_ray.runs.storage import Remote\n"
+        "Lease(Remote.parse(sys.argv[1]) / '.lease', 'demo').take(); print('mine', flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", script, str(place)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as owner:
+        assert owner.stdout is not None
+        assert owner.stdout.readline() == "mine\n"
+        owner.kill()
+    Lease(place / LEASE, "demo").take()
+
+
+def test_who_lost_the_run_uploads_nothing_more(place: Remote) -> None:
+    command, worker = BucketRun(place, "command", 0.0), BucketRun(place, "worker-0", PATIENCE_S)
+    command.create()
+
+    def train() -> None:
+        worker.prepare_worker()
+        with worker.training(command.token, 0):
+            Lease(place / LEASE, "demo")._write()
+            checkpoint.save(worker.checkpoints / "step-0000001", state(1))
+            wait_until(lambda: worker.problem is not None)
+
+    def run() -> None:
+        with command.lock():
+            command.write_config("a: 1\n")
+            command.settle()
+            with pytest.raises(ClusterError, match="was taken over"):
+                train()
+            wait_until(lambda: command.problem is not None)
+            command.write_config("a: 2\n")
+
+    with pytest.raises(ClusterError, match="was taken over"):
+        run()
+    assert (place / "config.yaml").read_bytes() == b"a: 1\n"
+    assert open_run(str(place)).steps() == []
+
+
+# -------------------------------------------------------------------------------------------------------- run
+
+
+def test_command_and_worker_meet_in_the_bucket_and_a_fresh_node_goes_on(place: Remote) -> None:
+    command = BucketRun(place, "command", 0.0)
+    command.create()
+    with command.lock():
+        command.write_config("a: 1\n")
+        command.write_status("running")
+        worker = BucketRun(place, "worker-0", PATIENCE_S)
+        worker.prepare_worker()
+        with worker.training(command.token, 0):
+            for step in (1, 2, 3):
+                worker.append_metrics({"global_step": step})
+                checkpoint.save(worker.checkpoints / checkpoint.checkpoint_name(step), state(step))
+                checkpoint.prune(worker.checkpoints, 2)
+                worker.settle()
+                assert open_run(str(place)).steps()[-1] == f"step-000000{step}", "there when it returns"
+            checkpoint.save(worker.phases / "warm_up", state(3))
+            wait_until(lambda: len(command.read_metrics()) == 3)
+            (command.path / STOP_FILE).touch()
+            wait_until((worker.path / STOP_FILE).exists)
+    fresh = open_run(str(place))
+    fresh.require()
+    assert fresh.checkpoint_names() == ["step-0000002", "step-0000003", "warm_up"]
+    assert [record["global_step"] for record in fresh.read_metrics()] == [1, 2, 3]
+    assert fresh.read_status()["state"] == "running"
+    fresh.fetch_newest()
+    newest, notices = checkpoint.latest(fresh.checkpoints)
+    assert newest is not None
+    assert (checkpoint.load(newest)["step"], notices) == (3, [])
+
+    data = bytearray((place / "checkpoints/step-0000003" / checkpoint.TENSORS).read_bytes())
+    data[-1] ^= 1
+    (place / "checkpoints/step-0000003" / checkpoint.TENSORS).write_bytes(bytes(data))
+    other = BucketRun(place, "other", 0.0)
+    other.fetch_newest()
+    newest, notices = checkpoint.latest(other.checkpoints)
+    assert newest is not None
+    assert newest.name == "step-0000002"
+    assert "step-0000003 is damaged" in notices[0]
+    assert not command.path.exists(), "what was only a copy is gone"
+    assert not worker.path.exists()
+
+
+def test_who_does_not_hold_a_run_sees_what_others_leave_and_tells_them(place: Remote, server: Server) -> None:
+    command, worker, other = (open_run(place, role) for role in ("command", "worker-0", "reader"))
+    command.create()
+    assert worker.left(DECIDED_FILE) is None
+    assert wait_for_decision(worker, 10), "nobody decides"
+    with command.lock():
+        command.write_status("running")
+        command.settle()
+        assert other.read_status()["state"] == "running"
+        other.leave(DECIDED_FILE, "0")
+        assert not wait_for_decision(worker, 10, patience_s=0)
+        other.leave(DECIDED_FILE, f"10 {STOP_THERE}")
+        worker.prepare_worker()
+        assert wait_for_decision(worker, 10)
+        assert (worker.path / STOP_FILE).exists(), "whatever the bucket has of it"
+        with server.door.shut():
+            assert not wait_for_decision(worker, 20, patience_s=0), "a bucket that is away ends nothing"
+            with pytest.raises(StorageError):
+                other.left(DECIDED_FILE)
+        other.take_away(DECIDED_FILE)
+        assert worker.left(DECIDED_FILE) is None
+    other.write_status("failed", exit_code=5, reason="told by one who does not hold it")
+    assert open_run(place).read_status()["reason"] == "told by one who does not hold it"
+
+
+def test_a_search_fetches_and_uploads_its_own_files_and_none_of_its_trials(place: Remote) -> None:
+    (place / "trials" / "001" / "config.yaml").write_bytes(b"a: 1")
+    (place / "ledger.jsonl").write_bytes(b"{}\n")
+    search = open_run(place, "command", also=("ledger.jsonl", "tensorboard"))
+    search.create()
+    with search.lock():
+        assert (search.path / "ledger.jsonl").read_bytes() == b"{}\n"
+        assert not (search.path / "trials").exists()
+        (search.path / "ledger.jsonl").write_bytes(b"{}\n{}\n")
+        (search.path / "tensorboard" / "001").mkdir()
+        (search.path / "tensorboard" / "001" / "events").write_bytes(b"events")
+        search.settle()
+        assert (place / "ledger.jsonl").read_bytes() == b"{}\n{}\n", "it is there before anything is decided by it"
+        assert (place / "tensorboard" / "001" / "events").read_bytes() == b"events"
+        for part in ("checkpoints", "phases", "best"):
+            (place / part / "x").write_bytes(b"x")
+        search.discard_weights()
+        assert not [name for name in place.files() if name.startswith(("checkpoints", "phases", "best"))]
+
+
+def test_a_name_that_ends_in_gz_keeps_its_contents(place: Remote) -> None:
+    (place / "a.nii.gz").write_bytes(b"as it was written")
+    (place / "b.nii.gz").upload(io.BytesIO(b"as it was written"))
+    assert {(place / name).read_bytes() for name in place.files()} == {b"as it was written"}

@@ -1,0 +1,87 @@
+"""A training on Ray before it starts and after it ended: what it opens, and how it says why it ended."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import ray
+
+from mpscl_ray.data.loader import LocalSlices
+from mpscl_ray.errors import ClusterError, TrainingError
+from mpscl_ray.runs.run_directory import RunFolder
+from mpscl_ray.train.ray import launch
+from mpscl_ray.train.ray.failures import causes
+from tests.tiny import local_data, make_dataset, make_pair, tiny_config
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_pair(tmp_path_factory.mktemp("data"))
+
+
+def test_labels_are_opened_for_training_slices_of_one_domain_alone(pair: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[tuple[str, str, bool]] = []
+
+    def open_slices(folder: Path, split: str, *, labels: bool, in_memory: object) -> LocalSlices:
+        opened.append((folder.name, split, labels))
+        return LocalSlices(folder, split, labels=labels)
+
+    monkeypatch.setattr(launch, "open_slices", open_slices)
+    expected = {
+        "small/mpscl": {("mr", "train", True), ("ct", "train", False)},
+        "small/source_only": {("mr", "train", True)},
+        "small/supervised": {("ct", "train", True)},
+    }
+    for preset, training_slices in expected.items():
+        del opened[:]
+        config = tiny_config(pair / "mr", pair / "ct", preset=preset)
+        data = launch.open_data(config, launch.load_domains(config)[0])
+        assert set(opened) == training_slices | {("mr", "val", True), ("ct", "val", True)}
+        assert (data.unlabelled is None) == (preset != "small/mpscl")
+
+
+def test_validation_slices_are_opened_with_labels_only_if_all_have_them(
+    pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        launch, "open_slices", lambda folder, split, *, labels, in_memory: LocalSlices(folder, split, labels=labels)
+    )
+    target = make_dataset(tmp_path / "ct", "ct", seed=1, labelled=("train",))
+    config = tiny_config(pair / "mr", target)
+    domains, warnings = launch.load_domains(config)
+    data = launch.open_data(config, domains)
+    assert warnings == []
+    assert data.validation["source"].files.labels
+    assert not data.validation["target"].files.labels
+
+    source = make_dataset(tmp_path / "mr", "mr", cases={"train": 2})
+    config = tiny_config(source, make_dataset(tmp_path / "bare", "ct", seed=1, labelled=(), cases={"train": 1}))
+    domains, warnings = launch.load_domains(config)
+    assert launch.open_data(config, domains).validation == {}
+    assert any("no labelled validation cases" in warning for warning in warnings)
+
+
+def test_causes_name_the_worker_that_died_not_those_that_noticed() -> None:
+    died = ray.exceptions.ActorDiedError()
+    noticed = RuntimeError("Connection closed by peer")
+    assert causes({0: noticed, 1: died}) == "worker 1 was lost: its process died"
+    gone = "worker 0 was cut off: a process or a node that it spoke to was lost"
+    assert causes({0: noticed}) == gone
+    assert causes({0: RuntimeError("of its own")}) == "worker 0 failed: of its own"
+
+
+def test_workers_that_fail_too_often_end_the_run_with_their_causes(pair: Path, tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    config = tiny_config(pair / "mr", pair / "ct", ["run.restarts=2"])
+    launched = launch.Launch(config, folder, local_data(config), False)
+    died = ray.exceptions.ActorDiedError()
+    error = launched._explained(ray.train.WorkerGroupError("text", {1: died}))
+    assert isinstance(error, TrainingError)
+    assert "workers failed 3 times, which is once more than run.restarts allows" in str(error)
+    assert "worker 1 was lost: its process died" in str(error)
+    error = launched._explained(ray.exceptions.RaySystemError("gone"))
+    assert isinstance(error, ClusterError)
+    assert "Ray ended the training" in str(error)
+    defect = KeyError("x")
+    assert launched._explained(defect) is defect

@@ -1,0 +1,413 @@
+"""The training loop without Ray: phases, checkpoints, going on, odd data."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from mpscl_ray.data.loader import LocalSlices
+from mpscl_ray.errors import ConfigError, DataError
+from mpscl_ray.runs import checkpoint
+from mpscl_ray.runs.run_directory import RunFolder
+from mpscl_ray.train import loop, timing
+from mpscl_ray.train.feature_log import FeatureRecord
+from tests.tiny import SIZE, make_dataset, make_pair, tiny_config
+from tests.tiny_runs import Killed, Killer, Watcher, hashes, train
+
+TEN_STEPS = ("phases.source_only=3", "phases.warm_up=3", "run.report_every=1")
+"""Three, three and four iterations."""
+SIX_STEPS = ("phases.source_only=2", "phases.warm_up=2", "phases.adaptation=2", "run.report_every=1")
+"""Two iterations a phase."""
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with the datasets mr and ct."""
+    return make_pair(tmp_path_factory.mktemp("data"))
+
+
+def contents(directory: Path) -> dict[str, str]:
+    """SHA-256 of each file: what differs is told in a line, not in a comparison of megabytes."""
+    files = sorted(directory.iterdir())
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+def assert_same_state(one: Path, other: Path) -> None:
+    """All of two checkpoints, byte for byte, and that it is all there is to know of MPSCL."""
+    state = checkpoint.load(one)
+    networks = {"segmenter", "discriminator_main", "discriminator_aux"}
+    assert state["method"]["networks"].keys() == networks
+    assert state["method"]["optimisers"].keys() == networks
+    assert {"momentum_buffer"} == state["method"]["optimisers"]["segmenter"].keys()
+    assert {"step", "exp_avg", "exp_avg_sq"} == state["method"]["optimisers"]["discriminator_main"].keys()
+    assert state["method"]["prototypes"].abs().sum() > 0
+    assert state["random"]["torch"].numel() > 0
+    assert contents(one) == contents(other)
+
+
+def comparable(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Records without the speed, which no two runs share."""
+    return [{key: value for key, value in record.items() if not key.startswith("speed/")} for record in records]
+
+
+def assert_same_features(one: RunFolder, other: RunFolder) -> None:
+    """What was recorded of the features and the pseudo-labels."""
+    records = [FeatureRecord(folder.path) for folder in (one, other)]
+    assert records[0].read() == records[1].read()
+    for ours, theirs in zip(*(record.read_panels() for record in records), strict=True):
+        assert ours.global_step == theirs.global_step
+        for name in ("nearest", "difference", "selected"):
+            assert (getattr(ours, name) == getattr(theirs, name)).all(), name
+
+
+# ------------------------------------------------------------------------------------------------------ going on
+
+
+@pytest.fixture(scope="module")
+def straight(pair: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunFolder, Watcher]:
+    """Ten steps in one go, and what it told."""
+    watcher = Watcher()
+    outcome, run = train(
+        tiny_config(pair / "mr", pair / "ct", TEN_STEPS), tmp_path_factory.mktemp("run"), None, watcher
+    )
+    assert (outcome.state, outcome.step) == ("finished", 10)
+    return run, watcher
+
+
+@pytest.mark.parametrize("cut", [1, 3, 5, 6, 8, 10], ids=lambda cut: f"after step {cut}")
+def test_a_run_goes_on_from_any_step_as_if_it_had_not_stopped(
+    pair: Path, straight: tuple[RunFolder, Watcher], tmp_path: Path, cut: int
+) -> None:
+    """Steps 3, 6 and 10 end a phase; the end is written down after the checkpoint, so it is still to be done."""
+    config = tiny_config(pair / "mr", pair / "ct", TEN_STEPS)
+    before, after = Watcher(), Watcher()
+    outcome, run = train(config, tmp_path, cut, before)
+    assert (outcome.state, outcome.step) == ("interrupted", cut)
+    outcome, _ = train(config, tmp_path, None, after)
+    assert (outcome.state, outcome.step) == ("finished", 10)
+    assert after.starts == [cut]
+    assert "going on" in after.notices[0]
+
+    folder, whole = straight
+    assert len(before.batches) == cut
+    for ours, theirs in zip(before.batches + after.batches, whole.batches, strict=True):
+        assert hashes(ours) == hashes(theirs)
+    assert_same_state(folder.phases / "adaptation", run.phases / "adaptation")
+    for part in ("phases/source_only", "phases/warm_up", "best"):
+        assert contents(folder.path / part) == contents(run.path / part)
+    assert comparable(folder.read_metrics()) == comparable(run.read_metrics())
+    assert [record["iteration"] for record in FeatureRecord(run.path).read()] == [0, 4]
+    assert_same_features(folder, run)
+
+
+def test_a_killed_run_repeats_what_came_after_its_last_checkpoint(
+    pair: Path, straight: tuple[RunFolder, Watcher], tmp_path: Path
+) -> None:
+    config = tiny_config(pair / "mr", pair / "ct", TEN_STEPS)
+    with pytest.raises(Killed):
+        train(config, tmp_path, None, Killer(lambda record: record["global_step"] == 9))
+    folder, watcher = RunFolder(tmp_path), Watcher()
+    assert folder.read_metrics()[-1]["global_step"] == 9
+    train(config, tmp_path, None, watcher)
+    assert watcher.starts == [8]
+    assert len(watcher.batches) == 2
+    records = folder.read_metrics()
+    assert [record["global_step"] for record in records] == list(range(1, 11))
+    assert comparable(records) == comparable(straight[0].read_metrics())
+    assert_same_state(straight[0].phases / "adaptation", folder.phases / "adaptation")
+    assert_same_features(straight[0], folder)
+
+
+def test_a_damaged_checkpoint_is_passed_over_with_a_notice(
+    pair: Path, straight: tuple[RunFolder, Watcher], tmp_path: Path
+) -> None:
+    config = tiny_config(pair / "mr", pair / "ct", TEN_STEPS)
+    _, run = train(config, tmp_path, stop_after=6)
+    older, newest = checkpoint.list_checkpoints(run.checkpoints)
+    flip_a_bit(newest / checkpoint.TENSORS)
+    told = Watcher()
+    outcome, _ = train(config, tmp_path, observer=told)
+    assert outcome.step == 10
+    assert told.starts == [checkpoint.step_of(older)]
+    assert newest.name in told.notices[0]
+    assert "damaged" in told.notices[0]
+    assert_same_state(straight[0].phases / "adaptation", run.phases / "adaptation")
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(pair: Path, tmp_path: Path) -> None:
+    config = tiny_config(pair / "mr", pair / "ct", TEN_STEPS)
+    _, run = train(config, tmp_path, stop_after=6)
+    for directory in checkpoint.list_checkpoints(run.checkpoints):
+        flip_a_bit(directory / checkpoint.TENSORS)
+    with pytest.raises(DataError, match=r"every checkpoint in .* is damaged"):
+        train(config, tmp_path)
+    assert run.read_metrics()[-1]["global_step"] == 6
+
+
+def test_a_phase_that_was_made_longer_decays_over_its_new_length(pair: Path, tmp_path: Path) -> None:
+    short = tiny_config(pair / "mr", pair / "ct", ["phases.warm_up=0", "phases.adaptation=0", "phases.source_only=4"])
+    train(short, tmp_path)
+    long = tiny_config(pair / "mr", pair / "ct", ["phases.warm_up=0", "phases.adaptation=2", "phases.source_only=8"])
+    rates: list[float] = []
+    hook = register_optimizer_step_pre_hook(lambda optimiser, *_: rates.append(optimiser.param_groups[0]["lr"]))
+    outcome, _ = train(long, tmp_path)
+    hook.remove()
+    assert (outcome.state, outcome.step) == ("finished", 10)
+    assert rates[:4] == pytest.approx([0.01 * (1 - iteration / 8) ** 0.9 for iteration in range(4, 8)])
+
+
+def test_a_phase_that_was_dropped_while_in_it_is_an_error(pair: Path, tmp_path: Path) -> None:
+    train(tiny_config(pair / "mr", pair / "ct", TEN_STEPS), tmp_path, stop_after=5)
+    without = tiny_config(pair / "mr", pair / "ct", [*TEN_STEPS, "phases.warm_up=0"])
+    with pytest.raises(ConfigError, match="of the phase warm_up, and the settings have only source_only, adaptation"):
+        train(without, tmp_path)
+
+
+def test_pretrained_weights_are_read_at_the_start_alone(pair: Path, tmp_path: Path) -> None:
+    weights = tmp_path / "weights.pth"
+    config = tiny_config(
+        pair / "mr", pair / "ct", ["optim.lr=1e-30", "data.batch_size=2", f"network.pretrained={weights}"]
+    )
+    _, other = train(tiny_config(pair / "mr", pair / "ct", ["run.seed=5", "phases.warm_up=0"]), tmp_path / "other")
+    trained = checkpoint.load(other.phases / "source_only")["method"]["networks"]["segmenter"]
+    torch.save(trained, weights)
+    told = Watcher()
+    _, run = train(config, tmp_path / "run", stop_after=2, observer=told)
+    started = checkpoint.load(run.checkpoints / "step-0000002")["method"]["networks"]["segmenter"]
+    assert torch.equal(started["conv1.weight"], trained["conv1.weight"])
+    assert told.notices == [f"{len(trained)} tensors loaded from {weights}"]
+    weights.unlink()
+    assert train(config, tmp_path / "run")[0].state == "finished"
+
+
+def flip_a_bit(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 4
+    file.write_bytes(data)
+
+
+# ------------------------------------------------------------------------------------------------------- records
+
+
+def test_what_a_run_leaves_and_tells(pair: Path, tmp_path: Path) -> None:
+    told = Watcher()
+    outcome, run = train(tiny_config(pair / "mr", pair / "ct", ["run.keep_checkpoints=3"]), tmp_path, observer=told)
+    assert outcome == loop.Outcome("finished", "adaptation", 4, 12)
+    records = run.read_metrics()
+    assert [record["global_step"] for record in records] == [2, 4, 6, 8, 10, 12]
+    assert [record["phase"] for record in records] == ["source_only"] * 2 + ["warm_up"] * 2 + ["adaptation"] * 2
+    assert [record["iteration"] for record in records] == [2, 4] * 3
+    assert told.starts == [0]
+    assert told.notices == []
+    assert told.validated == [4, 8, 12]
+    assert [path.name for path in checkpoint.list_checkpoints(run.checkpoints)] == [
+        "step-0000008",
+        "step-0000010",
+        "step-0000012",
+    ]
+    for directory in (run.best, *(run.phases / phase for phase in ("source_only", "warm_up", "adaptation"))):
+        checkpoint.verify(directory)
+    assert contents(run.phases / "adaptation") == contents(run.checkpoints / "step-0000012")
+
+    adversarial = {"train/loss_adversarial_main", "train/loss_discriminator_aux", "train/discriminator_accuracy_main"}
+    adapting = {"train/loss_contrastive_source", "train/loss_contrastive_target", "train/selected_fraction"}
+    assert not (adversarial | adapting) & records[1].keys()
+    assert adversarial <= records[3].keys()
+    assert not adapting & records[3].keys()
+    assert adversarial | adapting | {"train/prototype_angle_min"} <= records[5].keys()
+    for record in records[1::2]:
+        assert {"val/dice/wall", "val/dice/mean", "val/source/dice/ventricle", "val/entropy"} <= record.keys()
+        assert record["val/selection"] == pytest.approx(record["val/source/dice/mean"] - record["val/entropy"])
+    for record in records:
+        assert record["speed/images_per_s"] > 0
+        assert 0 <= record["speed/data_wait_fraction"] <= 1
+        assert all(math.isfinite(value) for value in record.values() if isinstance(value, float))
+
+    assert [step for step, *_ in told.panels] == [4, 8, 12]
+    _, images, predictions, labels = told.panels[-1]
+    assert images.shape == predictions.shape == (4, *SIZE)
+    assert labels is not None
+    assert labels.shape == (4, *SIZE)
+
+
+def test_each_phase_begins_with_the_weights_of_the_one_before(pair: Path, tmp_path: Path) -> None:
+    config = tiny_config(pair / "mr", pair / "ct", ["optim.lr=1e-30", "optim.lr_discriminator=1e-30"])
+    _, run = train(config, tmp_path)
+    phases = [
+        checkpoint.load(run.phases / phase)["method"]["networks"] for phase in ("source_only", "warm_up", "adaptation")
+    ]
+    for one, other in itertools.pairwise(phases):
+        for network in one.keys() & other.keys():
+            for name in (name for name in one[network] if name.endswith("weight")):
+                assert torch.equal(one[network][name], other[network][name]), f"{network} {name}"
+    assert phases[0]["segmenter"].keys() == phases[2]["segmenter"].keys()
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_before_anything_moves(pair: Path, tmp_path: Path) -> None:
+    """The first phase has a sane learning rate, the second one that no network survives."""
+    settings = [*TEN_STEPS, "phases.source_only_lr=0.01", "run.checkpoint_every=3"]
+    wild = tiny_config(pair / "mr", pair / "ct", [*settings, "optim.lr=1e30"])
+    outcome, run = train(wild, tmp_path / "wild")
+    assert (outcome.state, outcome.phase, outcome.iteration) == ("non_finite", "warm_up", 2)
+    losses = {"loss_cross_entropy_main", "loss_dice_main", "loss_adversarial_main", "gradient_norm"}
+    assert losses <= outcome.losses.keys()
+    assert any(not math.isfinite(value) for value in outcome.losses.values())
+    found, notices = loop.newest_checkpoint(run)
+    assert found == run.checkpoints / "step-0000003"
+    assert notices == []
+    for network in checkpoint.load(found)["method"]["networks"].values():
+        assert all(tensor.isfinite().all() for tensor in network.values())
+    assert all(not record["train/non_finite"] for record in run.read_metrics())
+
+    calm = tiny_config(pair / "mr", pair / "ct", [*settings, "optim.lr=0.01"])
+    assert train(calm, tmp_path / "wild")[0].state == "finished"
+    _, other = train(calm, tmp_path / "calm")
+    assert_same_state(run.phases / "adaptation", other.phases / "adaptation")
+
+
+def test_stop_looks_come_about_twice_a_second() -> None:
+    now = [0.0]
+    asked: list[int] = []
+    step = 0
+    looks = timing.StopLooks(lambda: bool(asked.append(step)), clock=lambda: now[0])
+    for step in range(1, 41):
+        now[0] += 0.05 if step <= 20 else 5.0
+        looks.stop_after(step)
+    assert asked[:3] == [1, 11, 21]
+    assert asked[3:] == list(range(22, 41)), "slow steps: after each"
+    asked.clear()
+    for step in range(41, 1041):
+        now[0] += 1e-4
+        looks.stop_after(step)
+    gaps = [after - before for before, after in itertools.pairwise(asked)]
+    assert max(gaps) == timing.MOST_STEPS_UNSEEN
+
+
+# ------------------------------------------------------------------------------------------------- target labels
+
+
+def test_labels_of_target_training_slices_change_nothing(
+    pair: Path, straight: tuple[RunFolder, Watcher], tmp_path: Path
+) -> None:
+    """Permuted, absent, or damaged bytes in their place: the weights are the same, so they are not even read."""
+    run, _ = straight
+    permuted = make_dataset(tmp_path / "permuted", "ct", seed=1, permuted=("train",))
+    absent = make_dataset(tmp_path / "absent", "ct", seed=1, labelled=("val", "test"))
+    damaged = make_dataset(tmp_path / "damaged", "ct", seed=1)
+    for file in (damaged / "train").iterdir():
+        damage_labels(file)
+    with pytest.raises(DataError, match="damaged"):
+        LocalSlices(damaged, "train", labels=True)
+    for target in (permuted, absent, damaged):
+        _, other = train(tiny_config(pair / "mr", target, TEN_STEPS), tmp_path / f"run-{target.name}")
+        assert_same_state(run.phases / "adaptation", other.phases / "adaptation")
+        assert contents(run.best) == contents(other.best)
+
+
+def damage_labels(file: Path) -> None:
+    """Flip a bit in the middle of the label column of the first row group."""
+    import pyarrow.parquet as pq
+
+    group = pq.ParquetFile(file).metadata.row_group(0)
+    (column,) = [
+        group.column(index)
+        for index in range(group.num_columns)
+        if group.column(index).path_in_schema.startswith("label")
+    ]
+    data = bytearray(file.read_bytes())
+    data[column.data_page_offset + column.total_compressed_size // 2] ^= 1
+    file.write_bytes(data)
+
+
+def test_the_best_checkpoint_is_chosen_without_target_labels(pair: Path, tmp_path: Path) -> None:
+    wrong = make_dataset(tmp_path / "wrong", "ct", seed=1, permuted=("train", "val"))
+    settings = ["run.validate_every=1", "phases.source_only=4", "phases.warm_up=0", "phases.adaptation=0"]
+    chosen = {}
+    for select in ("label_free", "oracle"):
+        for target in (pair / "ct", wrong):
+            config = tiny_config(pair / "mr", target, [*settings, f"run.select={select}", "optim.lr=0.1"])
+            _, run = train(config, tmp_path / f"{select}-{target.name}")
+            state = checkpoint.load(run.best)
+            assert state["selected_by"] == select
+            scores = [record["val/selection"] for record in run.read_metrics() if "val/selection" in record]
+            assert state["position"]["step"] == 1 + scores.index(max(scores))
+            assert state["position"]["best"] == max(scores)
+            chosen[select, target.name] = scores
+    assert chosen["label_free", "ct"] == chosen["label_free", "wrong"]
+    assert chosen["oracle", "ct"] != chosen["oracle", "wrong"]
+
+
+def test_a_target_without_validation_labels(pair: Path, tmp_path: Path) -> None:
+    target = make_dataset(tmp_path / "ct", "ct", seed=1, labelled=())
+    told = Watcher()
+    outcome, run = train(tiny_config(pair / "mr", target), tmp_path / "run", observer=told)
+    assert outcome.state == "finished"
+    record = run.read_metrics()[-1]
+    assert "val/entropy" in record
+    assert not any(key.startswith("val/dice") for key in record)
+    assert record["val/selection"] == pytest.approx(record["val/source/dice/mean"] - record["val/entropy"])
+    assert checkpoint.load(run.best)["selected_by"] == "label_free"
+    assert told.panels[-1][3] is None
+
+
+@pytest.mark.parametrize("held_out", ["source", "none"])
+def test_without_validation_splits(pair: Path, tmp_path: Path, held_out: str) -> None:
+    counts = {"train": 2}
+    target = make_dataset(tmp_path / "ct", "ct", labelled=(), seed=1, cases=counts)
+    source = pair / "mr" if held_out == "source" else make_dataset(tmp_path / "mr", "mr", cases=counts)
+    told = Watcher()
+    outcome, run = train(tiny_config(source, target), tmp_path / "run", observer=told)
+    assert outcome.state == "finished"
+    assert run.best.is_dir() == (held_out == "source")
+    record = run.read_metrics()[-1]
+    assert ("val/selection" in record) == (held_out == "source")
+    assert "val/entropy" not in record
+    assert told.panels == []
+
+
+@pytest.mark.parametrize("preset", ["small/source_only", "small/supervised"])
+def test_the_bounds(pair: Path, tmp_path: Path, preset: str) -> None:
+    watcher = Watcher()
+    _, run = train(tiny_config(pair / "mr", pair / "ct", preset=preset), tmp_path, None, watcher)
+    phase = preset.partition("/")[2]
+    assert [path.name for path in run.phases.iterdir()] == [phase]
+    assert run.best.is_dir()
+    assert all(batch.target_image is None for batch in watcher.batches)
+    brightest = torch.cat([batch.source_image for batch in watcher.batches]).mean(0).amax()
+    assert (brightest > 0.5) == (phase == "source_only"), "ventricles are 0.8 in the source and 0.5 in the target"
+
+
+# ------------------------------------------------------------------------------------------------------ odd data
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "overrides"),
+    [
+        ("a class that no label has", {"shown": (1,)}, []),
+        ("batches of one class", {"shown": ()}, []),
+        ("batches of one slice", {}, ["data.batch_size=1", "scaling.workers=1"]),
+        ("fewer slices than a batch", {"slices": 1, "cases": {"train": 1, "val": 1}}, ["data.batch_size=8"]),
+        ("volumes of one slice", {"slices": 1}, []),
+        ("more classes than are seen", {"classes": ("background", "a", "b", "c", "d")}, []),
+    ],
+)
+def test_odd_data_gives_finite_losses(tmp_path: Path, name: str, source: dict[str, Any], overrides: list[str]) -> None:
+    shape = {key: value for key, value in source.items() if key in ("slices", "cases", "classes")}
+    make_dataset(tmp_path / "mr", "mr", **source)
+    make_dataset(tmp_path / "ct", "ct", seed=1, **shape)
+    config = tiny_config(tmp_path / "mr", tmp_path / "ct", [*SIX_STEPS, *overrides])
+    outcome, run = train(config, tmp_path / "run")
+    assert (outcome.state, outcome.step) == ("finished", 6)
+    for record in run.read_metrics():
+        trained = {key: value for key, value in record.items() if key.startswith("train/")}
+        assert all(math.isfinite(value) for value in trained.values()), trained
+    networks = checkpoint.load(run.phases / "adaptation")["method"]
+    assert networks["prototypes"].isfinite().all()
+    assert all(tensor.isfinite().all() for tensor in networks["networks"]["segmenter"].values())

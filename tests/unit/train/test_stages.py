@@ -1,0 +1,102 @@
+"""Methods with stages: killed within a stage or between two, a run ends as one that was not, without target labels."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+
+from mpscl_ray.config import Config
+from mpscl_ray.data.dataset import load_manifest
+from mpscl_ray.runs import checkpoint
+from mpscl_ray.runs.run_directory import RunFolder
+from tests.tiny import STAGES, local_data, make_dataset, tiny_config
+from tests.tiny_runs import Killed, Killer, Watcher, train
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The target has not one label."""
+    base = tmp_path_factory.mktemp("stages")
+    make_dataset(base / "mr", "mr")
+    make_dataset(base / "ct", "ct", seed=1, labelled=())
+    assert not any(case.labelled for case in load_manifest(base / "ct").cases)
+    return base
+
+
+def config_of(data: Path, name: str) -> Config:
+    return tiny_config(data / "mr", data / "ct", STAGES[name], preset=f"small/{name}")
+
+
+def ends(folder: RunFolder) -> dict[str, tuple[bytes, bytes]]:
+    """Every byte of the checkpoint at the end of each phase."""
+    return {
+        path.name: ((path / checkpoint.TENSORS).read_bytes(), (path / checkpoint.STATE).read_bytes())
+        for path in folder.phases.glob("[!.]*")
+    }
+
+
+@pytest.fixture(scope="module")
+def straight(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, tuple[bytes, bytes]]]:
+    return {name: ends(train(config_of(data, name), tmp_path_factory.mktemp(name))[1]) for name in STAGES}
+
+
+@pytest.mark.parametrize(("name", "cut"), [("intrada", 4), ("intrada", 7), ("cag", 5), ("cag", 6)])
+def test_a_run_that_was_stopped_goes_on_bit_for_bit(
+    data: Path, straight: dict[str, dict[str, tuple[bytes, bytes]]], tmp_path: Path, name: str, cut: int
+) -> None:
+    """After step 4 the stages of IntraDA and CAG begin, after 6 and 8 the next rounds of CAG."""
+    config = config_of(data, name)
+    train(config, tmp_path, stop_after=cut)
+    assert ends(train(config, tmp_path)[1]) == straight[name]
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_run_that_was_killed_goes_on_bit_for_bit(
+    data: Path, straight: dict[str, dict[str, tuple[bytes, bytes]]], tmp_path: Path, name: str
+) -> None:
+    """Killed after the first step of a stage, before its first checkpoint: the stage is prepared again."""
+    config = config_of(data, name)
+    with pytest.raises(Killed):
+        train(config, tmp_path, None, Killer(lambda record: record["phase"].startswith("adaptation")))
+    assert ends(train(config, tmp_path)[1]) == straight[name]
+
+
+def test_the_second_stage_of_intrada_sees_the_target_alone(data: Path, tmp_path: Path) -> None:
+    config = tiny_config(
+        data / "mr",
+        data / "ct",
+        [*STAGES["intrada"], "phases.adaptation=10", *(f"data.augmentation.{change}" for change in NONE)],
+        preset="small/intrada",
+    )
+    watcher = Watcher()
+    _, folder = train(config, tmp_path, None, watcher)
+    state = checkpoint.load(folder.phases / "adaptation")["method"]["split"]
+    slices = local_data(config).unlabelled
+    assert slices is not None
+    (images,) = (batch["image"] for batch in slices.shard(0, 1, 100))
+    easy, hard = images[state["easy"]], images[state["hard"]]
+    assert (len(easy), len(hard)) == (12, 6)
+    for batch in watcher.batches[4:]:
+        assert batch.target_image is not None
+        for image, label in zip(batch.source_image, batch.source_label, strict=True):
+            (place,) = (index for index in range(12) if torch.equal(easy[index], image))
+            assert torch.equal(label.to(torch.uint8), state["pseudo_labels"][place])
+        assert all(any(torch.equal(image, other) for other in hard) for image in batch.target_image)
+
+
+def test_each_round_of_cag_has_the_end_of_the_one_before_as_its_teacher(data: Path, tmp_path: Path) -> None:
+    _, folder = train(config_of(data, "cag"), tmp_path)
+    states = [checkpoint.load(folder.phases / name)["method"] for name in ("warm_up", *ROUNDS)]
+    for before, state in itertools.pairwise(states):
+        assert state["teacher"].keys() == before["networks"]["segmenter"].keys()
+        for key, tensor in state["teacher"].items():
+            assert torch.equal(tensor, before["networks"]["segmenter"][key]), key
+        assert state["anchors"]["counts"].sum() > 0
+    assert not torch.equal(states[1]["anchors"]["features"], states[3]["anchors"]["features"])
+
+
+NONE = ("rotation_deg=0", "scale=[1,1]", "translation=0")
+ROUNDS = ("adaptation_1", "adaptation_2", "adaptation_3")

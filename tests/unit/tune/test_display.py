@@ -1,0 +1,58 @@
+"""The table of trials: drawn over itself on a terminal, a line for each event elsewhere."""
+
+from __future__ import annotations
+
+import io
+import math
+
+from mpscl_ray.tune.display import Board, trial_rows
+from mpscl_ray.tune.ledger import Trial
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_rows_name_state_iteration_score_and_settings() -> None:
+    trials = [
+        Trial(1, {"method.gamma": 0.25, "method.form": "paper"}, {10: {"score": 0.5}}, "finished"),
+        Trial(2, {"method.gamma": 12.5, "method.form": "released"}, {10: {"score": math.nan}}),
+        Trial(3, {"method.gamma": 1e-5, "method.form": "paper"}),
+    ]
+    columns = {"method.gamma": "gamma", "method.form": "form"}
+    lines = trial_rows(trials, columns, {2: 0.0}, 5, 60, lambda t: t.last.get("score"), "oracle")
+    assert [line.split() for line in lines] == [
+        ["trial", "state", "iteration", "oracle", "gamma", "form"],
+        ["001", "finished", "10/60", "0.5000", "0.25", "paper"],
+        ["002", "running", "10/60", "12.5", "released"],
+        ["003", "waiting", "0/60", "1e-05", "paper"],
+        ["2", "more", "to", "come"],
+    ]
+    assert len({len(line) for line in lines[:4]}) == 1, "columns stand under each other"
+
+
+def test_without_a_terminal_each_event_is_a_line_and_no_table_is_drawn() -> None:
+    stream = io.StringIO()
+    board = Board(lambda: ["table"], stream)
+    board.say("trial 001 finished")
+    board.look()
+    board.close()
+    assert stream.getvalue() == "trial 001 finished\n"
+
+
+def test_on_a_terminal_the_table_is_drawn_over_itself() -> None:
+    stream = Terminal()
+    rows = ["one"]
+    board = Board(lambda: rows, stream)
+    board.say("trial 001 begins")
+    board.look()
+    board.look()
+    first = stream.getvalue()
+    assert first == "\x1b[Jone\n\ntrial 001 begins\n", "at most once a second"
+    rows.append("two")
+    board.close()
+    assert stream.getvalue().removeprefix(first) == "\x1b[3A\x1b[Jone\ntwo\n\ntrial 001 begins\n"
+    board.look()
+    board.say("over")
+    assert stream.getvalue().endswith("begins\nover\n")
