@@ -64,7 +64,7 @@ def main(arguments: Sequence[str], fit: Fit | None = None) -> int:
     base = base_config(plan.families["forward"], plan.overrides)
     if not base.data.source or not base.data.target:
         raise ConfigError("no data to compare on: give the folders of two prepared datasets with --data SOURCE TARGET")
-    # Here, so that whoever only asks, or errs, does not wait for torch and Ray.
+    # Imported here: help and refused arguments need not wait for torch and Ray.
     from mpscl_ray.compare.run import compare
 
     return compare(plan, base, ["python", "-m", "mpscl_ray.compare", *arguments], fit)

@@ -49,7 +49,7 @@ def main(arguments: Sequence[str]) -> int:
     options = parser.parse_args(list(arguments))
     if options.workers is not None and options.workers < 0:
         raise ConfigError(f"--workers is {options.workers}; expected 0 or more")
-    # Here, so that whoever only asks, or errs, does not wait for torch.
+    # Imported here: help and refused arguments need not wait for torch.
     from mpscl_ray.evaluate.run import evaluate
 
     return evaluate(options)

@@ -29,7 +29,7 @@ def main(arguments: Sequence[str]) -> int:
     if options.workers is not None and options.workers < 0:
         raise ConfigError(f"--workers is {options.workers}; expected 0 or more")
     out = _place(options.inputs, options.out)
-    # Here, so that whoever only asks, or errs, does not wait for torch and Ray.
+    # Imported here: help and refused arguments need not wait for torch and Ray.
     from mpscl_ray.predict.run import predict
 
     return predict(options, out)

@@ -47,7 +47,7 @@ def main(arguments: Sequence[str]) -> int:
         )
     if options.out is None and is_url(options.runs[0]):
         raise ConfigError(f"the run {options.runs[0]} is in a bucket; give a folder for its report with --out DIR")
-    # Here, so that whoever only asks, or errs, does not wait for torch.
+    # Imported here: help and refused arguments need not wait for torch.
     from mpscl_ray.report.run import report
 
     file = report(options.runs, options.out, case=options.case, device=options.device)

@@ -60,7 +60,7 @@ def main(arguments: Sequence[str], fit: Fit | None = None) -> int:
     if options.show:
         print(to_yaml(config), end="")
         return 0
-    # Here, so that whoever only asks, or errs, does not wait for torch and Ray.
+    # Imported here: help and refused arguments need not wait for torch and Ray.
     from mpscl_ray.train.run import train
 
     return train(config, list(arguments), dashboard=options.dashboard, allow_change=options.allow_change, fit=fit)

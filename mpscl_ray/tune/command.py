@@ -77,7 +77,7 @@ def main(arguments: Sequence[str], fit: Fit | None = None) -> int:
         shared = ", ".join(name for name, _ in shared_phases(space.base, space.keys)) or "nothing"
         print(f"# shared by all trials: {shared}\n{space.to_yaml(given)}", end="")
         return 0
-    # Here, so that whoever only asks, or errs, does not wait for torch and Ray.
+    # Imported here: help and refused arguments need not wait for torch and Ray.
     from mpscl_ray.tune.run import search
 
     return search(space, list(arguments), warm_up=given, dashboard=options.dashboard, fit=fit)

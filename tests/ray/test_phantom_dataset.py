@@ -18,8 +18,8 @@ from tests.s3 import Server, serve
 
 SCRIPT = """
 import sys
-from mpscl_ray import phantom_dataset
-from mpscl_ray.storage import locate
+from mpscl_ray.prepare import phantom_dataset
+from mpscl_ray.runs.storage import locate
 phantom_dataset.TRAIN = phantom_dataset.VAL = phantom_dataset.TEST = 1
 print("ready", flush=True)
 sys.stdin.readline()

@@ -24,9 +24,9 @@ import os, signal, sys
 from pathlib import Path
 import ray
 from ray.util.placement_group import placement_group
-from mpscl_ray.cluster_session import connect
-from mpscl_ray.places import places_of_killed_commands_given_back
-from mpscl_ray.run_folder import RunFolder
+from mpscl_ray.distributed.ray_session import connect
+from mpscl_ray.train.ray.placement_groups import places_of_killed_commands_given_back
+from mpscl_ray.runs.run_directory import RunFolder
 
 class Survivor:
     def reserve(self):

@@ -14,7 +14,7 @@ AUTH = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_ADDRESS")
 PRIVATE = """
 import os, stat
 from pathlib import Path
-from mpscl_ray.cluster_session import connect
+from mpscl_ray.distributed.ray_session import connect
 
 AUTH = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 with connect(3):
@@ -55,7 +55,7 @@ for mode in ("disabled", "token"):
 """
 
 UNREACHABLE = """
-from mpscl_ray.cluster_session import connect
+from mpscl_ray.distributed.ray_session import connect
 from mpscl_ray.errors import ClusterError
 
 try:

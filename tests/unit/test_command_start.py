@@ -1,4 +1,4 @@
-"""What each command loads before it accepts its arguments: whoever asks for help, or errs, has the answer at once."""
+"""What each command loads before it accepts its arguments: help and errors come at once."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ HEAVY = "torch ray numpy scipy pandas pyarrow matplotlib tensorboardX safetensor
 
 ONE_AFTER_THE_OTHER = f"""
 import contextlib, importlib, io, json, sys
-from mpscl_ray import cli
+from mpscl_ray.runs import cli
 main, found = importlib.import_module(sys.argv[1]).main, []
 for words in json.loads(sys.argv[2]):
     sys.argv[1:] = words
@@ -98,7 +98,7 @@ CASES = {
 def test_help_and_what_is_refused_need_nothing_that_computes(command: str, tmp_path: Path) -> None:
     words = json.dumps([arguments.split() for arguments, _, _ in CASES[command]])
     done = subprocess.run(
-        [sys.executable, "-c", ONE_AFTER_THE_OTHER, f"mpscl_ray.{command}", words],
+        [sys.executable, "-c", ONE_AFTER_THE_OTHER, f"mpscl_ray.{command}.command", words],
         cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,

@@ -312,7 +312,7 @@ def test_disk_that_fills_while_writing(tmp_path: Path) -> None:
     script = """
 import resource, sys, torch
 from pathlib import Path
-from mpscl_ray import checkpoint
+from mpscl_ray.runs import checkpoint
 from mpscl_ray.errors import StorageError
 resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
 for step in (100, 200):

@@ -307,7 +307,7 @@ def another_process_holds(run: RunFolder) -> Iterator[subprocess.Popen[str]]:
     script = f"""
 import sys
 from pathlib import Path
-from mpscl_ray.run_folder import RunFolder
+from mpscl_ray.runs.run_directory import RunFolder
 with RunFolder(Path({str(run.path)!r})).lock():
     print("held", flush=True)
     sys.stdin.read()

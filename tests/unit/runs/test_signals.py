@@ -17,7 +17,7 @@ from mpscl_ray.runs.signals import Interruption
 LOOP = """
 import sys
 import time
-from mpscl_ray.interruption import Interruption
+from mpscl_ray.runs.signals import Interruption
 
 try:
     with Interruption() as interruption:
