@@ -48,7 +48,12 @@ STREAM_TASKS = 2
 
 
 def open_slices(
-    folder: Path | Remote | str, split: str, *, labels: bool, in_memory: bool | Literal["auto"] = "auto"
+    folder: Path | Remote | str,
+    split: str,
+    *,
+    labels: bool,
+    in_memory: bool | Literal["auto"] = "auto",
+    capacity: int | None = None,
 ) -> KeptSlices | StreamedSlices:
     """Open a split of a prepared dataset for the workers of a run.
 
@@ -61,13 +66,14 @@ def open_slices(
         labels: whether to read the labels. Without, their bytes are never touched.
         in_memory: True to keep the decoded slices in the object store, False to stream them from the files, "auto" to
             keep them if they take at most 30 % of the object store of the smallest node.
+        capacity: bytes of that object store; None asks Ray.
 
     Raises:
         DataError: no such dataset or split, labels missing, or a file missing or damaged, which it names.
         ClusterError: the slices are to be kept and do not fit, or Ray fails.
     """
     files = SplitFiles.find(folder, split, labels=labels)
-    need, capacity = files.rows * files.slice_bytes, object_store_bytes()
+    need, capacity = files.rows * files.slice_bytes, object_store_bytes() if capacity is None else capacity
     if in_memory == "auto":
         in_memory = need <= KEPT_FRACTION * capacity
     elif in_memory and need > 0.9 * capacity:
@@ -117,12 +123,24 @@ class KeptSlices(ResidentSlices):
 
 
 class StreamedSlices(Slices):
-    """Slices read from the files when they are needed, by a Ray Data execution of their order."""
+    """Slices read from the files when they are needed, by a Ray Data execution of their order.
+
+    Args:
+        files: where they are.
+        span_bytes: decoded bytes that one reading task makes.
+        spans_per_execution: reading tasks that one execution of Ray Data is given.
+    """
+
+    def __init__(
+        self, files: SplitFiles, *, span_bytes: int = SPAN_BYTES, spans_per_execution: int = SPANS_PER_EXECUTION
+    ) -> None:
+        super().__init__(files)
+        self._span_bytes, self._spans_per_execution = span_bytes, spans_per_execution
 
     def fetch(self, batches: Iterable[Rows]) -> Generator[Arrays, None, None]:
         """Read the batches through Ray Data in the order given, a bounded number of bytes ahead."""
         spans = self._spans(iter(batches))
-        while ahead := list(islice(spans, SPANS_PER_EXECUTION)):
+        while ahead := list(islice(spans, self._spans_per_execution)):
             dataset = _read_through_ray(
                 self.files, [np.concatenate(span) for span in ahead], tasks=STREAM_TASKS, ahead_bytes=AHEAD_BYTES
             )
@@ -140,7 +158,7 @@ class StreamedSlices(Slices):
         span: list[Rows] = []
         for rows in batches:
             span.append(rows)
-            if len(span) == SPAN_BATCHES or sum(map(len, span)) * self.files.slice_bytes >= SPAN_BYTES:
+            if len(span) == SPAN_BATCHES or sum(map(len, span)) * self.files.slice_bytes >= self._span_bytes:
                 yield span
                 span = []
         if span:

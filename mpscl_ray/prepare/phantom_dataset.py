@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 from mpscl_ray.config import Config
@@ -28,8 +30,8 @@ PREFIX = "phantom:"
 
 MODALITIES = ("mr", "ct")
 
-TRAIN, VAL, TEST = 12, 2, 4
-"""Cases of each modality."""
+CASES = {"train": 12, "val": 2, "test": 4}
+"""Cases of each modality, by split."""
 
 SEED = 7
 """Of the hearts; the same for all runs, so that seeds of runs are compared on the same data."""
@@ -59,13 +61,17 @@ def _resolved(config: Config, key: str) -> str:
     return str(phantom_dataset(locate(config.run.storage)) / modality)
 
 
-def phantom_dataset(storage: Path | Remote) -> Path | Remote:
+def phantom_dataset(storage: Path | Remote, cases: Mapping[str, int] = CASES) -> Path | Remote:
     """Folder with the prepared datasets ``mr`` and ``ct`` of the phantom, made on first use.
 
     The name of the folder carries a hash of everything that decides what it holds, so that another version of the
     phantom is another dataset.
+
+    Args:
+        storage: folder, or folder of a bucket, that the dataset is made in.
+        cases: number of cases of each modality, by split.
     """
-    recipe = json.dumps([TRAIN, VAL, TEST, SEED, RECIPE.to_json(), _code_hash()])
+    recipe = json.dumps([*cases.values(), SEED, RECIPE.to_json(), _code_hash()])
     folder = storage / f"phantom-{hashlib.sha256(recipe.encode()).hexdigest()[:8]}"
     prepared = folder / "prepared"
     if _is_whole(prepared):
@@ -73,7 +79,7 @@ def phantom_dataset(storage: Path | Remote) -> Path | Remote:
     print(f"making the phantom hearts in {folder}", flush=True)
     with unfinished(storage, folder.name) as here:
         # What lies in this node's cache cannot be prepared on another one.
-        _make(here, str(folder), workers=0 if isinstance(folder, Remote) else None)
+        _make(here, str(folder), cases, workers=0 if isinstance(folder, Remote) else None)
         _publish(here, folder)
     return prepared
 
@@ -82,14 +88,14 @@ def _is_whole(prepared: Path | Remote) -> bool:
     return all((prepared / modality / MANIFEST).exists() for modality in MODALITIES)
 
 
-def _make(here: Path, name: str, workers: int | None) -> None:
+def _make(here: Path, name: str, cases: Mapping[str, int], workers: int | None) -> None:
     """Make hearts and datasets in a folder that will get another name, which manifests tell already."""
-    count = TRAIN + VAL + TEST
+    count = sum(cases.values())
     raw = here / "nifti"
     make_phantom(raw, count, count, SEED)
     for modality in MODALITIES:
-        names = [f"{modality}_{FIRST_CASE + number}" for number in range(count)]
-        split = {"train": names[:TRAIN], "val": names[TRAIN : TRAIN + VAL], "test": names[TRAIN + VAL :]}
+        names = (f"{modality}_{FIRST_CASE + number}" for number in range(count))
+        split = {name: list(itertools.islice(names, number)) for name, number in cases.items()}
         file = here / f"split-{modality}.json"
         write_atomically(file, json.dumps(split, indent=1).encode())
         dataset = here / "prepared" / modality

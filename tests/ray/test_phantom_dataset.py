@@ -20,10 +20,9 @@ SCRIPT = """
 import sys
 from mpscl_ray.prepare import phantom_dataset
 from mpscl_ray.runs.storage import locate
-phantom_dataset.TRAIN = phantom_dataset.VAL = phantom_dataset.TEST = 1
 print("ready", flush=True)
 sys.stdin.readline()
-print(phantom_dataset.phantom_dataset(locate(sys.argv[1])))
+print(phantom_dataset.phantom_dataset(locate(sys.argv[1]), {"train": 1, "val": 1, "test": 1}))
 """
 
 
@@ -77,11 +76,9 @@ def test_commands_that_start_at_once_use_the_same_hearts(where: str, server: Ser
 
 
 def test_half_a_dataset_is_replaced(tmp_path: Path) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("TRAIN", "VAL", "TEST"):
-            patch.setattr(phantom_dataset, name, 1)
-        made = phantom_dataset.phantom_dataset(tmp_path)
-        assert isinstance(made, Path)
-        (made / "mr" / "manifest.json").unlink()
-        assert phantom_dataset.phantom_dataset(tmp_path) == made
-        assert len(load_manifest(made / "mr").cases) == 3
+    cases = {"train": 1, "val": 1, "test": 1}
+    made = phantom_dataset.phantom_dataset(tmp_path, cases)
+    assert isinstance(made, Path)
+    (made / "mr" / "manifest.json").unlink()
+    assert phantom_dataset.phantom_dataset(tmp_path, cases) == made
+    assert len(load_manifest(made / "mr").cases) == 3

@@ -15,6 +15,7 @@ from mpscl_ray.data import (
 )
 from mpscl_ray.data.augment import AugmentConfig
 from mpscl_ray.data.loader import LocalSlices, Slices, SliceStream
+from mpscl_ray.data.parquet_reader import SplitFiles
 from mpscl_ray.errors import ClusterError, DataError
 from tests.ray.conftest import CPUS
 
@@ -76,11 +77,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture
-def small_spans(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes a stream use many tasks and several executions for a few batches."""
-    monkeypatch.setattr(ray_source, "SPAN_BYTES", 3 * 8 * SIZE[0] * SIZE[1] * 5)
-    monkeypatch.setattr(ray_source, "SPANS_PER_EXECUTION", 4)
+def streamed(folder: Path) -> ray_source.StreamedSlices:
+    """Slices whose streams take many tasks and several executions for a few batches."""
+    files = SplitFiles.find(folder, "train", labels=True)
+    return ray_source.StreamedSlices(files, span_bytes=3 * 8 * SIZE[0] * SIZE[1] * 5, spans_per_execution=4)
 
 
 def batches(slices: Slices, steps: int, **options) -> list[dict[str, torch.Tensor]]:
@@ -104,21 +104,18 @@ def flip_a_bit(folder: Path) -> Path:
     return path
 
 
-@pytest.mark.usefixtures("small_spans")
 def test_kept_streamed_and_local_slices_give_the_same_batches(folder: Path) -> None:
     options = {"rank": 1, "world_size": 2, "augment": AugmentConfig(rotation_deg=10, intensity_mapping=0.5)}
     expected = batches(LocalSlices(folder, "train", labels=True), 30, **options)
-    for in_memory in (True, False):
-        slices = ray_source.open_slices(folder, "train", labels=True, in_memory=in_memory)
-        assert isinstance(slices, ray_source.KeptSlices if in_memory else ray_source.StreamedSlices)
+    kept = ray_source.open_slices(folder, "train", labels=True, in_memory=True)
+    assert isinstance(kept, ray_source.KeptSlices)
+    for slices in (kept, streamed(folder)):
         assert_equal_batches(batches(slices, 30, **options), expected)
 
 
-@pytest.mark.usefixtures("small_spans")
 def test_a_stream_resumed_at_a_step_goes_on_as_if_it_had_not_stopped(folder: Path) -> None:
-    slices = ray_source.open_slices(folder, "train", labels=True, in_memory=False)
     expected = batches(LocalSlices(folder, "train", labels=True), 40)
-    assert_equal_batches(batches(slices, 7, start_step=33), expected[33:])
+    assert_equal_batches(batches(streamed(folder), 7, start_step=33), expected[33:])
 
 
 @pytest.mark.parametrize("in_memory", [True, False])
@@ -162,7 +159,6 @@ def test_a_damaged_file_is_named_when_it_is_streamed(tmp_path: Path) -> None:
             assert "\n" not in str(caught.value)
 
 
-@pytest.mark.usefixtures("small_spans")
 def test_workers_that_hold_all_cpus_still_get_their_batches(folder: Path) -> None:
     """The handles are opened, travel to the workers and are read there while no CPU is free."""
 
@@ -178,7 +174,7 @@ def test_workers_that_hold_all_cpus_still_get_their_batches(folder: Path) -> Non
     workers = [Worker.remote() for _ in range(2)]
     ray.get([worker.__ray_ready__.remote() for worker in workers], timeout=60)
     assert ray.available_resources().get("CPU", 0) == 0
-    handles = [ray_source.open_slices(folder, "train", labels=True, in_memory=kept) for kept in (True, False)]
+    handles = [ray_source.open_slices(folder, "train", labels=True, in_memory=True), streamed(folder)]
     found = ray.get([worker.sums.remote(handles, rank) for rank, worker in enumerate(workers)], timeout=60)
     local = LocalSlices(folder, "train", labels=True)
     for rank in (0, 1):
@@ -188,10 +184,9 @@ def test_workers_that_hold_all_cpus_still_get_their_batches(folder: Path) -> Non
         ray.kill(worker)
 
 
-def test_what_does_not_fit_is_streamed_or_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_does_not_fit_is_streamed_or_refused(folder: Path) -> None:
     assert isinstance(ray_source.open_slices(folder, "train", labels=True), ray_source.KeptSlices)
-    monkeypatch.setattr(ray_source, "object_store_bytes", lambda: 300_000)
-    assert isinstance(ray_source.open_slices(folder, "train", labels=True), ray_source.StreamedSlices)
-    monkeypatch.setattr(ray_source, "object_store_bytes", lambda: 100_000)
+    small = ray_source.open_slices(folder, "train", labels=True, capacity=300_000)
+    assert isinstance(small, ray_source.StreamedSlices)
     with pytest.raises(ClusterError, match=r"take \d+ MiB .* the smallest node has"):
-        ray_source.open_slices(folder, "train", labels=True, in_memory=True)
+        ray_source.open_slices(folder, "train", labels=True, in_memory=True, capacity=100_000)

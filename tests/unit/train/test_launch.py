@@ -20,14 +20,13 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_pair(tmp_path_factory.mktemp("data"))
 
 
-def test_labels_are_opened_for_training_slices_of_one_domain_alone(pair: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_labels_are_opened_for_training_slices_of_one_domain_alone(pair: Path) -> None:
     opened: list[tuple[str, str, bool]] = []
 
     def open_slices(folder: Path, split: str, *, labels: bool, in_memory: object) -> LocalSlices:
         opened.append((folder.name, split, labels))
         return LocalSlices(folder, split, labels=labels)
 
-    monkeypatch.setattr(launch, "open_slices", open_slices)
     expected = {
         "small/mpscl": {("mr", "train", True), ("ct", "train", False)},
         "small/source_only": {("mr", "train", True)},
@@ -36,21 +35,19 @@ def test_labels_are_opened_for_training_slices_of_one_domain_alone(pair: Path, m
     for preset, training_slices in expected.items():
         del opened[:]
         config = tiny_config(pair / "mr", pair / "ct", preset=preset)
-        data = launch.open_data(config, launch.load_domains(config)[0])
+        data = launch.open_data(config, launch.load_domains(config)[0], open_slices)
         assert set(opened) == training_slices | {("mr", "val", True), ("ct", "val", True)}
         assert (data.unlabelled is None) == (preset != "small/mpscl")
 
 
-def test_validation_slices_are_opened_with_labels_only_if_all_have_them(
-    pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(
-        launch, "open_slices", lambda folder, split, *, labels, in_memory: LocalSlices(folder, split, labels=labels)
-    )
+def test_validation_slices_are_opened_with_labels_only_if_all_have_them(pair: Path, tmp_path: Path) -> None:
+    def open_slices(folder: Path, split: str, *, labels: bool, in_memory: object) -> LocalSlices:
+        return LocalSlices(folder, split, labels=labels)
+
     target = make_dataset(tmp_path / "ct", "ct", seed=1, labelled=("train",))
     config = tiny_config(pair / "mr", target)
     domains, warnings = launch.load_domains(config)
-    data = launch.open_data(config, domains)
+    data = launch.open_data(config, domains, open_slices)
     assert warnings == []
     assert data.validation["source"].files.labels
     assert not data.validation["target"].files.labels
@@ -58,7 +55,7 @@ def test_validation_slices_are_opened_with_labels_only_if_all_have_them(
     source = make_dataset(tmp_path / "mr", "mr", cases={"train": 2})
     config = tiny_config(source, make_dataset(tmp_path / "bare", "ct", seed=1, labelled=(), cases={"train": 1}))
     domains, warnings = launch.load_domains(config)
-    assert launch.open_data(config, domains).validation == {}
+    assert launch.open_data(config, domains, open_slices).validation == {}
     assert any("no labelled validation cases" in warning for warning in warnings)
 
 
