@@ -110,11 +110,12 @@ def test_a_run_goes_on_from_any_step_as_if_it_had_not_stopped(
 def test_a_killed_run_repeats_what_came_after_its_last_checkpoint(
     pair: Path, straight: tuple[RunFolder, Watcher], tmp_path: Path
 ) -> None:
+    """It has validated, and looked at features, when it is killed."""
     config = tiny_config(pair / "mr", pair / "ct", TEN_STEPS)
     with pytest.raises(Killed):
-        train(config, tmp_path, None, Killer(lambda record: record["global_step"] == 9))
+        train(config, tmp_path, None, Killer(lambda record: record["global_step"] == 10))
     folder, watcher = RunFolder(tmp_path), Watcher()
-    assert folder.read_metrics()[-1]["global_step"] == 9
+    assert folder.read_metrics()[-1]["global_step"] == 10
     train(config, tmp_path, None, watcher)
     assert watcher.starts == [8]
     assert len(watcher.batches) == 2

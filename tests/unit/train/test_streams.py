@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from mpscl_ray.methods.base import TrainingSlices
-from mpscl_ray.train.streams import training_slices
+from mpscl_ray.train.streams import open_streams, training_slices
 from tests.tiny import local_data, make_pair, tiny_config
+from tests.tiny_methods import make_advent
 
 CPU = torch.device("cpu")
 
@@ -52,3 +53,18 @@ def test_in_step_all_workers_have_equal_parts_of_the_same_batches(folder: Path) 
     for batch, first, second in zip(whole, *parts, strict=True):
         assert torch.equal(batch, torch.cat([first, second]))
         assert len(first) == len(second) == 2
+
+
+def test_intensities_are_remapped_in_the_labelled_domain_alone(folder: Path) -> None:
+    """The target has to keep the look that it is adapted to."""
+    still = ("rotation_deg=0", "scale=[1,1]", "translation=0", "intensity_mapping=1")
+    config = tiny_config(folder / "mr", folder / "ct", [f"data.augmentation.{change}" for change in still])
+    data = local_data(config)
+    assert data.unlabelled is not None
+    source, target = open_streams(config, data, make_advent(), "adaptation", 0, CPU, 0, 1)
+    assert target is not None
+    with source, target:
+        for stream, slices, kept in ((source, data.labelled, False), (target, data.unlabelled, True)):
+            (whole,) = (batch["image"] for batch in slices.shard(0, 1, slices.rows))
+            images = as_set(stream.next()["image"])
+            assert images <= as_set(whole) if kept else images.isdisjoint(as_set(whole))
