@@ -25,16 +25,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """With several processes (``pytest -n 2``) one takes all tests in tests/ray, which share a Ray; the rest goes by
-    files."""
+    """With several processes (``pytest -n 2``) one takes the tests of trainings in tests/ray and one the others there,
+    each of the two with one Ray for all of its tests; the rest goes by files."""
     from xdist.scheduler import LoadScopeScheduling
 
-    class OneRay(LoadScopeScheduling):  # type: ignore[misc, unused-ignore]
+    class TwoRays(LoadScopeScheduling):  # type: ignore[misc, unused-ignore]
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.partition("::")[0]
-            return "tests/ray" if file.startswith("tests/ray/") else file
+            if not file.startswith("tests/ray/"):
+                return file
+            return "trainings" if file.startswith("tests/ray/test_train") else "others on Ray"
 
-    return OneRay(config, log)
+    return TwoRays(config, log)
 
 
 @pytest.fixture(scope="session")

@@ -1,13 +1,7 @@
-"""A fit that computes nothing and leaves what a training leaves: for tests of what runs trainings, not of training.
-
-``python -m tests.stub_fit SECONDS_A_STEP COMMAND ARGUMENTS...`` is the command with it, as a process.
-"""
+"""A fit that computes nothing and leaves what a training leaves: for tests of what runs trainings, not of training."""
 
 from __future__ import annotations
 
-import functools
-import importlib
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -15,7 +9,7 @@ from typing import Any
 import torch
 
 from mpscl_ray.config import SOURCE_ONLY, Config, is_adaptation
-from mpscl_ray.runs import checkpoint, cli
+from mpscl_ray.runs import checkpoint
 from mpscl_ray.runs.bucket_run import open_run
 from mpscl_ray.runs.run_directory import STOP_FILE, RunFolder
 from mpscl_ray.train.loop import newest_checkpoint
@@ -133,12 +127,3 @@ class _Stub:
         checkpoint.save(directory, state)
         if directory.parent == self.folder.checkpoints:
             checkpoint.prune(self.folder.checkpoints, self.config.run.keep_checkpoints)
-
-
-if __name__ == "__main__":
-    seconds_a_step, command, *arguments = sys.argv[1:]
-    sys.argv = [command, *arguments]
-    # By its name as a module, by which Ray's processes can import it: in this one it is ``__main__``.
-    own = importlib.import_module("tests.stub_fit")
-    main = importlib.import_module(f"mpscl_ray.{command}").main
-    cli.run(functools.partial(main, fit=functools.partial(own.fit, seconds_a_step=float(seconds_a_step))))

@@ -1,4 +1,4 @@
-"""The compare command on a real Ray: two real cells, and a table of a stub with cells that fail and are lost."""
+"""The compare command on a real Ray: two real cells, and tables of a stub."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from mpscl_ray.compare import command as compare
 from mpscl_ray.errors import ConfigError, TrainingError
 from mpscl_ray.runs import checkpoint
 from mpscl_ray.runs.run_directory import RunFolder
-from tests.lost_cell import check_a_lost_and_stopped_cell
 from tests.stub_fit import fit
 from tests.tiny import make_pair
 from tests.tiny_presets import METHOD, write_presets
@@ -91,11 +90,3 @@ def test_a_cell_that_fails_does_not_stop_the_rest_and_is_tried_again(cluster: No
     assert compare.main(words, fit=fit) == 0
     cells = json.loads((out / "cells.json").read_text())["cells"]
     assert {cell["state"] for cell in cells.values()} == {"finished"}
-
-
-def test_a_lost_cell_resumes_a_signal_stops_it_after_a_checkpoint_and_the_same_command_resumes(
-    cluster: None, data: Path, tmp_path: Path
-) -> None:
-    words = arguments(data, write_presets(tmp_path / "presets", phase=60), tmp_path / "out")
-    stub = ["tests.stub_fit", "0.1", "compare"]
-    check_a_lost_and_stopped_cell(tmp_path / "out", stub, words, lambda words: compare.main(words, fit=fit))
