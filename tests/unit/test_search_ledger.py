@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -47,6 +48,17 @@ def test_a_ledger_is_read_back_as_it_was_written(tmp_path: Path) -> None:
     assert not read.trials[2].ended
     with pytest.raises(AssertionError, match="ended twice"):
         read.end(1, "finished")
+
+
+def test_a_record_is_on_the_disk_before_anything_is_decided_by_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: events.append(f"{os.fstat(descriptor).st_size} bytes synced"))
+    file = tmp_path / "ledger.jsonl"
+    ledger = Ledger(file, lambda: events.append(f"settled with {len(ledger.trials)} known"))
+    ledger.add(1, {})
+    assert events == [f"{file.stat().st_size} bytes synced", "settled with 0 known"]
 
 
 def test_a_torn_last_line_is_dropped_and_a_damaged_one_is_named(tmp_path: Path) -> None:
