@@ -98,6 +98,15 @@ def test_the_best_third_of_those_on_a_rung_goes_on_when_it_is_there() -> None:
     assert Halving([], 3, 9).report(1, 10, 0.5) is False
 
 
+def test_a_score_that_is_no_number_is_the_lowest_whenever_it_comes() -> None:
+    halving = Halving([10], 2, total=4)
+    assert halving.report(1, 10, math.nan)
+    assert not halving.report(2, 10, 0.5), "the best of two"
+    assert halving.report(3, 10, math.nan)
+    assert not halving.report(4, 10, 0.1), "the second of four"
+    assert [halving.hopeless(number) for number in (1, 3)] == [True, True]
+
+
 @given(st.lists(st.tuples(st.integers(1, 9), st.floats(0, 1)), max_size=60), st.integers(2, 4), st.integers(1, 15))
 def test_what_goes_on_follows_from_the_reports_alone(
     reports: list[tuple[int, float]], reduction: int, step: int
