@@ -109,9 +109,10 @@ def test_a_killed_run_repeats_what_came_after_its_last_checkpoint(
 ) -> None:
     config = tiny_config(pair / "mr", pair / "ct", TEN_STEPS)
     with pytest.raises(Killed):
-        train(config, tmp_path, None, Killer(lambda record: record["global_step"] == 9))
+        train(config, tmp_path, None, Killer(lambda record: record["global_step"] == 10))
     folder, watcher = RunFolder(tmp_path), Watcher()
-    assert folder.read_metrics()[-1]["global_step"] == 9
+    assert folder.read_metrics()[-1]["global_step"] == 10
+    assert FeatureRecord(tmp_path).read()[-1]["iteration"] == 4, "it had looked at the features, too"
     train(config, tmp_path, None, watcher)
     assert watcher.starts == [8]
     assert len(watcher.batches) == 2
