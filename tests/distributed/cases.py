@@ -325,6 +325,7 @@ CASES: dict[str, Callable[[], dict[str, Any]]] = {
     "fc-paper": lambda: parity({"discriminator": "fc", "form": "paper"}),
     "patchgan-released": lambda: parity({"discriminator": "patchgan", "form": "released", "temperature_source": 2.0}),
     "patchgan-paper": lambda: parity({"discriminator": "patchgan", "form": "paper"}),
+    "fc-baseline": lambda: parity({"discriminator": "fc", "beta": 0.0, "gamma": 0.0}),
     "segmentation": source_only_then_adapted,
     "advent": lambda: look_and_train("advent", discriminator_width=4, **STRONG),
     "minent": lambda: look_and_train("advent", variant="minent", **STRONG),

@@ -15,7 +15,7 @@ from tests.worker_processes import on_workers
 Ranks = list[dict[str, np.ndarray[Any, Any]]]
 Run = Callable[[str, int], Ranks]
 
-PARITY = ("fc-released", "fc-paper", "patchgan-released", "patchgan-paper", "segmentation")
+PARITY = ("fc-released", "fc-paper", "patchgan-released", "patchgan-paper", "fc-baseline", "segmentation")
 METHODS = (
     "advent",
     "minent",

@@ -168,3 +168,6 @@ def test_a_run_that_loses_a_worker_and_is_stopped_ends_as_if_it_had_not(
     assert (first, third) == (0, stopped)
     assert reached - EVERY <= second <= stopped, "at most one checkpoint interval is done again"
     assert_same_run(run, calm[1])
+    events = (event for file in sorted(run.tensorboard.iterdir()) for event in read_events(file))
+    resumed = [event.step - 1 for event in events if event.HasField("session_log")]
+    assert resumed == [first, second, third], "TensorBoard hides what a start had written beyond the next one's begin"

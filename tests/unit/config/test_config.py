@@ -73,6 +73,7 @@ def test_overrides_have_the_types_of_their_fields() -> None:
     ("override", "sentence"),
     [
         ("method.margin_sorce=0.2", "did you mean 'method.margin_source'"),
+        ("method.min_pixels=2", "'method.min_pixels' on the command line is not a setting"),  # but of another method
         ("method.margin_source=-0.1", "greater than or equal to 0"),
         ("method.margin_target=4", "less than or equal to"),
         ("method.temperature_source=0", "greater than 0"),
@@ -100,6 +101,21 @@ def test_wrong_settings_are_told_plainly(override: str, sentence: str) -> None:
     assert sentence in str(error.value)
     assert str(error.value).count(override.split("=")[0] + "=") <= 1, "the same setting is told of twice"
     assert "on the command line" in str(error.value) or override.split("=")[0].split(".")[0] in str(error.value)
+
+
+def test_values_just_beyond_their_limits_are_refused() -> None:
+    wrong = (
+        "run.report_every=0 run.validate_every=0 run.checkpoint_every=0 run.keep_checkpoints=0 run.restarts=-1 "
+        "run.outage_min=-1 run.seed=-1 run.seed=2147483648 data.augmentation.translation=0.51 "
+        "data.augmentation.intensity_mapping=1.01 network.width=3 phases.adaptation=-1 phases.source_only_lr=0 "
+        "optim.lr=0 optim.momentum=1 optim.betas=[0.9,1] optim.weight_decay=-1 optim.power=-1 "
+        "scaling.workers=0 scaling.cpus_per_worker=0 scaling.wait_s=-1 scaling.resize_check_s=0"
+    ).split()
+    for setting in wrong:
+        with pytest.raises(
+            ConfigError, match=rf"^{setting.partition('=')[0]}=\S+.* on the command line: .*input should"
+        ):
+            load_config("phantom", [setting])
 
 
 def test_all_errors_are_told_at_once_with_file_and_line(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -59,6 +60,23 @@ def test_a_start_that_fails_is_tried_again(
     assert capsys.readouterr().err.count(f"warning: Ray did not start ({TOO_SLOW}") == START_ATTEMPTS - 1
     started.kill()
     started.wait()
+
+
+@pytest.mark.parametrize("before", [None, "1"])
+def test_what_is_set_for_a_private_cluster_is_as_before_after_it(
+    before: str | None, temporary: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setting = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
+    monkeypatch.setenv(setting, "1")
+    if before is None:
+        monkeypatch.delenv(setting)
+    starts = Starts(failing=0)
+    monkeypatch.setattr(ray, "init", starts)
+    with connect(1):
+        assert os.environ[setting] == (before or "0"), "the user's own choice stays"
+    assert os.environ.get(setting) == before
+    starts.processes[0].kill()
+    starts.processes[0].wait()
 
 
 def test_starts_that_all_fail_end_in_one_sentence(temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shlex
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,20 @@ def test_two_modalities_become_two_datasets(source: Path) -> None:
         assert arrays["image"].shape == arrays["label"].shape == (case.slices, 12, 12)
         assert set(np.unique(arrays["label"])) == {0, 1, 2, 3, 4}
         assert case.spacing_mm == pytest.approx((1.5, 2.0 * 16 / 12, 1.5 * 16 / 12))
+
+
+def test_a_dataset_is_synced_before_it_has_its_name(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against a power cut: files, then the folders that name them, then the rename, then the folder above."""
+    synced: list[Path] = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(Path(os.readlink(f"/proc/self/fd/{descriptor}"))))
+    folder, manifest = made(source)
+    out, number = folder.parent, len(manifest.cases)
+    assert synced.pop() == out, "when the dataset has its name"
+    assert not any(path.is_relative_to(folder) for path in synced), "until then nothing is written where readers look"
+    written = ["/".join(path.relative_to(out).parts[1:]) for path in synced]
+    assert sorted(written[:number]) == sorted(case.file for case in manifest.cases)
+    assert sorted(written[number:-3]) == ["test", "train", "val"]
+    assert written[-3:] == [f".manifest.json.partial-{os.getpid()}", "", ""], "the folder with the manifest in it"
 
 
 def test_recipe_and_range_are_enough_for_a_new_volume(source: Path) -> None:

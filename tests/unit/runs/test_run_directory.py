@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -210,6 +211,32 @@ def test_metrics_on_a_full_disk_keep_what_was_written(run: RunFolder, monkeypatc
     assert [record["global_step"] for record in run.read_metrics()] in ([1, 3], [1, 2, 3])
 
 
+def test_what_is_written_is_synced_before_it_has_its_name(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against a power cut: a file's contents before the rename, its folder after it; a record before it is counted."""
+    events: list[str] = []
+    fsync, replace = os.fsync, os.replace
+
+    def record_fsync(descriptor: int) -> None:
+        file = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        events.append(f"sync {file.name}" + (f" {file.stat().st_size}" if file.is_file() else ""))
+        fsync(descriptor)
+
+    def record_replace(source: Path, target: Path) -> None:
+        events.append(f"rename {target.name}")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", record_fsync)
+    monkeypatch.setattr(os, "replace", record_replace)
+    run.write_config("a: 1\n")
+    run.append_metrics({"global_step": 1})
+    assert events == [
+        f"sync .config.yaml.partial-{os.getpid()} 5",
+        "rename config.yaml",
+        "sync demo",
+        f"sync metrics.jsonl {run.metrics_file.stat().st_size}",
+    ]
+
+
 # ---- status and environment ----
 
 
@@ -341,6 +368,29 @@ def test_second_process_is_refused_and_a_dead_one_is_not_waited_for(run: RunFold
             assert not (run.path / ".status.json.partial-123").exists()
     with run.lock():
         pass
+
+
+def test_a_lock_held_on_another_host_counts(run: RunFolder) -> None:
+    with another_process_holds(run) as process:
+        (run.path / ".lock").write_text(f"{process.pid} elsewhere 2026-01-01\n")  # as a shared disk shows it
+        with pytest.raises(ConfigError, match=rf"in use by process {process.pid} on elsewhere since"), run.lock():
+            pass
+
+
+def test_worker_0_waits_for_that_of_a_command_that_was_killed(run: RunFolder) -> None:
+    entered = threading.Event()
+
+    def train() -> None:
+        with run.training("", 0):
+            entered.set()
+
+    worker = threading.Thread(target=train)
+    with run.training("", 0):
+        worker.start()
+        with run.training("", 1):
+            assert not entered.wait(0.3), "other workers write nothing that it does, and are not waited for"
+    worker.join(30)
+    assert entered.is_set()
 
 
 def test_lock_is_free_after_an_error(run: RunFolder) -> None:

@@ -10,7 +10,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import pytest
@@ -24,7 +26,7 @@ from mpscl_ray.runs.bucket_run import LEASE, BucketRun, open_run
 from mpscl_ray.runs.lease import Lease
 from mpscl_ray.runs.run_directory import DECIDED_FILE, STOP_FILE
 from mpscl_ray.runs.storage import Remote
-from mpscl_ray.runs.sync import Mirror, receive, send
+from mpscl_ray.runs.sync import LARGE_BYTES, Mirror, receive, remove, send
 from mpscl_ray.train.ray.worker import STOP_THERE, wait_for_decision
 from tests.s3 import Server, serve, upload_folder
 from tests.tiny import make_dataset
@@ -159,7 +161,7 @@ def test_a_checkpoint_whose_upload_breaks_off_is_none(server: Server, place: Rem
     cutter = threading.Thread(target=cut)
     cutter.start()
     with pytest.raises(StorageError):
-        _send_for_ever(new, place / "best")
+        _send_while(cutter, new, place / "best")
     broken.set()
     cutter.join()
     assert not receive(place / "best", tmp_path / "got"), "not complete"
@@ -169,10 +171,38 @@ def test_a_checkpoint_whose_upload_breaks_off_is_none(server: Server, place: Rem
     assert checkpoint.load(tmp_path / "got")["step"] == 2
 
 
-def _send_for_ever(path: Path, remote: Remote) -> None:
+def _send_while(cutter: threading.Thread, path: Path, remote: Remote) -> None:
     """Until the cut falls into an upload."""
-    while True:
+    while cutter.is_alive():
         send(path, remote)
+
+
+@dataclass(frozen=True)
+class Recorded(Remote):
+    """Takes down what is asked of a bucket."""
+
+    asked: list[str] = field(default_factory=list)
+
+    def upload(self, source: IO[bytes]) -> None:
+        self.asked.append(f"put {self.name}")
+
+    def delete(self) -> None:
+        self.asked.append(f"delete {self.name}")
+
+    def delete_folder(self) -> None:
+        self.asked.append(f"delete all of {self.name}")
+
+    def files(self) -> list[str]:
+        return [checkpoint.STATE, checkpoint.SUMS, checkpoint.TENSORS]
+
+
+def test_what_makes_a_checkpoint_complete_is_put_there_last_and_goes_first(tmp_path: Path) -> None:
+    remote = Recorded("bucket/best")
+    assert send(checkpoint.save(tmp_path / "best", state(1)), remote)
+    assert remote.asked == ["delete SHA256SUMS", "put state.json", "put tensors.safetensors", "put SHA256SUMS"]
+    del remote.asked[:]
+    remove(remote)
+    assert remote.asked == ["delete SHA256SUMS", "delete all of best"]
 
 
 # ----------------------------------------------------------------------------------------------------- mirror
@@ -213,6 +243,18 @@ def test_a_storage_that_fails_and_comes_back_gets_everything(server: Server, pla
     assert {name.split("/")[1] for name in place.files() if "checkpoints" in name} == {"step-0000002"}
     assert receive(place / "checkpoints" / "step-0000002", tmp_path / "back")
     assert checkpoint.load(tmp_path / "back")["step"] == 2
+
+
+def test_who_waits_for_the_mirror_finds_large_files_whole_too(place: Remote, tmp_path: Path) -> None:
+    mirror = Mirror(
+        tmp_path, place, outgoing=("*",), incoming=(), check=lambda: None, patience_s=PATIENCE_S, say=lambda text: None
+    )
+    mirror.start()
+    for size in (LARGE_BYTES + 1, LARGE_BYTES + 2):
+        (tmp_path / "events").write_bytes(bytes(size))
+        assert mirror.settle()
+        assert len((place / "events").read_bytes()) == size
+    mirror.close()
 
 
 def test_patience_has_an_end(server: Server, place: Remote, tmp_path: Path) -> None:

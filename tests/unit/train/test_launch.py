@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
 
 from mpscl_ray.data.loader import LocalSlices
-from mpscl_ray.errors import ClusterError, TrainingError
-from mpscl_ray.runs.run_directory import RunFolder
+from mpscl_ray.errors import ClusterError, StorageError, TrainingError
+from mpscl_ray.runs.run_directory import FAILURE_FILE, STOP_FILE, RunFolder
 from mpscl_ray.train.ray import launch
 from mpscl_ray.train.ray.failures import causes
 from tests.tiny import local_data, make_dataset, make_pair, tiny_config
@@ -82,3 +86,46 @@ def test_workers_that_fail_too_often_end_the_run_with_their_causes(pair: Path, t
     assert "Ray ended the training" in str(error)
     defect = KeyError("x")
     assert launched._explained(defect) is defect
+
+
+def launched(pair: Path, folder: RunFolder, train: Callable[[], dict[str, Any]]) -> launch.Launch:
+    """A training that is what ``train`` does."""
+    config = tiny_config(pair / "mr", pair / "ct")
+    return launch.Launch(config, folder, local_data(config), False, fit=lambda *_: train())
+
+
+def test_what_a_worker_could_not_go_on_with_is_raised_as_what_it_was(pair: Path, tmp_path: Path) -> None:
+    failure = tmp_path / FAILURE_FILE
+    told = {"exit_code": StorageError.exit_code, "reason": "no space left"}
+
+    def fails() -> dict[str, Any]:
+        failure.write_text(json.dumps(told))
+        raise RuntimeError("what Ray makes of it")
+
+    for train in (fails, lambda: {"state": "failed", **told}):
+        training = launched(pair, RunFolder(tmp_path), train)
+        training.start()
+        with pytest.raises(StorageError, match="no space left"):
+            training.watch(lambda: None)
+        assert not failure.exists(), "the next start is not told of it"
+
+
+def test_a_stop_is_passed_on_and_ends_no_later_start(pair: Path, tmp_path: Path) -> None:
+    stop = tmp_path / STOP_FILE
+
+    def train() -> dict[str, Any]:
+        deadline = time.monotonic() + 30
+        while not stop.exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return {"state": "interrupted" if stop.exists() else "finished", "phase": "warm_up", "iteration": 3, "step": 9}
+
+    training = launched(pair, RunFolder(tmp_path), train)
+    training.start()
+    assert not training.stop_requested
+    outcome = training.watch(training.request_stop)
+    assert (outcome.state, outcome.step, training.stop_requested) == ("interrupted", 9, True)
+    assert not stop.exists()
+    for name in (STOP_FILE, FAILURE_FILE):
+        (tmp_path / name).write_text("of a command that was killed")
+    launched(pair, RunFolder(tmp_path), train)
+    assert list(tmp_path.iterdir()) == []

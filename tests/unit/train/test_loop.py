@@ -12,13 +12,13 @@ import pytest
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from mpscl_ray.data.loader import LocalSlices
+from mpscl_ray.data.loader import LocalSlices, SliceStream
 from mpscl_ray.errors import ConfigError, DataError
 from mpscl_ray.runs import checkpoint
 from mpscl_ray.runs.run_directory import RunFolder
 from mpscl_ray.train import loop, timing
 from mpscl_ray.train.feature_log import FeatureRecord
-from tests.tiny import SIZE, make_dataset, make_pair, tiny_config
+from tests.tiny import SIZE, local_data, make_dataset, make_pair, tiny_config
 from tests.tiny_runs import Killed, Killer, Watcher, hashes, train
 
 TEN_STEPS = ("phases.source_only=3", "phases.warm_up=3", "run.report_every=1")
@@ -116,6 +116,7 @@ def test_a_killed_run_repeats_what_came_after_its_last_checkpoint(
         train(config, tmp_path, None, Killer(lambda record: record["global_step"] == 10))
     folder, watcher = RunFolder(tmp_path), Watcher()
     assert folder.read_metrics()[-1]["global_step"] == 10
+    assert FeatureRecord(tmp_path).read()[-1]["iteration"] == 4, "it had looked at the features, too"
     train(config, tmp_path, None, watcher)
     assert watcher.starts == [8]
     assert len(watcher.batches) == 2
@@ -236,6 +237,19 @@ def test_what_a_run_leaves_and_tells(pair: Path, tmp_path: Path) -> None:
     assert images.shape == predictions.shape == (4, *SIZE)
     assert labels is not None
     assert labels.shape == (4, *SIZE)
+
+
+def test_each_phase_goes_on_in_the_data_where_the_one_before_ended(
+    pair: Path, straight: tuple[RunFolder, Watcher]
+) -> None:
+    config = tiny_config(pair / "mr", pair / "ct", TEN_STEPS)
+    source, number = local_data(config).labelled, config.data.batch_size
+    augmentation = config.data.augmentation
+    with SliceStream(
+        source, seed=config.run.seed, domain="source", global_batch=number, augment=augmentation
+    ) as stream:
+        for step, (batch, expected) in enumerate(zip(straight[1].batches, stream, strict=False)):
+            assert torch.equal(batch.source_image, expected["image"]), step
 
 
 def test_each_phase_begins_with_the_weights_of_the_one_before(pair: Path, tmp_path: Path) -> None:

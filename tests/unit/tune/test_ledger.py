@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -49,6 +50,17 @@ def test_a_ledger_is_read_back_as_it_was_written(tmp_path: Path) -> None:
         read.end(1, "finished")
 
 
+def test_a_record_is_on_the_disk_before_anything_is_decided_by_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: events.append(f"{os.fstat(descriptor).st_size} bytes synced"))
+    file = tmp_path / "ledger.jsonl"
+    ledger = Ledger(file, lambda: events.append(f"settled with {len(ledger.trials)} known"))
+    ledger.add(1, {})
+    assert events == [f"{file.stat().st_size} bytes synced", "settled with 0 known"]
+
+
 def test_a_torn_last_line_is_dropped_and_a_damaged_one_is_named(tmp_path: Path) -> None:
     file = tmp_path / "ledger.jsonl"
     ledger = Ledger(file)
@@ -84,6 +96,15 @@ def test_the_best_third_of_those_on_a_rung_goes_on_when_it_is_there() -> None:
     assert halving.next({2, 4}) is None
     assert halving.next({1, 2, 4}, whatever=True) == 2, "the best of the highest rung; of equal ones the first"
     assert Halving([], 3, 9).report(1, 10, 0.5) is False
+
+
+def test_a_score_that_is_no_number_is_the_lowest_whenever_it_comes() -> None:
+    halving = Halving([10], 2, total=4)
+    assert halving.report(1, 10, math.nan)
+    assert not halving.report(2, 10, 0.5), "the best of two"
+    assert halving.report(3, 10, math.nan)
+    assert not halving.report(4, 10, 0.1), "the second of four"
+    assert [halving.hopeless(number) for number in (1, 3)] == [True, True]
 
 
 @given(st.lists(st.tuples(st.integers(1, 9), st.floats(0, 1)), max_size=60), st.integers(2, 4), st.integers(1, 15))

@@ -39,6 +39,7 @@ def study_in(folder: Path) -> Study:
         ("running", None, True, False, (None, "")),
         ("failed", 6, False, False, ("failed", "a reason")),
         ("failed", 1, False, False, ("failed", "a reason")),
+        ("failed", 6, True, False, ("failed", "a reason")),
         ("running", None, False, False, ("failed", "its process was lost 4 times")),
         ("interrupted", 130, False, False, (None, "")),
         ("running", None, False, True, (None, "")),
@@ -73,6 +74,7 @@ def more(study: Study, *dices: float, iteration: int = 30) -> Study:
 
 def test_a_search_that_was_killed_between_a_report_and_its_consequence_draws_it_later(tmp_path: Path) -> None:
     again = more(study_in(tmp_path), 0.1, 0.3, 0.2, 0.9, 0.4)
+    again.folder.leave(STOP_SEARCH, "")
     again.settle()
     states = {number: trial.state for number, trial in again.ledger.trials.items()}
     # Of 12 trials three may go on from the first rung: 2 and 4 cannot be among them any more. 5 was when it came.
@@ -87,6 +89,15 @@ def test_a_search_that_was_killed_between_a_report_and_its_consequence_draws_it_
         assert again.next_task(number, None) is not None
         given.append(number)
     assert given == [1, 5, 7, 8], "what was cut short, then what may go on, then new ones; 3 and 6 wait"
+
+
+def test_a_search_goes_on_by_reports_in_the_order_in_which_they_came(tmp_path: Path) -> None:
+    study = more(study_in(tmp_path), 0.1, 0.2, 0.3, 0.9)
+    study.ledger.report(1, 30, {"val/dice/mean": 0.95})
+    again = study_in(tmp_path)
+    assert [again.halving.waits_at(number) for number in range(1, 6)] == [None, 30, 30, 30, None], (
+        "5 was the best of four, and 1 of five when it came"
+    )
 
 
 def test_one_trial_at_least_is_trained_in_full(tmp_path: Path) -> None:
@@ -119,9 +130,11 @@ def test_settings_that_do_not_go_together_end_a_trial_before_it_starts(tmp_path:
     assert study.next_task(2, None) is None
     assert study.ledger.trials[2].state == "failed"
     assert "data.batch_size=3" in study.ledger.trials[2].reason
+    study.trial_folder(1).leave(PAUSE, "waits at iteration 6")
     task = study.next_task(1, None)
     assert task is not None
     assert task["number"] == 1
+    assert study.trial_folder(1).left(PAUSE) is None, "else it would pause again at once"
 
 
 def test_a_trial_that_cannot_tell_its_end_holds_the_search_up_and_has_none(tmp_path: Path) -> None:
