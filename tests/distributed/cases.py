@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -360,10 +360,7 @@ CASES: dict[str, Callable[[], dict[str, Any]]] = {
 }
 
 
-def run_cases(names: Sequence[str]) -> dict[str, dict[str, np.ndarray[Any, Any]]]:
-    """What this worker has in the end, case by case."""
-
-    def plain(value: Any) -> np.ndarray[Any, Any]:
-        return np.asarray(value.detach() if isinstance(value, Tensor) else value)
-
-    return {case: {name: plain(value) for name, value in CASES[case]().items()} for case in names}
+def run_case(name: str) -> dict[str, np.ndarray[Any, Any]]:
+    """What this worker has in the end."""
+    results = CASES[name]()
+    return {key: np.asarray(x.detach() if isinstance(x, Tensor) else x) for key, x in results.items()}

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from mpscl_ray.config import Config
+from mpscl_ray.distributed import collectives
+from mpscl_ray.errors import TrainingError
 from mpscl_ray.runs import checkpoint
 from mpscl_ray.runs.run_directory import RunFolder
 from mpscl_ray.train.feature_log import FeatureRecord
 from tests.tiny import make_pair, tiny_config
-from tests.tiny_runs import train_and_watch
+from tests.tiny_runs import train, train_and_watch
 from tests.worker_processes import on_workers
 
 SINGLE = ("phases.source_only=3", "phases.warm_up=2", "phases.adaptation=2", "optim.lr=1e-5", "run.report_every=1")
@@ -102,6 +107,26 @@ def test_two_workers_that_were_stopped_go_on_bit_for_bit(runs: Runs) -> None:
         for file in (checkpoint.TENSORS, checkpoint.STATE):
             whole, cut = ((runs[name][0].phases / phase / file).read_bytes() for name in ("two", "two, stopped"))
             assert whole == cut, (phase, file)
+
+
+def drift(config: Config, run: Path) -> str:
+    """Train while a weight of worker 1 moves by itself; what ended it."""
+
+    def move(optimiser: torch.optim.Optimizer, *_: object) -> None:
+        optimiser.param_groups[0]["params"][0].data.add_(1e-3)
+
+    if collectives.rank() == 1:
+        register_optimizer_step_post_hook(move)
+    with pytest.raises(TrainingError) as ended:
+        train(config, run)
+    return str(ended.value)
+
+
+def test_workers_whose_weights_drift_apart_write_no_checkpoint(tmp_path: Path) -> None:
+    data = make_pair(tmp_path / "data")
+    told = on_workers(2, drift, tiny_config(data / "mr", data / "ct", SINGLE), tmp_path / "run")
+    assert all("the weights of segmenter are not the same on all 2 workers" in sentence for sentence in told)
+    assert RunFolder(tmp_path / "run").checkpoint_names() == []
 
 
 def test_angle_histograms_do_not_depend_on_the_number_of_workers(runs: Runs) -> None:
