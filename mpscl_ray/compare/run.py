@@ -14,10 +14,11 @@ from mpscl_ray.config import Config, reads_target, to_yaml
 from mpscl_ray.config.systems import SYSTEMS
 from mpscl_ray.data.dataset import Manifest, load_manifest
 from mpscl_ray.distributed.ray_session import connect
-from mpscl_ray.errors import ConfigError, Interrupted, MpsclError, TrainingError
+from mpscl_ray.errors import ConfigError, Interrupted, TrainingError
 from mpscl_ray.prepare import phantom_dataset
 from mpscl_ray.runs.atomic_files import write_atomically
 from mpscl_ray.runs.bucket_run import open_run
+from mpscl_ray.runs.lifecycle import carry_out
 from mpscl_ray.runs.run_directory import RunFolder
 from mpscl_ray.runs.signals import Interruption
 from mpscl_ray.runs.storage import Remote, child, locate
@@ -45,23 +46,7 @@ def compare(plan: Plan, base: Config, command: Sequence[str], fit: Fit | None = 
     folder.create(("cells",))
     resume = shlex.join(command)
     with folder.lock():
-        folder.write_status("running", resume_command=resume)
-        try:
-            _run(plan, base, folder, resume, fit)
-        except (Interrupted, KeyboardInterrupt, SystemExit) as stop:
-            # Ray's start replaces the handler of SIGTERM by one that raises SystemExit.
-            reason = str(stop) if isinstance(stop, Interrupted) else "stopped while no cell was running"
-            folder.write_status("interrupted", exit_code=Interrupted.exit_code, reason=reason)
-            print(f"{reason}; to go on:\n  {resume}", flush=True)
-            return Interrupted.exit_code
-        except MpsclError as error:
-            folder.write_status("failed", exit_code=error.exit_code, reason=str(error))
-            raise
-        except BaseException as error:
-            folder.write_status("failed", exit_code=1, reason=f"{type(error).__name__}: {error}")
-            raise
-        folder.write_status("finished", exit_code=0)
-    return 0
+        return carry_out(folder, resume, lambda: _run(plan, base, folder, resume, fit))
 
 
 def _run(plan: Plan, base: Config, folder: RunFolder, resume: str, fit: Fit | None) -> None:

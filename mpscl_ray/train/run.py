@@ -15,6 +15,7 @@ from mpscl_ray.errors import ConfigError, Interrupted, MpsclError, TrainingError
 from mpscl_ray.evaluate.run import PHASES_TABLE, evaluate_phases
 from mpscl_ray.prepare import phantom_dataset
 from mpscl_ray.runs.bucket_run import open_run
+from mpscl_ray.runs.lifecycle import carry_out
 from mpscl_ray.runs.progress import ProgressLine
 from mpscl_ray.runs.run_directory import LOSSES_FILE, NOTICES_FILE, STOP_FILE, RunFolder
 from mpscl_ray.runs.signals import Interruption, signals_end
@@ -70,7 +71,6 @@ def train(
     folder = open_run(child(config.run.storage, config.run.name), "command", 60 * config.run.outage_min)
     folder.create()
     words = ["python", "-m", "mpscl_ray.train", *command]
-    resume = shlex.join(words)
     with folder.lock():
         # A run that has no checkpoint yet begins anew, with whatever settings.
         if folder.exists and folder.steps():
@@ -84,28 +84,18 @@ def train(
         warn_of_storage(folder)
         folder.write_config(to_yaml(config))
         folder.write_environment(words)
-        folder.write_status("running", resume_command=resume)
-        try:
+
+        def work() -> None:
             with signals_end("before training began"):
                 _check_before_ray(config, folder)
-                # Ray's start replaces the handler of SIGTERM by one that raises SystemExit.
                 with connect(dashboard=dashboard), places_of_killed_commands_given_back(folder):
                     _train_and_evaluate(config, folder, fit)
-        except (Interrupted, SystemExit) as stop:
-            reason = str(stop) if isinstance(stop, Interrupted) else "stopped by SIGTERM while Ray started or ended"
-            folder.write_status("interrupted", exit_code=Interrupted.exit_code, reason=reason, **_place(folder))
-            print(f"{reason}; to go on:\n  {resume}", flush=True)
-            return Interrupted.exit_code
-        except MpsclError as error:
-            folder.write_status("failed", exit_code=error.exit_code, reason=str(error), **_place(folder))
-            raise
-        except BaseException as error:
-            folder.write_status("failed", exit_code=1, reason=f"{type(error).__name__}: {error}", **_place(folder))
-            raise
-        folder.write_status("finished", exit_code=0, **_place(folder))
-        _print_results(folder)
-        _print_next_steps(folder)
-    return 0
+
+        code = carry_out(folder, shlex.join(words), work, lambda: _place(folder))
+        if code == 0:
+            _print_results(folder)
+            _print_next_steps(folder)
+    return code
 
 
 def warn_of_storage(folder: RunFolder) -> None:

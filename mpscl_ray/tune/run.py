@@ -6,9 +6,10 @@ import shlex
 from pathlib import Path
 
 from mpscl_ray.distributed.ray_session import connect
-from mpscl_ray.errors import ConfigError, Interrupted, MpsclError, TrainingError
+from mpscl_ray.errors import ConfigError, Interrupted, TrainingError
 from mpscl_ray.prepare import phantom_dataset
 from mpscl_ray.runs.bucket_run import open_run
+from mpscl_ray.runs.lifecycle import carry_out
 from mpscl_ray.runs.run_directory import RunFolder
 from mpscl_ray.runs.signals import Interruption, signals_end
 from mpscl_ray.runs.storage import Remote, child
@@ -53,7 +54,6 @@ def search(
     folder.create(("logs", "results"))
     settings = space.to_yaml(warm_up)
     words = ["python", "-m", "mpscl_ray.tune", *command]
-    resume = shlex.join(words)
     with folder.lock():
         ledger = Ledger(folder.path / LEDGER, folder.settle)
         if folder.exists and ledger.trials:
@@ -62,28 +62,17 @@ def search(
         train_run.warn_of_storage(folder)
         folder.write_config(settings)
         folder.write_environment(words)
-        folder.write_status("running", resume_command=resume)
-        try:
+
+        def work() -> None:
             with signals_end("before the search began"):
                 if not any(value.startswith(phantom_dataset.PREFIX) for value in _datasets(space)):
                     choose_metric(space.search.metric, launch.load_domains(space.base)[0])
                 with connect(dashboard=dashboard), places_of_killed_commands_given_back(folder):
                     parent = None if warm_up is None else open_run(warm_up)
                     study = _search(space, folder, ledger, parent, fit)
-        except (Interrupted, SystemExit) as stop:
-            reason = str(stop) if isinstance(stop, Interrupted) else "stopped by SIGTERM while Ray started or ended"
-            folder.write_status("interrupted", exit_code=Interrupted.exit_code, reason=reason)
-            print(f"{reason}; to go on:\n  {resume}", flush=True)
-            return Interrupted.exit_code
-        except MpsclError as error:
-            folder.write_status("failed", exit_code=error.exit_code, reason=str(error))
-            raise
-        except BaseException as error:
-            folder.write_status("failed", exit_code=1, reason=f"{type(error).__name__}: {error}")
-            raise
-        folder.write_status("finished", exit_code=0)
-        print_results(study)
-    return 0
+            print_results(study)
+
+        return carry_out(folder, shlex.join(words), work)
 
 
 def _datasets(space: Space) -> tuple[str, str]:

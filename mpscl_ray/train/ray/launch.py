@@ -1,6 +1,6 @@
 """From a config to a finished training on Ray: open the data, run the workers, watch them.
 
-The same launch serves the train command and a search trial. Ray must be connected (``cluster_session.connect``).
+The same launch serves the train command and a search trial. Ray must be connected (``ray_session.connect``).
 """
 
 from __future__ import annotations
