@@ -13,7 +13,6 @@ from mpscl_ray.config import METHOD_CONFIGS, Config, load_config, reads_target
 from mpscl_ray.data import TARGET_DOMAIN
 from mpscl_ray.data.dataset import Manifest, Scaling, load_manifest, save_manifest, write_case
 from mpscl_ray.data.loader import LocalSlices
-from mpscl_ray.methods import METHODS
 from mpscl_ray.train.streams import TrainingData
 
 CLASSES = ("background", "ventricle", "wall")
@@ -144,7 +143,7 @@ def tiny_settings(preset: str) -> list[str]:
     """Those of SETTINGS that the method of a preset has."""
     name = load_config(preset).method_name
     method = {f"method.{field.name}" for field in dataclasses.fields(METHOD_CONFIGS[name])}
-    phases = {f"phases.{phase}" for phase in METHODS[name].phases} | {"phases.source_only_lr"}
+    phases = {f"phases.{phase}" for phase in METHOD_CONFIGS[name].phases} | {"phases.source_only_lr"}
     keys = {setting: setting.partition("=")[0] for setting in SETTINGS}
     return [
         setting for setting, key in keys.items() if key in method | phases or not key.startswith(("method.", "phases."))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +36,6 @@ class AdaBN:
     instead of layer after layer.
     """
 
-    phases: ClassVar[tuple[str, ...]] = AdaBNConfig.phases
     split: TargetSplit | None = None
 
     def __init__(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -77,10 +77,6 @@ class Method(Protocol):
 
     Methods that segment with a DeepLab are built from (segmenter, config, optim, num_classes, device, precision, seed).
     """
-
-    phases: ClassVar[tuple[str, ...]]
-    """Phases that a run of this method can have. Only the last one is made by this class: what comes before is plain
-    segmentation and AdvEnt, the same for all methods, so that runs can share it."""
 
     networks: dict[str, nn.Module]
     """The networks that are trained, unwrapped: "segmenter" and what else the method has."""

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mpscl_ray.config import CAGConfig, OptimConfig, PrecisionConfig
+from mpscl_ray.config import CAGConfig
 from mpscl_ray.distributed import collectives
 from mpscl_ray.distributed.batch_norm import average_over_passes
 from mpscl_ray.methods import base
-from mpscl_ray.methods.base import Batch, TargetSplit, TrainingSlices
+from mpscl_ray.methods.base import Batch, TrainingSlices
 from mpscl_ray.methods.losses import class_counts, focal_loss, full_precision
 from mpscl_ray.methods.optim import autocast, prepare_network
 from mpscl_ray.methods.prototypes import downsample_labels
-from mpscl_ray.methods.trained_segmenter import TrainedSegmenter
+from mpscl_ray.methods.segmenter_method import SegmenterMethod
 from mpscl_ray.networks.deeplab import DeepLabV2, SegmenterOutput
 
 IGNORE = -1
@@ -26,17 +26,8 @@ IGNORE = -1
 QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
 
 
-class CAG:
+class CAG(SegmenterMethod[CAGConfig]):
     """One round: follow the teacher's pseudo-labels, and draw class features of both domains to the source's anchors.
-
-    Args:
-        segmenter: the student, with the weights of the round before; trained in place.
-        config: the method's settings.
-        optim: optimiser and decay.
-        num_classes: C, background included.
-        device: where to train.
-        precision: how GPUs compute.
-        seed: unused, because nothing here is drawn.
 
     Source: Zhang et al. 2019, anchors (their Eq. 2), active target samples (Eqs. 3 and 4) and losses (Eqs. 5 to 9).
     Differs from the released code: the network is the DeepLab that all methods here share, with the output of its
@@ -47,34 +38,16 @@ class CAG:
     the target.
     """
 
-    phases: ClassVar[tuple[str, ...]] = CAGConfig.phases
-    split: TargetSplit | None = None
-
-    def __init__(
-        self,
-        segmenter: DeepLabV2,
-        config: CAGConfig,
-        optim: OptimConfig,
-        num_classes: int,
-        device: torch.device,
-        precision: PrecisionConfig,
-        seed: int,
-    ) -> None:
-        self.config, self.num_classes, self.segmenter = config, num_classes, segmenter
-        self.device, self.precision = device, precision
-        self.teacher = copy.deepcopy(segmenter)
-        prepare_network(collectives.start_alike(self.teacher.to(device)), device, precision)
+    def __init__(self, segmenter: DeepLabV2, *arguments: Any) -> None:
+        self.teacher = copy.deepcopy(segmenter)  # before the segmenter is wrapped
+        super().__init__(segmenter, *arguments)
+        device, dtype = self.device, self.dtype
+        prepare_network(collectives.start_alike(self.teacher.to(device)), device, self.precision)
         self.teacher.requires_grad_(False).eval()
-        self.trained = TrainedSegmenter(segmenter, optim, device, precision, config.norm_statistics)
-        self.networks = self.trained.networks
-        dtype = next(segmenter.parameters()).dtype
-        self.anchors = torch.zeros(num_classes, segmenter.feature_channels, dtype=dtype, device=device)
-        self.anchor_counts = torch.zeros(num_classes, dtype=torch.float64, device=device)
-        self.threshold = torch.full((), config.distance_threshold, dtype=dtype, device=device)
+        self.anchors = torch.zeros(self.num_classes, segmenter.feature_channels, dtype=dtype, device=device)
+        self.anchor_counts = torch.zeros(self.num_classes, dtype=torch.float64, device=device)
+        self.threshold = torch.full((), self.config.distance_threshold, dtype=dtype, device=device)
         self.gap_quantiles = torch.zeros(len(QUANTILES), dtype=torch.float64)
-
-    def start_phase(self, iterations: int) -> None:
-        self.trained.start_phase(iterations)
 
     @torch.no_grad()
     def prepare(self, slices: TrainingSlices) -> None:
@@ -151,9 +124,9 @@ class CAG:
         assert batch.target_image is not None, "CAG needs slices of the target domain"
         c = self.config
         labels = batch.source_label
-        self.trained.optimisers.begin(iteration)
+        self.optimisers.begin(iteration)
 
-        source, target = self.trained.forward(batch.source_image, batch.target_image)
+        source, target = self.forward(batch.source_image, batch.target_image)
         source_logits = base.upsampled(source, labels.shape[-2:])
         by_anchor, by_probability = self.pseudo_labels(batch.target_image)
 
@@ -185,7 +158,7 @@ class CAG:
         total.backward()  # type: ignore[no-untyped-call]
 
         losses = {**segmentation.parts, **losses}
-        flag = self.trained.optimisers.finish(losses)
+        flag = self.optimisers.finish(losses)
         metrics = {
             "loss_segmentation": segmentation.total,
             "selected_fraction_anchor": (by_anchor != IGNORE).to(total.dtype).mean(),
@@ -214,15 +187,9 @@ class CAG:
         smooth = F.smooth_l1_loss(vectors, anchors, reduction="none").mean(dim=2)
         return 10.0 * (smooth * valid).sum(), valid.sum().to(smooth.dtype)
 
-    def non_finite_losses(self) -> dict[str, Tensor]:
-        return self.trained.non_finite_losses()
-
-    def predict(self, images: Tensor) -> Tensor:
-        return self.trained.predict(images)
-
     def state_dict(self) -> dict[str, Any]:
         return {
-            **self.trained.state_dict(),
+            **super().state_dict(),
             "teacher": self.teacher.state_dict(),
             "anchors": {
                 "features": self.anchors,
@@ -233,7 +200,7 @@ class CAG:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.trained.load_state_dict(state)
+        super().load_state_dict(state)
         self.teacher.load_state_dict(state["teacher"])
         anchors = state["anchors"]
         self.anchors = anchors["features"].to(self.anchors, copy=True)

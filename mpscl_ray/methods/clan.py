@@ -8,27 +8,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mpscl_ray.config import CLANConfig, OptimConfig, PrecisionConfig
+from mpscl_ray.config import CLANConfig
 from mpscl_ray.distributed import collectives
 from mpscl_ray.methods import base
 from mpscl_ray.methods.adversarial import Adversary
-from mpscl_ray.methods.base import Batch, TargetSplit, TrainingSlices
+from mpscl_ray.methods.base import Batch
 from mpscl_ray.methods.losses import SOURCE_LABEL, TARGET_LABEL, class_counts, domain_loss, focal_loss, full_precision
-from mpscl_ray.methods.trained_segmenter import TrainedSegmenter
+from mpscl_ray.methods.segmenter_method import SegmenterMethod
 from mpscl_ray.networks.deeplab import DeepLabV2, upsample_logits
 
 
-class CLAN:
+class CLAN(SegmenterMethod[CLANConfig]):
     """Align the target more where two heads on the same features disagree.
-
-    Args:
-        segmenter: with twin heads and its initial weights; trained in place.
-        config: the method's settings.
-        optim: optimisers and decay.
-        num_classes: C, background included.
-        device: where to train.
-        precision: how GPUs compute.
-        seed: of the discriminator's initial weights.
 
     Source: Luo et al. 2019, L_seg + lambda_weight L_weight + lambda_adv L_adv with self-adaptive weights (their Eqs. 3
     to 6).
@@ -37,42 +28,22 @@ class CLAN:
     start from a source-only phase with another second head, which is new here.
     """
 
-    phases: ClassVar[tuple[str, ...]] = CLANConfig.phases
     segmenter_arguments: ClassVar[dict[str, Any]] = {"twin_heads": True}
-    split: TargetSplit | None = None
 
-    def __init__(
-        self,
-        segmenter: DeepLabV2,
-        config: CLANConfig,
-        optim: OptimConfig,
-        num_classes: int,
-        device: torch.device,
-        precision: PrecisionConfig,
-        seed: int,
-    ) -> None:
-        assert segmenter.twin_heads
-        self.config, self.num_classes, self.segmenter = config, num_classes, segmenter
-        dtype = next(segmenter.parameters()).dtype
-        self._adversary = Adversary(config, ("main",), num_classes, dtype, seed, device, precision)
-        self.trained = TrainedSegmenter(
-            segmenter, optim, device, precision, config.norm_statistics, self._adversary.networks
-        )
-        self.networks = self.trained.networks
-
-    def start_phase(self, iterations: int) -> None:
-        self.trained.start_phase(iterations)
+    def build_adversary(self) -> Adversary:
+        assert self.segmenter.twin_heads
+        return self.adversary_on(("main",))
 
     def step(self, batch: Batch, iteration: int) -> dict[str, Tensor]:
         assert batch.target_image is not None, "CLAN needs slices of the target domain"
         c = self.config
         labels = batch.source_label
         size = labels.shape[-2:]
-        preheat = int(c.preheat * self.trained.optimisers.iterations)
-        damping = 1.0 - iteration / self.trained.optimisers.iterations
-        self.trained.optimisers.begin(iteration, iteration / preheat if iteration < preheat else None)
+        preheat = int(c.preheat * self.optimisers.iterations)
+        damping = 1.0 - iteration / self.optimisers.iterations
+        self.optimisers.begin(iteration, iteration / preheat if iteration < preheat else None)
 
-        source, target = self.trained.forward(batch.source_image, batch.target_image)
+        source, target = self.forward(batch.source_image, batch.target_image)
         source_logits, target_logits = base.upsampled(source, size), base.upsampled(target, size)
 
         # Segmenter, with a frozen discriminator.
@@ -82,7 +53,7 @@ class CLAN:
         source_map = (source_logits["aux"] + source_logits["main"]).softmax(dim=1)
         target_map = (target_logits["aux"] + target_logits["main"]).softmax(dim=1)
         preheating = iteration <= preheat and preheat > 0
-        verdict = upsample_logits(full_precision(self._adversary.frozen("main", target_map)), size)
+        verdict = upsample_logits(full_precision(self.adversary.frozen("main", target_map)), size)
         adaptive = weights.detach() if c.detach_weight_map else weights
         losses["loss_adversarial_main"] = self._adversarial(verdict, SOURCE_LABEL, None if preheating else adaptive)
         losses["loss_likeness"] = likeness(self.segmenter)
@@ -92,16 +63,16 @@ class CLAN:
 
         # Discriminator, on detached maps, both domains at image size.
         on_source, on_target = (
-            upsample_logits(full_precision(x), size) for x in self._adversary.tell("main", source_map, target_map)
+            upsample_logits(full_precision(x), size) for x in self.adversary.tell("main", source_map, target_map)
         )
         loss = domain_loss(on_source, SOURCE_LABEL)
         loss = loss + self._adversarial(on_target, TARGET_LABEL, None if preheating else weights.detach())
         losses["loss_discriminator_main"] = loss
         loss.backward()  # type: ignore[no-untyped-call]
 
-        flag = self.trained.optimisers.finish(losses)
+        flag = self.optimisers.finish(losses)
         metrics = {"loss_segmentation": segmentation, "disagreement": weights.mean()}
-        metrics["discriminator_accuracy_main"] = self._adversary.accuracy(on_source, on_target)
+        metrics["discriminator_accuracy_main"] = self.adversary.accuracy(on_source, on_target)
         return base.metrics(losses, metrics, non_finite=flag)
 
     def _segmentation(self, logits: dict[str, Tensor], labels: Tensor) -> dict[str, Tensor]:
@@ -119,21 +90,6 @@ class CLAN:
             return domain_loss(verdict, domain)
         pixels = F.softplus(-verdict if domain == TARGET_LABEL else verdict)
         return ((self.config.epsilon + self.config.lambda_local * weights) * pixels).mean()
-
-    def non_finite_losses(self) -> dict[str, Tensor]:
-        return self.trained.non_finite_losses()
-
-    def predict(self, images: Tensor) -> Tensor:
-        return self.trained.predict(images)
-
-    def prepare(self, slices: TrainingSlices) -> None:
-        """Nothing."""
-
-    def state_dict(self) -> dict[str, Any]:
-        return self.trained.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.trained.load_state_dict(state)
 
 
 def disagreement(one: Tensor, other: Tensor) -> Tensor:

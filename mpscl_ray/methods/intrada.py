@@ -5,38 +5,28 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from mpscl_ray.config import IntraDAConfig, OptimConfig, PrecisionConfig
+from mpscl_ray.config import IntraDAConfig
 from mpscl_ray.distributed import collectives
 from mpscl_ray.errors import DataError
 from mpscl_ray.methods.advent import AdvEnt
-from mpscl_ray.methods.base import Batch, TargetSplit, TrainingSlices
+from mpscl_ray.methods.base import TargetSplit, TrainingSlices
 from mpscl_ray.methods.losses import self_information
 from mpscl_ray.networks import initialise
-from mpscl_ray.networks.deeplab import DeepLabV2
 
 _EPS = 1e-30
 
 
-class IntraDA:
+class IntraDA(AdvEnt):
     """Train anew on the target alone: its easy slices with pseudo-labels as the source, its hard ones as the target.
 
     The first stage is the warm-up, AdvEnt from source to target. Before the second stage its segmenter predicts all
     slices of the target; the surer half of them gets its predictions as labels, and a new segmenter and new
     discriminators, which start where those of the first stage did, are trained by AdvEnt between the two halves.
-
-    Args:
-        segmenter: of the first stage; starts anew in :meth:`prepare`.
-        config: the method's settings.
-        optim: optimisers and decay.
-        num_classes: C, background included.
-        device: where to train.
-        precision: how GPUs compute.
-        seed: of the discriminators' initial weights.
 
     Source: Pan et al. 2020, ranking by R(x) = mean I(x) and the losses of AdvEnt in both steps (their Eqs. 1 to 6).
     Differs from the released code: equal scores are ordered by the slices' place in the data; no normaliser for rare
@@ -44,26 +34,11 @@ class IntraDA:
     target; stage losses are those of AdvEnt here.
     """
 
-    phases: ClassVar[tuple[str, ...]] = IntraDAConfig.phases
+    config: IntraDAConfig
 
-    def __init__(
-        self,
-        segmenter: DeepLabV2,
-        config: IntraDAConfig,
-        optim: OptimConfig,
-        num_classes: int,
-        device: torch.device,
-        precision: PrecisionConfig,
-        seed: int,
-    ) -> None:
-        self.config, self.seed = config, seed
-        self._advent = AdvEnt(segmenter, config, optim, num_classes, device, precision, seed)
-        self.networks = self._advent.networks
-        self.split: TargetSplit | None = None
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
         self.scores = torch.zeros(0, dtype=torch.float64)
-
-    def start_phase(self, iterations: int) -> None:
-        self._advent.start_phase(iterations)
 
     def prepare(self, slices: TrainingSlices) -> None:
         """Sort the target with the segmenter of the first stage, then start anew.
@@ -92,34 +67,24 @@ class IntraDA:
     def _predict_all(self, slices: TrainingSlices) -> tuple[Tensor, Tensor]:
         """Score (N,) float64 and label (N, H, W) uint8 of every slice of the target, on every worker."""
         number = sum(len(volume) for volume in slices.target_volumes)
-        scores = torch.zeros(number, dtype=torch.float64, device=self._advent.device)
-        labels = torch.zeros(number, *slices.size, dtype=torch.uint8, device=self._advent.device)
+        scores = torch.zeros(number, dtype=torch.float64, device=self.device)
+        labels = torch.zeros(number, *slices.size, dtype=torch.uint8, device=self.device)
         for rows, image in slices.unlabelled():
-            probabilities = self._advent.predict(image)
+            probabilities = self.predict(image)
             rows = rows.to(scores.device)
             labels[rows] = probabilities.argmax(dim=1).to(torch.uint8)
             scores[rows] = uncertainty(probabilities, self.config.score == "foreground_entropy").double()
         return collectives.all_reduce_sum(scores).cpu(), collectives.all_reduce_sum(labels).cpu()
 
-    def step(self, batch: Batch, iteration: int) -> dict[str, Tensor]:
-        """A step of AdvEnt; the batch has easy slices with pseudo-labels as source, hard ones as target."""
-        return self._advent.step(batch, iteration)
-
-    def non_finite_losses(self) -> dict[str, Tensor]:
-        return self._advent.non_finite_losses()
-
-    def predict(self, images: Tensor) -> Tensor:
-        return self._advent.predict(images)
-
     def state_dict(self) -> dict[str, Any]:
-        state = self._advent.state_dict()
+        state = super().state_dict()
         if self.split is None:
             return state
         split = {"easy": self.split.easy, "hard": self.split.hard, "pseudo_labels": self.split.pseudo_labels}
         return {**state, "split": {**split, "scores": self.scores}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._advent.load_state_dict(state)
+        super().load_state_dict(state)
         if "split" in state:
             split = {name: tensor.clone() for name, tensor in state["split"].items()}
             self.scores = split.pop("scores")

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mpscl_ray.config import MPSCLConfig, OptimConfig, PrecisionConfig
+from mpscl_ray.config import MPSCLConfig
 from mpscl_ray.distributed import collectives
 from mpscl_ray.errors import DataError
 from mpscl_ray.methods import base
 from mpscl_ray.methods.adversarial import Adversary
-from mpscl_ray.methods.base import Batch, TargetSplit, TrainingSlices
+from mpscl_ray.methods.base import Batch, TrainingSlices
 from mpscl_ray.methods.losses import (
     MASK_EPS,
     class_counts,
@@ -25,59 +25,31 @@ from mpscl_ray.methods.losses import (
 )
 from mpscl_ray.methods.prototypes import downsample_labels, initial_prototypes, prototype_sums, update_prototypes
 from mpscl_ray.methods.pseudo_labels import self_paced_pseudo_labels
-from mpscl_ray.methods.trained_segmenter import TrainedSegmenter
-from mpscl_ray.networks.deeplab import DeepLabV2
+from mpscl_ray.methods.segmenter_method import SegmenterMethod
 
 
-class MPSCL:
+class MPSCL(SegmenterMethod[MPSCLConfig]):
     """Adapt a segmenter from a labelled source to an unlabelled target domain.
-
-    Args:
-        segmenter: with its initial weights; trained in place.
-        config: the method's settings.
-        optim: optimisers and decay.
-        num_classes: C, background included.
-        device: where to train.
-        precision: how GPUs compute.
-        seed: of the discriminators' initial weights.
 
     Source: Liu et al. 2022; total loss Eq. (11).
     """
 
-    phases: ClassVar[tuple[str, ...]] = MPSCLConfig.phases
-    split: TargetSplit | None = None
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        shape = self.num_classes, self.segmenter.feature_channels
+        self.prototypes = torch.zeros(shape, dtype=self.dtype, device=self.device)
+        self._contrast = self.config.beta > 0 or self.config.gamma > 0
 
-    def __init__(
-        self,
-        segmenter: DeepLabV2,
-        config: MPSCLConfig,
-        optim: OptimConfig,
-        num_classes: int,
-        device: torch.device,
-        precision: PrecisionConfig,
-        seed: int,
-    ) -> None:
-        self.config, self.num_classes, self.device = config, num_classes, device
-        self.segmenter = segmenter
-        dtype = next(segmenter.parameters()).dtype
-        self._adversary = Adversary(config, base.heads(segmenter), num_classes, dtype, seed, device, precision)
-        self.trained = TrainedSegmenter(
-            segmenter, optim, device, precision, config.norm_statistics, self._adversary.networks
-        )
-        self.networks = self.trained.networks
-        self.prototypes = torch.zeros(num_classes, segmenter.feature_channels, dtype=dtype, device=device)
-        self._contrast = config.beta > 0 or config.gamma > 0
-
-    def start_phase(self, iterations: int) -> None:
-        self.trained.start_phase(iterations)
+    def build_adversary(self) -> Adversary:
+        return self.adversary_on(base.heads(self.segmenter))
 
     def step(self, batch: Batch, iteration: int) -> dict[str, Tensor]:
         assert batch.target_image is not None, "MPSCL needs slices of the target domain"
         c = self.config
         labels = batch.source_label
-        self.trained.optimisers.begin(iteration)
+        self.optimisers.begin(iteration)
 
-        source, target = self.trained.forward(batch.source_image, batch.target_image)
+        source, target = self.forward(batch.source_image, batch.target_image)
         source_logits = base.upsampled(source, labels.shape[-2:])
         target_logits = base.upsampled(target, labels.shape[-2:])
 
@@ -97,7 +69,7 @@ class MPSCL:
         losses = dict(segmentation.parts)
         total = segmentation.total
         information = {head: self._self_information(logits) for head, logits in target_logits.items()}
-        adversarial = self._adversary.fool(information)
+        adversarial = self.adversary.fool(information)
         for head, weight in (("main", c.lambda_main), ("aux", c.lambda_aux)):
             if head in adversarial:
                 losses[f"loss_adversarial_{head}"] = adversarial[head]
@@ -125,22 +97,16 @@ class MPSCL:
         # Discriminators, on detached maps.
         with torch.no_grad():
             source_information = {head: self._self_information(logits) for head, logits in source_logits.items()}
-        learnt, accuracies = self._adversary.learn(source_information, information, c.halve_discriminator_loss)
+        learnt, accuracies = self.adversary.learn(source_information, information, c.halve_discriminator_loss)
         losses |= learnt
 
         # Nothing moves unless all of it is finite on all workers.
-        flag = self.trained.optimisers.finish(losses)
+        flag = self.optimisers.finish(losses)
         self.prototypes = torch.where(flag > 0, self.prototypes, prototypes)
         return base.metrics(losses, metrics, accuracies, non_finite=flag)
 
     def _self_information(self, logits: Tensor) -> Tensor:
         return self_information(logits, normalised=self.config.normalised_self_information)
-
-    def non_finite_losses(self) -> dict[str, Tensor]:
-        return self.trained.non_finite_losses()
-
-    def predict(self, images: Tensor) -> Tensor:
-        return self.trained.predict(images)
 
     def prepare(self, slices: TrainingSlices) -> None:
         """Begin with the prototypes of the whole source set."""
@@ -160,7 +126,7 @@ class MPSCL:
         sums = torch.zeros(self.prototypes.shape, dtype=torch.float64, device=self.device)
         counts = sums.new_zeros(self.num_classes)
         for image, label in batches:
-            features = self.trained.evaluate(image).features
+            features = self.evaluate(image).features
             labels_small = downsample_labels(label.to(self.device), (features.shape[2], features.shape[3]))
             batch_sums, batch_counts = prototype_sums(features, labels_small, self.num_classes)
             sums += batch_sums
@@ -169,10 +135,10 @@ class MPSCL:
         self.prototypes = initial_prototypes(sums, counts).to(self.prototypes.dtype)
 
     def state_dict(self) -> dict[str, Any]:
-        return {**self.trained.state_dict(), "prototypes": self.prototypes}
+        return {**super().state_dict(), "prototypes": self.prototypes}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.trained.load_state_dict(state)
+        super().load_state_dict(state)
         prototypes = state["prototypes"]
         if prototypes.shape != self.prototypes.shape:
             raise DataError(

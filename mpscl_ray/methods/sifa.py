@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -64,7 +64,6 @@ class SIFA:
     which occur in the released files, are no class's truth, as there.
     """
 
-    phases: ClassVar[tuple[str, ...]] = SIFAConfig.phases
     split: TargetSplit | None = None
 
     def __init__(

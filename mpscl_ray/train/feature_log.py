@@ -185,7 +185,7 @@ class _Counts:
 
 def _cosine(method: MPSCL, images: Tensor) -> Tensor:
     """Cosine (B, C, h, w) of the features of slices (B, 1, H, W) to the prototypes, in evaluation mode."""
-    features = method.trained.evaluate(images).features
+    features = method.evaluate(images).features
     return cosine_to_prototypes(features, method.prototypes)
 
 

@@ -42,7 +42,7 @@ def labellers(method: MPSCL | CAG) -> dict[str, Callable[[Tensor], Tensor]]:
         }
 
     def self_paced(image: Tensor) -> Tensor:
-        cosine = cosine_to_prototypes(method.trained.evaluate(image).features, method.prototypes)
+        cosine = cosine_to_prototypes(method.evaluate(image).features, method.prototypes)
         labels, mask = self_paced_pseudo_labels(cosine, method.config.delta_th)
         return torch.where(mask, labels, IGNORE)
 
