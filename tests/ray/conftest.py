@@ -25,11 +25,16 @@ Here = Callable[..., tuple[int, str]]
 _shared = ExitStack()
 
 
-@pytest.fixture
-def cluster() -> None:
-    """This process is on a small Ray, which the first test that asks for it starts."""
+def join_ray() -> None:
+    """Be on a small Ray, which is started where there is none."""
     if not ray.is_initialized():
         _shared.enter_context(connect(CPUS, object_store_memory=200 * 2**20))
+
+
+@pytest.fixture
+def cluster() -> None:
+    """This process is on the Ray of the tests, which the first that asks for it starts."""
+    join_ray()
 
 
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:

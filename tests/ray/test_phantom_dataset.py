@@ -57,7 +57,7 @@ def make_at_once(storage: str) -> list[str]:
     return [out.splitlines()[-1] for out, _ in ends]
 
 
-@pytest.mark.parametrize("where", ["folder", "bucket"])
+@pytest.mark.parametrize("where", ["folder", pytest.param("bucket", marks=pytest.mark.cluster)])
 def test_commands_that_start_at_once_use_the_same_hearts(where: str, server: Server, tmp_path: Path) -> None:
     storage = str(tmp_path / "runs") if where == "folder" else server.url("runs")
     first, second = make_at_once(storage)

@@ -78,7 +78,19 @@ class Other:
     """Holds most of the cluster."""
 
 
-def test_what_the_cluster_has_but_others_use(here: Here, runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_cluster_has_but_others_use(here: Here, runs: Runs) -> None:
+    other = Other.remote()
+    ray.get(other.__ray_ready__.remote())
+    code, text = here(train, *runs.arguments("busy", "scaling.workers=2", "scaling.wait_s=1"))
+    assert code == ClusterError.exit_code
+    shortage = f"2 workers need 2 CPUs, and the cluster has {CPUS} CPUs (1 free); use scaling.workers=1"
+    assert f"error: {shortage}" in text
+    ray.kill(other)
+    wait_for_free_cpus()
+
+
+@pytest.mark.cluster
+def test_what_others_take_before_the_workers_start(here: Here, runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
     others = []
 
     def others_come(*arguments: Any) -> dict[str, Any]:
@@ -87,18 +99,12 @@ def test_what_the_cluster_has_but_others_use(here: Here, runs: Runs, monkeypatch
         return fit_on_ray(*arguments)
 
     monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "2")
-    words = runs.arguments("busy", "scaling.workers=2", "run.restarts=0")
-    code, text = here(train, *words, fit=others_come)  # between the check and the start of the workers
-    shortage = f"2 workers need 2 CPUs, and the cluster has {CPUS} CPUs (1 free); use scaling.workers=1"
+    words = runs.arguments("taken", "scaling.workers=2", "run.restarts=0")
+    code, text = here(train, *words, fit=others_come)
     assert code == ClusterError.exit_code
-    assert f"error: the workers found no place any more: {shortage}" in text
+    assert "error: the workers found no place any more: 2 workers need 2 CPUs" in text
     assert "Traceback" not in text
-
-    code, text = here(train, *words, "scaling.wait_s=1")
-    assert code == ClusterError.exit_code
-    assert f"error: {shortage}" in text
-    for other in others:
-        ray.kill(other)
+    ray.kill(others[0])
     wait_for_free_cpus()
 
 

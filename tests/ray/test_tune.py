@@ -92,10 +92,10 @@ def test_a_search_stops_what_falls_behind_records_what_fails_and_leaves_a_preset
     assert "was started with another config: method.delta_th: 0.25 in the run, 0.3 now" in refused
 
 
-def test_two_trials_are_trained_from_the_phases_that_they_share(here: Here, data: Path) -> None:
-    """No stub: Ray Train's workers below Ray Tune's trials. The larger weight diverges."""
-    weights = {"method.gamma": {"choice": [1, 1.0e39]}}
-    file = write_space(data, "real", weights, method="grid", early_stopping=False, evaluate="best")
+def test_two_trials_are_really_trained(here: Here, data: Path) -> None:
+    """No stub: Ray Train's workers below Ray Tune's trials. The larger rate diverges; they share no phase."""
+    rates = {"optim.lr": {"choice": [0.01, 1.0e30]}}
+    file = write_space(data, "real", rates, method="grid", early_stopping=False, evaluate="best")
     code, text = here(tune, file)
     assert code == 0, text
     assert_nothing_is_reserved()
@@ -104,13 +104,11 @@ def test_two_trials_are_trained_from_the_phases_that_they_share(here: Here, data
     assert (one.state, list(one.reports)) == ("finished", list(range(2, ITERATIONS + 1, 2)))
     assert other.state == "failed"
     assert "a loss or gradient was not finite" in other.reason
-    log = (folder / "trials" / "001" / "logs" / "worker-0.log").read_text()
-    assert f"training starts at step {SHARED_STEPS} with 1 workers" in log, "it begins where the shared phases ended"
     metrics = RunFolder(folder / "trials" / "001").read_metrics()
     values = {tag: value for tag, value in metrics[-1].items() if tag.startswith("val/")}
     assert one.last == values, "the ledger has what the worker measured"
     rows = json.loads((folder / "results" / "test.json").read_text())["rows"]
-    assert list(rows) == ["source only", "warm up", "trial 1: gamma = 1"]
+    assert list(rows) == ["source only", "warm up", "trial 1: lr = 0.01"]
 
 
 def a_run(config: Config, path: Path) -> str:
@@ -153,7 +151,7 @@ def test_ctrl_c_stops_all_trials_with_checkpoints_and_the_command_resumes(here: 
     script = f"until grep -q report {folder / 'ledger.jsonl'} 2>/dev/null; do sleep 0.1; done; kill -INT {os.getpid()}"
     sender = subprocess.Popen(["bash", "-c", script])
     try:
-        code, text = here(tune, file, fit=functools.partial(fit, seconds_a_step=0.5))
+        code, text = here(tune, file, fit=functools.partial(fit, seconds_a_step=0.2))
     finally:
         sender.kill()
         sender.wait()
