@@ -38,9 +38,9 @@ class CAG(SegmenterMethod[CAGConfig]):
     the target.
     """
 
-    def __init__(self, segmenter: DeepLabV2, *arguments: Any) -> None:
+    def __init__(self, segmenter: DeepLabV2, *arguments: Any, **named: Any) -> None:
         self.teacher = copy.deepcopy(segmenter)  # before the segmenter is wrapped
-        super().__init__(segmenter, *arguments)
+        super().__init__(segmenter, *arguments, **named)
         device, dtype = self.device, self.dtype
         prepare_network(collectives.start_alike(self.teacher.to(device)), device, self.precision)
         self.teacher.requires_grad_(False).eval()

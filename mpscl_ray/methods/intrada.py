@@ -36,8 +36,8 @@ class IntraDA(AdvEnt):
 
     config: IntraDAConfig
 
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
         self.scores = torch.zeros(0, dtype=torch.float64)
 
     def prepare(self, slices: TrainingSlices) -> None:

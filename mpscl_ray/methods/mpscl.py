@@ -34,8 +34,8 @@ class MPSCL(SegmenterMethod[MPSCLConfig]):
     Source: Liu et al. 2022; total loss Eq. (11).
     """
 
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
         shape = self.num_classes, self.segmenter.feature_channels
         self.prototypes = torch.zeros(shape, dtype=self.dtype, device=self.device)
         self._contrast = self.config.beta > 0 or self.config.gamma > 0
