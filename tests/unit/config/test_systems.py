@@ -11,7 +11,6 @@ from mpscl_ray.config import Config, load_config, to_yaml
 from mpscl_ray.config.systems import SYSTEMS, beginning, shared_phase
 from mpscl_ray.errors import ConfigError
 from mpscl_ray.evaluate.scoring import evaluate_checkpoint
-from mpscl_ray.methods import METHODS
 from mpscl_ray.runs import checkpoint
 from mpscl_ray.runs.fork import fork
 from mpscl_ray.runs.run_directory import RunFolder
@@ -70,7 +69,7 @@ def test_phases_that_a_method_has_not_are_told() -> None:
 def short_config(base: Path, name: str) -> Config:
     """A system with phases of two iterations."""
     preset = f"small/{name}"
-    phases = [f"phases.{phase}=2" for phase in METHODS[load_config(preset).method_name].phases]
+    phases = [f"phases.{phase}=2" for phase in load_config(preset).method_phases]
     return tiny_config(base / "mr", base / "ct", [*phases, *(TINY_SIFA if "sifa" in name else ())], preset)
 
 
