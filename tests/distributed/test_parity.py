@@ -32,8 +32,8 @@ OTHER_CASES = [
     "sifa",
     "sifa-first",
 ]
-RANK_DEPENDENT = ["fc-released", "intrada", "cag", "sifa"]
-"""Shares, splits, anchors and dropout; the others only sum, which two workers show."""
+RANK_DEPENDENT = ["fc-released", "intrada", "cag"]
+"""Shares, splits and anchors; the others sum, or take their part of a draw, which two workers show."""
 SEVERAL = [*((case, 2) for case in (*MPSCL_CASES, *OTHER_CASES)), *((case, 4) for case in RANK_DEPENDENT)]
 
 
