@@ -19,7 +19,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from mpscl_ray.errors import ClusterError
+from mpscl_ray.errors import ClusterError, MpsclError
 
 _QUIET = {
     # Nothing is reported to anyone; the rest keeps Ray's own chatter off the terminal.
@@ -131,10 +131,13 @@ def _start(**options: Any) -> Path:
         try:
             ray.init(address="local", logging_level=logging.ERROR, _temp_dir=str(folder), **options)
             return folder
-        except Exception as error:  # noqa: BLE001 - Ray raises a bare Exception where a node is too slow to start
+        except BaseException as error:
             ray.shutdown()
             _kill_processes_with(folder)
             shutil.rmtree(folder, ignore_errors=True)
+            # Ray raises a bare Exception where a node is too slow to start. Ctrl-C and SIGTERM are not tried again.
+            if isinstance(error, MpsclError) or not isinstance(error, Exception):
+                raise
             failure = error
             if attempt < START_ATTEMPTS:
                 print(f"warning: Ray did not start ({_first_line(error)}); trying again", file=sys.stderr, flush=True)

@@ -14,7 +14,7 @@ import pytest
 import ray
 
 from mpscl_ray.distributed.ray_session import START_ATTEMPTS, connect
-from mpscl_ray.errors import ClusterError
+from mpscl_ray.errors import ClusterError, Interrupted
 
 TOO_SLOW = "The current node timed out during startup. This could happen because some of the raylet failed to startup"
 
@@ -22,8 +22,9 @@ TOO_SLOW = "The current node timed out during startup. This could happen because
 class Starts:
     """``ray.init`` on a machine where so many starts fail, each with a process that lives on."""
 
-    def __init__(self, failing: int) -> None:
+    def __init__(self, failing: int, error: BaseException | None = None) -> None:
         self.failing = failing
+        self.error = error or Exception(TOO_SLOW)  # a bare one, as Ray does
         self.processes: list[subprocess.Popen[bytes]] = []
 
     def __call__(self, *, _temp_dir: str, **options: Any) -> None:
@@ -33,7 +34,7 @@ class Starts:
             time.sleep(0.01)  # it is being executed
         self.processes.append(process)
         if len(self.processes) <= self.failing:
-            raise Exception(TOO_SLOW)  # a bare one, as Ray does
+            raise self.error
 
 
 @pytest.fixture
@@ -87,3 +88,16 @@ def test_starts_that_all_fail_end_in_one_sentence(temporary: Path, monkeypatch: 
     assert [process.wait(10) for process in starts.processes] == [-9] * START_ATTEMPTS
     assert list(temporary.iterdir()) == []
     assert ClusterError.exit_code == 4
+
+
+@pytest.mark.parametrize("error", [Interrupted("stopped by SIGINT"), KeyboardInterrupt(), SystemExit(15)])
+def test_a_start_that_is_interrupted_is_not_tried_again_and_leaves_nothing(
+    temporary: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    starts = Starts(failing=1, error=error)
+    monkeypatch.setattr(ray, "init", starts)
+    with pytest.raises(type(error)), connect(1):
+        pytest.fail("there is no Ray")
+    (process,) = starts.processes
+    assert process.wait(10) == -9
+    assert list(temporary.iterdir()) == []
