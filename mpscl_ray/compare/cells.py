@@ -35,7 +35,7 @@ class Plan:
         families: direction -> folder of presets.
         overrides: ``key=value`` for all cells.
         out: folder, or URL, of the comparison; None for ``STORAGE/compare``.
-        at_once: most cells at a time; None for as many as there is room for.
+        max_concurrent: most cells at a time; None for as many as there is room for.
     """
 
     systems: tuple[str, ...]
@@ -44,7 +44,7 @@ class Plan:
     families: Mapping[str, str]
     overrides: tuple[str, ...]
     out: str | None = None
-    at_once: int | None = None
+    max_concurrent: int | None = None
 
 
 @dataclass(frozen=True)

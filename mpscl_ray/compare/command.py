@@ -98,7 +98,7 @@ def _plan(options: argparse.Namespace) -> Plan:
         families={"forward": families[0], "backward": families[-1]},
         overrides=tuple(overrides),
         out=options.out,
-        at_once=options.at_once,
+        max_concurrent=options.at_once,
     )
 
 

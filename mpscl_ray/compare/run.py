@@ -24,7 +24,7 @@ from mpscl_ray.runs.signals import Interruption
 from mpscl_ray.runs.storage import Remote, child, locate
 from mpscl_ray.train.ray.concurrent import Shared, open_shared
 from mpscl_ray.train.ray.launch import Fit
-from mpscl_ray.train.ray.placement_groups import places_of_killed_commands_given_back
+from mpscl_ray.train.ray.placement_groups import release_orphaned_placement_groups
 from mpscl_ray.train.ray.resources import check_machine
 from mpscl_ray.train.run import MAY_CHANGE
 
@@ -52,7 +52,7 @@ def compare(plan: Plan, base: Config, command: Sequence[str], fit: Fit | None = 
 def _run(plan: Plan, base: Config, folder: RunFolder, resume: str, fit: Fit | None) -> None:
     ledger = Ledger(folder.path / "cells.json", folder.settle)
     out = locate(folder.address)  # workers may stand elsewhere
-    with connect(), places_of_killed_commands_given_back(folder):
+    with connect(), release_orphaned_placement_groups(folder):
         base = phantom_dataset.resolve(base)
         datasets = (base.data.source, base.data.target)
         manifests = tuple(load_manifest(locate(dataset)) for dataset in datasets)
@@ -70,9 +70,12 @@ def _run(plan: Plan, base: Config, folder: RunFolder, resume: str, fit: Fit | No
         todo = [cell for cell in cells if not is_done(ledger[cell.name])]
         if todo:
             shared = _open(todo, folder, fit)
-            at_once = min([opened.at_once for opened in shared.values()] + ([plan.at_once] if plan.at_once else []))
+            max_concurrent = min(
+                [opened.max_concurrent for opened in shared.values()]
+                + ([plan.max_concurrent] if plan.max_concurrent else [])
+            )
             with Interruption() as interruption:
-                Comparison(cells, ledger, folder, shared, at_once, resume, write).run(interruption)
+                Comparison(cells, ledger, folder, shared, max_concurrent, resume, write).run(interruption)
         write()
     print(f"\n{format_comparison(_directions(plan, cells, ledger, manifests), 'text')}")
     _print_next_steps(out, cells, ledger)

@@ -113,7 +113,7 @@ class Comparison:
         ledger: what is known of them.
         folder: of the comparison; run folders are in ``cells/``, and ``stop-requested`` in it ends the running cells.
         shared: of each cell.
-        at_once: most cells at a time.
+        max_concurrent: most cells at a time.
         resume_command: what to give to go on.
         finished: called after each cell that ended.
     """
@@ -124,12 +124,12 @@ class Comparison:
         ledger: Ledger,
         folder: RunFolder,
         shared: Mapping[str, Shared],
-        at_once: int,
+        max_concurrent: int,
         resume_command: str,
         finished: Callable[[], None],
     ) -> None:
         self.cells, self.ledger, self.folder, self.shared = {c.name: c for c in cells}, ledger, folder, shared
-        self.at_once, self.resume_command, self.finished = at_once, resume_command, finished
+        self.max_concurrent, self.resume_command, self.finished = max_concurrent, resume_command, finished
         self.waiting = [cell for cell in cells if not is_done(ledger[cell.name])]
         self.running: dict[Any, Cell] = {}
         self._folders: dict[str, RunFolder] = {}
@@ -183,12 +183,12 @@ class Comparison:
         self._start_ready(origins)
 
     def _candidates(self) -> list[Cell]:
-        return self.waiting if len(self.running) < self.at_once else []
+        return self.waiting if len(self.running) < self.max_concurrent else []
 
     def _start_ready(self, origins: Mapping[str, tuple[str, ...] | None]) -> None:
         """Start waiting cells, as far as there is room, from where they begin."""
         for cell in list(self.waiting):
-            if len(self.running) >= self.at_once:
+            if len(self.running) >= self.max_concurrent:
                 return
             origin = origins.get(cell.name)
             if origin is None:

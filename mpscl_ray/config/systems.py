@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from mpscl_ray.config import Config, is_adaptation, settings_of_phase, to_dict
+from mpscl_ray.config import Config, is_adaptation, method_of_phase, to_dict
 
 SYSTEMS: dict[str, str] = {
     "source_only": "W/o adaptation",
@@ -27,7 +27,7 @@ SYSTEMS: dict[str, str] = {
 ``small/NAME`` and ``phantom/NAME``."""
 
 
-def beginning(config: Config, phase: str) -> dict[str, Any]:
+def phase_fingerprint(config: Config, phase: str) -> dict[str, Any]:
     """Everything that decides what a run has learnt when a phase ends, up to rounding.
 
     Two runs for which this is equal can share their beginning: train one, and ``fork`` the other from there.
@@ -48,7 +48,7 @@ def beginning(config: Config, phase: str) -> dict[str, Any]:
     values["run"] = config.run.seed
     learnt = []
     for name, iterations in config.schedule[: names.index(phase) + 1]:
-        settings = settings_of_phase(config, name)
+        settings = method_of_phase(config, name)
         learnt.append((name, iterations, type(settings).__name__, dataclasses.asdict(settings)))
     values["phases"] = learnt
     values["source_only_lr"] = config.phases.source_only_lr
@@ -62,7 +62,7 @@ def shared_phase(one: Config, other: Config) -> str | None:
     """
     common = None
     for (name, _), (same, _) in zip(one.schedule, other.schedule, strict=False):
-        if name != same or is_adaptation(name) or beginning(one, name) != beginning(other, name):
+        if name != same or is_adaptation(name) or phase_fingerprint(one, name) != phase_fingerprint(other, name):
             break
         common = name
     return common

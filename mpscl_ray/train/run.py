@@ -20,11 +20,11 @@ from mpscl_ray.runs.progress import ProgressLine
 from mpscl_ray.runs.run_directory import LOSSES_FILE, NOTICES_FILE, STOP_FILE, RunFolder
 from mpscl_ray.runs.signals import Interruption, signals_end
 from mpscl_ray.runs.storage import child
-from mpscl_ray.train.loop import Outcome, newest_checkpoint
+from mpscl_ray.train.loop import TrainResult, newest_checkpoint
 from mpscl_ray.train.phase_images import draw_phases
-from mpscl_ray.train.phases import build_segmenter, load_start_weights
+from mpscl_ray.train.phases import build_segmenter, load_pretrained_weights
 from mpscl_ray.train.ray import launch, resources
-from mpscl_ray.train.ray.placement_groups import places_of_killed_commands_given_back
+from mpscl_ray.train.ray.placement_groups import release_orphaned_placement_groups
 from mpscl_ray.train.ray.preflight import check_nodes
 from mpscl_ray.train.streams import TrainingData
 
@@ -88,7 +88,7 @@ def train(
         def work() -> None:
             with signals_end("before training began"):
                 _check_before_ray(config, folder)
-                with connect(dashboard=dashboard), places_of_killed_commands_given_back(folder):
+                with connect(dashboard=dashboard), release_orphaned_placement_groups(folder):
                     _train_and_evaluate(config, folder, fit)
 
         code = carry_out(folder, shlex.join(words), work, lambda: _place(folder))
@@ -129,7 +129,7 @@ def _check_before_ray(config: Config, folder: RunFolder) -> None:
     if not _wants_phantom(config):
         domains, _ = _read_domains(config, folder)
         if found is None:
-            load_start_weights(build_segmenter(config, len(domains.classes), config.schedule[0][0]), config)
+            load_pretrained_weights(build_segmenter(config, len(domains.classes), config.schedule[0][0]), config)
 
 
 def _wants_phantom(config: Config) -> bool:
@@ -148,7 +148,7 @@ def _train_and_evaluate(config: Config, folder: RunFolder, fit: launch.Fit | Non
         print(_summary(config, folder, domains, data, use_gpu), flush=True)
         training = launch.Launch(config, folder, data, use_gpu, fit=fit)
     with Interruption() as interruption, _Watcher(config, folder, training, interruption) as watcher:
-        outcome = training.watch(watcher.look)
+        outcome = training.wait(watcher.look)
     if outcome.state == "non_finite":
         raise TrainingError(_non_finite(config, folder, outcome))
     place = f"iteration {outcome.iteration} of the phase {outcome.phase}"
@@ -163,7 +163,7 @@ def _train_and_evaluate(config: Config, folder: RunFolder, fit: launch.Fit | Non
         draw_phases(folder, phases)
 
 
-def _non_finite(config: Config, folder: RunFolder, outcome: Outcome) -> str:
+def _non_finite(config: Config, folder: RunFolder, outcome: TrainResult) -> str:
     losses = ", ".join(f"{name} {value:g}" for name, value in outcome.losses.items())
     found, _ = newest_checkpoint(folder)
     if not reads_target(outcome.phase) and config.phases.source_only_lr is not None:

@@ -91,7 +91,7 @@ def training_slices(
     config: Config,
     data: TrainingData,
     device: torch.device,
-    start_weights: Callable[[], dict[str, Tensor]],
+    pretrained_weights: Callable[[], dict[str, Tensor]],
     rank: int,
     world_size: int,
 ) -> TrainingSlices:
@@ -123,9 +123,9 @@ def training_slices(
 
     return TrainingSlices(
         labelled=lambda: ((batch["image"], batch["label"]) for batch in batches(data.labelled)),
-        labelled_in_step=in_step,
+        synchronised_source_batches=in_step,
         unlabelled=target,
         target_volumes=tuple(unlabelled.files.case_rows()),
         size=unlabelled.files.size,
-        start_weights=start_weights,
+        pretrained_weights=pretrained_weights,
     )

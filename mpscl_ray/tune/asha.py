@@ -109,14 +109,14 @@ class Halving:
         return order[: int(len(order) / self._reduction)]
 
 
-class InThisProcess:
+class NotPicklable:
     """Mixin of what Ray Tune is given to call, and would pickle for a restoration that the ledger makes needless."""
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return object, ()
 
 
-class Listener(InThisProcess, FIFOScheduler):
+class Listener(NotPicklable, FIFOScheduler):
     """Passes on what trials report, and lets Ray Tune end none: one that it kills leaves its workers' place reserved.
 
     Args:

@@ -16,7 +16,7 @@ from mpscl_ray.runs.storage import Remote, child
 from mpscl_ray.train import run as train_run
 from mpscl_ray.train.ray import launch
 from mpscl_ray.train.ray.concurrent import open_shared
-from mpscl_ray.train.ray.placement_groups import places_of_killed_commands_given_back
+from mpscl_ray.train.ray.placement_groups import release_orphaned_placement_groups
 from mpscl_ray.train.ray.resources import check_machine
 from mpscl_ray.tune.criteria import CRITERIA
 from mpscl_ray.tune.display import Board, short_key, trial_rows
@@ -67,7 +67,7 @@ def search(
             with signals_end("before the search began"):
                 if not any(value.startswith(phantom_dataset.PREFIX) for value in _datasets(space)):
                     choose_metric(space.search.metric, launch.load_domains(space.base)[0])
-                with connect(dashboard=dashboard), places_of_killed_commands_given_back(folder):
+                with connect(dashboard=dashboard), release_orphaned_placement_groups(folder):
                     parent = None if warm_up is None else open_run(warm_up)
                     study = _search(space, folder, ledger, parent, fit)
             print_results(study)
@@ -135,13 +135,13 @@ def _table(study: Study) -> list[str]:
 
 def _summary(study: Study) -> str:
     """What will be done, before it is."""
-    space, total, at_once = study.space, study.draws.total, study.shared.at_once
+    space, total, max_concurrent = study.space, study.draws.total, study.shared.max_concurrent
     before = sum(length for _, length in study.common)
     last = study.resolved.schedule[-1][0].replace("_", " ")
     lines = [
         f"search {study.folder.name} in {study.folder.place}: {space.search.method}, {total} trials over "
         f"{', '.join(space.keys)}",
-        f"  {at_once} trial{'s' * (at_once > 1)} at a time with "
+        f"  {max_concurrent} trial{'s' * (max_concurrent > 1)} at a time with "
         f"{study.resolved.scaling.describe(study.shared.use_gpu)} each; "
         f"compared by {CRITERIA[study.metric]}" + (" (ORACLE)" if study.metric == "oracle" else ""),
     ]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 
-from mpscl_ray.config import ADAPTATION, SOURCE_ONLY, WARM_UP, Config, settings_of_phase
+from mpscl_ray.config import ADAPTATION, SOURCE_ONLY, WARM_UP, Config, method_of_phase
 
 PHASES = (SOURCE_ONLY, WARM_UP, ADAPTATION)
 
@@ -29,7 +29,7 @@ def acts_from(key: str, config: Config) -> str:
 
 def _settings(config: Config, phase: str) -> set[str]:
     """Settings of the method that a phase is given."""
-    return {field.name for field in dataclasses.fields(settings_of_phase(config, phase))}
+    return {field.name for field in dataclasses.fields(method_of_phase(config, phase))}
 
 
 def shared_phases(config: Config, keys: Iterable[str]) -> list[tuple[str, int]]:

@@ -29,7 +29,7 @@ from mpscl_ray.runs.signals import Interruption
 from mpscl_ray.runs.storage import child
 from mpscl_ray.train.ray.concurrent import Shared
 from mpscl_ray.train.ray.placement_groups import release
-from mpscl_ray.tune.asha import Halving, InThisProcess, Listener, rungs
+from mpscl_ray.tune.asha import Halving, Listener, NotPicklable, rungs
 from mpscl_ray.tune.criteria import score
 from mpscl_ray.tune.ledger import End, Ledger, Trial
 from mpscl_ray.tune.samplers import Draws, draws
@@ -188,7 +188,7 @@ class Study:
                 search_alg=_Numbered(self, parent),
                 scheduler=Listener(self._report),
                 num_samples=-1,
-                max_concurrent_trials=self.shared.at_once,
+                max_concurrent_trials=self.shared.max_concurrent,
                 reuse_actors=True,
             ),
             run_config=tune.RunConfig(
@@ -337,7 +337,7 @@ class Study:
         self.say(f"trial {number:03d} {trial.state}{': ' if trial.reason else ''}{trial.reason}")
 
 
-class _Numbered(InThisProcess, Searcher):
+class _Numbered(NotPicklable, Searcher):
     """Gives Ray Tune the trials that are left."""
 
     def __init__(self, study: Study, parent: RunFolder | None) -> None:
@@ -368,7 +368,7 @@ class _Numbered(InThisProcess, Searcher):
         """The ledger has it all."""
 
 
-class _Endings(InThisProcess, Callback):
+class _Endings(NotPicklable, Callback):
     """Tells the study when a trial starts and when it is over."""
 
     def __init__(self, study: Study) -> None:

@@ -103,14 +103,14 @@ def shared_beginning(
                 phase = record["phase"].replace("_", " ")
                 say(f"shared by all trials: {phase} {record['iteration']} of {record['iterations']}")
 
-    own = _shared_config(config, common, folder, shared.at_once)
+    own = _shared_config(config, common, folder, shared.max_concurrent)
     outcome = run_trial(own, run, shared, look, display_name=f"{folder.name}-{SHARED_RUN}")
     return run if outcome.state == "finished" else None
 
 
-def _shared_config(config: Config, common: Sequence[str], folder: RunFolder, at_once: int) -> Config:
+def _shared_config(config: Config, common: Sequence[str], folder: RunFolder, max_concurrent: int) -> Config:
     """Settings of the shared run: as many workers as the cluster has room for and can share the batch."""
-    batch, room = config.data.batch_size, at_once * config.scaling.most_workers
+    batch, room = config.data.batch_size, max_concurrent * config.scaling.most_workers
     workers = next(number for number in range(min(room, batch), 0, -1) if batch % number == 0)
     return dataclasses.replace(
         config,

@@ -41,7 +41,7 @@ def on_ray(config: Config, run: Path) -> None:
     domains, _ = launch.load_domains(config)
     launched = launch.Launch(config, folder, launch.open_data(config, domains), use_gpu)
     launched.start()
-    assert launched.watch(lambda: None).state == "finished"
+    assert launched.wait(lambda: None).state == "finished"
 
 
 def without_ray(config: Config, run: Path) -> None:

@@ -16,7 +16,7 @@ from mpscl_ray.runs.run_directory import FAILURE_FILE, LOSSES_FILE, RunFolder
 from mpscl_ray.train.ray.prometheus import count_restart
 
 
-class LossesToNotices(UserCallback):
+class WorkerFailureCallback(UserCallback):
     """Counts, and leaves a notice, each time that workers were lost; runs in the controller of Ray Train."""
 
     def __init__(self, folder: RunFolder, display_name: str) -> None:

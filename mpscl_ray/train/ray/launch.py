@@ -29,14 +29,22 @@ from mpscl_ray.data.compatibility import check_pair
 from mpscl_ray.data.dataset import Manifest, load_manifest
 from mpscl_ray.data.loader import Slices
 from mpscl_ray.data.ray_source import open_slices
-from mpscl_ray.errors import ClusterError, ConfigError, DataError, MpsclError, NoRoom, StorageError, TrainingError
+from mpscl_ray.errors import (
+    ClusterError,
+    ConfigError,
+    DataError,
+    InsufficientResources,
+    MpsclError,
+    StorageError,
+    TrainingError,
+)
 from mpscl_ray.methods.adversarial import DISCRIMINATORS
 from mpscl_ray.runs.run_directory import FAILURE_FILE, STOP_FILE, RunFolder
 from mpscl_ray.runs.storage import Remote, locate
-from mpscl_ray.train.loop import Outcome
+from mpscl_ray.train.loop import TrainResult
 from mpscl_ray.train.phases import network_arguments
-from mpscl_ray.train.ray.failures import LossesToNotices, causes, last_line
-from mpscl_ray.train.ray.resources import cluster_shortage, worker_place
+from mpscl_ray.train.ray.failures import WorkerFailureCallback, causes, last_line
+from mpscl_ray.train.ray.resources import cluster_shortage, worker_resources
 from mpscl_ray.train.ray.worker import run_worker
 from mpscl_ray.train.streams import TrainingData
 
@@ -211,7 +219,7 @@ def fit_on_ray(
         scaling_config=ScalingConfig(  # type: ignore[call-arg]  # the types are those of the former Ray Train
             num_workers=config.scaling.workers,  # type: ignore[arg-type]
             use_gpu=use_gpu,
-            resources_per_worker=worker_place(config, use_gpu),
+            resources_per_worker=worker_resources(config, use_gpu),
             elastic_resize_monitor_interval_s=config.scaling.resize_check_s,
         ),
         run_config=RunConfig(
@@ -223,7 +231,7 @@ def fit_on_ray(
                 # Without a limit Ray Train waits for ever for workers that have no place any more.
                 controller_failure_limit=max(config.run.restarts, patience),
             ),
-            callbacks=[LossesToNotices(RunFolder(folder.path.absolute()), display_name)],  # type: ignore[list-item]
+            callbacks=[WorkerFailureCallback(RunFolder(folder.path.absolute()), display_name)],  # type: ignore[list-item]
         ),
     )
     try:
@@ -234,7 +242,7 @@ def fit_on_ray(
 
 
 Fit = Callable[[Config, RunFolder, TrainingData, bool, str], dict[str, Any]]
-"""Trains in a run folder and returns the fields of an :class:`Outcome`, or ``state="failed"`` with ``exit_code`` and
+"""Trains in a run folder and returns the fields of a :class:`TrainResult`, or ``state="failed"`` with ``exit_code`` and
 ``reason``. It stops after a checkpoint when STOP_FILE appears in the folder. :func:`fit_on_ray` is the one there is."""
 
 
@@ -286,19 +294,19 @@ class Launch:
         self.stop_requested = True
         (self.folder.path / STOP_FILE).touch()
 
-    def watch(self, look: Callable[[], None]) -> Outcome:
-        """Call ``look`` several times a second until training ends, and return how it did.
+    def wait(self, poll: Callable[[], None]) -> TrainResult:
+        """Call ``poll`` several times a second until training ends, and return how it did.
 
         Raises:
             MpsclError: what a worker could not go on with, as it raised it.
             TrainingError: workers were lost more often than run.restarts allows.
-            NoRoom: the cluster has no room for the workers any more.
+            InsufficientResources: the cluster has no room for the workers any more.
         """
         while self.running:
-            look()
+            poll()
             self._thread.join(_LOOK_S)
         self.folder.settle()
-        look()
+        poll()
         (self.folder.path / STOP_FILE).unlink(missing_ok=True)
         failure = self.folder.path / FAILURE_FILE
         if failure.exists():
@@ -309,12 +317,12 @@ class Launch:
             raise self._explained(self._error)
         if self._outcome["state"] == "failed":
             raise _final(self._outcome)
-        return Outcome(**self._outcome)
+        return TrainResult(**self._outcome)
 
     def _run(self) -> None:
         try:
             self._outcome = self._fit()
-        except BaseException as error:  # noqa: BLE001 - raised again by watch(), in the main thread
+        except BaseException as error:  # noqa: BLE001 - raised again by wait(), in the main thread
             self._error = error
 
     def _explained(self, error: BaseException) -> BaseException:
@@ -329,7 +337,9 @@ class Launch:
                 f"({causes(error.worker_failures)}); {logs}"
             )
         if isinstance(error, ray.train.ControllerError):
-            return NoRoom(f"the workers found no place any more: {cluster_shortage(self.config, self.use_gpu)}")
+            return InsufficientResources(
+                f"the workers found no place any more: {cluster_shortage(self.config, self.use_gpu)}"
+            )
         if isinstance(error, (ray.train.TrainingFailedError, ray.exceptions.RayError)):
             return ClusterError(f"Ray ended the training ({last_line(error)}); {logs}")
         return error

@@ -23,7 +23,7 @@ from mpscl_ray.runs.atomic_files import write_atomically
 from mpscl_ray.runs.run_directory import COMMANDS_FILE, PLACE_FILE, RunFolder
 
 
-def leave_place(run: RunFolder) -> None:
+def record_placement_group(run: RunFolder) -> None:
     """Leave, for :func:`release`, the name of what this worker and those beside it stand on."""
     group = get_current_placement_group()
     if group is not None:
@@ -45,7 +45,7 @@ def release(folder: RunFolder) -> None:
 
 
 @contextmanager
-def places_of_killed_commands_given_back(folder: RunFolder) -> Iterator[None]:
+def release_orphaned_placement_groups(folder: RunFolder) -> Iterator[None]:
     """Give back what commands that held this folder before have left reserved when they were killed.
 
     At the beginning of the block, so that there is room, and at the end of it once more, as processes of a command may

@@ -26,7 +26,7 @@ from mpscl_ray.runs.plots import panel, plot_progress
 from mpscl_ray.runs.progress import TensorBoard
 from mpscl_ray.runs.run_directory import DECIDED_FILE, FAILURE_FILE, STOP_FILE, RunFolder
 from mpscl_ray.train import loop
-from mpscl_ray.train.ray.placement_groups import leave_place
+from mpscl_ray.train.ray.placement_groups import record_placement_group
 from mpscl_ray.train.ray.prometheus import Monitoring
 from mpscl_ray.train.streams import TrainingData
 
@@ -59,8 +59,8 @@ def run_worker(
     _log_to(run.logs / f"worker-{rank}.log")
     torch.set_num_threads(max(1, int(config.scaling.cpus_per_worker)))
     device = ray.train.torch.get_device()
-    observer = _RunObserver(run, data.classes, Monitoring(display_name, rank, device), config.scaling, writes=rank == 0)
-    outcome: loop.Outcome | None = None
+    callback = _RunCallback(run, data.classes, Monitoring(display_name, rank, device), config.scaling, writes=rank == 0)
+    outcome: loop.TrainResult | None = None
 
     def stop_requested() -> bool:
         return (run.path / STOP_FILE).exists() or run.problem is not None
@@ -68,9 +68,9 @@ def run_worker(
     try:
         with run.training(token, rank):
             if rank == 0:
-                leave_place(run)
-            outcome = loop.train(config, data, run, device, observer, stop_requested)
-            observer.close()
+                record_placement_group(run)
+            outcome = loop.train(config, data, run, device, callback, stop_requested)
+            callback.close()
     except MpsclError as error:
         log.error("%s", error)
         told = {"exit_code": error.exit_code, "reason": str(error)}
@@ -84,7 +84,7 @@ def run_worker(
         log.exception("this worker fails")
         raise
     finally:
-        observer.close()
+        callback.close()
     log.info("worker ends: %s", outcome)
     return dataclasses.asdict(outcome)
 
@@ -127,7 +127,7 @@ def wait_for_decision(folder: RunFolder, step: int, patience_s: float = 60.0) ->
         time.sleep(_DECISION_S[folder.look_s > 0])
 
 
-class _RunObserver(loop.Observer):
+class _RunCallback(loop.Callback):
     """Exports metrics, and reports validations to Ray Train; worker 0 keeps TensorBoard, curves and notices of the run
     folder up to date."""
 
@@ -140,22 +140,22 @@ class _RunObserver(loop.Observer):
         """Whether somebody decides after each validation if the run goes on."""
         self.board: TensorBoard | None = None
 
-    def started(self, step: int) -> None:
+    def on_start(self, step: int) -> None:
         workers, least, most = ray.train.get_context().get_world_size(), *self.scaling.limits
         log.info("training starts at step %d with %d workers", step, workers)
         if self.writes and least < most:
-            self.notice(f"training with {workers} of {least} to {most} workers")
+            self.on_warning(f"training with {workers} of {least} to {most} workers")
         with suppress(StorageError):  # then nothing is waited for
             self.waits = self.writes and self.folder.left(DECIDED_FILE) is not None
         self.monitoring.saved()
         if self.writes:
-            self.board = TensorBoard(self.folder.tensorboard, resume_step=step, notice=self.notice)
+            self.board = TensorBoard(self.folder.tensorboard, resume_step=step, notice=self.on_warning)
 
-    def notice(self, text: str) -> None:
+    def on_warning(self, text: str) -> None:
         log.warning("%s", text)
         self.folder.add_notice(text)
 
-    def record(self, record: Mapping[str, Any], validated: bool) -> None:
+    def on_metrics(self, record: Mapping[str, Any], validated: bool) -> None:
         self.monitoring.record(record)
         if self.board is not None:
             self.board.record(record)
@@ -167,12 +167,12 @@ class _RunObserver(loop.Observer):
             if self.waits:
                 self.waits = wait_for_decision(self.folder, record["global_step"])
 
-    def saved(self) -> None:
+    def on_checkpoint(self) -> None:
         self.monitoring.saved()
         if self.writes:
             self.folder.settle()
 
-    def panel(self, step: int, images: Tensor, predictions: Tensor, labels: Tensor | None) -> None:
+    def on_images(self, step: int, images: Tensor, predictions: Tensor, labels: Tensor | None) -> None:
         maps = {"prediction": predictions.numpy()} | ({} if labels is None else {"label": labels.numpy()})
         if self.board is not None:
             self.board.panel(step, "target", panel(images.numpy(), maps, self.classes))

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mpscl_ray.config import Config, load_config, to_yaml
-from mpscl_ray.config.systems import SYSTEMS, beginning, shared_phase
+from mpscl_ray.config.systems import SYSTEMS, phase_fingerprint, shared_phase
 from mpscl_ray.errors import ConfigError
 from mpscl_ray.evaluate.scoring import evaluate_checkpoint
 from mpscl_ray.runs import checkpoint
@@ -50,11 +50,11 @@ def test_what_is_shared_on_the_phantom() -> None:
         assert shared_phase(load_config("phantom/mpscl", [change]), mpscl) is None, change
     for change in ("method.lambda_main=0.1", "phases.warm_up=99", "optim.lr_discriminator=1e-5"):
         other = load_config("phantom/mpscl", [change])
-        assert beginning(other, "warm_up") != beginning(mpscl, "warm_up"), change
+        assert phase_fingerprint(other, "warm_up") != phase_fingerprint(mpscl, "warm_up"), change
     for change in ("method.beta=0", "run.name=other", "scaling.workers=1", "phases.adaptation=1"):
         assert shared_phase(load_config("phantom/mpscl", [change]), mpscl) == "warm_up", change
     with pytest.raises(ValueError, match="no phase"):
-        beginning(mpscl, "supervised")
+        phase_fingerprint(mpscl, "supervised")
 
 
 def test_phases_that_a_method_has_not_are_told() -> None:

@@ -106,7 +106,7 @@ def test_what_a_worker_could_not_go_on_with_is_raised_as_what_it_was(pair: Path,
         training = launched(pair, RunFolder(tmp_path), train)
         training.start()
         with pytest.raises(StorageError, match="no space left"):
-            training.watch(lambda: None)
+            training.wait(lambda: None)
         assert not failure.exists(), "the next start is not told of it"
 
 
@@ -122,7 +122,7 @@ def test_a_stop_is_passed_on_and_ends_no_later_start(pair: Path, tmp_path: Path)
     training = launched(pair, RunFolder(tmp_path), train)
     training.start()
     assert not training.stop_requested
-    outcome = training.watch(training.request_stop)
+    outcome = training.wait(training.request_stop)
     assert (outcome.state, outcome.step, training.stop_requested) == ("interrupted", 9, True)
     assert not stop.exists()
     for name in (STOP_FILE, FAILURE_FILE):

@@ -135,7 +135,7 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_notice(
     older, newest = checkpoint.list_checkpoints(run.checkpoints)
     flip_a_bit(newest / checkpoint.TENSORS)
     told = Watcher()
-    outcome, _ = train(config, tmp_path, observer=told)
+    outcome, _ = train(config, tmp_path, callback=told)
     assert outcome.step == 10
     assert told.starts == [checkpoint.step_of(older)]
     assert newest.name in told.notices[0]
@@ -181,7 +181,7 @@ def test_pretrained_weights_are_read_at_the_start_alone(pair: Path, tmp_path: Pa
     trained = checkpoint.load(other.phases / "source_only")["method"]["networks"]["segmenter"]
     torch.save(trained, weights)
     told = Watcher()
-    _, run = train(config, tmp_path / "run", stop_after=2, observer=told)
+    _, run = train(config, tmp_path / "run", stop_after=2, callback=told)
     started = checkpoint.load(run.checkpoints / "step-0000002")["method"]["networks"]["segmenter"]
     assert torch.equal(started["conv1.weight"], trained["conv1.weight"])
     assert told.notices == [f"{len(trained)} tensors loaded from {weights}"]
@@ -200,8 +200,8 @@ def flip_a_bit(file: Path) -> None:
 
 def test_what_a_run_leaves_and_tells(pair: Path, tmp_path: Path) -> None:
     told = Watcher()
-    outcome, run = train(tiny_config(pair / "mr", pair / "ct", ["run.keep_checkpoints=3"]), tmp_path, observer=told)
-    assert outcome == loop.Outcome("finished", "adaptation", 4, 12)
+    outcome, run = train(tiny_config(pair / "mr", pair / "ct", ["run.keep_checkpoints=3"]), tmp_path, callback=told)
+    assert outcome == loop.TrainResult("finished", "adaptation", 4, 12)
     records = run.read_metrics()
     assert [record["global_step"] for record in records] == [2, 4, 6, 8, 10, 12]
     assert [record["phase"] for record in records] == ["source_only"] * 2 + ["warm_up"] * 2 + ["adaptation"] * 2
@@ -291,16 +291,16 @@ def test_stop_looks_come_about_twice_a_second() -> None:
     now = [0.0]
     asked: list[int] = []
     step = 0
-    looks = timing.StopLooks(lambda: bool(asked.append(step)), clock=lambda: now[0])
+    looks = timing.StopPoller(lambda: bool(asked.append(step)), clock=lambda: now[0])
     for step in range(1, 41):
         now[0] += 0.05 if step <= 20 else 5.0
-        looks.stop_after(step)
+        looks.should_stop(step)
     assert asked[:3] == [1, 11, 21]
     assert asked[3:] == list(range(22, 41)), "slow steps: after each"
     asked.clear()
     for step in range(41, 1041):
         now[0] += 1e-4
-        looks.stop_after(step)
+        looks.should_stop(step)
     gaps = [after - before for before, after in itertools.pairwise(asked)]
     assert max(gaps) == timing.MOST_STEPS_UNSEEN
 
@@ -362,7 +362,7 @@ def test_the_best_checkpoint_is_chosen_without_target_labels(pair: Path, tmp_pat
 def test_a_target_without_validation_labels(pair: Path, tmp_path: Path) -> None:
     target = make_dataset(tmp_path / "ct", "ct", seed=1, labelled=())
     told = Watcher()
-    outcome, run = train(tiny_config(pair / "mr", target), tmp_path / "run", observer=told)
+    outcome, run = train(tiny_config(pair / "mr", target), tmp_path / "run", callback=told)
     assert outcome.state == "finished"
     record = run.read_metrics()[-1]
     assert "val/entropy" in record
@@ -378,7 +378,7 @@ def test_without_validation_splits(pair: Path, tmp_path: Path, held_out: str) ->
     target = make_dataset(tmp_path / "ct", "ct", labelled=(), seed=1, cases=counts)
     source = pair / "mr" if held_out == "source" else make_dataset(tmp_path / "mr", "mr", cases=counts)
     told = Watcher()
-    outcome, run = train(tiny_config(source, target), tmp_path / "run", observer=told)
+    outcome, run = train(tiny_config(source, target), tmp_path / "run", callback=told)
     assert outcome.state == "finished"
     assert run.best.is_dir() == (held_out == "source")
     record = run.read_metrics()[-1]
