@@ -15,7 +15,8 @@ from typing import Any
 
 from mpscl_ray import __version__
 from mpscl_ray.data import SPLITS
-from mpscl_ray.data.dataset import Case, Manifest, Scaling, load_manifest, read_case
+from mpscl_ray.data.dataset import Case, Manifest, Scaling, load_manifest
+from mpscl_ray.data.parquet_reader import read_case
 from mpscl_ray.data.volumes.preprocess import unscale
 from mpscl_ray.distributed.parallel_map import map_volumes
 from mpscl_ray.distributed.ray_session import connect

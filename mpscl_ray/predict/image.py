@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from mpscl_ray.data.slice_selection import evenly_spaced, labelled_slices
 from mpscl_ray.data.volumes.nifti import Volume, read_image, write_itksnap_labels
 from mpscl_ray.data.volumes.nifti_output import write_label_map, write_values
 from mpscl_ray.data.volumes.preprocess import Geometry, prepare_volume, restore_labels, restore_most_probable
@@ -201,9 +202,8 @@ def preview(
     Returns:
         Slices evenly spaced over those with labels; over all where there are none.
     """
-    used = np.flatnonzero(labels.any(axis=(1, 2)))
-    first, last = (used[0], used[-1]) if used.size else (0, len(labels) - 1)
-    chosen = np.unique(np.linspace(first, last, _PREVIEW_SLICES + 2).round().astype(int)[1:-1])
+    shown = labelled_slices(labels)
+    chosen = evenly_spaced(np.arange(shown[0], shown[-1] + 1), _PREVIEW_SLICES)
     return panel(slices[chosen], {"prediction": labels[chosen]}, classes)
 
 

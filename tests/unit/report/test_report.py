@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from mpscl_ray.config import to_yaml
-from mpscl_ray.data.dataset import load_manifest, read_case
+from mpscl_ray.data.dataset import load_manifest
+from mpscl_ray.data.parquet_reader import read_case
 from mpscl_ray.errors import ConfigError, DataError
 from mpscl_ray.methods.losses import class_counts, weighted_cross_entropy
 from mpscl_ray.predict.predictor import find_checkpoint
