@@ -197,7 +197,6 @@ def volume_scores(
     """
     _same_shape(prediction, truth)
     p, t = _labels(prediction, len(classes), "prediction"), _labels(truth, len(classes), "truth")
-    unit = np.ones(p.ndim)
     size = None if spacing_mm is None else _spacing(spacing_mm, p.ndim)
     diagonal_voxel = math.dist(p.shape, [0] * p.ndim)
     diagonal_mm = math.nan if size is None else float(np.linalg.norm(np.array(p.shape) * size))
@@ -207,15 +206,7 @@ def volume_scores(
         in_p, in_t = surfaces.prediction_box == index, surfaces.truth_box == index
         n_p, n_t = int(np.count_nonzero(in_p)), int(np.count_nonzero(in_t))
         kind = _case_kind(n_p, n_t)
-        none = SurfaceDistances(np.empty(0), np.empty(0))
-        voxel = mm = none
-        if kind == "ok":
-            points_p, points_t = surfaces.prediction(index), surfaces.truth(index)
-            voxel = _distances(points_p, points_t, unit)
-            if size is not None and np.all(size == size[0]):
-                mm = SurfaceDistances(voxel.from_prediction * size[0], voxel.from_truth * size[0])
-            elif size is not None:
-                mm = _distances(points_p, points_t, size)
+        voxel, mm = _distances_in_both_units(surfaces, index, size)
         wrong = kind in ("missed", "false_alarm")
         asd_mm, asd_voxel = average(mm), average(voxel)
         scores.append(
@@ -345,6 +336,19 @@ def _distances(prediction: FloatArray, truth: FloatArray, spacing: FloatArray) -
     # Without balancing the tree is built in half the time, and surfaces are spread evenly enough to search as fast.
     trees = [cKDTree(points, balanced_tree=False, compact_nodes=False) for points in (p, t)]
     return SurfaceDistances(np.asarray(trees[1].query(p)[0]), np.asarray(trees[0].query(t)[0]))
+
+
+def _distances_in_both_units(
+    surfaces: _Surfaces, index: int, spacing_mm: FloatArray | None
+) -> tuple[SurfaceDistances, SurfaceDistances]:
+    """Distances of one structure in voxels and in mm; empty if a mask is empty, or without a spacing those in mm."""
+    points_p, points_t = surfaces.prediction(index), surfaces.truth(index)
+    voxel = _distances(points_p, points_t, np.ones(points_p.shape[1]))
+    if spacing_mm is None:
+        return voxel, SurfaceDistances(np.empty(0), np.empty(0))
+    if np.all(spacing_mm == spacing_mm[0]):
+        return voxel, SurfaceDistances(voxel.from_prediction * spacing_mm[0], voxel.from_truth * spacing_mm[0])
+    return voxel, _distances(points_p, points_t, spacing_mm)
 
 
 def _percentile_95(distances: SurfaceDistances) -> float:
