@@ -14,14 +14,8 @@ from mpscl_ray.data.volumes.nifti import Volume, read_image, write_itksnap_label
 from mpscl_ray.data.volumes.nifti_output import write_label_map, write_values
 from mpscl_ray.data.volumes.preprocess import Geometry, prepare_volume, restore_labels, restore_most_probable
 from mpscl_ray.errors import ConfigError, DataError
-from mpscl_ray.predict.predictor import (
-    Checkpoint,
-    Domain,
-    Model,
-    Predictor,
-    keep_largest_component,
-    segmenter_of_worker,
-)
+from mpscl_ray.predict.model import Checkpoint, Domain, Model
+from mpscl_ray.predict.predictor import Predictor, keep_largest_component, segmenter_of_worker
 from mpscl_ray.runs.atomic_files import write_atomically
 from mpscl_ray.runs.palette import colour
 from mpscl_ray.runs.plots import panel, save_png

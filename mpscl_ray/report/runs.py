@@ -23,7 +23,8 @@ from mpscl_ray.data.slice_selection import evenly_spaced, labelled_slices
 from mpscl_ray.errors import ConfigError, DataError
 from mpscl_ray.methods.prototypes import downsample_labels, initial_prototypes, prototype_sums
 from mpscl_ray.networks.deeplab import DeepLabV2, network_input
-from mpscl_ray.predict.predictor import Checkpoint, Model, Predictor, find_checkpoint, load_weights, read_model
+from mpscl_ray.predict.model import Checkpoint, Model, find_checkpoint, read_model
+from mpscl_ray.predict.predictor import Predictor, load_weights
 from mpscl_ray.report.figures.feature_space import FeatureSample, sample_of
 from mpscl_ray.report.figures.segmentations import Segmented
 from mpscl_ray.runs import checkpoint as checkpoints

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from mpscl_ray.data.dataset import load_manifest
 from mpscl_ray.data.parquet_reader import read_case
 from mpscl_ray.data.slice_selection import evenly_spaced, labelled_slices
-from mpscl_ray.predict.predictor import find_checkpoint, load_weights, read_model
+from mpscl_ray.predict.model import find_checkpoint, read_model
+from mpscl_ray.predict.predictor import load_weights
 from mpscl_ray.runs.bucket_run import open_run
 from mpscl_ray.runs.plots import panel, save_png
 from mpscl_ray.runs.run_directory import RunFolder
