@@ -6,9 +6,11 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from mpscl_ray.evaluate.scoring import Evaluation, evaluate_checkpoint, find_dataset, json_text, write_tables
+from mpscl_ray.evaluate.evaluation import Evaluation, json_text, write_tables
+from mpscl_ray.evaluate.scoring import evaluate_checkpoint, find_dataset
 from mpscl_ray.evaluate.tables import default_measures, format_table, summary_csv
-from mpscl_ray.predict.predictor import choose_device, read_model
+from mpscl_ray.predict.model import read_model
+from mpscl_ray.predict.predictor import choose_device
 from mpscl_ray.runs.bucket_run import open_run
 from mpscl_ray.runs.run_directory import RunFolder
 from mpscl_ray.runs.storage import child

@@ -9,18 +9,13 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from mpscl_ray.data.slice_selection import evenly_spaced, labelled_slices
 from mpscl_ray.data.volumes.nifti import Volume, read_image, write_itksnap_labels
 from mpscl_ray.data.volumes.nifti_output import write_label_map, write_values
 from mpscl_ray.data.volumes.preprocess import Geometry, prepare_volume, restore_labels, restore_most_probable
 from mpscl_ray.errors import ConfigError, DataError
-from mpscl_ray.predict.predictor import (
-    Checkpoint,
-    Domain,
-    Model,
-    Predictor,
-    keep_largest_component,
-    segmenter_of_worker,
-)
+from mpscl_ray.predict.model import Checkpoint, Domain, Model
+from mpscl_ray.predict.predictor import Predictor, keep_largest_component, segmenter_of_worker
 from mpscl_ray.runs.atomic_files import write_atomically
 from mpscl_ray.runs.palette import colour
 from mpscl_ray.runs.plots import panel, save_png
@@ -201,9 +196,8 @@ def preview(
     Returns:
         Slices evenly spaced over those with labels; over all where there are none.
     """
-    used = np.flatnonzero(labels.any(axis=(1, 2)))
-    first, last = (used[0], used[-1]) if used.size else (0, len(labels) - 1)
-    chosen = np.unique(np.linspace(first, last, _PREVIEW_SLICES + 2).round().astype(int)[1:-1])
+    shown = labelled_slices(labels)
+    chosen = evenly_spaced(np.arange(shown[0], shown[-1] + 1), _PREVIEW_SLICES)
     return panel(slices[chosen], {"prediction": labels[chosen]}, classes)
 
 

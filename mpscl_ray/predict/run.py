@@ -31,7 +31,8 @@ from mpscl_ray.predict.image import (
     stem,
     write_label_tables,
 )
-from mpscl_ray.predict.predictor import choose_device, find_checkpoint, load_weights, read_model, volumes_at_a_time
+from mpscl_ray.predict.model import find_checkpoint, read_model
+from mpscl_ray.predict.predictor import choose_device, load_weights, volumes_at_a_time
 from mpscl_ray.prepare.file_listing import is_dicom
 from mpscl_ray.runs.atomic_files import write_atomically
 from mpscl_ray.runs.bucket_run import open_run

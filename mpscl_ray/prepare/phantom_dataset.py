@@ -16,7 +16,7 @@ from pathlib import Path
 
 from mpscl_ray.config import Config
 from mpscl_ray.data.dataset import MANIFEST, load_manifest, save_manifest
-from mpscl_ray.data.phantom import anatomy, imaging, shapes
+from mpscl_ray.data.phantom import anatomy, case, imaging, shapes
 from mpscl_ray.data.phantom.files import FIRST_CASE, make_phantom
 from mpscl_ray.data.volumes.recipe import Recipe
 from mpscl_ray.errors import ConfigError
@@ -130,5 +130,5 @@ def _publish(here: Path, folder: Path | Remote) -> None:
 
 def _code_hash() -> str:
     """Hash of the source that makes the hearts: a changed phantom must not be mistaken for the old one."""
-    sources = [Path(module.__file__ or "").read_bytes() for module in (anatomy, shapes, imaging)]
+    sources = [Path(module.__file__ or "").read_bytes() for module in (anatomy, case, shapes, imaging)]
     return hashlib.sha256(b"".join(sources)).hexdigest()

@@ -17,13 +17,16 @@ from numpy.typing import NDArray
 from mpscl_ray.config import config_from_dict
 from mpscl_ray.config.titles import phase_title, system_of, title_of
 from mpscl_ray.data import SPLITS
-from mpscl_ray.data.dataset import Case, load_manifest, read_case
+from mpscl_ray.data.dataset import Case, load_manifest
+from mpscl_ray.data.parquet_reader import read_case
+from mpscl_ray.data.slice_selection import evenly_spaced, labelled_slices
 from mpscl_ray.errors import ConfigError, DataError
 from mpscl_ray.methods.prototypes import downsample_labels, initial_prototypes, prototype_sums
 from mpscl_ray.networks.deeplab import DeepLabV2, network_input
-from mpscl_ray.predict.predictor import Checkpoint, Model, Predictor, find_checkpoint, load_weights, read_model
+from mpscl_ray.predict.model import Checkpoint, Model, find_checkpoint, read_model
+from mpscl_ray.predict.predictor import Predictor, load_weights
 from mpscl_ray.report.figures.feature_space import FeatureSample, sample_of
-from mpscl_ray.report.figures.segmentations import Segmented, showing, spread
+from mpscl_ray.report.figures.segmentations import Segmented
 from mpscl_ray.runs import checkpoint as checkpoints
 from mpscl_ray.runs.bucket_run import open_run
 from mpscl_ray.runs.run_directory import RunFolder
@@ -252,7 +255,7 @@ def sample_features(
         ("source", source["image"], source["label"]),
         ("target", shown.image, target_labels),
     ):
-        chosen = spread(showing(label), FEATURE_SLICES)
+        chosen = evenly_spaced(labelled_slices(label), FEATURE_SLICES)
         with torch.inference_mode():
             images = torch.from_numpy(np.array(image[chosen]))[:, None].to(predictor.device)
             maps = network(network_input(images, network.in_channels)).features.float()

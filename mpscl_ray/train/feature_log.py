@@ -34,6 +34,7 @@ from torch import Tensor
 
 from mpscl_ray.data.loader import Slices, tensors
 from mpscl_ray.data.parquet_reader import Arrays
+from mpscl_ray.data.slice_selection import evenly_spaced
 from mpscl_ray.distributed import collectives
 from mpscl_ray.methods import base
 from mpscl_ray.methods.losses import cosine_to_prototypes
@@ -107,7 +108,7 @@ class FeatureRecord:
                 file.unlink(missing_ok=True)
 
     def _write_panel(self, method: MPSCL, case: str, arrays: Arrays, global_step: int) -> None:
-        chosen = middle_slices(len(arrays["image"]), PANEL_SLICES)
+        chosen = evenly_spaced(np.arange(len(arrays["image"])), PANEL_SLICES)
         with storage_errors(self.panels):
             self.panels.mkdir(parents=True, exist_ok=True)
         if not (self.panels / SLICES_FILE).exists():
@@ -141,11 +142,6 @@ class FeatureRecord:
     def _panel_files(self) -> list[tuple[int, Path]]:
         found = ((re.fullmatch(r"step-(\d+)\.npz", file.name), file) for file in self.panels.glob("step-*.npz"))
         return sorted((int(match[1]), file) for match, file in found if match)
-
-
-def middle_slices(depth: int, number: int) -> NDArray[np.intp]:
-    """Evenly spaced slices of a volume, its ends left out; fewer where there are not so many."""
-    return np.unique(np.linspace(0, depth - 1, min(depth, number) + 2).round().astype(np.intp)[1:-1])
 
 
 class _Counts:

@@ -11,18 +11,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from mpscl_ray.config import SOURCE_ONLY, Config, is_adaptation, reads_target
 from mpscl_ray.data import TARGET_DOMAIN
 from mpscl_ray.data.loader import Slices, tensors
+from mpscl_ray.data.slice_selection import evenly_spaced
 from mpscl_ray.distributed import collectives
 from mpscl_ray.errors import ConfigError, DataError
 from mpscl_ray.methods.base import Batch, Method
 from mpscl_ray.runs import checkpoint
 from mpscl_ray.runs.run_directory import RunFolder
-from mpscl_ray.train.feature_log import FeatureRecord, middle_slices
+from mpscl_ray.train.feature_log import FeatureRecord
 from mpscl_ray.train.phases import (
     build_method,
     build_segmenter,
@@ -320,7 +322,7 @@ class _Training:
         """Predict evenly spaced slices of the first volume, the ends left out."""
         _, arrays = next(slices.volumes())
         volume = tensors(arrays)
-        chosen = torch.from_numpy(middle_slices(len(volume["image"]), PANEL_SLICES))
+        chosen = torch.from_numpy(evenly_spaced(np.arange(len(volume["image"])), PANEL_SLICES))
         images = volume["image"][chosen]
         predictions = method.predict(images.to(self.device)).argmax(1).cpu()
         labels = volume["label"][chosen] if "label" in volume else None

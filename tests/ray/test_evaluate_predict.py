@@ -18,7 +18,9 @@ import torch
 from medpy.metric import binary
 from torch import nn
 
-from mpscl_ray.data.dataset import Manifest, Scaling, load_manifest, read_case, save_manifest, write_case
+from mpscl_ray.data.dataset import Manifest, Scaling, load_manifest, save_manifest
+from mpscl_ray.data.parquet_reader import read_case
+from mpscl_ray.data.parquet_writer import write_case
 from mpscl_ray.data.volumes.preprocess import Recipe, prepare_volume
 from mpscl_ray.errors import ConfigError, DataError, StorageError
 from mpscl_ray.evaluate import command as evaluate

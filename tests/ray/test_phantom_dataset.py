@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from mpscl_ray.data.dataset import load_manifest, read_case
+from mpscl_ray.data.dataset import load_manifest
+from mpscl_ray.data.parquet_reader import read_case
 from mpscl_ray.prepare import phantom_dataset
 from mpscl_ray.runs.storage import child
 from tests.nodes import ROOT

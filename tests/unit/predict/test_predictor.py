@@ -18,16 +18,12 @@ from mpscl_ray.errors import ConfigError, DataError
 from mpscl_ray.networks import DeepLabV2, initialise
 from mpscl_ray.networks.deeplab import network_input, upsample_logits
 from mpscl_ray.predict.image import Job, outputs, predict_image
+from mpscl_ray.predict.model import Checkpoint, Domain, Model, find_checkpoint, read_model
 from mpscl_ray.predict.predictor import (
-    Checkpoint,
-    Domain,
-    Model,
     Predictor,
     choose_device,
-    find_checkpoint,
     keep_largest_component,
     load_segmenter,
-    read_model,
     segmenter_of_worker,
     volumes_at_a_time,
 )

@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from mpscl_ray.config import to_yaml
-from mpscl_ray.data.dataset import load_manifest, read_case
+from mpscl_ray.data.dataset import load_manifest
+from mpscl_ray.data.parquet_reader import read_case
 from mpscl_ray.errors import ConfigError, DataError
 from mpscl_ray.methods.losses import class_counts, weighted_cross_entropy
-from mpscl_ray.predict.predictor import find_checkpoint
+from mpscl_ray.predict.model import find_checkpoint
 from mpscl_ray.report import command as report
 from mpscl_ray.report import run as report_run
 from mpscl_ray.report.runs import choose_case, load, look_at, read_runs

@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 import torch
 
-from mpscl_ray.data.dataset import load_manifest, read_case
-from mpscl_ray.data.parquet_reader import SplitFiles
+from mpscl_ray.data.dataset import load_manifest
+from mpscl_ray.data.parquet_reader import SplitFiles, read_case
 from mpscl_ray.errors import ClusterError, ConfigError, DataError, StorageError
 from mpscl_ray.runs import checkpoint
 from mpscl_ray.runs.bucket_run import LEASE, BucketRun, open_run
