@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mpscl_ray.config import Config
 from mpscl_ray.methods.base import Batch
-from mpscl_ray.runs.run_directory import RunFolder
+from mpscl_ray.runs.run_directory import RunDirectory
 from mpscl_ray.train import loop
 from mpscl_ray.train.loop import Observer, Outcome
 from tests.tiny import local_data
@@ -76,12 +76,12 @@ def train(
     stop_after: int | None = None,
     observer: Observer | None = None,
     dtype: torch.dtype = torch.float32,
-) -> tuple[Outcome, RunFolder]:
+) -> tuple[Outcome, RunDirectory]:
     """Train as one worker of those that there are; ``stop_after`` counts the steps of this call.
 
     The global random states are others at each call, as in another process.
     """
-    folder = RunFolder(run)
+    folder = RunDirectory(run)
     folder.create()
     for seed in (random.seed, np.random.seed, torch.manual_seed):
         seed(next(_CALLS))

@@ -27,7 +27,7 @@ from mpscl_ray.data import SPLITS
 from mpscl_ray.data.compatibility import label_statistics
 from mpscl_ray.errors import DataError
 from mpscl_ray.runs.atomic_files import write_atomically
-from mpscl_ray.runs.storage import Remote, cached_file, locate
+from mpscl_ray.runs.storage import S3Path, cached_file, parse_location
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -150,7 +150,7 @@ def save_manifest(folder: Path, manifest: Manifest) -> None:
     write_atomically(folder / MANIFEST, text.encode())
 
 
-def load_manifest(folder: Path | Remote | str) -> Manifest:
+def load_manifest(folder: Path | S3Path | str) -> Manifest:
     """Read and check ``manifest.json`` of a dataset folder, given by its path or URL.
 
     Raises:
@@ -158,7 +158,7 @@ def load_manifest(folder: Path | Remote | str) -> Manifest:
         DataError: where there is no dataset, or one that is damaged or of another format version. The sentence ends
             with the command that prepares it (again).
     """
-    folder = locate(folder)
+    folder = parse_location(folder)
     path = folder / MANIFEST
     try:
         raw = path.read_bytes()
@@ -198,8 +198,8 @@ def load_manifest(folder: Path | Remote | str) -> Manifest:
     return manifest
 
 
-def _no_dataset(folder: Path | Remote) -> str:
-    if isinstance(folder, Remote):
+def _no_dataset(folder: Path | S3Path) -> str:
+    if isinstance(folder, S3Path):
         inside = [name for name in folder.folders() if (folder / name / MANIFEST).exists()]
         hint = f"; it holds the datasets {', '.join(inside)}, give one of them" if inside else ""
         return f"{folder}: no prepared dataset (it has no {MANIFEST}){hint}; prepare one: {_PREPARE}"
@@ -291,7 +291,7 @@ def write_case(
     )
 
 
-def local_case(folder: Path | Remote | str, case: Case) -> Path:
+def local_case(folder: Path | S3Path | str, case: Case) -> Path:
     """The Parquet file of a case on this node; from a bucket it is fetched once and checked against its SHA-256.
 
     Raises:
@@ -299,12 +299,12 @@ def local_case(folder: Path | Remote | str, case: Case) -> Path:
         DataError: it is damaged or not the one that was prepared.
         StorageError: the bucket cannot be read.
     """
-    path = locate(folder) / case.file
-    return cached_file(path, case.sha256, case.bytes) if isinstance(path, Remote) else path
+    path = parse_location(folder) / case.file
+    return cached_file(path, case.sha256, case.bytes) if isinstance(path, S3Path) else path
 
 
 def read_case(
-    folder: Path | Remote | str, case: Case, columns: Iterable[str] = ("image", "label")
+    folder: Path | S3Path | str, case: Case, columns: Iterable[str] = ("image", "label")
 ) -> dict[str, NDArray[Any]]:
     """Arrays (D, H, W) of one case; a column that the case does not have is left out.
 
@@ -313,7 +313,7 @@ def read_case(
     Raises:
         DataError: naming the file, where it is missing, damaged or not the one that was prepared.
     """
-    path = locate(folder) / case.file
+    path = parse_location(folder) / case.file
     data = _read_verified(folder, case)
     try:
         # Not pq.read_table: a single file needs no dataset scanner, and one thread a reader is what workers want.
@@ -323,7 +323,7 @@ def read_case(
     return table_arrays(table, path, case, columns)
 
 
-def table_arrays(table: pa.Table, path: Path | Remote, case: Case, columns: Iterable[str]) -> dict[str, NDArray[Any]]:
+def table_arrays(table: pa.Table, path: Path | S3Path, case: Case, columns: Iterable[str]) -> dict[str, NDArray[Any]]:
     """Arrays (D, H, W) of the table of one case, after checking that it is what the manifest says.
 
     Raises:
@@ -358,7 +358,7 @@ def table_arrays(table: pa.Table, path: Path | Remote, case: Case, columns: Iter
     return arrays
 
 
-def verify(folder: Path | Remote | str, cases: Iterable[Case]) -> dict[str, str]:
+def verify(folder: Path | S3Path | str, cases: Iterable[Case]) -> dict[str, str]:
     """SHA-256 of each case's file, compared with the manifest.
 
     Raises:
@@ -377,8 +377,8 @@ def verify(folder: Path | Remote | str, cases: Iterable[Case]) -> dict[str, str]
     return hashes
 
 
-def _read_verified(folder: Path | Remote | str, case: Case) -> bytes:
-    path = locate(folder) / case.file
+def _read_verified(folder: Path | S3Path | str, case: Case) -> bytes:
+    path = parse_location(folder) / case.file
     try:
         data = local_case(folder, case).read_bytes()
     except FileNotFoundError:

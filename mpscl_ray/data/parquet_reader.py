@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from mpscl_ray.data.dataset import FORMAT_VERSION, Case, load_manifest, local_case
 from mpscl_ray.data.sampler import Rows
 from mpscl_ray.errors import DataError
-from mpscl_ray.runs.storage import Remote, locate
+from mpscl_ray.runs.storage import S3Path, parse_location
 
 Arrays = dict[str, NDArray[Any]]
 """``image`` (B, H, W) float32 and, where labels were asked for, ``label`` (B, H, W) uint8."""
@@ -40,7 +40,7 @@ class SplitFiles:
         labels: whether the labels are read.
     """
 
-    folder: Path | Remote
+    folder: Path | S3Path
     split: str
     cases: tuple[Case, ...]
     size: tuple[int, int]
@@ -48,7 +48,7 @@ class SplitFiles:
     labels: bool
 
     @classmethod
-    def find(cls, folder: Path | Remote | str, split: str, *, labels: bool) -> SplitFiles:
+    def find(cls, folder: Path | S3Path | str, split: str, *, labels: bool) -> SplitFiles:
         """Look up the files of a split in the manifest.
 
         Raises:
@@ -64,7 +64,7 @@ class SplitFiles:
                 f"{folder}: the split {split!r} is to be read with labels, and {len(unlabelled)} of its {len(cases)} "
                 f"cases have none ({', '.join(unlabelled[:5])}); prepare it with labels"
             )
-        place = locate(folder)
+        place = parse_location(folder)
         if isinstance(place, Path):
             place = place.absolute()
         return cls(place, split, cases, manifest.size, manifest.classes, labels)
@@ -147,7 +147,7 @@ def _read_case_slices(files: SplitFiles, case: Case, wanted: Rows, arrays: Array
         raise DataError(f"{path}: damaged or unreadable ({error}); {_AGAIN}") from error
 
 
-def _check_columns(files: SplitFiles, file: pq.ParquetFile, path: Path | Remote, case: Case) -> None:
+def _check_columns(files: SplitFiles, file: pq.ParquetFile, path: Path | S3Path, case: Case) -> None:
     schema = file.schema_arrow
     about = json.loads((schema.metadata or {}).get(b"mpscl_ray", b"{}"))
     if about.get("version") != FORMAT_VERSION:

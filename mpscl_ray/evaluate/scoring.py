@@ -44,10 +44,9 @@ from mpscl_ray.predict.predictor import (
     volumes_at_a_time,
 )
 from mpscl_ray.runs.atomic_files import storage_errors, write_atomically
-from mpscl_ray.runs.bucket_run import open_run
 from mpscl_ray.runs.progress import ProgressLine
-from mpscl_ray.runs.run_directory import RunFolder
-from mpscl_ray.runs.storage import Remote, locate, written_to
+from mpscl_ray.runs.run_directory import RunDirectory, open_run
+from mpscl_ray.runs.storage import S3Path, output_directory, parse_location
 
 RELEASED_PROTOCOL = (
     "RELEASED PROTOCOL, for comparison with published numbers alone: the last (slices mod 32) slices of each volume "
@@ -64,7 +63,7 @@ class Evaluation:
     """Also the name of its folder in the run's results."""
     run: str
     weights: Checkpoint
-    dataset: Path | Remote
+    dataset: Path | S3Path
     modality: str
     fingerprint: str
     """Of the dataset."""
@@ -117,12 +116,12 @@ class Evaluation:
 
 
 def evaluate_checkpoint(
-    run: RunFolder | Path | str,
+    run: RunDirectory | Path | str,
     checkpoint: str = "last",
     *,
     data: Path | str | None = None,
     split: str = "test",
-    out: Path | Remote | str | None = None,
+    out: Path | S3Path | str | None = None,
     device: str | None = None,
     workers: int | None = None,
     largest_component: bool = False,
@@ -154,7 +153,7 @@ def evaluate_checkpoint(
     home = open_run(run)
     model = read_model(home)
     weights, notices = find_checkpoint(home, checkpoint)
-    folder, manifest, domain = find_dataset(home.place, model, data)
+    folder, manifest, domain = find_dataset(home.display_path, model, data)
     cases = _labelled_cases(folder, manifest, split)
     notices += _dataset_notices(manifest, domain, cases, len(manifest.split(split)), data is None)
     predictor = load_weights(model, weights, device)
@@ -165,8 +164,8 @@ def evaluate_checkpoint(
     parts = [weights.name, split] if domain is model.domains["target"] else [weights.name, manifest.modality, split]
     parts += ["largest_component"] * largest_component + ["released_protocol"] * released_protocol
     options = _Options(
-        run=home.address,
-        weights=replace(weights, path=home.relative(weights.path)),
+        run=home.uri,
+        weights=replace(weights, path=home.relative_to_run(weights.path)),
         stamp=weights.stamp(),
         dataset=folder,
         device=device,
@@ -175,15 +174,15 @@ def evaluate_checkpoint(
         largest_component=largest_component,
         released_protocol=released_protocol,
     )
-    place = locate(out or home.results / "_".join(parts))
-    if isinstance(place, Remote):  # before the work, not after it
+    place = parse_location(out or home.results / "_".join(parts))
+    if isinstance(place, S3Path):  # before the work, not after it
         place.require_bucket()
-    with written_to(place):
+    with output_directory(place):
         pass
     scores = _score(predictor, options, cases, workers, progress)
     evaluation = Evaluation(
         name="_".join(parts),
-        run=home.place,
+        run=home.display_path,
         weights=weights,
         dataset=folder,
         modality=manifest.modality,
@@ -197,17 +196,17 @@ def evaluate_checkpoint(
         summary=summarise(scores),
         notices=tuple(notices),
     )
-    with written_to(place) as written:
+    with output_directory(place) as written:
         _write(evaluation, written)
     if out is None:
-        home.publish(home.results / place.name)
+        home.store.upload(home.results / place.name)
     return evaluation
 
 
 # ------------------------------------------------------------------------------------------------------ dataset
 
 
-def find_dataset(run: str, model: Model, data: Path | str | None) -> tuple[Path | Remote, Manifest, Domain | None]:
+def find_dataset(run: str, model: Model, data: Path | str | None) -> tuple[Path | S3Path, Manifest, Domain | None]:
     """The dataset to score on, and the domain of the run that it belongs to."""
     target = model.domains["target"]
     if data is None:
@@ -218,7 +217,7 @@ def find_dataset(run: str, model: Model, data: Path | str | None) -> tuple[Path 
             )
         folder = target.dataset
     else:
-        folder = locate(data)
+        folder = parse_location(data)
     if isinstance(folder, Path):
         folder = folder.absolute()
     manifest = load_manifest(folder)
@@ -237,7 +236,7 @@ def find_dataset(run: str, model: Model, data: Path | str | None) -> tuple[Path 
     return folder, manifest, next(iter(same + [d for d in domains if d.modality == manifest.modality]), None)
 
 
-def _labelled_cases(folder: Path | Remote, manifest: Manifest, split: str) -> list[Case]:
+def _labelled_cases(folder: Path | S3Path, manifest: Manifest, split: str) -> list[Case]:
     cases = [case for case in manifest.split(split) if case.labelled]
     if cases:
         return cases
@@ -283,7 +282,7 @@ class _Options:
     run: str
     weights: Checkpoint
     stamp: int
-    dataset: Path | Remote
+    dataset: Path | S3Path
     device: str | None
     scaling: Scaling
     """Of the dataset."""
