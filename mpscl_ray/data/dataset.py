@@ -18,7 +18,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from mpscl_ray.data import SPLITS
 from mpscl_ray.errors import DataError
 from mpscl_ray.runs.atomic_files import write_atomically
-from mpscl_ray.runs.storage import Remote, locate
+from mpscl_ray.runs.storage import S3Path, parse_location
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -133,7 +133,7 @@ def save_manifest(folder: Path, manifest: Manifest) -> None:
     write_atomically(folder / MANIFEST, text.encode())
 
 
-def load_manifest(folder: Path | Remote | str) -> Manifest:
+def load_manifest(folder: Path | S3Path | str) -> Manifest:
     """Read and check ``manifest.json`` of a dataset folder, given by its path or URL.
 
     Raises:
@@ -141,7 +141,7 @@ def load_manifest(folder: Path | Remote | str) -> Manifest:
         DataError: where there is no dataset, or one that is damaged or of another format version. The sentence ends
             with the command that prepares it (again).
     """
-    folder = locate(folder)
+    folder = parse_location(folder)
     path = folder / MANIFEST
     try:
         raw = path.read_bytes()
@@ -181,8 +181,8 @@ def load_manifest(folder: Path | Remote | str) -> Manifest:
     return manifest
 
 
-def _no_dataset(folder: Path | Remote) -> str:
-    if isinstance(folder, Remote):
+def _no_dataset(folder: Path | S3Path) -> str:
+    if isinstance(folder, S3Path):
         inside = [name for name in folder.folders() if (folder / name / MANIFEST).exists()]
         hint = f"; it holds the datasets {', '.join(inside)}, give one of them" if inside else ""
         return f"{folder}: no prepared dataset (it has no {MANIFEST}){hint}; prepare one: {_PREPARE}"

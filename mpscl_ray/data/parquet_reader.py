@@ -23,7 +23,7 @@ from mpscl_ray.data.dataset import FORMAT_VERSION, Case, load_manifest
 from mpscl_ray.data.parquet_writer import METADATA_KEY
 from mpscl_ray.data.sampler import Rows
 from mpscl_ray.errors import DataError
-from mpscl_ray.runs.storage import Remote, cached_file, locate
+from mpscl_ray.runs.storage import S3Path, cached_file, parse_location
 
 Arrays = dict[str, NDArray[Any]]
 """``image`` (B, H, W) float32 and, if labels were asked for, ``label`` (B, H, W) uint8."""
@@ -36,7 +36,7 @@ _AGAIN = "prepare the dataset again"
 class SplitFiles:
     """The files of one split. Its slices are rows 0..N-1: the cases in the manifest's order, slice by slice."""
 
-    folder: Path | Remote
+    folder: Path | S3Path
     """The dataset folder, local or in a bucket."""
     split: str
     cases: tuple[Case, ...]
@@ -49,7 +49,7 @@ class SplitFiles:
     """Whether labels are read."""
 
     @classmethod
-    def find(cls, folder: Path | Remote | str, split: str, *, labels: bool) -> SplitFiles:
+    def find(cls, folder: Path | S3Path | str, split: str, *, labels: bool) -> SplitFiles:
         """Look up the files of a split in the manifest.
 
         Raises:
@@ -65,7 +65,7 @@ class SplitFiles:
                 f"{folder}: the split {split!r} is to be read with labels, and {len(unlabelled)} of its {len(cases)} "
                 f"cases have none ({', '.join(unlabelled[:5])}); prepare it with labels"
             )
-        location = locate(folder)
+        location = parse_location(folder)
         if isinstance(location, Path):
             location = location.absolute()
         return cls(location, split, cases, manifest.size, manifest.classes, labels)
@@ -122,7 +122,7 @@ def table_column(table: pa.Table, name: str) -> NDArray[Any]:
 
 
 def read_case(
-    folder: Path | Remote | str, case: Case, columns: Iterable[str] = ("image", "label")
+    folder: Path | S3Path | str, case: Case, columns: Iterable[str] = ("image", "label")
 ) -> dict[str, NDArray[Any]]:
     """Arrays (D, H, W) of one case. A column that the case does not have is left out.
 
@@ -131,7 +131,7 @@ def read_case(
     Raises:
         DataError: naming the file, if it is missing, damaged or not the one that was prepared.
     """
-    path = locate(folder) / case.file
+    path = parse_location(folder) / case.file
     data = _read_verified(folder, case)
     expected = _columns(case.labelled)
     with (
@@ -144,7 +144,7 @@ def read_case(
     return {name: table_column(table, name) for name in table.column_names}
 
 
-def verify(folder: Path | Remote | str, cases: Iterable[Case]) -> dict[str, str]:
+def verify(folder: Path | S3Path | str, cases: Iterable[Case]) -> dict[str, str]:
     """SHA-256 of each case's file, compared with the manifest.
 
     Raises:
@@ -191,22 +191,22 @@ def _read_case_slices(files: SplitFiles, case: Case, wanted: Rows, arrays: Array
 # ------------------------------------------------------------------------------------------------- verification
 
 
-def _local_file(folder: Path | Remote | str, case: Case) -> Path:
+def _local_file(folder: Path | S3Path | str, case: Case) -> Path:
     """The Parquet file of a case on this node, its size checked.
 
     A file in a bucket is downloaded once and compared with its SHA-256.
     """
-    path = locate(folder) / case.file
-    local = cached_file(path, case.sha256, case.bytes) if isinstance(path, Remote) else path
+    path = parse_location(folder) / case.file
+    local = cached_file(path, case.sha256, case.bytes) if isinstance(path, S3Path) else path
     found = local.stat().st_size
     if found != case.bytes:
         raise DataError(f"{path}: {found} bytes, the manifest says {case.bytes}: cut short or replaced; {_AGAIN}")
     return local
 
 
-def _read_verified(folder: Path | Remote | str, case: Case) -> bytes:
+def _read_verified(folder: Path | S3Path | str, case: Case) -> bytes:
     """Content of a case's file, its SHA-256 compared with the manifest."""
-    path = locate(folder) / case.file
+    path = parse_location(folder) / case.file
     with _readable(path):
         data = _local_file(folder, case).read_bytes()
     if hashlib.sha256(data).hexdigest() != case.sha256:
@@ -215,7 +215,7 @@ def _read_verified(folder: Path | Remote | str, case: Case) -> bytes:
 
 
 @contextmanager
-def _readable(path: Path | Remote) -> Iterator[None]:
+def _readable(path: Path | S3Path) -> Iterator[None]:
     """Turn what goes wrong while a file is read into an error that names it."""
     try:
         yield
@@ -227,7 +227,7 @@ def _readable(path: Path | Remote) -> Iterator[None]:
 
 def _check(
     file: pq.ParquetFile,
-    path: Path | Remote,
+    path: Path | S3Path,
     case: Case,
     columns: Mapping[str, type[np.generic]],
     size: tuple[int, int] | None = None,

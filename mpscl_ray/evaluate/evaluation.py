@@ -21,7 +21,7 @@ from mpscl_ray.evaluate.tables import (
 )
 from mpscl_ray.predict.model import Checkpoint
 from mpscl_ray.runs.atomic_files import storage_errors, write_atomically
-from mpscl_ray.runs.storage import Remote
+from mpscl_ray.runs.storage import S3Path
 
 RELEASED_PROTOCOL = (
     "RELEASED PROTOCOL, for comparison with published numbers alone: the last (slices mod 32) slices of each volume "
@@ -40,7 +40,7 @@ class Evaluation:
     """Also the name of its folder in the run's results."""
     run: str
     weights: Checkpoint
-    dataset: Path | Remote
+    dataset: Path | S3Path
     modality: str
     fingerprint: str
     """Of the dataset."""

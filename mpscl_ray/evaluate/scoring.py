@@ -29,19 +29,18 @@ from mpscl_ray.predict.predictor import (
     segmenter_of_worker,
     volumes_at_a_time,
 )
-from mpscl_ray.runs.bucket_run import open_run
 from mpscl_ray.runs.progress import ProgressLine
-from mpscl_ray.runs.run_directory import RunFolder
-from mpscl_ray.runs.storage import Remote, locate, written_to
+from mpscl_ray.runs.run_directory import RunDirectory, open_run
+from mpscl_ray.runs.storage import S3Path, output_directory, parse_location
 
 
 def evaluate_checkpoint(
-    run: RunFolder | Path | str,
+    run: RunDirectory | Path | str,
     checkpoint: str = "last",
     *,
     data: Path | str | None = None,
     split: str = "test",
-    out: Path | Remote | str | None = None,
+    out: Path | S3Path | str | None = None,
     device: str | None = None,
     workers: int | None = None,
     largest_component: bool = False,
@@ -73,7 +72,7 @@ def evaluate_checkpoint(
     home = open_run(run)
     model = read_model(home)
     weights, notices = find_checkpoint(home, checkpoint)
-    folder, manifest, domain = find_dataset(home.place, model, data)
+    folder, manifest, domain = find_dataset(home.display_path, model, data)
     cases = _labelled_cases(folder, manifest, split)
     notices += _dataset_notices(manifest, domain, cases, len(manifest.split(split)), data is None)
     predictor = load_weights(model, weights, device)
@@ -84,11 +83,11 @@ def evaluate_checkpoint(
     parts = [weights.name, split] if domain is model.domains["target"] else [weights.name, manifest.modality, split]
     parts += ["largest_component"] * largest_component + ["released_protocol"] * released_protocol
     name = "_".join(parts)
-    location = locate(out or home.results / name)
+    location = parse_location(out or home.results / name)
     _check_writable(location)
     options = _Options(
-        run=home.address,
-        weights=replace(weights, path=home.relative(weights.path)),
+        run=home.uri,
+        weights=replace(weights, path=home.relative_to_run(weights.path)),
         stamp=weights.stamp(),
         dataset=folder,
         device=device,
@@ -100,7 +99,7 @@ def evaluate_checkpoint(
     scores = _score(predictor, options, cases, workers, progress)
     evaluation = Evaluation(
         name=name,
-        run=home.place,
+        run=home.display_path,
         weights=weights,
         dataset=folder,
         modality=manifest.modality,
@@ -114,25 +113,25 @@ def evaluate_checkpoint(
         summary=summarise(scores),
         notices=tuple(notices),
     )
-    with written_to(location) as written:
+    with output_directory(location) as written:
         write_evaluation(evaluation, written)
     if out is None:
-        home.publish(home.results / location.name)
+        home.store.upload(home.results / location.name)
     return evaluation
 
 
-def _check_writable(location: Path | Remote) -> None:
+def _check_writable(location: Path | S3Path) -> None:
     """Find out before the work that the tables cannot be written."""
-    if isinstance(location, Remote):
+    if isinstance(location, S3Path):
         location.require_bucket()
-    with written_to(location):
+    with output_directory(location):
         pass
 
 
 # ------------------------------------------------------------------------------------------------------ dataset
 
 
-def find_dataset(run: str, model: Model, data: Path | str | None) -> tuple[Path | Remote, Manifest, Domain | None]:
+def find_dataset(run: str, model: Model, data: Path | str | None) -> tuple[Path | S3Path, Manifest, Domain | None]:
     """The dataset to score on, and the domain of the run that it belongs to."""
     target = model.domains["target"]
     if data is None:
@@ -143,7 +142,7 @@ def find_dataset(run: str, model: Model, data: Path | str | None) -> tuple[Path 
             )
         folder = target.dataset
     else:
-        folder = locate(data)
+        folder = parse_location(data)
     if isinstance(folder, Path):
         folder = folder.absolute()
     manifest = load_manifest(folder)
@@ -162,7 +161,7 @@ def find_dataset(run: str, model: Model, data: Path | str | None) -> tuple[Path 
     return folder, manifest, next(iter(same + [d for d in domains if d.modality == manifest.modality]), None)
 
 
-def _labelled_cases(folder: Path | Remote, manifest: Manifest, split: str) -> list[Case]:
+def _labelled_cases(folder: Path | S3Path, manifest: Manifest, split: str) -> list[Case]:
     cases = [case for case in manifest.split(split) if case.labelled]
     if cases:
         return cases
@@ -208,7 +207,7 @@ class _Options:
     run: str
     weights: Checkpoint
     stamp: int
-    dataset: Path | Remote
+    dataset: Path | S3Path
     device: str | None
     scaling: Scaling
     """Of the dataset."""

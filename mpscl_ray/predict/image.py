@@ -19,7 +19,7 @@ from mpscl_ray.predict.predictor import Predictor, keep_largest_component, segme
 from mpscl_ray.runs.atomic_files import write_atomically
 from mpscl_ray.runs.palette import colour
 from mpscl_ray.runs.plots import panel, save_png
-from mpscl_ray.runs.storage import Remote, written_to
+from mpscl_ray.runs.storage import S3Path, output_directory
 
 SUFFIX = "_prediction.nii.gz"
 """End of a label map's name, behind the stem of the image's."""
@@ -40,7 +40,7 @@ class Job:
     """Of the weights, see :meth:`Checkpoint.stamp`."""
     domain: str
     """``source`` or ``target``: which way images are prepared."""
-    out: Path | Remote
+    out: Path | S3Path
     raw_ids: Mapping[str, int] | None = None
     """Label id of each structure in the output; None for class indices."""
     device: str | None = None
@@ -104,7 +104,7 @@ def predict_image(predictor: Predictor, job: Job, image: Path) -> Prediction:
     """
     assert predictor.model is not None
     try:
-        with written_to(job.out) as folder:
+        with output_directory(job.out) as folder:
             return _predict(predictor, predictor.model.domain(job.domain), job, folder, image)
     except DataError as error:
         return Prediction(image, error=str(error))
@@ -215,9 +215,9 @@ def output_ids(model: Model, domain: Domain) -> dict[str, int]:
     )
 
 
-def write_label_tables(place: Path | Remote, classes: Sequence[str], raw_ids: Mapping[str, int] | None) -> None:
+def write_label_tables(place: Path | S3Path, classes: Sequence[str], raw_ids: Mapping[str, int] | None) -> None:
     """Write names and colours for ITK-SNAP and 3D Slicer; the one for ITK-SNAP goes with class indices alone."""
-    with written_to(place) as folder:
+    with output_directory(place) as folder:
         if raw_ids is None:
             write_itksnap_labels(folder / ITKSNAP_LABELS, classes)
         write_atomically(folder / SLICER_LABELS, slicer_table(classes, raw_ids).encode())

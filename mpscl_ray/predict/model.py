@@ -13,10 +13,8 @@ import numpy.typing as npt
 from mpscl_ray.data.volumes.preprocess import scale
 from mpscl_ray.data.volumes.recipe import Recipe
 from mpscl_ray.errors import ConfigError, DataError
-from mpscl_ray.runs import checkpoint as checkpoints
-from mpscl_ray.runs.bucket_run import open_run
-from mpscl_ray.runs.run_directory import RunFolder
-from mpscl_ray.runs.storage import Remote, locate
+from mpscl_ray.runs.run_directory import RunDirectory, open_run
+from mpscl_ray.runs.storage import S3Path, parse_location
 
 Slices = npt.NDArray[np.float32]
 
@@ -30,7 +28,7 @@ class Domain:
     high: float
     """Normalised intensities that -1 and 1 stand for."""
     recipe: Recipe
-    dataset: Path | Remote | None
+    dataset: Path | S3Path | None
     """Prepared folder that the run used; it may have moved since."""
     fingerprint: str | None
     raw_ids: Mapping[str, int]
@@ -47,7 +45,7 @@ class Domain:
             low=float(values["scaling"]["low"]),
             high=float(values["scaling"]["high"]),
             recipe=Recipe.from_json(values["recipe"]),
-            dataset=locate(values["dataset"]) if values.get("dataset") else None,
+            dataset=parse_location(values["dataset"]) if values.get("dataset") else None,
             fingerprint=values.get("fingerprint"),
             raw_ids=raw_ids,
         )
@@ -107,7 +105,7 @@ class Checkpoint:
         return self.path.stat().st_mtime_ns
 
 
-def read_model(run: RunFolder | Path | str) -> Model:
+def read_model(run: RunDirectory | Path | str) -> Model:
     """What a run says of its segmenter. Raises ConfigError where there is no run, DataError for a damaged one."""
     folder = open_run(run)
     folder.require()
@@ -133,7 +131,7 @@ def read_model(run: RunFolder | Path | str) -> Model:
     return model
 
 
-def find_checkpoint(run: RunFolder | Path | str, checkpoint: str = "last") -> tuple[Checkpoint, list[str]]:
+def find_checkpoint(run: RunDirectory | Path | str, checkpoint: str = "last") -> tuple[Checkpoint, list[str]]:
     """Where the weights are.
 
     Args:
@@ -152,20 +150,19 @@ def find_checkpoint(run: RunFolder | Path | str, checkpoint: str = "last") -> tu
     folder = open_run(run)
     folder.require()
     if checkpoint == "last":
-        folder.fetch_newest()
-        path, notices = checkpoints.latest(folder.checkpoints)
+        path, notices = folder.store.latest_checkpoint()
         if path is None:
             reason = "; ".join(notices) or "training has not come to its first one"
-            raise DataError(f"the run {folder.place} has no intact checkpoint: {reason}")
+            raise DataError(f"the run {folder.display_path} has no intact checkpoint: {reason}")
         return Checkpoint("last", path), notices
-    there = folder.checkpoint_names()
+    there = folder.store.checkpoint_names()
     if checkpoint in there:
-        parents = {"best": folder.path} | dict.fromkeys(folder.steps(), folder.checkpoints)
-        return Checkpoint(checkpoint, folder.fetched(parents.get(checkpoint, folder.phases) / checkpoint)), []
+        parents = {"best": folder.path} | dict.fromkeys(folder.store.step_checkpoints(), folder.checkpoints)
+        return Checkpoint(checkpoint, folder.store.localize(parents.get(checkpoint, folder.phases) / checkpoint)), []
     path = Path(checkpoint)
     if checkpoint != "best" and path.exists():
         return Checkpoint(path.name, path.absolute()), []  # whoever predicts may stand in another folder
     raise ConfigError(
-        f"the run {folder.place} has no checkpoint {checkpoint!r} and there is no such path; it has "
+        f"the run {folder.display_path} has no checkpoint {checkpoint!r} and there is no such path; it has "
         f"{', '.join(['last', *there]) if there else 'none yet'}"
     )

@@ -20,8 +20,7 @@ from mpscl_ray.networks import Segmenter, build
 from mpscl_ray.networks.pretrained import load_pretrained
 from mpscl_ray.predict.model import Checkpoint, Model, Slices, find_checkpoint, read_model
 from mpscl_ray.runs import checkpoint as checkpoints
-from mpscl_ray.runs.bucket_run import open_run
-from mpscl_ray.runs.run_directory import RunFolder
+from mpscl_ray.runs.run_directory import RunDirectory, open_run
 
 Labels = npt.NDArray[np.uint8]
 
@@ -107,7 +106,7 @@ class Predictor:
 
 
 def load_segmenter(
-    run: RunFolder | Path | str,
+    run: RunDirectory | Path | str,
     checkpoint: str = "last",
     device: torch.device | str | None = None,
     batch_slices: int | None = None,
@@ -194,7 +193,7 @@ def segmenter_of_worker(run: str, weights: Checkpoint, stamp: int, device: str |
         device: see :class:`Predictor`.
     """
     folder = open_run(run)
-    return load_weights(read_model(folder), replace(weights, path=folder.fetched(weights.path)), device)
+    return load_weights(read_model(folder), replace(weights, path=folder.store.localize(weights.path)), device)
 
 
 def volumes_at_a_time(volumes: int, device: torch.device) -> int:

@@ -23,7 +23,7 @@ from mpscl_ray.distributed import collectives
 from mpscl_ray.errors import ConfigError, DataError
 from mpscl_ray.methods.base import Batch, Method
 from mpscl_ray.runs import checkpoint
-from mpscl_ray.runs.run_directory import RunFolder
+from mpscl_ray.runs.run_directory import RunDirectory
 from mpscl_ray.train.feature_log import FeatureRecord
 from mpscl_ray.train.phases import (
     build_method,
@@ -102,7 +102,7 @@ class Callback:
 def train(
     config: Config,
     data: TrainingData,
-    run: RunFolder,
+    run: RunDirectory,
     device: torch.device,
     callback: Callback | None = None,
     stop_requested: Callable[[], bool] = lambda: False,
@@ -131,14 +131,13 @@ def train(
     return _Training(config, data, run, device, callback or Callback(), looks, dtype).run()
 
 
-def newest_checkpoint(run: RunFolder) -> tuple[Path | None, list[str]]:
+def newest_checkpoint(run: RunDirectory) -> tuple[Path | None, list[str]]:
     """The checkpoint that a run goes on from, and a sentence for each newer one that is damaged.
 
     Raises:
         DataError: there are checkpoints, and all of them are damaged.
     """
-    run.fetch_newest()
-    found, notices = checkpoint.latest(run.checkpoints)
+    found, notices = run.store.latest_checkpoint()
     if found is None and notices:
         raise DataError(
             f"every checkpoint in {run.checkpoints} is damaged ({'; '.join(notices)}); put an intact one back, or "
@@ -154,7 +153,7 @@ class _Training:
         self,
         config: Config,
         data: TrainingData,
-        run: RunFolder,
+        run: RunDirectory,
         device: torch.device,
         callback: Callback,
         looks: StopPoller,
@@ -356,7 +355,7 @@ class _Training:
         name = collectives.broadcast_object(found.name if found else None)
         state: dict[str, Any] | None = None
         if name is not None:
-            state = checkpoint.load(self.folder.fetched(self.folder.checkpoints / name))
+            state = checkpoint.load(self.folder.store.localize(self.folder.checkpoints / name))
             self.position = self._position(state, name)
             place = f"iteration {self.position.iteration} of the phase {state['phase']}"
             self._notice(f"going on from the checkpoint {name}: {place}")

@@ -13,15 +13,14 @@ from mpscl_ray.data.parquet_reader import read_case
 from mpscl_ray.data.slice_selection import evenly_spaced, labelled_slices
 from mpscl_ray.predict.model import find_checkpoint, read_model
 from mpscl_ray.predict.predictor import load_weights
-from mpscl_ray.runs.bucket_run import open_run
 from mpscl_ray.runs.plots import panel, save_png
-from mpscl_ray.runs.run_directory import RunFolder
+from mpscl_ray.runs.run_directory import RunDirectory, open_run
 
 SLICES = 4
 """Rows of a picture."""
 
 
-def draw_phases(run: RunFolder | Path | str, phases: Sequence[str]) -> Path | None:
+def draw_phases(run: RunDirectory | Path | str, phases: Sequence[str]) -> Path | None:
     """Write ``results/phases.png``: image, prediction at the end of each phase, label.
 
     The slices are the evenly spaced ones among those that show a structure, of the first labelled test volume of the
@@ -51,5 +50,5 @@ def draw_phases(run: RunFolder | Path | str, phases: Sequence[str]) -> Path | No
     columns["label"] = arrays["label"][chosen]
     picture = home.results / "phases.png"
     save_png(picture, panel(arrays["image"][chosen], columns, model.classes))
-    home.publish(picture)
+    home.store.upload(picture)
     return picture

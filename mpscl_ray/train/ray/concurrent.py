@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from mpscl_ray.config import Config, to_yaml
 from mpscl_ray.distributed.ray_session import enable_state_tracking, state_tracking_enabled
 from mpscl_ray.errors import InsufficientResources, MpsclError, StorageError, TrainingError
-from mpscl_ray.runs.run_directory import RunFolder
+from mpscl_ray.runs.run_directory import RunDirectory
 from mpscl_ray.train.loop import TrainResult
 from mpscl_ray.train.ray import launch, resources
 from mpscl_ray.train.ray.placement_groups import release
@@ -46,7 +46,7 @@ class Shared:
     fit: launch.Fit | None = None
 
 
-def open_shared(config: Config, folder: RunFolder, fit: launch.Fit | None = None) -> tuple[Shared, list[str]]:
+def open_shared(config: Config, folder: RunDirectory, fit: launch.Fit | None = None) -> tuple[Shared, list[str]]:
     """Open the data of trainings that differ in settings which do not decide on what is read.
 
     Args:
@@ -64,7 +64,7 @@ def open_shared(config: Config, folder: RunFolder, fit: launch.Fit | None = None
     """
     use_gpu = resources.check_cluster(config)
     domains, warnings = launch.load_domains(config)
-    check_nodes(folder.address, domains.fingerprints())
+    check_nodes(folder.uri, domains.fingerprints())
     data = launch.open_data(config, domains)
     max_concurrent = resources.max_concurrent_trainings(config, use_gpu)
     return Shared(domains, data, use_gpu, max_concurrent, state_tracking_enabled(), fit), warnings
@@ -72,7 +72,7 @@ def open_shared(config: Config, folder: RunFolder, fit: launch.Fit | None = None
 
 def run_trial(
     config: Config,
-    folder: RunFolder,
+    folder: RunDirectory,
     shared: Shared,
     look: Callable[[launch.Launch], None] = lambda training: None,
     *,
@@ -144,7 +144,11 @@ def run_trial(
 
 
 def _train(
-    config: Config, folder: RunFolder, shared: Shared, look: Callable[[launch.Launch], None], display_name: str | None
+    config: Config,
+    folder: RunDirectory,
+    shared: Shared,
+    look: Callable[[launch.Launch], None],
+    display_name: str | None,
 ) -> TrainResult:
     """Train to the end, however often the place has to be found anew."""
     in_vain = 0

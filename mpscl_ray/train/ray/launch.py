@@ -39,8 +39,9 @@ from mpscl_ray.errors import (
     TrainingError,
 )
 from mpscl_ray.methods.adversarial import DISCRIMINATORS
-from mpscl_ray.runs.run_directory import FAILURE_FILE, STOP_FILE, RunFolder
-from mpscl_ray.runs.storage import Remote, locate
+from mpscl_ray.runs.control_files import FAILURE_FILE, STOP_FILE
+from mpscl_ray.runs.run_directory import RunDirectory
+from mpscl_ray.runs.storage import S3Path, parse_location
 from mpscl_ray.train.loop import TrainResult
 from mpscl_ray.train.phases import network_arguments
 from mpscl_ray.train.ray.failures import WorkerFailureCallback, causes, last_line
@@ -72,8 +73,8 @@ class Domains:
 
     source: Manifest
     target: Manifest
-    source_folder: Path | Remote
-    target_folder: Path | Remote
+    source_folder: Path | S3Path
+    target_folder: Path | S3Path
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -107,7 +108,7 @@ def load_domains(config: Config) -> tuple[Domains, list[str]]:
             )
     source_folder, target_folder = (
         located.absolute() if isinstance(located, Path) else located
-        for located in map(locate, (config.data.source, config.data.target))
+        for located in map(parse_location, (config.data.source, config.data.target))
     )
     domains = Domains(load_manifest(source_folder), load_manifest(target_folder), source_folder, target_folder)
     warnings = check_pair(domains.source, domains.target)
@@ -146,7 +147,7 @@ def _reads_target(config: Config) -> bool:
 def model_description(config: Config, domains: Domains) -> dict[str, Any]:
     """What evaluation and prediction need beside the weights, for model.json."""
 
-    def domain(manifest: Manifest, folder: Path | Remote) -> dict[str, Any]:
+    def domain(manifest: Manifest, folder: Path | S3Path) -> dict[str, Any]:
         return {
             "modality": manifest.modality,
             "scaling": {"low": manifest.scaling.low, "high": manifest.scaling.high},
@@ -177,7 +178,7 @@ def open_data(config: Config, domains: Domains, open_slices: Callable[..., Slice
         open_slices: opens a split, as :func:`mpscl_ray.data.ray_source.open_slices` does.
     """
 
-    def opened(folder: Path | Remote, split: str, labels: bool) -> Slices:
+    def opened(folder: Path | S3Path, split: str, labels: bool) -> Slices:
         return open_slices(folder, split, labels=labels, in_memory=config.data.in_memory)
 
     supervised = config.data.labelled == TARGET_DOMAIN
@@ -198,7 +199,7 @@ def open_data(config: Config, domains: Domains, open_slices: Callable[..., Slice
 
 
 def fit_on_ray(
-    config: Config, folder: RunFolder, data: TrainingData, use_gpu: bool, display_name: str
+    config: Config, folder: RunDirectory, data: TrainingData, use_gpu: bool, display_name: str
 ) -> dict[str, Any]:
     """Train with Ray Train, and return the outcome that worker 0 returned.
 
@@ -213,7 +214,7 @@ def fit_on_ray(
     trainer = ray.train.torch.TorchTrainer(
         # The settings alone are Ray's train_loop_config: the dashboard shows that to everybody.
         functools.partial(  # type: ignore[arg-type]
-            run_worker, folder=folder.address, token=folder.token, data=data, display_name=display_name
+            run_worker, folder=folder.uri, token=folder.store.fencing_token, data=data, display_name=display_name
         ),
         train_loop_config=to_dict(config),
         scaling_config=ScalingConfig(  # type: ignore[call-arg]  # the types are those of the former Ray Train
@@ -231,7 +232,7 @@ def fit_on_ray(
                 # Without a limit Ray Train waits for ever for workers that have no place any more.
                 controller_failure_limit=max(config.run.restarts, patience),
             ),
-            callbacks=[WorkerFailureCallback(RunFolder(folder.path.absolute()), display_name)],  # type: ignore[list-item]
+            callbacks=[WorkerFailureCallback(RunDirectory(folder.path.absolute()), display_name)],  # type: ignore[list-item]
         ),
     )
     try:
@@ -241,7 +242,7 @@ def fit_on_ray(
         shutil.rmtree(storage, ignore_errors=True)
 
 
-Fit = Callable[[Config, RunFolder, TrainingData, bool, str], dict[str, Any]]
+Fit = Callable[[Config, RunDirectory, TrainingData, bool, str], dict[str, Any]]
 """Trains in a run folder and returns the fields of a :class:`TrainResult`, or ``state="failed"`` with ``exit_code`` and
 ``reason``. It stops after a checkpoint when STOP_FILE appears in the folder. :func:`fit_on_ray` is the one there is."""
 
@@ -263,7 +264,7 @@ class Launch:
     def __init__(
         self,
         config: Config,
-        folder: RunFolder,
+        folder: RunDirectory,
         data: TrainingData,
         use_gpu: bool,
         *,
@@ -305,7 +306,7 @@ class Launch:
         while self.running:
             poll()
             self._thread.join(_LOOK_S)
-        self.folder.settle()
+        self.folder.store.flush()
         poll()
         (self.folder.path / STOP_FILE).unlink(missing_ok=True)
         failure = self.folder.path / FAILURE_FILE
@@ -327,7 +328,8 @@ class Launch:
 
     def _explained(self, error: BaseException) -> BaseException:
         """What ended the training, as a sentence."""
-        logs = f"see {self.folder.place}/logs for each worker's log; the same command goes on from the last checkpoint"
+        logs = f"see {self.folder.display_path}/logs for each worker's log; "
+        logs += "the same command goes on from the last checkpoint"
         if isinstance(error, ray.train.WorkerGroupError):
             final = [failure for failure in error.worker_failures.values() if isinstance(failure, StorageError)]
             if final:
