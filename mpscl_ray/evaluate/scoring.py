@@ -52,18 +52,15 @@ def evaluate_checkpoint(
 
     Args:
         run: folder of the run, or its URL.
-        checkpoint: see :func:`mpscl_ray.predict.predictor.find_checkpoint`.
+        checkpoint: see :func:`mpscl_ray.predict.model.find_checkpoint`.
         data: prepared dataset; None for the run's target.
         split: train, val or test.
         out: folder, or URL, for the tables; None for ``RUN/results/NAME``.
-        device: None takes a GPU where there is one.
+        device: None takes a GPU if there is one.
         workers: volumes at a time, on Ray; 0 in this process; None decides by their number.
         largest_component: whether only the largest connected part of each structure is kept.
-        released_protocol: whether to count as the released code does, for comparison with published numbers.
+        released_protocol: whether to score as the released code does, for comparison with published numbers.
         progress: whether to show a progress line.
-
-    Returns:
-        Scores and summary.
 
     Raises:
         ConfigError: no such run, checkpoint, split or device.
@@ -71,6 +68,58 @@ def evaluate_checkpoint(
         StorageError: the tables cannot be written.
     """
     home = open_run(run)
+    subject = _load(home, checkpoint, data, split, device)
+    name = _result_name(subject, largest_component, released_protocol)
+    location = locate(out or home.results / name)
+    _check_writable(location)
+    options = _Options(
+        run=home.address,
+        weights=replace(subject.weights, path=home.relative(subject.weights.path)),
+        stamp=subject.weights.stamp(),
+        dataset=subject.dataset,
+        device=device,
+        scaling=subject.manifest.scaling,
+        domain=subject.domain,
+        largest_component=largest_component,
+        released_protocol=released_protocol,
+    )
+    scores = _score(subject.predictor, options, subject.cases, workers, progress)
+    evaluation = _evaluation(name, home.place, subject, options, scores)
+    with written_to(location) as written:
+        write_evaluation(evaluation, written)
+    if out is None:
+        home.publish(home.results / location.name)
+    return evaluation
+
+
+def _check_writable(location: Path | Remote) -> None:
+    """Find out before the work whether the tables can be written."""
+    if isinstance(location, Remote):
+        location.require_bucket()
+    with written_to(location):
+        pass
+
+
+# ------------------------------------------------------------------------------------------ segmenter and dataset
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """A segmenter, and the volumes that it is scored on."""
+
+    predictor: Predictor
+    weights: Checkpoint
+    dataset: Path | Remote
+    manifest: Manifest
+    split: str
+    cases: Sequence[Case]
+    domain: Domain | None
+    """How the run prepared this modality; None if the run does not know it."""
+    is_target: bool
+    notices: tuple[str, ...]
+
+
+def _load(home: RunFolder, checkpoint: str, data: Path | str | None, split: str, device: str | None) -> _Subject:
     model = read_model(home)
     weights, notices = find_checkpoint(home, checkpoint)
     folder, manifest, domain = find_dataset(home.place, model, data)
@@ -81,55 +130,14 @@ def evaluate_checkpoint(
     weights = predictor.weights
     if weights.oracle:
         notices.append("oracle: labels of target volumes chose this checkpoint, which is not possible without them")
-    parts = [weights.name, split] if domain is model.domains["target"] else [weights.name, manifest.modality, split]
+    is_target = domain is model.domains["target"]
+    return _Subject(predictor, weights, folder, manifest, split, cases, domain, is_target, tuple(notices))
+
+
+def _result_name(subject: _Subject, largest_component: bool, released_protocol: bool) -> str:
+    parts = [subject.weights.name, *([] if subject.is_target else [subject.manifest.modality]), subject.split]
     parts += ["largest_component"] * largest_component + ["released_protocol"] * released_protocol
-    name = "_".join(parts)
-    location = locate(out or home.results / name)
-    _check_writable(location)
-    options = _Options(
-        run=home.address,
-        weights=replace(weights, path=home.relative(weights.path)),
-        stamp=weights.stamp(),
-        dataset=folder,
-        device=device,
-        scaling=manifest.scaling,
-        domain=domain,
-        largest_component=largest_component,
-        released_protocol=released_protocol,
-    )
-    scores = _score(predictor, options, cases, workers, progress)
-    evaluation = Evaluation(
-        name=name,
-        run=home.place,
-        weights=weights,
-        dataset=folder,
-        modality=manifest.modality,
-        fingerprint=manifest.fingerprint,
-        split=split,
-        largest_component=largest_component,
-        released_protocol=released_protocol,
-        classes=model.classes,
-        slices={case.id: case.slices for case in cases},
-        scores=scores,
-        summary=summarise(scores),
-        notices=tuple(notices),
-    )
-    with written_to(location) as written:
-        write_evaluation(evaluation, written)
-    if out is None:
-        home.publish(home.results / location.name)
-    return evaluation
-
-
-def _check_writable(location: Path | Remote) -> None:
-    """Find out before the work that the tables cannot be written."""
-    if isinstance(location, Remote):
-        location.require_bucket()
-    with written_to(location):
-        pass
-
-
-# ------------------------------------------------------------------------------------------------------ dataset
+    return "_".join(parts)
 
 
 def find_dataset(run: str, model: Model, data: Path | str | None) -> tuple[Path | Remote, Manifest, Domain | None]:
@@ -257,6 +265,27 @@ def _score_case(predictor: Predictor, options: _Options, case: Case) -> list[Str
 def _score_in_worker(options: _Options, case: Case) -> list[StructureScore]:
     predictor = segmenter_of_worker(options.run, options.weights, options.stamp, options.device)
     return _score_case(predictor, options, case)
+
+
+def _evaluation(
+    name: str, run: str, subject: _Subject, options: _Options, scores: dict[str, list[StructureScore]]
+) -> Evaluation:
+    return Evaluation(
+        name=name,
+        run=run,
+        weights=subject.weights,
+        dataset=subject.dataset,
+        modality=subject.manifest.modality,
+        fingerprint=subject.manifest.fingerprint,
+        split=subject.split,
+        largest_component=options.largest_component,
+        released_protocol=options.released_protocol,
+        classes=subject.predictor.classes,
+        slices={case.id: case.slices for case in subject.cases},
+        scores=scores,
+        summary=summarise(scores),
+        notices=subject.notices,
+    )
 
 
 def _by(size: tuple[int, int]) -> str:

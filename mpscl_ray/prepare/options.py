@@ -184,9 +184,8 @@ def parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES + cli.EXIT_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    default = Recipe()
     top.add_argument("input", type=Path, metavar="INPUT", help="folder with the images")
-    top.add_argument("--layout", required=True, choices=LAYOUTS, help="how files are named in it")
+    top.add_argument("--layout", required=True, choices=LAYOUTS, help="how its files are named")
     top.add_argument(
         "--out",
         required=True,
@@ -199,30 +198,39 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument(
         "--workers", type=int, metavar="N", help="volumes at a time, with Ray; 0: one by one in this process"
     )
+    _add_files(top.add_argument_group("files").add_argument)
+    _add_labels(top.add_argument_group("labels").add_argument)
+    _add_splits(top.add_argument_group("splits, always by patient").add_argument)
+    steps = top.add_argument_group("from volume to slices").add_argument
+    _add_geometry(steps)
+    _add_intensities(steps)
+    return top
 
-    files = top.add_argument_group("files")
-    files.add_argument("--image-pattern", metavar="PATTERN", help="layout folder: path of an image, with {case} and *")
-    files.add_argument("--label-pattern", metavar="PATTERN", help="layout folder: path of its label")
-    files.add_argument("--patient-pattern", metavar="REGEX", help="finds the patient in a case id (first group)")
-    files.add_argument("--group-slices", type=int, metavar="N", help="slice files: N consecutive numbers make a case")
-    files.add_argument("--channel", type=int, default=0, help="layout nnunet: which channel to read")
-    files.add_argument(
+
+def _add_files(add: Callable[..., Any]) -> None:
+    add("--image-pattern", metavar="PATTERN", help="layout folder: path of an image, with {case} and *")
+    add("--label-pattern", metavar="PATTERN", help="layout folder: path of its label")
+    add("--patient-pattern", metavar="REGEX", help="finds the patient in a case id (first group)")
+    add("--group-slices", type=int, metavar="N", help="slice files: N consecutive numbers make a case")
+    add("--channel", type=int, default=0, help="layout nnunet: which channel to read")
+    add(
         "--flip",
         choices=("auto", "none", "both"),
         default="auto",
         help="npz volumes: flip rows and columns; auto: those named like the released test volumes",
     )
 
-    labels = top.add_argument_group("labels")
-    labels.add_argument("--labels", metavar="TABLE", help="raw ids and class names, e.g. 200=MYO,500=LV,600=RV")
-    labels.add_argument("--ignore-labels", metavar="IDS", help="raw ids that are background on purpose, e.g. 550,600")
-    labels.add_argument("--fix-label", metavar="WRONG=MEANT", help="slips in label files, e.g. 421=420 in MM-WHS")
-    labels.add_argument(
+
+def _add_labels(add: Callable[..., Any]) -> None:
+    add("--labels", metavar="TABLE", help="raw ids and class names, e.g. 200=MYO,500=LV,600=RV")
+    add("--ignore-labels", metavar="IDS", help="raw ids that are background on purpose, e.g. 550,600")
+    add("--fix-label", metavar="WRONG=MEANT", help="wrong ids in label files, e.g. 421=420 in MM-WHS")
+    add(
         "--unknown-labels",
         choices=("error", "background"),
         help="other ids: an error (default for volumes), or reported and background (default for released slices)",
     )
-    labels.add_argument(
+    add(
         "--unlabelled",
         nargs="?",
         const=SPLITS,
@@ -231,71 +239,75 @@ def parser() -> argparse.ArgumentParser:
         metavar="SPLITS",
         help="splits that need no labels, and get none, e.g. train; without SPLITS all of them",
     )
-    labels.add_argument("--allow-missing-classes", action="store_true", help="a class may be absent from training")
+    add("--allow-missing-classes", action="store_true", help="a class may be absent from training")
 
-    split = top.add_argument_group("splits, always by patient")
-    split.add_argument(
+
+def _add_splits(add: Callable[..., Any]) -> None:
+    add(
         "--split",
         metavar="HOW",
         help="mmwhs (published test volumes; default of that layout), released (by file name; default for slices), "
         "fractions of train,val,test (default 0.7,0.1,0.2), or a JSON file {train: [ids], val: [...], test: [...]}",
     )
-    split.add_argument("--seed", type=int, default=0, help="of the draw by fractions")
-    split.add_argument(
+    add("--seed", type=int, default=0, help="seed of the random split by fractions")
+    add(
         "--transductive",
         action="store_true",
         help="patients may be in train, without their labels, and in val or test as well (e.g. MS-CMRSeg)",
     )
 
-    steps = top.add_argument_group("from volume to slices")
-    steps.add_argument("--orientation", choices=("canonical", "stored"), default=default.orientation)
-    steps.add_argument(
+
+def _add_geometry(add: Callable[..., Any]) -> None:
+    default = Recipe()
+    add("--orientation", choices=("canonical", "stored"), default=default.orientation)
+    add(
         "--slice-axis", default=default.slice_axis, help="coronal, axial, sagittal; with --orientation stored 0, 1 or 2"
     )
-    steps.add_argument(
+    add(
         "--spacing-mm",
         type=_list(float, 3, "keep,1,1"),
         metavar="D,H,W",
         help="resample to this voxel size (slice, row, column); `keep` leaves an axis as it is; default: none",
     )
-    steps.add_argument(
+    add(
         "--crop",
         type=_list(int, 2, "256,256"),
         default=default.crop,
         metavar="H,W",
         help="rows and columns cut out around the heart, default 256,256; none: whole slices",
     )
-    steps.add_argument("--crop-depth", type=int, metavar="D", help="at most so many slices")
-    steps.add_argument(
+    add("--crop-depth", type=int, metavar="D", help="largest number of slices")
+    add(
         "--centre",
         choices=("auto", "labels", "image"),
         default=default.centre,
         help="centre of the crop: from the labels, or found without; auto: labels if all splits have them",
     )
-    steps.add_argument("--size", type=_list(int, 2, "80,80"), metavar="H,W", help="resize the crop; default: keep it")
-    steps.add_argument(
-        "--clip-percentile", type=float, default=default.clip_percentile, help="brighter voxels are set to this one"
+    add("--size", type=_list(int, 2, "80,80"), metavar="H,W", help="resize the crop; default: keep it")
+    add(
+        "--assume-spacing",
+        type=_list(float, 3, "1,1,1"),
+        metavar="X,Y,Z",
+        help="voxel size in mm of volumes whose header has no usable geometry",
     )
-    steps.add_argument(
+    add("--fix-geometry", choices=("copy-from-image",), help="if a label's geometry differs, use that of its image")
+
+
+def _add_intensities(add: Callable[..., Any]) -> None:
+    add(
+        "--clip-percentile",
+        type=float,
+        default=Recipe().clip_percentile,
+        help="brighter voxels are set to this percentile",
+    )
+    add(
         "--range",
         default="auto",
         metavar="LO,HI",
         help="z-scored intensities that become -1 and 1; estimate: from the training cases; sifa: the published ones; "
         "auto: sifa for released slices of ct and mr, else estimate",
     )
-    steps.add_argument(
-        "--assume-spacing",
-        type=_list(float, 3, "1,1,1"),
-        metavar="X,Y,Z",
-        help="voxel size in mm of volumes whose header has no usable geometry",
-    )
-    steps.add_argument(
-        "--fix-geometry", choices=("copy-from-image",), help="trust the image where the geometry of its label differs"
-    )
-    steps.add_argument(
-        "--any-modality", action="store_true", help="take images whose intensities look like those of another modality"
-    )
-    return top
+    add("--any-modality", action="store_true", help="accept images whose intensities look like another modality")
 
 
 def parse(arguments: Sequence[str]) -> PrepareOptions:
