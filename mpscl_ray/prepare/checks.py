@@ -8,13 +8,13 @@ from collections.abc import Iterable, Sequence
 from mpscl_ray.data.compatibility import orientation_notice
 from mpscl_ray.data.dataset import Case
 from mpscl_ray.prepare.splits import overlaps
-from mpscl_ray.prepare.staging import Staged
+from mpscl_ray.prepare.staged_case import StagedCase
 
 _LISTED = 6
 
 
 def check_staged(
-    staged: Sequence[Staged], classes: Sequence[str], *, transductive: bool, allow_missing_classes: bool
+    staged: Sequence[StagedCase], classes: Sequence[str], *, transductive: bool, allow_missing_classes: bool
 ) -> tuple[list[str], list[str]]:
     """Problems and notices of one modality: leaks, sizes, empty labels, absent classes.
 

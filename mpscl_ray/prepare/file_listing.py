@@ -26,7 +26,7 @@ class Listing:
     def some(self, paths: Sequence[Path], count: int = 5) -> str:
         """The first few of many paths, for a sentence."""
         shown = ", ".join(self.relative(path) for path in paths[:count])
-        return spelt_out(shown + (", ..." if len(paths) > count else ""))
+        return printable(shown + (", ..." if len(paths) > count else ""))
 
 
 def list_files(root: Path) -> Listing:
@@ -66,7 +66,7 @@ def list_files(root: Path) -> Listing:
     return listing
 
 
-def spelt_out(name: str) -> str:
+def printable(name: str) -> str:
     """The name with bytes that are no text written as escapes: as they are, no JSON file could hold it."""
     return name.encode(errors="backslashreplace").decode()
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from mpscl_ray.data import SPLITS
 from mpscl_ray.data.volumes.recipe import RELEASED_RANGES, Recipe
 from mpscl_ray.errors import ConfigError
-from mpscl_ray.prepare.file_listing import spelt_out
+from mpscl_ray.prepare.file_listing import printable
 from mpscl_ray.prepare.layouts import LAYOUTS
 from mpscl_ray.prepare.source_cases import Flip
 from mpscl_ray.runs import cli
@@ -140,7 +140,7 @@ class PrepareOptions:
                 continue
             flag = "--" + name.replace("_", "-")
             words += [flag] if value is True else [flag, _text(value)]
-        return spelt_out(shlex.join(words))
+        return printable(shlex.join(words))
 
 
 def numbers(text: str) -> list[float] | None:

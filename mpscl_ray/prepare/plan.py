@@ -22,7 +22,7 @@ from mpscl_ray.prepare.splits import (
     split_listed,
     split_published,
 )
-from mpscl_ray.prepare.staging import Request, Settings, Staged
+from mpscl_ray.prepare.staged_case import Request, Settings, StagedCase
 
 _DEFAULT_FRACTIONS = "0.7,0.1,0.2"
 _LEAK_OF_THE_RELEASE = (
@@ -167,7 +167,7 @@ def requests(
 # --------------------------------------------------------------------------------------------------------- range
 
 
-def scaling(options: PrepareOptions, modality: str, staged: Sequence[Staged]) -> Scaling:
+def scaling(options: PrepareOptions, modality: str, staged: Sequence[StagedCase]) -> Scaling:
     """The given range, else one that covers the training cases: the lowest and the highest of their robust ranges.
 
     Raises:
@@ -192,7 +192,7 @@ def manifest(
     modality: str,
     splitting: Splitting,
     scaling: Scaling,
-    staged: Sequence[Staged],
+    staged: Sequence[StagedCase],
     cases: Sequence[Case],
     notices: Sequence[str],
 ) -> Manifest:

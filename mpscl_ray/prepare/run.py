@@ -31,7 +31,8 @@ from mpscl_ray.prepare.layouts import scan
 from mpscl_ray.prepare.options import PrepareOptions
 from mpscl_ray.prepare.source_cases import SourceCase
 from mpscl_ray.prepare.splits import Splitting
-from mpscl_ray.prepare.staging import Request, Settings, Staged, finish_case, stage_case
+from mpscl_ray.prepare.staged_case import Request, Settings, StagedCase
+from mpscl_ray.prepare.staging import finish_case, stage_case
 from mpscl_ray.runs.atomic_files import fsync_directory, storage_errors
 from mpscl_ray.runs.progress import ProgressLine
 from mpscl_ray.runs.storage import Remote, cache_folder
@@ -55,7 +56,7 @@ class _Dataset:
     splitting: Splitting
     requests: list[Request]
     notices: list[str]
-    staged: list[Staged]
+    staged: list[StagedCase]
 
 
 def prepare(options: PrepareOptions, *, progress: bool = True) -> dict[str, Path | Remote]:
@@ -181,7 +182,7 @@ def _stage(
     wrong: set[str] = set()
     owner = {request.folder: dataset for dataset in datasets for request in dataset.requests}
     for request, result in zip(requests, results, strict=True):
-        if isinstance(result, Staged):
+        if isinstance(result, StagedCase):
             owner[request.folder].staged.append(result)
         else:
             wrong.update(result)
