@@ -21,7 +21,8 @@ from mpscl_ray.data.phantom.files import FIRST_CASE, make_phantom
 from mpscl_ray.data.volumes.recipe import Recipe
 from mpscl_ray.errors import ConfigError
 from mpscl_ray.prepare.options import PrepareOptions
-from mpscl_ray.prepare.run import prepare, unfinished
+from mpscl_ray.prepare.output_folder import temporary_output_dir, upload
+from mpscl_ray.prepare.run import prepare
 from mpscl_ray.runs.atomic_files import storage_errors, write_atomically
 from mpscl_ray.runs.storage import Remote, locate
 
@@ -77,7 +78,7 @@ def phantom_dataset(storage: Path | Remote, cases: Mapping[str, int] = CASES) ->
     if _is_whole(prepared):
         return prepared
     print(f"making the phantom hearts in {folder}", flush=True)
-    with unfinished(storage, folder.name) as here:
+    with temporary_output_dir(storage, folder.name) as here:
         # What lies in this node's cache cannot be prepared on another one.
         _make(here, str(folder), cases, workers=0 if isinstance(folder, Remote) else None)
         _publish(here, folder)
@@ -112,10 +113,7 @@ def _publish(here: Path, folder: Path | Remote) -> None:
     """Give what is whole its name, unless another command was faster."""
     if isinstance(folder, Remote):
         for modality in MODALITIES:
-            files = sorted(path for path in (here / "prepared" / modality).rglob("*") if path.is_file())
-            for file in sorted(files, key=lambda path: path.name == MANIFEST):
-                with file.open("rb") as stream:
-                    (folder / file.relative_to(here)).upload(stream)
+            upload(here / "prepared" / modality, folder / "prepared" / modality)
         return
     with storage_errors(folder):
         try:

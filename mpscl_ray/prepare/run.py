@@ -9,33 +9,32 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
-import socket
 import sys
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 from mpscl_ray.data import SPLITS
-from mpscl_ray.data.dataset import MANIFEST, Manifest, Scaling, load_manifest, save_manifest
+from mpscl_ray.data.dataset import Manifest, Scaling, load_manifest, save_manifest
 from mpscl_ray.distributed.parallel_map import map_volumes
 from mpscl_ray.distributed.ray_session import connect
-from mpscl_ray.errors import ConfigError, DataError, StorageError
+from mpscl_ray.errors import DataError
 from mpscl_ray.prepare import plan as prepare_plan
 from mpscl_ray.prepare.checks import check_cases, check_staged, summarise_notices
 from mpscl_ray.prepare.label_table import LabelTable
 from mpscl_ray.prepare.layouts import scan
 from mpscl_ray.prepare.options import PrepareOptions
+from mpscl_ray.prepare.output_folder import check_target, publish, temporary_output_dir
 from mpscl_ray.prepare.source_cases import SourceCase
 from mpscl_ray.prepare.splits import Splitting
 from mpscl_ray.prepare.staged_case import Request, Settings, StagedCase
 from mpscl_ray.prepare.staging import finish_case, stage_case
 from mpscl_ray.runs.atomic_files import fsync_directory, storage_errors
 from mpscl_ray.runs.progress import ProgressLine
-from mpscl_ray.runs.storage import Remote, cache_folder
+from mpscl_ray.runs.storage import Remote
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -80,11 +79,11 @@ def prepare(options: PrepareOptions, *, progress: bool = True) -> dict[str, Path
     problems = list(found.problems)
     modalities = sorted({case.modality for case in found.cases})
     for modality in modalities:
-        _check_place(options.out / modality, options.overwrite)
+        check_target(options.out / modality, options.overwrite)
     with ExitStack() as stack:
         datasets = []
         for modality in modalities:
-            folder = stack.enter_context(unfinished(options.out, modality))
+            folder = stack.enter_context(temporary_output_dir(options.out, modality))
             cases = [case for case in found.cases if case.modality == modality]
             datasets.append(_plan(modality, cases, options, folder, table, problems, found.notices))
         workers = _workers(options, [request for dataset in datasets for request in dataset.requests])
@@ -106,7 +105,10 @@ def prepare(options: PrepareOptions, *, progress: bool = True) -> dict[str, Path
         scalings = [prepare_plan.scaling(options, dataset.modality, dataset.staged) for dataset in datasets]
         for dataset, scaling in zip(datasets, scalings, strict=True):
             save_manifest(dataset.folder, _finish(dataset, scaling, options, settings, workers, progress))
-        return {dataset.modality: _publish(dataset, options) for dataset in datasets}
+        return {
+            dataset.modality: publish(dataset.folder, options.out / dataset.modality, options.overwrite)
+            for dataset in datasets
+        }
 
 
 def _plan(
@@ -233,88 +235,6 @@ def _listed(folder: Path, problems: Sequence[str], notices: Sequence[str]) -> st
         lines.append(f"  - and {len(problems) - _LISTED_PROBLEMS} more")
     lines += [f"  note: {notice}" for notice in notices]
     return "\n".join(lines)
-
-
-# ------------------------------------------------------------------------------------------- folders on the disk
-
-
-def _check_place(target: Path | Remote, overwrite: bool) -> None:
-    """Refuse a place that is taken, before any work is done."""
-    inside = target.files() if isinstance(target, Remote) else target.is_dir() and any(target.iterdir())
-    if not inside and (isinstance(target, Remote) or target.is_dir() or not target.exists()):
-        return
-    if not (target / MANIFEST).exists():
-        raise StorageError(f"{target}: there is something else than a dataset; move it away or choose another --out")
-    if not overwrite:
-        raise ConfigError(f"{target}: there is a finished dataset already; give --overwrite to replace it")
-
-
-@contextmanager
-def unfinished(out: Path | Remote, name: str) -> Iterator[Path]:
-    """A hidden folder of this process beside finished ones, for those in a bucket in the cache folder; gone after the
-    block unless it was given its name. Those that killed processes of this host have left are removed."""
-    if isinstance(out, Remote):
-        out = cache_folder() / "unfinished"
-    prefix = f".{name}.unfinished-{socket.gethostname()}-"
-    with storage_errors(out):
-        out.mkdir(parents=True, exist_ok=True)
-        for left in out.glob(f"{prefix}*"):
-            process = left.name.removeprefix(prefix).partition("-")[0]
-            if process.isdecimal() and not _is_running(int(process)):
-                shutil.rmtree(left)
-        folder = Path(tempfile.mkdtemp(prefix=f"{prefix}{os.getpid()}-", dir=out))
-        folder.chmod(0o777 & ~_umask())  # mkdtemp lets nobody else in; a dataset is readable like any other folder
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _is_running(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-def _publish(dataset: _Dataset, options: PrepareOptions) -> Path | Remote:
-    """Give the finished folder its name; an old dataset of the name goes when the new one is in place."""
-    target = options.out / dataset.modality
-    if isinstance(target, Remote):
-        _upload(dataset.folder, target, options.overwrite)
-        return target
-    assert isinstance(options.out, Path)
-    old = dataset.folder.with_name(dataset.folder.name.replace("unfinished", "replaced"))
-    with storage_errors(target):
-        fsync_directory(dataset.folder)
-        _check_place(target, options.overwrite)
-        if target.exists():
-            target.rename(old)
-        dataset.folder.rename(target)
-        fsync_directory(options.out)
-        shutil.rmtree(old, ignore_errors=True)
-    return target
-
-
-def _upload(folder: Path, target: Remote, overwrite: bool) -> None:
-    """Put a finished folder into a bucket, the manifest last and that of an old dataset gone first: whatever breaks it
-    off, there is never a manifest of files that are not all there."""
-    _check_place(target, overwrite)
-    (target / MANIFEST).delete()
-    target.delete_folder()
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    for path in sorted(files, key=lambda path: path.name == MANIFEST):
-        with path.open("rb") as stream:
-            (target / path.relative_to(folder)).upload(stream)
 
 
 # ------------------------------------------------------------------------------------------------------ summary

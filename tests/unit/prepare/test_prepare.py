@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from mpscl_ray.data.dataset import load_manifest
-from mpscl_ray.data.parquet_reader import read_case, verify
+from mpscl_ray.data.parquet_reader import read_case
 from mpscl_ray.data.volumes.geometry import Geometry, restore_labels
 from mpscl_ray.data.volumes.nifti import read_image
 from mpscl_ray.data.volumes.preprocess import Recipe, prepare_volume, scale
@@ -38,7 +38,6 @@ def test_two_modalities_become_two_datasets(source: Path) -> None:
     assert manifest.classes == ("background", "MYO", "LAC", "LVC", "AA")
     assert manifest.size == (12, 12)
     assert [len(manifest.split(split)) for split in ("train", "val", "test")] == [3, 2, 1]
-    assert set(verify(folders["ct"], manifest.cases)) == {case.file for case in manifest.cases}
     files = {path.relative_to(folders["ct"]).as_posix() for path in folders["ct"].rglob("*") if path.is_file()}
     assert files == {"manifest.json", *(case.file for case in manifest.cases)}
     for case in manifest.cases:
