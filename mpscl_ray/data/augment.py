@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mpscl_ray.config import AugmentConfig
-from mpscl_ray.data.sampler import Keys, hash_integers
+from mpscl_ray.data.sampler import Keys, splitmix64
 
 _CHANNELS = 2
 """Feature maps between the layers of a random intensity mapping."""
@@ -55,7 +55,7 @@ def augment(image: Tensor, label: Tensor | None, keys: Keys, config: AugmentConf
 def _uniforms(keys: Keys, count: int) -> NDArray[np.float64]:
     """(B, count) numbers in [0, 1), each row a function of its key."""
     counters: Keys = np.add(keys[:, None], np.arange(count, dtype=np.uint64), dtype=np.uint64)
-    return (hash_integers(counters, 0) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    return (splitmix64(counters, 0) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def _sampling_grid(draws: NDArray[np.float64], size: tuple[int, int], config: AugmentConfig) -> Tensor:

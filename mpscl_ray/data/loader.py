@@ -24,7 +24,7 @@ from mpscl_ray.config import AugmentConfig
 from mpscl_ray.data.augment import augment
 from mpscl_ray.data.dataset import Case
 from mpscl_ray.data.parquet_reader import Arrays, SplitFiles
-from mpscl_ray.data.sampler import Keys, Rows, StepOrder, share
+from mpscl_ray.data.sampler import Keys, Rows, StepOrder, shard_range
 
 PREFETCH = 2
 """Batches that a stream prepares ahead of the training step."""
@@ -70,10 +70,10 @@ class Slices(ABC):
         Yields:
             Batches as :meth:`SliceStream.next` gives them.
         """
-        own = share(self.rows, rank, world_size)
+        own = shard_range(self.rows, rank, world_size)
         firsts = range(0, len(own), batch_size)
         for arrays in self.fetch(np.asarray(own[first : first + batch_size]) for first in firsts):
-            yield tensors(arrays)
+            yield collate(arrays)
 
     def volumes(self, rank: int = 0, world_size: int = 1) -> Iterator[tuple[Case, Arrays]]:
         """Whole cases for validation: this rank gets every ``world_size``-th, its slices in order.
@@ -85,7 +85,7 @@ class Slices(ABC):
         yield from zip(self.files.cases[rank::world_size], self.fetch(rows), strict=True)
 
 
-class ResidentSlices(Slices):
+class InMemorySlices(Slices):
     """Slices that are in memory as a few large arrays, each of consecutive rows."""
 
     @abstractmethod
@@ -105,7 +105,7 @@ class ResidentSlices(Slices):
             yield arrays
 
 
-class LocalSlices(ResidentSlices):
+class LocalSlices(InMemorySlices):
     """Slices in the memory of this process, read when it is opened; no Ray needed."""
 
     def __init__(self, folder: Path | str, split: str, *, labels: bool) -> None:
@@ -122,7 +122,7 @@ class LocalSlices(ResidentSlices):
         return self._parts
 
 
-def tensors(arrays: Arrays, keys: Keys | None = None, config: AugmentConfig | None = None) -> dict[str, Tensor]:
+def collate(arrays: Arrays, keys: Keys | None = None, config: AugmentConfig | None = None) -> dict[str, Tensor]:
     """Turn arrays into a batch, augmented if wanted: image (B, 1, H, W) float32, label (B, H, W) int64."""
     image = torch.from_numpy(arrays["image"]).unsqueeze(1)
     label = torch.from_numpy(arrays["label"]) if "label" in arrays else None
@@ -260,7 +260,7 @@ class SliceStream:
             self._changed.notify_all()
 
     def _finish(self, arrays: Arrays, step: int) -> dict[str, Tensor]:
-        batch = tensors(arrays, self.order.batch_keys(step), self._augment)
+        batch = collate(arrays, self.order.batch_keys(step), self._augment)
         if self._device.type == "cuda":
             batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
         return batch

@@ -22,7 +22,7 @@ from ray.data import Dataset, ExecutionResources, TaskPoolStrategy
 from ray.data.exceptions import SystemException
 from ray.exceptions import RayError, RayTaskError
 
-from mpscl_ray.data.loader import ResidentSlices, Slices
+from mpscl_ray.data.loader import InMemorySlices, Slices
 from mpscl_ray.data.parquet_reader import Arrays, SplitFiles, read_block, table_column
 from mpscl_ray.data.sampler import Rows
 from mpscl_ray.errors import ClusterError, MpsclError
@@ -54,7 +54,7 @@ def open_slices(
     labels: bool,
     in_memory: bool | Literal["auto"] = "auto",
     capacity: int | None = None,
-) -> KeptSlices | StreamedSlices:
+) -> ObjectStoreSlices | StreamedSlices:
     """Open a split of a prepared dataset for the workers of a run.
 
     Ray must be initialised. The result travels to the workers, as an argument of a task or in the configuration of
@@ -82,7 +82,7 @@ def open_slices(
             f"of the smallest node has {capacity / 2**20:.0f} MiB; stream them (in_memory false or auto), or give Ray "
             "a larger object store"
         )
-    return KeptSlices(files) if in_memory else StreamedSlices(files)
+    return ObjectStoreSlices(files) if in_memory else StreamedSlices(files)
 
 
 def object_store_bytes() -> int:
@@ -93,7 +93,7 @@ def object_store_bytes() -> int:
     return int(min(node.get("object_store_memory", 0) for node in able))
 
 
-class KeptSlices(ResidentSlices):
+class ObjectStoreSlices(InMemorySlices):
     """Slices in Ray's object store; all workers of a node look at one copy."""
 
     def __init__(self, files: SplitFiles) -> None:

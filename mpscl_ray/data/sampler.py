@@ -30,7 +30,7 @@ _MIX1 = np.uint64(0xBF58476D1CE4E5B9)
 _MIX2 = np.uint64(0x94D049BB133111EB)
 
 
-def hash_integers(values: NDArray[np.unsignedinteger | np.signedinteger], key: int) -> Keys:
+def splitmix64(values: NDArray[np.unsignedinteger | np.signedinteger], key: int) -> Keys:
     """Hash each integer under a key: the output function of SplitMix64, a bijection of 64-bit integers for every key.
 
     Args:
@@ -49,8 +49,8 @@ def hash_integers(values: NDArray[np.unsignedinteger | np.signedinteger], key: i
     return hashed
 
 
-def stream_key(*parts: int | str) -> int:
-    """64-bit key of a named stream of random numbers, for example ``stream_key(seed, "source", "augment")``."""
+def derive_seed(*parts: int | str) -> int:
+    """64-bit key of a named stream of random numbers, for example ``derive_seed(seed, "source", "augment")``."""
     digest = hashlib.sha256("/".join(str(part) for part in parts).encode()).digest()
     return int.from_bytes(digest[:8], "little")
 
@@ -68,7 +68,7 @@ def epoch_permutation(seed: int, domain: str, epoch: int, rows: int) -> Rows:
     Returns:
         (rows,) row indices; read-only, because it is remembered for the next call.
     """
-    hashes = hash_integers(np.arange(rows), stream_key(seed, domain, "order", epoch))
+    hashes = splitmix64(np.arange(rows), derive_seed(seed, domain, "order", epoch))
     permutation = np.argsort(hashes, kind="stable").astype(np.int64)
     permutation.setflags(write=False)
     return permutation
@@ -106,7 +106,7 @@ def sample_keys(seed: int, domain: str, start: int, stop: int) -> Keys:
     Returns:
         (stop - start,) 64-bit keys.
     """
-    return hash_integers(np.arange(start, stop), stream_key(seed, domain, "augment"))
+    return splitmix64(np.arange(start, stop), derive_seed(seed, domain, "augment"))
 
 
 @dataclass(frozen=True)
@@ -168,6 +168,6 @@ class StepOrder:
             step += 1
 
 
-def share(count: int, rank: int, world_size: int) -> range:
+def shard_range(count: int, rank: int, world_size: int) -> range:
     """Contiguous part of ``range(count)`` of one rank; together the parts cover it, their sizes differ by at most 1."""
     return range(count * rank // world_size, count * (rank + 1) // world_size)

@@ -13,7 +13,7 @@ from mpscl_ray.data.parquet_reader import Arrays
 from mpscl_ray.data.sampler import Rows
 
 
-class ChosenSlices(Slices):
+class SubsetSlices(Slices):
     """Chosen rows of other slices, numbered anew from 0.
 
     Args:

@@ -24,10 +24,10 @@ from mpscl_ray.evaluate.tables import summarise
 from mpscl_ray.predict.model import Checkpoint, Domain, Model, find_checkpoint, read_model
 from mpscl_ray.predict.predictor import (
     Predictor,
+    cached_predictor,
     keep_largest_component,
     load_weights,
-    segmenter_of_worker,
-    volumes_at_a_time,
+    num_inference_workers,
 )
 from mpscl_ray.runs.bucket_run import open_run
 from mpscl_ray.runs.progress import ProgressLine
@@ -230,7 +230,7 @@ def _score(
     predictor: Predictor, options: _Options, cases: Sequence[Case], workers: int | None, progress: bool
 ) -> dict[str, list[StructureScore]]:
     if workers is None:
-        workers = volumes_at_a_time(len(cases), predictor.device)
+        workers = num_inference_workers(len(cases), predictor.device)
     function: Callable[[Case], list[StructureScore]]
     if workers:
         function = partial(_score_in_worker, options)
@@ -263,7 +263,7 @@ def _score_case(predictor: Predictor, options: _Options, case: Case) -> list[Str
 
 
 def _score_in_worker(options: _Options, case: Case) -> list[StructureScore]:
-    predictor = segmenter_of_worker(options.run, options.weights, options.stamp, options.device)
+    predictor = cached_predictor(options.run, options.weights, options.stamp, options.device)
     return _score_case(predictor, options, case)
 
 

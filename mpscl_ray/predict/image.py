@@ -15,7 +15,7 @@ from mpscl_ray.data.volumes.nifti_output import write_label_map, write_values
 from mpscl_ray.data.volumes.preprocess import Geometry, prepare_volume, restore_labels, restore_most_probable
 from mpscl_ray.errors import ConfigError, DataError
 from mpscl_ray.predict.model import Checkpoint, Domain, Model
-from mpscl_ray.predict.predictor import Predictor, keep_largest_component, segmenter_of_worker
+from mpscl_ray.predict.predictor import Predictor, cached_predictor, keep_largest_component
 from mpscl_ray.runs.atomic_files import write_atomically
 from mpscl_ray.runs.palette import colour
 from mpscl_ray.runs.plots import panel, save_png
@@ -85,7 +85,7 @@ def outputs(image: Path, job: Job, classes: Sequence[str]) -> tuple[str, ...]:
 
 def predict_in_worker(job: Job, image: Path) -> Prediction:
     """:func:`predict_image` with the segmenter that this worker process has already."""
-    return predict_image(segmenter_of_worker(job.run, job.weights, job.stamp, job.device), job, image)
+    return predict_image(cached_predictor(job.run, job.weights, job.stamp, job.device), job, image)
 
 
 def predict_image(predictor: Predictor, job: Job, image: Path) -> Prediction:
@@ -156,11 +156,11 @@ def _predict(predictor: Predictor, domain: Domain, job: Job, folder: Path, image
         image,
         files=names,
         volumes_ml={name: float(count * voxel_ml) for name, count in zip(classes[1:], counts[1:], strict=True)},
-        notices=(*volume.notices, *_doubts(volume, domain, labels, geometry)),
+        notices=(*volume.notices, *_quality_warnings(volume, domain, labels, geometry)),
     )
 
 
-def _doubts(volume: Volume, domain: Domain, labels: npt.NDArray[np.uint8], geometry: Geometry) -> list[str]:
+def _quality_warnings(volume: Volume, domain: Domain, labels: npt.NDArray[np.uint8], geometry: Geometry) -> list[str]:
     """What may be wrong with a segmentation, as far as it shows."""
     doubts = []
     if not labels.any():

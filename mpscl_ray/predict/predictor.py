@@ -184,7 +184,7 @@ def _build(description: Mapping[str, Any], origin: str) -> Segmenter:
 
 
 @lru_cache(maxsize=1)
-def segmenter_of_worker(run: str, weights: Checkpoint, stamp: int, device: str | None) -> Predictor:
+def cached_predictor(run: str, weights: Checkpoint, stamp: int, device: str | None) -> Predictor:
     """The segmenter for the many volumes that one worker process is given; read again when the stamp is another.
 
     Args:
@@ -197,7 +197,7 @@ def segmenter_of_worker(run: str, weights: Checkpoint, stamp: int, device: str |
     return load_weights(read_model(folder), replace(weights, path=folder.fetched(weights.path)), device)
 
 
-def volumes_at_a_time(volumes: int, device: torch.device) -> int:
+def num_inference_workers(volumes: int, device: torch.device) -> int:
     """How many workers to spread volumes over; 0 for this process alone, which on a CPU uses all cores as well."""
     workers = min(os.cpu_count() or 1, volumes // _VOLUMES_PER_WORKER)
     return workers if workers > 1 and device.type == "cpu" else 0

@@ -32,7 +32,7 @@ from mpscl_ray.predict.image import (
     write_label_tables,
 )
 from mpscl_ray.predict.model import find_checkpoint, read_model
-from mpscl_ray.predict.predictor import choose_device, load_weights, volumes_at_a_time
+from mpscl_ray.predict.predictor import choose_device, load_weights, num_inference_workers
 from mpscl_ray.prepare.file_listing import is_dicom
 from mpscl_ray.runs.atomic_files import write_atomically
 from mpscl_ray.runs.bucket_run import open_run
@@ -75,7 +75,7 @@ def predict(options: argparse.Namespace, out: Path | Remote) -> int:
     )
     images, failed = find_images(options.inputs, options.pattern)
     previous = _check_outputs(images, job, model.classes, options.overwrite)
-    workers = volumes_at_a_time(len(images), device) if options.workers is None else options.workers
+    workers = num_inference_workers(len(images), device) if options.workers is None else options.workers
     predictor = load_weights(model, weights, options.device)  # also in front of workers: its errors come at once
     if images:
         write_label_tables(job.out, model.classes, job.raw_ids)

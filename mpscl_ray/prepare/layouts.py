@@ -52,11 +52,13 @@ def scan(folder: Path, layout: str, options: LayoutOptions) -> Scan:
     cases, table, used = LAYOUTS[layout](listing, options)
     if layout in ("mmwhs", "tfrecord", "npy") and options.modality is not None:
         cases = [case for case in cases if case.modality == options.modality]
-    strays = [path for path in listing.files if path not in used]
+    unmatched_files = [path for path in listing.files if path not in used]
     if not cases and not listing.problems:
-        raise DataError(_nothing_found(listing, layout, options, strays))
-    if strays:
-        listing.notices.append(f"files that are not part of the layout, {len(strays)}: {listing.some(strays)}")
+        raise DataError(_nothing_found(listing, layout, options, unmatched_files))
+    if unmatched_files:
+        listing.notices.append(
+            f"files that are not part of the layout, {len(unmatched_files)}: {listing.some(unmatched_files)}"
+        )
     cases = sorted((_with_patient(case, options, listing.problems) for case in cases), key=_natural)
     _check_ids(listing, cases)
     return Scan(tuple(cases), table, tuple(listing.problems), tuple(listing.notices))
@@ -68,8 +70,8 @@ def _natural(case: SourceCase) -> list[tuple[int, int | str]]:
     return [(0, int(part)) if part.isdecimal() else (1, part) for part in parts if part]
 
 
-def _nothing_found(listing: Listing, layout: str, options: LayoutOptions, strays: Sequence[Path]) -> str:
-    dicom = [path for path in strays[:200] if is_dicom(path)]
+def _nothing_found(listing: Listing, layout: str, options: LayoutOptions, unmatched_files: Sequence[Path]) -> str:
+    dicom = [path for path in unmatched_files[:200] if is_dicom(path)]
     if dicom:
         return (
             f"{listing.root}: holds DICOM files (e.g. {listing.relative(dicom[0])}), which are not read; convert them "

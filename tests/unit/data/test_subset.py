@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mpscl_ray.data.loader import LocalSlices, SliceStream
-from mpscl_ray.data.subset import ChosenSlices
+from mpscl_ray.data.subset import SubsetSlices
 from tests.tiny import make_dataset
 
 
@@ -18,7 +18,7 @@ def test_rows_and_labels_stay_together(tmp_path: Path, own: bool) -> None:
     every = next(slices.fetch([np.arange(slices.rows)]))
     rows = np.array([2, 3, 11, 17])
     labels = np.arange(4 * 32 * 32, dtype=np.uint8).reshape(4, 32, 32) if own else None
-    chosen = ChosenSlices(slices, rows, labels)
+    chosen = SubsetSlices(slices, rows, labels)
     assert chosen.rows == 4
     expected = every["label"][rows] if labels is None else labels
     batches = [np.array([3, 0]), np.array([1]), np.array([1, 2, 3])]

@@ -21,11 +21,11 @@ from mpscl_ray.predict.image import Job, outputs, predict_image
 from mpscl_ray.predict.model import Checkpoint, Domain, Model, find_checkpoint, read_model
 from mpscl_ray.predict.predictor import (
     Predictor,
+    cached_predictor,
     choose_device,
     keep_largest_component,
     load_segmenter,
-    segmenter_of_worker,
-    volumes_at_a_time,
+    num_inference_workers,
 )
 from mpscl_ray.runs import checkpoint
 from mpscl_ray.runs.run_directory import RunFolder
@@ -168,7 +168,7 @@ def test_relative_paths_lead_to_the_same_weights_from_another_folder(
         told = dataclasses.replace(predictor.weights, path=folder.relative(predictor.weights.path))
         with monkeypatch.context() as elsewhere:
             elsewhere.chdir("/")
-            worker = segmenter_of_worker(str(tmp_path / "runs" / "run"), told, number, "cpu")
+            worker = cached_predictor(str(tmp_path / "runs" / "run"), told, number, "cpu")
         assert torch.equal(worker.network.conv1.weight, expected), name
 
 
@@ -233,8 +233,8 @@ def test_the_device_is_checked() -> None:
         choose_device("cuda:99")
     with pytest.raises(ConfigError, match="no device"):
         choose_device("gpu")
-    assert volumes_at_a_time(3, torch.device("cpu")) == 0
-    assert volumes_at_a_time(1000, torch.device("cuda")) == 0
+    assert num_inference_workers(3, torch.device("cpu")) == 0
+    assert num_inference_workers(1000, torch.device("cuda")) == 0
 
 
 def test_only_the_largest_part_of_each_structure_is_kept() -> None:
