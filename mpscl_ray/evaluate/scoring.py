@@ -1,6 +1,6 @@
-"""The scores of a trained segmenter on the labelled volumes of a prepared dataset.
+"""Scoring a trained segmenter on the labelled volumes of a prepared dataset.
 
-Every slice of a volume is predicted, and measured is the whole volume on the grid that it was prepared on.
+Every slice of a volume is predicted, and the whole volume is scored on the grid that it was prepared on.
 """
 
 from __future__ import annotations
@@ -146,8 +146,7 @@ def find_dataset(run: str, model: Model, data: Path | str | None) -> tuple[Path 
     if data is None:
         if target.dataset is None or not target.dataset.exists():
             raise DataError(
-                f"the target dataset of the run {run}, {target.dataset}, is not there any more; give its folder with "
-                "--data"
+                f"the target dataset of the run {run}, {target.dataset}, no longer exists; give its folder with --data"
             )
         folder = target.dataset
     else:
@@ -189,20 +188,22 @@ def _dataset_notices(manifest: Manifest, domain: Domain | None, cases: list[Case
         notices.append(f"{total - len(cases)} of {total} cases have no label and are left out")
     leaking = sum(case.cropped_around_labels for case in cases)
     if leaking:
-        notices.append(f"the crop of {leaking} volumes was placed by their own labels, which flatters a little")
+        notices.append(
+            f"the crop of {leaking} volumes was placed by their own labels, so their scores are slightly too good"
+        )
     if any(case.spacing_mm is None for case in cases):
-        notices.append("the voxel size of some volumes is not known, so they have no distance in mm, only in voxels")
+        notices.append("the voxel size of some volumes is unknown, so they have distances in voxels only, not in mm")
     if domain is None:
         notices.append(f"the run was not trained on the modality {manifest.modality}")
     else:
         low, high = manifest.scaling.low, manifest.scaling.high
         if (low, high) != (domain.low, domain.high):
             notices.append(
-                f"the dataset is scaled by the range {low:g} to {high:g}; its slices were brought to {domain.low:g} to "
-                f"{domain.high:g}, by which the run's {domain.modality} is scaled"
+                f"the dataset is scaled by the range {low:g} to {high:g}; its slices were rescaled to {domain.low:g} "
+                f"to {domain.high:g}, the range of the run's {domain.modality}"
             )
         if own and domain.fingerprint not in (None, manifest.fingerprint):
-            notices.append("the dataset was prepared anew since the run used it")
+            notices.append("the dataset was prepared again since the run used it")
     return notices
 
 
@@ -211,7 +212,7 @@ def _dataset_notices(manifest: Manifest, domain: Domain | None, cases: list[Case
 
 @dataclass(frozen=True)
 class _Options:
-    """What scoring a case needs beside the case."""
+    """What a worker needs to score a case."""
 
     run: str
     weights: Checkpoint
@@ -219,9 +220,9 @@ class _Options:
     dataset: Path | Remote
     device: str | None
     scaling: Scaling
-    """Of the dataset."""
+    """Scaling of the dataset."""
     domain: Domain | None
-    """How the run prepared this modality; None where it does not know it."""
+    """How the run prepared this modality; None if the run does not know it."""
     largest_component: bool
     released_protocol: bool
 

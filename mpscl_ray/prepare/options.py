@@ -1,4 +1,4 @@
-"""What ``mpscl_ray.prepare`` can be told, by a command line or a program, and the way back to a command line."""
+"""Options of ``mpscl_ray.prepare``: from the command line, and back to a command line."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ examples:
 """
 
 SLICE_LAYOUTS = ("tfrecord", "npy")
-"""Layouts of what was made into slices before."""
+"""Layouts of inputs that are slices already."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class PrepareOptions:
 
     input: Path
     out: Path | Remote
-    """Each modality becomes a folder of its own in it."""
+    """Each modality becomes a folder in it."""
     layout: str
     modality: str | None = None
     image_pattern: str | None = None
@@ -73,10 +73,10 @@ class PrepareOptions:
     recipe: Recipe = field(default_factory=Recipe)
 
     def __post_init__(self) -> None:
-        """Refuse what no folder could satisfy.
+        """Refuse options that are wrong for every input.
 
         Raises:
-            ConfigError: Naming the option.
+            ConfigError: naming the option.
         """
         if self.layout not in LAYOUTS:
             raise ConfigError(f"--layout {self.layout!r}: expected one of {', '.join(LAYOUTS)}")
@@ -102,10 +102,10 @@ class PrepareOptions:
         return tuple(name for name in SPLITS if name in self.unlabelled or (name == "train" and self.transductive))
 
     def given_range(self, modality: str) -> tuple[float, float, str] | None:
-        """Lower and upper end and origin of the intensity range by ``--range``; None where it is to be estimated.
+        """Lower and upper end and origin of the intensity range by ``--range``; None if it has to be estimated.
 
         Raises:
-            ConfigError: where it is neither a known word nor two numbers, the lower one first.
+            ConfigError: it is neither a known word nor two numbers, the lower one first.
         """
         text = self.range
         published = RELEASED_RANGES.get(modality)
@@ -126,7 +126,7 @@ class PrepareOptions:
         return found[0], found[1], "given"
 
     def command(self) -> str:
-        """Command line that does the same; settings that do not change the dataset are left out."""
+        """Command line that makes the same dataset; options that do not change it are left out."""
         words = ["python", "-m", "mpscl_ray.prepare", str(self.input.absolute())]
         values = {item.name: getattr(self, item.name) for item in fields(self)}
         defaults = {item.name: item.default for item in fields(self)}
@@ -144,7 +144,7 @@ class PrepareOptions:
 
 
 def numbers(text: str) -> list[float] | None:
-    """Numbers with commas between, where it is some."""
+    """Comma-separated numbers; None if the text is something else."""
     try:
         return [float(part) for part in text.split(",")]
     except ValueError:
@@ -166,7 +166,7 @@ def _list(convert: Callable[[str], Any], count: int, example: str) -> Callable[[
         except ValueError:
             parts = ()
         if len(parts) != count:
-            raise argparse.ArgumentTypeError(f"{text!r}: expected {count} numbers with commas between, e.g. {example}")
+            raise argparse.ArgumentTypeError(f"{text!r}: expected {count} comma-separated numbers, e.g. {example}")
         return parts
 
     return parse
@@ -314,8 +314,8 @@ def parse(arguments: Sequence[str]) -> PrepareOptions:
     """Options from the command line.
 
     Raises:
-        ConfigError: where a value cannot be carried out.
-        SystemExit: with code 2 for a wrong usage, 0 after ``--help``.
+        ConfigError: a value is out of range.
+        SystemExit: with code 2 for wrong usage, 0 after ``--help``.
     """
     joined: list[str] = []
     for argument in arguments:

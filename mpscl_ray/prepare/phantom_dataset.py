@@ -1,7 +1,7 @@
 """The phantom hearts as a prepared dataset: made once for a storage folder, by the same code as real data.
 
-Commands may start at the same moment: each makes the hearts in a folder of its own, which gets its name when it is
-whole. Who comes second uses what is there. In a bucket both put the same bytes.
+Several commands may start at the same moment: each makes the hearts in its own folder, which is renamed once it is
+complete. The second command uses what is there. In a bucket both upload the same bytes.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from mpscl_ray.runs.atomic_files import storage_errors, write_atomically
 from mpscl_ray.runs.storage import Remote, locate
 
 PREFIX = "phantom:"
-"""``data.source=phantom:mr`` stands for the dataset that is made here."""
+"""``data.source=phantom:mr`` means the dataset made here."""
 
 MODALITIES = ("mr", "ct")
 
@@ -35,14 +35,14 @@ CASES = {"train": 12, "val": 2, "test": 4}
 """Cases of each modality, by split."""
 
 SEED = 7
-"""Of the hearts; the same for all runs, so that seeds of runs are compared on the same data."""
+"""Seed of the hearts; the same for all runs, so that seeds of runs are compared on the same data."""
 
 RECIPE = Recipe(spacing_mm=(2.4, 2.4, 2.4), crop=(64, 64), crop_depth=44)
 """Coronal slices of 64 x 64 at 2.4 mm, which hold the heart."""
 
 
 def resolve(config: Config) -> Config:
-    """Replace ``phantom:mr`` and ``phantom:ct`` by folders of prepared datasets, making them where they are missing.
+    """Replace ``phantom:mr`` and ``phantom:ct`` by folders of prepared datasets, made first if they are missing.
 
     Raises:
         ConfigError: another word after ``phantom:``.
@@ -65,8 +65,8 @@ def _resolved(config: Config, key: str) -> str:
 def phantom_dataset(storage: Path | Remote, cases: Mapping[str, int] = CASES) -> Path | Remote:
     """Folder with the prepared datasets ``mr`` and ``ct`` of the phantom, made on first use.
 
-    The name of the folder carries a hash of everything that decides what it holds, so that another version of the
-    phantom is another dataset.
+    The folder name has a hash of everything that decides its content: another version of the phantom is another
+    dataset.
 
     Args:
         storage: folder, or folder of a bucket, that the dataset is made in.
@@ -75,22 +75,22 @@ def phantom_dataset(storage: Path | Remote, cases: Mapping[str, int] = CASES) ->
     recipe = json.dumps([*cases.values(), SEED, RECIPE.to_json(), _code_hash()])
     folder = storage / f"phantom-{hashlib.sha256(recipe.encode()).hexdigest()[:8]}"
     prepared = folder / "prepared"
-    if _is_whole(prepared):
+    if _is_complete(prepared):
         return prepared
     print(f"making the phantom hearts in {folder}", flush=True)
     with temporary_output_dir(storage, folder.name) as here:
-        # What lies in this node's cache cannot be prepared on another one.
+        # Other nodes cannot read what is in this node's cache.
         _make(here, str(folder), cases, workers=0 if isinstance(folder, Remote) else None)
         _publish(here, folder)
     return prepared
 
 
-def _is_whole(prepared: Path | Remote) -> bool:
+def _is_complete(prepared: Path | Remote) -> bool:
     return all((prepared / modality / MANIFEST).exists() for modality in MODALITIES)
 
 
 def _make(here: Path, name: str, cases: Mapping[str, int], workers: int | None) -> None:
-    """Make hearts and datasets in a folder that will get another name, which manifests tell already."""
+    """Make hearts and datasets in a folder that will be renamed; manifests have its final name already."""
     count = sum(cases.values())
     raw = here / "nifti"
     make_phantom(raw, count, count, SEED)
@@ -110,7 +110,7 @@ def _make(here: Path, name: str, cases: Mapping[str, int], workers: int | None) 
 
 
 def _publish(here: Path, folder: Path | Remote) -> None:
-    """Give what is whole its name, unless another command was faster."""
+    """Rename or upload the complete folder, unless another command was faster."""
     if isinstance(folder, Remote):
         for modality in MODALITIES:
             upload(here / "prepared" / modality, folder / "prepared" / modality)
@@ -119,14 +119,14 @@ def _publish(here: Path, folder: Path | Remote) -> None:
         try:
             here.rename(folder)
         except OSError:
-            if _is_whole(folder / "prepared"):
+            if _is_complete(folder / "prepared"):
                 return
-            # Half of one, which a killed command of an earlier version left.
+            # An incomplete one, left by a killed command of an earlier version.
             shutil.rmtree(folder, ignore_errors=True)
             here.rename(folder)
 
 
 def _code_hash() -> str:
-    """Hash of the source that makes the hearts: a changed phantom must not be mistaken for the old one."""
+    """Hash of the source that makes the hearts, so that a changed phantom is not mistaken for the old one."""
     sources = [Path(module.__file__ or "").read_bytes() for module in (anatomy, case, shapes, imaging)]
     return hashlib.sha256(b"".join(sources)).hexdigest()

@@ -1,7 +1,7 @@
-"""Images to a dataset for training: what the prepare command does.
+"""The prepare command: images to a dataset for training.
 
-A run reads and checks every file first and reports all it finds at once; only when nothing is wrong, each modality
-appears as a finished folder. Until then its files are in a hidden folder beside, which no command takes for a dataset.
+It first reads and checks every file and reports all problems at once. Only if there are none, each modality appears as
+a finished folder. Until then its files are in a hidden folder next to it, which no command takes for a dataset.
 """
 
 from __future__ import annotations
@@ -40,18 +40,18 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 _WORTH_RAY = 500 * 2**20
-"""Bytes of input below which starting Ray takes longer than the work."""
+"""Bytes of input below which starting Ray takes longer than preparing."""
 _LISTED_PROBLEMS = 50
 _SMALL = 128
 
 
 @dataclass
 class _Dataset:
-    """The dataset of one modality in the making."""
+    """The dataset of one modality while it is made."""
 
     modality: str
     folder: Path
-    """Where its files are until it is finished."""
+    """Temporary output folder."""
     splitting: Splitting
     requests: list[Request]
     notices: list[str]
@@ -66,12 +66,12 @@ def prepare(options: PrepareOptions, *, progress: bool = True) -> dict[str, Path
         progress: whether to show a progress line.
 
     Returns:
-        Modality -> folder of its dataset, here or in a bucket.
+        Modality -> folder of its dataset, local or in a bucket.
 
     Raises:
-        ConfigError: where options are wrong or contradict each other, or a dataset is there already.
-        DataError: listing everything that is wrong with the input; nothing is written then.
-        StorageError: where the output cannot be written.
+        ConfigError: options are wrong or contradict each other, or the dataset exists already.
+        DataError: listing all problems of the input; nothing is written then.
+        StorageError: the output cannot be written.
     """
     found = scan(options.input, options.layout, prepare_plan.layout_options(options))
     table = prepare_plan.label_table(options, found.table)
@@ -123,7 +123,7 @@ def _plan(
     try:
         splitting = prepare_plan.split_cases(options, modality, cases)
     except DataError as error:
-        # The files are still looked at, so that one run finds all that is wrong.
+        # The files are checked all the same, so that one run finds all problems.
         problems.append(str(error))
         splitting = Splitting({"train": tuple(case.id for case in cases), "val": (), "test": ()}, {"method": "none"})
     staging = folder / ".staged"
@@ -136,7 +136,7 @@ def _plan(
 
 
 def _workers(options: PrepareOptions, requests: Sequence[Request]) -> int:
-    """Volumes at a time; 0 where Ray is not worth starting."""
+    """Number of volumes at a time; 0 if starting Ray does not pay off."""
     if options.workers is not None:
         return min(options.workers, len(requests))
     ray = sys.modules.get("ray")
@@ -188,7 +188,7 @@ def _stage(
             owner[request.folder].staged.append(result)
         else:
             wrong.update(result)
-    # Sorted by file; a file that is in two splits is wrong once.
+    # Sorted by file; a file in two splits is reported once.
     problems += sorted(wrong)
 
 
@@ -241,7 +241,7 @@ def _listed(folder: Path, problems: Sequence[str], notices: Sequence[str]) -> st
 
 
 def summary(folder: Path | Remote) -> str:
-    """Text on a finished dataset: its splits, classes, range, and what is worth knowing."""
+    """Text on a finished dataset: splits, classes, range and warnings."""
     manifest = load_manifest(folder)
     lines = [
         f"{manifest.modality}: {folder}",
@@ -273,7 +273,7 @@ def summary(folder: Path | Remote) -> str:
 
 
 def next_command(folders: dict[str, Path | Remote]) -> str:
-    """What to type now; the small preset for slices that a CPU can train on."""
+    """The command to give next, with the small preset for slices that a CPU can train on."""
     first = next(iter(folders.values()))
     source, target = (str(folders["mr"]), str(folders["ct"])) if {"ct", "mr"} <= set(folders) else (str(first), "OTHER")
     preset = "small/mpscl" if max(load_manifest(first).size) <= _SMALL else "mr2ct/mpscl"

@@ -119,7 +119,7 @@ def _labels(
 def _resized(
     image: NDArray[np.float32], label: NDArray[np.uint8] | None, size: tuple[int, int]
 ) -> tuple[NDArray[np.float32], NDArray[np.uint8] | None]:
-    """Slices on another grid, intensities as they were: the volume steps with their normalisation undone."""
+    """Slices on another grid, intensities unchanged: prepared like a volume, the normalisation undone."""
     if image.min() == image.max():
         shape = (len(image), *size)
         return np.full(shape, image.flat[0]), None if label is None else np.zeros(shape, dtype=np.uint8)

@@ -80,8 +80,8 @@ def _read(request: Request, settings: Settings) -> tuple[Volume | None, Volume |
         problems.append(str(error))
     if image is not None and not settings.any_modality and _is_ct_among_mr(image.array, source.modality):
         problems.append(
-            f"{source.images[0]}: the intensities, from {image.array.min():g} on, are Hounsfield units: a CT image "
-            f"among the {source.modality} ones; take it out, or give --any-modality if it is none"
+            f"{source.images[0]}: the intensities, which begin at {image.array.min():g}, are Hounsfield units: a CT "
+            f"image among the {source.modality} ones; take it out, or give --any-modality if it is none"
         )
     if request.keep_labels and source.labels:
         # A label whose own geometry is not trusted need not have any.
@@ -113,7 +113,7 @@ def _class_indices(
 
 
 def _is_ct_among_mr(image: NDArray[np.float32], modality: str) -> bool:
-    """Whether an image of MR is made of whole numbers that begin where the Hounsfield units of air and lung lie."""
+    """Whether an MR image has whole numbers that begin like the Hounsfield units of air and lung."""
     if not modality.lower().startswith("mr") or image.min() > _LUNG_HU[1]:
         return False
     sample = image.ravel(order="K")[:: image.size // 100_000 + 1]
@@ -121,7 +121,7 @@ def _is_ct_among_mr(image: NDArray[np.float32], modality: str) -> bool:
 
 
 def _unusual_intensities(image: NDArray[np.float32], modality: str) -> list[str]:
-    """Intensities that are not those of a raw volume of this modality."""
+    """Warnings on intensities that a raw volume of this modality does not have."""
     low, high = float(image.min()), float(image.max())
     notices = []
     if modality.lower().startswith("mr") and low <= -500:
@@ -138,5 +138,5 @@ def _unusual_intensities(image: NDArray[np.float32], modality: str) -> list[str]
     elif abs(mean) < 0.02 and abs(deviation - 1) < 0.02:
         notices.append("intensities have mean 0 and deviation 1, as if z-scored already; they are normalised again")
     elif low >= 0 and high <= 255 and bool(np.all(image == np.rint(image))):
-        notices.append("intensities are whole numbers within 0..255, as if reduced to 8 bits before")
+        notices.append("intensities are whole numbers within 0..255, as if reduced to 8 bits")
     return notices

@@ -80,7 +80,7 @@ def test_order_is_frozen_for_all_time() -> None:
 
 
 def test_permutations_are_uniform() -> None:
-    """Each row is equally likely at each place: 4000 permutations of 5, each cell 800 +- 25 (1 sd)."""
+    """Each row is equally likely at each position: 4000 permutations of 5, each cell 800 +- 25 (1 sd)."""
     table = np.zeros((5, 5), dtype=int)
     for epoch in range(4000):
         table[np.arange(5), epoch_permutation(9, "source", epoch, 5)] += 1

@@ -165,10 +165,10 @@ def test_relative_paths_lead_to_the_same_weights_from_another_folder(
         predictor = load_segmenter(Path("runs") / "run", name, device="cpu")
         assert torch.equal(predictor.network.conv1.weight, expected), name
         assert predictor.weights is not None
-        told = dataclasses.replace(predictor.weights, path=folder.relative(predictor.weights.path))
+        given = dataclasses.replace(predictor.weights, path=folder.relative(predictor.weights.path))
         with monkeypatch.context() as elsewhere:
             elsewhere.chdir("/")
-            worker = cached_predictor(str(tmp_path / "runs" / "run"), told, number, "cpu")
+            worker = cached_predictor(str(tmp_path / "runs" / "run"), given, number, "cpu")
         assert torch.equal(worker.network.conv1.weight, expected), name
 
 
@@ -229,7 +229,7 @@ def test_what_cannot_be_loaded_is_said_in_a_sentence(tmp_path: Path) -> None:
 def test_the_device_is_checked() -> None:
     assert choose_device("cpu") == torch.device("cpu")
     assert choose_device().type == ("cuda" if torch.cuda.is_available() else "cpu")
-    with pytest.raises(ConfigError, match="GPUs can be used here"):
+    with pytest.raises(ConfigError, match="usable GPUs"):
         choose_device("cuda:99")
     with pytest.raises(ConfigError, match="no device"):
         choose_device("gpu")
@@ -251,7 +251,7 @@ def test_only_the_largest_part_of_each_structure_is_kept() -> None:
 
 
 class Levels(nn.Module):
-    """A segmenter that tells three intensities apart, so that what it finds is known beforehand."""
+    """A segmenter that separates three intensities, so that its result is known beforehand."""
 
     num_classes = 3
 

@@ -36,7 +36,7 @@ def test_a_finished_dataset_is_not_replaced_unasked(source: Path) -> None:
     assert [path.name for path in (source.parent / "out").iterdir()] == ["ct"]
 
 
-def test_something_else_in_the_place_is_never_touched(source: Path) -> None:
+def test_something_else_in_the_output_folder_is_never_touched(source: Path) -> None:
     precious = source.parent / "out" / "ct" / "thesis.txt"
     precious.parent.mkdir(parents=True)
     precious.write_text("years of work")
@@ -93,7 +93,7 @@ def test_an_output_that_cannot_be_written(source: Path, tmp_path: Path, place: s
         prepare(options(source, out=tmp_path / place), progress=False)
 
 
-def test_a_full_disk_is_told_and_leaves_nothing(source: Path) -> None:
+def test_a_full_disk_is_reported_and_leaves_nothing(source: Path) -> None:
     script = (
         "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (10000, 10000)); "
         "sys.argv[0] = 'prepare'; runpy.run_module('mpscl_ray.prepare', run_name='__main__')"

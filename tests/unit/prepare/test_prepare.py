@@ -1,4 +1,4 @@
-"""Images to datasets: what comes out."""
+"""Images to datasets: the results."""
 
 from __future__ import annotations
 
@@ -184,7 +184,7 @@ def test_unlabelled_splits_get_no_labels_and_theirs_are_not_even_read(source: Pa
     assert all(case.labelled for case in (*manifest.split("val"), *manifest.split("test")))
     assert "label" not in read_case(folder, manifest.split("train")[0])
     assert "labels left out of train" in manifest.steps
-    # Crops are then placed alike for all, without labels.
+    # All crops are then placed without labels.
     assert manifest.recipe["centre"] == "image"
     assert not any(case.cropped_around_labels for case in manifest.cases)
 
