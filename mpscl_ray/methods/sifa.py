@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mpscl_ray.config import OptimConfig, PrecisionConfig, SIFAConfig
-from mpscl_ray.data.sampler import stream_key
+from mpscl_ray.data.sampler import derive_seed
 from mpscl_ray.distributed import collectives
 from mpscl_ray.distributed.batch_norm import batch_norms
 from mpscl_ray.methods import base
@@ -118,7 +118,8 @@ class SIFA:
         self._guards = {name: NonFiniteGuard(self.device) for name in self.networks}
         self._flag = torch.zeros((), dtype=torch.float32, device=self.device)
         self._pools = {
-            name: ImagePool(self.config.pool_size, stream_key(self.seed, "pool", name)) for name in ("source", "target")
+            name: ImagePool(self.config.pool_size, derive_seed(self.seed, "pool", name))
+            for name in ("source", "target")
         }
 
     def start_phase(self, iterations: int) -> None:
@@ -142,7 +143,7 @@ class SIFA:
         decay = 0.9 ** (iteration // c.segmenter_decay_every) if c.segmenter_decay_every else 1.0
         for name, optimiser in self._optimisers.items():
             optimiser.start_iteration(iteration, self._iterations, decay if name == "segmenter" else 1.0)
-        self._dropout.manual_seed(stream_key(self.seed, "dropout", iteration) % 2**63)
+        self._dropout.manual_seed(derive_seed(self.seed, "dropout", iteration) % 2**63)
         counts = collectives.all_reduce_sum(class_counts(labels, self.num_classes))
         metrics: dict[str, Tensor] = {}
 

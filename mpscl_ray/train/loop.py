@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mpscl_ray.config import SOURCE_ONLY, Config, is_adaptation, reads_target
 from mpscl_ray.data import TARGET_DOMAIN
-from mpscl_ray.data.loader import Slices, tensors
+from mpscl_ray.data.loader import Slices, collate
 from mpscl_ray.data.slice_selection import evenly_spaced
 from mpscl_ray.distributed import collectives
 from mpscl_ray.errors import ConfigError, DataError
@@ -320,7 +320,7 @@ class _Training:
     def _show_panel(self, method: Method, slices: Slices) -> None:
         """Predict evenly spaced slices of the first volume, the ends left out."""
         _, arrays = next(slices.volumes())
-        volume = tensors(arrays)
+        volume = collate(arrays)
         chosen = torch.from_numpy(evenly_spaced(np.arange(len(volume["image"])), PANEL_SLICES))
         images = volume["image"][chosen]
         predictions = method.predict(images.to(self.device)).argmax(1).cpu()
