@@ -34,6 +34,8 @@ def check(words: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> No
             assert (ROOT / parsed["runtime_env"]).exists()
         check(list(parsed["entrypoint"]), folder, monkeypatch)
         return
+    if words[0] == "mpscl-ray":
+        words = ["python", "-m", f"mpscl_ray.{words[1]}", *words[2:]]
     assert words[:2] == ["python", "-m"], words
     package, *arguments = words[2:]
     command = importlib.import_module(f"{package}.command")
