@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from mpscl_ray.config.help import field_docs
 from mpscl_ray.config.load import (
     PRESETS,
     config_from_dict,
-    describe_keys,
     differences,
-    field_docs,
     load_config,
     preset_names,
+    require_datasets,
     to_dict,
     to_yaml,
 )
@@ -66,7 +66,6 @@ __all__ = [
     "ScalingConfig",
     "SegmentationConfig",
     "config_from_dict",
-    "describe_keys",
     "differences",
     "field_docs",
     "flatten",
@@ -77,6 +76,7 @@ __all__ = [
     "read_file",
     "read_overrides",
     "reads_target",
+    "require_datasets",
     "settings_of_phase",
     "to_dict",
     "to_yaml",

@@ -6,15 +6,10 @@ types and values out of range are all reported at once, each with the place it c
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import difflib
 import functools
-import inspect
-import itertools
 import math
-import sys
-import textwrap
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -78,15 +73,6 @@ def to_yaml(config: Config) -> str:
     return yaml.safe_dump(to_dict(config), sort_keys=False, default_flow_style=None, width=100)
 
 
-def describe_keys() -> str:
-    """Every key with its default and meaning, for ``--help``."""
-    lines: list[str] = []
-    for key, default, doc in _documented_keys():
-        lines.append(f"  {key} = {_yaml_scalar(default)}")
-        lines.extend(textwrap.wrap(doc, 106, initial_indent="      ", subsequent_indent="      "))
-    return "\n".join(lines)
-
-
 def differences(one: Config, other: Config) -> dict[str, tuple[Any, Any]]:
     """Keys in which two configs differ, with both values."""
     left, right = dict(flatten(to_dict(one))), dict(flatten(to_dict(other)))
@@ -109,14 +95,18 @@ def _preset_path(preset: str | Path) -> Path:
     if path.suffix in (".yaml", ".yml"):
         if path.is_file():
             return path
-        raise ConfigError(f"there is no preset file {path}; give the path of a YAML file or one of {_listing()}")
-    near = difflib.get_close_matches(str(preset), preset_names(), n=1, cutoff=0.4)
-    hint = f"did you mean '{near[0]}'? " if near else ""
-    raise ConfigError(f"there is no preset '{preset}'; {hint}The presets are {_listing()}")
+        raise ConfigError(f"there is no preset file {path}; {_near_presets(preset)}")
+    raise ConfigError(f"there is no preset '{preset}'; {_near_presets(preset)}")
 
 
-def _listing() -> str:
-    return ", ".join(preset_names())
+def _near_presets(preset: str | Path) -> str:
+    near = difflib.get_close_matches(str(preset).removesuffix(".yaml").removesuffix(".yml"), preset_names(), cutoff=0.5)
+    hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
+    families = sorted({path.parent.name for path in PRESETS.glob("*/*.yaml")})
+    return (
+        f"{hint}Presets are phantom and FAMILY/METHOD with the families {', '.join(families)}, such as small/mpscl; "
+        "python -m mpscl_ray.train --list-presets lists them; a file of your own is given by its path, with .yaml"
+    )
 
 
 def _read_preset(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Setting]:
@@ -126,6 +116,20 @@ def _read_preset(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Setting]:
     own = read_file(path)
     parent = own.pop("preset", None)
     return {**(_read_preset(_preset_path(str(parent.value)), (*seen, path)) if parent else {}), **own}
+
+
+def require_datasets(config: Config) -> None:
+    """Refuse settings without datasets.
+
+    Raises:
+        ConfigError: data.source or data.target is not set.
+    """
+    for key, value in (("data.source", config.data.source), ("data.target", config.data.target)):
+        if not value:
+            raise ConfigError(
+                f"{key} is not set: give the folder of a prepared dataset ({key}=FOLDER); "
+                "python -m mpscl_ray.prepare --help tells how to make one"
+            )
 
 
 def _build(settings: dict[str, Setting], problems: list[str]) -> Config:
@@ -184,7 +188,7 @@ def _explain(section: str, detail: Any, settings: Mapping[str, Setting]) -> str:
     message = detail["msg"][0].lower() + detail["msg"][1:]
     if detail["type"] == "tuple_type":
         message = "expected a list, such as [1, 2]"
-    return f"{key}={_yaml_scalar(settings[key].value if key in settings else detail['input'])} {origin}: {message}"
+    return f"{key}={yaml_scalar(settings[key].value if key in settings else detail['input'])} {origin}: {message}"
 
 
 def _inconsistencies(config: Config) -> list[str]:
@@ -228,61 +232,30 @@ def _adapter(kind: type) -> TypeAdapter[Any]:
 
 @functools.cache
 def _known_keys(method: type) -> frozenset[str]:
-    return frozenset(key for key, _, _ in _leaves(Config, method))
+    return frozenset(key for key, _, _ in setting_fields(Config, method))
 
 
 @functools.cache
 def _free_mappings(method: type) -> tuple[str, ...]:
     """Keys whose value is itself a mapping from names that are not settings."""
-    return tuple(key for key, _, kind in _leaves(Config, method) if dict in _origins(kind))
+    return tuple(key for key, _, kind in setting_fields(Config, method) if dict in _origins(kind))
 
 
-def _documented_keys() -> list[tuple[str, Any, str]]:
-    """(key, default, meaning) of every setting of all methods."""
-    found: dict[str, tuple[str, Any, str]] = {}
-    for kind in METHOD_CONFIGS.values():
-        for key, (owner, item), _ in _leaves(Config, kind):
-            found.setdefault(key, (key, _default(item), field_docs(owner).get(item.name, "")))
-    found.setdefault("method.name", ("method.name", "mpscl", f"The method: {', '.join(METHOD_CONFIGS)}."))
-    return sorted(found.values(), key=lambda entry: _SECTIONS.index(entry[0].partition(".")[0]))
+def setting_fields(kind: type, method: type, prefix: str = "") -> Iterator[tuple[str, tuple[type, Any], Any]]:
+    """Every setting below a dataclass: its key, the class and field that it is, and its type.
 
-
-_SECTIONS = [f.name for f in dataclasses.fields(Config)]
-
-
-def _leaves(kind: type, method: type, prefix: str = "") -> Iterator[tuple[str, tuple[type, Any], Any]]:
+    Args:
+        kind: ``Config``, or one of its sections.
+        method: settings of the method, for the section of that name.
+        prefix: of the keys.
+    """
     hints = typing.get_type_hints(kind)
     for item in dataclasses.fields(kind):
         hint = method if prefix == "" and item.name == "method" else hints[item.name]
         if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-            yield from _leaves(hint, method, f"{prefix}{item.name}.")
+            yield from setting_fields(hint, method, f"{prefix}{item.name}.")
         else:
             yield f"{prefix}{item.name}", (kind, item), hint
-
-
-def _default(item: Any) -> Any:
-    if item.default is not dataclasses.MISSING:
-        return item.default
-    return item.default_factory() if item.default_factory is not dataclasses.MISSING else None
-
-
-@functools.cache
-def field_docs(kind: type) -> dict[str, str]:
-    """Meaning of each field of a dataclass, inherited ones too: the string below it."""
-    docs: dict[str, str] = {}
-    for owner in reversed(kind.__mro__[:-1]):
-        for node, after in itertools.pairwise(_class_bodies(owner.__module__)[owner.__name__]):
-            match node, after:
-                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
-                    docs[name] = " ".join(text.split())
-    return docs
-
-
-@functools.cache
-def _class_bodies(module: str) -> dict[str, list[ast.stmt]]:
-    """Statements of each class of a module."""
-    tree = ast.parse(inspect.getsource(sys.modules[module]))
-    return {node.name: node.body for node in tree.body if isinstance(node, ast.ClassDef)}
 
 
 def _origins(hint: Any) -> set[Any]:
@@ -299,5 +272,6 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _yaml_scalar(value: Any) -> str:
+def yaml_scalar(value: Any) -> str:
+    """A value as YAML on one line, as it is written after ``key=``."""
     return yaml.safe_dump(_plain(value), default_flow_style=True, width=10_000).removesuffix("...\n").strip()

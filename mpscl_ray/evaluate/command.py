@@ -23,7 +23,7 @@ RUN/results/NAME/ gets per_volume.csv, summary.csv, summary.md and summary.json.
 
 def main(arguments: Sequence[str]) -> int:
     """Evaluate one checkpoint and print its table; returns the exit code."""
-    parser = argparse.ArgumentParser(
+    parser = cli.CommandParser(
         prog="python -m mpscl_ray.evaluate",
         description="Dice and average surface distance of a run's segmenter on labelled volumes; every slice counts.",
         epilog=f"{_EXAMPLES}\n{cli.EXIT_CODES}",

@@ -34,16 +34,24 @@ print(json.dumps(found))
 
 CASES = {
     "train": [
-        ("--help", 0, "method.margin_source = 0.4"),
+        ("--help", 0, "* phases.adaptation=250 "),
+        ("--help-all", 0, "method.halve_discriminator_loss=true"),
+        ("mr2ct/clan --help", 0, "method.lambda_local=40.0"),
+        ("--list-presets", 0, "mr2ct/mpscl_released"),
+        ("--version", 0, "torch"),
         ("mr2ct/mpscl --show", 0, "name: mr2ct-mpscl"),
         ("--shwo", 2, "unrecognized arguments: --shwo"),
         ("mr2ct/mpsc", 2, "error: there is no preset 'mr2ct/mpsc'"),
         ("optim.lrr=1", 2, "error: 'optim.lrr' on the command line is not a setting"),
         ("method.margin_source=4", 2, "error: method.margin_source=4 on the command line"),
         ("run.name=a/b", 2, "error: run.name='a/b' must be made of"),
+        ("small/mpscl", 2, "error: data.source is not set"),
     ],
     "tune": [
-        ("--help", 0, "search.reduction = 4"),
+        ("--help", 0, "search.reduction=4"),
+        ("table_v --help-all", 0, "* search.method=grid (default random)"),
+        ("--list-presets", 0, "mr2ct/mpscl_released"),
+        ("--version", 0, "torch"),
         ("contrastive --show", 0, "# shared by all trials: source_only, warm_up"),
         ("--show --warm-up runs/before", 0, "warm_up: runs/before"),
         ("--shwo", 2, "unrecognized arguments: --shwo"),
@@ -52,9 +60,11 @@ CASES = {
         ("optim.lrr=1", 2, "error: 'optim.lrr' on the command line is not a setting"),
         ("search.trials=0", 2, "error: search.trials=0 on the command line"),
         ("--metric dice", 2, "error: search.metric=dice on the command line is not one of"),
+        ("preset=small/mpscl", 2, "error: data.source is not set"),
     ],
     "compare": [
-        ("--help", 0, "systems: source_only, adabn"),
+        ("--help", 0, "  source_only  Lower bound"),
+        ("--version", 0, "torch"),
         ("--shwo", 2, "unrecognized arguments: --shwo"),
         ("mpsc", 2, "error: there is no system mpsc"),
         ("--presets nothing", 2, "error: the presets nothing have no system mpscl"),
@@ -65,6 +75,7 @@ CASES = {
     ],
     "prepare": [
         ("--help", 0, "MM-WHS 2017, as downloaded"),
+        ("--version", 0, "torch"),
         ("--shwo", 2, "required: INPUT, --layout, --out"),
         ("in --layout nothing --out out", 2, "invalid choice: 'nothing'"),
         ("in --layout npy --out gs://bucket", 2, "error: gs:// is not a storage that can be used directly"),
@@ -74,12 +85,14 @@ CASES = {
     ],
     "evaluate": [
         ("--help", 0, "last checkpoint, test split of the target"),
+        ("--version", 0, "torch"),
         ("run --shwo", 2, "unrecognized arguments: --shwo"),
         ("run --split nothing", 2, "invalid choice: 'nothing'"),
         ("run --workers -1", 2, "error: --workers is -1"),
     ],
     "predict": [
         ("--help", 0, "not a medical device"),
+        ("--version", 0, "torch"),
         ("run image.nii --out out --shwo", 2, "unrecognized arguments: --shwo"),
         ("run image.nii --out out --assume-spacing 1,1", 2, "'1,1' is not three sizes"),
         ("run image.nii --out out --workers -1", 2, "error: --workers is -1"),
@@ -87,6 +100,7 @@ CASES = {
     ],
     "report": [
         ("--help", 0, "one run, phase by phase"),
+        ("--version", 0, "torch"),
         ("run --shwo", 2, "unrecognized arguments: --shwo"),
         ("run --out s3://bucket/report", 2, "is a URL, and a report is written to a folder"),
         ("s3://bucket/run", 2, "error: the run s3://bucket/run is in a bucket"),
