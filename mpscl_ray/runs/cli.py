@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import functools
 import gc
 import importlib.metadata
 import io
@@ -79,21 +80,19 @@ class CommandParser(argparse.ArgumentParser):
     """Parser of a command: ``--version``, completion in the shell, and help as it was written."""
 
     def __init__(self, **options: Any) -> None:
-        def formatter(prog: str) -> argparse.HelpFormatter:
-            return argparse.RawDescriptionHelpFormatter(prog, width=help_width())
-
+        formatter = functools.partial(argparse.RawDescriptionHelpFormatter, width=help_width())
         super().__init__(**(options | {"formatter_class": formatter}))
         none = argparse.SUPPRESS  # It is no attribute of the parsed options.
         self.add_argument(
             "--version", action=_VersionAction, nargs=0, dest=none, default=none, help="print the versions and exit"
         )
 
-    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:  # type: ignore[override]
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As argparse does, after answering a shell that completes."""
         self._complete()
         return super().parse_args(args, namespace)
 
-    def parse_intermixed_args(self, args: Any = None, namespace: Any = None) -> Any:  # type: ignore[override]
+    def parse_intermixed_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As argparse does, after answering a shell that completes."""
         self._complete()
         return super().parse_intermixed_args(args, namespace)
