@@ -1,4 +1,4 @@
-"""``python -m mpscl_ray.compare [SYSTEM ...]``: a whole table of methods, seeds and directions, side by side on Ray."""
+"""``python -m mpscl_ray.compare [SYSTEM ...]``: a table of methods, seeds and directions on Ray."""
 
 from __future__ import annotations
 
@@ -89,9 +89,7 @@ def _plan(options: argparse.Namespace) -> Plan:
     for word in overrides:
         key = word.partition("=")[0]
         if key in OF_A_CELL:
-            raise ConfigError(
-                f"{key} is not a setting of a comparison, which makes it itself for each cell; leave it out"
-            )
+            raise ConfigError(f"{key} is not a setting of a comparison, which sets it for each cell; leave it out")
     if options.data:
         overrides += [f"data.source={options.data[0]}", f"data.target={options.data[1]}"]
     given = any(word.startswith(("data.source=", "data.target=")) for word in overrides)

@@ -1,4 +1,4 @@
-"""The settings of a run: what they are, and how they are read. Nothing here needs torch, Ray or numpy."""
+"""The settings of a run, and how they are read. Nothing here imports torch, Ray or numpy."""
 
 from __future__ import annotations
 

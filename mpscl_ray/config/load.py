@@ -1,7 +1,7 @@
 """Reading a run's settings from a preset and ``key=value`` overrides; what they are is in mpscl_ray.config.schema.
 
 One :func:`load_config` serves the command line, a search trial and the reload of a run folder. Unknown keys, wrong
-types and values out of range are all reported at once, each with the place it came from.
+types and values out of range are all reported at once, each with its file and line.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def load_config(preset: str | Path, overrides: Sequence[str] = ()) -> Config:
     Args:
         preset: a name of :func:`preset_names`, or the path or URL of a YAML file with the same keys. A file may name
             the one it builds on under the key ``preset``.
-        overrides: ``section.key=value``; the value is YAML, so ``null``, ``[1, 2]`` and ``true`` mean what they say.
+        overrides: ``section.key=value``; the value is YAML, such as ``null``, ``[1, 2]`` or ``true``.
 
     Raises:
         ConfigError: naming every unknown key (with the nearest known one), wrong type and value out of range, each
@@ -128,36 +128,20 @@ def require_datasets(config: Config) -> None:
         if not value:
             raise ConfigError(
                 f"{key} is not set: give the folder of a prepared dataset ({key}=FOLDER); "
-                "python -m mpscl_ray.prepare --help tells how to make one"
+                "python -m mpscl_ray.prepare --help says how to make one"
             )
 
 
-def _build(settings: dict[str, Setting], problems: list[str]) -> Config:
+def _build(settings: Mapping[str, Setting], problems: list[str]) -> Config:
     """Check keys, types and limits of flat settings; raise one ConfigError with everything that is wrong."""
-    settings = dict(settings)
-    chosen = settings.pop("method.name", Setting("mpscl", "by default"))
+    chosen = settings.get("method.name", Setting("mpscl", "by default"))
     method = METHOD_CONFIGS.get(str(chosen.value))
     if method is None:
         problems.append(f"method.name={chosen.value!r} {chosen.origin} is not one of {', '.join(METHOD_CONFIGS)}")
         method = METHOD_CONFIGS["mpscl"]
-    sections: dict[str, Any] = {f.name: f.default_factory for f in dataclasses.fields(Config)}
-    sections["method"] = method
-    known, of_any_method = _known_keys(method), set[str]().union(*map(_known_keys, METHOD_CONFIGS.values()))
-    free = _free_mappings(method)
-    nested: dict[str, Any] = {}
-    for key, setting in settings.items():
-        if key not in known and not any(key.startswith(f"{name}.") for name in free):
-            if key in of_any_method and "command line" not in setting.origin:
-                continue  # a key of another method, inherited from the preset this one builds on
-            near = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.5)
-            hint = f"did you mean '{near[0]}'?" if near else "see --help for all keys"
-            problems.append(f"'{key}' {setting.origin} is not a setting; {hint}")
-            continue
-        *parents, last = key.split(".")
-        place = nested
-        for parent in parents:
-            place = place.setdefault(parent, {})
-        place[last] = setting.value
+    settings = {key: setting for key, setting in settings.items() if key != "method.name"}
+    nested = _nest(settings, method, problems)
+    sections: dict[str, Any] = {f.name: f.default_factory for f in dataclasses.fields(Config)} | {"method": method}
     built: dict[str, Any] = {}
     for section, kind in sections.items():
         try:
@@ -166,23 +150,42 @@ def _build(settings: dict[str, Setting], problems: list[str]) -> Config:
             details = error.errors()
             fields = [detail["loc"][:1] for detail in details]
             for detail in details:
-                # Of a field that takes a number or a list, what is wrong with the number says more.
+                # If a field takes a number or a list, report what is wrong with the number.
                 if detail["type"] != "tuple_type" or fields.count(detail["loc"][:1]) == 1:
                     problems.append(_explain(section, detail, settings))
     if not problems:
         config = Config(**built)
         problems += _inconsistencies(config)
     if problems:
-        raise ConfigError(
-            "; ".join(problems) if len(problems) == 1 else "\n  ".join(["the settings are wrong:", *problems])
-        )
+        raise ConfigError(problems[0] if len(problems) == 1 else "\n  ".join(["the settings are wrong:", *problems]))
     return config
+
+
+def _nest(settings: Mapping[str, Setting], method: type, problems: list[str]) -> dict[str, Any]:
+    """Nested values of the settings that a method has, and a problem for each unknown key."""
+    known, of_any_method = _known_keys(method), set[str]().union(*map(_known_keys, METHOD_CONFIGS.values()))
+    free = _free_mappings(method)
+    nested: dict[str, Any] = {}
+    for key, setting in settings.items():
+        if key not in known and not any(key.startswith(f"{name}.") for name in free):
+            if key in of_any_method and "command line" not in setting.origin:
+                continue  # A key of another method, inherited from the preset that this one builds on.
+            near = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.5)
+            hint = f"did you mean '{near[0]}'?" if near else "--help-all lists all keys"
+            problems.append(f"'{key}' {setting.origin} is not a setting; {hint}")
+            continue
+        *parents, last = key.split(".")
+        section = nested
+        for parent in parents:
+            section = section.setdefault(parent, {})
+        section[last] = setting.value
+    return nested
 
 
 def _explain(section: str, detail: Any, settings: Mapping[str, Setting]) -> str:
     parts = [section, *(str(part) for part in detail["loc"])]
     key = ".".join(parts)
-    while key not in settings and "." in key:  # positions in a tuple and branches of a union are no keys
+    while key not in settings and "." in key:  # Positions in a tuple and branches of a union are no keys.
         key = key.rpartition(".")[0]
     origin = settings[key].origin if key in settings else "by default"
     message = detail["msg"][0].lower() + detail["msg"][1:]
@@ -192,7 +195,7 @@ def _explain(section: str, detail: Any, settings: Mapping[str, Setting]) -> str:
 
 
 def _inconsistencies(config: Config) -> list[str]:
-    """What each value allows but all of them together do not."""
+    """Sentences for values that are valid each but not together."""
     found: list[str] = []
     least, most = config.scaling.least_workers, config.scaling.most_workers
     if least > most:
@@ -227,7 +230,7 @@ _NAME_CHARACTERS = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123
 
 @functools.cache
 def _adapter(kind: type) -> TypeAdapter[Any]:
-    return TypeAdapter(kind)  # which takes longer than to check a hundred configs with it
+    return TypeAdapter(kind)  # Making one takes longer than checking a hundred configs with it.
 
 
 @functools.cache
@@ -237,7 +240,7 @@ def _known_keys(method: type) -> frozenset[str]:
 
 @functools.cache
 def _free_mappings(method: type) -> tuple[str, ...]:
-    """Keys whose value is itself a mapping from names that are not settings."""
+    """Keys with a mapping as value, from names that are not settings."""
     return tuple(key for key, _, kind in setting_fields(Config, method) if dict in _origins(kind))
 
 

@@ -54,6 +54,7 @@ CASES = {
         ("--version", 0, "torch"),
         ("contrastive --show", 0, "# shared by all trials: source_only, warm_up"),
         ("--show --warm-up runs/before", 0, "warm_up: runs/before"),
+        ("table_v search.trials=0 --shwo --help", 0, "* search.evaluate=all"),
         ("--shwo", 2, "unrecognized arguments: --shwo"),
         ("phantm", 2, "error: there is no space 'phantm'"),
         ("preset=phantm", 2, "error: there is no preset 'phantm'"),

@@ -1,4 +1,4 @@
-"""Settings: presets, overrides, and what is said of wrong ones."""
+"""Settings: presets, overrides, and errors in them."""
 
 from __future__ import annotations
 
@@ -94,11 +94,11 @@ def test_overrides_have_the_types_of_their_fields() -> None:
         ("phases={source_only: 0, warm_up: 0, adaptation: 0}", "0 iterations"),
     ],
 )
-def test_wrong_settings_are_told_plainly(override: str, sentence: str) -> None:
+def test_wrong_settings_are_reported_plainly(override: str, sentence: str) -> None:
     with pytest.raises(ConfigError) as error:
         load_config("phantom", [override])
     assert sentence in str(error.value)
-    assert str(error.value).count(override.split("=")[0] + "=") <= 1, "the same setting is told of twice"
+    assert str(error.value).count(override.split("=")[0] + "=") <= 1, "the same setting is reported twice"
     assert "on the command line" in str(error.value) or override.split("=")[0].split(".")[0] in str(error.value)
 
 
@@ -117,7 +117,7 @@ def test_values_just_beyond_their_limits_are_refused() -> None:
             load_config("phantom", [setting])
 
 
-def test_all_errors_are_told_at_once_with_file_and_line(tmp_path: Path) -> None:
+def test_all_errors_are_reported_at_once_with_file_and_line(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text("preset: small/mpscl\noptim:\n  lr: -1\nmethd:\n  margin_source: 0.1\n", encoding="utf-8")
     with pytest.raises(ConfigError) as error:
@@ -170,7 +170,7 @@ def test_an_empty_mapping_on_the_command_line_is_a_value() -> None:
     assert load_config("phantom", ["optim.legacy_param_repeats={}"]).optim.legacy_param_repeats == {}
 
 
-def test_a_preset_that_changes_between_two_readings_is_read_anew(tmp_path: Path) -> None:
+def test_a_preset_that_changes_between_two_readings_is_read_again(tmp_path: Path) -> None:
     below, file = tmp_path / "below.yaml", tmp_path / "mine.yaml"
     below.write_text("preset: small/mpscl\noptim: {lr: 0.1}\n", encoding="utf-8")
     file.write_text(f"preset: {below}\nrun: {{seed: 1}}\n", encoding="utf-8")
@@ -179,11 +179,11 @@ def test_a_preset_that_changes_between_two_readings_is_read_anew(tmp_path: Path)
         before = path.stat()
         path.write_text(path.read_text(encoding="utf-8").replace(old, new), encoding="utf-8")
         os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
-        assert path.stat().st_size == before.st_size, "neither size nor time tells"
+        assert path.stat().st_size == before.st_size, "size and time are the same"
     assert (load_config(file).optim.lr, load_config(file).run.seed) == (0.2, 2)
 
 
-def test_what_one_reading_lays_over_a_preset_is_not_in_the_next(tmp_path: Path) -> None:
+def test_overrides_of_one_reading_are_not_in_the_next(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text("preset: small/mpscl\noptim: {legacy_param_repeats: {}}\n", encoding="utf-8")
     assert load_config(file, ["optim.legacy_param_repeats.stem=2"]).optim.legacy_param_repeats == {"stem": 2}
