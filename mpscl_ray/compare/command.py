@@ -24,9 +24,10 @@ examples:
   python -m mpscl_ray.compare --data data/mr data/ct --presets mr2ct,ct2mr scaling.workers=2
   python -m mpscl_ray.compare --data s3://hearts/mr s3://hearts/ct --presets small --out s3://hearts/t
 
-The same command again resumes a stopped comparison, tries failed cells again, and may be given
-more systems or seeds. Cells that begin alike train the shared phases once. OUT/comparison.txt, .md,
-.csv and .tex grow with each finished cell. Settings of a system: mpscl_ray.train FAMILY/SYSTEM --help
+The same command again resumes a stopped comparison, tries failed cells again, and may be given more
+systems or seeds. Cells that begin alike train the shared phases once. OUT/comparison.txt, .md, .csv
+and .tex grow with each finished cell. python -m mpscl_ray.train FAMILY/SYSTEM --help shows the
+settings of a system.
 """
 
 
