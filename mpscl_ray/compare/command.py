@@ -22,7 +22,7 @@ examples:
   python -m mpscl_ray.compare source_only mpscl supervised --seeds 1 --directions forward
   python -m mpscl_ray.compare --data data/bssfp data/lge --directions forward --out runs/lge-table
   python -m mpscl_ray.compare --data data/mr data/ct --presets mr2ct,ct2mr scaling.workers=2
-  python -m mpscl_ray.compare --data s3://hearts/mr s3://hearts/ct --presets small --out s3://hearts/t
+  python -m mpscl_ray.compare --data s3://b/mr s3://b/ct --presets small --out s3://b/runs/table
 
 The same command again resumes a stopped comparison, tries failed cells again, and may be given more
 systems or seeds. Cells that begin alike train the shared phases once. OUT/comparison.txt, .md, .csv
