@@ -23,7 +23,7 @@ Writes per_volume.csv, summary.csv, summary.md and summary.json to RUN/results/N
 
 def main(arguments: Sequence[str]) -> int:
     """Evaluate one checkpoint and print its table; returns the exit code."""
-    parser = argparse.ArgumentParser(
+    parser = cli.CommandParser(
         prog="python -m mpscl_ray.evaluate",
         description="Dice and average surface distance of a run's segmenter on labelled volumes, with all slices.",
         epilog=f"{_EXAMPLES}\n{cli.EXIT_CODES}",

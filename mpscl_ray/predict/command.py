@@ -36,7 +36,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = cli.CommandParser(
         prog="python -m mpscl_ray.predict",
         description="Segment NIfTI images with a trained run; label maps have the geometry of the images. For "
         "research, not a medical device.",

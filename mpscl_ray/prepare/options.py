@@ -178,7 +178,7 @@ def _splits(text: str) -> tuple[str, ...]:
 
 def parser() -> argparse.ArgumentParser:
     """The command line of ``mpscl_ray.prepare``."""
-    top = argparse.ArgumentParser(
+    top = cli.CommandParser(
         prog="python -m mpscl_ray.prepare",
         description="Make a dataset for training from images: checked, turned, cropped, normalised, split by patient.",
         epilog=EXAMPLES + cli.EXIT_CODES,

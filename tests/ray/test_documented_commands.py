@@ -19,7 +19,7 @@ import yaml
 import mpscl_ray
 from mpscl_ray.config import load_config, preset_names, to_dict
 from mpscl_ray.config.systems import SYSTEMS
-from mpscl_ray.runs.run_directory import RunFolder
+from mpscl_ray.runs.run_directory import RunDirectory
 from tests.docs.markdown import GUIDES, ROOT, blocks, commands
 from tests.raw_volumes import RAW_IDS, mmwhs, volume, write
 from tests.ray.conftest import Here
@@ -143,7 +143,7 @@ def test_the_commands_fit_together(here: Here, workplace: Path, monkeypatch: pyt
         code, output = here(importlib.import_module(f"mpscl_ray.{name}.command"), *words, **options)
         assert code == 0, f"{text}\n{output}"
     for run in ("hospital", "mr2ct", "tune-contrastive/trials/001"):
-        assert RunFolder(Path("runs") / run).read_status()["state"] == "finished"
+        assert RunDirectory(Path("runs") / run).read_status()["state"] == "finished"
     for file in (
         "data/mr/manifest.json",
         "mmwhs/ct/manifest.json",
