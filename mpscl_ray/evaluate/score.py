@@ -43,13 +43,12 @@ def score(
         ConfigError: one is a file and the other an array, files with a spacing, or a spacing that is none.
         DataError: shapes or grids differ, or values are NaN, not whole, or none of the classes.
     """
-    files = [isinstance(value, str | Path) for value in (prediction, label)]
-    if files[0] != files[1]:
-        raise ConfigError("prediction and label are an array and a file; expected two arrays or two files")
-    if files[0]:
+    if isinstance(prediction, str | Path) and isinstance(label, str | Path):
         if spacing is not None:
             raise ConfigError(f"spacing is {spacing}, but files have their own; leave it out")
-        predicted, true, spacing = _read(Path(prediction), Path(label))  # type: ignore[arg-type]
+        predicted, true, spacing = _read(Path(prediction), Path(label))
+    elif isinstance(prediction, str | Path) or isinstance(label, str | Path):
+        raise ConfigError("prediction and label are an array and a file; expected two arrays or two files")
     else:
         predicted, true = _whole(prediction, "prediction"), _whole(label, "label")
         if predicted.shape != true.shape:

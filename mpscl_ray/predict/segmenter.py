@@ -182,7 +182,8 @@ def load_segmenter(
         ConfigError: there is no such run, checkpoint or device; says which there are.
         DataError: the run has no checkpoint yet, or one that is damaged or does not fit the network.
     """
-    predictor = predictors.load_segmenter(run, checkpoint, device)
+    with torch.random.fork_rng([]):  # a network draws initial weights before it gets its own
+        predictor = predictors.load_segmenter(run, checkpoint, device)
     assert predictor.model is not None
     return TrainedSegmenter(predictor, predictor.model)
 

@@ -107,7 +107,9 @@ def train_segmenter(
         command = shlex.join(["python", "-m", "mpscl_ray.train", str(folder.config_file)])
         folder.write_status("running", resume_command=command)
         try:
-            _train_and_evaluate(settings, folder, on, progress)
+            # Training seeds torch; the caller's random state comes back.
+            with torch.random.fork_rng([on] if on.type == "cuda" else []):
+                _train_and_evaluate(settings, folder, on, progress)
         except KeyboardInterrupt:
             reason = "stopped by KeyboardInterrupt"
             folder.write_status("interrupted", exit_code=Interrupted.exit_code, reason=reason, **_position(folder))
@@ -131,10 +133,8 @@ def _train_and_evaluate(config: Config, folder: RunFolder, device: torch.device,
         warnings.warn(doubt, stacklevel=3)
     data = open_data(config, domains, _open_slices)
     observer = _RunObserver(folder, domains.classes, config.data.batch_size, progress)
-    generators = [device] if device.type == "cuda" else []
     try:
-        # Training seeds torch; the caller's random state comes back.
-        with folder.training(folder.token, rank=0), torch.random.fork_rng(generators):
+        with folder.training(folder.token, rank=0):
             outcome = loop.train(config, data, folder, device, observer)
     finally:
         observer.close()
