@@ -10,7 +10,8 @@ import logging
 import math
 import shlex
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -93,8 +94,7 @@ def train_segmenter(
         raise ConfigError(
             f"run.storage={settings.run.storage} is a URL; give a folder, or train with python -m mpscl_ray.train"
         )
-    chosen = {"cpu": "cpu", "gpu": "cuda"}.get(settings.scaling.device) if device is None else device
-    on = choose_device(chosen)
+    on = choose_device({"cpu": "cpu", "gpu": "cuda"}.get(settings.scaling.device) if device is None else device)
     folder = RunFolder(Path(settings.run.storage) / settings.run.name)
     folder.create()
     with folder.lock():
@@ -104,33 +104,37 @@ def train_segmenter(
                 return _result(folder, settings)
         folder.write_config(to_yaml(settings))
         folder.write_environment()
-        command = shlex.join(["python", "-m", "mpscl_ray.train", str(folder.config_file)])
-        folder.write_status("running", resume_command=command)
-        try:
-            # Training seeds torch; the caller's random state comes back.
-            with torch.random.fork_rng([on] if on.type == "cuda" else []):
-                _train_and_evaluate(settings, folder, on, progress)
-        except KeyboardInterrupt:
-            reason = "stopped by KeyboardInterrupt"
-            folder.write_status("interrupted", exit_code=Interrupted.exit_code, reason=reason, **_position(folder))
-            raise
-        except BaseException as error:
-            code, reason = (
-                (error.exit_code, str(error))
-                if isinstance(error, MpsclError)
-                else (1, f"{type(error).__name__}: {error}")
-            )
-            folder.write_status("failed", exit_code=code, reason=reason, **_position(folder))
-            raise
-        folder.write_status("finished", exit_code=0, **_position(folder))
+        # Training seeds torch; the caller's random state comes back.
+        with _status_written(folder), torch.random.fork_rng([on] if on.type == "cuda" else []):
+            _train_and_evaluate(settings, folder, on, progress)
         return _result(folder, settings)
+
+
+@contextmanager
+def _status_written(folder: RunFolder) -> Iterator[None]:
+    """Write status.json: running, then finished, interrupted or failed. What the block raises is raised."""
+    command = shlex.join(["python", "-m", "mpscl_ray.train", str(folder.config_file)])
+    folder.write_status("running", resume_command=command)
+    try:
+        yield
+    except KeyboardInterrupt:
+        reason = "stopped by KeyboardInterrupt"
+        folder.write_status("interrupted", exit_code=Interrupted.exit_code, reason=reason, **_position(folder))
+        raise
+    except MpsclError as error:
+        folder.write_status("failed", exit_code=error.exit_code, reason=str(error), **_position(folder))
+        raise
+    except BaseException as error:
+        folder.write_status("failed", exit_code=1, reason=f"{type(error).__name__}: {error}", **_position(folder))
+        raise
+    folder.write_status("finished", exit_code=0, **_position(folder))
 
 
 def _train_and_evaluate(config: Config, folder: RunFolder, device: torch.device, progress: bool) -> None:
     config = phantom_dataset.resolve(config, progress=progress)
-    domains, doubts = _read_domains(config, folder)
-    for doubt in doubts:
-        warnings.warn(doubt, stacklevel=3)
+    domains, sentences = _read_domains(config, folder)
+    for sentence in sentences:
+        warnings.warn(sentence, stacklevel=3)  # shown at the line that calls train_segmenter
     data = open_data(config, domains, _open_slices)
     observer = _RunObserver(folder, domains.classes, config.data.batch_size, progress)
     try:

@@ -86,7 +86,7 @@ def segmenter(result: TrainingResult) -> TrainedSegmenter:
 
 @pytest.fixture(scope="module")
 def speckled(result: TrainingResult) -> TrainedSegmenter:
-    """The same with a random head, which sees structures everywhere, and with other intensities of the source."""
+    """The same with a random head, which sees structures everywhere, and with a small crop for the source."""
     predictor = predictors.load_segmenter(result.run, device="cpu")
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -95,7 +95,8 @@ def speckled(result: TrainingResult) -> TrainedSegmenter:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * name.endswith("weight"))
     assert predictor.model is not None
     domains = predictor.model.domains
-    other = dataclasses.replace(domains["source"], low=-9.0)
+    recipe = dataclasses.replace(domains["source"].recipe, crop=(16, 16))
+    other = dataclasses.replace(domains["source"], recipe=recipe)
     return TrainedSegmenter(predictor, dataclasses.replace(predictor.model, domains={**domains, "source": other}))
 
 
@@ -146,6 +147,8 @@ def test_modules_take_the_version_alone_from_the_package() -> None:
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ImportFrom) and node.module == "mpscl_ray":
                 assert {alias.name for alias in node.names} <= {"__version__"} | packages, file
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "mpscl_ray":
+                assert node.attr in {"__version__", "__file__"}, file
 
 
 @pytest.mark.parametrize("name", NAMES)
