@@ -29,7 +29,8 @@ def prepare_dataset(
             --help`` lists.
         progress: whether to show progress lines on standard error.
         options: the other options of the command, with underscores: ``modality="mr"``, ``labels="200=MYO,500=LV"``,
-            ``crop=(192, 192)``, ``spacing_mm=(None, 1.0, 1.0)``.
+            ``crop=(192, 192)``, ``spacing_mm=(None, 1.0, 1.0)``. ``workers=0`` reads one volume after the other in this
+            process; without it Ray is started for more than 500 MB of images.
 
     Returns:
         Modality -> folder of its dataset; it goes into ``data.source`` or ``data.target`` of a config.
