@@ -20,7 +20,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from mpscl_ray.config.methods import ADAPTATION, METHOD_CONFIGS, SOURCE_ONLY, WARM_UP
-from mpscl_ray.config.overrides import Setting, flatten, read_file, read_overrides
+from mpscl_ray.config.overrides import GIVEN, Setting, flatten, read_file, read_overrides
 from mpscl_ray.config.schema import Config
 from mpscl_ray.errors import ConfigError
 from mpscl_ray.runs.storage import S3Path, cache_folder, is_url, parse_location
@@ -34,13 +34,14 @@ def preset_names() -> list[str]:
     return sorted(str(path.relative_to(PRESETS).with_suffix("")) for path in PRESETS.rglob("*.yaml"))
 
 
-def load_config(preset: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a preset (by name, or a YAML file by path) and apply ``key=value`` overrides.
+def load_config(preset: str | Path, overrides: Sequence[str] | Mapping[str, Any] = ()) -> Config:
+    """Read a preset (by name, or a YAML file by path) and apply overrides.
 
     Args:
         preset: a name of :func:`preset_names`, or the path or URL of a YAML file with the same keys. A file may name
             the one it builds on under the key ``preset``.
-        overrides: ``section.key=value``; the value is YAML, such as ``null``, ``[1, 2]`` or ``true``.
+        overrides: ``section.key=value`` words with YAML values, such as ``null``, ``[1, 2]`` or ``true``; or
+            ``{"section.key": value}``.
 
     Raises:
         ConfigError: naming every unknown key (with the nearest known one), wrong type and value out of range, each
@@ -54,6 +55,13 @@ def load_config(preset: str | Path, overrides: Sequence[str] = ()) -> Config:
     )
     given, problems = read_overrides(overrides)
     return _build({**settings, **given}, problems)
+
+
+def override(config: Config, overrides: Sequence[str] | Mapping[str, Any]) -> Config:
+    """The config with some settings changed; overrides and errors as in :func:`load_config`."""
+    given, problems = read_overrides(overrides)
+    own = {key: Setting(value, "in the given config") for key, value in flatten(to_dict(config))}
+    return _build({**own, **given}, problems)
 
 
 def config_from_dict(values: Mapping[str, Any], origin: str = "in the given settings") -> Config:
@@ -168,7 +176,7 @@ def _nest(settings: Mapping[str, Setting], method: type, problems: list[str]) ->
     nested: dict[str, Any] = {}
     for key, setting in settings.items():
         if key not in known and not any(key.startswith(f"{name}.") for name in free):
-            if key in of_any_method and "command line" not in setting.origin:
+            if key in of_any_method and setting.origin not in GIVEN:
                 continue  # A key of another method, inherited from the preset that this one builds on.
             near = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.5)
             hint = f"did you mean '{near[0]}'?" if near else "--help-all lists all keys"

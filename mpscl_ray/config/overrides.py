@@ -21,6 +21,11 @@ class Setting(NamedTuple):
     """Such as ``in small.yaml:4``."""
 
 
+GIVEN = ON_COMMAND_LINE, IN_OVERRIDES = "on the command line", "in the overrides"
+"""Origins of settings that were given for one run. A key of another method is an error there; in a preset it is not,
+because another preset may build on it."""
+
+
 def read_file(path: Path) -> dict[str, Setting]:
     """Flat keys of a YAML file.
 
@@ -59,11 +64,16 @@ def _walk(node: yaml.MappingNode, path: Path, prefix: str = "") -> Iterator[tupl
             yield key, Setting(value, f"in {path.name}:{key_node.start_mark.line + 1}")
 
 
-def read_overrides(overrides: Sequence[str]) -> tuple[dict[str, Setting], list[str]]:
-    """Flat keys of ``section.key=value`` words, and a sentence for each word that is none.
+def read_overrides(overrides: Sequence[str] | Mapping[str, Any]) -> tuple[dict[str, Setting], list[str]]:
+    """Flat keys of overrides, and a sentence for each word that is not ``key=value``.
 
-    The value is YAML, such as ``null``, ``[1, 2]`` or ``true``; a later word replaces an earlier one.
+    Args:
+        overrides: ``section.key=value`` words with YAML values, such as ``null``, ``[1, 2]`` or ``true``; a later word
+            replaces an earlier one. Or a mapping: dotted keys, or sections with mappings of their own.
     """
+    if isinstance(overrides, Mapping):
+        values = ((key, str(value) if isinstance(value, Path) else value) for key, value in flatten(overrides))
+        return {key: Setting(value, IN_OVERRIDES) for key, value in values}, []
     found: dict[str, Setting] = {}
     problems: list[str] = []
     for override in overrides:
@@ -75,7 +85,7 @@ def read_overrides(overrides: Sequence[str]) -> tuple[dict[str, Setting], list[s
             value = yaml.safe_load(text) if text.strip() else ""
         except yaml.YAMLError:
             value = text
-        found |= {name: Setting(part, "on the command line") for name, part in flatten({key: value})}
+        found |= {name: Setting(part, ON_COMMAND_LINE) for name, part in flatten({key: value})}
     return found, problems
 
 

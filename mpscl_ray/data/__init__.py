@@ -8,3 +8,5 @@ TARGET_DOMAIN = "target"
 
 SPLITS = ("train", "val", "test")
 """Parts of a dataset. Each patient is in one of them."""
+
+__all__ = ["SOURCE_DOMAIN", "SPLITS", "TARGET_DOMAIN"]

@@ -41,28 +41,34 @@ RECIPE = Recipe(spacing_mm=(2.4, 2.4, 2.4), crop=(64, 64), crop_depth=44)
 """Coronal slices of 64 x 64 at 2.4 mm, which hold the heart."""
 
 
-def resolve(config: Config) -> Config:
+def resolve(config: Config, *, progress: bool = True) -> Config:
     """Replace ``phantom:mr`` and ``phantom:ct`` by folders of prepared datasets, made first if they are missing.
+
+    Args:
+        config: of a run.
+        progress: whether to say that they are made, and show progress lines.
 
     Raises:
         ConfigError: another word after ``phantom:``.
         StorageError: the storage folder cannot be written.
     """
-    source, target = (_resolved(config, key) for key in ("source", "target"))
+    source, target = (_resolved(config, key, progress) for key in ("source", "target"))
     return dataclasses.replace(config, data=dataclasses.replace(config.data, source=source, target=target))
 
 
-def _resolved(config: Config, key: str) -> str:
+def _resolved(config: Config, key: str, progress: bool) -> str:
     value: str = getattr(config.data, key)
     if not value.startswith(PREFIX):
         return value
     modality = value.removeprefix(PREFIX)
     if modality not in MODALITIES:
         raise ConfigError(f"data.{key}={value}: the phantom has {' and '.join(PREFIX + name for name in MODALITIES)}")
-    return str(phantom_dataset(parse_location(config.run.storage)) / modality)
+    return str(phantom_dataset(parse_location(config.run.storage), progress=progress) / modality)
 
 
-def phantom_dataset(storage: Path | S3Path, cases: Mapping[str, int] = CASES) -> Path | S3Path:
+def phantom_dataset(
+    storage: Path | S3Path, cases: Mapping[str, int] = CASES, *, progress: bool = True
+) -> Path | S3Path:
     """Folder with the prepared datasets ``mr`` and ``ct`` of the phantom, made on first use.
 
     The folder name has a hash of everything that decides its content: another version of the phantom is another
@@ -71,16 +77,18 @@ def phantom_dataset(storage: Path | S3Path, cases: Mapping[str, int] = CASES) ->
     Args:
         storage: folder, or folder of a bucket, that the dataset is made in.
         cases: number of cases of each modality, by split.
+        progress: whether to say that it is made, and show progress lines.
     """
     recipe = json.dumps([*cases.values(), SEED, RECIPE.to_json(), _code_hash()])
     folder = storage / f"phantom-{hashlib.sha256(recipe.encode()).hexdigest()[:8]}"
     prepared = folder / "prepared"
     if _is_complete(prepared):
         return prepared
-    print(f"making the phantom hearts in {folder}", flush=True)
+    if progress:
+        print(f"making the phantom hearts in {folder}", flush=True)
     with temporary_output_dir(storage, folder.name) as here:
         # Other nodes cannot read what is in this node's cache.
-        _make(here, str(folder), cases, workers=0 if isinstance(folder, S3Path) else None)
+        _make(here, str(folder), cases, 0 if isinstance(folder, S3Path) else None, progress)
         _publish(here, folder)
     return prepared
 
@@ -89,7 +97,7 @@ def _is_complete(prepared: Path | S3Path) -> bool:
     return all((prepared / modality / MANIFEST).exists() for modality in MODALITIES)
 
 
-def _make(here: Path, name: str, cases: Mapping[str, int], workers: int | None) -> None:
+def _make(here: Path, name: str, cases: Mapping[str, int], workers: int | None, progress: bool) -> None:
     """Make hearts and datasets in a folder that will be renamed; manifests have its final name already."""
     count = sum(cases.values())
     raw = here / "nifti"
@@ -103,7 +111,8 @@ def _make(here: Path, name: str, cases: Mapping[str, int], workers: int | None) 
         prepare(
             PrepareOptions(
                 raw, dataset.parent, "mmwhs", modality=modality, split=str(file), recipe=RECIPE, workers=workers
-            )
+            ),
+            progress=progress,
         )
         manifest = load_manifest(dataset)
         save_manifest(dataset, dataclasses.replace(manifest, command=manifest.command.replace(str(here), name)))

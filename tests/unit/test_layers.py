@@ -55,7 +55,7 @@ def test_every_package_has_its_place() -> None:
     assert len(ORDER) <= 14
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=module_name)
+@pytest.mark.parametrize("path", sorted({*PACKAGE.rglob("*.py")} - {PACKAGE / "__init__.py"}), ids=module_name)
 def test_imports_go_one_way(path: Path) -> None:
     name = module_name(path)
     own = name.partition(".")[0]
@@ -73,7 +73,7 @@ def test_imports_go_one_way(path: Path) -> None:
 
 def test_what_the_controller_of_ray_train_loads_is_little() -> None:
     """It starts no worker before it has it, so what it does not need makes each training start later."""
-    loaded, left = set(), {"train.ray.failures"}
+    loaded, left = {"__init__"}, {"train.ray.failures"}  # the package itself imports a name when it is first used
     while left:
         name = left.pop()
         loaded.add(name)

@@ -1,0 +1,132 @@
+"""The scores of one label map against another, as arrays or files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from mpscl_ray.data.volumes.label_maps import whole_ids
+from mpscl_ray.data.volumes.nifti import read_label
+from mpscl_ray.errors import ConfigError, DataError
+from mpscl_ray.evaluate.metrics import StructureScore, volume_scores
+
+_MOST_LABELS = 255
+_AFFINE_TOLERANCE_MM = 1e-3
+
+
+def score(
+    prediction: npt.ArrayLike | Path | str,
+    label: npt.ArrayLike | Path | str,
+    *,
+    spacing: float | Sequence[float] | None = None,
+    class_names: Sequence[str] | Mapping[str, int] | None = None,
+) -> dict[str, StructureScore]:
+    """Score each structure of a label map: Dice, average surface distance (ASD), 95th percentile (HD95).
+
+    Args:
+        prediction: label map, (X, Y, Z) or any number of axes; or a NIfTI file.
+        label: the true one on the same grid; or a NIfTI file.
+        spacing: voxel size in mm along each axis of the arrays. None: distances are known in voxels only, and those in
+            mm are NaN. Files bring their own.
+        class_names: names by label value, background first, as :attr:`TrainedSegmenter.class_names`. Or the value of
+            each structure, as :attr:`TrainedSegmenter.label_values`; other values are background then. None: every
+            value but 0 that occurs in either is a structure, and its name is the value.
+
+    Returns:
+        Structure -> its scores: ``dice`` (0 to 1), ``asd_mm``, ``hd95_mm``, ``asd_voxel`` and the others of
+        :class:`StructureScore`. A distance is NaN where the structure is missing in one of the two.
+
+    Raises:
+        ConfigError: one is a file and the other an array, files with a spacing, or a spacing that is none.
+        DataError: shapes or grids differ, or values are NaN, not whole, or none of the classes.
+    """
+    if isinstance(prediction, str | Path) and isinstance(label, str | Path):
+        if spacing is not None:
+            raise ConfigError(f"spacing is {spacing}, but files have their own; leave it out")
+        predicted, true, spacing = _read(Path(prediction), Path(label))
+    elif isinstance(prediction, str | Path) or isinstance(label, str | Path):
+        raise ConfigError("prediction and label are an array and a file; expected two arrays or two files")
+    else:
+        predicted, true = _whole(prediction, "prediction"), _whole(label, "label")
+        if predicted.shape != true.shape:
+            raise DataError(f"the prediction has shape {predicted.shape} and the label {true.shape}; expected the same")
+    if class_names is None:
+        class_names = _values_found(predicted, true)
+    if isinstance(class_names, Mapping):
+        predicted, true = _indices(predicted, class_names), _indices(true, class_names)
+        class_names = ("background", *class_names)
+    if len(class_names) < 2:
+        raise ConfigError(f"class_names has {len(class_names)} names; expected the background and at least a structure")
+    for name, array in (("prediction", predicted), ("label", true)):
+        if array.size and not 0 <= array.min() <= array.max() < len(class_names):
+            raise DataError(
+                f"the {name} has values {array.min()} to {array.max()}; expected 0 to {len(class_names) - 1} for the "
+                f"classes {', '.join(class_names)}"
+            )
+    sizes = _spacing(spacing, predicted.ndim)
+    return {row.structure: row for row in volume_scores(predicted, true, class_names, sizes)}
+
+
+def _read(
+    prediction: Path, label: Path
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], tuple[float, float, float]]:
+    predicted, true = read_label(prediction), read_label(label)
+    if predicted.array.shape != true.array.shape:
+        raise DataError(
+            f"{prediction} has shape {predicted.array.shape} and {label} {true.array.shape}; expected the same grid"
+        )
+    if np.abs(predicted.affine - true.affine).max() > _AFFINE_TOLERANCE_MM:
+        raise DataError(
+            f"the affines of {prediction} and {label} differ by up to "
+            f"{np.abs(predicted.affine - true.affine).max():.3g} mm; expected the same grid, resample one to the other"
+        )
+    return predicted.array.astype(np.int64), true.array.astype(np.int64), true.spacing_mm
+
+
+def _whole(values: npt.ArrayLike, name: str) -> npt.NDArray[np.int64]:
+    array = np.asarray(values)
+    if array.dtype.kind not in "iufb" or array.ndim == 0:
+        raise DataError(f"the {name} is {array.dtype} of shape {array.shape}; expected an array of label values")
+    if array.dtype.kind == "f":
+        whole, good = whole_ids(array.astype(np.float64))
+        if not good.all():
+            wrong = array[~good].flat[0]
+            raise DataError(f"the {name} has the value {wrong:g}; expected whole numbers, as label maps have")
+        array = whole
+    return array.astype(np.int64)
+
+
+def _values_found(predicted: npt.NDArray[np.int64], true: npt.NDArray[np.int64]) -> dict[str, int]:
+    """The values that occur but 0, each under its own name."""
+    values = np.setdiff1d(np.union1d(predicted, true), [0])
+    if not len(values):
+        raise DataError("prediction and label are 0 everywhere, so there is no structure to score; give class_names")
+    if values[0] < 0 or len(values) > _MOST_LABELS:
+        raise DataError(
+            f"prediction and label have {len(values)} values but 0, from {values[0]} to {values[-1]}; expected 1 to "
+            f"{_MOST_LABELS} structures with values above 0"
+        )
+    return {str(value): int(value) for value in values}
+
+
+def _indices(array: npt.NDArray[np.int64], values: Mapping[str, int]) -> npt.NDArray[np.int64]:
+    """The number of each voxel's structure, from 1 on; 0 for every other value."""
+    indices = np.zeros_like(array)
+    for index, value in enumerate(values.values(), start=1):
+        indices[array == value] = index
+    return indices
+
+
+def _spacing(spacing: float | Sequence[float] | None, axes: int) -> list[float] | None:
+    if spacing is None:
+        return None
+    try:
+        sizes = np.broadcast_to(np.asarray(spacing, dtype=np.float64), (axes,))
+    except (TypeError, ValueError):
+        sizes = np.zeros(axes)
+    if not (np.isfinite(sizes) & (sizes > 0)).all():
+        raise ConfigError(f"spacing is {spacing}; expected a size in mm above 0 for each of {axes} axes")
+    return [float(size) for size in sizes]

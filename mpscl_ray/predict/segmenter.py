@@ -1,0 +1,225 @@
+"""A trained segmenter for Python programs: arrays in, label maps out, on the same grid."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from mpscl_ray.data.volumes.nifti import read_image
+from mpscl_ray.data.volumes.nifti_output import write_label_map, write_values
+from mpscl_ray.data.volumes.preprocess import prepare_volume, restore_labels, restore_most_probable
+from mpscl_ray.errors import ConfigError, DataError
+from mpscl_ray.predict import predictor as predictors
+from mpscl_ray.predict.image import output_ids
+from mpscl_ray.predict.model import Checkpoint, Model
+from mpscl_ray.predict.predictor import Predictor, keep_largest_component
+from mpscl_ray.runs.atomic_files import storage_errors
+
+LabelValues = Literal["index", "raw"]
+
+_SMALLEST_VOLUME = 1e-3
+"""Of the unit cell that the normalised columns of an affine span; less is a singular affine."""
+
+
+class TrainedSegmenter:
+    """A segmenter with all that its run knows of preparing a volume. :func:`load_segmenter` makes it.
+
+    Args:
+        predictor: network with its weights.
+        model: how the run prepares volumes.
+    """
+
+    def __init__(self, predictor: Predictor, model: Model) -> None:
+        self._predictor, self._model = predictor, model
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names by the values of the label maps, background first."""
+        return self._predictor.classes
+
+    @property
+    def label_values(self) -> dict[str, int]:
+        """Structure -> its value in the label files of the training data, such as 205 for MYO in MM-WHS.
+
+        Raises:
+            ConfigError: the run does not know them.
+        """
+        return output_ids(self._model, self._model.domains["target"])
+
+    @property
+    def modalities(self) -> dict[str, str]:
+        """``source`` and ``target`` -> the modality, such as ``ct`` or ``mr``."""
+        return {role: domain.modality for role, domain in self._model.domains.items()}
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """Which weights these are: ``name``, ``path``, ``phase``, ``step``, ``selected_by``."""
+        assert self._predictor.weights is not None
+        return self._predictor.weights
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network runs."""
+        return self._predictor.device
+
+    def predict(
+        self,
+        volume: npt.ArrayLike,
+        affine: npt.ArrayLike,
+        *,
+        modality: str = "target",
+        largest_component: bool = False,
+        label_values: LabelValues = "index",
+    ) -> npt.NDArray[np.integer[Any]]:
+        """Segment a volume.
+
+        Args:
+            volume: (X, Y, Z) intensities, any real type, in the order in which a NIfTI file has them.
+            affine: (4, 4), voxel index to RAS+ millimetres, as ``nibabel.load(file).affine``. It says which way the
+                patient lies and how large voxels are.
+            modality: ``target``, ``source``, or the name of one of :attr:`modalities`.
+            largest_component: whether only the largest connected part of each structure is kept.
+            label_values: ``index``: indices into :attr:`class_names`, uint8. ``raw``: those of :attr:`label_values`,
+                int32.
+
+        Returns:
+            (X, Y, Z) label map on the grid of the volume, what the command predict writes.
+
+        Raises:
+            ConfigError: the run does not know the modality.
+            DataError: shape, affine or intensities cannot be used, or the weights give values that are not finite.
+        """
+        table = self._table(label_values)
+        labels = self._predict(_volume(volume), _affine(affine), modality, largest_component, "the volume")
+        return labels if table is None else table[labels]
+
+    def predict_file(
+        self,
+        path: Path | str,
+        out: Path | str,
+        *,
+        modality: str = "target",
+        largest_component: bool = False,
+        label_values: LabelValues = "index",
+    ) -> Path:
+        """Segment a NIfTI file and write the label map in its geometry.
+
+        Args:
+            path: image, ``.nii`` or ``.nii.gz``.
+            out: label map, ``.nii`` or ``.nii.gz``; its folder is made, and a file of that name replaced.
+            modality: see :meth:`predict`.
+            largest_component: see :meth:`predict`.
+            label_values: see :meth:`predict`.
+
+        Returns:
+            ``out``.
+
+        Raises:
+            ConfigError: the run does not know the modality, or ``out`` is the image or no name of a NIfTI file.
+            DataError: the image is damaged or cannot be used.
+            StorageError: ``out`` cannot be written.
+        """
+        path, out = Path(path), Path(out)
+        if not out.name.lower().endswith((".nii", ".nii.gz")):
+            raise ConfigError(f"out is {out}; expected the name of a file that ends in .nii or .nii.gz")
+        if out.resolve() == path.resolve():
+            raise ConfigError(f"out is the image {path} itself; give the label map another name")
+        table = self._table(label_values)
+        image = read_image(path)
+        with storage_errors(out.parent):
+            out.parent.mkdir(parents=True, exist_ok=True)
+        labels = self._predict(image.array, image.affine, modality, largest_component, str(path))
+        if table is None:
+            write_label_map(out, labels, image, self.class_names)
+        else:
+            write_values(out, table[labels], image)
+        return out
+
+    def _table(self, label_values: str) -> npt.NDArray[np.int32] | None:
+        """Value of each class index; None where they are the same."""
+        if label_values not in ("index", "raw"):
+            raise ConfigError(f"label_values is {label_values!r}; expected 'index' or 'raw'")
+        if label_values == "index":
+            return None
+        known = self.label_values
+        return np.array([0, *(known[name] for name in self.class_names[1:])], dtype=np.int32)
+
+    def _predict(
+        self,
+        volume: npt.NDArray[np.float32],
+        affine: npt.NDArray[np.float64],
+        modality: str,
+        largest_component: bool,
+        name: str,
+    ) -> npt.NDArray[np.uint8]:
+        domain = self._model.domain(modality)
+        prepared = prepare_volume(volume, affine, None, replace(domain.recipe, centre="image"), case=name)
+        slices = domain.scale(prepared.image)
+        if any(axis.step != 1.0 for axis in prepared.geometry.axes):
+            # Smoother than the nearest label where slices are coarser than the volume.
+            labels = restore_most_probable(self._predictor.predict_probabilities(slices), prepared.geometry)
+        else:
+            labels = restore_labels(self._predictor.predict_slices(slices), prepared.geometry)
+        return keep_largest_component(labels, len(self.class_names)) if largest_component else labels
+
+
+def load_segmenter(
+    run: Path | str, checkpoint: str = "last", *, device: torch.device | str | None = None
+) -> TrainedSegmenter:
+    """The segmenter of a run, ready to predict.
+
+    Args:
+        run: folder of the run, or its URL.
+        checkpoint: ``last``, ``best``, the name of a phase (``source_only``, ``warm_up``, ``adaptation``) for its end,
+            the name of one in the run's ``checkpoints``, or a path.
+        device: ``cpu``, ``cuda`` or ``cuda:N``; None takes a GPU where there is one.
+
+    Raises:
+        ConfigError: there is no such run, checkpoint or device; says which there are.
+        DataError: the run has no checkpoint yet, or one that is damaged or does not fit the network.
+    """
+    with torch.random.fork_rng([]):  # a network draws initial weights before it gets its own
+        predictor = predictors.load_segmenter(run, checkpoint, device)
+    assert predictor.model is not None
+    return TrainedSegmenter(predictor, predictor.model)
+
+
+def _volume(volume: npt.ArrayLike) -> npt.NDArray[np.float32]:
+    array = np.asarray(volume)
+    if array.ndim != 3 or not array.size:
+        raise DataError(f"the volume has shape {array.shape}; expected three axes (X, Y, Z), none of them empty")
+    if array.dtype.kind not in "iufb":
+        raise DataError(f"the volume holds {array.dtype}; expected real numbers")
+    with np.errstate(over="ignore"):
+        converted = array.astype(np.float32)
+    broken = int(array.size - np.count_nonzero(np.isfinite(converted)))
+    if broken:
+        raise DataError(
+            f"the volume has {broken} voxels that are NaN, infinite or beyond single precision; expected finite "
+            "intensities"
+        )
+    if converted.min() == converted.max():
+        raise DataError(f"the volume has the intensity {converted.flat[0]:g} in every voxel, so it shows nothing")
+    return converted
+
+
+def _affine(affine: npt.ArrayLike) -> npt.NDArray[np.float64]:
+    try:
+        matrix = np.asarray(affine, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise DataError("the affine is no matrix of numbers; expected (4, 4), voxel index to RAS+ mm") from error
+    if matrix.shape != (4, 4):
+        raise DataError(f"the affine has shape {matrix.shape}; expected (4, 4), voxel index to RAS+ mm")
+    if not np.isfinite(matrix).all():
+        raise DataError("the affine has numbers that are not finite; expected (4, 4), voxel index to RAS+ mm")
+    if not np.array_equal(matrix[3], [0, 0, 0, 1]):
+        raise DataError(f"the last row of the affine is {matrix[3].tolist()}; expected [0, 0, 0, 1]")
+    sizes = np.sqrt((matrix[:3, :3] ** 2).sum(axis=0))
+    if sizes.min() == 0 or abs(np.linalg.det(matrix[:3, :3] / sizes)) < _SMALLEST_VOLUME:
+        raise DataError("the affine is singular, so voxels have no volume; expected three independent directions")
+    return matrix

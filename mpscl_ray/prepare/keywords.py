@@ -1,0 +1,51 @@
+"""Prepare a dataset from Python: the options of the prepare command as keyword arguments."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from pathlib import Path
+from typing import Any
+
+from mpscl_ray.data.volumes.recipe import Recipe
+from mpscl_ray.errors import ConfigError
+from mpscl_ray.prepare.options import PrepareOptions
+from mpscl_ray.prepare.run import prepare
+from mpscl_ray.runs.storage import S3Path, parse_location
+
+_RECIPE = frozenset(item.name for item in dataclasses.fields(Recipe))
+_OPTIONS = frozenset(item.name for item in dataclasses.fields(PrepareOptions)) - {"input", "out", "layout", "recipe"}
+
+
+def prepare_dataset(
+    images: Path | str, out: Path | str, layout: str, *, progress: bool = False, **options: Any
+) -> dict[str, Path | S3Path]:
+    """Make a dataset for training of each modality in a folder of images.
+
+    Args:
+        images: folder with the images and label maps.
+        out: folder, or URL, in which each modality becomes a folder of its own.
+        layout: how files are named: ``mmwhs``, ``folder``, ``nnunet`` and what else ``python -m mpscl_ray.prepare
+            --help`` lists.
+        progress: whether to show progress lines on standard error.
+        options: the other options of the command, with underscores: ``modality="mr"``, ``labels="200=MYO,500=LV"``,
+            ``crop=(192, 192)``, ``spacing_mm=(None, 1.0, 1.0)``. ``workers=0`` reads one volume after the other in this
+            process; without it Ray is started for more than 500 MB of images.
+
+    Returns:
+        Modality -> folder of its dataset; it goes into ``data.source`` or ``data.target`` of a config.
+
+    Raises:
+        ConfigError: an option that does not exist or cannot be carried out, or a dataset is there already.
+        DataError: lists all that is wrong with the files; nothing is written then.
+        StorageError: ``out`` cannot be written.
+    """
+    for name in options.keys() - _RECIPE - _OPTIONS:
+        near = difflib.get_close_matches(name, sorted(_RECIPE | _OPTIONS), n=1)
+        hint = f"did you mean {near[0]!r}?" if near else "python -m mpscl_ray.prepare --help lists them"
+        raise ConfigError(f"{name!r} is not an option of prepare; {hint}")
+    recipe = Recipe(**{name: value for name, value in options.items() if name in _RECIPE})
+    others = {name: value for name, value in options.items() if name in _OPTIONS}
+    return prepare(
+        PrepareOptions(Path(images), parse_location(out), layout, recipe=recipe, **others), progress=progress
+    )
