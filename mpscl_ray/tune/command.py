@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from mpscl_ray.config import describe_keys, preset_names
+from mpscl_ray.config.systems import common_phases
 from mpscl_ray.errors import ConfigError
 from mpscl_ray.runs import cli
 from mpscl_ray.runs.storage import locate
 from mpscl_ray.tune.criteria import CRITERIA, LABEL_FREE
 from mpscl_ray.tune.settings import describe_search
-from mpscl_ray.tune.shared_phases import shared_phases
 from mpscl_ray.tune.space import EXAMPLE, describe_spaces, load_space
 
 if TYPE_CHECKING:
@@ -28,26 +28,26 @@ examples:
   ray job submit --working-dir . -- python -m mpscl_ray.tune mpscl run.storage=/shared/runs
   python -m mpscl_ray.tune mpscl data.source=s3://hearts/mr data.target=s3://hearts/ct run.storage=s3://hearts/runs
 
-The same command again goes on with a search that was stopped: no trial is run twice. Trials run side by side as far as
-the cluster goes; scaling.workers is what one of them takes.
+The same command resumes a search that was stopped: no trial is run twice. As many trials run concurrently as the
+cluster has room for; scaling.workers is what one trial takes.
 """
 
 
 def main(arguments: Sequence[str], fit: Fit | None = None) -> int:
-    """Search, and leave the best settings as a preset, with tables and pictures.
+    """Search, and write the best settings as a preset, with tables and figures.
 
     Args:
         arguments: of the command line.
         fit: what trains; None is Ray Train.
 
     Returns:
-        The exit code: 0, or 130 when the search was stopped and can go on.
+        The exit code: 0, or 130 when the search was stopped and can resume.
     """
     spaces = "spaces:\n" + "\n".join(f"  {name:14s} {text}" for name, text in describe_spaces())
     criteria = "\n".join(f"  {name:24s} {text}" for name, text in CRITERIA.items())
     parser = argparse.ArgumentParser(
         prog="python -m mpscl_ray.tune",
-        description="Search for the settings of a method; the best trials go on, others are stopped (ASHA).",
+        description="Search for the settings of a method; the best trials continue, others are stopped (ASHA).",
         epilog=(
             f"{_EXAMPLES}\n{spaces}\n\na space is a YAML file such as\n{EXAMPLE}\n"
             f"criteria (search.metric), larger is better; label-free default: {LABEL_FREE}\n{criteria}\n\n"
@@ -60,7 +60,7 @@ def main(arguments: Sequence[str], fit: Fit | None = None) -> int:
     add = parser.add_argument
     add("settings", nargs="*", metavar="SPACE | key=value", help="space (default: phantom), preset=NAME and settings")
     add("--metric", help="what trials are compared by, short for search.metric")
-    add("--warm-up", metavar="RUN", help="folder, or URL, of a run whose first phases all trials go on from")
+    add("--warm-up", metavar="RUN", help="folder, or URL, of a run whose first phases all trials start from")
     add("--show", action="store_true", help="print the checked search as YAML and what trials share, and stop")
     add("--dashboard", action="store_true", help="serve the Ray dashboard of a Ray started here")
     options = parser.parse_intermixed_args(list(arguments))
@@ -74,10 +74,10 @@ def main(arguments: Sequence[str], fit: Fit | None = None) -> int:
     space = load_space(spaces_given[0] if spaces_given else "phantom", overrides)
     given = None if options.warm_up is None else locate(options.warm_up)
     if options.show:
-        shared = ", ".join(name for name, _ in shared_phases(space.base, space.keys)) or "nothing"
+        shared = ", ".join(name for name, _ in common_phases(space.base, space.keys)) or "nothing"
         print(f"# shared by all trials: {shared}\n{space.to_yaml(given)}", end="")
         return 0
-    # Imported here: help and refused arguments need not wait for torch and Ray.
+    # Imported here: help and refused arguments do not wait for torch and Ray.
     from mpscl_ray.tune.run import search
 
     return search(space, list(arguments), warm_up=given, dashboard=options.dashboard, fit=fit)

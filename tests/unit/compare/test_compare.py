@@ -102,7 +102,7 @@ def test_every_system_of_the_table_is_recognised_by_its_settings() -> None:
         ("scaling.workers=1", "warm_up"),
         ("phases.warm_up=99", "source_only"),
         ("method.lambda_main=0.5", None),
-        ("optim.lr=1", None),
+        ("optim.lr=1", "source_only"),
         ("run.seed=2", None),
         ("phases.source_only_lr=1", None),
         ("phases.source_only=1", None),

@@ -1,4 +1,4 @@
-"""The systems of the comparison: their presets, their budgets, and the beginnings that they share."""
+"""The systems of the comparison: their presets, their budgets, and the phases that they share."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mpscl_ray.config import Config, load_config, to_yaml
-from mpscl_ray.config.systems import SYSTEMS, beginning, shared_phase
+from mpscl_ray.config.systems import SYSTEMS, phase_fingerprint, shared_phase
 from mpscl_ray.errors import ConfigError
 from mpscl_ray.evaluate.scoring import evaluate_checkpoint
 from mpscl_ray.runs import checkpoint
@@ -46,18 +46,32 @@ def test_what_is_shared_on_the_phantom() -> None:
     assert {name for name in SYSTEMS if shared[name] == "warm_up"} == warmed_up
     assert {name for name in SYSTEMS if shared[name] == "source_only"} == {"adaoutput", "advent", "minent", "clan"}
     assert shared_phase(load_config("phantom/adabn"), load_config("phantom/source_only")) == "source_only"
-    for change in ("run.seed=2", "optim.lr=1e-3", "data.source=phantom:mr", "network.width=8"):
+    for change in ("run.seed=2", "optim.momentum=0.5", "data.source=phantom:mr", "network.width=8"):
         assert shared_phase(load_config("phantom/mpscl", [change]), mpscl) is None, change
     for change in ("method.lambda_main=0.1", "phases.warm_up=99", "optim.lr_discriminator=1e-5"):
         other = load_config("phantom/mpscl", [change])
-        assert beginning(other, "warm_up") != beginning(mpscl, "warm_up"), change
+        assert phase_fingerprint(other, "warm_up") != phase_fingerprint(mpscl, "warm_up"), change
     for change in ("method.beta=0", "run.name=other", "scaling.workers=1", "phases.adaptation=1"):
         assert shared_phase(load_config("phantom/mpscl", [change]), mpscl) == "warm_up", change
     with pytest.raises(ValueError, match="no phase"):
-        beginning(mpscl, "supervised")
+        phase_fingerprint(mpscl, "supervised")
 
 
-def test_phases_that_a_method_has_not_are_told() -> None:
+def test_settings_of_sgd_alone_decide_what_the_source_only_phase_learns(tmp_path: Path) -> None:
+    base = make_pair(tmp_path)
+    length = ["phases.source_only=2", "phases.warm_up=1", "phases.adaptation=1", "phases.source_only_lr=0.01"]
+    changes = ["optim.lr=0.3", "optim.lr_discriminator=0.3", "optim.betas=[0.5,0.6]"]
+    learnt, configs = [], []
+    for name, overrides in (("one", []), ("other", changes)):
+        config = tiny_config(base / "mr", base / "ct", [*length, *overrides])
+        run = train(config, base / name, stop_after=3)[1]
+        learnt.append(checkpoint.load(run.phases / "source_only")["method"]["networks"]["segmenter"])
+        configs.append(config)
+    assert all(torch.equal(tensor, learnt[1][key]) for key, tensor in learnt[0].items())
+    assert shared_phase(*configs) == "source_only"
+
+
+def test_phases_that_a_method_does_not_have_are_named() -> None:
     with pytest.raises(ConfigError, match=r"method.name=sifa has no source-only phase and no warm-up; set phases"):
         load_config("phantom/sifa_v2", ["phases.warm_up=3"])
     with pytest.raises(ConfigError, match=r"method.name=advent has no adaptation; set phases.adaptation=0"):
