@@ -1,4 +1,4 @@
-"""``python -m mpscl_ray.compare [SYSTEM ...]``: a whole table of methods, seeds and directions, side by side on Ray."""
+"""``python -m mpscl_ray.compare [SYSTEM ...]``: a whole table of methods, seeds and directions, run on Ray."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from mpscl_ray.compare.cells import DIRECTIONS, OF_A_CELL, Plan, base_config
+from mpscl_ray.compare.cells import DIRECTIONS, SET_BY_COMPARISON, Plan, check_presets
 from mpscl_ray.config.systems import SYSTEMS
 from mpscl_ray.errors import ConfigError
 from mpscl_ray.runs import cli
@@ -22,8 +22,8 @@ examples:
   python -m mpscl_ray.compare --data data/mr data/ct --presets mr2ct,ct2mr scaling.workers=2 run.storage=/shared/runs
   python -m mpscl_ray.compare --data s3://hearts/mr s3://hearts/ct --presets small --out s3://hearts/runs/table
 
-The same command goes on where it stopped, tries failed cells again, and may be given more systems or seeds. Cells that
-begin alike train the shared phases once. OUT/comparison.txt, .md, .csv and .tex grow with each finished cell.
+The same command resumes a comparison that was stopped, tries failed runs again, and may be given more systems or seeds.
+Phases that runs share are trained once. OUT/comparison.txt, .md, .csv and .tex are updated after each finished run.
 """
 
 
@@ -35,7 +35,7 @@ def main(arguments: Sequence[str], fit: Fit | None = None) -> int:
         fit: what trains; None is Ray Train.
 
     Returns:
-        The exit code: 0 where every cell is finished, 6 where some failed, 130 where it was stopped and can go on.
+        The exit code: 0 where every cell is finished, 6 where some failed, 130 where it was stopped and can resume.
     """
     parser = argparse.ArgumentParser(
         prog="python -m mpscl_ray.compare",
@@ -45,8 +45,10 @@ def main(arguments: Sequence[str], fit: Fit | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("words", nargs="*", metavar="SYSTEM | key=value", help="systems (default: all) and settings for all cells")
-    add("--seeds", default="3", metavar="N", help="number of seeds, from 1 on; or a list such as 1,4,5 (default: 3)")
+    add("words", nargs="*", metavar="SYSTEM | key=value", help="systems (default: all) and settings for all runs")
+    add(
+        "--seeds", default="3", metavar="N", help="number of seeds, starting at 1; or a list such as 1,4,5 (default: 3)"
+    )
     add(
         "--directions",
         default="both",
@@ -55,16 +57,18 @@ def main(arguments: Sequence[str], fit: Fit | None = None) -> int:
     )
     add("--data", nargs=2, metavar=("SOURCE", "TARGET"), help="prepared datasets (default: the phantom hearts)")
     add(
-        "--presets", metavar="FAMILY", help="presets, or two of them by direction (default: phantom; small with --data)"
+        "--presets",
+        metavar="GROUP",
+        help="group of presets, or two groups: forward,backward (default: phantom; small with --data)",
     )
     add("--out", metavar="DIR", help="folder of the comparison, or its URL (default: RUN.STORAGE/compare)")
-    add("--at-once", type=int, metavar="N", help="most cells at a time (default: as many as there is room for)")
+    add("--at-once", type=int, metavar="N", help="runs at a time (default: as many as there is room for)")
     options = parser.parse_intermixed_args(list(arguments))
     plan = _plan(options)
-    base = base_config(plan.families["forward"], plan.overrides)
+    base = check_presets(plan)
     if not base.data.source or not base.data.target:
         raise ConfigError("no data to compare on: give the folders of two prepared datasets with --data SOURCE TARGET")
-    # Imported here: help and refused arguments need not wait for torch and Ray.
+    # Imported here: help and refused arguments do not wait for torch and Ray.
     from mpscl_ray.compare.run import compare
 
     return compare(plan, base, ["python", "-m", "mpscl_ray.compare", *arguments], fit)
@@ -78,16 +82,14 @@ def _plan(options: argparse.Namespace) -> Plan:
         raise ConfigError(f"there is no system {', '.join(unknown)}; the systems are {', '.join(SYSTEMS)}")
     for word in overrides:
         key = word.partition("=")[0]
-        if key in OF_A_CELL:
-            raise ConfigError(
-                f"{key} is not a setting of a comparison, which makes it itself for each cell; leave it out"
-            )
+        if key in SET_BY_COMPARISON:
+            raise ConfigError(f"{key} is not a setting of a comparison, which sets it for each run; leave it out")
     if options.data:
         overrides += [f"data.source={options.data[0]}", f"data.target={options.data[1]}"]
     given = any(word.startswith(("data.source=", "data.target=")) for word in overrides)
-    families = (options.presets or ("small" if given else "phantom")).split(",")
-    if len(families) > 2 or not all(families):
-        raise ConfigError(f"--presets is {options.presets!r}; expected one family, or two of them: forward,backward")
+    groups = (options.presets or ("small" if given else "phantom")).split(",")
+    if len(groups) > 2 or not all(groups):
+        raise ConfigError(f"--presets is {options.presets!r}; expected one group of presets, or two: forward,backward")
     directions = DIRECTIONS if options.directions == "both" else (options.directions,)
     if options.at_once is not None and options.at_once < 1:
         raise ConfigError(f"--at-once is {options.at_once}; expected 1 or more")
@@ -95,10 +97,10 @@ def _plan(options: argparse.Namespace) -> Plan:
         systems=tuple(system for system in SYSTEMS if system in named or not named),
         seeds=_seeds(options.seeds),
         directions=directions,
-        families={"forward": families[0], "backward": families[-1]},
+        preset_groups={"forward": groups[0], "backward": groups[-1]},
         overrides=tuple(overrides),
         out=options.out,
-        at_once=options.at_once,
+        max_concurrent=options.at_once,
     )
 
 

@@ -83,7 +83,7 @@ class Evaluation:
     @property
     def row_label(self) -> str:
         """What this is called in a table; names a choice by target labels as such."""
-        return self.weights.name.replace("_", " ") + (" (oracle)" if self.weights.oracle else "")
+        return self.weights.name + (" (oracle)" if self.weights.oracle else "")
 
     def table(self, style: Style = "text", measures: Sequence[str] | None = None) -> str:
         """The summary as a table with one row."""

@@ -1,4 +1,4 @@
-"""What a report reads: runs as they are now, and one case of their target as their segmenters see it."""
+"""What a report reads: the current state of runs, and their predictions of one case of the target."""
 
 from __future__ import annotations
 
@@ -23,42 +23,37 @@ from mpscl_ray.methods.prototypes import downsample_labels, initial_prototypes, 
 from mpscl_ray.networks.deeplab import DeepLabV2, network_input
 from mpscl_ray.predict.predictor import Checkpoint, Model, Predictor, find_checkpoint, load_weights, read_model
 from mpscl_ray.report.figures.feature_space import FeatureSample, sample_of
-from mpscl_ray.report.figures.segmentations import Segmented, showing, spread
-from mpscl_ray.runs import checkpoint as checkpoints
+from mpscl_ray.report.figures.segmentations import Segmented, evenly_spaced, labelled_slices
+from mpscl_ray.runs import checkpoint
 from mpscl_ray.runs.bucket_run import open_run
 from mpscl_ray.runs.run_directory import RunFolder
 from mpscl_ray.train.feature_log import FeatureRecord
 from mpscl_ray.train.validation import weighted_mean
 
 FEATURE_SLICES = 12
-"""Slices of each domain from which features are drawn."""
+"""Slices of each domain whose features are sampled."""
 
 
 @dataclass(frozen=True)
 class ReportedRun:
-    """A run as it is when the report is made.
-
-    Attributes:
-        folder: of the run.
-        title: its system, with the run's name where another run of the report has the same.
-        system: see :func:`mpscl_ray.config.titles.system_of`.
-        config: nested plain values.
-        model: what it says of its segmenter.
-        records: of metrics.jsonl.
-        looks: of features.jsonl.
-        state: finished, running, stopped or failed, in words.
-        ends: the checkpoints to show: the end of each phase, then the newest one if it is beyond them.
-    """
+    """A run as it is when the report is made."""
 
     folder: RunFolder
     title: str
+    """Its system, with the run's name where several runs of the report have the same system."""
     system: str
+    """See :func:`mpscl_ray.config.titles.system_of`."""
     config: Mapping[str, Any]
+    """Nested plain values."""
     model: Model
     records: Sequence[Mapping[str, Any]]
-    looks: Sequence[Mapping[str, Any]]
+    """Of metrics.jsonl."""
+    feature_records: Sequence[Mapping[str, Any]]
+    """Of features.jsonl."""
     state: str
-    ends: tuple[Checkpoint, ...]
+    """finished, running, stopped or failed, in words."""
+    checkpoints: tuple[Checkpoint, ...]
+    """Those to show: the end of each phase, then the newest one if it is later."""
 
     @property
     def direction(self) -> str:
@@ -68,11 +63,11 @@ class ReportedRun:
 
 
 def read_runs(places: Sequence[Path | str]) -> list[ReportedRun]:
-    """Read runs by their folders or URLs; those of the same system get their names into their titles.
+    """Read runs by their folders or URLs; runs of the same system get their names into their titles.
 
     Raises:
         ConfigError: one is not the folder of a run, or is named twice.
-        DataError: one is damaged, or has not begun to train.
+        DataError: one is damaged, or has not started to train.
     """
     folders = [open_run(place) for place in places]
     addresses = [str(Path(folder.path).resolve()) for folder in folders]
@@ -90,7 +85,7 @@ def read_runs(places: Sequence[Path | str]) -> list[ReportedRun]:
 def _read(folder: RunFolder) -> ReportedRun:
     config = yaml.safe_load(folder.read_config())
     system = system_of(config)
-    looks = {(look["global_step"], look["iteration"]): look for look in FeatureRecord(folder.path).read()}
+    features = {(record["global_step"], record["iteration"]): record for record in FeatureRecord(folder.path).read()}
     return ReportedRun(
         folder=folder,
         title=title_of(system),
@@ -98,9 +93,9 @@ def _read(folder: RunFolder) -> ReportedRun:
         config=config,
         model=read_model(folder),
         records=folder.read_metrics(),
-        looks=list(looks.values()),
+        feature_records=list(features.values()),
         state=_state(folder),
-        ends=_ends(folder, config_from_dict(config, f"in {folder.config_file}").schedule),
+        checkpoints=_checkpoints(folder, config_from_dict(config, f"in {folder.config_file}").schedule),
     )
 
 
@@ -108,28 +103,28 @@ def _state(folder: RunFolder) -> str:
     status = folder.read_status()
     state = str(status.get("state", "unknown"))
     if state == "running" and folder.holder() is None:
-        return "stopped without a word (killed); the same command goes on"
+        return "killed; the same command resumes it"
     place = f" (iteration {status['iteration']} of {status['phase']})" if status.get("phase") else ""
     return state if state == "finished" else f"{state}{place}"
 
 
-def _ends(folder: RunFolder, schedule: Sequence[tuple[str, int]]) -> tuple[Checkpoint, ...]:
-    ends: list[Checkpoint] = []
+def _checkpoints(folder: RunFolder, schedule: Sequence[tuple[str, int]]) -> tuple[Checkpoint, ...]:
+    found: list[Checkpoint] = []
     step = finished = 0
     for name, iterations in schedule:
         step += iterations
         if name in folder.finished_phases():
-            ends.append(find_checkpoint(folder, name)[0])
+            found.append(find_checkpoint(folder, name)[0])
             finished = step
     steps = folder.steps()
-    if steps and checkpoints.step_of(Path(steps[-1])) > finished:
-        ends.append(find_checkpoint(folder, "last")[0])
-    return tuple(ends)
+    if steps and checkpoint.step_of(Path(steps[-1])) > finished:
+        found.append(find_checkpoint(folder, "last")[0])
+    return tuple(found)
 
 
-def end_title(end: Checkpoint) -> str:
-    """What a checkpoint of a run is called in a figure."""
-    return "so far" if end.name == "last" else phase_title(end.name)
+def checkpoint_title(saved: Checkpoint) -> str:
+    """The title of a checkpoint in a figure."""
+    return "so far" if saved.name == "last" else phase_title(saved.name)
 
 
 # ------------------------------------------------------------------------------------------------------- the case
@@ -137,36 +132,33 @@ def end_title(end: Checkpoint) -> str:
 
 @dataclass(frozen=True)
 class ShownCase:
-    """The volume of the target that the figures show.
-
-    Attributes:
-        case: its entry in the manifest.
-        image: (D, H, W).
-        label: (D, H, W); None where it has none.
-    """
+    """The volume of the target that the figures show."""
 
     case: Case
+    """Its entry in the manifest."""
     image: NDArray[np.float32]
+    """(D, H, W)."""
     label: NDArray[np.uint8] | None
+    """(D, H, W); None where it has none."""
 
     @property
     def spacing(self) -> tuple[float, float, float]:
-        """Of the voxels; all alike where it is not known."""
+        """Of the voxels; 1 in all directions where it is not known."""
         return self.case.spacing_mm or (1.0, 1.0, 1.0)
 
 
 def choose_case(run: ReportedRun, name: str | None) -> ShownCase:
     """The case of that name, or the first labelled one of the test split, else validation, else any test case.
 
-    Training cases are only shown where they are asked for, and then without their labels.
+    A training case is only shown where it is asked for, and without its labels.
 
     Raises:
         ConfigError: the target has no such case.
-        DataError: the dataset is gone or damaged, or has no case to show.
+        DataError: the dataset is missing or damaged, or has no case to show.
     """
     dataset = run.model.domains["target"].dataset
     if dataset is None or not dataset.exists():
-        raise DataError(f"the target dataset of the run {run.folder.place}, {dataset}, is not there any more")
+        raise DataError(f"the target dataset of the run {run.folder.place}, {dataset}, does not exist any more")
     manifest = load_manifest(dataset)
     if name is not None:
         found = [case for case in manifest.cases if case.id == name]
@@ -176,31 +168,28 @@ def choose_case(run: ReportedRun, name: str | None) -> ShownCase:
         case = found[0]
     else:
         held_out = [case for split in ("test", "val") for case in manifest.split(split)]
-        held_out.sort(key=lambda case: not case.labelled)  # stable: labelled ones first, each kind in its order
+        held_out.sort(key=lambda case: not case.labelled)  # stable: labelled cases first
         candidates = held_out or [case for split in SPLITS for case in manifest.split(split)]
         if not candidates:
-            raise DataError(f"{dataset} has no case at all")
+            raise DataError(f"{dataset} has no case")
         case = candidates[0]
     arrays = read_case(dataset, case, ("image",) if case.split == "train" else ("image", "label"))
     return ShownCase(case, arrays["image"], arrays.get("label"))
 
 
 @dataclass(frozen=True)
-class Look:
-    """One checkpoint's view of the shown case.
-
-    Attributes:
-        segmented: labels and entropies.
-        step: iterations of all phases.
-        cross_entropy: over the case, weighted by its classes; NaN without a label.
-    """
+class Prediction:
+    """The prediction of one checkpoint for the shown case."""
 
     segmented: Segmented
+    """Labels and entropies."""
     step: int | None
+    """Iterations of all phases."""
     cross_entropy: float
+    """Over the case, weighted by its classes; NaN without a label."""
 
 
-def look_at(predictor: Predictor, shown: ShownCase, title: str) -> Look:
+def predict_case(predictor: Predictor, shown: ShownCase, title: str) -> Prediction:
     """Predict the whole case."""
     probabilities = predictor.predict_probabilities(shown.image)
     entropy = np.zeros(shown.image.shape, np.float32)
@@ -217,24 +206,24 @@ def look_at(predictor: Predictor, shown: ShownCase, title: str) -> Look:
         pixels = np.bincount(shown.label.ravel(), minlength=number)
         loss = weighted_mean(torch.from_numpy(np.stack([sums, pixels], axis=1)))
     step = predictor.weights.step if predictor.weights else None
-    return Look(Segmented(title, labels, entropy), step, loss)
+    return Prediction(Segmented(title, labels, entropy), step, loss)
 
 
-def load(run: ReportedRun, end: Checkpoint, device: str | None) -> Predictor:
+def load(run: ReportedRun, saved: Checkpoint, device: str | None) -> Predictor:
     """The segmenter of a run at one checkpoint."""
-    return load_weights(run.model, end, device)
+    return load_weights(run.model, saved, device)
 
 
 # ------------------------------------------------------------------------------------------------------- features
 
 
 def sample_features(
-    run: ReportedRun, end: Checkpoint, predictor: Predictor, shown: ShownCase
+    run: ReportedRun, saved: Checkpoint, predictor: Predictor, shown: ShownCase
 ) -> tuple[FeatureSample, str] | None:
     """Features of a few slices of a labelled source case and of the shown case, and where the prototypes come from.
 
     Returns:
-        None where the network has no feature map to look at, or the source no labelled case.
+        None where the network has no single feature map, or the source no labelled case.
     """
     network = predictor.network
     dataset = run.model.domains["source"].dataset
@@ -252,7 +241,7 @@ def sample_features(
         ("source", source["image"], source["label"]),
         ("target", shown.image, target_labels),
     ):
-        chosen = spread(showing(label), FEATURE_SLICES)
+        chosen = evenly_spaced(labelled_slices(label), FEATURE_SLICES)
         with torch.inference_mode():
             images = torch.from_numpy(np.array(image[chosen]))[:, None].to(predictor.device)
             maps = network(network_input(images, network.in_channels)).features.float()
@@ -262,9 +251,9 @@ def sample_features(
             prototypes = initial_prototypes(sums, pixels)
         features[domain] = maps.permute(0, 2, 3, 1).flatten(0, 2).cpu().numpy()
         labels[domain] = small.flatten().numpy().astype(np.uint8)
-    stored = checkpoints.load(end.path)["method"].get("prototypes") if end.path.is_dir() else None
+    stored = checkpoint.load(saved.path)["method"].get("prototypes") if saved.path.is_dir() else None
     origin = "class means of the source pixels shown"
     if stored is not None and bool(stored.any()):
-        prototypes, origin = stored, "the method's own"
+        prototypes, origin = stored, "those of the method"
     assert prototypes is not None
     return sample_of(features, labels, prototypes.float().cpu().numpy()), origin

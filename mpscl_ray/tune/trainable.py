@@ -53,7 +53,7 @@ class TrialTask:
 
 
 def train_trial(settings: dict[str, Any], shared: Shared) -> None:
-    """The trainable of Ray Tune. The run's status.json says how it ended, with an MpsclError too, which is not raised."""
+    """The trainable of Ray Tune. How it ended is in the run's status.json; an MpsclError is not raised."""
     task, number = TrialTask(**json.loads(settings["task"])), settings["number"]
     config = config_from_dict(task.config)
     patience_s = 60 * config.run.outage_min

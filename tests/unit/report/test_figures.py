@@ -1,4 +1,4 @@
-"""The parts of the figures that compute: surfaces, errors, shares, means, planes; by hand or against geometry."""
+"""The computations of the figures: surfaces, errors, shares, means, planes; by hand or against geometry."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from mpscl_ray.report.figures.pseudo_labels import selection_curves
 from mpscl_ray.report.figures.segmentations import (
     Segmented,
     confident_share,
+    evenly_spaced,
+    labelled_slices,
     overconfident,
-    showing,
     side_by_side,
-    spread,
 )
 from mpscl_ray.report.figures.style import house_style, png, wrapped
 
@@ -75,7 +75,7 @@ def test_surfaces_of_empty_volumes_are_empty_pictures() -> None:
         assert png(surfaces.surfaces({"nothing": empty, "something": some}, CLASSES, (1, 1, 1))).startswith(b"\x89PNG")
 
 
-def test_confident_errors_are_wrong_and_sure() -> None:
+def test_confident_errors_are_wrong_and_of_low_entropy() -> None:
     truth = np.array([[[0, 1, 2, 1]]], np.uint8)
     column = Segmented("s", np.array([[[0, 2, 1, 1]]], np.uint8), np.array([[[0.0, 0.05, 0.9, 0.5]]], np.float32))
     assert column.confident_errors(truth).tolist() == [[[False, True, False, False]]]
@@ -94,17 +94,19 @@ def test_slices_are_drawn_at_any_size(shape: tuple[int, int, int], labelled: boo
     ]
     with house_style():
         for figure in (
-            side_by_side(images, columns, truth if labelled else None, CLASSES, spread(showing(truth), 4)),
+            side_by_side(
+                images, columns, truth if labelled else None, CLASSES, evenly_spaced(labelled_slices(truth), 4)
+            ),
             overconfident(images, columns, truth if labelled else None, CLASSES),
         ):
             assert png(figure).startswith(b"\x89PNG")
 
 
-def test_slices_that_show_something_are_chosen_evenly() -> None:
+def test_slices_with_structures_are_chosen_evenly() -> None:
     labels = np.zeros((40, 2, 2), np.uint8)
     labels[10:31, 0, 0] = 1
-    assert spread(showing(labels), 3).tolist() == [15, 20, 25]
-    assert showing(np.zeros((3, 2, 2), np.uint8)).tolist() == [0, 1, 2]
+    assert evenly_spaced(labelled_slices(labels), 3).tolist() == [15, 20, 25]
+    assert labelled_slices(np.zeros((3, 2, 2), np.uint8)).tolist() == [0, 1, 2]
 
 
 def test_mean_angle_by_hand() -> None:
@@ -137,7 +139,7 @@ def test_loss_curves_keep_runs_apart_and_mark_phases() -> None:
     figure = losses.loss_curves([losses.Training("one", records), losses.Training("two", records, {12: 0.3})])
     assert [axes.get_title() for axes in figure.axes] == ["one", "two"]
     for axes in figure.axes:
-        assert [text.get_text().strip() for text in axes.texts] == ["source only", "warmed up"]
+        assert [text.get_text().strip() for text in axes.texts] == ["source-only", "warm-up"]
         assert axes.get_xlim()[0] == 10
     assert any(list(line.get_xdata()) == [12] for line in figure.axes[1].lines)
     assert png(losses.loss_curves([losses.Training("a single reading", records[:1])])).startswith(b"\x89PNG")
@@ -178,5 +180,5 @@ def test_systems_have_the_names_of_the_paper(method: dict[str, object], labelled
 
 
 def test_long_titles_take_two_lines() -> None:
-    assert wrapped("source only (CSCL)") == "source only\n(CSCL)"
+    assert wrapped("source-only (CSCL)") == "source-only\n(CSCL)"
     assert wrapped("MPSCL") == "MPSCL"
