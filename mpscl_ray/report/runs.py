@@ -62,23 +62,23 @@ class ReportedRun:
         return f"{domains['source'].modality} to {domains['target'].modality}".upper().replace(" TO ", " to ")
 
 
-def read_runs(places: Sequence[Path | str]) -> list[ReportedRun]:
+def read_runs(runs: Sequence[Path | str]) -> list[ReportedRun]:
     """Read runs by their folders or URLs; runs of the same system get their names into their titles.
 
     Raises:
         ConfigError: one is not the folder of a run, or is named twice.
         DataError: one is damaged, or has not started to train.
     """
-    folders = [open_run(place) for place in places]
+    folders = [open_run(run) for run in runs]
     addresses = [str(Path(folder.path).resolve()) for folder in folders]
     for folder, address in zip(folders, addresses, strict=True):
         if addresses.count(address) > 1:
             raise ConfigError(f"the run {folder.place} is given twice; give each once")
-    runs = [_read(folder) for folder in folders]
-    titles = [run.title for run in runs]
+    found = [_read(folder) for folder in folders]
+    titles = [run.title for run in found]
     return [
         dataclasses.replace(run, title=f"{run.title} ({run.folder.name})") if titles.count(run.title) > 1 else run
-        for run in runs
+        for run in found
     ]
 
 
@@ -104,8 +104,8 @@ def _state(folder: RunFolder) -> str:
     state = str(status.get("state", "unknown"))
     if state == "running" and folder.holder() is None:
         return "killed; the same command resumes it"
-    place = f" (iteration {status['iteration']} of {status['phase']})" if status.get("phase") else ""
-    return state if state == "finished" else f"{state}{place}"
+    position = f" (iteration {status['iteration']} of {status['phase']})" if status.get("phase") else ""
+    return state if state == "finished" else f"{state}{position}"
 
 
 def _checkpoints(folder: RunFolder, schedule: Sequence[tuple[str, int]]) -> tuple[Checkpoint, ...]:

@@ -27,7 +27,7 @@ from mpscl_ray.tune.study import Study
 from mpscl_ray.tune.trainable import STOP_SEARCH, UNREACHABLE, train_trial
 
 RAY_FOLDER = "ray"
-"""Name in the folder of a search of what Ray Tune writes, which is removed at the end."""
+"""Folder in that of a search that Ray Tune writes to; removed at the end."""
 
 TRIAL_MEMORY = 100 * 2**20
 """Bytes of memory that the process beside a trial's workers asks for. It asks for no CPU: the workers get them all."""
@@ -53,7 +53,7 @@ def run_trials(study: Study, parent: RunFolder | None, interruption: Interruptio
         redraw: called several times a second.
 
     Raises:
-        ClusterError, StorageError: a trial could not continue; the trials beside it have ended or wait.
+        ClusterError, StorageError: a trial could not continue; the other trials have ended or wait.
     """
     for name, value in _TUNE_SETTINGS.items():
         os.environ.setdefault(name, value)

@@ -112,7 +112,7 @@ def _search(
             ended = sum(trial.ended for trial in ledger.trials.values())
             raise Interrupted(
                 f"stopped by {interruption.signal_name}; {ended} of {study.sampler.total} trials have ended, "
-                "the others have checkpoints"
+                "those that had started have checkpoints"
             )
     with signals_end("during the evaluation"):
         write_results(study)

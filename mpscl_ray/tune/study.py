@@ -105,7 +105,7 @@ class Study:
             self._folders[number] = open_run(place, patience_s=60 * self.resolved.run.outage_min)
         return self._folders[number]
 
-    # ------------------------------------------------------------------------------------------------ which is next
+    # ------------------------------------------------------------------------------------------------ the next trial
 
     def recover(self) -> None:
         """Complete what an interruption of the search has left half done."""
@@ -161,7 +161,7 @@ class Study:
         )
         return {"number": number, "task": task.to_text()}
 
-    # ------------------------------------------------------------------------------------------------ what happened
+    # ------------------------------------------------------------------------------------------------ events
 
     def trial_started(self, number: int) -> None:
         """A trial's process runs."""

@@ -48,7 +48,7 @@ class TrialTask:
     """What trials are compared by."""
 
     def to_text(self) -> str:
-        """As a string, in which Ray Tune looks for nothing to resolve."""
+        """As a string, which Ray Tune does not search for values to resolve."""
         return json.dumps(asdict(self))
 
 

@@ -38,8 +38,8 @@ def tiny_run(
     outcome, run = train(config, folder, stop_after)
     run.write_config(to_yaml(config))
     run.write_model(launch.model_description(config, launch.load_domains(config)[0]))
-    place = {"phase": outcome.phase, "iteration": outcome.iteration, "global_step": outcome.step}
-    run.write_status("finished" if outcome.state == "finished" else "interrupted", exit_code=0, **place)
+    position = {"phase": outcome.phase, "iteration": outcome.iteration, "global_step": outcome.step}
+    run.write_status("finished" if outcome.state == "finished" else "interrupted", exit_code=0, **position)
     return folder
 
 
@@ -82,7 +82,7 @@ class Page(HTMLParser):
 
 
 def assert_whole(file: Path, names: set[str]) -> Page:
-    """The page needs nothing but itself, and each figure is in it and beside it."""
+    """The page needs no other file, and contains each figure, which is also a file."""
     page = Page(file)
     assert page.tags.isdisjoint({"script", "link", "iframe"})
     assert all(reference.startswith(("data:image/png;base64,", "#")) for reference in page.references)
@@ -113,7 +113,7 @@ def test_a_target_without_labels_gives_fewer_figures_and_says_so(data: Path, tmp
     run = tiny_run(tmp_path / "run", data / "mr", target)
     names = FIGURES | {"angles-run", "pseudo-labels-run", "selection"}
     file = quick([run], tmp_path / "report")
-    # So short a training may predict nothing but background, which leaves a sentence in place of a figure.
+    # So short a training may predict nothing but background, which gives a sentence instead of a figure.
     if "No surfaces are drawn" in Page(file).text:
         names.remove("surfaces")
     page = assert_whole(file, names)
@@ -157,15 +157,15 @@ def test_runs_with_different_targets_have_separate_figures_phase_by_phase(
 def test_a_run_in_a_bucket_is_read_by_its_url(margin: Path, tmp_path: Path) -> None:
     with serve(tmp_path) as server:
         upload_folder(margin, server.folder("runs/margin"))
-        place = server.url("runs/margin")
-        (run,) = read_runs([place])
+        url = server.url("runs/margin")
+        (run,) = read_runs([url])
         (local,) = read_runs([margin])
         assert [saved.name for saved in run.checkpoints] == [saved.name for saved in local.checkpoints]
         assert (run.feature_records, run.records) == (local.feature_records, local.records)
         assert len(FeatureRecord(run.folder.path).read_panels()) == 2
         assert load(run, run.checkpoints[-1], "cpu").weights.step == 12  # type: ignore[union-attr]
         with pytest.raises(ConfigError, match="is in a bucket; give a folder for its report with --out"):
-            report.main([place])
+            report.main([url])
 
 
 def test_training_labels_of_the_target_are_never_read(margin: Path) -> None:
