@@ -30,7 +30,7 @@ class ClusterError(MpsclError):
     exit_code = 4
 
 
-class NoRoom(ClusterError):
+class InsufficientResources(ClusterError):
     """It has no place for workers, which another time it may have."""
 
 

@@ -15,14 +15,14 @@ from torch import Tensor
 
 from mpscl_ray.config import Config
 from mpscl_ray.methods.base import Batch
-from mpscl_ray.runs.run_directory import RunFolder
+from mpscl_ray.runs.run_directory import RunDirectory
 from mpscl_ray.train import loop
-from mpscl_ray.train.loop import Observer, Outcome
+from mpscl_ray.train.loop import Callback, TrainResult
 from tests.tiny import local_data
 
 
-class Watcher(Observer):
-    """Remembers what an observer is told."""
+class Watcher(Callback):
+    """Remembers what a callback is told."""
 
     def __init__(self) -> None:
         self.starts: list[int] = []
@@ -31,20 +31,20 @@ class Watcher(Observer):
         self.validated: list[int] = []
         self.panels: list[tuple[int, Tensor, Tensor, Tensor | None]] = []
 
-    def started(self, step: int) -> None:
+    def on_start(self, step: int) -> None:
         self.starts.append(step)
 
-    def notice(self, text: str) -> None:
+    def on_warning(self, text: str) -> None:
         self.notices.append(text)
 
-    def batch(self, batch: Batch) -> None:
+    def on_batch(self, batch: Batch) -> None:
         self.batches.append(batch)
 
-    def record(self, record: Mapping[str, Any], validated: bool) -> None:
+    def on_metrics(self, record: Mapping[str, Any], validated: bool) -> None:
         if validated:
             self.validated.append(record["global_step"])
 
-    def panel(self, step: int, images: Tensor, predictions: Tensor, labels: Tensor | None) -> None:
+    def on_images(self, step: int, images: Tensor, predictions: Tensor, labels: Tensor | None) -> None:
         self.panels.append((step, images, predictions, labels))
 
 
@@ -52,7 +52,7 @@ class Killed(BaseException):
     """Stands for the end of the process."""
 
 
-class Killer(Observer):
+class Killer(Callback):
     """Kills a run when the metrics of a step have been read, before a checkpoint of that step.
 
     Args:
@@ -62,7 +62,7 @@ class Killer(Observer):
     def __init__(self, when: Callable[[Mapping[str, Any]], bool]) -> None:
         self.when = when
 
-    def record(self, record: Mapping[str, Any], validated: bool) -> None:
+    def on_metrics(self, record: Mapping[str, Any], validated: bool) -> None:
         if self.when(record):
             raise Killed
 
@@ -74,14 +74,14 @@ def train(
     config: Config,
     run: Path,
     stop_after: int | None = None,
-    observer: Observer | None = None,
+    callback: Callback | None = None,
     dtype: torch.dtype = torch.float32,
-) -> tuple[Outcome, RunFolder]:
+) -> tuple[TrainResult, RunDirectory]:
     """Train as one worker of those that there are; ``stop_after`` counts the steps of this call.
 
     The global random states are others at each call, as in another process.
     """
-    folder = RunFolder(run)
+    folder = RunDirectory(run)
     folder.create()
     for seed in (random.seed, np.random.seed, torch.manual_seed):
         seed(next(_CALLS))
@@ -91,9 +91,9 @@ def train(
         local_data(config),
         folder,
         torch.device("cpu"),
-        observer,
+        callback,
         lambda: next(steps) == stop_after,
-        look_every_s=0,
+        poll_interval_s=0,
         dtype=dtype,
     )
     return outcome, folder
@@ -101,7 +101,7 @@ def train(
 
 def train_and_watch(
     config: Config, run: Path, stop_after: int | None, dtype: torch.dtype
-) -> tuple[Outcome, list[list[list[str]]]]:
+) -> tuple[TrainResult, list[list[list[str]]]]:
     """Train; the outcome and, by step and domain, a hash of each slice that was trained on."""
     watcher = Watcher()
     outcome, _ = train(config, run, stop_after, watcher, dtype)

@@ -15,12 +15,12 @@ from mpscl_ray.compare.cells import Cell, CellLedger, Entry
 from mpscl_ray.config import config_from_dict, to_dict
 from mpscl_ray.errors import MpsclError, StorageError
 from mpscl_ray.evaluate.run import evaluate_phases
-from mpscl_ray.runs.bucket_run import open_run
+from mpscl_ray.runs.control_files import STOP_FILE
 from mpscl_ray.runs.fork import fork
 from mpscl_ray.runs.progress import ProgressLine
-from mpscl_ray.runs.run_directory import STOP_FILE, RunFolder
+from mpscl_ray.runs.run_directory import RunDirectory, open_run
 from mpscl_ray.runs.signals import Interruption
-from mpscl_ray.runs.storage import child
+from mpscl_ray.runs.storage import join_location
 from mpscl_ray.train.ray.concurrent import Shared, run_trial
 from mpscl_ray.train.ray.launch import Launch
 
@@ -61,7 +61,7 @@ def run_cell(task: CellTask, shared: Shared) -> dict[str, Any]:
     next_poll = 0.0
 
     def note_phases() -> None:
-        for phase in folder.finished_phases():
+        for phase in folder.store.finished_phases():
             if phase in phases and phase not in before:
                 found["phase_seconds"].setdefault(phase, time.monotonic() - started)
 
@@ -69,21 +69,21 @@ def run_cell(task: CellTask, shared: Shared) -> dict[str, Any]:
         nonlocal next_poll
         if time.monotonic() < next_poll:
             return
-        next_poll = time.monotonic() + folder.look_s
+        next_poll = time.monotonic() + folder.store.poll_interval_s
         # The training itself reports a storage that does not answer.
         with suppress(StorageError):
             note_phases()
-            if comparison.left(STOP_FILE) is not None:
+            if comparison.control_files.read(STOP_FILE) is not None:
                 training.request_stop()
 
     try:
         if task.parent is not None and task.fork_phase is not None:
             fork(folder, open_run(task.parent, patience_s=patience_s), task.fork_phase)
-        before = set(folder.finished_phases())
+        before = set(folder.store.finished_phases())
         outcome = run_trial(config, folder, shared, poll, resume_command=task.resume_command)
         note_phases()
         if outcome.state == "finished":
-            done = evaluate_phases(folder.address, phases[-1:], workers=0, progress=False)
+            done = evaluate_phases(folder.uri, phases[-1:], workers=0, progress=False)
             evaluation = done[phases[-1]]
             found |= {
                 "state": "finished",
@@ -119,7 +119,7 @@ class Comparison:
         self,
         cells: Sequence[Cell],
         ledger: CellLedger,
-        folder: RunFolder,
+        folder: RunDirectory,
         shared: Mapping[str, Shared],
         max_concurrent: int,
         resume_command: str,
@@ -129,7 +129,7 @@ class Comparison:
         self.max_concurrent, self.resume_command, self.finished = max_concurrent, resume_command, finished
         self.waiting = [cell for cell in cells if not is_done(ledger[cell.name])]
         self.running: dict[Any, Cell] = {}
-        self._folders: dict[str, RunFolder] = {}
+        self._folders: dict[str, RunDirectory] = {}
         self.process_failures: Counter[str] = Counter()
         """How often the process beside a cell's workers was lost, for example with its node."""
         self._task = ray.remote(num_cpus=0, max_retries=0)(run_cell)
@@ -139,15 +139,15 @@ class Comparison:
 
     def run(self, interruption: Interruption) -> None:
         """Run until every cell has ended, or after an interruption until the running ones have stopped."""
-        self.folder.take_away(STOP_FILE)
+        self.folder.control_files.clear(STOP_FILE)
         last_progress = next_poll = 0.0
         with self._line:
             try:
                 while self.running or (self.waiting and not interruption.requested):
-                    if self.folder.problem is not None:
-                        raise self.folder.problem
+                    if self.folder.store.sync_error is not None:
+                        raise self.folder.store.sync_error
                     if time.monotonic() >= next_poll:
-                        next_poll = time.monotonic() + self.folder.look_s
+                        next_poll = time.monotonic() + self.folder.store.poll_interval_s
                         self._poll(interruption)
                     if not self.running:
                         time.sleep(_POLL_S)
@@ -161,7 +161,7 @@ class Comparison:
                         self._line.update(self._done + now_running)
             finally:
                 with suppress(StorageError):
-                    self.folder.take_away(STOP_FILE)
+                    self.folder.control_files.clear(STOP_FILE)
                 for reference, cell in self.running.items():
                     ray.cancel(reference, force=True)
                     self.ledger[cell.name].state = "interrupted"
@@ -170,10 +170,10 @@ class Comparison:
     def _poll(self, interruption: Interruption) -> None:
         """Ask the cells to stop where the comparison is interrupted, else start those that there is room for."""
         try:
-            if self.folder.left(STOP_FILE) is not None:
+            if self.folder.control_files.read(STOP_FILE) is not None:
                 interruption.request(f"the file {STOP_FILE} in its folder")
             elif interruption.requested:
-                self.folder.leave(STOP_FILE, "")
+                self.folder.control_files.write(STOP_FILE, "")
             fork_points = {}
             if not interruption.requested and len(self.running) < self.max_concurrent:
                 fork_points = {cell.name: self._fork_point(cell) for cell in self.waiting}
@@ -196,25 +196,25 @@ class Comparison:
             if forked and not entry.forked:
                 entry.forked = forked
             self.ledger.write()
-            parent = self.run_folder(forked[0]).address if forked else None
+            parent = self.run_folder(forked[0]).uri if forked else None
             self._line.message(
                 f"{cell.name} starts" + (f", from the end of {forked[1]} of {forked[0]}" if forked else "")
             )
             task = CellTask(
                 to_dict(cell.config),
-                self.run_folder(cell.name).address,
+                self.run_folder(cell.name).uri,
                 parent,
                 forked[1] if forked else None,
-                self.folder.address,
+                self.folder.uri,
                 self.resume_command,
             )
             self.running[self._task.remote(task, self.shared[cell.name])] = cell
 
     def _fork_point(self, cell: Cell) -> tuple[str, ...] | None:
         """Cell and phase to fork from; empty to train from scratch or resume; None while its parent is not so far."""
-        if cell.parent is None or cell.fork_phase is None or self.run_folder(cell.name).steps():
+        if cell.parent is None or cell.fork_phase is None or self.run_folder(cell.name).store.step_checkpoints():
             return ()
-        if cell.fork_phase in self.run_folder(cell.parent).finished_phases():
+        if cell.fork_phase in self.run_folder(cell.parent).store.finished_phases():
             return cell.parent, cell.fork_phase
         # If the parent fails before that phase, its children train all phases themselves.
         coming = self.ledger[cell.parent].state in ("waiting", "running") or self.cells[cell.parent] in self.waiting
@@ -257,10 +257,10 @@ class Comparison:
                 return max(0, int(records[-1]["global_step"]) - (cell.iterations - cell.own_iterations))
         return 0
 
-    def run_folder(self, name: str) -> RunFolder:
+    def run_folder(self, name: str) -> RunDirectory:
         """Folder of a cell's run."""
         if name not in self._folders:
-            self._folders[name] = open_run(child(self.folder.address, "cells", name))
+            self._folders[name] = open_run(join_location(self.folder.uri, "cells", name))
         return self._folders[name]
 
 

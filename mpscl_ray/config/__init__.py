@@ -39,8 +39,8 @@ from mpscl_ray.config.schema import (
     PrecisionConfig,
     ScalingConfig,
     is_adaptation,
+    method_of_phase,
     reads_target,
-    settings_of_phase,
 )
 
 __all__ = [
@@ -73,11 +73,11 @@ __all__ = [
     "is_adaptation",
     "load_config",
     "method_name",
+    "method_of_phase",
     "preset_names",
     "read_file",
     "read_overrides",
     "reads_target",
-    "settings_of_phase",
     "to_dict",
     "to_yaml",
 ]

@@ -258,7 +258,7 @@ class Config:
         return [(name, iterations) for name, iterations in lengths if iterations > 0]
 
 
-def settings_of_phase(config: Config, phase: str) -> Any:
+def method_of_phase(config: Config, phase: str) -> Any:
     """Settings of what trains a phase: the method's, or those that plain segmentation or AdvEnt share with it.
 
     Plain segmentation comes first and AdvEnt is the warm-up, whatever the method.

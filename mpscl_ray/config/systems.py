@@ -14,7 +14,7 @@ from mpscl_ray.config import (
     SegmentationConfig,
     flatten,
     is_adaptation,
-    settings_of_phase,
+    method_of_phase,
     to_dict,
 )
 
@@ -65,7 +65,7 @@ def phase_fingerprint(config: Config, phase: str) -> dict[str, Any]:
     values["phases.source_only_lr"] = config.phases.source_only_lr
     # A phase without iterations counts too: another run may have some.
     values |= {f"phases.{name}": getattr(config.phases, name) for name in (SOURCE_ONLY, WARM_UP, ADAPTATION)}
-    trained = [(name, settings_of_phase(config, name)) for name in names[: names.index(phase) + 1]]
+    trained = [(name, method_of_phase(config, name)) for name in names[: names.index(phase) + 1]]
     values["trained"] = [(name, type(settings).__name__) for name, settings in trained]
     for _, settings in trained:
         values |= {f"method.{name}": value for name, value in dataclasses.asdict(settings).items()}

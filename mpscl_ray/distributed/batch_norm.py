@@ -16,7 +16,7 @@ def batch_norms(network: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
     return [layer for layer in network.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
 
 
-def average_over_passes(network: nn.Module, number: int) -> None:
+def set_cumulative_average(network: nn.Module, number: int) -> None:
     """Let the next pass in training mode count as the number-th, from 1, whose statistics the running ones average."""
     for layer in batch_norms(network):
         layer.momentum = 1.0 / number
@@ -163,7 +163,7 @@ class _WorkersNorm(torch.autograd.Function):
         )
 
 
-class ForEach(nn.Module):
+class PerDomainForward(nn.Module):
     """Run a network on several inputs in one forward, with batch statistics of each input by itself.
 
     A wrapped network may be run forward once per backward. Inputs of the same shape go through the network as one batch
@@ -171,17 +171,17 @@ class ForEach(nn.Module):
 
     Args:
         network: takes one input; gives a tensor, or a named tuple of tensors and None, with the batch in front.
-        moves_statistics: for each input, whether its pass moves the running statistics. None: all do.
+        update_running_stats: for each input, whether its pass moves the running statistics. None: all do.
     """
 
-    def __init__(self, network: nn.Module, moves_statistics: Sequence[bool] | None = None) -> None:
+    def __init__(self, network: nn.Module, update_running_stats: Sequence[bool] | None = None) -> None:
         super().__init__()
         self.network = network
-        self.moves_statistics = moves_statistics
+        self.update_running_stats = update_running_stats
         self._norms = batch_norms(network)
 
     def forward(self, *inputs: Tensor) -> tuple[Any, ...]:
-        moves = self.moves_statistics or (True,) * len(inputs)
+        moves = self.update_running_stats or (True,) * len(inputs)
         tell_apart = all(isinstance(layer, WorkersBatchNorm2d) for layer in self._norms)
         if tell_apart and len({x.shape for x in inputs}) == 1:
             for layer in self._norms:

@@ -96,7 +96,7 @@ def reduce_metrics(values: Mapping[str, Tensor]) -> dict[str, float]:
     return dict(zip(means, numbers, strict=True))
 
 
-def share_of_ratio(numerator: Tensor, global_denominator: Tensor) -> Tensor:
+def ddp_ratio(numerator: Tensor, global_denominator: Tensor) -> Tensor:
     """A worker's share of a ratio of sums: ``W * numerator / denominator``.
 
     The mean of the shares over the W workers, and so the gradient that DistributedDataParallel averages, is
@@ -109,7 +109,7 @@ def share_of_ratio(numerator: Tensor, global_denominator: Tensor) -> Tensor:
     return numerator * world_size() / global_denominator
 
 
-def any_worker(flag: Tensor) -> Tensor:
+def all_reduce_any(flag: Tensor) -> Tensor:
     """1.0 on every worker if the 0-dim ``flag`` is true on one of them, else 0.0 (float32)."""
     return (all_reduce_sum(flag.to(torch.float32)) > 0).to(torch.float32)
 
@@ -170,7 +170,7 @@ def wrap(module: nn.Module, device: torch.device) -> nn.Module:
 
 
 @torch.no_grad()
-def start_alike(module: nn.Module) -> nn.Module:
+def broadcast_parameters(module: nn.Module) -> nn.Module:
     """Give a module that is not wrapped the weights and buffers of worker 0; returns it."""
     if world_size() > 1:
         for tensor in module.state_dict().values():

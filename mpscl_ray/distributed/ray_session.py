@@ -155,12 +155,12 @@ def _kill_processes_with(folder: Path) -> None:
                 os.kill(int(process.name), signal.SIGKILL)
 
 
-def keeps_account() -> bool:
+def state_tracking_enabled() -> bool:
     """Whether the cluster keeps account of the trainings that this process starts."""
     return os.environ.get(_ACCOUNT) == "1"
 
 
-def keep_account() -> None:
+def enable_state_tracking() -> None:
     """Let the cluster keep account of those that this process starts, because it does of the command's it works for."""
     os.environ[_ACCOUNT] = "1"
 

@@ -1,4 +1,4 @@
-"""Scores of a run, of one checkpoint or at the end of each phase, and their tables: what the evaluate command does."""
+"""Scores of one checkpoint (the evaluate command), or of the end of each phase of a run, and their tables."""
 
 from __future__ import annotations
 
@@ -6,19 +6,20 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from mpscl_ray.evaluate.scoring import Evaluation, evaluate_checkpoint, find_dataset, json_text, write_tables
+from mpscl_ray.evaluate.evaluation import Evaluation, json_text, write_tables
+from mpscl_ray.evaluate.scoring import evaluate_checkpoint, find_dataset
 from mpscl_ray.evaluate.tables import default_measures, format_table, summary_csv
-from mpscl_ray.predict.predictor import choose_device, read_model
-from mpscl_ray.runs.bucket_run import open_run
-from mpscl_ray.runs.run_directory import RunFolder
-from mpscl_ray.runs.storage import child
+from mpscl_ray.predict.model import read_model
+from mpscl_ray.predict.predictor import choose_device
+from mpscl_ray.runs.run_directory import RunDirectory, open_run
+from mpscl_ray.runs.storage import join_location
 
 PHASES_TABLE = "phases.txt"
-"""File in a run's results with a row for each phase; ``phases.md``, ``.csv`` and ``.json`` have the same."""
+"""File in a run's results with a row for each phase, as in ``phases.md``, ``.csv`` and ``.json``."""
 
 
 def evaluate_phases(
-    run: RunFolder | Path | str,
+    run: RunDirectory | Path | str,
     phases: Sequence[str],
     *,
     device: str | None = None,
@@ -27,24 +28,24 @@ def evaluate_phases(
 ) -> dict[str, Evaluation]:
     """Evaluate the end of each phase on the target and write ``results/phases.{txt,md,csv,json}``, a row per phase.
 
-    The volumes are those of the test split; where none of them is labelled, those of the validation split, and the
-    table says so.
+    The volumes are those of the test split; if none of them is labelled, those of the validation split, and the table
+    says so.
 
     Args:
         run: folder, or URL, of a run whose phases are finished.
         phases: their names, in order.
-        device: see :func:`evaluate_checkpoint`.
-        workers: see :func:`evaluate_checkpoint`.
+        device: see :func:`~mpscl_ray.evaluate.scoring.evaluate_checkpoint`.
+        workers: see :func:`~mpscl_ray.evaluate.scoring.evaluate_checkpoint`.
         progress: whether to show progress lines.
 
     Returns:
-        Phase -> evaluation; empty, with nothing written, where no volume of the target is labelled.
+        Phase -> evaluation; empty, and nothing is written, if no volume of the target is labelled.
 
     Raises:
         As :func:`evaluate_checkpoint`.
     """
     home = open_run(run)
-    folder, manifest, _ = find_dataset(home.place, read_model(home), None)
+    folder, manifest, _ = find_dataset(home.display_path, read_model(home), None)
     split = next((name for name in ("test", "val") if any(case.labelled for case in manifest.split(name))), None)
     if split is None:
         return {}
@@ -68,12 +69,12 @@ def evaluate_phases(
             ),
         },
     )
-    home.publish(home.results)
+    home.store.upload(home.results)
     return done
 
 
 def evaluate(options: argparse.Namespace) -> int:
-    """Evaluate one checkpoint, by the options of the command, and print its table; returns the exit code."""
+    """Evaluate one checkpoint and print its table; returns the exit code."""
     choose_device(options.device)
     home = open_run(options.run)
     evaluation = evaluate_checkpoint(
@@ -92,5 +93,5 @@ def evaluate(options: argparse.Namespace) -> int:
     print(evaluation.table(measures=list(dict.fromkeys(measures))))
     for notice in evaluation.notices:
         print(f"note: {notice}")
-    print(f"\nwritten to {options.out or child(home.place, 'results', evaluation.name)}")
+    print(f"\nwritten to {options.out or join_location(home.display_path, 'results', evaluation.name)}")
     return 0

@@ -1,128 +1,46 @@
-"""The scores of a trained segmenter on the labelled volumes of a prepared dataset.
+"""Scoring a trained segmenter on the labelled volumes of a prepared dataset.
 
-Every slice of a volume is predicted, and measured is the whole volume on the grid that it was prepared on.
+Every slice of a volume is predicted, and the whole volume is scored on the grid that it was prepared on.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-from mpscl_ray import __version__
 from mpscl_ray.data import SPLITS
-from mpscl_ray.data.dataset import Case, Manifest, Scaling, load_manifest, read_case
+from mpscl_ray.data.dataset import Case, Manifest, Scaling, load_manifest
+from mpscl_ray.data.parquet_reader import read_case
 from mpscl_ray.data.volumes.preprocess import unscale
 from mpscl_ray.distributed.parallel_map import map_volumes
 from mpscl_ray.distributed.ray_session import connect
 from mpscl_ray.errors import DataError
+from mpscl_ray.evaluate.evaluation import Evaluation, write_evaluation
 from mpscl_ray.evaluate.metrics import StructureScore, released_protocol_scores, volume_scores
-from mpscl_ray.evaluate.tables import (
-    LEGEND,
-    Style,
-    Summary,
-    default_measures,
-    format_table,
-    scores_csv,
-    summarise,
-    summary_csv,
-)
+from mpscl_ray.evaluate.tables import summarise
+from mpscl_ray.predict.model import Checkpoint, Domain, Model, find_checkpoint, read_model
 from mpscl_ray.predict.predictor import (
-    Checkpoint,
-    Domain,
-    Model,
     Predictor,
-    find_checkpoint,
+    cached_predictor,
     keep_largest_component,
     load_weights,
-    read_model,
-    segmenter_of_worker,
-    volumes_at_a_time,
+    num_inference_workers,
 )
-from mpscl_ray.runs.atomic_files import storage_errors, write_atomically
-from mpscl_ray.runs.bucket_run import open_run
 from mpscl_ray.runs.progress import ProgressLine
-from mpscl_ray.runs.run_directory import RunFolder
-from mpscl_ray.runs.storage import Remote, locate, written_to
-
-RELEASED_PROTOCOL = (
-    "RELEASED PROTOCOL, for comparison with published numbers alone: the last (slices mod 32) slices of each volume "
-    "are left background, ASD is in voxels (mean of two means), a structure missing in prediction or truth has ASD 1, "
-    "and Dice of a structure that is in neither is 0."
-)
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Scores of one checkpoint on the labelled volumes of one split."""
-
-    name: str
-    """Also the name of its folder in the run's results."""
-    run: str
-    weights: Checkpoint
-    dataset: Path | Remote
-    modality: str
-    fingerprint: str
-    """Of the dataset."""
-    split: str
-    largest_component: bool
-    released_protocol: bool
-    classes: tuple[str, ...]
-    slices: Mapping[str, int]
-    """Slices of each case, all of which are predicted."""
-    scores: Mapping[str, Sequence[StructureScore]]
-    """By case, one for each structure."""
-    summary: Summary
-    notices: tuple[str, ...]
-    """What one should know beside the numbers."""
-
-    @property
-    def row_label(self) -> str:
-        """What this is called in a table; names a choice by target labels as such."""
-        return self.weights.name + (" (oracle)" if self.weights.oracle else "")
-
-    def table(self, style: Style = "text", measures: Sequence[str] | None = None) -> str:
-        """The summary as a table with one row."""
-        rows = {self.row_label: self.summary}
-        if self.released_protocol:
-            chosen = ("dice", "asd_voxel_mean_of_means")
-            table = format_table(rows, chosen, style, legend=False)
-            return f"{table}\n\n{RELEASED_PROTOCOL}"
-        return format_table(rows, measures, style)
-
-    def to_json(self) -> dict[str, Any]:
-        """Everything as plain values; an undefined number is null."""
-        return {
-            "name": self.name,
-            "product_version": __version__,
-            "run": self.run,
-            "checkpoint": {**asdict(self.weights), "path": str(self.weights.path), "oracle": self.weights.oracle},
-            "dataset": {"path": str(self.dataset), "modality": self.modality, "fingerprint": self.fingerprint},
-            "split": self.split,
-            "largest_component": self.largest_component,
-            "protocol": "released" if self.released_protocol else "every slice, empty masks counted",
-            "explanation": RELEASED_PROTOCOL if self.released_protocol else LEGEND,
-            "classes": list(self.classes),
-            "notices": list(self.notices),
-            "summary": self.summary.to_json(),
-            "volumes": {
-                case: {"slices": self.slices[case], "scores": [_without_nan(asdict(score)) for score in rows]}
-                for case, rows in self.scores.items()
-            },
-        }
+from mpscl_ray.runs.run_directory import RunDirectory, open_run
+from mpscl_ray.runs.storage import S3Path, output_directory, parse_location
 
 
 def evaluate_checkpoint(
-    run: RunFolder | Path | str,
+    run: RunDirectory | Path | str,
     checkpoint: str = "last",
     *,
     data: Path | str | None = None,
     split: str = "test",
-    out: Path | Remote | str | None = None,
+    out: Path | S3Path | str | None = None,
     device: str | None = None,
     workers: int | None = None,
     largest_component: bool = False,
@@ -133,18 +51,15 @@ def evaluate_checkpoint(
 
     Args:
         run: folder of the run, or its URL.
-        checkpoint: see :func:`mpscl_ray.predict.predictor.find_checkpoint`.
+        checkpoint: see :func:`mpscl_ray.predict.model.find_checkpoint`.
         data: prepared dataset; None for the run's target.
         split: train, val or test.
         out: folder, or URL, for the tables; None for ``RUN/results/NAME``.
-        device: None takes a GPU where there is one.
+        device: None takes a GPU if there is one.
         workers: volumes at a time, on Ray; 0 in this process; None decides by their number.
         largest_component: whether only the largest connected part of each structure is kept.
-        released_protocol: whether to count as the released code does, for comparison with published numbers.
+        released_protocol: whether to score as the released code does, for comparison with published numbers.
         progress: whether to show a progress line.
-
-    Returns:
-        Scores and summary.
 
     Raises:
         ConfigError: no such run, checkpoint, split or device.
@@ -152,9 +67,61 @@ def evaluate_checkpoint(
         StorageError: the tables cannot be written.
     """
     home = open_run(run)
+    subject = _load(home, checkpoint, data, split, device)
+    name = _result_name(subject, largest_component, released_protocol)
+    location = parse_location(out or home.results / name)
+    _check_writable(location)
+    options = _Options(
+        run=home.uri,
+        weights=replace(subject.weights, path=home.relative_to_run(subject.weights.path)),
+        stamp=subject.weights.stamp(),
+        dataset=subject.dataset,
+        device=device,
+        scaling=subject.manifest.scaling,
+        domain=subject.domain,
+        largest_component=largest_component,
+        released_protocol=released_protocol,
+    )
+    scores = _score(subject.predictor, options, subject.cases, workers, progress)
+    evaluation = _evaluation(name, home.display_path, subject, options, scores)
+    with output_directory(location) as written:
+        write_evaluation(evaluation, written)
+    if out is None:
+        home.store.upload(home.results / location.name)
+    return evaluation
+
+
+def _check_writable(location: Path | S3Path) -> None:
+    """Find out before the work whether the tables can be written."""
+    if isinstance(location, S3Path):
+        location.require_bucket()
+    with output_directory(location):
+        pass
+
+
+# ------------------------------------------------------------------------------------------ segmenter and dataset
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """A segmenter, and the volumes that it is scored on."""
+
+    predictor: Predictor
+    weights: Checkpoint
+    dataset: Path | S3Path
+    manifest: Manifest
+    split: str
+    cases: Sequence[Case]
+    domain: Domain | None
+    """How the run prepared this modality; None if the run does not know it."""
+    is_target: bool
+    notices: tuple[str, ...]
+
+
+def _load(home: RunDirectory, checkpoint: str, data: Path | str | None, split: str, device: str | None) -> _Subject:
     model = read_model(home)
     weights, notices = find_checkpoint(home, checkpoint)
-    folder, manifest, domain = find_dataset(home.place, model, data)
+    folder, manifest, domain = find_dataset(home.display_path, model, data)
     cases = _labelled_cases(folder, manifest, split)
     notices += _dataset_notices(manifest, domain, cases, len(manifest.split(split)), data is None)
     predictor = load_weights(model, weights, device)
@@ -162,63 +129,27 @@ def evaluate_checkpoint(
     weights = predictor.weights
     if weights.oracle:
         notices.append("oracle: labels of target volumes chose this checkpoint, which is not possible without them")
-    parts = [weights.name, split] if domain is model.domains["target"] else [weights.name, manifest.modality, split]
+    is_target = domain is model.domains["target"]
+    return _Subject(predictor, weights, folder, manifest, split, cases, domain, is_target, tuple(notices))
+
+
+def _result_name(subject: _Subject, largest_component: bool, released_protocol: bool) -> str:
+    parts = [subject.weights.name, *([] if subject.is_target else [subject.manifest.modality]), subject.split]
     parts += ["largest_component"] * largest_component + ["released_protocol"] * released_protocol
-    options = _Options(
-        run=home.address,
-        weights=replace(weights, path=home.relative(weights.path)),
-        stamp=weights.stamp(),
-        dataset=folder,
-        device=device,
-        scaling=manifest.scaling,
-        domain=domain,
-        largest_component=largest_component,
-        released_protocol=released_protocol,
-    )
-    place = locate(out or home.results / "_".join(parts))
-    if isinstance(place, Remote):  # before the work, not after it
-        place.require_bucket()
-    with written_to(place):
-        pass
-    scores = _score(predictor, options, cases, workers, progress)
-    evaluation = Evaluation(
-        name="_".join(parts),
-        run=home.place,
-        weights=weights,
-        dataset=folder,
-        modality=manifest.modality,
-        fingerprint=manifest.fingerprint,
-        split=split,
-        largest_component=largest_component,
-        released_protocol=released_protocol,
-        classes=model.classes,
-        slices={case.id: case.slices for case in cases},
-        scores=scores,
-        summary=summarise(scores),
-        notices=tuple(notices),
-    )
-    with written_to(place) as written:
-        _write(evaluation, written)
-    if out is None:
-        home.publish(home.results / place.name)
-    return evaluation
+    return "_".join(parts)
 
 
-# ------------------------------------------------------------------------------------------------------ dataset
-
-
-def find_dataset(run: str, model: Model, data: Path | str | None) -> tuple[Path | Remote, Manifest, Domain | None]:
+def find_dataset(run: str, model: Model, data: Path | str | None) -> tuple[Path | S3Path, Manifest, Domain | None]:
     """The dataset to score on, and the domain of the run that it belongs to."""
     target = model.domains["target"]
     if data is None:
         if target.dataset is None or not target.dataset.exists():
             raise DataError(
-                f"the target dataset of the run {run}, {target.dataset}, is not there any more; give its folder with "
-                "--data"
+                f"the target dataset of the run {run}, {target.dataset}, no longer exists; give its folder with --data"
             )
         folder = target.dataset
     else:
-        folder = locate(data)
+        folder = parse_location(data)
     if isinstance(folder, Path):
         folder = folder.absolute()
     manifest = load_manifest(folder)
@@ -237,7 +168,7 @@ def find_dataset(run: str, model: Model, data: Path | str | None) -> tuple[Path 
     return folder, manifest, next(iter(same + [d for d in domains if d.modality == manifest.modality]), None)
 
 
-def _labelled_cases(folder: Path | Remote, manifest: Manifest, split: str) -> list[Case]:
+def _labelled_cases(folder: Path | S3Path, manifest: Manifest, split: str) -> list[Case]:
     cases = [case for case in manifest.split(split) if case.labelled]
     if cases:
         return cases
@@ -256,20 +187,22 @@ def _dataset_notices(manifest: Manifest, domain: Domain | None, cases: list[Case
         notices.append(f"{total - len(cases)} of {total} cases have no label and are left out")
     leaking = sum(case.cropped_around_labels for case in cases)
     if leaking:
-        notices.append(f"the crop of {leaking} volumes was placed by their own labels, which flatters a little")
+        notices.append(
+            f"the crop of {leaking} volumes was placed by their own labels, so their scores are slightly too good"
+        )
     if any(case.spacing_mm is None for case in cases):
-        notices.append("the voxel size of some volumes is not known, so they have no distance in mm, only in voxels")
+        notices.append("the voxel size of some volumes is unknown, so they have distances in voxels only, not in mm")
     if domain is None:
         notices.append(f"the run was not trained on the modality {manifest.modality}")
     else:
         low, high = manifest.scaling.low, manifest.scaling.high
         if (low, high) != (domain.low, domain.high):
             notices.append(
-                f"the dataset is scaled by the range {low:g} to {high:g}; its slices were brought to {domain.low:g} to "
-                f"{domain.high:g}, by which the run's {domain.modality} is scaled"
+                f"the dataset is scaled by the range {low:g} to {high:g}; its slices were rescaled to {domain.low:g} "
+                f"to {domain.high:g}, the range of the run's {domain.modality}"
             )
         if own and domain.fingerprint not in (None, manifest.fingerprint):
-            notices.append("the dataset was prepared anew since the run used it")
+            notices.append("the dataset was prepared again since the run used it")
     return notices
 
 
@@ -278,17 +211,17 @@ def _dataset_notices(manifest: Manifest, domain: Domain | None, cases: list[Case
 
 @dataclass(frozen=True)
 class _Options:
-    """What scoring a case needs beside the case."""
+    """What a worker needs to score a case."""
 
     run: str
     weights: Checkpoint
     stamp: int
-    dataset: Path | Remote
+    dataset: Path | S3Path
     device: str | None
     scaling: Scaling
-    """Of the dataset."""
+    """Scaling of the dataset."""
     domain: Domain | None
-    """How the run prepared this modality; None where it does not know it."""
+    """How the run prepared this modality; None if the run does not know it."""
     largest_component: bool
     released_protocol: bool
 
@@ -297,7 +230,7 @@ def _score(
     predictor: Predictor, options: _Options, cases: Sequence[Case], workers: int | None, progress: bool
 ) -> dict[str, list[StructureScore]]:
     if workers is None:
-        workers = volumes_at_a_time(len(cases), predictor.device)
+        workers = num_inference_workers(len(cases), predictor.device)
     function: Callable[[Case], list[StructureScore]]
     if workers:
         function = partial(_score_in_worker, options)
@@ -330,50 +263,29 @@ def _score_case(predictor: Predictor, options: _Options, case: Case) -> list[Str
 
 
 def _score_in_worker(options: _Options, case: Case) -> list[StructureScore]:
-    predictor = segmenter_of_worker(options.run, options.weights, options.stamp, options.device)
+    predictor = cached_predictor(options.run, options.weights, options.stamp, options.device)
     return _score_case(predictor, options, case)
 
 
-# ------------------------------------------------------------------------------------------------------- output
-
-
-def _write(evaluation: Evaluation, folder: Path) -> None:
-    about = [
-        f"# {evaluation.name}",
-        f"Run `{evaluation.run}`, checkpoint `{evaluation.weights.path}`"
-        + (f" (iteration {evaluation.weights.step})" if evaluation.weights.step is not None else "")
-        + f", {len(evaluation.scores)} volumes ({sum(evaluation.slices.values())} slices, all predicted) of the split "
-        f"{evaluation.split} of `{evaluation.dataset}` ({evaluation.modality}).",
-        *(f"Note: {notice}." for notice in evaluation.notices),
-        evaluation.table("markdown", (*default_measures([evaluation.summary]), *_FURTHER)),
-    ]
-    write_tables(
-        folder,
-        {
-            "per_volume.csv": scores_csv(evaluation.scores),
-            "summary.csv": summary_csv({evaluation.row_label: evaluation.summary}),
-            "summary.md": "\n\n".join(about) + "\n",
-            "summary.json": json_text(evaluation.to_json()),
-        },
+def _evaluation(
+    name: str, run: str, subject: _Subject, options: _Options, scores: dict[str, list[StructureScore]]
+) -> Evaluation:
+    return Evaluation(
+        name=name,
+        run=run,
+        weights=subject.weights,
+        dataset=subject.dataset,
+        modality=subject.manifest.modality,
+        fingerprint=subject.manifest.fingerprint,
+        split=subject.split,
+        largest_component=options.largest_component,
+        released_protocol=options.released_protocol,
+        classes=subject.predictor.classes,
+        slices={case.id: case.slices for case in subject.cases},
+        scores=scores,
+        summary=summarise(scores),
+        notices=subject.notices,
     )
-
-
-_FURTHER = ("asd_mm_mean_of_means", "asd_voxel", "asd_voxel_mean_of_means", "hd95_mm")
-
-
-def write_tables(folder: Path, files: Mapping[str, str]) -> None:
-    with storage_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    for name, text in files.items():
-        write_atomically(folder / name, text.encode())
-
-
-def json_text(value: Any) -> str:
-    return json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def _without_nan(values: dict[str, Any]) -> dict[str, Any]:
-    return {name: None if value != value else value for name, value in values.items()}
 
 
 def _by(size: tuple[int, int]) -> str:

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from mpscl_ray.config import AdaBNConfig, OptimConfig, PrecisionConfig
 from mpscl_ray.distributed import collectives
-from mpscl_ray.distributed.batch_norm import average_over_passes
+from mpscl_ray.distributed.batch_norm import set_cumulative_average
 from mpscl_ray.methods import base
 from mpscl_ray.methods.base import Batch, TargetSplit, TrainingSlices
-from mpscl_ray.methods.losses import full_precision
+from mpscl_ray.methods.losses import at_least_float32
 from mpscl_ray.methods.optim import Optimisers, autocast, prepare_network
 from mpscl_ray.networks.deeplab import DeepLabV2
 
@@ -51,7 +51,7 @@ class AdaBN:
         self.device, self.precision = device, precision
         self.segmenter = segmenter
         self.networks: dict[str, nn.Module] = {"segmenter": segmenter}
-        prepare_network(collectives.start_alike(segmenter), device, precision)
+        prepare_network(collectives.broadcast_parameters(segmenter), device, precision)
         self._optimisers = Optimisers(self.networks, device)
 
     def start_phase(self, iterations: int) -> None:
@@ -60,13 +60,13 @@ class AdaBN:
     @torch.no_grad()
     def step(self, batch: Batch, iteration: int) -> dict[str, Tensor]:
         assert batch.target_image is not None, "AdaBN needs slices of the target domain"
-        self._optimisers.begin(iteration)
-        average_over_passes(self.segmenter, iteration + 1)
+        self._optimisers.start_iteration(iteration)
+        set_cumulative_average(self.segmenter, iteration + 1)
         with autocast(self.device, self.precision):
             output = self.segmenter(base.to_network(batch.target_image, self.segmenter, self.precision))
-        probabilities = full_precision(output.main).softmax(dim=1)
+        probabilities = at_least_float32(output.main).softmax(dim=1)
         entropy = torch.special.entr(probabilities).sum(dim=1).mean()
-        flag = self._optimisers.finish({"target_entropy": entropy})
+        flag = self._optimisers.step({"target_entropy": entropy})
         return base.metrics({"target_entropy": entropy}, non_finite=flag)
 
     def non_finite_losses(self) -> dict[str, Tensor]:

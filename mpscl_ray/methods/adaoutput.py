@@ -28,7 +28,7 @@ class AdaOutput(SegmenterMethod[AdaOutputConfig]):
         assert batch.target_image is not None, "AdaOutput needs slices of the target domain"
         c = self.config
         labels = batch.source_label
-        self.optimisers.begin(iteration)
+        self.optimisers.start_iteration(iteration)
 
         source, target = self.forward(batch.source_image, batch.target_image)
         source_logits = base.upsampled(source, labels.shape[-2:])
@@ -40,7 +40,7 @@ class AdaOutput(SegmenterMethod[AdaOutputConfig]):
         losses = dict(segmentation.parts)
         total = segmentation.total
         target_maps = {head: logits.softmax(dim=1) for head, logits in target_logits.items()}
-        adversarial = self.adversary.fool(target_maps)
+        adversarial = self.adversary.adversarial_loss(target_maps)
         for head, weight in (("main", c.lambda_main), ("aux", c.lambda_aux)):
             if head in adversarial:
                 losses[f"loss_adversarial_{head}"] = adversarial[head]
@@ -49,8 +49,8 @@ class AdaOutput(SegmenterMethod[AdaOutputConfig]):
 
         # Discriminators, on detached maps.
         source_maps = {head: logits.detach().softmax(dim=1) for head, logits in source_logits.items()}
-        learnt, accuracies = self.adversary.learn(source_maps, target_maps, c.halve_discriminator_loss)
+        learnt, accuracies = self.adversary.discriminator_backward(source_maps, target_maps, c.halve_discriminator_loss)
         losses |= learnt
 
-        flag = self.optimisers.finish(losses)
+        flag = self.optimisers.step(losses)
         return base.metrics(losses, {"loss_segmentation": segmentation.total}, accuracies, non_finite=flag)

@@ -30,7 +30,7 @@ class AdvEnt(SegmenterMethod[AdvEntConfig]):
         assert batch.target_image is not None, "AdvEnt needs slices of the target domain"
         c = self.config
         labels = batch.source_label
-        self.optimisers.begin(iteration)
+        self.optimisers.start_iteration(iteration)
 
         source, target = self.forward(batch.source_image, batch.target_image)
         source_logits = base.upsampled(source, labels.shape[-2:])
@@ -45,7 +45,7 @@ class AdvEnt(SegmenterMethod[AdvEntConfig]):
         if c.variant == "minent":
             on_target = {head: x.sum(dim=1).mean() for head, x in information.items()}
         else:
-            on_target = self.adversary.fool(information)
+            on_target = self.adversary.adversarial_loss(information)
         for head, weight in (("main", c.lambda_main), ("aux", c.lambda_aux)):
             if head in on_target:
                 name = "entropy" if c.variant == "minent" else "adversarial"
@@ -56,10 +56,12 @@ class AdvEnt(SegmenterMethod[AdvEntConfig]):
         # Discriminators, on detached maps.
         with torch.no_grad():
             source_information = {head: self._self_information(logits) for head, logits in source_logits.items()}
-        learnt, accuracies = self.adversary.learn(source_information, information, c.halve_discriminator_loss)
+        learnt, accuracies = self.adversary.discriminator_backward(
+            source_information, information, c.halve_discriminator_loss
+        )
         losses |= learnt
 
-        flag = self.optimisers.finish(losses)
+        flag = self.optimisers.step(losses)
         return base.metrics(losses, {"loss_segmentation": segmentation.total}, accuracies, non_finite=flag)
 
     def _self_information(self, logits: Tensor) -> Tensor:

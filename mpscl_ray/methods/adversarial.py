@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mpscl_ray.config import DiscriminatorConfig, PrecisionConfig
 from mpscl_ray.distributed import collectives
-from mpscl_ray.distributed.batch_norm import ForEach
+from mpscl_ray.distributed.batch_norm import PerDomainForward
 from mpscl_ray.methods.losses import SOURCE_LABEL, TARGET_LABEL, domain_loss, least_squares_domain_loss
 from mpscl_ray.methods.optim import autocast, prepare_network
 from mpscl_ray.networks import initialise
@@ -58,7 +58,7 @@ class Adversary:
             self.discriminators[head] = discriminator.to(dtype)
             prepare_network(discriminator, device, precision)
         self._discriminate = {
-            head: collectives.wrap(ForEach(network), device) for head, network in self.discriminators.items()
+            head: collectives.wrap(PerDomainForward(network), device) for head, network in self.discriminators.items()
         }
         self._device, self._precision = device, precision
         self._loss = least_squares_domain_loss if least_squares else domain_loss
@@ -69,7 +69,7 @@ class Adversary:
         """The discriminators, unwrapped, by the name they have in a method."""
         return {f"discriminator_{head}": network for head, network in self.discriminators.items()}
 
-    def fool(self, target: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def adversarial_loss(self, target: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Adversarial loss of each head: frozen discriminators should take the target's maps for the source's.
 
         The discriminators are called unwrapped, because their gradients are not wanted.
@@ -77,17 +77,17 @@ class Adversary:
         Args:
             target: map (B, channels, H, W) of each head, with gradient.
         """
-        verdicts = {head: self.frozen(head, x) for head, x in target.items() if head in self.discriminators}
+        verdicts = {head: self.forward_frozen(head, x) for head, x in target.items() if head in self.discriminators}
         return {head: self._loss(verdict, SOURCE_LABEL) for head, verdict in verdicts.items()}
 
-    def frozen(self, head: str, x: Tensor) -> Tensor:
+    def forward_frozen(self, head: str, x: Tensor) -> Tensor:
         """Output of a discriminator that is not trained by it."""
         self.discriminators[head].requires_grad_(False)
         with autocast(self._device, self._precision):
             output: Tensor = self.discriminators[head](x)
         return output
 
-    def tell(self, head: str, source: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    def discriminate(self, head: str, source: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """Outputs of a discriminator that is trained by them, on maps of both domains without gradient."""
         self.discriminators[head].requires_grad_(True)
         with autocast(self._device, self._precision):
@@ -99,7 +99,7 @@ class Adversary:
         correct = [on_source.detach().flatten() < self._border, on_target.detach().flatten() > self._border]
         return torch.cat(correct).to(torch.float32 if on_source.dtype != torch.float64 else torch.float64).mean()
 
-    def learn(
+    def discriminator_backward(
         self, source: Mapping[str, Tensor], target: Mapping[str, Tensor], halve: bool
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Losses of the discriminators, and their backward pass.
@@ -116,7 +116,7 @@ class Adversary:
         accuracies: dict[str, Tensor] = {}
         total = torch.zeros((), device=self._device)
         for head in self.discriminators:
-            on_source, on_target = self.tell(head, source[head], target[head])
+            on_source, on_target = self.discriminate(head, source[head], target[head])
             loss = self._loss(on_source, SOURCE_LABEL) + self._loss(on_target, TARGET_LABEL)
             losses[f"loss_discriminator_{head}"] = loss / 2 if halve else loss
             total = total + losses[f"loss_discriminator_{head}"]

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from mpscl_ray.config import PrecisionConfig
 from mpscl_ray.distributed import collectives
-from mpscl_ray.distributed.batch_norm import ForEach
+from mpscl_ray.distributed.batch_norm import PerDomainForward
 from mpscl_ray.errors import DataError
-from mpscl_ray.methods.losses import full_precision, soft_dice_loss, weighted_cross_entropy
+from mpscl_ray.methods.losses import at_least_float32, soft_dice_loss, weighted_cross_entropy
 from mpscl_ray.methods.optim import Optimisers, autocast
 from mpscl_ray.networks.deeplab import DeepLabV2, SegmenterOutput, network_input, upsample_logits
 
@@ -42,12 +42,12 @@ class TrainingSlices:
     """The training slices as a method may look at them before its phase, unchanged: this worker's share of them.
 
     In ``labelled`` and ``unlabelled`` each slice comes once, in order; shares may differ in length, so no collective
-    may be in the loop. Where there has to be one, as in batch statistics, there is ``labelled_in_step``.
+    may be in the loop. Where there has to be one, as in batch statistics, there is ``synchronised_source_batches``.
     """
 
     labelled: Callable[[], Iterable[tuple[Tensor, Tensor]]]
     """Batches of (image (B, 1, H, W), label (B, H, W)) of the labelled domain."""
-    labelled_in_step: Callable[[], Iterable[Tensor]]
+    synchronised_source_batches: Callable[[], Iterable[Tensor]]
     """This worker's parts, images (B, 1, H, W), of the global batches of one pass over the labelled domain, shuffled;
     on every worker equally many of the same size, for which the last batch may repeat slices."""
     unlabelled: Callable[[], Iterable[tuple[Tensor, Tensor]]]
@@ -56,7 +56,7 @@ class TrainingSlices:
     """Rows of each volume of the target, over all workers, in the order of the volumes' ids."""
     size: tuple[int, int]
     """H and W."""
-    start_weights: Callable[[], dict[str, Tensor]]
+    pretrained_weights: Callable[[], dict[str, Tensor]]
     """The segmenter's weights at the end of the source-only phase, or where that was left out those it began with."""
 
 
@@ -147,7 +147,7 @@ def segmentation_loss(logits: dict[str, Tensor], labels: Tensor, counts: Tensor,
     for head, factor in (("main", 1.0), ("aux", aux_weight)):
         if head in logits:
             numerator = weighted_cross_entropy(logits[head], labels, counts).numerator
-            entropy = collectives.share_of_ratio(numerator, weight_sum.to(numerator.dtype))
+            entropy = collectives.ddp_ratio(numerator, weight_sum.to(numerator.dtype))
             dice = soft_dice_loss(logits[head], labels)
             parts[f"loss_cross_entropy_{head}"], parts[f"loss_dice_{head}"] = entropy, dice
             total = total + factor * (entropy + dice)
@@ -157,7 +157,7 @@ def segmentation_loss(logits: dict[str, Tensor], labels: Tensor, counts: Tensor,
 def upsampled(output: SegmenterOutput, size: torch.Size) -> dict[str, Tensor]:
     """Logits at image resolution by head, "main" first; "aux" only if the segmenter has that head."""
     heads = {"main": output.main, "aux": output.aux}
-    return {head: upsample_logits(full_precision(x), size) for head, x in heads.items() if x is not None}
+    return {head: upsample_logits(at_least_float32(x), size) for head, x in heads.items() if x is not None}
 
 
 def to_network(image: Tensor, segmenter: DeepLabV2, precision: PrecisionConfig) -> Tensor:
@@ -177,7 +177,7 @@ def wrap_segmenter(
     """The segmenter as a function of source and target input: one wrapped forward for one backward, both domains in
     it, is what gradient averaging can follow."""
     moves = None if norm_statistics == "mixture" else (False, True)
-    return collectives.wrap(ForEach(segmenter, moves), device)
+    return collectives.wrap(PerDomainForward(segmenter, moves), device)
 
 
 @torch.no_grad()
@@ -194,7 +194,7 @@ def evaluate(segmenter: DeepLabV2, image: Tensor, precision: PrecisionConfig) ->
 def predict(segmenter: DeepLabV2, image: Tensor, precision: PrecisionConfig) -> Tensor:
     """Class probabilities (B, C, H, W) of slices (B, 1, H, W)."""
     logits = segmenter.prediction(evaluate(segmenter, image, precision))
-    return upsample_logits(full_precision(logits), image.shape[-2:]).softmax(dim=1)
+    return upsample_logits(at_least_float32(logits), image.shape[-2:]).softmax(dim=1)
 
 
 def load_networks(networks: dict[str, nn.Module], state: dict[str, dict[str, Tensor]]) -> None:
@@ -235,7 +235,7 @@ def load_state_dict(
         DataError: the state is of other networks.
     """
     load_networks(networks, state["networks"])
-    optimisers.forget_non_finite()
+    optimisers.reset_guard()
     if state["phase"]["iterations"]:
         start_phase(state["phase"]["iterations"])
         optimisers.load_state_dict(state)

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from mpscl_ray.config import CAGConfig
 from mpscl_ray.distributed import collectives
-from mpscl_ray.distributed.batch_norm import average_over_passes
+from mpscl_ray.distributed.batch_norm import set_cumulative_average
 from mpscl_ray.methods import base
 from mpscl_ray.methods.base import Batch, TrainingSlices
-from mpscl_ray.methods.losses import class_counts, focal_loss, full_precision
+from mpscl_ray.methods.losses import at_least_float32, class_counts, focal_loss
 from mpscl_ray.methods.optim import autocast, prepare_network
 from mpscl_ray.methods.prototypes import downsample_labels
 from mpscl_ray.methods.segmenter_method import SegmenterMethod
@@ -42,7 +42,7 @@ class CAG(SegmenterMethod[CAGConfig]):
         self.teacher = copy.deepcopy(segmenter)  # before the segmenter is wrapped
         super().__init__(segmenter, *arguments, **named)
         device, dtype = self.device, self.dtype
-        prepare_network(collectives.start_alike(self.teacher.to(device)), device, self.precision)
+        prepare_network(collectives.broadcast_parameters(self.teacher.to(device)), device, self.precision)
         self.teacher.requires_grad_(False).eval()
         self.anchors = torch.zeros(self.num_classes, segmenter.feature_channels, dtype=dtype, device=device)
         self.anchor_counts = torch.zeros(self.num_classes, dtype=torch.float64, device=device)
@@ -77,8 +77,8 @@ class CAG(SegmenterMethod[CAGConfig]):
         that lie elsewhere, and so would the anchors.
         """
         self.teacher.train()
-        for number, image in enumerate(slices.labelled_in_step(), start=1):
-            average_over_passes(self.teacher, number)
+        for number, image in enumerate(slices.synchronised_source_batches(), start=1):
+            set_cumulative_average(self.teacher, number)
             with autocast(self.device, self.precision):
                 self.teacher(base.to_network(image.to(self.device), self.teacher, self.precision))
         self.teacher.eval()
@@ -101,7 +101,7 @@ class CAG(SegmenterMethod[CAGConfig]):
     def _nearest(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Class of the nearest anchor, and how much nearer it is than the second; both (B, h, w)."""
         known = self.anchor_counts > 0
-        gaps_to = distances(full_precision(features), self.anchors)
+        gaps_to = distances(at_least_float32(features), self.anchors)
         gaps_to = torch.where(known[:, None, None], gaps_to, torch.full_like(gaps_to, FAR))
         two = gaps_to.topk(2, dim=1, largest=False)
         return two.indices[:, 0], two.values[:, 1] - two.values[:, 0]
@@ -117,14 +117,14 @@ class CAG(SegmenterMethod[CAGConfig]):
         nearest, gap = self._nearest(output.features)
         enough = (self.anchor_counts > 0).sum() >= 2
         by_anchor = torch.where((gap >= self.threshold) & enough, nearest, IGNORE)
-        largest, likely = full_precision(output.main).softmax(dim=1).max(dim=1)
+        largest, likely = at_least_float32(output.main).softmax(dim=1).max(dim=1)
         return by_anchor, torch.where(largest > self.config.probability_threshold, likely, IGNORE)
 
     def step(self, batch: Batch, iteration: int) -> dict[str, Tensor]:
         assert batch.target_image is not None, "CAG needs slices of the target domain"
         c = self.config
         labels = batch.source_label
-        self.optimisers.begin(iteration)
+        self.optimisers.start_iteration(iteration)
 
         source, target = self.forward(batch.source_image, batch.target_image)
         source_logits = base.upsampled(source, labels.shape[-2:])
@@ -132,7 +132,7 @@ class CAG(SegmenterMethod[CAGConfig]):
 
         # Sums of this worker, then all that is divided by is of the global batch.
         labels_small = downsample_labels(labels, (source.main.shape[2], source.main.shape[3]))
-        target_logits = full_precision(target.main)
+        target_logits = at_least_float32(target.main)
         sums = {
             "loss_pseudo_anchor": masked_cross_entropy(target_logits, by_anchor),
             "loss_pseudo_probability": masked_cross_entropy(target_logits, by_probability),
@@ -147,9 +147,9 @@ class CAG(SegmenterMethod[CAGConfig]):
         for number, (name, (numerator, _)) in enumerate(sums.items()):
             numerator_sum, count = totals[1 + 2 * number : 3 + 2 * number]
             count = count.clamp(min=1)
-            losses[name] = collectives.share_of_ratio(numerator, count)
+            losses[name] = collectives.ddp_ratio(numerator, count)
             if "distance" in name:
-                losses[name] = losses[name] * tenths(numerator_sum / count)
+                losses[name] = losses[name] * power_of_ten_scale(numerator_sum / count)
 
         segmentation = self._segmentation(source_logits, labels, counts)
         total = segmentation.total
@@ -158,7 +158,7 @@ class CAG(SegmenterMethod[CAGConfig]):
         total.backward()  # type: ignore[no-untyped-call]
 
         losses = {**segmentation.parts, **losses}
-        flag = self.optimisers.finish(losses)
+        flag = self.optimisers.step(losses)
         metrics = {
             "loss_segmentation": segmentation.total,
             "selected_fraction_anchor": (by_anchor != IGNORE).to(total.dtype).mean(),
@@ -179,7 +179,7 @@ class CAG(SegmenterMethod[CAGConfig]):
 
         The gradient of a feature is scaled by twice the part of the image that it is of, as released.
         """
-        vectors, pixels = class_features(full_precision(output.features), output.main, labels)
+        vectors, pixels = class_features(at_least_float32(output.features), output.main, labels)
         valid = (pixels >= self.config.min_pixels) & (self.anchor_counts > 0)
         scale = 2.0 * pixels / (labels.shape[1] * labels.shape[2])
         vectors = vectors.detach() + (vectors - vectors.detach()) * scale[..., None].to(vectors.dtype)
@@ -249,7 +249,7 @@ def masked_cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor
     return total, (labels != IGNORE).sum().to(total.dtype)
 
 
-def tenths(value: Tensor) -> Tensor:
+def power_of_ten_scale(value: Tensor) -> Tensor:
     """Power of ten that brings a 0-dim loss down to at most 5, as the released code divides it until it is."""
     steps = torch.log10(value.clamp(min=1.0) / 5.0).ceil().clamp(min=0.0)
     return torch.pow(10.0, -steps).to(value.dtype)

@@ -13,7 +13,7 @@ from mpscl_ray.distributed import collectives
 from mpscl_ray.methods import base
 from mpscl_ray.methods.adversarial import Adversary
 from mpscl_ray.methods.base import Batch
-from mpscl_ray.methods.losses import SOURCE_LABEL, TARGET_LABEL, class_counts, domain_loss, focal_loss, full_precision
+from mpscl_ray.methods.losses import SOURCE_LABEL, TARGET_LABEL, at_least_float32, class_counts, domain_loss, focal_loss
 from mpscl_ray.methods.segmenter_method import SegmenterMethod
 from mpscl_ray.networks.deeplab import DeepLabV2, upsample_logits
 
@@ -41,7 +41,7 @@ class CLAN(SegmenterMethod[CLANConfig]):
         size = labels.shape[-2:]
         preheat = int(c.preheat * self.optimisers.iterations)
         damping = 1.0 - iteration / self.optimisers.iterations
-        self.optimisers.begin(iteration, iteration / preheat if iteration < preheat else None)
+        self.optimisers.start_iteration(iteration, iteration / preheat if iteration < preheat else None)
 
         source, target = self.forward(batch.source_image, batch.target_image)
         source_logits, target_logits = base.upsampled(source, size), base.upsampled(target, size)
@@ -53,24 +53,25 @@ class CLAN(SegmenterMethod[CLANConfig]):
         source_map = (source_logits["aux"] + source_logits["main"]).softmax(dim=1)
         target_map = (target_logits["aux"] + target_logits["main"]).softmax(dim=1)
         preheating = iteration <= preheat and preheat > 0
-        verdict = upsample_logits(full_precision(self.adversary.frozen("main", target_map)), size)
+        verdict = upsample_logits(at_least_float32(self.adversary.forward_frozen("main", target_map)), size)
         adaptive = weights.detach() if c.detach_weight_map else weights
         losses["loss_adversarial_main"] = self._adversarial(verdict, SOURCE_LABEL, None if preheating else adaptive)
-        losses["loss_likeness"] = likeness(self.segmenter)
+        losses["loss_likeness"] = head_weight_similarity(self.segmenter)
         total = segmentation + c.lambda_adversarial * damping * losses["loss_adversarial_main"]
         total = total + 2 * c.lambda_weight * damping * losses["loss_likeness"]
         total.backward()  # type: ignore[no-untyped-call]
 
         # Discriminator, on detached maps, both domains at image size.
         on_source, on_target = (
-            upsample_logits(full_precision(x), size) for x in self.adversary.tell("main", source_map, target_map)
+            upsample_logits(at_least_float32(x), size)
+            for x in self.adversary.discriminate("main", source_map, target_map)
         )
         loss = domain_loss(on_source, SOURCE_LABEL)
         loss = loss + self._adversarial(on_target, TARGET_LABEL, None if preheating else weights.detach())
         losses["loss_discriminator_main"] = loss
         loss.backward()  # type: ignore[no-untyped-call]
 
-        flag = self.optimisers.finish(losses)
+        flag = self.optimisers.step(losses)
         metrics = {"loss_segmentation": segmentation, "disagreement": weights.mean()}
         metrics["discriminator_accuracy_main"] = self.adversary.accuracy(on_source, on_target)
         return base.metrics(losses, metrics, non_finite=flag)
@@ -104,11 +105,11 @@ def disagreement(one: Tensor, other: Tensor) -> Tensor:
 
     Source: M(p1, p2) in Luo et al. 2019, Eq. 4; the cosine as released.
     """
-    cosine = F.cosine_similarity(full_precision(one).softmax(dim=1), full_precision(other).softmax(dim=1), dim=1)
+    cosine = F.cosine_similarity(at_least_float32(one).softmax(dim=1), at_least_float32(other).softmax(dim=1), dim=1)
     return 1.0 - cosine[:, None]
 
 
-def likeness(segmenter: DeepLabV2) -> Tensor:
+def head_weight_similarity(segmenter: DeepLabV2) -> Tensor:
     """L_weight = cos(W1, W2) + 1 of all weights and biases of the two heads, 0-dim.
 
     It is the same on all workers, so that its mean over them counts it once.

@@ -58,11 +58,11 @@ class IntraDA(AdvEnt):
                 "more volumes"
             )
         self.split = TargetSplit(easy, hard, pseudo_labels[easy])
-        self.networks["segmenter"].load_state_dict(slices.start_weights())
+        self.networks["segmenter"].load_state_dict(slices.pretrained_weights())
         for number, (name, network) in enumerate(list(self.networks.items())[1:]):
             assert name.startswith("discriminator_")
             initialise(network, self.seed + number)  # type: ignore[arg-type]
-            collectives.start_alike(network)
+            collectives.broadcast_parameters(network)
 
     def _predict_all(self, slices: TrainingSlices) -> tuple[Tensor, Tensor]:
         """Score (N,) float64 and label (N, H, W) uint8 of every slice of the target, on every worker."""

@@ -1,8 +1,8 @@
 """Losses of MPSCL as pure functions of tensors.
 
-What has to be divided by a quantity of the whole global batch is returned as :class:`Sums`, so that the caller can
-add numerator and denominator over all workers before it divides. Everything is computed in at least float32 whatever
-the dtype of the inputs (float64 stays float64), and nothing here waits for the device.
+A loss that is divided by a quantity of the whole global batch is returned as :class:`RatioTerms`: the caller adds
+numerator and denominator over all workers before it divides. Everything is computed in at least float32 (float64 stays
+float64), and nothing here waits for the device.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ _PAPER_SQUARED_SINE_FLOOR = 1e-8
 _SQUARED_NORM_FLOOR = 1e-24
 
 
-class Sums(NamedTuple):
+class RatioTerms(NamedTuple):
     """A ratio whose parts are still to be added over the workers: value = sum(numerator) / sum(denominator)."""
 
     numerator: Tensor
     denominator: Tensor
 
 
-def full_precision(x: Tensor) -> Tensor:
+def at_least_float32(x: Tensor) -> Tensor:
     """Return ``x`` in float32, or as it is where it is float64."""
     return x if x.dtype == torch.float64 else x.float()
 
@@ -59,7 +59,7 @@ def class_counts(labels: Tensor, num_classes: int) -> Tensor:
     return (labels.reshape(1, -1) == classes[:, None]).sum(dim=1).double()
 
 
-def weighted_cross_entropy(logits: Tensor, labels: Tensor, counts: Tensor) -> Sums:
+def weighted_cross_entropy(logits: Tensor, labels: Tensor, counts: Tensor) -> RatioTerms:
     """Cross-entropy in which a class weighs the less the more pixels it has.
 
     w_c = 1 - n_c / sum_k n_k;  value = sum_i w_{y_i} CE_i / sum_i w_{y_i}.
@@ -76,12 +76,12 @@ def weighted_cross_entropy(logits: Tensor, labels: Tensor, counts: Tensor) -> Su
     Source: the segmentation term of Eq. (2), Liu et al. 2022, which names no weights; weights as released.
     Differs from the released code: a batch of one class is the plain cross-entropy instead of NaN.
     """
-    logits = full_precision(logits)
+    logits = at_least_float32(logits)
     weights = 1.0 - counts / counts.sum()
     single_class = (counts * weights).sum() == 0
     weights = torch.where(single_class, torch.ones_like(weights), weights).to(logits.dtype)
     numerator = F.nll_loss(F.log_softmax(logits, dim=1), labels, weight=weights, reduction="sum")
-    return Sums(numerator, weights[labels].sum())
+    return RatioTerms(numerator, weights[labels].sum())
 
 
 def soft_dice_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -99,7 +99,7 @@ def soft_dice_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
     Source: the Dice term of Eq. (2), Liu et al. 2022; squares and constant as released.
     """
-    probabilities = F.softmax(full_precision(logits), dim=1).flatten(2)
+    probabilities = F.softmax(at_least_float32(logits), dim=1).flatten(2)
     classes = torch.arange(logits.shape[1], device=labels.device)
     truth = labels.flatten(1)[:, None, :] == classes[:, None]
     intersection = (probabilities * truth).sum(dim=2)
@@ -121,7 +121,7 @@ def focal_loss(logits: Tensor, labels: Tensor, gamma: float) -> Tensor:
     Source: the segmentation loss of the released code of Luo et al. 2019 (CLAN), with gamma = 2; the paper has
     cross-entropy.
     """
-    log_p = F.log_softmax(full_precision(logits), dim=1).gather(1, labels[:, None])
+    log_p = F.log_softmax(at_least_float32(logits), dim=1).gather(1, labels[:, None])
     log_p = log_p.clamp(min=math.log(1e-9))
     return ((1.0 - log_p.exp()).clamp(min=1e-9) ** gamma * -log_p).mean()
 
@@ -141,7 +141,7 @@ def self_information(logits: Tensor, eps: float = 1e-7, normalised: bool = True)
 
     Source: text above Eq. (1), Liu et al. 2022.
     """
-    probabilities = F.softmax(full_precision(logits), dim=1)
+    probabilities = F.softmax(at_least_float32(logits), dim=1)
     scale = 1.0 / math.log(logits.shape[1]) if normalised else 1.0
     return probabilities * torch.log(probabilities + eps) * -scale
 
@@ -159,7 +159,7 @@ def domain_loss(domain_logits: Tensor, domain: int) -> Tensor:
     Source: Eqs. (1) and (2), Liu et al. 2022.
     Differs from the paper: source is 0 and target 1, as released; the loss is symmetric in the choice.
     """
-    domain_logits = full_precision(domain_logits)
+    domain_logits = at_least_float32(domain_logits)
     # log(1 + e^x) is the loss against 0; against 1 the sign of x turns.
     return F.softplus(-domain_logits if domain == TARGET_LABEL else domain_logits).mean()
 
@@ -176,7 +176,7 @@ def least_squares_domain_loss(output: Tensor, domain: int) -> Tensor:
 
     Source: the least-squares variant of the released code of Tsai et al. 2018 (AdaptSegNet).
     """
-    return (full_precision(output) - domain).square().mean()
+    return (at_least_float32(output) - domain).square().mean()
 
 
 def cosine_to_prototypes(features: Tensor, prototypes: Tensor) -> Tensor:
@@ -196,8 +196,8 @@ def cosine_to_prototypes(features: Tensor, prototypes: Tensor) -> Tensor:
     # Autocast and TF32 would round the factors of this product, and near cosine 1 the sine loses what is rounded off.
     # TF32 is a process-wide switch; a float64 product is the one it never touches.
     with torch.autocast(features.device.type, enabled=False):
-        features = full_precision(features)
-        directions = full_precision(prototypes)
+        features = at_least_float32(features)
+        directions = at_least_float32(prototypes)
         directions = (directions * _inverse_norm(directions, dim=1)).to(features.dtype)
         exact = torch.float64 if features.is_cuda else features.dtype
         product = torch.matmul(directions.to(exact), features.flatten(2).to(exact)).to(features.dtype)
@@ -212,7 +212,7 @@ def margin_contrastive_loss(
     base_temperature: float = 1.0,
     form: MarginForm = "released",
     weights: Tensor | None = None,
-) -> Sums:
+) -> RatioTerms:
     """Margin preserving contrastive loss of pixels against prototypes.
 
     With theta_j the angle to prototype j, y the label, m the margin, t the temperature:
@@ -240,7 +240,7 @@ def margin_contrastive_loss(
     Source: Eq. (8), Liu et al. 2022.
     Differs from the paper: mean instead of sum over pixels, at feature resolution, as released.
     """
-    cosine = full_precision(cosine)
+    cosine = at_least_float32(cosine)
     positive = cosine.gather(1, labels[:, None]).squeeze(1)
     is_positive = labels[:, None] == torch.arange(cosine.shape[1], device=labels.device)[:, None, None]
     if form == "paper":
@@ -256,9 +256,9 @@ def margin_contrastive_loss(
     else:
         raise ValueError(f"the margin form must be 'released' or 'paper', got {form!r}")
     if weights is None:
-        return Sums(loss.sum(), torch.full((), loss.numel(), dtype=loss.dtype, device=loss.device))
+        return RatioTerms(loss.sum(), torch.full((), loss.numel(), dtype=loss.dtype, device=loss.device))
     weights = weights.to(loss.dtype)
-    return Sums((weights * loss).sum(), weights.sum())
+    return RatioTerms((weights * loss).sum(), weights.sum())
 
 
 def poly_lr(base: float, iteration: int, max_iterations: int, power: float = 0.9) -> float:

@@ -47,7 +47,7 @@ class MPSCL(SegmenterMethod[MPSCLConfig]):
         assert batch.target_image is not None, "MPSCL needs slices of the target domain"
         c = self.config
         labels = batch.source_label
-        self.optimisers.begin(iteration)
+        self.optimisers.start_iteration(iteration)
 
         source, target = self.forward(batch.source_image, batch.target_image)
         source_logits = base.upsampled(source, labels.shape[-2:])
@@ -69,7 +69,7 @@ class MPSCL(SegmenterMethod[MPSCLConfig]):
         losses = dict(segmentation.parts)
         total = segmentation.total
         information = {head: self._self_information(logits) for head, logits in target_logits.items()}
-        adversarial = self.adversary.fool(information)
+        adversarial = self.adversary.adversarial_loss(information)
         for head, weight in (("main", c.lambda_main), ("aux", c.lambda_aux)):
             if head in adversarial:
                 losses[f"loss_adversarial_{head}"] = adversarial[head]
@@ -88,7 +88,7 @@ class MPSCL(SegmenterMethod[MPSCLConfig]):
             )
             selected = collectives.all_reduce_sum(contrast.denominator)
             selected = selected + MASK_EPS if c.form == "released" else selected.clamp(min=1.0)
-            losses["loss_contrastive_target"] = collectives.share_of_ratio(contrast.numerator, selected)
+            losses["loss_contrastive_target"] = collectives.ddp_ratio(contrast.numerator, selected)
             total = total + c.gamma * losses["loss_contrastive_source"] + c.beta * losses["loss_contrastive_target"]
             metrics["selected_fraction"] = mask.to(total.dtype).mean()
             metrics["prototype_angle_min"], metrics["prototype_angle_mean"] = prototype_angles(prototypes)
@@ -97,11 +97,13 @@ class MPSCL(SegmenterMethod[MPSCLConfig]):
         # Discriminators, on detached maps.
         with torch.no_grad():
             source_information = {head: self._self_information(logits) for head, logits in source_logits.items()}
-        learnt, accuracies = self.adversary.learn(source_information, information, c.halve_discriminator_loss)
+        learnt, accuracies = self.adversary.discriminator_backward(
+            source_information, information, c.halve_discriminator_loss
+        )
         losses |= learnt
 
         # Nothing moves unless all of it is finite on all workers.
-        flag = self.optimisers.finish(losses)
+        flag = self.optimisers.step(losses)
         self.prototypes = torch.where(flag > 0, self.prototypes, prototypes)
         return base.metrics(losses, metrics, accuracies, non_finite=flag)
 

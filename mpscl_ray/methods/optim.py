@@ -65,7 +65,7 @@ class Optimiser:
         step = torch.zeros((), dtype=torch.float32, device=parameter.device)
         return {"step": step, "exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
 
-    def begin(self, iteration: int, iterations: int, lr_factor: float | None = None) -> None:
+    def start_iteration(self, iteration: int, iterations: int, lr_factor: float | None = None) -> None:
         """Forget the gradients and set the learning rate: by the decay at this iteration, or by a factor."""
         self._optimiser.zero_grad(set_to_none=True)
         for group in self._optimiser.param_groups:
@@ -201,7 +201,7 @@ class NonFiniteGuard:
         if gradients:
             watched["gradient_norm"] = torch.nn.utils.get_total_norm(gradients)
         values = torch.stack([value.detach().double() for value in watched.values()])
-        bad = collectives.any_worker(~values.isfinite().all())
+        bad = collectives.all_reduce_any(~values.isfinite().all())
         if self._names == tuple(watched):
             values = torch.where(self.flag > 0, self._losses, values)
         self._names, self._losses = tuple(watched), values
@@ -252,7 +252,7 @@ class Optimisers:
         for network in self._networks.values():
             network.train()
 
-    def begin(self, iteration: int, lr_factor: float | None = None) -> None:
+    def start_iteration(self, iteration: int, lr_factor: float | None = None) -> None:
         """Begin an iteration: remember the buffers, forget the gradients, set the learning rates.
 
         Args:
@@ -262,9 +262,9 @@ class Optimisers:
         assert self.iterations > 0, "start_phase comes before the first step"
         self._before = Snapshot(self._buffers)
         for optimiser in self._optimisers.values():
-            optimiser.begin(iteration, self.iterations, lr_factor)
+            optimiser.start_iteration(iteration, self.iterations, lr_factor)
 
-    def finish(self, losses: Mapping[str, Tensor]) -> Tensor:
+    def step(self, losses: Mapping[str, Tensor]) -> Tensor:
         """Move, unless a loss or a gradient is not finite on some worker or was not before.
 
         Args:
@@ -296,7 +296,7 @@ class Optimisers:
         for name, optimiser in self._optimisers.items():
             optimiser.load_state_dict(state["optimisers"].get(name, {}))
 
-    def forget_non_finite(self) -> None:
+    def reset_guard(self) -> None:
         """Begin anew with a flag that is not set."""
         self.guard = NonFiniteGuard(self._device)
 

@@ -20,7 +20,7 @@ class Segmentation(SegmenterMethod[SegmentationConfig]):
 
     def step(self, batch: Batch, iteration: int) -> dict[str, Tensor]:
         labels = batch.source_label
-        self.optimisers.begin(iteration)
+        self.optimisers.start_iteration(iteration)
 
         (output,) = self.forward(batch.source_image)
         counts = collectives.all_reduce_sum(class_counts(labels, self.num_classes))
@@ -28,5 +28,5 @@ class Segmentation(SegmenterMethod[SegmentationConfig]):
         loss = base.segmentation_loss(logits, labels, counts, self.config.segmentation_aux_weight)
         loss.total.backward()  # type: ignore[no-untyped-call]
 
-        flag = self.optimisers.finish(loss.parts)
+        flag = self.optimisers.step(loss.parts)
         return base.metrics({"loss_segmentation": loss.total}, loss.parts, non_finite=flag)

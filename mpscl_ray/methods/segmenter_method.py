@@ -29,9 +29,9 @@ Config = TypeVar("Config")
 class SegmenterMethod(ABC, Generic[Config]):
     """A segmenter that SGD trains, and the discriminators beside it, each with an Adam: passes, prediction, state.
 
-    A method derives from it. Its :meth:`step` makes its losses of what :meth:`forward` gives, between
-    ``optimisers.begin`` and ``optimisers.finish``. It says what discriminators it has in :meth:`build_adversary`, and
-    adds to the state what it has beside networks.
+    A method derives from it. Its :meth:`step` computes its losses from what :meth:`forward` returns, between
+    ``optimisers.start_iteration`` and ``optimisers.step``. It builds its discriminators in :meth:`build_adversary`, and
+    adds what it has beside networks to the state.
 
     Args:
         segmenter: with its initial weights; trained in place.

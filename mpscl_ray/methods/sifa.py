@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from mpscl_ray.config import OptimConfig, PrecisionConfig, SIFAConfig
-from mpscl_ray.data.sampler import stream_key
+from mpscl_ray.data.sampler import derive_seed
 from mpscl_ray.distributed import collectives
 from mpscl_ray.distributed.batch_norm import batch_norms
 from mpscl_ray.methods import base
 from mpscl_ray.methods.base import Batch, TargetSplit, TrainingSlices
 from mpscl_ray.methods.image_pool import ImagePool
-from mpscl_ray.methods.losses import class_counts, full_precision
+from mpscl_ray.methods.losses import at_least_float32, class_counts
 from mpscl_ray.methods.optim import (
     NetworkAdam,
     NonFiniteGuard,
@@ -24,7 +24,13 @@ from mpscl_ray.methods.optim import (
     autocast,
     prepare_network,
 )
-from mpscl_ray.methods.sifa_losses import batch_dice_loss, clipped_cross_entropy, fooled, half_squared_norm, told
+from mpscl_ray.methods.sifa_losses import (
+    batch_dice_loss,
+    clipped_cross_entropy,
+    half_squared_norm,
+    lsgan_discriminator_loss,
+    lsgan_generator_loss,
+)
 from mpscl_ray.networks.sifa import (
     Decoder,
     GlobalDropout,
@@ -97,7 +103,7 @@ class SIFA:
         for number, network in enumerate(self.networks.values()):
             if network is not segmenter:
                 initialise_sifa(network, seed + number)
-            prepare_network(collectives.start_alike(network.to(device, self._dtype)), device, precision)
+            prepare_network(collectives.broadcast_parameters(network.to(device, self._dtype)), device, precision)
         self._dropout = torch.Generator(device)
         for layer in segmenter.modules():
             if isinstance(layer, GlobalDropout):
@@ -112,7 +118,8 @@ class SIFA:
         self._guards = {name: NonFiniteGuard(self.device) for name in self.networks}
         self._flag = torch.zeros((), dtype=torch.float32, device=self.device)
         self._pools = {
-            name: ImagePool(self.config.pool_size, stream_key(self.seed, "pool", name)) for name in ("source", "target")
+            name: ImagePool(self.config.pool_size, derive_seed(self.seed, "pool", name))
+            for name in ("source", "target")
         }
 
     def start_phase(self, iterations: int) -> None:
@@ -135,8 +142,8 @@ class SIFA:
         labels = batch.source_label
         decay = 0.9 ** (iteration // c.segmenter_decay_every) if c.segmenter_decay_every else 1.0
         for name, optimiser in self._optimisers.items():
-            optimiser.begin(iteration, self._iterations, decay if name == "segmenter" else 1.0)
-        self._dropout.manual_seed(stream_key(self.seed, "dropout", iteration) % 2**63)
+            optimiser.start_iteration(iteration, self._iterations, decay if name == "segmenter" else 1.0)
+        self._dropout.manual_seed(derive_seed(self.seed, "dropout", iteration) % 2**63)
         counts = collectives.all_reduce_sum(class_counts(labels, self.num_classes))
         metrics: dict[str, Tensor] = {}
 
@@ -149,14 +156,16 @@ class SIFA:
             cycle_a = self._decode(self._segment(fake_b).features, fake_b)
             losses = {
                 "loss_cycle": self._cycle(image_a, cycle_a, image_b, cycle_b),
-                "loss_adversarial_target": fooled(self._call("critic_target", fake_b)),
+                "loss_adversarial_target": lsgan_generator_loss(self._call("critic_target", fake_b)),
             }
             metrics |= self._move("generator", losses["loss_cycle"] + losses["loss_adversarial_target"], losses)
 
         # d_B
         with self._training("critic_target"):
             earlier_b = self._pools["target"].swap(fake_b)
-            loss = told(self._call("critic_target", image_b), self._call("critic_target", earlier_b))
+            loss = lsgan_discriminator_loss(
+                self._call("critic_target", image_b), self._call("critic_target", earlier_b)
+            )
             metrics |= self._move("critic_target", loss, {"loss_discriminator_target": loss})
 
         # e_B, s_B
@@ -164,21 +173,23 @@ class SIFA:
             before = Snapshot([buffer for layer in self._norms for buffer in layer.buffers()])
             with torch.no_grad():
                 fake_b = self._call("generator", image_a)
-            on_fake = self._segment(fake_b, moves_statistics=True)
-            on_real = self._segment(image_b, moves_statistics=True)
+            on_fake = self._segment(fake_b, update_running_stats=True)
+            on_real = self._segment(image_b, update_running_stats=True)
             fake_a = self._decode(on_real.features, image_b)
             cycle_a, cycle_b = self._decode(on_fake.features, fake_b), self._call("generator", fake_a)
             verdict = self._call("critic_source", fake_a)
             losses = self._segmentation(on_fake, labels, counts)
-            losses["loss_prediction"] = fooled(self._call("critic_prediction", on_real.main))
-            losses["loss_features"] = fooled(verdict[:, 1:])
-            losses["loss_decoder"] = self._cycle(image_a, cycle_a, image_b, cycle_b) + fooled(verdict[:, :1])
+            losses["loss_prediction"] = lsgan_generator_loss(self._call("critic_prediction", on_real.main))
+            losses["loss_features"] = lsgan_generator_loss(verdict[:, 1:])
+            losses["loss_decoder"] = self._cycle(image_a, cycle_a, image_b, cycle_b) + lsgan_generator_loss(
+                verdict[:, :1]
+            )
             segmentation = losses["loss_cross_entropy_main"] + losses["loss_dice_main"]
             total = segmentation + c.lambda_l2 * half_squared_norm(self.segmenter)
             total = total + self._ramped(iteration) * losses["loss_prediction"]
             total = total + c.lambda_features * losses["loss_features"] + c.lambda_decoder * losses["loss_decoder"]
             if on_real.low is not None:
-                losses["loss_prediction_low"] = fooled(self._call("critic_low", on_real.low))
+                losses["loss_prediction_low"] = lsgan_generator_loss(self._call("critic_low", on_real.low))
                 total = total + c.lambda_low * (losses["loss_cross_entropy_low"] + losses["loss_dice_low"])
                 total = total + c.lambda_prediction_low * losses["loss_prediction_low"]
             metrics |= {"loss_segmentation": segmentation.detach()} | self._move("segmenter", total, losses)
@@ -191,7 +202,7 @@ class SIFA:
             fake_a = self._decode(on_real.features, image_b)
             cycle_a, cycle_b = self._decode(on_fake.features, fake_b), self._call("generator", fake_a)
             loss = self._cycle(image_a, cycle_a, image_b, cycle_b)
-            loss = loss + fooled(self._call("critic_source", fake_a)[:, :1])
+            loss = loss + lsgan_generator_loss(self._call("critic_source", fake_a)[:, :1])
             metrics |= self._move("decoder", loss, {"loss_translation_to_source": loss})
 
         # d_A: its second output tells images made of target features from those made of translated source.
@@ -202,7 +213,9 @@ class SIFA:
             on_image, on_earlier, on_cycle = (
                 self._call("critic_source", image) for image in (image_a, earlier_a, cycle_a)
             )
-            loss = told(on_image[:, :1], on_earlier[:, :1]) + told(on_cycle[:, 1:], on_earlier[:, 1:])
+            loss = lsgan_discriminator_loss(on_image[:, :1], on_earlier[:, :1]) + lsgan_discriminator_loss(
+                on_cycle[:, 1:], on_earlier[:, 1:]
+            )
             metrics |= self._move("critic_source", loss, {"loss_discriminator_source": loss})
 
         # d_P
@@ -212,7 +225,7 @@ class SIFA:
         ):
             if real is not None and fake is not None:
                 with self._training(name):
-                    loss = told(self._call(name, real), self._call(name, fake))
+                    loss = lsgan_discriminator_loss(self._call(name, real), self._call(name, fake))
                     metrics |= self._move(name, loss, {f"loss_discriminator_{name.removeprefix('critic_')}": loss})
         return base.metrics(metrics, non_finite=self._flag)
 
@@ -237,22 +250,22 @@ class SIFA:
 
     def _call(self, name: str, x: Tensor) -> Tensor:
         with autocast(self.device, self.precision):
-            return full_precision(self.networks[name](x))
+            return at_least_float32(self.networks[name](x))
 
     def _decode(self, features: Tensor, image: Tensor) -> Tensor:
         with autocast(self.device, self.precision):
-            return full_precision(self.decoder(features, image))
+            return at_least_float32(self.decoder(features, image))
 
-    def _segment(self, image: Tensor, moves_statistics: bool = False) -> SIFAOutput:
+    def _segment(self, image: Tensor, update_running_stats: bool = False) -> SIFAOutput:
         for layer in self._norms:
-            layer.track_running_stats = moves_statistics
+            layer.track_running_stats = update_running_stats
         try:
             with autocast(self.device, self.precision):
                 output: SIFAOutput = self.segmenter(image)
         finally:
             for layer in self._norms:
                 layer.track_running_stats = True
-        return SIFAOutput(*(None if x is None else full_precision(x) for x in output))  # type: ignore[arg-type]
+        return SIFAOutput(*(None if x is None else at_least_float32(x) for x in output))  # type: ignore[arg-type]
 
     def _cycle(self, image_a: Tensor, cycle_a: Tensor, image_b: Tensor, cycle_b: Tensor) -> Tensor:
         difference = (image_a - cycle_a).abs().mean() + (image_b - cycle_b).abs().mean()
@@ -287,7 +300,7 @@ class SIFA:
         with autocast(self.device, self.precision):
             output: SIFAOutput = self.segmenter(images.to(self.device, self._dtype))
         self.segmenter.train(was_training)
-        return full_precision(output.main).softmax(dim=1)
+        return at_least_float32(output.main).softmax(dim=1)
 
     def prepare(self, slices: TrainingSlices) -> None:
         """Nothing."""

@@ -6,17 +6,17 @@ import torch
 from torch import Tensor, nn
 
 from mpscl_ray.distributed import collectives
-from mpscl_ray.methods.losses import full_precision
+from mpscl_ray.methods.losses import at_least_float32
 
 
-def fooled(verdict: Tensor) -> Tensor:
+def lsgan_generator_loss(verdict: Tensor) -> Tensor:
     """Least-squares loss of whoever wants a discriminator to take its images for real ones: mean (D - 1)^2."""
-    return (full_precision(verdict) - 1.0).square().mean()
+    return (at_least_float32(verdict) - 1.0).square().mean()
 
 
-def told(real: Tensor, fake: Tensor) -> Tensor:
+def lsgan_discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
     """Least-squares loss of a discriminator: half of mean (D(real) - 1)^2 + mean D(fake)^2."""
-    return 0.5 * ((full_precision(real) - 1.0).square().mean() + full_precision(fake).square().mean())
+    return 0.5 * ((at_least_float32(real) - 1.0).square().mean() + at_least_float32(fake).square().mean())
 
 
 def half_squared_norm(module: nn.Module) -> Tensor:
@@ -34,7 +34,7 @@ def clipped_cross_entropy(logits: Tensor, labels: Tensor, counts: Tensor) -> Ten
 
     Source: the released code of Chen et al. 2020, which divides by the number of pixels, not by the sum of weights.
     """
-    probabilities = full_precision(logits).softmax(dim=1).clamp(0.005, 1.0)
+    probabilities = at_least_float32(logits).softmax(dim=1).clamp(0.005, 1.0)
     classes = torch.arange(logits.shape[1], device=labels.device)
     truth = labels[:, None] == classes[:, None, None]
     weights = (1.0 - counts / counts.sum().clamp(min=1)).to(probabilities.dtype)
@@ -52,7 +52,7 @@ def batch_dice_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
     Source: the released code of Chen et al. 2020.
     """
-    probabilities = full_precision(logits).softmax(dim=1)
+    probabilities = at_least_float32(logits).softmax(dim=1)
     classes = torch.arange(logits.shape[1], device=labels.device)
     truth = (labels[:, None] == classes[:, None, None]).to(probabilities.dtype)
     sums = [x.sum(dim=(0, 2, 3)) for x in (probabilities * truth, probabilities.square(), truth)]

@@ -1,4 +1,4 @@
-"""Label maps for images: what the predict command does."""
+"""The predict command: label maps for images."""
 
 from __future__ import annotations
 
@@ -31,22 +31,23 @@ from mpscl_ray.predict.image import (
     stem,
     write_label_tables,
 )
-from mpscl_ray.predict.predictor import choose_device, find_checkpoint, load_weights, read_model, volumes_at_a_time
+from mpscl_ray.predict.model import find_checkpoint, read_model
+from mpscl_ray.predict.predictor import choose_device, load_weights, num_inference_workers
 from mpscl_ray.prepare.file_listing import is_dicom
 from mpscl_ray.runs.atomic_files import write_atomically
-from mpscl_ray.runs.bucket_run import open_run
 from mpscl_ray.runs.palette import display_order
 from mpscl_ray.runs.progress import ProgressLine
-from mpscl_ray.runs.storage import Remote, written_to
+from mpscl_ray.runs.run_directory import open_run
+from mpscl_ray.runs.storage import S3Path, output_directory
 
 VOLUMES = "volumes.json"
 """File in the output folder with the volume of each structure in ml, by label map."""
 
 _NO_IMAGES = ("_label", "_labels", "_manual", "_seg", "_mask", "_gt", SUFFIX.removesuffix(".nii.gz"))
-"""Ends of names in a folder that are label maps, not images."""
+"""Suffixes of names that are label maps, not images."""
 
 
-def predict(options: argparse.Namespace, out: Path | Remote) -> int:
+def predict(options: argparse.Namespace, out: Path | S3Path) -> int:
     """Segment images by the options of the command; returns the exit code, 3 if some of them could not be.
 
     Args:
@@ -61,8 +62,8 @@ def predict(options: argparse.Namespace, out: Path | Remote) -> int:
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
     job = Job(
-        run=home.address,
-        weights=replace(weights, path=home.relative(weights.path)),
+        run=home.uri,
+        weights=replace(weights, path=home.relative_to_run(weights.path)),
         stamp=weights.stamp(),
         domain=options.modality,
         out=out,
@@ -75,8 +76,8 @@ def predict(options: argparse.Namespace, out: Path | Remote) -> int:
     )
     images, failed = find_images(options.inputs, options.pattern)
     previous = _check_outputs(images, job, model.classes, options.overwrite)
-    workers = volumes_at_a_time(len(images), device) if options.workers is None else options.workers
-    predictor = load_weights(model, weights, options.device)  # also in front of workers: its errors come at once
+    workers = num_inference_workers(len(images), device) if options.workers is None else options.workers
+    predictor = load_weights(model, weights, options.device)  # also before workers start: errors are reported at once
     if images:
         write_label_tables(job.out, model.classes, job.raw_ids)
     line = ProgressLine(len(images), "segmenting, volume")
@@ -99,7 +100,7 @@ def find_images(inputs: Sequence[Path], pattern: str | None) -> tuple[list[Path]
     """The files to segment, and a failure for each input that holds none.
 
     Args:
-        inputs: files, which are taken as they are, and folders.
+        inputs: files of any name, and folders.
         pattern: which files of a folder; None for NIfTI files that are not named like label maps.
 
     Raises:
@@ -130,7 +131,7 @@ def find_images(inputs: Sequence[Path], pattern: str | None) -> tuple[list[Path]
     counts = Counter(stem(path) for path in images)
     double = [str(path) for path in images if counts[stem(path)] > 1]
     if double:
-        raise ConfigError(f"{', '.join(double[:6])} would give label maps of the same name; segment them apart")
+        raise ConfigError(f"{', '.join(double[:6])} would give label maps of the same name; segment them separately")
     return images, failed
 
 
@@ -143,10 +144,10 @@ def _is_image(name: str, pattern: str | None) -> bool:
 
 
 def _check_outputs(images: Sequence[Path], job: Job, classes: Sequence[str], overwrite: bool) -> dict[str, Any]:
-    """Entries that volumes.json has already.
+    """Existing entries of volumes.json.
 
     Raises:
-        ConfigError: files of an earlier prediction are in the way, or label maps with other labels are in the folder.
+        ConfigError: files of an earlier prediction exist, or the folder has label maps with other labels.
     """
     names = [name for image in images for name in outputs(image, job, classes)]
     there = [name for name in names if (job.out / name).exists()]
@@ -172,7 +173,7 @@ def _check_outputs(images: Sequence[Path], job: Job, classes: Sequence[str], ove
         return previous
     if overwrite:
         return {}
-    raise ConfigError(f"{job.out / VOLUMES} is not what predict writes; move it away, or give --overwrite")
+    raise ConfigError(f"{job.out / VOLUMES} was not written by predict; move it away, or give --overwrite")
 
 
 def _write_volumes(job: Job, previous: dict[str, Any], good: Sequence[Prediction]) -> None:
@@ -194,7 +195,7 @@ def _write_volumes(job: Job, previous: dict[str, Any], good: Sequence[Prediction
         for prediction in good
     }
     text = json.dumps({"predictions": {**previous, **entries}}, indent=1, ensure_ascii=False, allow_nan=False)
-    with written_to(job.out) as folder:
+    with output_directory(job.out) as folder:
         write_atomically(folder / VOLUMES, (text + "\n").encode())
 
 

@@ -33,7 +33,7 @@ table { border-collapse: collapse; font-size: .9rem; margin: .8rem 0 1rem; font-
 th, td { text-align: right; padding: .28rem .6rem; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th { font-weight: 600; }
 tr.above th { border-bottom: none; text-align: center; padding-bottom: 0; }
-th:first-child, td:first-child, td.text, th.text { text-align: left; }
+th:first-join_location, td:first-join_location, td.text, th.text { text-align: left; }
 caption { caption-side: bottom; text-align: left; color: var(--pale); font-size: .86rem; padding-top: .4rem;
   white-space: normal; }
 .swatch { display: inline-block; width: .8em; height: .8em; border-radius: 2px; margin-right: .35em;

@@ -17,16 +17,18 @@ from numpy.typing import NDArray
 from mpscl_ray.config import config_from_dict
 from mpscl_ray.config.titles import phase_title, system_of, title_of
 from mpscl_ray.data import SPLITS
-from mpscl_ray.data.dataset import Case, load_manifest, read_case
+from mpscl_ray.data.dataset import Case, load_manifest
+from mpscl_ray.data.parquet_reader import read_case
+from mpscl_ray.data.slice_selection import evenly_spaced, labelled_slices
 from mpscl_ray.errors import ConfigError, DataError
 from mpscl_ray.methods.prototypes import downsample_labels, initial_prototypes, prototype_sums
 from mpscl_ray.networks.deeplab import DeepLabV2, network_input
-from mpscl_ray.predict.predictor import Checkpoint, Model, Predictor, find_checkpoint, load_weights, read_model
+from mpscl_ray.predict.model import Checkpoint, Model, find_checkpoint, read_model
+from mpscl_ray.predict.predictor import Predictor, load_weights
 from mpscl_ray.report.figures.feature_space import FeatureSample, sample_of
-from mpscl_ray.report.figures.segmentations import Segmented, evenly_spaced, labelled_slices
+from mpscl_ray.report.figures.segmentations import Segmented
 from mpscl_ray.runs import checkpoint
-from mpscl_ray.runs.bucket_run import open_run
-from mpscl_ray.runs.run_directory import RunFolder
+from mpscl_ray.runs.run_directory import RunDirectory, open_run
 from mpscl_ray.train.feature_log import FeatureRecord
 from mpscl_ray.train.validation import weighted_mean
 
@@ -38,7 +40,7 @@ FEATURE_SLICES = 12
 class ReportedRun:
     """A run as it is when the report is made."""
 
-    folder: RunFolder
+    folder: RunDirectory
     title: str
     """Its system, with the run's name where several runs of the report have the same system."""
     system: str
@@ -73,7 +75,7 @@ def read_runs(runs: Sequence[Path | str]) -> list[ReportedRun]:
     addresses = [str(Path(folder.path).resolve()) for folder in folders]
     for folder, address in zip(folders, addresses, strict=True):
         if addresses.count(address) > 1:
-            raise ConfigError(f"the run {folder.place} is given twice; give each once")
+            raise ConfigError(f"the run {folder.display_path} is given twice; give each once")
     found = [_read(folder) for folder in folders]
     titles = [run.title for run in found]
     return [
@@ -82,7 +84,7 @@ def read_runs(runs: Sequence[Path | str]) -> list[ReportedRun]:
     ]
 
 
-def _read(folder: RunFolder) -> ReportedRun:
+def _read(folder: RunDirectory) -> ReportedRun:
     config = yaml.safe_load(folder.read_config())
     system = system_of(config)
     features = {(record["global_step"], record["iteration"]): record for record in FeatureRecord(folder.path).read()}
@@ -99,24 +101,24 @@ def _read(folder: RunFolder) -> ReportedRun:
     )
 
 
-def _state(folder: RunFolder) -> str:
+def _state(folder: RunDirectory) -> str:
     status = folder.read_status()
     state = str(status.get("state", "unknown"))
-    if state == "running" and folder.holder() is None:
+    if state == "running" and folder.store.lock_owner() is None:
         return "killed; the same command resumes it"
     position = f" (iteration {status['iteration']} of {status['phase']})" if status.get("phase") else ""
     return state if state == "finished" else f"{state}{position}"
 
 
-def _checkpoints(folder: RunFolder, schedule: Sequence[tuple[str, int]]) -> tuple[Checkpoint, ...]:
+def _checkpoints(folder: RunDirectory, schedule: Sequence[tuple[str, int]]) -> tuple[Checkpoint, ...]:
     found: list[Checkpoint] = []
     step = finished = 0
     for name, iterations in schedule:
         step += iterations
-        if name in folder.finished_phases():
+        if name in folder.store.finished_phases():
             found.append(find_checkpoint(folder, name)[0])
             finished = step
-    steps = folder.steps()
+    steps = folder.store.step_checkpoints()
     if steps and checkpoint.step_of(Path(steps[-1])) > finished:
         found.append(find_checkpoint(folder, "last")[0])
     return tuple(found)
@@ -158,7 +160,7 @@ def choose_case(run: ReportedRun, name: str | None) -> ShownCase:
     """
     dataset = run.model.domains["target"].dataset
     if dataset is None or not dataset.exists():
-        raise DataError(f"the target dataset of the run {run.folder.place}, {dataset}, does not exist any more")
+        raise DataError(f"the target dataset of the run {run.folder.display_path}, {dataset}, does not exist any more")
     manifest = load_manifest(dataset)
     if name is not None:
         found = [case for case in manifest.cases if case.id == name]

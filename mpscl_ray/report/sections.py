@@ -8,16 +8,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from mpscl_ray.data.slice_selection import evenly_spaced, labelled_slices
 from mpscl_ray.errors import DataError
 from mpscl_ray.report.figures import angles, losses, pseudo_labels, surfaces
 from mpscl_ray.report.figures.feature_space import PER_CLASS, feature_space
-from mpscl_ray.report.figures.segmentations import (
-    confident_share,
-    evenly_spaced,
-    labelled_slices,
-    overconfident,
-    side_by_side,
-)
+from mpscl_ray.report.figures.segmentations import confident_share, overconfident, side_by_side
 from mpscl_ray.report.figures.style import Picture, house_style, save
 from mpscl_ray.report.groups import Group
 from mpscl_ray.report.html import HtmlFigure, Section, Table

@@ -32,8 +32,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mpscl_ray.data.loader import Slices, tensors
+from mpscl_ray.data.loader import Slices, collate
 from mpscl_ray.data.parquet_reader import Arrays
+from mpscl_ray.data.slice_selection import evenly_spaced
 from mpscl_ray.distributed import collectives
 from mpscl_ray.methods import base
 from mpscl_ray.methods.losses import cosine_to_prototypes
@@ -90,7 +91,7 @@ class FeatureRecord:
         counts = _Counts(method)
         rank, world_size = collectives.rank(), collectives.world_size()
         for number, (case, arrays) in enumerate(slices.volumes(rank, world_size)):
-            volume = tensors(arrays)
+            volume = collate(arrays)
             for start in range(0, len(volume["image"]), batch_size):
                 counts.add(*(volume[name][start : start + batch_size] for name in ("image", "label") if name in volume))
             if rank == 0 and number == 0:
@@ -107,13 +108,13 @@ class FeatureRecord:
                 file.unlink(missing_ok=True)
 
     def _write_panel(self, method: MPSCL, case: str, arrays: Arrays, global_step: int) -> None:
-        chosen = middle_slices(len(arrays["image"]), PANEL_SLICES)
+        chosen = evenly_spaced(np.arange(len(arrays["image"])), PANEL_SLICES)
         with storage_errors(self.panels):
             self.panels.mkdir(parents=True, exist_ok=True)
         if not (self.panels / SLICES_FILE).exists():
             kept: dict[str, NDArray[Any]] = {name: array[chosen] for name, array in arrays.items()}
             _save(self.panels / SLICES_FILE, {"case": np.array(case), "slice_index": chosen, **kept})
-        cosine = _cosine(method, tensors({"image": arrays["image"][chosen]})["image"])
+        cosine = _cosine(method, collate({"image": arrays["image"][chosen]})["image"])
         nearest, selected = self_paced_pseudo_labels(cosine, method.config.delta_th)
         two = cosine.topk(2, dim=1).values
         content: Arrays = {
@@ -141,11 +142,6 @@ class FeatureRecord:
     def _panel_files(self) -> list[tuple[int, Path]]:
         found = ((re.fullmatch(r"step-(\d+)\.npz", file.name), file) for file in self.panels.glob("step-*.npz"))
         return sorted((int(match[1]), file) for match, file in found if match)
-
-
-def middle_slices(depth: int, number: int) -> NDArray[np.intp]:
-    """Evenly spaced slices of a volume, its ends left out; fewer where there are not so many."""
-    return np.unique(np.linspace(0, depth - 1, min(depth, number) + 2).round().astype(np.intp)[1:-1])
 
 
 class _Counts:

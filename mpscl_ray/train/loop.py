@@ -11,28 +11,30 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from mpscl_ray.config import SOURCE_ONLY, Config, is_adaptation, reads_target
 from mpscl_ray.data import TARGET_DOMAIN
-from mpscl_ray.data.loader import Slices, tensors
+from mpscl_ray.data.loader import Slices, collate
+from mpscl_ray.data.slice_selection import evenly_spaced
 from mpscl_ray.distributed import collectives
 from mpscl_ray.errors import ConfigError, DataError
 from mpscl_ray.methods.base import Batch, Method
 from mpscl_ray.runs import checkpoint
-from mpscl_ray.runs.run_directory import RunFolder
-from mpscl_ray.train.feature_log import FeatureRecord, middle_slices
+from mpscl_ray.runs.run_directory import RunDirectory
+from mpscl_ray.train.feature_log import FeatureRecord
 from mpscl_ray.train.phases import (
     build_method,
     build_segmenter,
-    carry_over,
-    load_start_weights,
+    load_pretrained_weights,
     network_arguments,
     prepare,
+    transfer_weights,
 )
 from mpscl_ray.train.streams import TrainingData, open_streams, training_slices
-from mpscl_ray.train.timing import LOOK_EVERY_S, Clock, StopLooks
+from mpscl_ray.train.timing import POLL_INTERVAL_S, StopPoller, ThroughputMeter
 from mpscl_ray.train.validation import Validation, selection_score, target_criteria, validate
 
 PANEL_SLICES = 4
@@ -40,7 +42,7 @@ PANEL_SLICES = 4
 
 
 @dataclass
-class Outcome:
+class TrainResult:
     """How training ended.
 
     Attributes:
@@ -59,7 +61,7 @@ class Outcome:
 
 
 @dataclass
-class Position:
+class TrainerState:
     """How far a run is: all that a resumed run has to know beside weights, optimisers and random state.
 
     Attributes:
@@ -75,39 +77,39 @@ class Position:
     best: float | None = None
 
 
-class Observer:
+class Callback:
     """Is told what happens, on every worker at the same points; does nothing unless a method is overridden."""
 
-    def started(self, step: int) -> None:
+    def on_start(self, step: int) -> None:
         """Training begins at this step: 0, or that of the checkpoint it goes on from."""
 
-    def batch(self, batch: Batch) -> None:
+    def on_batch(self, batch: Batch) -> None:
         """The next step trains on this batch."""
 
-    def notice(self, text: str) -> None:
+    def on_warning(self, text: str) -> None:
         """Worker 0 only: a sentence that whoever runs the training should read."""
 
-    def record(self, record: Mapping[str, Any], validated: bool) -> None:
+    def on_metrics(self, record: Mapping[str, Any], validated: bool) -> None:
         """Metrics were read; ``validated`` if the record has those of a validation."""
 
-    def saved(self) -> None:
+    def on_checkpoint(self) -> None:
         """A checkpoint was written from which the run can go on."""
 
-    def panel(self, step: int, images: Tensor, predictions: Tensor, labels: Tensor | None) -> None:
+    def on_images(self, step: int, images: Tensor, predictions: Tensor, labels: Tensor | None) -> None:
         """Worker 0 only: some slices (N, H, W) of a validation volume of the target, predicted, and their labels."""
 
 
 def train(
     config: Config,
     data: TrainingData,
-    run: RunFolder,
+    run: RunDirectory,
     device: torch.device,
-    observer: Observer | None = None,
+    callback: Callback | None = None,
     stop_requested: Callable[[], bool] = lambda: False,
     *,
-    look_every_s: float = LOOK_EVERY_S,
+    poll_interval_s: float = POLL_INTERVAL_S,
     dtype: torch.dtype = torch.float32,
-) -> Outcome:
+) -> TrainResult:
     """Train from the newest intact checkpoint, or from the start, to the end of the last phase.
 
     Args:
@@ -115,9 +117,9 @@ def train(
         data: slices; the same on every worker.
         run: folder on a file system that all workers share; worker 0 writes, all read.
         device: of this worker.
-        observer: told of batches, metrics, panels and notices.
+        callback: told of batches, metrics, panels and notices.
         stop_requested: asked on worker 0 now and then; True ends training after a checkpoint.
-        look_every_s: seconds, about, between two such questions; 0 asks after each step.
+        poll_interval_s: seconds, about, between two such questions; 0 asks after each step.
         dtype: of the weights, and so of what is computed from the images, which stay in single precision.
 
     Raises:
@@ -125,18 +127,17 @@ def train(
         DataError: a checkpoint or a dataset is damaged beyond what can be passed over.
         StorageError: a checkpoint cannot be written.
     """
-    looks = StopLooks(stop_requested, look_every_s)
-    return _Training(config, data, run, device, observer or Observer(), looks, dtype).run()
+    looks = StopPoller(stop_requested, poll_interval_s)
+    return _Training(config, data, run, device, callback or Callback(), looks, dtype).run()
 
 
-def newest_checkpoint(run: RunFolder) -> tuple[Path | None, list[str]]:
+def newest_checkpoint(run: RunDirectory) -> tuple[Path | None, list[str]]:
     """The checkpoint that a run goes on from, and a sentence for each newer one that is damaged.
 
     Raises:
         DataError: there are checkpoints, and all of them are damaged.
     """
-    run.fetch_newest()
-    found, notices = checkpoint.latest(run.checkpoints)
+    found, notices = run.store.latest_checkpoint()
     if found is None and notices:
         raise DataError(
             f"every checkpoint in {run.checkpoints} is damaged ({'; '.join(notices)}); put an intact one back, or "
@@ -152,43 +153,43 @@ class _Training:
         self,
         config: Config,
         data: TrainingData,
-        run: RunFolder,
+        run: RunDirectory,
         device: torch.device,
-        observer: Observer,
-        looks: StopLooks,
+        callback: Callback,
+        looks: StopPoller,
         dtype: torch.dtype,
     ) -> None:
         self.config, self.data, self.folder, self.device = config, data, run, device
-        self.observer, self.looks, self.dtype = observer, looks, dtype
+        self.callback, self.looks, self.dtype = callback, looks, dtype
         self.features = FeatureRecord(run.path)
         self.rank, self.world_size = collectives.rank(), collectives.world_size()
-        self.position = Position()
+        self.position = TrainerState()
         self.schedule = config.schedule
         torch.manual_seed(config.run.seed)
 
-    def run(self) -> Outcome:
+    def run(self) -> TrainResult:
         resumed = self._load_newest()
-        self.observer.started(self.position.step)
+        self.callback.on_start(self.position.step)
         weights: dict[str, dict[str, Tensor]] = {}
         for number in range(self.position.phase, len(self.schedule)):
             name, iterations = self.schedule[number]
             # A segmenter of its own for each phase: DistributedDataParallel leaves hooks on the parameters it wrapped.
             segmenter = build_segmenter(self.config, len(self.data.classes), name).to(self.dtype)
             if resumed is None and not weights:
-                self._notice(load_start_weights(segmenter, self.config))
+                self._notice(load_pretrained_weights(segmenter, self.config))
             method = build_method(self.config, name, segmenter, len(self.data.classes), self.device)
-            carry_over(method.networks, weights)
+            transfer_weights(method.networks, weights)
             if resumed is not None:
                 resumed["method"]["phase"]["iterations"] = iterations  # the decay follows a phase that was made longer
                 method.load_state_dict(resumed["method"])
                 _restore_random_state(resumed["random"], self.device)
                 resumed = None
             else:
-                self.position = Position(number, 0, self.position.step)
+                self.position = TrainerState(number, 0, self.position.step)
                 method.start_phase(iterations)
                 if is_adaptation(name):
                     slices = training_slices(
-                        self.config, self.data, self.device, self._start_weights, self.rank, self.world_size
+                        self.config, self.data, self.device, self._pretrained_weights, self.rank, self.world_size
                     )
                     prepare(method, self.config, slices)
                     if self.rank == 0:
@@ -200,45 +201,45 @@ class _Training:
             self._save(method, name, self.folder.phases / name)
             weights = {network: module.state_dict() for network, module in method.networks.items()}
         last, iterations = self.schedule[-1]
-        return Outcome("finished", last, iterations, self.position.step)
+        return TrainResult("finished", last, iterations, self.position.step)
 
-    def _run_phase(self, name: str, iterations: int, method: Method) -> Outcome | None:
+    def _run_phase(self, name: str, iterations: int, method: Method) -> TrainResult | None:
         """Iterations of one phase from where it stands; an outcome only if the run ends here."""
         run, position = self.config.run, self.position
         source, target = open_streams(
             self.config, self.data, method, name, position.step, self.device, self.rank, self.world_size
         )
-        clock = Clock(position.step, source, target)
+        clock = ThroughputMeter(position.step, source, target)
         try:
             while position.iteration < iterations:
                 labelled = source.next()
                 batch = Batch(labelled["image"], labelled["label"], target.next()["image"] if target else None)
-                self.observer.batch(batch)
+                self.callback.on_batch(batch)
                 metrics = method.step(batch, position.iteration)
                 position.iteration += 1
                 position.step += 1
                 at_end = position.iteration == iterations
                 validating = position.iteration % run.validate_every == 0 or at_end
                 saving = position.iteration % run.checkpoint_every == 0 or at_end
-                stopping = self.looks.stop_after(position.step)
+                stopping = self.looks.should_stop(position.step)
                 if not (position.iteration % run.report_every == 0 or validating or saving or stopping):
                     continue
                 record = self._read(name, iterations, metrics, clock)
                 if record["train/non_finite"]:
                     losses = collectives.reduce_metrics(method.non_finite_losses())
-                    return Outcome("non_finite", name, position.iteration, position.step, losses)
+                    return TrainResult("non_finite", name, position.iteration, position.step, losses)
                 if validating:
                     record |= self._validate(name, method)
                 if self.rank == 0:
                     self.folder.append_metrics(record)
-                self.observer.record(record, validating)
+                self.callback.on_metrics(record, validating)
                 if validating:
-                    self.looks.look_soon()  # whoever watches may have made up their mind by what they saw
+                    self.looks.poll_soon()  # whoever watches may have made up their mind by what they saw
                 if saving or stopping:
                     self._save(method, name, self.folder.checkpoints / checkpoint.checkpoint_name(position.step))
-                    self.observer.saved()
+                    self.callback.on_checkpoint()
                 if stopping:
-                    return Outcome("interrupted", name, position.iteration, position.step)
+                    return TrainResult("interrupted", name, position.iteration, position.step)
                 if saving or validating:
                     clock.restart(position.step)
         finally:
@@ -249,19 +250,21 @@ class _Training:
 
     def _notice(self, text: str | None) -> None:
         if self.rank == 0 and text:
-            self.observer.notice(text)
+            self.callback.on_warning(text)
 
-    def _start_weights(self) -> dict[str, Tensor]:
+    def _pretrained_weights(self) -> dict[str, Tensor]:
         """The segmenter's weights at the end of the source-only phase, or where there is none those it began with."""
         if SOURCE_ONLY in (name for name, _ in self.schedule):
             end = checkpoint.load(self.folder.phases / SOURCE_ONLY)
             weights: dict[str, Tensor] = end["method"]["networks"]["segmenter"]
             return weights
         segmenter = build_segmenter(self.config, len(self.data.classes)).to(self.dtype)
-        load_start_weights(segmenter, self.config)
+        load_pretrained_weights(segmenter, self.config)
         return segmenter.state_dict()
 
-    def _read(self, name: str, iterations: int, metrics: Mapping[str, Tensor], clock: Clock) -> dict[str, Any]:
+    def _read(
+        self, name: str, iterations: int, metrics: Mapping[str, Tensor], clock: ThroughputMeter
+    ) -> dict[str, Any]:
         """Wait for the device once and read the metrics of the last step."""
         position = self.position
         values = collectives.reduce_metrics(metrics)
@@ -317,12 +320,12 @@ class _Training:
     def _show_panel(self, method: Method, slices: Slices) -> None:
         """Predict evenly spaced slices of the first volume, the ends left out."""
         _, arrays = next(slices.volumes())
-        volume = tensors(arrays)
-        chosen = torch.from_numpy(middle_slices(len(volume["image"]), PANEL_SLICES))
+        volume = collate(arrays)
+        chosen = torch.from_numpy(evenly_spaced(np.arange(len(volume["image"])), PANEL_SLICES))
         images = volume["image"][chosen]
         predictions = method.predict(images.to(self.device)).argmax(1).cpu()
         labels = volume["label"][chosen] if "label" in volume else None
-        self.observer.panel(self.position.step, images[:, 0], predictions, labels)
+        self.callback.on_images(self.position.step, images[:, 0], predictions, labels)
 
     def _save(self, method: Method, phase: str, directory: Path) -> None:
         """Write a checkpoint, after making sure that all workers would write the same."""
@@ -352,7 +355,7 @@ class _Training:
         name = collectives.broadcast_object(found.name if found else None)
         state: dict[str, Any] | None = None
         if name is not None:
-            state = checkpoint.load(self.folder.fetched(self.folder.checkpoints / name))
+            state = checkpoint.load(self.folder.store.localize(self.folder.checkpoints / name))
             self.position = self._position(state, name)
             place = f"iteration {self.position.iteration} of the phase {state['phase']}"
             self._notice(f"going on from the checkpoint {name}: {place}")
@@ -361,7 +364,7 @@ class _Training:
             self.features.rewind(self.position.step)
         return state
 
-    def _position(self, state: Mapping[str, Any], name: str) -> Position:
+    def _position(self, state: Mapping[str, Any], name: str) -> TrainerState:
         """Where a checkpoint stands in the schedule, of which other phases may have been added or dropped since."""
         phases = [phase for phase, _ in self.schedule]
         if state["phase"] not in phases:
@@ -369,7 +372,7 @@ class _Training:
                 f"the checkpoint {name} is of the phase {state['phase']}, and the settings have only "
                 f"{', '.join(phases)}; give that phase its iterations back, or start anew with another run.name"
             )
-        return Position(**{**state["position"], "phase": phases.index(state["phase"])})
+        return TrainerState(**{**state["position"], "phase": phases.index(state["phase"])})
 
 
 def _random_state(device: torch.device) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mpscl_ray.config import Config, SIFAConfig, is_adaptation, method_name, settings_of_phase
+from mpscl_ray.config import Config, SIFAConfig, is_adaptation, method_name, method_of_phase
 from mpscl_ray.methods import METHODS, MPSCL, Segmentation
 from mpscl_ray.methods.base import Method, TrainingSlices
 from mpscl_ray.networks import Segmenter, build, initialise
@@ -37,7 +37,7 @@ def build_segmenter(config: Config, num_classes: int, phase: str | None = None) 
     return segmenter
 
 
-def load_start_weights(segmenter: Segmenter, config: Config) -> str | None:
+def load_pretrained_weights(segmenter: Segmenter, config: Config) -> str | None:
     """Load the pretrained weights that a config names: a released file, or the folder of a checkpoint of a run.
 
     Returns:
@@ -55,7 +55,7 @@ def load_start_weights(segmenter: Segmenter, config: Config) -> str | None:
     return f"{len(report.loaded)} tensors loaded from {config.network.pretrained}{left_out}"
 
 
-def carry_over(networks: Mapping[str, nn.Module], weights: Mapping[str, Mapping[str, Tensor]]) -> None:
+def transfer_weights(networks: Mapping[str, nn.Module], weights: Mapping[str, Mapping[str, Tensor]]) -> None:
     """Give the networks of a phase the weights that those of the same name had at the end of the one before.
 
     A head that stands on another stage now, and so has another shape, keeps its initial weights.
@@ -77,7 +77,7 @@ def prepare(method: Method, config: Config, slices: TrainingSlices) -> None:
 
 def build_method(config: Config, phase: str, segmenter: Segmenter, num_classes: int, device: torch.device) -> Method:
     """The method that trains the segmenter in one phase."""
-    settings = settings_of_phase(config, phase)
+    settings = method_of_phase(config, phase)
     kind = METHODS[method_name(settings)]
     optim = config.optim
     if kind is Segmentation and config.phases.source_only_lr is not None:

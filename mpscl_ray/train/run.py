@@ -15,18 +15,18 @@ from mpscl_ray.distributed.ray_session import connect
 from mpscl_ray.errors import ConfigError, Interrupted, MpsclError, TrainingError
 from mpscl_ray.evaluate.run import PHASES_TABLE, evaluate_phases
 from mpscl_ray.prepare import phantom_dataset
-from mpscl_ray.runs.bucket_run import open_run
+from mpscl_ray.runs.control_files import STOP_FILE, WARNINGS_FILE, WORKER_FAILURES_FILE
 from mpscl_ray.runs.lifecycle import carry_out
 from mpscl_ray.runs.palette import display_order
 from mpscl_ray.runs.progress import ProgressLine
-from mpscl_ray.runs.run_directory import LOSSES_FILE, NOTICES_FILE, STOP_FILE, RunFolder
+from mpscl_ray.runs.run_directory import RunDirectory, open_run
 from mpscl_ray.runs.signals import Interruption, signals_end
-from mpscl_ray.runs.storage import child
-from mpscl_ray.train.loop import Outcome, newest_checkpoint
+from mpscl_ray.runs.storage import join_location
+from mpscl_ray.train.loop import TrainResult, newest_checkpoint
 from mpscl_ray.train.phase_images import draw_phases
-from mpscl_ray.train.phases import build_segmenter, load_start_weights
+from mpscl_ray.train.phases import build_segmenter, load_pretrained_weights
 from mpscl_ray.train.ray import launch, resources
-from mpscl_ray.train.ray.placement_groups import places_of_killed_commands_given_back
+from mpscl_ray.train.ray.placement_groups import release_orphaned_placement_groups
 from mpscl_ray.train.ray.preflight import check_nodes
 from mpscl_ray.train.streams import TrainingData
 
@@ -70,12 +70,12 @@ def train(
         fit: what trains; None is Ray Train.
     """
     resources.check_machine(config)
-    folder = open_run(child(config.run.storage, config.run.name), "command", 60 * config.run.outage_min)
+    folder = open_run(join_location(config.run.storage, config.run.name), "command", 60 * config.run.outage_min)
     folder.create()
     words = ["python", "-m", "mpscl_ray.train", *command]
     with folder.lock():
         # A run that has no checkpoint yet begins anew, with whatever settings.
-        if folder.exists and folder.steps():
+        if folder.exists and folder.store.step_checkpoints():
             changes = _check_resume(folder, config, allow_change)
             if folder.read_status().get("state") == "finished" and not (changes and allow_change):
                 print(f"the run {folder.name} is finished; for another one give it a name with run.name=NAME")
@@ -90,7 +90,7 @@ def train(
         def work() -> None:
             with signals_end("before training began"):
                 _check_before_ray(config, folder)
-                with connect(dashboard=dashboard), places_of_killed_commands_given_back(folder):
+                with connect(dashboard=dashboard), release_orphaned_placement_groups(folder):
                     _train_and_evaluate(config, folder, fit)
 
         code = carry_out(folder, shlex.join(words), work, lambda: _place(folder))
@@ -100,7 +100,7 @@ def train(
     return code
 
 
-def warn_of_storage(folder: RunFolder) -> None:
+def warn_of_storage(folder: RunDirectory) -> None:
     """Tell whoever keeps results in the working directory of a Ray job that they will be gone with it."""
     if any(part.startswith(_WORKING_DIR) for part in folder.path.absolute().parts):
         print(
@@ -110,13 +110,13 @@ def warn_of_storage(folder: RunFolder) -> None:
         )
 
 
-def _check_resume(folder: RunFolder, config: Config, allow_change: bool) -> list[str]:
+def _check_resume(folder: RunDirectory, config: Config, allow_change: bool) -> list[str]:
     """A sentence for each setting that changes on the way; ConfigError where one must not."""
     every_section = tuple(section.name for section in dataclasses.fields(Config))
     return folder.check_config(to_yaml(config), every_section if allow_change else MAY_CHANGE)
 
 
-def _place(folder: RunFolder) -> dict[str, Any]:
+def _place(folder: RunDirectory) -> dict[str, Any]:
     """Phase, iteration and global_step of the last record of metrics."""
     try:
         records = folder.read_metrics()
@@ -125,32 +125,32 @@ def _place(folder: RunFolder) -> dict[str, Any]:
     return {key: records[-1][key] for key in ("phase", "iteration", "global_step")} if records else {}
 
 
-def _check_before_ray(config: Config, folder: RunFolder) -> None:
+def _check_before_ray(config: Config, folder: RunDirectory) -> None:
     """Find what is wrong with datasets, checkpoints and pretrained weights while it takes a second, not a minute."""
     found, _ = newest_checkpoint(folder)
     if not _wants_phantom(config):
         domains, _ = _read_domains(config, folder)
         if found is None:
-            load_start_weights(build_segmenter(config, len(domains.classes), config.schedule[0][0]), config)
+            load_pretrained_weights(build_segmenter(config, len(domains.classes), config.schedule[0][0]), config)
 
 
 def _wants_phantom(config: Config) -> bool:
     return any(value.startswith(phantom_dataset.PREFIX) for value in (config.data.source, config.data.target))
 
 
-def _train_and_evaluate(config: Config, folder: RunFolder, fit: launch.Fit | None) -> None:
+def _train_and_evaluate(config: Config, folder: RunDirectory, fit: launch.Fit | None) -> None:
     with signals_end("before training began"):
         use_gpu = resources.check_cluster(config)
         config = phantom_dataset.resolve(config)
         domains, warnings = _read_domains(config, folder)
         for warning in warnings:
             print(f"warning: {warning}", flush=True)
-        check_nodes(folder.address, domains.fingerprints())
+        check_nodes(folder.uri, domains.fingerprints())
         data = launch.open_data(config, domains)
         print(_summary(config, folder, domains, data, use_gpu), flush=True)
         training = launch.Launch(config, folder, data, use_gpu, fit=fit)
     with Interruption() as interruption, _Watcher(config, folder, training, interruption) as watcher:
-        outcome = training.watch(watcher.look)
+        outcome = training.wait(watcher.look)
     if outcome.state == "non_finite":
         raise TrainingError(_non_finite(config, folder, outcome))
     place = f"iteration {outcome.iteration} of the phase {outcome.phase}"
@@ -165,7 +165,7 @@ def _train_and_evaluate(config: Config, folder: RunFolder, fit: launch.Fit | Non
         draw_phases(folder, phases)
 
 
-def _non_finite(config: Config, folder: RunFolder, outcome: Outcome) -> str:
+def _non_finite(config: Config, folder: RunDirectory, outcome: TrainResult) -> str:
     losses = ", ".join(f"{name} {value:g}" for name, value in outcome.losses.items())
     found, _ = newest_checkpoint(folder)
     if not reads_target(outcome.phase) and config.phases.source_only_lr is not None:
@@ -184,11 +184,11 @@ def _non_finite(config: Config, folder: RunFolder, outcome: Outcome) -> str:
     )
 
 
-def _read_domains(config: Config, folder: RunFolder) -> tuple[launch.Domains, list[str]]:
+def _read_domains(config: Config, folder: RunDirectory) -> tuple[launch.Domains, list[str]]:
     """Both datasets, kept in model.json for evaluation and prediction; a run that goes on must have the same ones."""
     domains, warnings = launch.load_domains(config)
     description = launch.model_description(config, domains)
-    if folder.model_file.exists() and folder.steps():
+    if folder.model_file.exists() and folder.store.step_checkpoints():
         before = folder.read_model()
         for domain in ("source", "target"):
             if before[domain]["fingerprint"] != description[domain]["fingerprint"]:
@@ -200,7 +200,7 @@ def _read_domains(config: Config, folder: RunFolder) -> tuple[launch.Domains, li
     return domains, warnings
 
 
-def _summary(config: Config, folder: RunFolder, domains: launch.Domains, data: TrainingData, use_gpu: bool) -> str:
+def _summary(config: Config, folder: RunDirectory, domains: launch.Domains, data: TrainingData, use_gpu: bool) -> str:
     source, target = domains.source, domains.target
     phases = ", ".join(f"{name.replace('_', ' ')} {iterations}" for name, iterations in config.schedule)
     unlabelled = (
@@ -210,7 +210,7 @@ def _summary(config: Config, folder: RunFolder, domains: launch.Domains, data: T
     )
     labelled = target.modality if config.data.labelled == "target" else source.modality
     return (
-        f"run {folder.name} in {folder.place}: {config.method_name}, {source.modality} to {target.modality}, "
+        f"run {folder.name} in {folder.display_path}: {config.method_name}, {source.modality} to {target.modality}, "
         f"structures {', '.join(display_order(domains.classes[1:]))}\n"
         f"  trains on {data.labelled.files.rows} labelled {labelled} slices and {unlabelled}, "
         f"{config.scaling.describe(use_gpu)}\n"
@@ -223,7 +223,9 @@ def _summary(config: Config, folder: RunFolder, domains: launch.Domains, data: T
 class _Watcher:
     """Shows how far training is from what it leaves in the run folder, and passes on the wish to stop."""
 
-    def __init__(self, config: Config, folder: RunFolder, training: launch.Launch, interruption: Interruption) -> None:
+    def __init__(
+        self, config: Config, folder: RunDirectory, training: launch.Launch, interruption: Interruption
+    ) -> None:
         self.config, self.folder, self.training, self.interruption = config, folder, training, interruption
         self.phase = ""
         self.line: ProgressLine | None = None
@@ -231,7 +233,7 @@ class _Watcher:
         self.size_read = -1
         self.notices = {
             file: file.stat().st_size if file.exists() else 0
-            for file in (folder.logs / NOTICES_FILE, folder.logs / LOSSES_FILE)
+            for file in (folder.logs / WARNINGS_FILE, folder.logs / WORKER_FAILURES_FILE)
         }
         self.stop_passed_on = False
 
@@ -311,7 +313,7 @@ class _Watcher:
                 print(sentence, file=sys.stderr, flush=True)
 
 
-def _print_results(folder: RunFolder) -> None:
+def _print_results(folder: RunDirectory) -> None:
     table = folder.results / PHASES_TABLE
     if table.exists():
         print(f"\nDice and average surface distance, every slice counted\n\n{table.read_text(encoding='utf-8')}")
@@ -319,15 +321,15 @@ def _print_results(folder: RunFolder) -> None:
         print("\nno test or validation volume of the target is labelled, so there is no table of scores")
 
 
-def _print_next_steps(folder: RunFolder) -> None:
+def _print_next_steps(folder: RunDirectory) -> None:
     commands = [
-        f"python -m mpscl_ray.predict {folder.place} IMAGE.nii.gz --out predictions",
-        f"python -m mpscl_ray.report {folder.place} --out report",
-        f"tensorboard --logdir {child(folder.place, 'tensorboard')}",
+        f"python -m mpscl_ray.predict {folder.display_path} IMAGE.nii.gz --out predictions",
+        f"python -m mpscl_ray.report {folder.display_path} --out report",
+        f"tensorboard --logdir {join_location(folder.display_path, 'tensorboard')}",
     ]
     if (folder.results / PHASES_TABLE).exists():
-        commands.insert(0, f"python -m mpscl_ray.evaluate {folder.place}")
+        commands.insert(0, f"python -m mpscl_ray.evaluate {folder.display_path}")
     print(
-        f"\n{folder.place} has the tables (results/), curves (progress.png), TensorBoard events and checkpoints. "
-        "Next:\n  " + "\n  ".join(commands)
+        f"\n{folder.display_path} has the tables (results/), curves (progress.png), TensorBoard events and "
+        "checkpoints. Next:\n  " + "\n  ".join(commands)
     )

@@ -8,14 +8,14 @@ from collections.abc import Callable
 from mpscl_ray.data.loader import SliceStream
 from mpscl_ray.distributed import collectives
 
-LOOK_EVERY_S = 0.5
+POLL_INTERVAL_S = 0.5
 """Seconds, about, between two looks at whether the run was asked to stop, by default."""
 
 MOST_STEPS_UNSEEN = 50
 """Steps after which it is looked in any case."""
 
 
-class Clock:
+class ThroughputMeter:
     """Seconds a step takes, and the share of them spent waiting for data, since the last reading.
 
     Args:
@@ -42,7 +42,7 @@ class Clock:
         return sum(stream.wait_seconds for stream in self._streams)
 
 
-class StopLooks:
+class StopPoller:
     """Asks now and then, at the same steps on all workers, whether the run is to end.
 
     Args:
@@ -54,18 +54,18 @@ class StopLooks:
     def __init__(
         self,
         stop_requested: Callable[[], bool],
-        every_s: float = LOOK_EVERY_S,
+        every_s: float = POLL_INTERVAL_S,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._stop_requested, self._every_s, self._clock = stop_requested, every_s, clock
         self._next = 0
         self._seen = (clock(), 0)
 
-    def look_soon(self) -> None:
+    def poll_soon(self) -> None:
         """Look after the next step, whenever that is; all workers say so at the same step."""
         self._next = 0
 
-    def stop_after(self, step: int) -> bool:
+    def should_stop(self, step: int) -> bool:
         """Whether to end after this step. Worker 0 says when all look next: about every ``every_s`` seconds."""
         if step < self._next:
             return False

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mpscl_ray.data import TARGET_DOMAIN
-from mpscl_ray.data.loader import Slices, tensors
+from mpscl_ray.data.loader import Slices, collate
 from mpscl_ray.distributed import collectives
 from mpscl_ray.train import unsupervised_criteria
 
@@ -74,7 +74,7 @@ def validate(
     rank, world_size = collectives.rank(), collectives.world_size()
     own = range(rank, len(slices.files.cases), world_size)
     for index, (_, arrays) in zip(own, slices.volumes(rank, world_size), strict=True):
-        volume = tensors(arrays)
+        volume = collate(arrays)
         stride = math.ceil(volume["image"].numel() / unsupervised_criteria.NEIGHBOURS)
         neighbours = []
         for start in range(0, len(volume["image"]), batch_size):

@@ -3,16 +3,17 @@
 A search that was killed resumes from it: trials that ended are not run again, and early stopping decides by the reports
 that trials have made.
 
-Records: ``trial`` (number, settings), ``report`` (number, iteration, values), ``end`` (number, state, reason, seconds).
+Records: ``trial``, ``report`` and ``end``, with the fields of ``_FIELDS``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from mpscl_ray.errors import DataError
 from mpscl_ray.runs.ledger import LedgerFile
 
 End = Literal["finished", "stopped", "failed"]
@@ -52,6 +53,18 @@ class Trial:
         return self.reports.get(self.iteration, {})
 
 
+_FIELDS = {
+    "trial": ("number", "settings"),
+    "report": ("number", "iteration", "values"),
+    "end": ("number", "state", "reason", "seconds"),
+}
+
+
+def _is_record(record: Mapping[str, Any]) -> bool:
+    fields = _FIELDS.get(str(record.get("event")))
+    return fields is not None and all(field in record for field in fields)
+
+
 class Ledger(LedgerFile):
     """The records of one search, read when opened and kept in step with the file.
 
@@ -61,11 +74,14 @@ class Ledger(LedgerFile):
     """
 
     def __init__(self, file: Path, flush: Callable[[], None] = lambda: None) -> None:
-        super().__init__(file, flush)
+        super().__init__(file, flush, "a record of a trial", _is_record)
         self.trials: dict[int, Trial] = {}
         self.order: list[tuple[int, int]] = []
         """(number, iteration) of every report, in the order in which they came."""
-        self.read_lines(self._apply, "a record of a trial")
+        for record in self.read_lines():
+            if record["event"] != "trial" and record["number"] not in self.trials:
+                raise DataError(f"{file} is damaged: expected settings of trial {record['number']} before its reports")
+            self._apply(record)
 
     def add(self, number: int, settings: dict[str, Any]) -> Trial:
         """A new trial."""

@@ -21,7 +21,7 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from mpscl_ray.errors import Interrupted, StorageError
-from mpscl_ray.runs.run_directory import RunFolder
+from mpscl_ray.runs.run_directory import RunDirectory
 from mpscl_ray.runs.signals import Interruption
 from mpscl_ray.tune.study import Study
 from mpscl_ray.tune.trainable import STOP_SEARCH, UNREACHABLE, train_trial
@@ -43,7 +43,9 @@ _TUNE_SETTINGS = {
 _POLL_S = 0.25
 
 
-def run_trials(study: Study, parent: RunFolder | None, interruption: Interruption, redraw: Callable[[], None]) -> None:
+def run_trials(
+    study: Study, parent: RunDirectory | None, interruption: Interruption, redraw: Callable[[], None]
+) -> None:
     """Run all trials that are left; returns when none runs any more: all ended, or the search was interrupted.
 
     Args:
@@ -84,7 +86,7 @@ def run_trials(study: Study, parent: RunFolder | None, interruption: Interruptio
         raise error
 
 
-def _tuner(study: Study, parent: RunFolder | None, storage: Path) -> tune.Tuner:
+def _tuner(study: Study, parent: RunDirectory | None, storage: Path) -> tune.Tuner:
     trainable = tune.with_parameters(train_trial, shared=study.shared)
     return tune.Tuner(
         tune.with_resources(trainable, {"memory": TRIAL_MEMORY}),
@@ -92,7 +94,7 @@ def _tuner(study: Study, parent: RunFolder | None, storage: Path) -> tune.Tuner:
             search_alg=LedgerSearcher(study, parent),
             scheduler=ReportScheduler(study.report),
             num_samples=-1,
-            max_concurrent_trials=study.shared.at_once,
+            max_concurrent_trials=study.shared.max_concurrent,
             reuse_actors=True,
         ),
         run_config=tune.RunConfig(
@@ -109,16 +111,16 @@ def _wait(thread: threading.Thread, study: Study, interruption: Interruption, re
     """Wait for Ray Tune; an interruption is passed on to the trials."""
     folder, next_poll = study.folder, 0.0
     while thread.is_alive():
-        if folder.problem is not None:
-            raise folder.problem
+        if folder.store.sync_error is not None:
+            raise folder.store.sync_error
         if not interruption.requested and time.monotonic() > next_poll:
-            next_poll = time.monotonic() + folder.look_s
+            next_poll = time.monotonic() + folder.store.poll_interval_s
             with suppress(StorageError):
-                if folder.left(STOP_SEARCH) is not None:
+                if folder.control_files.read(STOP_SEARCH) is not None:
                     interruption.request(f"the file {STOP_SEARCH} in its folder")
         if interruption.requested and not study.stopping:
             study.stopping = True
-            folder.leave(STOP_SEARCH, "")
+            folder.control_files.write(STOP_SEARCH, "")
             # Written now: a job manager may kill the command before the trials have ended.
             reason = f"stopped by {interruption.signal_name}; trials resume from their last checkpoints"
             folder.write_status("interrupted", exit_code=Interrupted.exit_code, reason=reason)
@@ -136,7 +138,7 @@ class NotPicklable:
 class LedgerSearcher(NotPicklable, Searcher):
     """Gives Ray Tune the trials that are left."""
 
-    def __init__(self, study: Study, parent: RunFolder | None) -> None:
+    def __init__(self, study: Study, parent: RunDirectory | None) -> None:
         super().__init__(metric="score", mode="max")
         self._study, self._parent = study, parent
 

@@ -10,15 +10,14 @@ from mpscl_ray.config.titles import phase_title
 from mpscl_ray.distributed.ray_session import connect
 from mpscl_ray.errors import ConfigError, Interrupted, TrainingError
 from mpscl_ray.prepare import phantom_dataset
-from mpscl_ray.runs.bucket_run import open_run
 from mpscl_ray.runs.lifecycle import carry_out
-from mpscl_ray.runs.run_directory import RunFolder
+from mpscl_ray.runs.run_directory import RunDirectory, open_run
 from mpscl_ray.runs.signals import Interruption, signals_end
-from mpscl_ray.runs.storage import Remote, child
+from mpscl_ray.runs.storage import S3Path, join_location
 from mpscl_ray.train import run as train_run
 from mpscl_ray.train.ray import launch
 from mpscl_ray.train.ray.concurrent import open_shared
-from mpscl_ray.train.ray.placement_groups import places_of_killed_commands_given_back
+from mpscl_ray.train.ray.placement_groups import release_orphaned_placement_groups
 from mpscl_ray.train.ray.resources import check_machine
 from mpscl_ray.tune.criteria import CRITERIA
 from mpscl_ray.tune.display import TrialTable, short_key, trial_rows
@@ -40,7 +39,7 @@ def search(
     space: Space,
     command: list[str],
     *,
-    warm_up: Path | Remote | None = None,
+    warm_up: Path | S3Path | None = None,
     dashboard: bool = False,
     fit: launch.Fit | None = None,
 ) -> int:
@@ -48,15 +47,15 @@ def search(
     check_machine(space.base)
     run = space.base.run
     own = (SPACE, LEDGER, PRESET, "tensorboard")
-    folder = open_run(child(run.storage, run.name), "command", 60 * run.outage_min, own)
+    folder = open_run(join_location(run.storage, run.name), "command", 60 * run.outage_min, own)
     if folder.exists:
-        raise ConfigError(f"{folder.place} is the folder of a training run; give the search another run.name")
+        raise ConfigError(f"{folder.display_path} is the folder of a training run; give the search another run.name")
     folder.config_file = folder.path / SPACE
     folder.create(("logs", "results"))
     settings = space.to_yaml(warm_up)
     words = ["python", "-m", "mpscl_ray.tune", *command]
     with folder.lock():
-        ledger = Ledger(folder.path / LEDGER, folder.settle)
+        ledger = Ledger(folder.path / LEDGER, folder.store.flush)
         if folder.exists and ledger.trials:
             for change in folder.check_config(settings, MAY_CHANGE):
                 print(f"changed for the rest of the search: {change}", flush=True)
@@ -68,7 +67,7 @@ def search(
             with signals_end("before the search began"):
                 if not any(value.startswith(phantom_dataset.PREFIX) for value in _datasets(space)):
                     choose_metric(space.search.metric, launch.load_domains(space.base)[0])
-                with connect(dashboard=dashboard), places_of_killed_commands_given_back(folder):
+                with connect(dashboard=dashboard), release_orphaned_placement_groups(folder):
                     parent = None if warm_up is None else open_run(warm_up)
                     study = _search(space, folder, ledger, parent, fit)
             print_results(study)
@@ -81,7 +80,7 @@ def _datasets(space: Space) -> tuple[str, str]:
 
 
 def _search(
-    space: Space, folder: RunFolder, ledger: Ledger, warm_up: RunFolder | None, fit: launch.Fit | None
+    space: Space, folder: RunDirectory, ledger: Ledger, warm_up: RunDirectory | None, fit: launch.Fit | None
 ) -> Study:
     """The search once Ray runs: shared phases, trials, results."""
     resolved = phantom_dataset.resolve(space.base)
@@ -136,13 +135,13 @@ def _rows(study: Study) -> list[str]:
 
 def _summary(study: Study) -> str:
     """What the search is going to do."""
-    space, total, at_once = study.space, study.sampler.total, study.shared.at_once
+    space, total, max_concurrent = study.space, study.sampler.total, study.shared.max_concurrent
     before = sum(length for _, length in study.shared_phases)
     last = phase_title(study.resolved.schedule[-1][0])
     lines = [
-        f"search {study.folder.name} in {study.folder.place}: {space.search.method}, {total} trials over "
+        f"search {study.folder.name} in {study.folder.display_path}: {space.search.method}, {total} trials over "
         f"{', '.join(space.keys)}",
-        f"  {at_once} trial{'s' * (at_once > 1)} at a time with "
+        f"  {max_concurrent} trial{'s' * (max_concurrent > 1)} at a time with "
         f"{study.resolved.scaling.describe(study.shared.use_gpu)} each; "
         f"compared by {CRITERIA[study.metric]}" + (" (ORACLE)" if study.metric == "oracle" else ""),
     ]

@@ -11,10 +11,9 @@ from typing import Any
 from mpscl_ray.config import Config, to_dict
 from mpscl_ray.config.systems import common_phases
 from mpscl_ray.errors import ClusterError, ConfigError, MpsclError, StorageError
-from mpscl_ray.runs.bucket_run import open_run
 from mpscl_ray.runs.progress import TensorBoard
-from mpscl_ray.runs.run_directory import RunFolder
-from mpscl_ray.runs.storage import child
+from mpscl_ray.runs.run_directory import RunDirectory, open_run
+from mpscl_ray.runs.storage import join_location
 from mpscl_ray.train.ray.concurrent import Shared
 from mpscl_ray.train.ray.placement_groups import release
 from mpscl_ray.tune.asha import SuccessiveHalving, rungs
@@ -39,7 +38,7 @@ class Study:
     """What is searched; its base names the datasets as the user did."""
     resolved: Config
     """The base with datasets that are folders."""
-    folder: RunFolder
+    folder: RunDirectory
     """Folder of the search."""
     shared: Shared
     """Data and resources, opened once for all trials."""
@@ -62,7 +61,7 @@ class Study:
         """Trials that Ray Tune has and that have neither ended nor paused."""
         self._seconds: dict[int, float] = {}
         self._boards: dict[int, TensorBoard] = {}
-        self._folders: dict[int, RunFolder] = {}
+        self._folders: dict[int, RunDirectory] = {}
         self.errors: list[MpsclError] = []
         """Errors of the cluster or the storage that kept trials from continuing."""
         self.stopping = False
@@ -95,13 +94,15 @@ class Study:
     def trial_config(self, settings: dict[str, Any], number: int) -> Config:
         """Settings of a trial's run."""
         config = dataclasses.replace(self.space, base=self.resolved).config(settings)
-        run = dataclasses.replace(config.run, name=f"{number:03d}", storage=str(child(self.folder.place, TRIALS)))
+        run = dataclasses.replace(
+            config.run, name=f"{number:03d}", storage=str(join_location(self.folder.display_path, TRIALS))
+        )
         return dataclasses.replace(config, run=run)
 
-    def trial_folder(self, number: int) -> RunFolder:
+    def trial_folder(self, number: int) -> RunDirectory:
         """Run folder of a trial."""
         if number not in self._folders:
-            place = child(self.folder.address, TRIALS, f"{number:03d}")
+            place = join_location(self.folder.uri, TRIALS, f"{number:03d}")
             self._folders[number] = open_run(place, patience_s=60 * self.resolved.run.outage_min)
         return self._folders[number]
 
@@ -110,7 +111,7 @@ class Study:
     def recover(self) -> None:
         """Complete what an interruption of the search has left half done."""
         self._release_all()
-        self.folder.take_away(STOP_SEARCH)
+        self.folder.control_files.clear(STOP_SEARCH)
         self._stop_hopeless_trials()
 
     def remaining(self) -> list[int]:
@@ -141,10 +142,10 @@ class Study:
     def _any_finished(self) -> bool:
         return any(trial.state == "finished" for trial in self.ledger.trials.values())
 
-    def next_task(self, number: int, parent: RunFolder | None) -> dict[str, Any] | None:
+    def next_task(self, number: int, parent: RunDirectory | None) -> dict[str, Any] | None:
         """What Ray Tune runs for a trial; None where its settings contradict each other, which ends the trial."""
         trial = self.ledger.trials.get(number) or self.ledger.add(number, self.sampler.settings(number))
-        self.trial_folder(number).take_away(PAUSE)
+        self.trial_folder(number).control_files.clear(PAUSE)
         try:
             config = self.trial_config(trial.settings, number)
         except ConfigError as error:
@@ -153,9 +154,9 @@ class Study:
         self._active.add(number)
         task = TrialTask(
             to_dict(config),
-            self.trial_folder(number).address,
-            self.folder.address,
-            parent.address if parent is not None else None,
+            self.trial_folder(number).uri,
+            self.folder.uri,
+            parent.uri if parent is not None else None,
             self.shared_phases[-1][0] if self.shared_phases else "",
             self.metric,
         )
@@ -179,7 +180,7 @@ class Study:
         self.log(f"trial {number:03d} iteration {iteration}: {self.metric.replace('_', ' ')} {value:.4f}")
         if self.halving.report(number, iteration, value):
             try:
-                self.trial_folder(number).leave(PAUSE, f"waits at iteration {iteration}")
+                self.trial_folder(number).control_files.write(PAUSE, f"waits at iteration {iteration}")
             except StorageError as error:
                 self._record_error(number, error)
 
@@ -220,7 +221,7 @@ class Study:
         """Write the end of a trial into the ledger, from its status.json; nothing where it is to resume later."""
         folder = self.trial_folder(number)
         release(folder)
-        pause = folder.left(PAUSE)
+        pause = folder.control_files.read(PAUSE)
         status = folder.read_status()
         state = status.get("state")
         if state == "finished":
@@ -245,7 +246,7 @@ class Study:
 
     def _stop(self, number: int) -> None:
         """The end of a trial that waits. Its settings and metrics stay, its checkpoints are deleted."""
-        self.trial_folder(number).discard_weights()
+        self.trial_folder(number).store.delete_checkpoints()
         self._record_end(number, "stopped", f"fell behind at iteration {self.halving.waits_at(number)}")
 
     def _record_end(self, number: int, state: End, reason: str = "") -> None:

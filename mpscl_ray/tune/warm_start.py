@@ -11,10 +11,9 @@ from mpscl_ray.config import ADAPTATION, SOURCE_ONLY, WARM_UP, Config, config_fr
 from mpscl_ray.config.systems import acts_on, common_phases, phase_fingerprint
 from mpscl_ray.config.titles import phase_title
 from mpscl_ray.errors import ConfigError
-from mpscl_ray.runs.bucket_run import open_run
-from mpscl_ray.runs.run_directory import RunFolder
+from mpscl_ray.runs.run_directory import RunDirectory, open_run
 from mpscl_ray.runs.signals import Interruption
-from mpscl_ray.runs.storage import child
+from mpscl_ray.runs.storage import join_location
 from mpscl_ray.train.ray import launch
 from mpscl_ray.train.ray.concurrent import Shared, run_trial
 from mpscl_ray.tune.criteria import LABEL_FREE, ORACLE, WITHOUT_SOURCE
@@ -55,12 +54,12 @@ def choose_metric(metric: str, domains: launch.Domains) -> str:
 def train_shared_phases(
     config: Config,
     keys: Sequence[str],
-    folder: RunFolder,
+    folder: RunDirectory,
     shared: Shared,
-    given: RunFolder | None,
+    given: RunDirectory | None,
     interruption: Interruption,
     log: Callable[[str], None],
-) -> RunFolder | None:
+) -> RunDirectory | None:
     """Train the phases that all trials share, or check that the given run has them.
 
     Args:
@@ -85,14 +84,14 @@ def train_shared_phases(
             first = phase_fingerprint(config, config.schedule[0][0])
             acting = ", ".join(key for key in keys if acts_on(key, first))
             raise ConfigError(
-                f"--warm-up {given.place}: trials share no phase, because {acting} acts in the first one; leave "
+                f"--warm-up {given.display_path}: trials share no phase, because {acting} acts in the first one; leave "
                 "--warm-up out"
             )
         return None
     if given is not None:
         _check_given(given, config, common, keys, shared)
         return given
-    run = open_run(child(folder.address, SHARED_RUN), "command", 60 * config.run.outage_min)
+    run = open_run(join_location(folder.uri, SHARED_RUN), "command", 60 * config.run.outage_min)
     seen = 0
 
     def poll(training: launch.Launch) -> None:
@@ -105,18 +104,18 @@ def train_shared_phases(
                 phase = phase_title(record["phase"])
                 log(f"shared by all trials: {phase} {record['iteration']} of {record['iterations']}")
 
-    own = _shared_config(config, common, folder, shared.at_once)
+    own = _shared_config(config, common, folder, shared.max_concurrent)
     outcome = run_trial(own, run, shared, poll, display_name=f"{folder.name}-{SHARED_RUN}")
     return run if outcome.state == "finished" else None
 
 
-def _shared_config(config: Config, common: Sequence[str], folder: RunFolder, at_once: int) -> Config:
+def _shared_config(config: Config, common: Sequence[str], folder: RunDirectory, at_once: int) -> Config:
     """Settings of the shared run: as many workers as the cluster has room for and as divide the batch."""
     batch, room = config.data.batch_size, at_once * config.scaling.most_workers
     workers = next(number for number in range(min(room, batch), 0, -1) if batch % number == 0)
     return dataclasses.replace(
         config,
-        run=dataclasses.replace(config.run, name=SHARED_RUN, storage=folder.place),
+        run=dataclasses.replace(config.run, name=SHARED_RUN, storage=folder.display_path),
         phases=dataclasses.replace(
             config.phases, **{name: 0 for name in (SOURCE_ONLY, WARM_UP, ADAPTATION) if name not in common}
         ),
@@ -124,12 +123,12 @@ def _shared_config(config: Config, common: Sequence[str], folder: RunFolder, at_
     )
 
 
-def _check_given(run: RunFolder, config: Config, common: Sequence[str], keys: Sequence[str], shared: Shared) -> None:
+def _check_given(run: RunDirectory, config: Config, common: Sequence[str], keys: Sequence[str], shared: Shared) -> None:
     """Check that a run has trained the common phases as these trials would have."""
     run.require()
-    if common[-1] not in run.finished_phases():
+    if common[-1] not in run.store.finished_phases():
         raise ConfigError(
-            f"--warm-up {run.place} has not finished the phase {common[-1]}, at whose end trials are forked"
+            f"--warm-up {run.display_path} has not finished the phase {common[-1]}, at whose end trials are forked"
         )
     theirs = config_from_dict(yaml.safe_load(run.read_config()), f"of the run {run.name}")
     deciding = phase_fingerprint(config, common[-1])
@@ -144,6 +143,6 @@ def _check_given(run: RunFolder, config: Config, common: Sequence[str], keys: Se
             wrong.append(f"the {domain} dataset is another one")
     if wrong:
         raise ConfigError(
-            f"--warm-up {run.place} does not have the phases that these trials share: {'; '.join(wrong)}; give "
+            f"--warm-up {run.display_path} does not have the phases that these trials share: {'; '.join(wrong)}; give "
             "another run, or leave --warm-up out to train them"
         )

@@ -25,7 +25,7 @@ from mpscl_ray.methods.losses import cosine_to_prototypes
 from mpscl_ray.methods.prototypes import downsample_labels
 from mpscl_ray.methods.pseudo_labels import self_paced_pseudo_labels
 from mpscl_ray.runs import checkpoint
-from mpscl_ray.train.phases import build_method, build_segmenter, carry_over
+from mpscl_ray.train.phases import build_method, build_segmenter, transfer_weights
 from mpscl_ray.train.streams import training_slices
 from tests.tiny import local_data
 
@@ -60,7 +60,7 @@ def look(folder: Path, phase: str) -> None:
     if is_adaptation(phase):
         method.load_state_dict(state)
     else:
-        carry_over(method.networks, state["networks"])
+        transfer_weights(method.networks, state["networks"])
         method.prepare(training_slices(config, data, CPU, dict))
     truth = LocalSlices(Path(config.data.target), "train", labels=True)
     for name, labeller in labellers(method).items():

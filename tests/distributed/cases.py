@@ -19,13 +19,13 @@ from mpscl_ray.config import (
     SIFAConfig,
 )
 from mpscl_ray.distributed import collectives
-from mpscl_ray.distributed.batch_norm import ForEach, WorkersBatchNorm2d, convert_batch_norm
+from mpscl_ray.distributed.batch_norm import PerDomainForward, WorkersBatchNorm2d, convert_batch_norm
 from mpscl_ray.errors import TrainingError
 from mpscl_ray.methods import METHODS, MPSCL, SIFA, AdvEnt, Batch, Method, Segmentation
 from mpscl_ray.methods.base import TrainingSlices
 from mpscl_ray.networks import build, initialise
 from mpscl_ray.networks.deeplab import DeepLabV2
-from mpscl_ray.train.phases import carry_over
+from mpscl_ray.train.phases import transfer_weights
 
 CLASSES = 4
 GLOBAL_BATCH = 8
@@ -107,7 +107,7 @@ def parity(settings: dict[str, Any]) -> dict[str, Any]:
     for step in range(WARM_UP):
         warm_up.step(my_part(global_batch(step)), step)
     trained = method(seed, **settings)
-    carry_over(trained.networks, {name: network.state_dict() for name, network in warm_up.networks.items()})
+    transfer_weights(trained.networks, {name: network.state_dict() for name, network in warm_up.networks.items()})
     trained.start_phase(STEPS)
     trained.initialise_prototypes(uneven_shares(global_batch(100)))
     return {"prototypes_initial": trained.prototypes, **record(trained)}
@@ -152,11 +152,11 @@ def slices() -> TrainingSlices:
     target = [(row[None], whole.target_image[row][None]) for row in rows]
     return TrainingSlices(
         labelled=lambda: uneven_shares(whole),
-        labelled_in_step=lambda: [my_part(global_batch(step)).source_image for step in (100, 101)],
+        synchronised_source_batches=lambda: [my_part(global_batch(step)).source_image for step in (100, 101)],
         unlabelled=lambda: target,
         target_volumes=(range(3), range(3, 4), range(4, 7), range(7, 8)),
         size=(SIZE, SIZE),
-        start_weights=lambda: segmenter(7).state_dict(),
+        pretrained_weights=lambda: segmenter(7).state_dict(),
     )
 
 
@@ -254,8 +254,8 @@ def batch_norm() -> dict[str, Any]:
         assert convert_batch_norm(converted, CPU) is converted
         assert list(converted.state_dict()) == list(reference.state_dict())
         ours, plain = (
-            ForEach(converted, case.get("moves")),
-            ForEach(reference, case.get("moves")),
+            PerDomainForward(converted, case.get("moves")),
+            PerDomainForward(reference, case.get("moves")),
         )
         for _ in range(2):
             whole = [
@@ -306,15 +306,15 @@ def objects() -> dict[str, Any]:
         message = str(error)
     value = torch.tensor(float(rank + 1), requires_grad=True)
     denominator = collectives.all_reduce_sum(torch.tensor(2.0 * rank)) + 1.0
-    share = collectives.share_of_ratio(value * value, denominator)
+    share = collectives.ddp_ratio(value * value, denominator)
     share.backward()
     collectives.barrier()
     return {
         "counts": counts,
         "halves": halves,
         "drift_was_seen": np.array("linear" in message),
-        "any": collectives.any_worker(torch.tensor(rank == 1)),
-        "none": collectives.any_worker(torch.tensor(False)),
+        "any": collectives.all_reduce_any(torch.tensor(rank == 1)),
+        "none": collectives.all_reduce_any(torch.tensor(False)),
         "ratio": np.array(collectives.reduce_metrics({"ratio": share})["ratio"]),
         "ratio_gradient": value.grad,
     }

@@ -9,63 +9,15 @@ import pytest
 import ray
 import torch
 
-from mpscl_ray.data import (
-    dataset,
-    ray_source,
-)
+from mpscl_ray.data import ray_source
 from mpscl_ray.data.augment import AugmentConfig
 from mpscl_ray.data.loader import LocalSlices, Slices, SliceStream
 from mpscl_ray.data.parquet_reader import SplitFiles
 from mpscl_ray.errors import ClusterError, DataError
+from tests.numbered_slices import SIZE, write_dataset
 from tests.ray.conftest import CPUS
 
-CLASSES = ("background", "MYO", "LAC")
-DEPTHS = (3, 140, 1, 26)
-SIZE = (12, 20)
 STREAM = {"seed": 1, "domain": "source", "global_batch": 8}
-
-
-def write_dataset(folder: Path, depths: tuple[int, ...] = DEPTHS) -> np.ndarray:
-    """Dataset of random slices; returns all images."""
-    rng = np.random.default_rng(0)
-    cases, images = [], []
-    for number, depth in enumerate(depths):
-        image = rng.uniform(-1, 1, (depth, *SIZE)).astype(np.float32)
-        images.append(image)
-        cases.append(
-            dataset.write_case(
-                folder,
-                id=f"case-{number}",
-                patient=f"patient-{number}",
-                split="train",
-                image=image,
-                label=rng.integers(0, 3, image.shape).astype(np.uint8),
-                classes=CLASSES,
-                content_sha256="0" * 64,
-                geometry={},
-                spacing_mm=None,
-                cropped_around_labels=False,
-                sources={},
-            )
-        )
-    manifest = dataset.Manifest(
-        version=dataset.FORMAT_VERSION,
-        modality="mr",
-        classes=CLASSES,
-        size=SIZE,
-        scaling=dataset.Scaling(-1.0, 1.0, "given"),
-        recipe={},
-        splitting={},
-        labels={},
-        steps=(),
-        notices=(),
-        command="",
-        product_version="0",
-        cases=tuple(cases),
-    )
-    dataset.save_manifest(folder, manifest)
-    return np.concatenate(images)
-
 
 pytestmark = pytest.mark.usefixtures("cluster")
 
@@ -108,7 +60,7 @@ def test_kept_streamed_and_local_slices_give_the_same_batches(folder: Path) -> N
     options = {"rank": 1, "world_size": 2, "augment": AugmentConfig(rotation_deg=10, intensity_mapping=0.5)}
     expected = batches(LocalSlices(folder, "train", labels=True), 30, **options)
     kept = ray_source.open_slices(folder, "train", labels=True, in_memory=True)
-    assert isinstance(kept, ray_source.KeptSlices)
+    assert isinstance(kept, ray_source.ObjectStoreSlices)
     for slices in (kept, streamed(folder)):
         assert_equal_batches(batches(slices, 30, **options), expected)
 
@@ -185,7 +137,7 @@ def test_workers_that_hold_all_cpus_still_get_their_batches(folder: Path) -> Non
 
 
 def test_what_does_not_fit_is_streamed_or_refused(folder: Path) -> None:
-    assert isinstance(ray_source.open_slices(folder, "train", labels=True), ray_source.KeptSlices)
+    assert isinstance(ray_source.open_slices(folder, "train", labels=True), ray_source.ObjectStoreSlices)
     small = ray_source.open_slices(folder, "train", labels=True, capacity=300_000)
     assert isinstance(small, ray_source.StreamedSlices)
     with pytest.raises(ClusterError, match=r"take \d+ MiB .* the smallest node has"):

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 
+from mpscl_ray.data.slice_selection import evenly_spaced, labelled_slices
 from mpscl_ray.report.figures.style import ERROR, class_legend, image_grid, wrapped
 from mpscl_ray.runs.plots import grey_slices, overlay
 
@@ -42,19 +43,6 @@ class Segmented:
         """(D, H, W): where it is wrong and confident."""
         errors: NDArray[np.bool_] = (self.labels != truth) & (self.entropy < CONFIDENT)
         return errors
-
-
-def evenly_spaced(candidates: NDArray[np.intp], number: int) -> NDArray[np.intp]:
-    """Evenly spaced ones of sorted candidates, without the first and last where there are enough."""
-    positions = np.linspace(0, len(candidates) - 1, min(number, len(candidates)) + 2).round().astype(int)[1:-1]
-    chosen: NDArray[np.intp] = candidates[np.unique(positions)]
-    return chosen
-
-
-def labelled_slices(labels: NDArray[np.uint8]) -> NDArray[np.intp]:
-    """Slices with a structure; all slices where none has one."""
-    shown = np.flatnonzero(labels.reshape(len(labels), -1).any(axis=1))
-    return shown if len(shown) else np.arange(len(labels))
 
 
 def side_by_side(

@@ -13,10 +13,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from mpscl_ray.config import Config, to_yaml
-from mpscl_ray.distributed.ray_session import keep_account, keeps_account
-from mpscl_ray.errors import MpsclError, NoRoom, StorageError, TrainingError
-from mpscl_ray.runs.run_directory import RunFolder
-from mpscl_ray.train.loop import Outcome
+from mpscl_ray.distributed.ray_session import enable_state_tracking, state_tracking_enabled
+from mpscl_ray.errors import InsufficientResources, MpsclError, StorageError, TrainingError
+from mpscl_ray.runs.run_directory import RunDirectory
+from mpscl_ray.train.loop import TrainResult
 from mpscl_ray.train.ray import launch, resources
 from mpscl_ray.train.ray.placement_groups import release
 from mpscl_ray.train.ray.preflight import check_nodes
@@ -33,20 +33,20 @@ class Shared:
         domains: manifests of both datasets.
         data: slices, opened by the process that runs the trainings; valid as long as that process lives.
         use_gpu: whether each worker gets a GPU.
-        at_once: how many trainings the cluster has room for at a time.
-        account: whether Ray's dashboard is told of the trainings.
+        max_concurrent: how many trainings the cluster has room for at a time.
+        state_tracking: whether Ray's dashboard is told of the trainings.
         fit: what trains; None is Ray Train.
     """
 
     domains: launch.Domains
     data: TrainingData
     use_gpu: bool
-    at_once: int
-    account: bool
+    max_concurrent: int
+    state_tracking: bool
     fit: launch.Fit | None = None
 
 
-def open_shared(config: Config, folder: RunFolder, fit: launch.Fit | None = None) -> tuple[Shared, list[str]]:
+def open_shared(config: Config, folder: RunDirectory, fit: launch.Fit | None = None) -> tuple[Shared, list[str]]:
     """Open the data of trainings that differ in settings which do not decide on what is read.
 
     Args:
@@ -64,21 +64,21 @@ def open_shared(config: Config, folder: RunFolder, fit: launch.Fit | None = None
     """
     use_gpu = resources.check_cluster(config)
     domains, warnings = launch.load_domains(config)
-    check_nodes(folder.address, domains.fingerprints())
+    check_nodes(folder.uri, domains.fingerprints())
     data = launch.open_data(config, domains)
-    at_once = resources.trainings_at_once(config, use_gpu)
-    return Shared(domains, data, use_gpu, at_once, keeps_account(), fit), warnings
+    max_concurrent = resources.max_concurrent_trainings(config, use_gpu)
+    return Shared(domains, data, use_gpu, max_concurrent, state_tracking_enabled(), fit), warnings
 
 
 def run_trial(
     config: Config,
-    folder: RunFolder,
+    folder: RunDirectory,
     shared: Shared,
     look: Callable[[launch.Launch], None] = lambda training: None,
     *,
     display_name: str | None = None,
     resume_command: str | None = None,
-) -> Outcome:
+) -> TrainResult:
     """Train in a run folder, from its newest checkpoint if it has one; a run that is finished is left as it is.
 
     A training that loses its place, with a node or to a training beside it, waits for another one as long as the
@@ -100,7 +100,7 @@ def run_trial(
         The outcome: finished or interrupted.
 
     Raises:
-        NoRoom: the cluster has become too small.
+        InsufficientResources: the cluster has become too small.
         TrainingError: a loss was not finite, or workers were lost more often than run.restarts allows.
         MpsclError: whatever else it could not go on with.
     """
@@ -109,13 +109,13 @@ def run_trial(
         release(folder)
         status = folder.read_status()
         if status.get("state") == "finished":
-            return Outcome("finished", status["phase"], status["iteration"], status["global_step"])
+            return TrainResult("finished", status["phase"], status["iteration"], status["global_step"])
         folder.write_config(to_yaml(config))
         folder.write_environment()
         folder.write_model(launch.model_description(config, shared.domains))
         folder.write_status("running", resume_command=resume_command)
-        if shared.account:
-            keep_account()
+        if shared.state_tracking:
+            enable_state_tracking()
         try:
             outcome = _train(config, folder, shared, look, display_name)
             if outcome.state == "non_finite":
@@ -144,8 +144,12 @@ def run_trial(
 
 
 def _train(
-    config: Config, folder: RunFolder, shared: Shared, look: Callable[[launch.Launch], None], display_name: str | None
-) -> Outcome:
+    config: Config,
+    folder: RunDirectory,
+    shared: Shared,
+    look: Callable[[launch.Launch], None],
+    display_name: str | None,
+) -> TrainResult:
     """Train to the end, however often the place has to be found anew."""
     in_vain = 0
     while True:
@@ -153,18 +157,20 @@ def _train(
         training.start()
         try:
             return _watch(training, look)
-        except NoRoom:
+        except InsufficientResources:
             release(folder)
             in_vain += _has_room(config, shared)
             if in_vain > config.run.restarts or not _wait_for_room(config, shared, training, look):
                 raise
         if training.stop_requested:
             last = (folder.read_metrics() or [{"phase": "", "iteration": 0, "global_step": 0}])[-1]
-            return Outcome("interrupted", last["phase"], last["iteration"], last["global_step"])
+            return TrainResult("interrupted", last["phase"], last["iteration"], last["global_step"])
 
 
 def _has_room(config: Config, shared: Shared) -> bool:
-    return resources.free_places(resources.worker_place(config, shared.use_gpu)) >= config.scaling.least_workers
+    return (
+        resources.free_worker_slots(resources.worker_resources(config, shared.use_gpu)) >= config.scaling.least_workers
+    )
 
 
 def _wait_for_room(
@@ -172,12 +178,12 @@ def _wait_for_room(
 ) -> bool:
     """Wait until there is room or ``look`` has asked for the end; False where the cluster is too small for it."""
     too_small_since = None
-    place = resources.worker_place(config, shared.use_gpu)
+    place = resources.worker_resources(config, shared.use_gpu)
     while True:
         look(training)
         if training.stop_requested or _has_room(config, shared):
             return True
-        if resources.places(place) >= config.scaling.least_workers:
+        if resources.worker_slots(place) >= config.scaling.least_workers:
             too_small_since = None
         elif too_small_since is None:
             too_small_since = time.monotonic()
@@ -186,19 +192,19 @@ def _wait_for_room(
         time.sleep(_LOOK_S)
 
 
-def _watch(training: launch.Launch, look: Callable[[launch.Launch], None]) -> Outcome:
+def _watch(training: launch.Launch, look: Callable[[launch.Launch], None]) -> TrainResult:
     """Watch a training to its end, which comes early where ``look`` raises."""
     try:
-        return training.watch(lambda: look(training))
+        return training.wait(lambda: look(training))
     except BaseException:
         if training.running:
             training.request_stop()
             with suppress(MpsclError):
-                training.watch(lambda: None)
+                training.wait(lambda: None)
         raise
 
 
-def _non_finite(outcome: Outcome) -> str:
+def _non_finite(outcome: TrainResult) -> str:
     losses = ", ".join(f"{name} {value:g}" for name, value in outcome.losses.items())
     return (
         f"a loss or gradient was not finite, seen at iteration {outcome.iteration} of the phase {outcome.phase} "

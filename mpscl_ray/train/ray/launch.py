@@ -29,14 +29,23 @@ from mpscl_ray.data.compatibility import check_pair
 from mpscl_ray.data.dataset import Manifest, load_manifest
 from mpscl_ray.data.loader import Slices
 from mpscl_ray.data.ray_source import open_slices
-from mpscl_ray.errors import ClusterError, ConfigError, DataError, MpsclError, NoRoom, StorageError, TrainingError
+from mpscl_ray.errors import (
+    ClusterError,
+    ConfigError,
+    DataError,
+    InsufficientResources,
+    MpsclError,
+    StorageError,
+    TrainingError,
+)
 from mpscl_ray.methods.adversarial import DISCRIMINATORS
-from mpscl_ray.runs.run_directory import FAILURE_FILE, STOP_FILE, RunFolder
-from mpscl_ray.runs.storage import Remote, locate
-from mpscl_ray.train.loop import Outcome
+from mpscl_ray.runs.control_files import FAILURE_FILE, STOP_FILE
+from mpscl_ray.runs.run_directory import RunDirectory
+from mpscl_ray.runs.storage import S3Path, parse_location
+from mpscl_ray.train.loop import TrainResult
 from mpscl_ray.train.phases import network_arguments
-from mpscl_ray.train.ray.failures import LossesToNotices, causes, last_line
-from mpscl_ray.train.ray.resources import cluster_shortage, worker_place
+from mpscl_ray.train.ray.failures import WorkerFailureCallback, causes, last_line
+from mpscl_ray.train.ray.resources import cluster_shortage, worker_resources
 from mpscl_ray.train.ray.worker import run_worker
 from mpscl_ray.train.streams import TrainingData
 
@@ -64,8 +73,8 @@ class Domains:
 
     source: Manifest
     target: Manifest
-    source_folder: Path | Remote
-    target_folder: Path | Remote
+    source_folder: Path | S3Path
+    target_folder: Path | S3Path
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -99,7 +108,7 @@ def load_domains(config: Config) -> tuple[Domains, list[str]]:
             )
     source_folder, target_folder = (
         located.absolute() if isinstance(located, Path) else located
-        for located in map(locate, (config.data.source, config.data.target))
+        for located in map(parse_location, (config.data.source, config.data.target))
     )
     domains = Domains(load_manifest(source_folder), load_manifest(target_folder), source_folder, target_folder)
     warnings = check_pair(domains.source, domains.target)
@@ -138,7 +147,7 @@ def _reads_target(config: Config) -> bool:
 def model_description(config: Config, domains: Domains) -> dict[str, Any]:
     """What evaluation and prediction need beside the weights, for model.json."""
 
-    def domain(manifest: Manifest, folder: Path | Remote) -> dict[str, Any]:
+    def domain(manifest: Manifest, folder: Path | S3Path) -> dict[str, Any]:
         return {
             "modality": manifest.modality,
             "scaling": {"low": manifest.scaling.low, "high": manifest.scaling.high},
@@ -169,7 +178,7 @@ def open_data(config: Config, domains: Domains, open_slices: Callable[..., Slice
         open_slices: opens a split, as :func:`mpscl_ray.data.ray_source.open_slices` does.
     """
 
-    def opened(folder: Path | Remote, split: str, labels: bool) -> Slices:
+    def opened(folder: Path | S3Path, split: str, labels: bool) -> Slices:
         return open_slices(folder, split, labels=labels, in_memory=config.data.in_memory)
 
     supervised = config.data.labelled == TARGET_DOMAIN
@@ -190,7 +199,7 @@ def open_data(config: Config, domains: Domains, open_slices: Callable[..., Slice
 
 
 def fit_on_ray(
-    config: Config, folder: RunFolder, data: TrainingData, use_gpu: bool, display_name: str
+    config: Config, folder: RunDirectory, data: TrainingData, use_gpu: bool, display_name: str
 ) -> dict[str, Any]:
     """Train with Ray Train, and return the outcome that worker 0 returned.
 
@@ -205,13 +214,13 @@ def fit_on_ray(
     trainer = ray.train.torch.TorchTrainer(
         # The settings alone are Ray's train_loop_config: the dashboard shows that to everybody.
         functools.partial(  # type: ignore[arg-type]
-            run_worker, folder=folder.address, token=folder.token, data=data, display_name=display_name
+            run_worker, folder=folder.uri, token=folder.store.fencing_token, data=data, display_name=display_name
         ),
         train_loop_config=to_dict(config),
         scaling_config=ScalingConfig(  # type: ignore[call-arg]  # the types are those of the former Ray Train
             num_workers=config.scaling.workers,  # type: ignore[arg-type]
             use_gpu=use_gpu,
-            resources_per_worker=worker_place(config, use_gpu),
+            resources_per_worker=worker_resources(config, use_gpu),
             elastic_resize_monitor_interval_s=config.scaling.resize_check_s,
         ),
         run_config=RunConfig(
@@ -223,7 +232,7 @@ def fit_on_ray(
                 # Without a limit Ray Train waits for ever for workers that have no place any more.
                 controller_failure_limit=max(config.run.restarts, patience),
             ),
-            callbacks=[LossesToNotices(RunFolder(folder.path.absolute()), display_name)],  # type: ignore[list-item]
+            callbacks=[WorkerFailureCallback(RunDirectory(folder.path.absolute()), display_name)],  # type: ignore[list-item]
         ),
     )
     try:
@@ -233,8 +242,8 @@ def fit_on_ray(
         shutil.rmtree(storage, ignore_errors=True)
 
 
-Fit = Callable[[Config, RunFolder, TrainingData, bool, str], dict[str, Any]]
-"""Trains in a run folder and returns the fields of an :class:`Outcome`, or ``state="failed"`` with ``exit_code`` and
+Fit = Callable[[Config, RunDirectory, TrainingData, bool, str], dict[str, Any]]
+"""Trains in a run folder and returns the fields of a :class:`TrainResult`, or ``state="failed"`` with ``exit_code`` and
 ``reason``. It stops after a checkpoint when STOP_FILE appears in the folder. :func:`fit_on_ray` is the one there is."""
 
 
@@ -255,7 +264,7 @@ class Launch:
     def __init__(
         self,
         config: Config,
-        folder: RunFolder,
+        folder: RunDirectory,
         data: TrainingData,
         use_gpu: bool,
         *,
@@ -286,19 +295,19 @@ class Launch:
         self.stop_requested = True
         (self.folder.path / STOP_FILE).touch()
 
-    def watch(self, look: Callable[[], None]) -> Outcome:
-        """Call ``look`` several times a second until training ends, and return how it did.
+    def wait(self, poll: Callable[[], None]) -> TrainResult:
+        """Call ``poll`` several times a second until training ends, and return how it did.
 
         Raises:
             MpsclError: what a worker could not go on with, as it raised it.
             TrainingError: workers were lost more often than run.restarts allows.
-            NoRoom: the cluster has no room for the workers any more.
+            InsufficientResources: the cluster has no room for the workers any more.
         """
         while self.running:
-            look()
+            poll()
             self._thread.join(_LOOK_S)
-        self.folder.settle()
-        look()
+        self.folder.store.flush()
+        poll()
         (self.folder.path / STOP_FILE).unlink(missing_ok=True)
         failure = self.folder.path / FAILURE_FILE
         if failure.exists():
@@ -309,17 +318,18 @@ class Launch:
             raise self._explained(self._error)
         if self._outcome["state"] == "failed":
             raise _final(self._outcome)
-        return Outcome(**self._outcome)
+        return TrainResult(**self._outcome)
 
     def _run(self) -> None:
         try:
             self._outcome = self._fit()
-        except BaseException as error:  # noqa: BLE001 - raised again by watch(), in the main thread
+        except BaseException as error:  # noqa: BLE001 - raised again by wait(), in the main thread
             self._error = error
 
     def _explained(self, error: BaseException) -> BaseException:
         """What ended the training, as a sentence."""
-        logs = f"see {self.folder.place}/logs for each worker's log; the same command goes on from the last checkpoint"
+        logs = f"see {self.folder.display_path}/logs for each worker's log; "
+        logs += "the same command goes on from the last checkpoint"
         if isinstance(error, ray.train.WorkerGroupError):
             final = [failure for failure in error.worker_failures.values() if isinstance(failure, StorageError)]
             if final:
@@ -329,7 +339,9 @@ class Launch:
                 f"({causes(error.worker_failures)}); {logs}"
             )
         if isinstance(error, ray.train.ControllerError):
-            return NoRoom(f"the workers found no place any more: {cluster_shortage(self.config, self.use_gpu)}")
+            return InsufficientResources(
+                f"the workers found no place any more: {cluster_shortage(self.config, self.use_gpu)}"
+            )
         if isinstance(error, (ray.train.TrainingFailedError, ray.exceptions.RayError)):
             return ClusterError(f"Ray ended the training ({last_line(error)}); {logs}")
         return error

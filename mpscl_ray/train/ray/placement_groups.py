@@ -20,39 +20,40 @@ from ray.util.placement_group import (
 
 from mpscl_ray.errors import StorageError
 from mpscl_ray.runs.atomic_files import write_atomically
-from mpscl_ray.runs.run_directory import COMMANDS_FILE, PLACE_FILE, RunFolder
+from mpscl_ray.runs.control_files import ACTIVE_JOBS_FILE, PLACEMENT_GROUP_FILE
+from mpscl_ray.runs.run_directory import RunDirectory
 
 
-def leave_place(run: RunFolder) -> None:
+def record_placement_group(run: RunDirectory) -> None:
     """Leave, for :func:`release`, the name of what this worker and those beside it stand on."""
     group = get_current_placement_group()
     if group is not None:
-        write_atomically(run.path / PLACE_FILE, group.id.hex().encode())
-        run.publish(run.path / PLACE_FILE)
+        write_atomically(run.path / PLACEMENT_GROUP_FILE, group.id.hex().encode())
+        run.store.upload(run.path / PLACEMENT_GROUP_FILE)
 
 
-def release(folder: RunFolder) -> None:
+def release(folder: RunDirectory) -> None:
     """Give back the place of a training that does not run any more.
 
     Raises:
         StorageError: its name cannot be read or taken away.
     """
-    name = folder.left(PLACE_FILE)
+    name = folder.control_files.read(PLACEMENT_GROUP_FILE)
     if name is None:
         return
     _remove(name)
-    folder.take_away(PLACE_FILE)
+    folder.control_files.clear(PLACEMENT_GROUP_FILE)
 
 
 @contextmanager
-def places_of_killed_commands_given_back(folder: RunFolder) -> Iterator[None]:
+def release_orphaned_placement_groups(folder: RunDirectory) -> Iterator[None]:
     """Give back what commands that held this folder before have left reserved when they were killed.
 
     At the beginning of the block, so that there is room, and at the end of it once more, as processes of a command may
     live on for a while. Until then this command is on record in the folder, with the session of the cluster.
 
     Args:
-        folder: of the command, which holds it (:meth:`RunFolder.lock`), so that no other one of it runs.
+        folder: of the command, which holds it (:meth:`RunDirectory.lock`), so that no other one of it runs.
 
     Raises:
         StorageError: the record cannot be read or written.
@@ -60,16 +61,16 @@ def places_of_killed_commands_given_back(folder: RunFolder) -> Iterator[None]:
     context = ray.get_runtime_context()
     session = context.get_session_name()
     own = f"{session} {context.get_job_id()}"
-    killed = [line for line in (folder.left(COMMANDS_FILE) or "").splitlines() if line != own]
+    killed = [line for line in (folder.control_files.read(ACTIVE_JOBS_FILE) or "").splitlines() if line != own]
     jobs = [job for there, job in (line.split() for line in killed) if there == session]
     _give_back(jobs)
-    folder.leave(COMMANDS_FILE, "".join(f"{line}\n" for line in (*killed, own)))
+    folder.control_files.write(ACTIVE_JOBS_FILE, "".join(f"{line}\n" for line in (*killed, own)))
     try:
         yield
     finally:
         with suppress(StorageError, RuntimeError, ray.exceptions.RayError):  # the cluster may be gone, then so are they
             _give_back(jobs)
-            folder.take_away(COMMANDS_FILE)
+            folder.control_files.clear(ACTIVE_JOBS_FILE)
 
 
 def _give_back(jobs: list[str]) -> None:

@@ -11,7 +11,7 @@ import torch
 from ray.util.placement_group import placement_group, remove_placement_group
 
 from mpscl_ray.config import Config
-from mpscl_ray.errors import ClusterError, NoRoom
+from mpscl_ray.errors import ClusterError, InsufficientResources
 
 _SETTLE_S = 5.0
 """So long may a cluster that is large enough take to free what a run before this one held."""
@@ -52,13 +52,13 @@ def check_cluster(config: Config) -> bool:
         Whether workers get a GPU each.
 
     Raises:
-        NoRoom: with the numbers, where the cluster is too small or too busy and stays so.
+        InsufficientResources: with the numbers, where the cluster is too small or too busy and stays so.
     """
     scaling = config.scaling
     total: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
     use_gpu = scaling.device == "gpu" or (scaling.device == "auto" and total.get("GPU", 0) > 0)
-    place = worker_place(config, use_gpu)
-    enough = scaling.least_workers <= places(place)
+    place = worker_resources(config, use_gpu)
+    enough = scaling.least_workers <= worker_slots(place)
     if enough or scaling.wait_s:
         group = placement_group([place] * scaling.least_workers, strategy="PACK")
         try:
@@ -66,43 +66,43 @@ def check_cluster(config: Config) -> bool:
                 return use_gpu
         finally:
             remove_placement_group(group)
-    raise NoRoom(cluster_shortage(config, use_gpu))
+    raise InsufficientResources(cluster_shortage(config, use_gpu))
 
 
 def cluster_shortage(config: Config, use_gpu: bool) -> str:
     """A sentence on what a run asks for and what the cluster has."""
     scaling = config.scaling
-    place = worker_place(config, use_gpu)
+    place = worker_resources(config, use_gpu)
     total: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
     free: dict[str, float] = ray.available_resources()  # type: ignore[no-untyped-call]
     asked = " and ".join(f"{amount * scaling.least_workers:g} {name}s" for name, amount in place.items())
     has = " and ".join(f"{total.get(name, 0):g} {name}s ({free.get(name, 0):g} free)" for name in place)
     nodes = len(_nodes())
     spread = f" on {nodes} nodes" if nodes > 1 else ""
-    fits = free_places(place)
+    fits = free_worker_slots(place)
     others = ["scaling.device=cpu"] if use_gpu and total.get("GPU", 0) < scaling.least_workers else []
     others.append("scaling.wait_s=SECONDS to wait for more")
     offer = _offer(config, fits, others)
     return f"{scaling.least_workers} workers need {asked}, and the cluster has {has}{spread}; {offer}"
 
 
-def places(place: dict[str, float]) -> int:
+def worker_slots(place: dict[str, float]) -> int:
     """Workers that all nodes together have room for, were they idle; a worker cannot be split between nodes."""
     return sum(min(math.floor(node.get(name, 0) / amount) for name, amount in place.items()) for node in _nodes())
 
 
-def free_places(place: dict[str, float]) -> int:
+def free_worker_slots(place: dict[str, float]) -> int:
     """Workers that there is room for now, about."""
     free: dict[str, float] = ray.available_resources()  # type: ignore[no-untyped-call]
-    return min(places(place), *(int(free.get(name, 0) / amount) for name, amount in place.items()))
+    return min(worker_slots(place), *(int(free.get(name, 0) / amount) for name, amount in place.items()))
 
 
-def trainings_at_once(config: Config, use_gpu: bool) -> int:
+def max_concurrent_trainings(config: Config, use_gpu: bool) -> int:
     """How many trainings with this config's workers the cluster has room for now, at least one."""
-    return max(1, free_places(worker_place(config, use_gpu)) // config.scaling.most_workers)
+    return max(1, free_worker_slots(worker_resources(config, use_gpu)) // config.scaling.most_workers)
 
 
-def worker_place(config: Config, use_gpu: bool) -> dict[str, float]:
+def worker_resources(config: Config, use_gpu: bool) -> dict[str, float]:
     """Resources of one worker."""
     return {"CPU": config.scaling.cpus_per_worker} | ({"GPU": 1.0} if use_gpu else {})
 

@@ -21,12 +21,12 @@ from torch import Tensor
 from mpscl_ray.config import ScalingConfig, config_from_dict
 from mpscl_ray.errors import MpsclError, StorageError
 from mpscl_ray.runs.atomic_files import write_atomically
-from mpscl_ray.runs.bucket_run import open_run
+from mpscl_ray.runs.control_files import FAILURE_FILE, STOP_FILE, VALIDATION_GATE_FILE
 from mpscl_ray.runs.plots import panel, plot_progress
 from mpscl_ray.runs.progress import TensorBoard
-from mpscl_ray.runs.run_directory import DECIDED_FILE, FAILURE_FILE, STOP_FILE, RunFolder
+from mpscl_ray.runs.run_directory import RunDirectory, open_run
 from mpscl_ray.train import loop
-from mpscl_ray.train.ray.placement_groups import leave_place
+from mpscl_ray.train.ray.placement_groups import record_placement_group
 from mpscl_ray.train.ray.prometheus import Monitoring
 from mpscl_ray.train.streams import TrainingData
 
@@ -52,51 +52,51 @@ def run_worker(
     rank = ray.train.get_context().get_world_rank()
     config = config_from_dict(settings)
     run = open_run(folder, f"worker-{rank}", 60 * config.run.outage_min)
-    run.prepare_worker()
+    run.store.init_worker_dir()
     failure = run.path / FAILURE_FILE
     if failure.exists():
         return {"state": "failed", **json.loads(failure.read_text(encoding="utf-8"))}
     _log_to(run.logs / f"worker-{rank}.log")
     torch.set_num_threads(max(1, int(config.scaling.cpus_per_worker)))
     device = ray.train.torch.get_device()
-    observer = _RunObserver(run, data.classes, Monitoring(display_name, rank, device), config.scaling, writes=rank == 0)
-    outcome: loop.Outcome | None = None
+    callback = _RunCallback(run, data.classes, Monitoring(display_name, rank, device), config.scaling, writes=rank == 0)
+    outcome: loop.TrainResult | None = None
 
     def stop_requested() -> bool:
-        return (run.path / STOP_FILE).exists() or run.problem is not None
+        return (run.path / STOP_FILE).exists() or run.store.sync_error is not None
 
     try:
-        with run.training(token, rank):
+        with run.store.worker_lock(token, rank):
             if rank == 0:
-                leave_place(run)
-            outcome = loop.train(config, data, run, device, observer, stop_requested)
-            observer.close()
+                record_placement_group(run)
+            outcome = loop.train(config, data, run, device, callback, stop_requested)
+            callback.close()
     except MpsclError as error:
         log.error("%s", error)
         told = {"exit_code": error.exit_code, "reason": str(error)}
-        if outcome is not None and error is run.problem:
+        if outcome is not None and error is run.store.sync_error:
             # All workers have ended in order, because worker 0 cannot reach the storage; there is no place to say so.
             return {"state": "failed", **told}
         write_atomically(failure, json.dumps(told).encode())
-        run.publish(failure)
+        run.store.upload(failure)
         raise
     except Exception:
         log.exception("this worker fails")
         raise
     finally:
-        observer.close()
+        callback.close()
     log.info("worker ends: %s", outcome)
     return dataclasses.asdict(outcome)
 
 
 STOP_THERE = "stop"
-"""Behind the global step in DECIDED_FILE: the run is to end."""
+"""Behind the global step in VALIDATION_GATE_FILE: the run is to end."""
 
 _DECISION_S = 0.05, 0.5
 """Time between two looks for a decision, on a disk and in a bucket."""
 
 
-def wait_for_decision(folder: RunFolder, step: int, patience_s: float = 60.0) -> bool:
+def wait_for_decision(folder: RunDirectory, step: int, patience_s: float = 60.0) -> bool:
     """Wait until it is decided whether a run goes on after a validation; at once where nobody decides.
 
     Without it a run that has fallen behind others would train on until word of it comes. One that is to end finds the
@@ -113,7 +113,7 @@ def wait_for_decision(folder: RunFolder, step: int, patience_s: float = 60.0) ->
     deadline = time.monotonic() + patience_s
     while True:
         with suppress(StorageError):  # the run goes on while its storage is away
-            told = folder.left(DECIDED_FILE)
+            told = folder.control_files.read(VALIDATION_GATE_FILE)
             if told is None:
                 return True
             decided, _, wish = told.partition(" ")
@@ -121,18 +121,23 @@ def wait_for_decision(folder: RunFolder, step: int, patience_s: float = 60.0) ->
                 (folder.path / STOP_FILE).touch()
             if int(decided) >= step:
                 return True
-            folder.settle()  # who decides must see the validation
+            folder.store.flush()  # who decides must see the validation
         if time.monotonic() > deadline:
             return False
-        time.sleep(_DECISION_S[folder.look_s > 0])
+        time.sleep(_DECISION_S[folder.store.poll_interval_s > 0])
 
 
-class _RunObserver(loop.Observer):
+class _RunCallback(loop.Callback):
     """Exports metrics, and reports validations to Ray Train; worker 0 keeps TensorBoard, curves and notices of the run
     folder up to date."""
 
     def __init__(
-        self, folder: RunFolder, classes: tuple[str, ...], monitoring: Monitoring, scaling: ScalingConfig, writes: bool
+        self,
+        folder: RunDirectory,
+        classes: tuple[str, ...],
+        monitoring: Monitoring,
+        scaling: ScalingConfig,
+        writes: bool,
     ) -> None:
         self.folder, self.classes, self.monitoring, self.writes = folder, classes, monitoring, writes
         self.scaling = scaling
@@ -140,22 +145,22 @@ class _RunObserver(loop.Observer):
         """Whether somebody decides after each validation if the run goes on."""
         self.board: TensorBoard | None = None
 
-    def started(self, step: int) -> None:
+    def on_start(self, step: int) -> None:
         workers, least, most = ray.train.get_context().get_world_size(), *self.scaling.limits
         log.info("training starts at step %d with %d workers", step, workers)
         if self.writes and least < most:
-            self.notice(f"training with {workers} of {least} to {most} workers")
+            self.on_warning(f"training with {workers} of {least} to {most} workers")
         with suppress(StorageError):  # then nothing is waited for
-            self.waits = self.writes and self.folder.left(DECIDED_FILE) is not None
+            self.waits = self.writes and self.folder.control_files.read(VALIDATION_GATE_FILE) is not None
         self.monitoring.saved()
         if self.writes:
-            self.board = TensorBoard(self.folder.tensorboard, resume_step=step, notice=self.notice)
+            self.board = TensorBoard(self.folder.tensorboard, resume_step=step, notice=self.on_warning)
 
-    def notice(self, text: str) -> None:
+    def on_warning(self, text: str) -> None:
         log.warning("%s", text)
-        self.folder.add_notice(text)
+        self.folder.add_warning(text)
 
-    def record(self, record: Mapping[str, Any], validated: bool) -> None:
+    def on_metrics(self, record: Mapping[str, Any], validated: bool) -> None:
         self.monitoring.record(record)
         if self.board is not None:
             self.board.record(record)
@@ -167,12 +172,12 @@ class _RunObserver(loop.Observer):
             if self.waits:
                 self.waits = wait_for_decision(self.folder, record["global_step"])
 
-    def saved(self) -> None:
+    def on_checkpoint(self) -> None:
         self.monitoring.saved()
         if self.writes:
-            self.folder.settle()
+            self.folder.store.flush()
 
-    def panel(self, step: int, images: Tensor, predictions: Tensor, labels: Tensor | None) -> None:
+    def on_images(self, step: int, images: Tensor, predictions: Tensor, labels: Tensor | None) -> None:
         maps = {"prediction": predictions.numpy()} | ({} if labels is None else {"label": labels.numpy()})
         if self.board is not None:
             self.board.panel(step, "target", panel(images.numpy(), maps, self.classes))

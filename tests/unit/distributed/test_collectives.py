@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mpscl_ray.distributed import collectives
-from mpscl_ray.distributed.batch_norm import ForEach, WorkersBatchNorm2d, convert_batch_norm
+from mpscl_ray.distributed.batch_norm import PerDomainForward, WorkersBatchNorm2d, convert_batch_norm
 
 CPU = torch.device("cpu")
 
@@ -32,7 +32,7 @@ def test_one_process_is_the_identity() -> None:
 
 def test_share_of_ratio_keeps_the_gradient_of_the_numerator() -> None:
     numerator = torch.tensor(3.0, requires_grad=True)
-    ratio = collectives.share_of_ratio(numerator, torch.tensor(6.0))
+    ratio = collectives.ddp_ratio(numerator, torch.tensor(6.0))
     assert float(ratio.detach()) == pytest.approx(0.5)
     ratio.backward()
     assert float(numerator.grad) == pytest.approx(1 / 6)  # type: ignore[arg-type]
@@ -76,7 +76,7 @@ def test_for_each_keeps_batch_statistics_apart(
 ) -> None:
     network, reference = TwoHeads(norm(3).double()), nn.BatchNorm2d(3).double()
     inputs = [torch.randn(4, 3, 5, 5, dtype=torch.float64) * scale + scale for scale in (1, 3)]
-    outputs = ForEach(network, moves)(*inputs)
+    outputs = PerDomainForward(network, moves)(*inputs)
     assert network.passes == passes
     for x, output, tracked in zip(inputs, outputs, moves or (True, True), strict=True):
         reference.track_running_stats = tracked
@@ -94,12 +94,12 @@ def test_for_each_keeps_batch_statistics_apart(
 
 def test_inputs_of_different_size_go_one_after_the_other() -> None:
     network = TwoHeads(WorkersBatchNorm2d(3))
-    first, second = ForEach(network)(torch.randn(4, 3, 5, 5), torch.randn(2, 3, 7, 7))
+    first, second = PerDomainForward(network)(torch.randn(4, 3, 5, 5), torch.randn(2, 3, 7, 7))
     assert network.passes == 2
     assert first.one.shape == (4, 3, 5, 5)
     assert second.one.shape == (2, 3, 7, 7)
 
 
 def test_networks_without_batch_norm_take_all_inputs_as_one_batch() -> None:
-    first, second = ForEach(nn.Conv2d(1, 1, 1))(torch.zeros(2, 1, 3, 3), torch.ones(2, 1, 3, 3))
+    first, second = PerDomainForward(nn.Conv2d(1, 1, 1))(torch.zeros(2, 1, 3, 3), torch.ones(2, 1, 3, 3))
     assert torch.equal(second - first, torch.ones_like(first) * (second - first)[0, 0, 0, 0])

@@ -15,7 +15,7 @@ from torch import Tensor
 from mpscl_ray.config import load_config
 from mpscl_ray.methods import Batch
 from mpscl_ray.methods.base import TrainingSlices
-from mpscl_ray.methods.cag import IGNORE, QUANTILES, class_features, tenths
+from mpscl_ray.methods.cag import IGNORE, QUANTILES, class_features, power_of_ten_scale
 from mpscl_ray.networks.deeplab import DeepLabV2
 from tests.tiny_methods import CLASSES, SIZE, assert_equal_states, batch, make
 
@@ -45,11 +45,15 @@ def slices_of(part: Batch) -> TrainingSlices:
             (part.source_image[:4], part.source_label[:4]),
             (part.source_image[4:], part.source_label[4:]),
         ],
-        labelled_in_step=lambda: [part.source_image[[3, 0, 5]], part.source_image[[1, 4, 2]], part.source_image[:3]],
+        synchronised_source_batches=lambda: [
+            part.source_image[[3, 0, 5]],
+            part.source_image[[1, 4, 2]],
+            part.source_image[:3],
+        ],
         unlabelled=lambda: [(torch.arange(4), target[:4]), (torch.arange(4, 6), target[4:])],
         target_volumes=(range(2), range(2, 6)),
         size=(SIZE, SIZE),
-        start_weights=dict,
+        pretrained_weights=dict,
     )
 
 
@@ -89,7 +93,7 @@ def test_where_the_running_statistics_are_the_targets_anchors_are_made_with_thos
             layer.reset_running_stats()
             layer.momentum = None
     with torch.no_grad():
-        for images in slices.labelled_in_step():
+        for images in slices.synchronised_source_batches():
             reference(images)
         output = reference.eval()(part.source_image)
         vectors, pixels = class_features(output.features.double(), output.main, nearest_label(part.source_label))
@@ -182,7 +186,7 @@ def test_class_features_and_their_distance() -> None:
 
 @pytest.mark.parametrize(("value", "factor"), [(0.0, 1), (4.9, 1), (5.0, 1), (5.1, 0.1), (50.0, 0.1), (700.0, 0.001)])
 def test_a_large_distance_is_divided_by_ten_until_it_is_not(value: float, factor: float) -> None:
-    assert float(tenths(torch.tensor(value))) == pytest.approx(factor)
+    assert float(power_of_ten_scale(torch.tensor(value))) == pytest.approx(factor)
 
 
 def test_no_feature_no_anchor_and_no_pseudo_label_are_no_loss() -> None:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mpscl_ray.methods.clan import disagreement, likeness
+from mpscl_ray.methods.clan import disagreement, head_weight_similarity
 from mpscl_ray.methods.losses import focal_loss
 from tests.tiny_methods import CLASSES, SIZE, batch, make, segmenter
 
@@ -44,9 +44,9 @@ def test_the_likeness_of_the_heads_is_over_weights_and_biases() -> None:
         vectors.append(np.concatenate([p.detach().double().numpy().ravel() for p in head.parameters()]))
     a, b = vectors
     expected = a @ b / (np.linalg.norm(a) * np.linalg.norm(b)) + 1
-    assert likeness(network).item() == pytest.approx(expected, rel=1e-5)
+    assert head_weight_similarity(network).item() == pytest.approx(expected, rel=1e-5)
     network.layer5.load_state_dict(network.layer6.state_dict())
-    assert likeness(network).item() == pytest.approx(2)
+    assert head_weight_similarity(network).item() == pytest.approx(2)
 
 
 def test_focal_loss() -> None:
@@ -89,7 +89,7 @@ def assert_step_is_the_formulas(method: Any, iteration: int, weighted: bool) -> 
     discriminator = on("source", 0.0, None) + on("target", 1.0, w.detach() if weighted else None)
     segmentation = torch.stack([focal_loss(x, part.source_label, 2.0) for x in logits["source"]]).sum()
     total = segmentation + c.lambda_adversarial * damping * adversarial
-    total = total + 2 * c.lambda_weight * damping * likeness(networks["segmenter"])
+    total = total + 2 * c.lambda_weight * damping * head_weight_similarity(networks["segmenter"])
     parameters = networks["segmenter"].conv1.weight, networks["segmenter"].layer5.conv2d_list[0].weight
     gradients = torch.autograd.grad(total, parameters)
     expected = {

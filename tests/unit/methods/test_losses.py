@@ -39,7 +39,7 @@ def softmax_reference(logits: list[float]) -> list[float]:
     return [e / sum(exponentials) for e in exponentials]
 
 
-def value(sums: losses.Sums) -> Tensor:
+def value(sums: losses.RatioTerms) -> Tensor:
     return sums.numerator / sums.denominator
 
 

@@ -77,7 +77,7 @@ def test_sub_steps_equal_a_loop_over_a_list_with_repeats(legacy: bool) -> None:
     expected = {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
     velocity: dict[str, Tensor] = {}
     for iteration in range(3):
-        optimiser.begin(iteration, 10)
+        optimiser.start_iteration(iteration, 10)
         gradients = fill_gradients(module, iteration)
         for name, parameter in expected.items():
             rate = 0.01 * (10 if name.startswith(("layer5", "layer6")) else 1) * (1 - iteration / 10) ** 0.9
@@ -94,7 +94,7 @@ def test_sub_steps_equal_a_loop_over_a_list_with_repeats(legacy: bool) -> None:
 def test_frozen_norms_are_not_decayed() -> None:
     module = network()
     optimiser = SegmenterSGD(module, OptimConfig(weight_decay=0.5))
-    optimiser.begin(0, 10)
+    optimiser.start_iteration(0, 10)
     fill_gradients(module, 0)
     optimiser.step(FINE)
     assert torch.equal(module.bn1.weight, torch.ones_like(module.bn1.weight))
@@ -109,7 +109,7 @@ def test_a_flagged_step_moves_neither_weights_nor_state(legacy: dict[str, int] |
         for flag in (BAD, FINE, BAD):
             weights = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
             state = {k: {n: t.clone() for n, t in v.items()} for k, v in optimiser.state_dict().items()}
-            optimiser.begin(0, 10)
+            optimiser.start_iteration(0, 10)
             fill_gradients(module, 0)
             optimiser.step(flag)
             moved = not torch.equal(module.conv1.weight, weights["conv1.weight"])

@@ -10,14 +10,13 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from mpscl_ray.config.titles import system_of
+from mpscl_ray.data.slice_selection import evenly_spaced, labelled_slices
 from mpscl_ray.report.figures import angles, losses, surfaces
 from mpscl_ray.report.figures.feature_space import plane, sample_of
 from mpscl_ray.report.figures.pseudo_labels import selection_curves
 from mpscl_ray.report.figures.segmentations import (
     Segmented,
     confident_share,
-    evenly_spaced,
-    labelled_slices,
     overconfident,
     side_by_side,
 )
@@ -102,13 +101,6 @@ def test_slices_are_drawn_at_any_size(shape: tuple[int, int, int], labelled: boo
             overconfident(images, columns, truth if labelled else None, CLASSES),
         ):
             assert png(figure).startswith(b"\x89PNG")
-
-
-def test_slices_with_structures_are_chosen_evenly() -> None:
-    labels = np.zeros((40, 2, 2), np.uint8)
-    labels[10:31, 0, 0] = 1
-    assert evenly_spaced(labelled_slices(labels), 3).tolist() == [15, 20, 25]
-    assert labelled_slices(np.zeros((3, 2, 2), np.uint8)).tolist() == [0, 1, 2]
 
 
 def test_mean_angle_by_hand() -> None:

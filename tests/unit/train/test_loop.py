@@ -15,7 +15,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from mpscl_ray.data.loader import LocalSlices, SliceStream
 from mpscl_ray.errors import ConfigError, DataError
 from mpscl_ray.runs import checkpoint
-from mpscl_ray.runs.run_directory import RunFolder
+from mpscl_ray.runs.run_directory import RunDirectory
 from mpscl_ray.train import loop, timing
 from mpscl_ray.train.feature_log import FeatureRecord
 from tests.tiny import SIZE, local_data, make_dataset, make_pair, tiny_config
@@ -57,7 +57,7 @@ def comparable(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{key: value for key, value in record.items() if not key.startswith("speed/")} for record in records]
 
 
-def assert_same_features(one: RunFolder, other: RunFolder) -> None:
+def assert_same_features(one: RunDirectory, other: RunDirectory) -> None:
     """What was recorded of the features and the pseudo-labels."""
     records = [FeatureRecord(folder.path) for folder in (one, other)]
     assert records[0].read() == records[1].read()
@@ -71,7 +71,7 @@ def assert_same_features(one: RunFolder, other: RunFolder) -> None:
 
 
 @pytest.fixture(scope="module")
-def straight(pair: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunFolder, Watcher]:
+def straight(pair: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunDirectory, Watcher]:
     """Ten steps in one go, and what it told."""
     watcher = Watcher()
     outcome, run = train(
@@ -83,7 +83,7 @@ def straight(pair: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunF
 
 @pytest.mark.parametrize("cut", [1, 3, 5, 6, 8, 10], ids=lambda cut: f"after step {cut}")
 def test_a_run_goes_on_from_any_step_as_if_it_had_not_stopped(
-    pair: Path, straight: tuple[RunFolder, Watcher], tmp_path: Path, cut: int
+    pair: Path, straight: tuple[RunDirectory, Watcher], tmp_path: Path, cut: int
 ) -> None:
     """Steps 3, 6 and 10 end a phase; the end is written down after the checkpoint, so it is still to be done."""
     config = tiny_config(pair / "mr", pair / "ct", TEN_STEPS)
@@ -109,13 +109,13 @@ def test_a_run_goes_on_from_any_step_as_if_it_had_not_stopped(
 
 @pytest.mark.parametrize(("killed", "kept"), [(7, 6), (10, 8)], ids=["after a start", "after a validation"])
 def test_a_killed_run_repeats_what_came_after_its_last_checkpoint(
-    pair: Path, straight: tuple[RunFolder, Watcher], tmp_path: Path, killed: int, kept: int
+    pair: Path, straight: tuple[RunDirectory, Watcher], tmp_path: Path, killed: int, kept: int
 ) -> None:
     """It has looked at features since: at the start of the adaptation, at its last validation."""
     config = tiny_config(pair / "mr", pair / "ct", TEN_STEPS)
     with pytest.raises(Killed):
         train(config, tmp_path, None, Killer(lambda record: record["global_step"] == killed))
-    folder, watcher = RunFolder(tmp_path), Watcher()
+    folder, watcher = RunDirectory(tmp_path), Watcher()
     assert folder.read_metrics()[-1]["global_step"] == killed
     train(config, tmp_path, None, watcher)
     assert watcher.starts == [kept]
@@ -128,14 +128,14 @@ def test_a_killed_run_repeats_what_came_after_its_last_checkpoint(
 
 
 def test_a_damaged_checkpoint_is_passed_over_with_a_notice(
-    pair: Path, straight: tuple[RunFolder, Watcher], tmp_path: Path
+    pair: Path, straight: tuple[RunDirectory, Watcher], tmp_path: Path
 ) -> None:
     config = tiny_config(pair / "mr", pair / "ct", TEN_STEPS)
     _, run = train(config, tmp_path, stop_after=6)
     older, newest = checkpoint.list_checkpoints(run.checkpoints)
     flip_a_bit(newest / checkpoint.TENSORS)
     told = Watcher()
-    outcome, _ = train(config, tmp_path, observer=told)
+    outcome, _ = train(config, tmp_path, callback=told)
     assert outcome.step == 10
     assert told.starts == [checkpoint.step_of(older)]
     assert newest.name in told.notices[0]
@@ -181,7 +181,7 @@ def test_pretrained_weights_are_read_at_the_start_alone(pair: Path, tmp_path: Pa
     trained = checkpoint.load(other.phases / "source_only")["method"]["networks"]["segmenter"]
     torch.save(trained, weights)
     told = Watcher()
-    _, run = train(config, tmp_path / "run", stop_after=2, observer=told)
+    _, run = train(config, tmp_path / "run", stop_after=2, callback=told)
     started = checkpoint.load(run.checkpoints / "step-0000002")["method"]["networks"]["segmenter"]
     assert torch.equal(started["conv1.weight"], trained["conv1.weight"])
     assert told.notices == [f"{len(trained)} tensors loaded from {weights}"]
@@ -200,8 +200,8 @@ def flip_a_bit(file: Path) -> None:
 
 def test_what_a_run_leaves_and_tells(pair: Path, tmp_path: Path) -> None:
     told = Watcher()
-    outcome, run = train(tiny_config(pair / "mr", pair / "ct", ["run.keep_checkpoints=3"]), tmp_path, observer=told)
-    assert outcome == loop.Outcome("finished", "adaptation", 4, 12)
+    outcome, run = train(tiny_config(pair / "mr", pair / "ct", ["run.keep_checkpoints=3"]), tmp_path, callback=told)
+    assert outcome == loop.TrainResult("finished", "adaptation", 4, 12)
     records = run.read_metrics()
     assert [record["global_step"] for record in records] == [2, 4, 6, 8, 10, 12]
     assert [record["phase"] for record in records] == ["source_only"] * 2 + ["warm_up"] * 2 + ["adaptation"] * 2
@@ -240,7 +240,7 @@ def test_what_a_run_leaves_and_tells(pair: Path, tmp_path: Path) -> None:
 
 
 def test_each_phase_goes_on_in_the_data_where_the_one_before_ended(
-    pair: Path, straight: tuple[RunFolder, Watcher]
+    pair: Path, straight: tuple[RunDirectory, Watcher]
 ) -> None:
     config = tiny_config(pair / "mr", pair / "ct", TEN_STEPS)
     source, number = local_data(config).labelled, config.data.batch_size
@@ -291,16 +291,16 @@ def test_stop_looks_come_about_twice_a_second() -> None:
     now = [0.0]
     asked: list[int] = []
     step = 0
-    looks = timing.StopLooks(lambda: bool(asked.append(step)), clock=lambda: now[0])
+    looks = timing.StopPoller(lambda: bool(asked.append(step)), clock=lambda: now[0])
     for step in range(1, 41):
         now[0] += 0.05 if step <= 20 else 5.0
-        looks.stop_after(step)
+        looks.should_stop(step)
     assert asked[:3] == [1, 11, 21]
     assert asked[3:] == list(range(22, 41)), "slow steps: after each"
     asked.clear()
     for step in range(41, 1041):
         now[0] += 1e-4
-        looks.stop_after(step)
+        looks.should_stop(step)
     gaps = [after - before for before, after in itertools.pairwise(asked)]
     assert max(gaps) == timing.MOST_STEPS_UNSEEN
 
@@ -309,7 +309,7 @@ def test_stop_looks_come_about_twice_a_second() -> None:
 
 
 def test_labels_of_target_training_slices_change_nothing(
-    pair: Path, straight: tuple[RunFolder, Watcher], tmp_path: Path
+    pair: Path, straight: tuple[RunDirectory, Watcher], tmp_path: Path
 ) -> None:
     """Permuted, absent, or damaged bytes in their place: the weights are the same, so they are not even read."""
     run, _ = straight
@@ -362,7 +362,7 @@ def test_the_best_checkpoint_is_chosen_without_target_labels(pair: Path, tmp_pat
 def test_a_target_without_validation_labels(pair: Path, tmp_path: Path) -> None:
     target = make_dataset(tmp_path / "ct", "ct", seed=1, labelled=())
     told = Watcher()
-    outcome, run = train(tiny_config(pair / "mr", target), tmp_path / "run", observer=told)
+    outcome, run = train(tiny_config(pair / "mr", target), tmp_path / "run", callback=told)
     assert outcome.state == "finished"
     record = run.read_metrics()[-1]
     assert "val/entropy" in record
@@ -378,7 +378,7 @@ def test_without_validation_splits(pair: Path, tmp_path: Path, held_out: str) ->
     target = make_dataset(tmp_path / "ct", "ct", labelled=(), seed=1, cases=counts)
     source = pair / "mr" if held_out == "source" else make_dataset(tmp_path / "mr", "mr", cases=counts)
     told = Watcher()
-    outcome, run = train(tiny_config(source, target), tmp_path / "run", observer=told)
+    outcome, run = train(tiny_config(source, target), tmp_path / "run", callback=told)
     assert outcome.state == "finished"
     assert run.best.is_dir() == (held_out == "source")
     record = run.read_metrics()[-1]

@@ -13,7 +13,7 @@ from mpscl_ray.errors import DataError
 from mpscl_ray.methods.base import TrainingSlices
 from mpscl_ray.methods.mpscl import MPSCL
 from mpscl_ray.runs import checkpoint
-from mpscl_ray.train.phases import build_method, build_segmenter, load_start_weights, prepare
+from mpscl_ray.train.phases import build_method, build_segmenter, load_pretrained_weights, prepare
 from tests.tiny import SETTINGS
 
 
@@ -27,7 +27,7 @@ def test_the_checkpoint_of_a_run_is_a_start(tmp_path: Path) -> None:
     path = stored(tmp_path, 3)
     config = load_config("small/mpscl", [*SETTINGS, f"network.pretrained={path}"])
     segmenter = build_segmenter(config, 3)
-    assert str(path) in (load_start_weights(segmenter, config) or "")
+    assert str(path) in (load_pretrained_weights(segmenter, config) or "")
     expected = checkpoint.load(path)["method"]["networks"]["segmenter"]
     assert all(torch.equal(value, expected[name]) for name, value in segmenter.state_dict().items())
 
@@ -36,11 +36,11 @@ def test_heads_for_other_classes_can_be_left_out(tmp_path: Path) -> None:
     path = stored(tmp_path, 5)
     config = load_config("small/mpscl", [*SETTINGS, f"network.pretrained={path}"])
     with pytest.raises(DataError, match="pretrained_heads=false"):
-        load_start_weights(build_segmenter(config, 3), config)
+        load_pretrained_weights(build_segmenter(config, 3), config)
     config = load_config("small/mpscl", [*SETTINGS, f"network.pretrained={path}", "network.pretrained_heads=false"])
     segmenter = build_segmenter(config, 3)
     before = segmenter.layer6.conv2d_list[0].weight.clone()
-    load_start_weights(segmenter, config)
+    load_pretrained_weights(segmenter, config)
     assert torch.equal(segmenter.layer6.conv2d_list[0].weight, before)
     assert torch.equal(segmenter.conv1.weight, checkpoint.load(path)["method"]["networks"]["segmenter"]["conv1.weight"])
 
@@ -53,7 +53,7 @@ def test_a_damaged_start_is_refused(tmp_path: Path) -> None:
     tensors.write_bytes(content)
     config = load_config("small/mpscl", [*SETTINGS, f"network.pretrained={path}"])
     with pytest.raises(DataError, match=r"tensors\.safetensors"):
-        load_start_weights(build_segmenter(config, 3), config)
+        load_pretrained_weights(build_segmenter(config, 3), config)
 
 
 def test_the_adaptation_begins_with_the_prototypes_of_a_file(tmp_path: Path) -> None:

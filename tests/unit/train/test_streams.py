@@ -45,11 +45,11 @@ def test_each_slice_comes_once_whatever_the_number_of_workers(folder: Path) -> N
 def test_in_step_all_workers_have_equal_parts_of_the_same_batches(folder: Path) -> None:
     """One pass in five batches of four; the last has two slices of the next pass."""
     alone = slices_of(folder)
-    whole = list(alone.labelled_in_step())
+    whole = list(alone.synchronised_source_batches())
     assert [len(batch) for batch in whole] == [4] * 5
     everything = as_set(torch.cat([image for image, _ in alone.labelled()]))
     assert as_set(torch.cat(whole)) == everything, "unchanged, and none left out"
-    parts = [list(slices_of(folder, rank, 2).labelled_in_step()) for rank in range(2)]
+    parts = [list(slices_of(folder, rank, 2).synchronised_source_batches()) for rank in range(2)]
     for batch, first, second in zip(whole, *parts, strict=True):
         assert torch.equal(batch, torch.cat([first, second]))
         assert len(first) == len(second) == 2

@@ -15,7 +15,7 @@ from mpscl_ray.config import config_from_dict
 from mpscl_ray.config.systems import acts_on, common_phases, limiting_keys, phase_fingerprint
 from mpscl_ray.errors import ConfigError
 from mpscl_ray.runs import checkpoint
-from mpscl_ray.runs.run_directory import RunFolder
+from mpscl_ray.runs.run_directory import RunDirectory
 from mpscl_ray.train import loop
 from mpscl_ray.tune.asha import rungs
 from mpscl_ray.tune.criteria import LABEL_FREE, WITHOUT_SOURCE
@@ -204,7 +204,7 @@ def test_settings_of_the_adaptation_change_no_weight_before_it(tmp_path: Path) -
     ends = []
     for name, overrides in (("one", []), ("other", changed)):
         config = tiny_config(tmp_path / "mr", tmp_path / "ct", ["phases.source_only=1", *overrides])
-        run = RunFolder(tmp_path / name)
+        run = RunDirectory(tmp_path / name)
         run.create()
         loop.train(config, local_data(config), run, torch.device("cpu"))
         ends.append([checkpoint.load(run.phases / phase)["method"]["networks"] for phase in ("warm_up", "adaptation")])

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import pytest
 
 from mpscl_ray.errors import StorageError
-from mpscl_ray.runs.run_directory import RunFolder
+from mpscl_ray.runs.run_directory import RunDirectory
 from mpscl_ray.tune.ledger import Ledger
 from mpscl_ray.tune.space import load_space
 from mpscl_ray.tune.study import Study
@@ -20,7 +20,7 @@ State = Literal["running", "finished", "failed", "interrupted"]
 def study_in(folder: Path) -> Study:
     space = load_space("phantom")
     (folder / "search").mkdir(exist_ok=True)
-    search = RunFolder(folder / "search")
+    search = RunDirectory(folder / "search")
     nothing: Any = None
     study = Study(space, space.base, search, nothing, "oracle", Ledger(search.path / "ledger.jsonl"), lambda text: None)
     if not study.ledger.trials:
@@ -53,7 +53,7 @@ def test_the_end_of_a_trial_is_read_from_its_folder(
     run = study.trial_folder(1)
     run.write_status(state, exit_code=code, reason="a reason" if state == "failed" else "")
     if paused:
-        run.leave(PAUSE, "waits at iteration 6")
+        run.control_files.write(PAUSE, "waits at iteration 6")
     study.stopping = search_stops
     study.trial_ended(1)
     trial = Ledger(study.ledger.file).trials[1]
@@ -74,7 +74,7 @@ def more(study: Study, *dices: float, iteration: int = 30) -> Study:
 
 def test_a_search_that_was_killed_after_a_report_stops_trials_when_it_resumes(tmp_path: Path) -> None:
     again = more(study_in(tmp_path), 0.1, 0.3, 0.2, 0.9, 0.4)
-    again.folder.leave(STOP_SEARCH, "")
+    again.folder.control_files.write(STOP_SEARCH, "")
     again.recover()
     states = {number: trial.state for number, trial in again.ledger.trials.items()}
     # Of 12 trials three are promoted from the first rung: 2 and 4 cannot be among them. 5 was when it came.
@@ -130,11 +130,11 @@ def test_settings_that_contradict_each_other_end_a_trial_before_it_starts(tmp_pa
     assert study.next_task(2, None) is None
     assert study.ledger.trials[2].state == "failed"
     assert "data.batch_size=3" in study.ledger.trials[2].reason
-    study.trial_folder(1).leave(PAUSE, "waits at iteration 6")
+    study.trial_folder(1).control_files.write(PAUSE, "waits at iteration 6")
     task = study.next_task(1, None)
     assert task is not None
     assert task["number"] == 1
-    assert study.trial_folder(1).left(PAUSE) is None, "otherwise it would pause again at once"
+    assert study.trial_folder(1).control_files.read(PAUSE) is None, "otherwise it would pause again at once"
 
 
 def test_a_trial_that_cannot_write_its_end_stays_open_and_stops_the_search(tmp_path: Path) -> None:
