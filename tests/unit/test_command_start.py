@@ -57,7 +57,7 @@ CASES = {
         ("--help", 0, "systems: source_only, adabn"),
         ("--shwo", 2, "unrecognized arguments: --shwo"),
         ("mpsc", 2, "error: there is no system mpsc"),
-        ("--presets nothing", 2, "error: the presets nothing have no system mpscl"),
+        ("--presets nothing", 2, "error: the presets nothing have no system source_only"),
         ("optim.lrr=1", 2, "error: 'optim.lrr' on the command line is not a setting"),
         ("method.margin_source=4", 2, "error: method.margin_source=4 on the command line"),
         ("--seeds 0", 2, "error: --seeds is '0'"),
