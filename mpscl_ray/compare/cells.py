@@ -109,7 +109,11 @@ def system_config(group: str, system: str, overrides: Sequence[str]) -> Config:
             f"the presets {group} have no system {system}"
             + (f", only {', '.join(have)}" if have else f"; give one of {', '.join(groups)}, or a folder of your own")
         )
-    return load_config(f"{group}/{system}" if folder is shipped else folder / f"{system}.yaml", overrides)
+    preset = f"{group}/{system}" if folder is shipped else str(folder / f"{system}.yaml")
+    try:
+        return load_config(preset, overrides)
+    except ConfigError as error:
+        raise ConfigError(f"{preset}: {error}") from error
 
 
 def make_cells(
