@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from mpscl_ray.compare.cells import DIRECTIONS, OF_A_CELL, Plan, base_config
+from mpscl_ray.compare.cells import DIRECTIONS, SET_BY_COMPARISON, Plan, check_presets
 from mpscl_ray.config import PRESETS
 from mpscl_ray.config.help import complete_settings, leading_comment, listing
 from mpscl_ray.config.systems import SYSTEMS
@@ -24,9 +24,9 @@ examples:
   python -m mpscl_ray.compare --data data/mr data/ct --presets mr2ct,ct2mr scaling.workers=2
   python -m mpscl_ray.compare --data s3://b/mr s3://b/ct --presets small --out s3://b/runs/table
 
-The same command again resumes a stopped comparison, tries failed cells again, and may be given more
-systems or seeds. Cells that begin alike train the shared phases once. OUT/comparison.txt, .md, .csv
-and .tex grow with each finished cell. python -m mpscl_ray.train FAMILY/SYSTEM --help shows the
+The same command again resumes a stopped comparison, tries failed runs again, and may be given more
+systems or seeds. Phases that runs share are trained once. OUT/comparison.txt, .md, .csv and .tex are
+updated after each finished run. python -m mpscl_ray.train GROUP/SYSTEM --help shows the
 settings of a system.
 """
 
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str], fit: Fit | None = None) -> int:
         epilog=f"{_EXAMPLES}\nsystems\n{systems}\n\n{cli.EXIT_CODES}",
     )
     add = parser.add_argument
-    words = add("words", nargs="*", metavar="SYSTEM | key=value", help="systems (default: all), settings for all cells")
+    words = add("words", nargs="*", metavar="SYSTEM | key=value", help="systems (default: all), settings for all runs")
     words.completer = complete_settings(SYSTEMS)  # type: ignore[attr-defined]
     add("--seeds", default="3", metavar="N", help="number of seeds, from 1 on; or a list such as 1,4,5 (default: 3)")
     add(
@@ -64,18 +64,18 @@ def main(arguments: Sequence[str], fit: Fit | None = None) -> int:
     add("--data", nargs=2, metavar=("SOURCE", "TARGET"), help="prepared datasets (default: the phantom hearts)")
     add(
         "--presets",
-        metavar="FAMILY",
+        metavar="GROUP",
         help=f"{', '.join(families)} or a folder of your own, or two of them with a comma, by direction "
         "(default: phantom; small with --data)",
     )
     add("--out", metavar="DIR", help="folder of the comparison, or its URL (default: RUN.STORAGE/compare)")
-    add("--at-once", type=int, metavar="N", help="most cells at a time (default: as many as there is room for)")
+    add("--at-once", type=int, metavar="N", help="runs at a time (default: as many as there is room for)")
     options = parser.parse_intermixed_args(list(arguments))
     plan = _plan(options)
-    base = base_config(plan.families["forward"], plan.overrides)
+    base = check_presets(plan)
     if not base.data.source or not base.data.target:
         raise ConfigError("no data to compare on: give the folders of two prepared datasets with --data SOURCE TARGET")
-    # Imported here: help and refused arguments need not wait for torch and Ray.
+    # Imported here: help and refused arguments do not wait for torch and Ray.
     from mpscl_ray.compare.run import compare
 
     return compare(plan, base, ["python", "-m", "mpscl_ray.compare", *arguments], fit)
@@ -89,14 +89,14 @@ def _plan(options: argparse.Namespace) -> Plan:
         raise ConfigError(f"there is no system {', '.join(unknown)}; the systems are {', '.join(SYSTEMS)}")
     for word in overrides:
         key = word.partition("=")[0]
-        if key in OF_A_CELL:
-            raise ConfigError(f"{key} is not a setting of a comparison, which sets it for each cell; leave it out")
+        if key in SET_BY_COMPARISON:
+            raise ConfigError(f"{key} is not a setting of a comparison, which sets it for each run; leave it out")
     if options.data:
         overrides += [f"data.source={options.data[0]}", f"data.target={options.data[1]}"]
     given = any(word.startswith(("data.source=", "data.target=")) for word in overrides)
-    families = (options.presets or ("small" if given else "phantom")).split(",")
-    if len(families) > 2 or not all(families):
-        raise ConfigError(f"--presets is {options.presets!r}; expected one family, or two of them: forward,backward")
+    groups = (options.presets or ("small" if given else "phantom")).split(",")
+    if len(groups) > 2 or not all(groups):
+        raise ConfigError(f"--presets is {options.presets!r}; expected one group of presets, or two: forward,backward")
     directions = DIRECTIONS if options.directions == "both" else (options.directions,)
     if options.at_once is not None and options.at_once < 1:
         raise ConfigError(f"--at-once is {options.at_once}; expected 1 or more")
@@ -104,7 +104,7 @@ def _plan(options: argparse.Namespace) -> Plan:
         systems=tuple(system for system in SYSTEMS if system in named or not named),
         seeds=_seeds(options.seeds),
         directions=directions,
-        families={"forward": families[0], "backward": families[-1]},
+        preset_groups={"forward": groups[0], "backward": groups[-1]},
         overrides=tuple(overrides),
         out=options.out,
         max_concurrent=options.at_once,

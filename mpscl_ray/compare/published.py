@@ -1,4 +1,4 @@
-"""Mean Dice and surface distance that were published for MM-WHS, each with where it was read. Never mixed with ours."""
+"""Mean Dice and surface distance published for MM-WHS, for columns apart from the scores measured here."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ TITLE = "published, MM-WHS"
 NOTE = (
     f"The columns ({TITLE}) are other people's measurements on other data: mean Dice % and ASD in voxels of four "
     "volumes, checkpoints chosen with target labels (Liu et al. 2022, Tables III to V as far as they were legible; "
-    "SIFA v2 and AdaOutput as later work tabulates them). They are for orientation, not to be compared digit by digit."
+    "SIFA v2 and AdaOutput as later work tabulates them). They are for orientation, not for a comparison by digits."
 )
 
 

@@ -1,4 +1,4 @@
-"""One comparison from its start, or from where it stopped, to its table: what the compare command does."""
+"""One comparison, new or resumed, up to its table: what the compare command does."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from mpscl_ray.compare.cells import DIRECTIONS, Cell, Ledger, Plan, make_cells
+from mpscl_ray.compare.cells import DIRECTIONS, Cell, CellLedger, Plan, make_cells
 from mpscl_ray.compare.published import published_for
 from mpscl_ray.compare.runner import Comparison, is_done, total_seconds
 from mpscl_ray.compare.table import CellResult, Direction, comparison_csv, format_comparison
@@ -35,9 +35,9 @@ def compare(plan: Plan, base: Config, command: Sequence[str], fit: Fit | None = 
     """Run all cells of a plan that are not finished, and write the table; returns the exit code.
 
     Raises:
-        ConfigError, DataError, ClusterError, StorageError: what no cell could be run with.
-        Interrupted: stopped from outside; the same command goes on.
-        TrainingError: some cells failed; the table is written all the same.
+        ConfigError, DataError, ClusterError, StorageError: no cell can run.
+        Interrupted: stopped from outside; the same command resumes.
+        TrainingError: some cells failed; the table is written nevertheless.
     """
     check_machine(base)
     place = plan.out or join_location(base.run.storage, "compare")
@@ -49,8 +49,8 @@ def compare(plan: Plan, base: Config, command: Sequence[str], fit: Fit | None = 
 
 
 def _run(plan: Plan, base: Config, folder: RunDirectory, resume: str, fit: Fit | None) -> None:
-    ledger = Ledger(folder.path / "cells.json", folder.store.flush)
-    out = parse_location(folder.uri)  # workers may stand elsewhere
+    ledger = CellLedger(folder.path / "cells.json", folder.store.flush)
+    out = parse_location(folder.uri)  # valid for workers on other nodes too
     with connect(), release_orphaned_placement_groups(folder):
         base = phantom_dataset.resolve(base)
         datasets = (base.data.source, base.data.target)
@@ -58,7 +58,7 @@ def _run(plan: Plan, base: Config, folder: RunDirectory, resume: str, fit: Fit |
         names = _direction_names(plan.directions, manifests)
         _check_labels(plan.directions, datasets, manifests)
         storage = str(out / "cells")
-        cells = make_cells(plan.systems, plan.seeds, names, plan.families, datasets, plan.overrides, storage)
+        cells = make_cells(plan.systems, plan.seeds, names, plan.preset_groups, datasets, plan.overrides, storage)
         for cell in cells:
             _check_resumed(cell, out)
         print(_summary(plan, cells, ledger, manifests, out), flush=True)
@@ -69,10 +69,8 @@ def _run(plan: Plan, base: Config, folder: RunDirectory, resume: str, fit: Fit |
         todo = [cell for cell in cells if not is_done(ledger[cell.name])]
         if todo:
             shared = _open(todo, folder, fit)
-            max_concurrent = min(
-                [opened.max_concurrent for opened in shared.values()]
-                + ([plan.max_concurrent] if plan.max_concurrent else [])
-            )
+            limits = [plan.max_concurrent] if plan.max_concurrent else []
+            max_concurrent = min([opened.max_concurrent for opened in shared.values()] + limits)
             with Interruption() as interruption:
                 Comparison(cells, ledger, folder, shared, max_concurrent, resume, write).run(interruption)
         write()
@@ -80,17 +78,17 @@ def _run(plan: Plan, base: Config, folder: RunDirectory, resume: str, fit: Fit |
     _print_next_steps(out, cells, ledger)
     failed = [cell.name for cell in cells if ledger[cell.name].state == "failed"]
     if todo and interruption.requested:
-        done = f"{_finished(cells, ledger)} of {_plural(len(cells), 'cell')}"
+        done = f"{_finished(cells, ledger)} of {_plural(len(cells), 'run')}"
         raise Interrupted(f"stopped by {interruption.signal_name} with {done} finished")
     if failed:
         raise TrainingError(
-            f"{len(failed)} of {len(cells)} cells failed: {', '.join(failed)}; {out / 'cells.json'} says why, and the "
+            f"{len(failed)} of {len(cells)} runs failed: {', '.join(failed)}; {out / 'cells.json'} says why, and the "
             "same command tries them again"
         )
 
 
 def _direction_names(directions: Sequence[str], manifests: Sequence[Manifest]) -> dict[str, tuple[str, str]]:
-    """Direction -> names of its source and target, for the names of cells: modalities, if these tell them apart."""
+    """Direction -> names of its source and target in the names of cells: modalities, or a and b if equal."""
     source, target = (manifest.modality for manifest in manifests)
     if source == target:
         source, target = "a", "b"
@@ -99,20 +97,20 @@ def _direction_names(directions: Sequence[str], manifests: Sequence[Manifest]) -
 
 
 def _check_labels(directions: Sequence[str], datasets: Sequence[str], manifests: Sequence[Manifest]) -> None:
-    """What is trained on must be labelled, and what is scored too; else say it before anything is trained."""
+    """Check before the training that each direction has labelled volumes to be scored on."""
     for direction in directions:
         order = (0, 1) if direction == "forward" else (1, 0)
         scored = manifests[order[1]]
         if not any(case.labelled for split in ("test", "val") for case in scored.split(split)):
             other = next(name for name in DIRECTIONS if name != direction)
             raise ConfigError(
-                f"the direction {direction} would be scored on {datasets[order[1]]}, which has no labelled test or "
-                f"validation volume; prepare some, or give --directions {other}"
+                f"{datasets[order[0]]} to {datasets[order[1]]} ({direction}) cannot be scored: the target has no "
+                f"labelled test or validation volume; prepare some, or give --directions {other}"
             )
 
 
 def _check_resumed(cell: Cell, out: Path | S3Path) -> None:
-    """A cell that has begun goes on with the settings it was begun with."""
+    """Check that a cell with checkpoints resumes with the settings that it was started with."""
     run = open_run(out / "cells" / cell.name)
     if run.store.step_checkpoints() and run.exists:
         run.check_config(to_yaml(cell.config), MAY_CHANGE)
@@ -121,7 +119,7 @@ def _check_resumed(cell: Cell, out: Path | S3Path) -> None:
 def _open(cells: Sequence[Cell], folder: RunDirectory, fit: Fit | None) -> dict[str, Shared]:
     """Open the data that each cell needs, once for all cells that read the same."""
     opened: dict[tuple[str, str], Shared] = {}
-    # One that also reads the target serves those that do not.
+    # Data opened for a cell that reads the target serves the cells that do not.
     for cell in sorted(cells, key=lambda cell: not any(reads_target(name) for name, _ in cell.config.schedule)):
         key = (cell.direction, cell.config.data.labelled)
         if key not in opened:
@@ -132,7 +130,7 @@ def _open(cells: Sequence[Cell], folder: RunDirectory, fit: Fit | None) -> dict[
 
 
 def _summary(
-    plan: Plan, cells: Sequence[Cell], ledger: Ledger, manifests: Sequence[Manifest], out: Path | S3Path
+    plan: Plan, cells: Sequence[Cell], ledger: CellLedger, manifests: Sequence[Manifest], out: Path | S3Path
 ) -> str:
     budgets = sorted({cell.iterations for cell in cells})
     spread = f"{budgets[0]}" if len(budgets) == 1 else f"{budgets[0]} to {budgets[-1]}"
@@ -141,13 +139,13 @@ def _summary(
     names = [f"{source} to {target}" for source, target in _direction_names(plan.directions, manifests).values()]
     return (
         f"comparison in {out}: {titles}\n"
-        f"  {' and '.join(names)}, seeds {', '.join(map(str, plan.seeds))}: {_plural(len(cells), 'cell')}, "
+        f"  {' and '.join(names)}, seeds {', '.join(map(str, plan.seeds))}: {_plural(len(cells), 'run')}, "
         f"{_finished(cells, ledger)} of them finished\n"
-        f"  {spread} iterations each; phases that cells share are trained once, {own} iterations in all"
+        f"  {spread} iterations each; phases that runs share are trained once, {own} iterations in all"
     )
 
 
-def _finished(cells: Sequence[Cell], ledger: Ledger) -> int:
+def _finished(cells: Sequence[Cell], ledger: CellLedger) -> int:
     return sum(is_done(ledger[cell.name]) for cell in cells)
 
 
@@ -155,8 +153,10 @@ def _plural(number: int, noun: str) -> str:
     return f"{number} {noun}{'s' * (number != 1)}"
 
 
-def _directions(plan: Plan, cells: Sequence[Cell], ledger: Ledger, manifests: Sequence[Manifest]) -> list[Direction]:
-    """The table as it is now."""
+def _directions(
+    plan: Plan, cells: Sequence[Cell], ledger: CellLedger, manifests: Sequence[Manifest]
+) -> list[Direction]:
+    """The current content of the table."""
     structures = manifests[0].classes[1:]
     found = []
     for direction in plan.directions:
@@ -183,7 +183,7 @@ def _directions(plan: Plan, cells: Sequence[Cell], ledger: Ledger, manifests: Se
         found.append(
             Direction(
                 title=f"{source.upper()} to {target.upper()}",
-                data=f"Presets {plan.families[direction]}, scored on {volumes}.",
+                data=f"Presets {plan.preset_groups[direction]}, scored on {volumes}.",
                 structures=structures,
                 rows={system: SYSTEMS[system] for system in plan.systems},
                 results=results,
@@ -201,11 +201,11 @@ def _write_tables(out: Path, directions: Sequence[Direction]) -> None:
     write_atomically(out / "comparison.csv", comparison_csv(directions).encode())
 
 
-def _print_next_steps(out: Path | S3Path, cells: Sequence[Cell], ledger: Ledger) -> None:
+def _print_next_steps(out: Path | S3Path, cells: Sequence[Cell], ledger: CellLedger) -> None:
     first = [cell for cell in cells if (cell.direction, cell.seed) == (cells[0].direction, cells[0].seed)]
     runs = " ".join(str(out / "cells" / cell.name) for cell in first if is_done(ledger[cell.name]))
     print(f"{out} has the table as comparison.txt, .md, .csv and .tex, and each run in cells/. Next:")
     if runs:
         page = out / "report" if isinstance(out, Path) else "report"
         print(f"  python -m mpscl_ray.report {runs} --out {page}")
-    print("  the same command with more systems or --seeds, which trains only what is missing", flush=True)
+    print("  the same command with more systems or --seeds; it trains only what is missing", flush=True)

@@ -1,4 +1,4 @@
-"""Running the cells of a comparison side by side: each in a task that holds no CPU, its workers where there is room."""
+"""Runs the cells of a comparison concurrently: each in a task that takes no CPU, its workers where there is room."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import ray
 
-from mpscl_ray.compare.cells import Cell, Entry, Ledger
+from mpscl_ray.compare.cells import Cell, CellLedger, Entry
 from mpscl_ray.config import config_from_dict, to_dict
 from mpscl_ray.errors import MpsclError, StorageError
 from mpscl_ray.evaluate.run import evaluate_phases
@@ -24,36 +24,33 @@ from mpscl_ray.runs.storage import join_location
 from mpscl_ray.train.ray.concurrent import Shared, run_trial
 from mpscl_ray.train.ray.launch import Launch
 
-_LOOK_S = 0.5
+_POLL_S = 0.5
 _PROGRESS_S = 2.0
 
 
 @dataclass(frozen=True)
 class CellTask:
-    """What a task is told of its cell.
-
-    Attributes:
-        config: nested plain values.
-        folder: address of its run folder.
-        parent: address of the run to fork from; None where there is none.
-        fork_phase: phase of the parent.
-        comparison: address of the comparison's folder, where STOP_FILE asks for the end when it appears.
-        resume_command: for the cell's status.json.
-    """
+    """What a task needs to know of its cell, as plain values."""
 
     config: dict[str, Any]
+    """Nested settings."""
     folder: str
+    """Address of its run folder."""
     parent: str | None
+    """Address of the run to fork from; None where there is none."""
     fork_phase: str | None
+    """Phase of the parent at whose end it is forked."""
     comparison: str
+    """Address of the comparison's folder, where STOP_FILE asks the cell to stop."""
     resume_command: str
+    """For the cell's status.json."""
 
 
 def run_cell(task: CellTask, shared: Shared) -> dict[str, Any]:
     """Train a cell and score the end of its last phase.
 
     Returns:
-        Fields of :class:`Entry`; what a user can cause is in ``reason`` and not raised, because Ray would wrap it.
+        Fields of :class:`Entry`; an MpsclError is in ``reason`` and not raised, because Ray would wrap it.
     """
     started = time.monotonic()
     config = config_from_dict(task.config)
@@ -61,19 +58,19 @@ def run_cell(task: CellTask, shared: Shared) -> dict[str, Any]:
     folder, comparison = open_run(task.folder, "command", patience_s), open_run(task.comparison)
     phases = [name for name, _ in config.schedule]
     found: dict[str, Any] = {"phase_seconds": {}}
-    next_look = 0.0
+    next_poll = 0.0
 
     def note_phases() -> None:
         for phase in folder.store.finished_phases():
-            if phase in phases and phase not in there:
+            if phase in phases and phase not in before:
                 found["phase_seconds"].setdefault(phase, time.monotonic() - started)
 
-    def look(training: Launch) -> None:
-        nonlocal next_look
-        if time.monotonic() < next_look:
+    def poll(training: Launch) -> None:
+        nonlocal next_poll
+        if time.monotonic() < next_poll:
             return
-        next_look = time.monotonic() + folder.store.poll_interval_s
-        # A storage that does not answer is the training's concern, which looks after what it writes.
+        next_poll = time.monotonic() + folder.store.poll_interval_s
+        # The training itself reports a storage that does not answer.
         with suppress(StorageError):
             note_phases()
             if comparison.control_files.read(STOP_FILE) is not None:
@@ -82,8 +79,8 @@ def run_cell(task: CellTask, shared: Shared) -> dict[str, Any]:
     try:
         if task.parent is not None and task.fork_phase is not None:
             fork(folder, open_run(task.parent, patience_s=patience_s), task.fork_phase)
-        there = set(folder.store.finished_phases())
-        outcome = run_trial(config, folder, shared, look, resume_command=task.resume_command)
+        before = set(folder.store.finished_phases())
+        outcome = run_trial(config, folder, shared, poll, resume_command=task.resume_command)
         note_phases()
         if outcome.state == "finished":
             done = evaluate_phases(folder.uri, phases[-1:], workers=0, progress=False)
@@ -106,22 +103,22 @@ def run_cell(task: CellTask, shared: Shared) -> dict[str, Any]:
 
 
 class Comparison:
-    """The cells that are still to be run, the ones that run, and the ledger of all.
+    """Runs cells, and records in the ledger how they end.
 
     Args:
         cells: all of the comparison, in order.
-        ledger: what is known of them.
+        ledger: of their states.
         folder: of the comparison; run folders are in ``cells/``, and ``stop-requested`` in it ends the running cells.
         shared: of each cell.
-        max_concurrent: most cells at a time.
-        resume_command: what to give to go on.
+        max_concurrent: cells that run concurrently at most.
+        resume_command: the command that resumes the comparison.
         finished: called after each cell that ended.
     """
 
     def __init__(
         self,
         cells: Sequence[Cell],
-        ledger: Ledger,
+        ledger: CellLedger,
         folder: RunDirectory,
         shared: Mapping[str, Shared],
         max_concurrent: int,
@@ -133,29 +130,29 @@ class Comparison:
         self.waiting = [cell for cell in cells if not is_done(ledger[cell.name])]
         self.running: dict[Any, Cell] = {}
         self._folders: dict[str, RunDirectory] = {}
-        self.losses: Counter[str] = Counter()
-        """How often the process beside a cell's workers was lost, with its node for example."""
+        self.process_failures: Counter[str] = Counter()
+        """How often the process beside a cell's workers was lost, for example with its node."""
         self._task = ray.remote(num_cpus=0, max_retries=0)(run_cell)
         total = sum(cell.own_iterations for cell in self.waiting)
-        self._line = ProgressLine(total, "all cells, iteration")
+        self._line = ProgressLine(total, "all runs, iteration")
         self._done = 0
 
     def run(self, interruption: Interruption) -> None:
-        """Run until every cell has ended, or until the running ones have after an interruption."""
+        """Run until every cell has ended, or after an interruption until the running ones have stopped."""
         self.folder.control_files.clear(STOP_FILE)
-        last_progress = next_look = 0.0
+        last_progress = next_poll = 0.0
         with self._line:
             try:
                 while self.running or (self.waiting and not interruption.requested):
                     if self.folder.store.sync_error is not None:
                         raise self.folder.store.sync_error
-                    if time.monotonic() >= next_look:
-                        next_look = time.monotonic() + self.folder.store.poll_interval_s
-                        self._look(interruption)
+                    if time.monotonic() >= next_poll:
+                        next_poll = time.monotonic() + self.folder.store.poll_interval_s
+                        self._poll(interruption)
                     if not self.running:
-                        time.sleep(_LOOK_S)
+                        time.sleep(_POLL_S)
                         continue
-                    ready = ray.wait(list(self.running), timeout=_LOOK_S)[0]
+                    ready = ray.wait(list(self.running), timeout=_POLL_S)[0]
                     for reference in ready:
                         self._end(self.running.pop(reference), reference)
                     if time.monotonic() - last_progress >= _PROGRESS_S:
@@ -170,33 +167,32 @@ class Comparison:
                     self.ledger[cell.name].state = "interrupted"
                 self.ledger.write()
 
-    def _look(self, interruption: Interruption) -> None:
-        """Pass on the wish to stop, or start what has room."""
+    def _poll(self, interruption: Interruption) -> None:
+        """Ask the cells to stop where the comparison is interrupted, else start those that there is room for."""
         try:
             if self.folder.control_files.read(STOP_FILE) is not None:
                 interruption.request(f"the file {STOP_FILE} in its folder")
             elif interruption.requested:
                 self.folder.control_files.write(STOP_FILE, "")
-            origins = {} if interruption.requested else {cell.name: self._origin(cell) for cell in self._candidates()}
+            fork_points = {}
+            if not interruption.requested and len(self.running) < self.max_concurrent:
+                fork_points = {cell.name: self._fork_point(cell) for cell in self.waiting}
         except StorageError:
-            return  # The folder's own problem, when it has failed for long; until then nothing new is started.
-        self._start_ready(origins)
+            return  # Nothing new starts. The folder itself reports a storage that fails for long.
+        self._start_ready(fork_points)
 
-    def _candidates(self) -> list[Cell]:
-        return self.waiting if len(self.running) < self.max_concurrent else []
-
-    def _start_ready(self, origins: Mapping[str, tuple[str, ...] | None]) -> None:
-        """Start waiting cells, as far as there is room, from where they begin."""
+    def _start_ready(self, fork_points: Mapping[str, tuple[str, ...] | None]) -> None:
+        """Start the waiting cells that have a fork point, up to the maximum."""
         for cell in list(self.waiting):
             if len(self.running) >= self.max_concurrent:
                 return
-            origin = origins.get(cell.name)
-            if origin is None:
+            fork_point = fork_points.get(cell.name)
+            if fork_point is None:
                 continue
             self.waiting.remove(cell)
             entry = self.ledger[cell.name]
             entry.state, entry.reason = "running", ""
-            forked = list(origin)
+            forked = list(fork_point)
             if forked and not entry.forked:
                 entry.forked = forked
             self.ledger.write()
@@ -214,13 +210,13 @@ class Comparison:
             )
             self.running[self._task.remote(task, self.shared[cell.name])] = cell
 
-    def _origin(self, cell: Cell) -> tuple[str, ...] | None:
-        """Cell and phase to fork from; empty to begin anew or go on; None while what it shares is still trained."""
+    def _fork_point(self, cell: Cell) -> tuple[str, ...] | None:
+        """Cell and phase to fork from; empty to train from scratch or resume; None while its parent is not so far."""
         if cell.parent is None or cell.fork_phase is None or self.run_folder(cell.name).store.step_checkpoints():
             return ()
         if cell.fork_phase in self.run_folder(cell.parent).store.finished_phases():
             return cell.parent, cell.fork_phase
-        # A parent that failed before it came so far leaves its children to train by themselves.
+        # If the parent fails before that phase, its children train all phases themselves.
         coming = self.ledger[cell.parent].state in ("waiting", "running") or self.cells[cell.parent] in self.waiting
         return None if coming else ()
 
@@ -230,9 +226,11 @@ class Comparison:
             found: dict[str, Any] = ray.get(reference)
         except ray.exceptions.RayError as error:
             lost = not isinstance(error, ray.exceptions.RayTaskError)
-            self.losses[cell.name] += lost
-            if lost and self.losses[cell.name] <= cell.config.run.restarts:
-                self._line.message(f"{cell.name} lost its process, as with its node, and will go on from a checkpoint")
+            self.process_failures[cell.name] += lost
+            if lost and self.process_failures[cell.name] <= cell.config.run.restarts:
+                self._line.message(
+                    f"{cell.name} lost its process, for example with its node, and will resume from a checkpoint"
+                )
                 entry.state = "waiting"
                 self.waiting.insert(0, cell)
                 return
@@ -248,11 +246,11 @@ class Comparison:
         self.ledger.write()
         if entry.state != "interrupted":
             self._done += cell.own_iterations
-        self._line.message(f"{cell.name} {_told(entry)}")
+        self._line.message(f"{cell.name} {_description(entry)}")
         self.finished()
 
     def _iterations(self, cell: Cell) -> int:
-        """Iterations that a running cell has made itself."""
+        """Iterations that a running cell has trained itself."""
         with suppress(MpsclError):
             records = self.run_folder(cell.name).read_metrics()
             if records:
@@ -271,14 +269,14 @@ def is_done(entry: Entry) -> bool:
     return entry.state == "finished" and entry.summary is not None
 
 
-def total_seconds(name: str, ledger: Ledger) -> float:
-    """Wall time of a cell with the phases that it shares, as if it had trained them itself."""
+def total_seconds(name: str, ledger: CellLedger) -> float:
+    """Wall time of a cell as if it had trained the phases that it shares."""
     entry = ledger[name]
     return entry.seconds + (_until(entry.forked[0], entry.forked[1], ledger) if entry.forked else 0.0)
 
 
-def _until(name: str, phase: str, ledger: Ledger) -> float:
-    """Wall time of a cell from its first phase, wherever that was trained, to the end of a phase."""
+def _until(name: str, phase: str, ledger: CellLedger) -> float:
+    """Wall time from the start of a cell's first phase, whichever cell trained it, to the end of a phase."""
     entry = ledger[name]
     own = entry.phase_seconds.get(phase)
     if own is None:
@@ -286,7 +284,7 @@ def _until(name: str, phase: str, ledger: Ledger) -> float:
     return own + (_until(entry.forked[0], entry.forked[1], ledger) if entry.forked else 0.0)
 
 
-def _told(entry: Entry) -> str:
+def _description(entry: Entry) -> str:
     if entry.state == "finished" and entry.summary is not None:
         dice = entry.summary["structures"]["mean"]["dice"]["mean"]
         return "is finished" if dice is None else f"is finished: mean Dice {100 * dice:.1f} %"

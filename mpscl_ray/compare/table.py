@@ -1,4 +1,4 @@
-"""The table of a comparison in the form of the paper's Table III: text, Markdown, CSV and LaTeX."""
+"""The table of a comparison in the form of Table III of the paper: text, Markdown, CSV and LaTeX."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from mpscl_ray.compare.published import NOTE, TITLE, Published
-from mpscl_ray.evaluate.tables import table_order
+from mpscl_ray.runs.palette import display_order
 
 LOWER, UPPER = "source_only", "supervised"
 
@@ -23,29 +23,25 @@ _DIGITS = {"dice": 1, "asd": 2}
 
 @dataclass(frozen=True)
 class CellResult:
-    """The scores of one finished run.
-
-    Attributes:
-        seed: of the run.
-        dice: structure -> mean over volumes in [0, 1], ``mean`` included; NaN where undefined.
-        asd: structure -> mean over volumes; NaN where undefined.
-        missed: volumes and structures in which the structure was not predicted at all.
-        iterations: of all phases.
-        seconds: wall time of training and evaluation, shared phases included.
-    """
+    """The scores of one finished run."""
 
     seed: int
     dice: Mapping[str, float]
+    """Structure -> mean over volumes in [0, 1], ``mean`` included; NaN where undefined."""
     asd: Mapping[str, float]
+    """Structure -> mean over volumes; NaN where undefined."""
     missed: int
+    """Structures, over all volumes, of which no voxel was predicted."""
     iterations: int
+    """Of all phases."""
     seconds: float
+    """Wall time of training and evaluation, shared phases included."""
 
     @classmethod
     def from_summary(
         cls, seed: int, summary: Mapping[str, Any], iterations: int, seconds: float, unit: str
     ) -> CellResult:
-        """From the summary of an evaluation as JSON has it; ``unit`` is mm or voxel."""
+        """From the summary of an evaluation as in its JSON file; ``unit`` is mm or voxel."""
         measures: dict[str, dict[str, float]] = {}
         for key, measure in (("dice", "dice"), ("asd", f"asd_{unit}")):
             means = {name: entry[measure]["mean"] for name, entry in summary["structures"].items()}
@@ -56,32 +52,29 @@ class CellResult:
 
 @dataclass(frozen=True)
 class Direction:
-    """One direction of the comparison.
-
-    Attributes:
-        title: such as ``CT to MR``.
-        data: what was trained and scored on, in a sentence.
-        structures: in the order of the classes.
-        rows: system -> title; the order of the rows.
-        results: system -> its finished runs; a system without any has an empty row.
-        seeds: how many runs of each there should be.
-        unit: of ASD: mm or voxel.
-        published: system -> numbers on MM-WHS; empty where they do not belong beside these.
-    """
+    """One direction of the comparison."""
 
     title: str
+    """Such as ``CT to MR``."""
     data: str
+    """Presets and the volumes that were scored, in a sentence."""
     structures: Sequence[str]
+    """In the order of the classes."""
     rows: Mapping[str, str]
+    """System -> title; the order of the rows."""
     results: Mapping[str, Sequence[CellResult]]
+    """System -> its finished runs; a system without any has an empty row."""
     seeds: int
+    """Planned runs of each system."""
     unit: str
+    """Of ASD: mm or voxel."""
     published: Mapping[str, Published]
+    """System -> numbers on MM-WHS; empty for other data."""
 
     @property
     def columns(self) -> list[str]:
-        """Structures in the order of the paper, then their mean."""
-        return [*table_order(self.structures), "mean"]
+        """Structures in display order, then their mean."""
+        return [*display_order(self.structures), "mean"]
 
 
 @dataclass(frozen=True)
@@ -93,9 +86,9 @@ class Value:
 
 
 def over_seeds(values: Sequence[float]) -> Value:
-    """Mean and sd (ddof 1) of one number a seed.
+    """Mean and sd (ddof 1) of one number per seed.
 
-    A seed without a value makes the mean undefined: a method must not look better for what it missed.
+    A seed without a value makes the mean undefined: a missed structure must not improve a method's mean.
     """
     if not values or any(math.isnan(value) for value in values):
         return Value(math.nan, math.nan)
@@ -109,29 +102,25 @@ def gap_closed(system: float, lower: float, upper: float) -> float:
 
 @dataclass(frozen=True)
 class Row:
-    """One system in one direction, over its seeds.
-
-    Attributes:
-        system: key.
-        title: name.
-        seeds: how many are finished.
-        dice: column -> value, percent.
-        asd: column -> value.
-        missed: see :class:`CellResult`, over all seeds.
-        gap: share closed, percent, over the seeds that both bounds have too; NaN where there is none.
-        iterations: of a run; None where there is none.
-        minutes: mean wall time of a run; NaN where there is none.
-    """
+    """One system in one direction, over its seeds."""
 
     system: str
+    """Key of SYSTEMS."""
     title: str
     seeds: int
+    """Finished ones."""
     dice: Mapping[str, Value]
+    """Column -> value, percent."""
     asd: Mapping[str, Value]
+    """Column -> value."""
     missed: int
+    """See :class:`CellResult`; over all seeds."""
     gap: float
+    """Percent of the gap closed, over the seeds that both bounds have too; NaN where there is none."""
     iterations: int | None
+    """Of a run; None where there is none."""
     minutes: float
+    """Mean wall time of a run; NaN where there is none."""
 
 
 def rows_of(direction: Direction) -> list[Row]:
@@ -145,7 +134,7 @@ def rows_of(direction: Direction) -> list[Row]:
         }
 
     def gap(system: str) -> float:
-        """Over common seeds: a bound's mean over other seeds than the system's would be another gap."""
+        """Over the seeds that the system and both bounds have: means over different seeds are not comparable."""
         dice = [
             {result.seed: result.dice["mean"] for result in direction.results.get(name, ())}
             for name in (system, LOWER, UPPER)
@@ -173,7 +162,7 @@ def rows_of(direction: Direction) -> list[Row]:
 
 
 def best(rows: Sequence[Row], measure: str, column: str) -> frozenset[str]:
-    """The systems with the best mean as it is printed, the supervised bound apart; several where they tie."""
+    """The systems with the best mean as printed, the supervised bound excluded; several where they tie."""
     sign = 1 if measure == "dice" else -1
     means = {
         row.system: sign * round(getattr(row, measure)[column].mean, _DIGITS[measure])
@@ -190,10 +179,10 @@ def legend(directions: Sequence[Direction]) -> str:
     text = (
         f"Mean ± sd (ddof 1) over {seeds} seed{'s' * (seeds > 1)} of the mean over volumes; every slice counts, a "
         "missed structure has Dice 0 and no ASD, and where that leaves a seed without ASD the cell is n/a. The mean "
-        "column is the mean of the structures. In bold the best, Supervised apart. Gap: share of the way from W/o "
-        "adaptation to Supervised in mean Dice, over the seeds that these two have as well. Minutes: wall time of a "
-        "run from its first phase to its scores, shared phases counted for each that uses them; runs side by side "
-        "share the machine."
+        "column is the mean of the structures. In bold the best system, Supervised excluded. Gap closed: share of the "
+        "gap in mean Dice between W/o adaptation and Supervised, over the seeds that both have too. Minutes: wall "
+        "time of a run from its first phase to its scores; shared phases count for each run that uses them, and "
+        "concurrent runs share the machine."
     )
     return f"{text} {NOTE}" if any(direction.published for direction in directions) else text
 
@@ -208,7 +197,7 @@ def format_comparison(directions: Sequence[Direction], style: Style) -> str:
 
 
 def comparison_csv(directions: Sequence[Direction]) -> str:
-    """One line for each direction, system and column; undefined is empty, published numbers in columns of their own."""
+    """A line per direction, system and column; undefined is empty, published numbers have their own columns."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     unit = directions[0].unit if directions else "mm"
@@ -236,12 +225,12 @@ def comparison_csv(directions: Sequence[Direction]) -> str:
 
 
 def _cells(direction: Direction, bold: tuple[str, str], sd: str) -> tuple[list[str], list[list[str]]]:
-    """Header and rows as strings; ``bold`` goes around the best, ``sd`` between mean and sd."""
+    """Header and rows as strings; ``bold`` encloses the best, ``sd`` separates mean and sd."""
     rows = rows_of(direction)
     header = ["system"]
     header += [f"Dice % {column}" for column in direction.columns]
     header += [f"ASD {direction.unit} {column}" for column in direction.columns]
-    header += ["gap %", "iterations", "minutes"]
+    header += ["gap closed %", "iterations", "minutes"]
     if direction.published:
         header += [f"Dice % ({TITLE})", f"ASD voxels ({TITLE})"]
     found = []
@@ -271,7 +260,7 @@ def _number(value: float, digits: int) -> str:
 
 
 def _text(direction: Direction) -> str:
-    """Two blocks, because a terminal is narrow: Dice with what it costs, then ASD."""
+    """Two blocks, because a terminal is narrow: Dice with the further columns, then ASD."""
     header, rows = _cells(direction, ("*", "*"), " ± ")
     number = len(direction.columns)
     dice, asd, further = range(1, 1 + number), range(1 + number, 1 + 2 * number), range(1 + 2 * number, len(header))

@@ -3,9 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mpscl_ray.config import Config, is_adaptation, method_of_phase, to_dict
+from mpscl_ray.config import (
+    ADAPTATION,
+    SOURCE_ONLY,
+    WARM_UP,
+    Config,
+    SegmentationConfig,
+    flatten,
+    is_adaptation,
+    method_of_phase,
+    to_dict,
+)
 
 SYSTEMS: dict[str, str] = {
     "source_only": "W/o adaptation",
@@ -27,10 +38,17 @@ SYSTEMS: dict[str, str] = {
 ``small/NAME`` and ``phantom/NAME``."""
 
 
-def phase_fingerprint(config: Config, phase: str) -> dict[str, Any]:
-    """Everything that decides on the weights of a run at the end of a phase, up to rounding.
+_NOT_LEARNT = ("run.", "scaling.", "method.", "phases.", "data.in_memory")
+"""Settings that decide nothing about weights, and those that phase_fingerprint adds phase by phase."""
 
-    Two runs with the same values can share their first phases: train one, and ``fork`` the other from there.
+_NOT_IN_PLAIN_SEGMENTATION = ("optim.lr_discriminator", "optim.betas", f"phases.{WARM_UP}")
+
+
+def phase_fingerprint(config: Config, phase: str) -> dict[str, Any]:
+    """Every setting that decides what a run has learnt when a phase ends, up to rounding; value by key.
+
+    Two runs whose fingerprints are equal can share their phases up to this one: train one run, and ``fork`` the other
+    from there. A setting whose key is not in the fingerprint acts later or not at all.
 
     Args:
         config: of the run.
@@ -42,17 +60,27 @@ def phase_fingerprint(config: Config, phase: str) -> dict[str, Any]:
     names = [name for name, _ in config.schedule]
     if phase not in names:
         raise ValueError(f"the run has no phase {phase}, only {', '.join(names)}")
-    values = to_dict(config)
-    del values["scaling"], values["method"], values["phases"]
-    del values["data"]["in_memory"], values["network"]["pretrained_prototypes"]
-    values["run"] = config.run.seed
-    learnt = []
-    for name, iterations in config.schedule[: names.index(phase) + 1]:
-        settings = method_of_phase(config, name)
-        learnt.append((name, iterations, type(settings).__name__, dataclasses.asdict(settings)))
-    values["phases"] = learnt
-    values["source_only_lr"] = config.phases.source_only_lr
-    return values
+    values = {key: value for key, value in flatten(to_dict(config)) if not key.startswith(_NOT_LEARNT)}
+    values["run.seed"] = config.run.seed
+    values["phases.source_only_lr"] = config.phases.source_only_lr
+    # A phase without iterations counts too: another run may have some.
+    values |= {f"phases.{name}": getattr(config.phases, name) for name in (SOURCE_ONLY, WARM_UP, ADAPTATION)}
+    trained = [(name, method_of_phase(config, name)) for name in names[: names.index(phase) + 1]]
+    values["trained"] = [(name, type(settings).__name__) for name, settings in trained]
+    for _, settings in trained:
+        values |= {f"method.{name}": value for name, value in dataclasses.asdict(settings).items()}
+    later: list[str] = []
+    if not is_adaptation(phase):
+        later += [f"phases.{ADAPTATION}", "network.pretrained_prototypes"]
+    if all(type(settings) is SegmentationConfig for _, settings in trained):
+        later += _NOT_IN_PLAIN_SEGMENTATION
+        later += ["optim.lr"] if config.phases.source_only_lr is not None else []
+    return {key: value for key, value in values.items() if key not in later}
+
+
+def acts_on(key: str, fingerprint: Mapping[str, Any]) -> bool:
+    """Whether a setting is part of a fingerprint; ``key`` may name a group of settings, or one of a group."""
+    return any(key == known or key.startswith(f"{known}.") or known.startswith(f"{key}.") for known in fingerprint)
 
 
 def shared_phase(one: Config, other: Config) -> str | None:
@@ -66,3 +94,24 @@ def shared_phase(one: Config, other: Config) -> str | None:
             break
         common = name
     return common
+
+
+def common_phases(config: Config, keys: Sequence[str]) -> list[tuple[str, int]]:
+    """Phases, with their iterations, that runs share which differ in some settings alone; never the last phase.
+
+    Args:
+        config: of any of the runs.
+        keys: settings in which the runs differ.
+    """
+    shared = []
+    for name, iterations in config.schedule[:-1]:
+        if is_adaptation(name) or any(acts_on(key, phase_fingerprint(config, name)) for key in keys):
+            break
+        shared.append((name, iterations))
+    return shared
+
+
+def limiting_keys(config: Config, keys: Sequence[str]) -> list[str]:
+    """The settings that act before the adaptation or the last phase, so that runs which differ in them share less."""
+    before = [name for name, _ in config.schedule[:-1] if not is_adaptation(name)]
+    return [key for key in keys if before and acts_on(key, phase_fingerprint(config, before[-1]))]

@@ -8,12 +8,10 @@ from typing import Any
 from mpscl_ray.config.systems import SYSTEMS
 
 PHASE_TITLES: Mapping[str, str] = {
-    "source_only": "source only",
-    "supervised": "supervised",
-    "warm_up": "warmed up",
-    "adaptation": "adapted",
+    "source_only": "source-only",
+    "warm_up": "warm-up",
 }
-"""Name of the segmenter at the end of each phase."""
+"""Phases whose name in prose is not their name in files."""
 
 
 def system_of(config: Mapping[str, Any]) -> str:
@@ -47,5 +45,5 @@ def title_of(system: str) -> str:
 
 
 def phase_title(phase: str) -> str:
-    """Title of the end of a phase in figures."""
+    """How a phase is written in figures and sentences; code, files and tables have its name as it is."""
     return PHASE_TITLES.get(phase, phase.replace("_", " "))

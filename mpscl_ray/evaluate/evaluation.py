@@ -59,7 +59,7 @@ class Evaluation:
     @property
     def row_label(self) -> str:
         """Label of its row in a table; says if target labels selected the checkpoint."""
-        return self.weights.name.replace("_", " ") + (" (oracle)" if self.weights.oracle else "")
+        return self.weights.name + (" (oracle)" if self.weights.oracle else "")
 
     def table(self, style: Style = "text", measures: Sequence[str] | None = None) -> str:
         """The summary as a table with one row."""

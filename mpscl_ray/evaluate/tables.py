@@ -16,9 +16,8 @@ from typing import Any, Literal
 import numpy as np
 
 from mpscl_ray.evaluate.metrics import MEASURES, CaseKind, StructureScore
+from mpscl_ray.runs.palette import display_order
 
-PAPER_ORDER = ("AA", "LAC", "LVC", "MYO")
-"""Columns of Table III in Liu et al. 2022."""
 KINDS: tuple[CaseKind, ...] = ("ok", "missed", "false_alarm", "absent")
 TITLES = {
     "dice": "Dice %",
@@ -93,13 +92,6 @@ class Summary:
         }
 
 
-def table_order(structures: Sequence[str]) -> tuple[str, ...]:
-    """Structures in the paper's order, others after them, if all four of the paper are there; else unchanged."""
-    if not set(PAPER_ORDER) <= set(structures):
-        return tuple(structures)
-    return (*PAPER_ORDER, *(name for name in structures if name not in PAPER_ORDER))
-
-
 def summarise(scores: Mapping[str, Sequence[StructureScore]]) -> Summary:
     """Average the scores of volumes.
 
@@ -127,7 +119,7 @@ def summarise(scores: Mapping[str, Sequence[StructureScore]]) -> Summary:
             counts=_counts(by_name[name]),
             measures={measure: _statistic(getattr(row, measure) for row in by_name[name]) for measure in MEASURES},
         )
-        for name in table_order(names)
+        for name in display_order(names)
     )
     present = [entry for entry in structures if entry.counts["absent"] < len(scores)]
     measures = {}

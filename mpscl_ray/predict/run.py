@@ -35,6 +35,7 @@ from mpscl_ray.predict.model import find_checkpoint, read_model
 from mpscl_ray.predict.predictor import choose_device, load_weights, num_inference_workers
 from mpscl_ray.prepare.file_listing import is_dicom
 from mpscl_ray.runs.atomic_files import write_atomically
+from mpscl_ray.runs.palette import display_order
 from mpscl_ray.runs.progress import ProgressLine
 from mpscl_ray.runs.run_directory import open_run
 from mpscl_ray.runs.storage import S3Path, output_directory
@@ -200,7 +201,8 @@ def _write_volumes(job: Job, previous: dict[str, Any], good: Sequence[Prediction
 
 def _report(good: Sequence[Prediction], failed: Sequence[Prediction], out: str) -> None:
     for prediction in good:
-        volumes = ", ".join(f"{name} {volume:.1f}" for name, volume in (prediction.volumes_ml or {}).items())
+        volumes_ml = prediction.volumes_ml or {}
+        volumes = ", ".join(f"{name} {volumes_ml[name]:.1f}" for name in display_order(list(volumes_ml)))
         print(f"{prediction.files[0]}: {volumes} ml")
         for notice in prediction.notices:
             print(f"  note: {notice}")

@@ -33,6 +33,7 @@ from mpscl_ray.prepare.splits import Splitting
 from mpscl_ray.prepare.staged_case import Request, Settings, StagedCase
 from mpscl_ray.prepare.staging import finish_case, stage_case
 from mpscl_ray.runs.atomic_files import fsync_directory, storage_errors
+from mpscl_ray.runs.palette import display_indices
 from mpscl_ray.runs.progress import ProgressLine
 from mpscl_ray.runs.storage import S3Path
 
@@ -248,13 +249,11 @@ def summary(folder: Path | S3Path) -> str:
         f"  slices of {manifest.size[0]} x {manifest.size[1]}; z-scored intensities {manifest.scaling.low:g} to "
         f"{manifest.scaling.high:g} are [-1, 1] ({manifest.scaling.origin})",
     ]
-    rows = [["split", "patients", "cases", "labelled", "slices", *manifest.classes]]
+    order = [0, *display_indices(manifest.classes)] if manifest.classes else []
+    rows = [["split", "patients", "cases", "labelled", "slices", *(manifest.classes[index] for index in order)]]
     for split in SPLITS:
         cases = manifest.split(split)
-        voxels = [
-            sum(case.class_voxels[index] for case in cases if case.class_voxels)
-            for index in range(len(manifest.classes))
-        ]
+        voxels = [sum(case.class_voxels[index] for case in cases if case.class_voxels) for index in order]
         total = sum(voxels)
         rows.append(
             [

@@ -14,11 +14,11 @@ _EXAMPLES = """\
 examples:
   python -m mpscl_ray.report runs/mr2ct                            one run, phase by phase, in runs/mr2ct/report
   python -m mpscl_ray.report runs/lower runs/cscl runs/mpscl runs/upper --out report
-                                                                   several side by side, in this order
+                                                                   several, in this order
   python -m mpscl_ray.report runs/mr2ct --case ct_1003             another volume of the target
 
-DIR/index.html has everything in one file; DIR/figures/ has each figure as PNG and PDF. A run that still trains is shown
-as far as it is. Give the runs with and without margin together to compare their angles.
+DIR/index.html has everything in one file; DIR/figures/ has each figure as PNG and PDF. A running run is shown up to its
+newest checkpoint. Give the runs with and without margin together to compare their angles.
 """
 
 
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str]) -> int:
         "--out",
         type=Path,
         metavar="DIR",
-        help="folder for the page (default: RUN/report; of several: beside the first)",
+        help="folder for the page (default: RUN/report; report beside the first of several runs)",
     )
     add("--case", metavar="ID", help="volume of the target to show (default: the first labelled test volume)")
     add("--device", help="cpu, cuda or cuda:N (default: a GPU where there is one)")
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str]) -> int:
         )
     if options.out is None and is_url(options.runs[0]):
         raise ConfigError(f"the run {options.runs[0]} is in a bucket; give a folder for its report with --out DIR")
-    # Imported here: help and refused arguments need not wait for torch.
+    # Imported here: help and refused arguments do not wait for torch.
     from mpscl_ray.report.run import report
 
     file = report(options.runs, options.out, case=options.case, device=options.device)

@@ -1,4 +1,4 @@
-"""Runs with the same target, and the one case of it on which a report compares them."""
+"""Runs with the same target, and the case of it on which a report compares them."""
 
 from __future__ import annotations
 
@@ -6,54 +6,50 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from mpscl_ray.config.titles import phase_title
 from mpscl_ray.errors import DataError
 from mpscl_ray.predict.model import Checkpoint
 from mpscl_ray.report.figures.feature_space import FeatureSample
 from mpscl_ray.report.runs import (
-    Look,
+    Prediction,
     ReportedRun,
     ShownCase,
+    checkpoint_title,
     choose_case,
-    end_title,
     load,
-    look_at,
+    predict_case,
     sample_features,
 )
-
-Tell = Callable[[str], None]
 
 
 @dataclass
 class Group:
-    """Runs with the same target, which can be shown on the same case.
-
-    Attributes:
-        runs: in the order given.
-        suffix: of the names of its figures; empty where there is one group alone.
-        columns: title, run and checkpoint of each column of the figures.
-        shown: the case; None where there is none to show.
-        looks: what each column makes of it.
-        samples: features of two columns, see :attr:`contrast`.
-        origins: where the prototypes beside those come from.
-        unsampled: columns that should be in ``samples`` and have no features to look at.
-        notes: what kept any of this from being made.
-    """
+    """Runs with the same target, which can be shown on the same case."""
 
     runs: list[ReportedRun]
+    """In the order given."""
     suffix: str
+    """Of the names of its figures; empty if it is the only group."""
     columns: list[tuple[str, ReportedRun, Checkpoint]]
+    """Title, run and checkpoint of each column of the figures."""
     shown: ShownCase | None = None
-    looks: list[Look] = field(default_factory=list)
+    """The case; None where there is none to show."""
+    predictions: list[Prediction] = field(default_factory=list)
+    """Of each column."""
     samples: dict[str, FeatureSample] = field(default_factory=dict)
+    """Features of two columns, see :attr:`contrast`."""
     origins: dict[str, str] = field(default_factory=dict)
+    """Where the prototypes of these columns come from."""
     unsampled: list[str] = field(default_factory=list)
+    """Columns of :attr:`contrast` that have no features."""
     notes: list[str] = field(default_factory=list)
+    """What is missing and why."""
 
     @property
     def contrast(self) -> list[int]:
-        """The columns in which a figure with room for two shows the most: the first, and the last that was adapted."""
-        adapted = [at for at, (_, run, _) in enumerate(self.columns) if at and run.system != "supervised"]
-        return [0, *(adapted or range(1, len(self.columns)))[-1:]]
+        """The two columns of a figure that shows only two: the first, and the last one that is not supervised."""
+        later = [at for at, (_, run, _) in enumerate(self.columns) if at and run.system != "supervised"]
+        return [0, *(later or range(1, len(self.columns)))[-1:]]
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -67,7 +63,7 @@ class Group:
 
 
 def group_runs(runs: Sequence[ReportedRun]) -> list[Group]:
-    """Put runs with the same target dataset and classes together, in the order in which they come."""
+    """Group runs by target dataset and classes, in the order given."""
     by_target: dict[Any, list[ReportedRun]] = {}
     for run in runs:
         target = run.model.domains["target"]
@@ -82,25 +78,27 @@ def group_runs(runs: Sequence[ReportedRun]) -> list[Group]:
 
 
 def _columns(runs: Sequence[ReportedRun]) -> list[tuple[str, ReportedRun, Checkpoint]]:
-    """A single run by its phases; several by where each has come, and before them one that was not adapted."""
+    """The phases of a single run; of several runs the newest checkpoint of each, after a source-only one."""
     if len(runs) == 1:
-        return [(end_title(end), runs[0], end) for end in runs[0].ends]
+        return [(checkpoint_title(saved), runs[0], saved) for saved in runs[0].checkpoints]
     columns = [
-        (run.title + (" so far" if run.ends[-1].name == "last" else ""), run, run.ends[-1]) for run in runs if run.ends
+        (run.title + (" so far" if run.checkpoints[-1].name == "last" else ""), run, run.checkpoints[-1])
+        for run in runs
+        if run.checkpoints
     ]
     if not any(run.system == "source_only" for run in runs):
         for run in runs:
-            for end in run.ends[:-1]:
-                if end.name == "source_only":
-                    return [(f"source only ({run.title})", run, end), *columns]
+            for saved in run.checkpoints[:-1]:
+                if saved.name == "source_only":
+                    return [(f"{phase_title(saved.name)} ({run.title})", run, saved), *columns]
     return columns
 
 
-def look_at_group(group: Group, case: str | None, device: str | None, tell: Tell) -> None:
-    """Predict the case that is shown by every column, and draw features for two of them."""
+def predict_group(group: Group, case: str | None, device: str | None, log: Callable[[str], None]) -> None:
+    """Choose a case, predict it for every column, and sample features for two of them."""
     for run in group.runs:
-        if not run.ends:
-            group.notes.append(f"{run.title} has no checkpoint yet, so only what it has measured is shown.")
+        if not run.checkpoints:
+            group.notes.append(f"{run.title} has no checkpoint yet, so only its metrics are shown.")
     if not group.columns:
         return
     try:
@@ -113,12 +111,12 @@ def look_at_group(group: Group, case: str | None, device: str | None, tell: Tell
             f"The case {group.shown.case.id} is shown without ground truth"
             + (" because labels of training cases are not read." if group.shown.case.split == "train" else ".")
         )
-    for number, (title, run, end) in enumerate(group.columns):
-        tell(f"predicting {group.shown.case.id}: {title} ({run.folder.name})")
-        predictor = load(run, end, device)
-        group.looks.append(look_at(predictor, group.shown, title))
+    for number, (title, run, saved) in enumerate(group.columns):
+        log(f"predicting {group.shown.case.id}: {title} ({run.folder.name})")
+        predictor = load(run, saved, device)
+        group.predictions.append(predict_case(predictor, group.shown, title))
         if number in group.contrast:
-            sampled = sample_features(run, end, predictor, group.shown)
+            sampled = sample_features(run, saved, predictor, group.shown)
             if sampled is None:
                 group.unsampled.append(title)
             else:

@@ -1,4 +1,4 @@
-"""The report as one HTML page: images inside it, no script, nothing fetched from anywhere."""
+"""The report as one HTML page: with its images inside, without scripts and external files."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ table { border-collapse: collapse; font-size: .9rem; margin: .8rem 0 1rem; font-
 th, td { text-align: right; padding: .28rem .6rem; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th { font-weight: 600; }
 tr.above th { border-bottom: none; text-align: center; padding-bottom: 0; }
-th:first-child, td:first-child, td.text, th.text { text-align: left; }
+th:first-join_location, td:first-join_location, td.text, th.text { text-align: left; }
 caption { caption-side: bottom; text-align: left; color: var(--pale); font-size: .86rem; padding-top: .4rem;
   white-space: normal; }
 .swatch { display: inline-block; width: .8em; height: .8em; border-radius: 2px; margin-right: .35em;
@@ -46,58 +46,43 @@ pre { font-size: .8rem; line-height: 1.4; background: #f7f7f7; padding: .7rem; o
 
 
 @dataclass(frozen=True)
-class Shown:
-    """A figure on the page.
-
-    Attributes:
-        name: of its files.
-        image: PNG.
-        caption: what is to be seen.
-        alternative: for who cannot see it.
-    """
+class HtmlFigure:
+    """A figure on the page."""
 
     name: str
+    """Of its files."""
     image: bytes
+    """PNG."""
     caption: str
-    alternative: str
+    alt_text: str
 
 
 @dataclass(frozen=True)
 class Table:
-    """Cells as text.
-
-    Attributes:
-        header: titles of the columns.
-        groups: title and number of columns of a line above the header; empty for none.
-        rows: cells of each row.
-        text_columns: columns that hold words, which are aligned to the left.
-        caption: what the numbers are.
-    """
+    """A table of text cells."""
 
     header: Sequence[str]
+    """Titles of the columns."""
     rows: Sequence[Sequence[str]]
     text_columns: frozenset[int] = frozenset({0})
+    """Columns of words, which are aligned to the left."""
     caption: str = ""
+    """What the numbers are."""
     groups: Sequence[tuple[str, int]] = ()
+    """Title and number of columns of each cell of a line above the header; empty for no such line."""
 
 
 @dataclass
 class Section:
-    """A heading and what stands below it, in this order.
-
-    Attributes:
-        title: of the section.
-        lead: what it is about.
-        tables: of numbers.
-        shown: figures.
-        notes: what is missing and why, a sentence each.
-    """
+    """A heading and its content, in this order."""
 
     title: str
     lead: str = ""
+    """Its subject, in a sentence or two."""
     tables: list[Table] = field(default_factory=list)
-    shown: list[Shown] = field(default_factory=list)
+    figures: list[HtmlFigure] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    """What is missing and why, a sentence each."""
 
 
 def page(
@@ -113,8 +98,8 @@ def page(
         title: of the report.
         summary: a sentence or two below it.
         sections: in order.
-        structures: name and colour of each structure.
-        settings: name of each run and its settings as text, folded away at the end.
+        structures: name and colour of each structure, in display order.
+        settings: name of each run and its settings as text, collapsed at the end.
     """
     anchors = [f"s{number}" for number in range(len(sections))]
     links = " ".join(f'<a href="#{a}">{_text(s.title)}</a>' for a, s in zip(anchors, sections, strict=True))
@@ -124,7 +109,7 @@ def page(
     parts = [
         f"<h1>{_text(title)}</h1>",
         f"<p>{_text(summary)}</p>",
-        f'<p class="legend pale">Structures, the same colours everywhere: {legend}</p>' if structures else "",
+        f'<p class="legend pale">Colours of the structures in all figures: {legend}</p>' if structures else "",
         f"<nav>{links}</nav>",
         *(_section(anchor, section) for anchor, section in zip(anchors, sections, strict=True)),
         "<h2>Settings</h2>" if settings else "",
@@ -145,11 +130,11 @@ def _section(anchor: str, section: Section) -> str:
     if section.lead:
         parts.append(f"<p>{_text(section.lead)}</p>")
     parts += [_table(table) for table in section.tables]
-    for shown in section.shown:
-        data = base64.b64encode(shown.image).decode("ascii")
+    for figure in section.figures:
+        data = base64.b64encode(figure.image).decode("ascii")
         parts.append(
-            f'<figure id="{shown.name}"><img alt="{_text(shown.alternative)}" src="data:image/png;base64,{data}">'
-            f"<figcaption>{_text(shown.caption)}</figcaption></figure>"
+            f'<figure id="{figure.name}"><img alt="{_text(figure.alt_text)}" src="data:image/png;base64,{data}">'
+            f"<figcaption>{_text(figure.caption)}</figcaption></figure>"
         )
     parts += [f'<p class="note">{_text(note)}</p>' for note in section.notes]
     return "\n".join([*parts, "</section>"])

@@ -9,11 +9,12 @@ import yaml
 
 from mpscl_ray.predict.predictor import choose_device
 from mpscl_ray.report.figures.style import DPI, class_colour
-from mpscl_ray.report.groups import group_runs, look_at_group
+from mpscl_ray.report.groups import group_runs, predict_group
 from mpscl_ray.report.html import page
 from mpscl_ray.report.runs import read_runs
 from mpscl_ray.report.sections import overview, sections
 from mpscl_ray.runs.atomic_files import storage_errors, write_atomically
+from mpscl_ray.runs.palette import display_indices
 
 
 def report(
@@ -31,9 +32,9 @@ def report(
         runs: folders of runs.
         out: folder for the report; None for ``RUN/report`` of one run, ``report`` beside the first of several.
         case: volume of the target to show; None for the first labelled test volume.
-        device: where to predict; None takes a GPU where there is one.
+        device: of the predictions; None takes a GPU where there is one.
         dpi: pixels of the figures per inch.
-        pdf: whether to write each figure as PDF too, which takes longer than all the rest.
+        pdf: whether to write each figure as PDF too; this takes longer than everything else.
 
     Returns:
         The page.
@@ -43,7 +44,7 @@ def report(
         DataError: a run or a dataset is damaged.
         StorageError: the folder cannot be written.
     """
-    choose_device(device)  # One that is not there is refused before anything is read.
+    choose_device(device)  # Refuses a missing device before anything is read.
     found = read_runs(runs)
     first = Path(runs[0])
     folder = out or (first / "report" if len(runs) == 1 else first.absolute().parent / "report")
@@ -51,11 +52,11 @@ def report(
         (folder / "figures").mkdir(parents=True, exist_ok=True)
     groups = group_runs(found)
     for group in groups:
-        look_at_group(group, case, device, lambda text: print(text, flush=True))
+        predict_group(group, case, device, lambda text: print(text, flush=True))
     print("drawing", flush=True)
     directions = list(dict.fromkeys(run.direction for run in found))
     names = ", ".join(f"{run.title} ({run.folder.name}, {run.state})" for run in found)
-    structures = {name: class_colour(index) for group in groups for index, name in enumerate(group.classes) if index}
+    structures = {group.classes[i]: class_colour(i) for group in groups for i in display_indices(group.classes)}
     text = page(
         title=f"Adaptation {' and '.join(directions)}",
         summary=f"{len(found)} run{'s' * (len(found) > 1)}: {names}.",

@@ -1,4 +1,4 @@
-"""What a report reads: runs as they are now, and one case of their target as their segmenters see it."""
+"""What a report reads: the current state of runs, and their predictions of one case of the target."""
 
 from __future__ import annotations
 
@@ -27,40 +27,35 @@ from mpscl_ray.predict.model import Checkpoint, Model, find_checkpoint, read_mod
 from mpscl_ray.predict.predictor import Predictor, load_weights
 from mpscl_ray.report.figures.feature_space import FeatureSample, sample_of
 from mpscl_ray.report.figures.segmentations import Segmented
-from mpscl_ray.runs import checkpoint as checkpoints
+from mpscl_ray.runs import checkpoint
 from mpscl_ray.runs.run_directory import RunDirectory, open_run
 from mpscl_ray.train.feature_log import FeatureRecord
 from mpscl_ray.train.validation import weighted_mean
 
 FEATURE_SLICES = 12
-"""Slices of each domain from which features are drawn."""
+"""Slices of each domain whose features are sampled."""
 
 
 @dataclass(frozen=True)
 class ReportedRun:
-    """A run as it is when the report is made.
-
-    Attributes:
-        folder: of the run.
-        title: its system, with the run's name where another run of the report has the same.
-        system: see :func:`mpscl_ray.config.titles.system_of`.
-        config: nested plain values.
-        model: what it says of its segmenter.
-        records: of metrics.jsonl.
-        looks: of features.jsonl.
-        state: finished, running, stopped or failed, in words.
-        ends: the checkpoints to show: the end of each phase, then the newest one if it is beyond them.
-    """
+    """A run as it is when the report is made."""
 
     folder: RunDirectory
     title: str
+    """Its system, with the run's name where several runs of the report have the same system."""
     system: str
+    """See :func:`mpscl_ray.config.titles.system_of`."""
     config: Mapping[str, Any]
+    """Nested plain values."""
     model: Model
     records: Sequence[Mapping[str, Any]]
-    looks: Sequence[Mapping[str, Any]]
+    """Of metrics.jsonl."""
+    feature_records: Sequence[Mapping[str, Any]]
+    """Of features.jsonl."""
     state: str
-    ends: tuple[Checkpoint, ...]
+    """finished, running, stopped or failed, in words."""
+    checkpoints: tuple[Checkpoint, ...]
+    """Those to show: the end of each phase, then the newest one if it is later."""
 
     @property
     def direction(self) -> str:
@@ -69,30 +64,30 @@ class ReportedRun:
         return f"{domains['source'].modality} to {domains['target'].modality}".upper().replace(" TO ", " to ")
 
 
-def read_runs(places: Sequence[Path | str]) -> list[ReportedRun]:
-    """Read runs by their folders or URLs; those of the same system get their names into their titles.
+def read_runs(runs: Sequence[Path | str]) -> list[ReportedRun]:
+    """Read runs by their folders or URLs; runs of the same system get their names into their titles.
 
     Raises:
         ConfigError: one is not the folder of a run, or is named twice.
-        DataError: one is damaged, or has not begun to train.
+        DataError: one is damaged, or has not started to train.
     """
-    folders = [open_run(place) for place in places]
+    folders = [open_run(run) for run in runs]
     addresses = [str(Path(folder.path).resolve()) for folder in folders]
     for folder, address in zip(folders, addresses, strict=True):
         if addresses.count(address) > 1:
             raise ConfigError(f"the run {folder.display_path} is given twice; give each once")
-    runs = [_read(folder) for folder in folders]
-    titles = [run.title for run in runs]
+    found = [_read(folder) for folder in folders]
+    titles = [run.title for run in found]
     return [
         dataclasses.replace(run, title=f"{run.title} ({run.folder.name})") if titles.count(run.title) > 1 else run
-        for run in runs
+        for run in found
     ]
 
 
 def _read(folder: RunDirectory) -> ReportedRun:
     config = yaml.safe_load(folder.read_config())
     system = system_of(config)
-    looks = {(look["global_step"], look["iteration"]): look for look in FeatureRecord(folder.path).read()}
+    features = {(record["global_step"], record["iteration"]): record for record in FeatureRecord(folder.path).read()}
     return ReportedRun(
         folder=folder,
         title=title_of(system),
@@ -100,9 +95,9 @@ def _read(folder: RunDirectory) -> ReportedRun:
         config=config,
         model=read_model(folder),
         records=folder.read_metrics(),
-        looks=list(looks.values()),
+        feature_records=list(features.values()),
         state=_state(folder),
-        ends=_ends(folder, config_from_dict(config, f"in {folder.config_file}").schedule),
+        checkpoints=_checkpoints(folder, config_from_dict(config, f"in {folder.config_file}").schedule),
     )
 
 
@@ -110,28 +105,28 @@ def _state(folder: RunDirectory) -> str:
     status = folder.read_status()
     state = str(status.get("state", "unknown"))
     if state == "running" and folder.store.lock_owner() is None:
-        return "stopped without a word (killed); the same command goes on"
-    place = f" (iteration {status['iteration']} of {status['phase']})" if status.get("phase") else ""
-    return state if state == "finished" else f"{state}{place}"
+        return "killed; the same command resumes it"
+    position = f" (iteration {status['iteration']} of {status['phase']})" if status.get("phase") else ""
+    return state if state == "finished" else f"{state}{position}"
 
 
-def _ends(folder: RunDirectory, schedule: Sequence[tuple[str, int]]) -> tuple[Checkpoint, ...]:
-    ends: list[Checkpoint] = []
+def _checkpoints(folder: RunDirectory, schedule: Sequence[tuple[str, int]]) -> tuple[Checkpoint, ...]:
+    found: list[Checkpoint] = []
     step = finished = 0
     for name, iterations in schedule:
         step += iterations
         if name in folder.store.finished_phases():
-            ends.append(find_checkpoint(folder, name)[0])
+            found.append(find_checkpoint(folder, name)[0])
             finished = step
     steps = folder.store.step_checkpoints()
-    if steps and checkpoints.step_of(Path(steps[-1])) > finished:
-        ends.append(find_checkpoint(folder, "last")[0])
-    return tuple(ends)
+    if steps and checkpoint.step_of(Path(steps[-1])) > finished:
+        found.append(find_checkpoint(folder, "last")[0])
+    return tuple(found)
 
 
-def end_title(end: Checkpoint) -> str:
-    """What a checkpoint of a run is called in a figure."""
-    return "so far" if end.name == "last" else phase_title(end.name)
+def checkpoint_title(saved: Checkpoint) -> str:
+    """The title of a checkpoint in a figure."""
+    return "so far" if saved.name == "last" else phase_title(saved.name)
 
 
 # ------------------------------------------------------------------------------------------------------- the case
@@ -139,36 +134,33 @@ def end_title(end: Checkpoint) -> str:
 
 @dataclass(frozen=True)
 class ShownCase:
-    """The volume of the target that the figures show.
-
-    Attributes:
-        case: its entry in the manifest.
-        image: (D, H, W).
-        label: (D, H, W); None where it has none.
-    """
+    """The volume of the target that the figures show."""
 
     case: Case
+    """Its entry in the manifest."""
     image: NDArray[np.float32]
+    """(D, H, W)."""
     label: NDArray[np.uint8] | None
+    """(D, H, W); None where it has none."""
 
     @property
     def spacing(self) -> tuple[float, float, float]:
-        """Of the voxels; all alike where it is not known."""
+        """Of the voxels; 1 in all directions where it is not known."""
         return self.case.spacing_mm or (1.0, 1.0, 1.0)
 
 
 def choose_case(run: ReportedRun, name: str | None) -> ShownCase:
     """The case of that name, or the first labelled one of the test split, else validation, else any test case.
 
-    Training cases are only shown where they are asked for, and then without their labels.
+    A training case is only shown where it is asked for, and without its labels.
 
     Raises:
         ConfigError: the target has no such case.
-        DataError: the dataset is gone or damaged, or has no case to show.
+        DataError: the dataset is missing or damaged, or has no case to show.
     """
     dataset = run.model.domains["target"].dataset
     if dataset is None or not dataset.exists():
-        raise DataError(f"the target dataset of the run {run.folder.display_path}, {dataset}, is not there any more")
+        raise DataError(f"the target dataset of the run {run.folder.display_path}, {dataset}, does not exist any more")
     manifest = load_manifest(dataset)
     if name is not None:
         found = [case for case in manifest.cases if case.id == name]
@@ -178,31 +170,28 @@ def choose_case(run: ReportedRun, name: str | None) -> ShownCase:
         case = found[0]
     else:
         held_out = [case for split in ("test", "val") for case in manifest.split(split)]
-        held_out.sort(key=lambda case: not case.labelled)  # stable: labelled ones first, each kind in its order
+        held_out.sort(key=lambda case: not case.labelled)  # stable: labelled cases first
         candidates = held_out or [case for split in SPLITS for case in manifest.split(split)]
         if not candidates:
-            raise DataError(f"{dataset} has no case at all")
+            raise DataError(f"{dataset} has no case")
         case = candidates[0]
     arrays = read_case(dataset, case, ("image",) if case.split == "train" else ("image", "label"))
     return ShownCase(case, arrays["image"], arrays.get("label"))
 
 
 @dataclass(frozen=True)
-class Look:
-    """One checkpoint's view of the shown case.
-
-    Attributes:
-        segmented: labels and entropies.
-        step: iterations of all phases.
-        cross_entropy: over the case, weighted by its classes; NaN without a label.
-    """
+class Prediction:
+    """The prediction of one checkpoint for the shown case."""
 
     segmented: Segmented
+    """Labels and entropies."""
     step: int | None
+    """Iterations of all phases."""
     cross_entropy: float
+    """Over the case, weighted by its classes; NaN without a label."""
 
 
-def look_at(predictor: Predictor, shown: ShownCase, title: str) -> Look:
+def predict_case(predictor: Predictor, shown: ShownCase, title: str) -> Prediction:
     """Predict the whole case."""
     probabilities = predictor.predict_probabilities(shown.image)
     entropy = np.zeros(shown.image.shape, np.float32)
@@ -219,24 +208,24 @@ def look_at(predictor: Predictor, shown: ShownCase, title: str) -> Look:
         pixels = np.bincount(shown.label.ravel(), minlength=number)
         loss = weighted_mean(torch.from_numpy(np.stack([sums, pixels], axis=1)))
     step = predictor.weights.step if predictor.weights else None
-    return Look(Segmented(title, labels, entropy), step, loss)
+    return Prediction(Segmented(title, labels, entropy), step, loss)
 
 
-def load(run: ReportedRun, end: Checkpoint, device: str | None) -> Predictor:
+def load(run: ReportedRun, saved: Checkpoint, device: str | None) -> Predictor:
     """The segmenter of a run at one checkpoint."""
-    return load_weights(run.model, end, device)
+    return load_weights(run.model, saved, device)
 
 
 # ------------------------------------------------------------------------------------------------------- features
 
 
 def sample_features(
-    run: ReportedRun, end: Checkpoint, predictor: Predictor, shown: ShownCase
+    run: ReportedRun, saved: Checkpoint, predictor: Predictor, shown: ShownCase
 ) -> tuple[FeatureSample, str] | None:
     """Features of a few slices of a labelled source case and of the shown case, and where the prototypes come from.
 
     Returns:
-        None where the network has no feature map to look at, or the source no labelled case.
+        None where the network has no single feature map, or the source no labelled case.
     """
     network = predictor.network
     dataset = run.model.domains["source"].dataset
@@ -264,9 +253,9 @@ def sample_features(
             prototypes = initial_prototypes(sums, pixels)
         features[domain] = maps.permute(0, 2, 3, 1).flatten(0, 2).cpu().numpy()
         labels[domain] = small.flatten().numpy().astype(np.uint8)
-    stored = checkpoints.load(end.path)["method"].get("prototypes") if end.path.is_dir() else None
+    stored = checkpoint.load(saved.path)["method"].get("prototypes") if saved.path.is_dir() else None
     origin = "class means of the source pixels shown"
     if stored is not None and bool(stored.any()):
-        prototypes, origin = stored, "the method's own"
+        prototypes, origin = stored, "those of the method"
     assert prototypes is not None
     return sample_of(features, labels, prototypes.float().cpu().numpy()), origin

@@ -1,4 +1,4 @@
-"""The sections of a report: which figures runs allow, what they show, and what is missing and why."""
+"""The sections of a report: the figures that the runs allow, their captions, and what is missing and why."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from mpscl_ray.report.figures.feature_space import PER_CLASS, feature_space
 from mpscl_ray.report.figures.segmentations import confident_share, overconfident, side_by_side
 from mpscl_ray.report.figures.style import Picture, house_style, save
 from mpscl_ray.report.groups import Group
-from mpscl_ray.report.html import Section, Shown, Table
+from mpscl_ray.report.html import HtmlFigure, Section, Table
 from mpscl_ray.report.runs import ReportedRun
+from mpscl_ray.runs.palette import display_indices
 from mpscl_ray.train.feature_log import FeatureRecord
 
 _ROWS = 4
@@ -24,7 +25,7 @@ _ROWS = 4
 
 
 def sections(groups: Sequence[Group], folder: Path, dpi: float, pdf: bool) -> Iterator[Section]:
-    """All sections, each figure written into ``folder`` as PNG and, if wanted, PDF when its section is made."""
+    """All sections, each figure written into ``folder`` as PNG and, if wanted, PDF."""
     makers = (_segmentations, _surfaces, _overconfident, _losses, _pseudo_labels, _angles, _margin, _features)
     for maker in makers:
         section: Section | None = None
@@ -39,19 +40,19 @@ def sections(groups: Sequence[Group], folder: Path, dpi: float, pdf: bool) -> It
             for picture in pictures:
                 image = save(picture, folder, dpi, pdf)
                 caption = heading + picture.caption
-                section.shown.append(Shown(picture.name, image, caption, heading + picture.alternative))
+                section.figures.append(HtmlFigure(picture.name, image, caption, heading + picture.alt_text))
             section.tables += own.tables
             section.notes += [heading + note for note in own.notes]
-        if section is not None and (section.shown or section.tables or section.notes):
+        if section is not None and (section.figures or section.tables or section.notes):
             yield section
 
 
 def overview(groups: Sequence[Group]) -> Section:
-    """A row for each run: what it is, how far it is, and its scores where it was evaluated."""
+    """A row for each run: its system, its state, and its scores where it was evaluated."""
     section = Section("Runs", "Dice and surface distance are means over the evaluated volumes, all slices counted.")
     for group in groups:
         structures = _score_columns(group)
-        header = ["run", "system", "adapts", "seed", "state", "phase", *structures, "mean"]
+        header = ["run", "system", "domains", "seed", "state", "phase", *structures, "mean"]
         above = [("", 6), ("Dice %", len(structures)), ("ASD mm", 1)]
         rows = []
         missing = []
@@ -69,7 +70,7 @@ def overview(groups: Sequence[Group]) -> Section:
         section.tables.append(Table(header, rows, frozenset({0, 1, 2, 4, 5}), _scored_on(group), above))
         if missing:
             section.notes.append(
-                f"No scores yet for {', '.join(missing)}: they come at the end of training, or with "
+                f"No scores yet for {', '.join(missing)}: they are computed at the end of training, or with "
                 "python -m mpscl_ray.evaluate RUN, and need labelled test or validation volumes."
             )
         section.notes += group.notes
@@ -123,10 +124,12 @@ def _segmentations(group: Group) -> Made:
         "Segmentations side by side", "Slices of one target volume under the label map of each segmenter."
     )
     truth = group.shown.label
-    maps = truth if truth is not None else group.looks[-1].segmented.labels
+    maps = truth if truth is not None else group.predictions[-1].segmented.labels
     chosen = evenly_spaced(labelled_slices(maps), _ROWS)
-    figure = side_by_side(group.shown.image, [look.segmented for look in group.looks], truth, group.classes, chosen)
-    titles = ", ".join(look.segmented.title for look in group.looks)
+    figure = side_by_side(
+        group.shown.image, [prediction.segmented for prediction in group.predictions], truth, group.classes, chosen
+    )
+    titles = ", ".join(prediction.segmented.title for prediction in group.predictions)
     caption = (
         f"Case {group.shown.case.id} ({group.shown.case.split}), slices {', '.join(map(str, chosen))}; from left to "
         f"right: image, {titles}{', ground truth' if truth is not None else ''}. After Fig. 6 of Liu et al. 2022."
@@ -139,9 +142,9 @@ def _surfaces(group: Group) -> Made:
         return None
     section = Section(
         "Surfaces in 3D",
-        "The same volume whole. Slices are predicted one by one: what is ragged here was not smooth there.",
+        "The whole volume. Slices are predicted one by one, so surfaces can be ragged from slice to slice.",
     )
-    volumes = {look.segmented.title: look.segmented.labels for look in group.looks}
+    volumes = {each.segmented.title: each.segmented.labels for each in group.predictions}
     if group.shown.label is not None:
         volumes["ground truth"] = group.shown.label
     if not any((volume > 0).any() for volume in volumes.values()):
@@ -150,8 +153,8 @@ def _surfaces(group: Group) -> Made:
     figure = surfaces.surfaces(volumes, group.classes, group.shown.spacing)
     known = group.shown.case.spacing_mm is not None
     caption = (
-        f"Case {group.shown.case.id}, all at one scale, from two sides"
-        f"{'' if known else '; the voxel size is not known and taken to be the same in all directions'}. Surfaces are "
+        f"Case {group.shown.case.id}, all at the same scale, from two sides"
+        f"{'' if known else '; the voxel size is not known and assumed equal in all directions'}. Surfaces are "
         "smoothed by about a voxel. After Fig. 7 of Liu et al. 2022."
     )
     return section, [Picture(f"surfaces{group.suffix}", figure, caption, "Shaded surfaces of the structures")]
@@ -161,22 +164,22 @@ def _overconfident(group: Group) -> Made:
     if group.shown is None:
         return None
     section = Section(
-        "Wrong without doubt",
-        "Where the entropy of a prediction is low, the segmenter is sure of it. Errors of that kind pass any selection "
-        "of pseudo-labels by confidence, which is why the paper selects them by their distance to prototypes.",
+        "Overconfident errors",
+        "Where the entropy of a prediction is low, the segmenter is confident. Confident errors pass any selection of "
+        "pseudo-labels by confidence, which is why the paper selects them by their distance to prototypes.",
     )
-    looks = [group.looks[at] for at in group.contrast]
+    compared = [group.predictions[at].segmented for at in group.contrast]
     truth = group.shown.label
-    figure = overconfident(group.shown.image, [look.segmented for look in looks], truth, group.classes)
-    caption = "Dark is sure, bright is doubtful. "
+    figure = overconfident(group.shown.image, compared, truth, group.classes)
+    caption = "Dark is confident, bright is uncertain. "
     if truth is None:
         section.notes.append("The case has no ground truth, so errors are not marked.")
     else:
-        shares = [(look.segmented.title, confident_share(look.segmented, truth)) for look in looks]
-        told = " and ".join(f"{100 * share:.0f} % ({title})" for title, share in shares if not math.isnan(share))
+        shares = [(column.title, confident_share(column, truth)) for column in compared]
+        percentages = " and ".join(f"{100 * share:.0f} % ({title})" for title, share in shares if not math.isnan(share))
         caption += (
             "Red boxes: connected errors whose entropy is below a tenth of its maximum, the largest of a slice. Of all "
-            f"wrong pixels of this volume {told or 'none'} are of this kind. "
+            f"wrong pixels of this volume {percentages or 'none'} are of this kind. "
         )
     caption += "After Fig. 2 of Liu et al. 2022."
     return section, [Picture(f"overconfident{group.suffix}", figure, caption, "Predictions and their entropy maps")]
@@ -185,8 +188,8 @@ def _overconfident(group: Group) -> Made:
 def _losses(group: Group) -> Made:
     section = Section(
         "Loss curves",
-        "Weighted cross-entropy of the segmenter. Target labels serve these curves alone: they are read on validation "
-        "and test volumes, never on training volumes, so the paper's curve on target training data has no counterpart.",
+        "Weighted cross-entropy of the segmenter. Target labels are used for these curves only, and read on validation "
+        "and test volumes, never on training volumes: the paper's curve on target training data has no counterpart.",
     )
     with_curves = [run for run in group.runs if losses.has_losses(run.records)]
     for run in group.runs:
@@ -201,7 +204,7 @@ def _losses(group: Group) -> Made:
         return section, []
     trainings = [losses.Training(run.title, run.records, _test_points(group, run)) for run in with_curves]
     caption = (
-        "Thin: each reading of a training batch; thick: running median of nine. Classes are weighted by the pixels of "
+        "Thin: each recorded training batch; thick: running median of nine. Classes are weighted by the pixels of "
         "the batch in training, and by those of all volumes in validation. "
     )
     if any(training.test for training in trainings):
@@ -215,33 +218,32 @@ def _losses(group: Group) -> Made:
 def _test_points(group: Group, run: ReportedRun) -> dict[int, float]:
     if group.shown is None or group.shown.case.split != "test":
         return {}
-    pairs = zip(group.columns, group.looks, strict=True)
     return {
-        look.step: look.cross_entropy
-        for (_, owner, _), look in pairs
-        if owner is run and look.step is not None and not math.isnan(look.cross_entropy)
+        prediction.step: prediction.cross_entropy
+        for (_, owner, _), prediction in zip(group.columns, group.predictions, strict=True)
+        if owner is run and prediction.step is not None and not math.isnan(prediction.cross_entropy)
     }
 
 
 def _pseudo_labels(group: Group) -> Made:
     section = Section(
         "Self-paced pseudo-labels",
-        "A target pixel gets the class of the prototype that is nearest to its feature, and trains if the second "
-        "nearest is far enough behind (Eq. 7).",
+        "A target pixel gets the class of the prototype nearest to its feature, and is selected for training if the "
+        "second nearest is sufficiently farther (Eq. 7).",
     )
     pictures = []
     recorded = {}
     for run in group.runs:
         record = FeatureRecord(run.folder.path)
         panels, shown = record.read_panels(), record.read_slices()
-        if not run.looks or not panels or shown is None:
+        if not run.feature_records or not panels or shown is None:
             continue
-        recorded[run.title] = run.looks
-        iterations = {look["global_step"]: look["iteration"] for look in run.looks}
-        delta_th = float(run.looks[-1]["delta_th"])
+        recorded[run.title] = run.feature_records
+        iterations = {entry["global_step"]: entry["iteration"] for entry in run.feature_records}
+        delta_th = float(run.feature_records[-1]["delta_th"])
         figure = pseudo_labels.refinement(panels, shown, iterations, group.classes, delta_th)
         caption = (
-            f"{run.title}, validation case {shown['case']}, two slices; from top to bottom as the adaptation goes on. "
+            f"{run.title}, validation case {shown['case']}, two slices; the adaptation runs from top to bottom. "
             f"White pixels of the last column are not selected: the difference of cosines is not above {delta_th:g}, "
             "the white line on the scale. At the resolution of the features. After Fig. 10 of Liu et al. 2022."
         )
@@ -250,8 +252,8 @@ def _pseudo_labels(group: Group) -> Made:
     if recorded:
         figure = pseudo_labels.selection_curves(recorded)
         caption = (
-            "Pixels of all validation volumes of the target at feature resolution. Labels of these volumes tell what "
-            "is right; they serve this curve alone."
+            "Pixels of all validation volumes of the target at feature resolution. Labels of these volumes are used "
+            "for the last curve only."
         )
         pictures.append(Picture(f"selection{group.suffix}", figure, caption, "Shares of selected and right pixels"))
     section.notes += _without(group, "pseudo-labels")
@@ -261,12 +263,12 @@ def _pseudo_labels(group: Group) -> Made:
 def _angles(group: Group) -> Made:
     section = Section(
         "Angles to the prototypes over training",
-        "The smaller the angle between target features and the prototype of their class, the closer are the domains.",
+        "The smaller the angle between target features and the prototype of their class, the closer the domains are.",
     )
     pictures = []
     for run in group.runs:
-        if run.looks:
-            figure = angles.over_training(run.looks, group.classes)
+        if run.feature_records:
+            figure = angles.over_training(run.feature_records, group.classes)
             caption = (
                 f"{run.title}: validation volumes of the target, densities smoothed over five degrees; from pale "
                 "(start of the adaptation) to dark. Vertical lines: means at the start (dotted) and at the end. After "
@@ -279,36 +281,36 @@ def _angles(group: Group) -> Made:
 
 def _without(group: Group, what: str) -> list[str]:
     """A sentence for the runs that recorded no features."""
-    names = [run.title for run in group.runs if not run.looks]
+    names = [run.title for run in group.runs if not run.feature_records]
     if not names:
         return []
     return [
         f"No {what} from {', '.join(names)}: they are recorded at validations of an adaptation with prototypes, on the "
-        "target's validation volumes, and there was none of that yet."
+        "target's validation volumes, and there was no such validation yet."
     ]
 
 
 def _margin(group: Group) -> Made:
-    looked = {run.title: run.looks[-1] for run in group.runs if run.looks}
+    last = {run.title: run.feature_records[-1] for run in group.runs if run.feature_records}
     section = Section(
-        "Angles at the end, run against run",
-        "With a margin against without one: the margin should draw features closer to their prototypes.",
+        "Angles at the end, by run",
+        "With and without margin: the margin should draw features closer to their prototypes.",
     )
-    if len(looked) < 2:
+    if len(last) < 2:
         section.notes.append(
             "This figure needs two runs with prototypes and the same target, such as one with and one without margin "
             "(method.margin_source=0 method.margin_target=0)."
         )
         return section, []
-    figure = angles.between_runs(looked, group.classes)
-    ends = ", ".join(f"{title} at iteration {look['iteration']}" for title, look in looked.items())
+    figure = angles.between_runs(last, group.classes)
+    ends = ", ".join(f"{title} at iteration {record['iteration']}" for title, record in last.items())
     caption = f"{ends}. Dotted verticals: means. After Fig. 11 of Liu et al. 2022."
-    structures, keys = range(1, len(group.classes)), ("nearest", "label")
+    structures, keys = display_indices(group.classes), ("nearest", "label")
     rows = [
-        [title, *(_degrees(look[key][index]) if key in look else "" for key in keys for index in structures)]
-        for title, look in looked.items()
+        [title, *(_degrees(record[key][index]) if key in record else "" for key in keys for index in structures)]
+        for title, record in last.items()
     ]
-    header = ["mean angle, degrees", *group.classes[1:], *group.classes[1:]]
+    header = ["mean angle, degrees", *(group.classes[index] for index in structures * 2)]
     above = [("", 1), ("by pseudo-label", len(structures)), ("by label (for this table only)", len(structures))]
     section.tables.append(Table(header, rows, caption=f"Target {group.name}.", groups=above))
     return section, [Picture(f"margin{group.suffix}", figure, caption, "Angle distributions of several runs")]
@@ -324,11 +326,11 @@ def _features(group: Group) -> Made:
         return None
     section = Section(
         "Feature space",
-        "Where source and target pixels of the same class lie together, a classifier of the one serves the other.",
+        "Where source and target pixels of a class lie together, a classifier of the source fits the target too.",
     )
     if group.unsampled:
         section.notes.append(
-            f"No features of {', '.join(group.unsampled)}: the network is not a DeepLabV2, whose last stage is drawn, "
+            f"No features of {', '.join(group.unsampled)}: the network is not a DeepLabV2, whose last stage is shown, "
             "or the source has no labelled case."
         )
     if not group.samples:

@@ -17,7 +17,7 @@ from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
 from mpscl_ray.runs.atomic_files import write_atomically
-from mpscl_ray.runs.palette import COLOURS, colour
+from mpscl_ray.runs.palette import COLOURS, colour, display_indices, display_order
 
 _CURVES = tuple("#{:02x}{:02x}{:02x}".format(*rgb) for rgb in COLOURS[1:-1])
 """The colours of the classes, less the last, yellow, which is too pale for a line on white."""
@@ -48,7 +48,8 @@ def progress_figure(records: Sequence[Record], title: str = "") -> Figure:
         title: Name of the run.
     """
     shares = ("train/selected_fraction", *sorted(_tags(records, "train/discriminator_accuracy")))
-    dice = sorted(_tags(records, "val/dice/"), key=lambda tag: tag.endswith("/mean"))
+    structures = [tag.removeprefix("val/dice/") for tag in _tags(records, "val/dice/") if not tag.endswith("/mean")]
+    dice = [f"val/dice/{name}" for name in (*display_order(structures), "mean")]
     figure = Figure(figsize=(9, 9), dpi=_DPI, layout="constrained")
     losses_axes, shares_axes, dice_axes = figure.subplots(3, 1, sharex=True)
     _curves(losses_axes, records, sorted(_tags(records, "train/loss_")), "train/loss_", "training loss")
@@ -62,9 +63,7 @@ def progress_figure(records: Sequence[Record], title: str = "") -> Figure:
         for start, _ in boundaries[1:]:
             axes.axvline(start, color=_GREY, linewidth=1)
     for start, name in boundaries:
-        losses_axes.annotate(
-            f" {name.replace('_', ' ')}", (start, 1.0), xycoords=("data", "axes fraction"), va="bottom", color=_GREY
-        )
+        losses_axes.annotate(f" {name}", (start, 1.0), xycoords=("data", "axes fraction"), va="bottom", color=_GREY)
     if title:
         figure.suptitle(title)
     return figure
@@ -79,7 +78,7 @@ def panel(
 
     Args:
         images: (N, H, W), in any unit: grey runs from the 1st to the 99th percentile of all of them.
-        label_maps: Title -> (N, H, W) with values 0..C-1, such as source only, adapted, label. 0 is left clear.
+        label_maps: Title -> (N, H, W) with values 0..C-1, such as source-only, adaptation, label. 0 is left clear.
         classes: Names, background first.
 
     Returns:
@@ -194,9 +193,8 @@ def _titles(titles: Sequence[str], tile: int, width: int) -> NDArray[np.uint8]:
 def _legend(classes: Sequence[str], width: int) -> NDArray[np.uint8]:
     """Colour and name of each class but the background, in as many rows as the width asks for."""
     handles = [
-        Patch(facecolor="#{:02x}{:02x}{:02x}".format(*colour(index)), label=name)
-        for index, name in enumerate(classes)
-        if index > 0
+        Patch(facecolor="#{:02x}{:02x}{:02x}".format(*colour(index)), label=classes[index])
+        for index in display_indices(classes)
     ]
     longest = max((len(name) for name in classes[1:]), default=1)
     in_a_row = max(1, min(len(handles), width // (7 * longest + 45)))

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from mpscl_ray.config.titles import phase_title
 from mpscl_ray.data.dataset import load_manifest
 from mpscl_ray.data.parquet_reader import read_case
 from mpscl_ray.data.slice_selection import evenly_spaced, labelled_slices
@@ -46,7 +47,7 @@ def draw_phases(run: RunDirectory | Path | str, phases: Sequence[str]) -> Path |
     columns: dict[str, NDArray[np.integer]] = {}
     for phase in phases:
         predictor = load_weights(model, find_checkpoint(home, phase)[0])
-        columns[phase.replace("_", " ")] = predictor.predict_slices(arrays["image"])[chosen]
+        columns[phase_title(phase)] = predictor.predict_slices(arrays["image"])[chosen]
     columns["label"] = arrays["label"][chosen]
     picture = home.results / "phases.png"
     save_png(picture, panel(arrays["image"][chosen], columns, model.classes))

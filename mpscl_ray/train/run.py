@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from mpscl_ray.config import Config, reads_target, to_yaml
+from mpscl_ray.config.titles import phase_title
 from mpscl_ray.distributed.ray_session import connect
 from mpscl_ray.errors import ConfigError, Interrupted, MpsclError, TrainingError
 from mpscl_ray.evaluate.run import PHASES_TABLE, evaluate_phases
 from mpscl_ray.prepare import phantom_dataset
 from mpscl_ray.runs.control_files import STOP_FILE, WARNINGS_FILE, WORKER_FAILURES_FILE
 from mpscl_ray.runs.lifecycle import carry_out
+from mpscl_ray.runs.palette import display_order
 from mpscl_ray.runs.progress import ProgressLine
 from mpscl_ray.runs.run_directory import RunDirectory, open_run
 from mpscl_ray.runs.signals import Interruption, signals_end
@@ -209,7 +211,7 @@ def _summary(config: Config, folder: RunDirectory, domains: launch.Domains, data
     labelled = target.modality if config.data.labelled == "target" else source.modality
     return (
         f"run {folder.name} in {folder.display_path}: {config.method_name}, {source.modality} to {target.modality}, "
-        f"structures {', '.join(domains.classes[1:])}\n"
+        f"structures {', '.join(display_order(domains.classes[1:]))}\n"
         f"  trains on {data.labelled.files.rows} labelled {labelled} slices and {unlabelled}, "
         f"{config.scaling.describe(use_gpu)}\n"
         f"  iterations: {phases}; the target's labels are not used for training"
@@ -275,7 +277,7 @@ class _Watcher:
             domains = 2 if reads_target(self.phase) else 1
             self.line = ProgressLine(
                 record["iterations"],
-                self.phase.replace("_", " "),
+                phase_title(self.phase),
                 images_per_iteration=domains * self.config.data.batch_size,
                 start=record["iteration"],
             )

@@ -1,4 +1,4 @@
-"""How well a criterion agrees with target Dice."""
+"""How well the criteria agree with target Dice."""
 
 from __future__ import annotations
 
@@ -10,22 +10,20 @@ from typing import Any
 import numpy as np
 from scipy.stats import rankdata
 
-from mpscl_ray.tune.criteria import ORACLE, score
+from mpscl_ray.tune.criteria import CRITERIA, ORACLE, score
+from mpscl_ray.tune.ledger import Trial
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """How well a criterion stands in for target Dice over some trials.
-
-    Attributes:
-        correlation: Spearman's rank correlation with target Dice; NaN where either is the same for all trials.
-        regret: target Dice of the best trial less that of the one that the criterion picks.
-        trials: how many were compared.
-    """
+    """How well a criterion replaces target Dice over some trials."""
 
     correlation: float
+    """Spearman's rank correlation with target Dice; NaN where either is the same for all trials."""
     regret: float
+    """Target Dice of the best trial less that of the one that the criterion picks."""
     trials: int
+    """How many were compared."""
 
 
 def agreement(records: Sequence[Mapping[str, Any]], metric: str) -> Agreement | None:
@@ -51,3 +49,23 @@ def rank_correlation(one: Sequence[float] | np.ndarray, other: Sequence[float] |
     first, second = (rankdata(values) - (len(values) + 1) / 2 for values in (one, other))
     scale = math.sqrt(float(first @ first) * float(second @ second))
     return float(first @ second) / scale if scale else math.nan
+
+
+def agreements(trials: Sequence[Trial]) -> dict[str, Agreement]:
+    """How label-free criteria agree with target Dice over the trials trained in full; {} without target labels."""
+    records = [trial.last for trial in trials if trial.state == "finished"]
+    found = {name: agreement(records, name) for name in CRITERIA if name != ORACLE}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def agreements_text(found: Mapping[str, Agreement], metric: str) -> str:
+    """The agreement of each criterion, as lines for a terminal."""
+    lines = ["criterion                  rank correlation with target Dice   Dice lost by its pick"]
+    for name, value in sorted(found.items(), key=lambda item: -_or_least(item[1].correlation)):
+        mark = " (chosen)" if name == metric else ""
+        lines.append(f"{name:26s} {value.correlation:33.2f} {value.regret:23.4f}{mark}")
+    return "\n".join(lines)
+
+
+def _or_least(value: float) -> float:
+    return -2.0 if math.isnan(value) else value

@@ -17,11 +17,11 @@ from mpscl_ray.config.help import (
     listing,
     section_help,
 )
+from mpscl_ray.config.systems import common_phases
 from mpscl_ray.errors import ConfigError
 from mpscl_ray.runs import cli
 from mpscl_ray.runs.storage import parse_location
 from mpscl_ray.tune.criteria import CRITERIA, LABEL_FREE
-from mpscl_ray.tune.shared_phases import shared_phases
 from mpscl_ray.tune.space import EXAMPLE, describe_spaces, load_space, space_names
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ as many as the cluster has room for; scaling.workers is what one of them takes.
 
 
 def main(arguments: Sequence[str], fit: Fit | None = None) -> int:
-    """Search, and leave the best settings as a preset, with tables and pictures.
+    """Search, and write the best settings as a preset, with tables and figures.
 
     Args:
         arguments: of the command line.
@@ -83,7 +83,7 @@ def main(arguments: Sequence[str], fit: Fit | None = None) -> int:
     space = load_space(name, overrides)
     given = None if options.warm_up is None else parse_location(options.warm_up)
     if options.show:
-        shared = ", ".join(name for name, _ in shared_phases(space.base, space.keys)) or "nothing"
+        shared = ", ".join(name for name, _ in common_phases(space.base, space.keys)) or "nothing"
         print(f"# shared by all trials: {shared}\n{space.to_yaml(given)}", end="")
         return 0
     require_datasets(space.base)

@@ -1,7 +1,7 @@
 """What trials are compared by.
 
-``oracle`` is target validation Dice: whoever selects by it has used labels that adaptation is meant to do without. The
-others need none of them.
+``oracle`` is target validation Dice: a selection by it uses labels that unsupervised adaptation must not need. The
+other criteria use no target label.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ CRITERIA: dict[str, str] = {
 """Meaning of each value of ``search.metric``; larger is better for all."""
 
 LABEL_FREE, WITHOUT_SOURCE = "source_dice_less_entropy", "confidence"
-"""The label-free criterion that a search takes where the target has no validation labels, and where the source has none
-either. Over four searches on the phantom the first had the highest rank correlation with target Dice, the second the
-highest of those that need no source (tests/benchmarks/EXPERIMENTS.md)."""
+"""The label-free defaults: where the target has no validation labels, and where the source has none either.
+
+Over four searches on the phantom the first had the highest rank correlation with target Dice, the second the highest of
+those that need no source (tests/benchmarks/EXPERIMENTS.md)."""
 
 
 def score(record: Mapping[str, Any], metric: str) -> float:

@@ -1,4 +1,4 @@
-"""The table of trials on a terminal, drawn over itself; elsewhere a line for each thing that happens."""
+"""The table of trials on a terminal, redrawn in its own lines; elsewhere a line for each event."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from mpscl_ray.tune.ledger import Trial
 
 _REDRAW_S = 1.0
 _RECENT = 5
-"""Sentences below the table."""
+"""Events below the table."""
 
 
-class Board:
+class TrialTable:
     """Shows a search while it runs.
 
     Args:
-        rows: gives the lines of the table now.
-        stream: where to; a table is drawn on terminals only.
+        rows: returns the current lines of the table.
+        stream: where to; other than a terminal gets events only.
     """
 
     def __init__(self, rows: Callable[[], list[str]], stream: TextIO | None = None) -> None:
@@ -34,21 +34,21 @@ class Board:
         self._recent: list[str] = []
         self._lock = threading.Lock()
 
-    def say(self, sentence: str) -> None:
-        """Tell what happens; may be called from any thread."""
+    def log(self, sentence: str) -> None:
+        """Show an event; may be called from any thread."""
         with self._lock:
             if self._live:
                 self._recent = [*self._recent, sentence][-_RECENT:]
             else:
                 print(sentence, file=self._stream, flush=True)
 
-    def look(self) -> None:
+    def redraw(self) -> None:
         """Draw the table again, at most once a second."""
         if self._live and time.monotonic() - self._last >= _REDRAW_S:
             self._draw()
 
     def close(self) -> None:
-        """Draw the last state, and leave it there."""
+        """Draw the last state, which stays on the screen."""
         if self._live:
             self._draw()
         self._live = False
@@ -63,7 +63,7 @@ class Board:
             self._drawn, self._last = len(lines), time.monotonic()
 
 
-def short(value: Any) -> str:
+def short_value(value: Any) -> str:
     """A setting's value in a cell."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
@@ -85,13 +85,13 @@ def trial_rows(
     """The table of trials as text.
 
     Args:
-        trials: that have begun.
-        columns: heading by searched key.
+        trials: that have started.
+        columns: column title by searched key.
         running: numbers of trials that run now.
         total: how many there will be.
         iterations: of a trial in full.
         score: of a trial.
-        metric: heading of the score.
+        metric: column title of the score.
     """
     cells = [["trial", "state", "iteration", metric, *columns.values()]]
     for trial in trials:
@@ -103,7 +103,7 @@ def trial_rows(
                 state,
                 f"{trial.iteration}/{iterations}",
                 "" if value is None or math.isnan(value) else f"{value:.4f}",
-                *(short(trial.settings[key]) for key in columns),
+                *(short_value(trial.settings[key]) for key in columns),
             ]
         )
     widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]

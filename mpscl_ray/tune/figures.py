@@ -1,4 +1,4 @@
-"""Pictures of a search: the trials' curves, parallel coordinates, and the effect of each setting."""
+"""Figures of a search: the trials' curves, parallel coordinates, and the effect of each setting."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _DPI = 110
 
 
 def curves(trials: Sequence[Trial], metric: str, rungs: Sequence[float], best: int | None, path: Path) -> None:
-    """Score over iterations: trials in full in colour, stopped ones grey and ended by a cross, failed ones red.
+    """Score over iterations: trials in full are blue, stopped ones grey with a cross at the end, failed ones red.
 
     Args:
         trials: with reports.
@@ -137,14 +137,14 @@ def effects(trials: Sequence[Trial], space: Sequence[Distribution], metric: str,
 
 def _effect(axes: Axes, scored: Sequence[tuple[Trial, float]], entry: Distribution) -> None:
     key = entry.keys[0]
-    places = {repr(value): position for position, value in enumerate(entry.values)}
+    positions = {repr(value): position for position, value in enumerate(entry.values)}
 
-    def place(trial: Trial) -> float:
+    def x(trial: Trial) -> float:
         value = trial.settings[key]
-        return places.get(repr(value), 0) if entry.kind == "choice" else float(value)
+        return positions.get(repr(value), 0) if entry.kind == "choice" else float(value)
 
-    full = [(place(trial), value) for trial, value in scored if trial.state == "finished"]
-    stopped = [(place(trial), value) for trial, value in scored if trial.state != "finished"]
+    full = [(x(trial), value) for trial, value in scored if trial.state == "finished"]
+    stopped = [(x(trial), value) for trial, value in scored if trial.state != "finished"]
     if stopped:
         axes.plot(*zip(*stopped, strict=True), "x", color=_STOPPED)
     if full:
@@ -166,7 +166,7 @@ def _effect(axes: Axes, scored: Sequence[tuple[Trial, float]], entry: Distributi
 
 
 def axis_name(metric: str) -> str:
-    """A criterion as it labels an axis."""
+    """The label of an axis that shows a criterion."""
     return "target validation Dice (oracle)" if metric == "oracle" else f"{metric.replace('_', ' ')} (no target labels)"
 
 
@@ -180,7 +180,7 @@ def _scored(trials: Sequence[Trial], metric: str) -> list[tuple[Trial, float]]:
 
 
 def _height(entry: Distribution, value: Any) -> float:
-    """Where a value stands on its axis, 0 to 1."""
+    """Position of a value on its axis, 0 to 1."""
     if entry.kind == "choice":
         position = [repr(choice) for choice in entry.values].index(repr(value))
         return position / max(1, len(entry.values) - 1)

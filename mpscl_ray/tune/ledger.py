@@ -1,49 +1,41 @@
-"""The ledger of a search: what happened to each trial, one JSON record a line. It is all that a search has to know.
+"""The ledger of a search: what happened to each trial, one JSON record a line. A search needs no other state.
 
-One process appends, any number read. A record is on the disk before anything is decided by it, so that a search which
-was killed goes on as if it had not been: trials that ended are not run again, and reports that trials made are the
-ones that early stopping goes by.
+A search that was killed resumes from it: trials that ended are not run again, and early stopping decides by the reports
+that trials have made.
 
-Records: ``trial`` (number, settings), ``report`` (number, iteration, values), ``end`` (number, state, reason, seconds).
+Records: ``trial``, ``report`` and ``end``, with the fields of ``_FIELDS``.
 """
 
 from __future__ import annotations
 
-import json
-import math
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from mpscl_ray.errors import DataError, StorageError
-from mpscl_ray.runs.atomic_files import storage_errors
-from mpscl_ray.runs.environment import now
+from mpscl_ray.errors import DataError
+from mpscl_ray.runs.ledger import LedgerFile
 
 End = Literal["finished", "stopped", "failed"]
-"""How a trial may end: trained in full, stopped early, or unable to go on."""
+"""How a trial may end: trained in full, stopped early, or failed."""
 
 
 @dataclass
 class Trial:
-    """One trial as the ledger knows it.
-
-    Attributes:
-        number: from 1.
-        settings: values of the searched keys.
-        reports: metrics by iteration of the last phase, in order.
-        state: how it ended; None while it has not.
-        reason: why it failed or was stopped.
-        seconds: from its first start to its end, pauses of the whole search left out.
-    """
+    """One trial as the ledger knows it."""
 
     number: int
+    """From 1."""
     settings: dict[str, Any]
+    """Values of the searched keys."""
     reports: dict[int, dict[str, float]] = field(default_factory=dict)
+    """Metrics by iteration of the last phase, in order."""
     state: End | None = None
+    """How it ended; None while it has not."""
     reason: str = ""
+    """Why it failed or was stopped."""
     seconds: float = 0.0
+    """From its first start to its end, without pauses of the whole search."""
 
     @property
     def ended(self) -> bool:
@@ -61,71 +53,56 @@ class Trial:
         return self.reports.get(self.iteration, {})
 
 
-class Ledger:
+_FIELDS = {
+    "trial": ("number", "settings"),
+    "report": ("number", "iteration", "values"),
+    "end": ("number", "state", "reason", "seconds"),
+}
+
+
+def _is_record(record: Mapping[str, Any]) -> bool:
+    fields = _FIELDS.get(str(record.get("event")))
+    return fields is not None and all(field in record for field in fields)
+
+
+class Ledger(LedgerFile):
     """The records of one search, read when opened and kept in step with the file.
 
-    Args:
-        file: where they are.
-        settle: called after each record, to wait until the file is in its place where that is a bucket.
+    Raises:
+        DataError: a line other than the last is damaged; names it.
+        StorageError: the file cannot be read.
     """
 
-    def __init__(self, file: Path, settle: Callable[[], None] = lambda: None) -> None:
-        """Read the file, if there is one; a last line that a kill has torn is dropped.
-
-        Raises:
-            DataError: another line is damaged; names it.
-            StorageError: it cannot be read.
-        """
-        self.file, self._settle = file, settle
+    def __init__(self, file: Path, flush: Callable[[], None] = lambda: None) -> None:
+        super().__init__(file, flush, "a record of a trial", _is_record)
         self.trials: dict[int, Trial] = {}
         self.order: list[tuple[int, int]] = []
         """(number, iteration) of every report, in the order in which they came."""
-        whole = 0
-        try:
-            data = file.read_bytes()
-        except FileNotFoundError:
-            return
-        except OSError as error:
-            raise StorageError(f"cannot read {file}: {error.strerror}") from error
-        for line_number, line in enumerate(data.splitlines(keepends=True), start=1):
-            try:
-                if not line.endswith(b"\n"):
-                    raise ValueError("torn")
-                self._apply(json.loads(line))
-            except (ValueError, KeyError, TypeError) as error:
-                if whole + len(line) == len(data):
-                    break
-                raise DataError(f"{file} line {line_number} is damaged: expected a record of a trial") from error
-            whole += len(line)
-        if whole < len(data):
-            with storage_errors(file):
-                os.truncate(file, whole)
+        for record in self.read_lines():
+            if record["event"] != "trial" and record["number"] not in self.trials:
+                raise DataError(f"{file} is damaged: expected settings of trial {record['number']} before its reports")
+            self._apply(record)
 
     def add(self, number: int, settings: dict[str, Any]) -> Trial:
         """A new trial."""
         assert number not in self.trials
-        self._append({"event": "trial", "number": number, "settings": settings})
+        self._record({"event": "trial", "number": number, "settings": settings})
         return self.trials[number]
 
     def report(self, number: int, iteration: int, values: dict[str, float]) -> bool:
-        """Metrics of a trial; False where they are known already, as when it went back to a checkpoint."""
+        """Metrics of a trial; False where they are known, as after a trial has resumed from an older checkpoint."""
         if iteration <= self.trials[number].iteration:
             return False
-        self._append({"event": "report", "number": number, "iteration": iteration, "values": values})
+        self._record({"event": "report", "number": number, "iteration": iteration, "values": values})
         return True
 
     def end(self, number: int, state: End, reason: str = "", seconds: float = 0.0) -> None:
         """The end of a trial, once."""
         assert not self.trials[number].ended, f"trial {number} ended twice"
-        self._append({"event": "end", "number": number, "state": state, "reason": reason, "seconds": round(seconds, 1)})
+        self._record({"event": "end", "number": number, "state": state, "reason": reason, "seconds": round(seconds, 1)})
 
-    def _append(self, record: dict[str, Any]) -> None:
-        record["time"] = now()
-        line = json.dumps(_spelt(record), allow_nan=False).encode() + b"\n"
-        with storage_errors(self.file, len(line)), open(self.file, "ab", buffering=0) as file:
-            file.write(line)
-            os.fsync(file.fileno())
-        self._settle()
+    def _record(self, record: dict[str, Any]) -> None:
+        self.append(record)
         self._apply(record)
 
     def _apply(self, record: dict[str, Any]) -> None:
@@ -139,10 +116,3 @@ class Ledger:
             self.order.append((number, record["iteration"]))
         else:
             trial.state, trial.reason, trial.seconds = record["state"], record["reason"], record["seconds"]
-
-
-def _spelt(value: Any) -> Any:
-    """JSON has no number that is not finite; float() reads these words back."""
-    if isinstance(value, dict):
-        return {key: _spelt(item) for key, item in value.items()}
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

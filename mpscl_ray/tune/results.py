@@ -1,51 +1,166 @@
-"""The files that a search leaves when it is over, and what it prints."""
+"""What a search results in: the best trial and its preset, tables and figures, and how much training was saved."""
 
 from __future__ import annotations
 
+import csv
+import dataclasses
+import io
 import json
 import math
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from mpscl_ray.config import to_yaml
 from mpscl_ray.evaluate.evaluation import json_text, write_tables
 from mpscl_ray.evaluate.run import evaluate_phases
 from mpscl_ray.evaluate.tables import Summary, format_table, summary_csv
 from mpscl_ray.runs.atomic_files import write_atomically
 from mpscl_ray.runs.storage import join_location
 from mpscl_ray.tune import figures
+from mpscl_ray.tune.agreement import agreements, agreements_text
 from mpscl_ray.tune.criteria import CRITERIA, ORACLE, score
-from mpscl_ray.tune.display import short, short_key
+from mpscl_ray.tune.display import short_key, short_value
 from mpscl_ray.tune.ledger import Trial
+from mpscl_ray.tune.space import Space
 from mpscl_ray.tune.study import TRIALS, Study
-from mpscl_ray.tune.summary import (
-    Saving,
-    agreements,
-    agreements_text,
-    best_trial,
-    preset_text,
-    saving,
-    trials_csv,
-    trials_markdown,
-)
 
 PRESET = "best.yaml"
 ENOUGH_TRIALS = 5
-"""From so many trials in full on, rank correlations are shown."""
+"""Rank correlations are shown from this number of trials in full."""
 
 TEST_TABLE = "test.txt"
 """Scores of the evaluated trials on the target's test volumes; ``test.md``, ``.csv`` and ``.json`` have the same."""
 _TEST_JSON = "test.json"
 
 
+def best_trial(trials: Sequence[Trial], metric: str) -> Trial | None:
+    """The trial with the highest last score among those trained in full; among the stopped ones where none was.
+
+    None where no trial has a score.
+    """
+    scored = [trial for trial in trials if trial.reports and trial.state != "failed"]
+    scored = [trial for trial in scored if math.isfinite(score(trial.last, metric))]
+    return max(
+        scored,
+        key=lambda trial: (trial.state == "finished", score(trial.last, metric), -trial.number),
+        default=None,
+    )
+
+
+@dataclass(frozen=True)
+class Saving:
+    """Iterations that a search took, and those that training every trial in full and alone would have taken."""
+
+    done: int
+    """Of the trials' own phases."""
+    in_full: int
+    """The same, had no trial been stopped."""
+    shared: int
+    """Of the phases that all trials share, trained once."""
+    trials: int
+    """How many shared them."""
+
+    @property
+    def fraction(self) -> float:
+        """Own iterations done over those in full."""
+        return self.done / self.in_full if self.in_full else math.nan
+
+    def sentence(self) -> str:
+        """For the terminal."""
+        alone = self.in_full + self.trials * self.shared
+        text = (
+            f"trials took {self.done} iterations of {self.in_full} had all been trained in full "
+            f"({100 * self.fraction:.0f} %)"
+        )
+        if self.shared:
+            text += (
+                f"; {self.shared} iterations of earlier phases were trained once instead of {self.trials} times: "
+                f"in all {self.done + self.shared} of {alone} ({100 * (self.done + self.shared) / alone:.0f} %)"
+            )
+        return text
+
+
+def saving(trials: Sequence[Trial], iterations: int, own_before: int, shared: int) -> Saving:
+    """Count iterations.
+
+    Args:
+        trials: that have started; a failed one counts up to where it failed, on both sides.
+        iterations: of the last phase in full.
+        own_before: iterations before the last phase that each trial trained itself.
+        shared: iterations that were trained once for all.
+    """
+    done = sum(own_before + trial.iteration for trial in trials)
+    full = sum(own_before + (trial.iteration if trial.state == "failed" else iterations) for trial in trials)
+    return Saving(done, full, shared, len(trials))
+
+
+def preset_text(space: Space, trial: Trial, metric: str) -> str:
+    """The best settings as a preset that the train command reads."""
+    config = space.config(trial.settings)
+    config = dataclasses.replace(config, run=dataclasses.replace(config.run, name=f"{space.base.run.name}-best"))
+    note = "target validation labels chose it: an oracle" if metric == ORACLE else "no target label was used"
+    heading = (
+        f"# Trial {trial.number} of the search {space.base.run.name}: {metric} {score(trial.last, metric):.4f} on "
+        f"validation volumes ({note}).\n"
+    )
+    settings = "".join(f"#   {key}: {json.dumps(value)}\n" for key, value in trial.settings.items())
+    return heading + settings + to_yaml(config)
+
+
+def _trial_table(trials: Sequence[Trial], keys: Sequence[str]) -> tuple[list[str], list[list[Any]]]:
+    scores = [name for name in CRITERIA if any(math.isfinite(score(trial.last, name)) for trial in trials)]
+    header = ["trial", "state", "iteration", *keys, *scores, "seconds", "reason"]
+    rows: list[list[Any]] = []
+    for trial in trials:
+        values = [score(trial.last, name) for name in scores]
+        rows.append(
+            [
+                trial.number,
+                trial.state or "unfinished",
+                trial.iteration,
+                *(trial.settings[key] for key in keys),
+                *("" if math.isnan(value) else value for value in values),
+                trial.seconds,
+                trial.reason,
+            ]
+        )
+    return header, rows
+
+
+def trials_csv(trials: Sequence[Trial], keys: Sequence[str]) -> str:
+    """A line per trial: state, settings, every criterion at its last validation."""
+    buffer = io.StringIO()
+    header, rows = _trial_table(trials, keys)
+    csv.writer(buffer, lineterminator="\n").writerows([header, *rows])
+    return buffer.getvalue()
+
+
+def trials_markdown(trials: Sequence[Trial], keys: Sequence[str], metric: str) -> str:
+    """The same as a Markdown table, best trials first."""
+    ranked = sorted(
+        trials,
+        key=lambda t: (t.state == "finished", t.iteration, score(t.last, metric) if t.reports else -math.inf),
+        reverse=True,
+    )
+    header, rows = _trial_table(ranked, keys)
+    header = [f"{name} (oracle: target Dice)" if name == ORACLE else name.rpartition(".")[2] for name in header]
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    for row in rows:
+        cells = [f"{cell:.4g}" if isinstance(cell, float) else str(cell).replace("|", "\\|") for cell in row]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def write_results(study: Study) -> None:
-    """Write the preset, tables and pictures of a search that is over, and evaluate what search.evaluate asks for."""
+    """Write the preset, tables and figures of a finished search, and evaluate the trials that search.evaluate names."""
     trials, keys, metric = _trials(study), study.space.keys, study.metric
     best = best_trial(trials, metric)
     results = study.folder.results
     results.mkdir(exist_ok=True)
     found = agreements(trials)
-    summary = {
+    content = {
         "metric": metric,
         "oracle": metric == ORACLE,
         "best": None if best is None else best.number,
@@ -60,7 +175,7 @@ def write_results(study: Study) -> None:
         {
             "trials.csv": trials_csv(trials, keys),
             "trials.md": trials_markdown(trials, keys, metric),
-            "summary.json": json.dumps(summary, indent=1, allow_nan=False) + "\n",
+            "summary.json": json.dumps(content, indent=1, allow_nan=False) + "\n",
         },
     )
     figures.curves(trials, metric, study.rungs, best.number if best else None, results / "curves.png")
@@ -81,7 +196,7 @@ def _trials(study: Study) -> list[Trial]:
 
 def search_saving(study: Study) -> Saving:
     """Iterations of a search."""
-    schedule, common = study.resolved.schedule, sum(length for _, length in study.common)
+    schedule, common = study.resolved.schedule, sum(length for _, length in study.shared_phases)
     own_before = sum(length for _, length in schedule[:-1]) - common
     return saving(_trials(study), study.iterations, own_before, common)
 
@@ -92,23 +207,23 @@ def _evaluate(study: Study, trials: list[Trial], best: Trial | None) -> None:
     if study.space.search.evaluate != "all":
         chosen = [trial for trial in chosen if trial is best and study.space.search.evaluate == "best"]
     phases = [name for name, _ in study.resolved.schedule]
-    # The phases before the last are the same for all that share them, and only the best trial shows them.
+    # Earlier phases are the same for all trials that share them: only a single trial has rows of them.
     wanted = {str(trial.number): phases if len(chosen) == 1 else phases[-1:] for trial in chosen}
-    if _evaluated(study.folder.results / _TEST_JSON) == wanted:
+    if _evaluated_phases(study.folder.results / _TEST_JSON) == wanted:
         return
     rows: dict[str, Summary] = {}
     split = ""
     for trial in chosen:
         done = evaluate_phases(study.trial_folder(trial.number).uri, wanted[str(trial.number)], progress=False)
         for phase, evaluation in done.items():
-            label = phase.replace("_", " ") if phase != phases[-1] else _label(study, trial)
+            label = phase if phase != phases[-1] else _label(study, trial)
             rows[label], split = evaluation.summary, evaluation.split
     if rows:
         volumes = next(iter(rows.values())).volumes
         heading = f"{volumes} labelled {'test' if split == 'test' else 'validation'} volumes of the target, " + (
-            "by which trials were compared too"
+            "by which trials were compared, too"
             if split == "val" and study.metric == ORACLE
-            else "by which nothing was chosen"
+            else "which were used for no choice"
         )
         write_tables(
             study.folder.results,
@@ -123,8 +238,8 @@ def _evaluate(study: Study, trials: list[Trial], best: Trial | None) -> None:
         )
 
 
-def _evaluated(file: Path) -> dict[str, list[str]]:
-    """Phases of each trial that an earlier evaluation has scored; {} before the first."""
+def _evaluated_phases(file: Path) -> dict[str, list[str]]:
+    """Phases of each trial that an earlier evaluation has scored; {} where there was none."""
     try:
         found: dict[str, list[str]] = json.loads(file.read_bytes())["trials"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -135,14 +250,14 @@ def _evaluated(file: Path) -> dict[str, list[str]]:
 def _label(study: Study, trial: Trial) -> str:
     """A trial by its settings, such as ``trial 2: margin_source = margin_target = 0.2``."""
     parts = [
-        " = ".join([*map(short_key, entry.keys), short(trial.settings[entry.keys[0]])])
+        " = ".join([*map(short_key, entry.keys), short_value(trial.settings[entry.keys[0]])])
         for entry in study.space.distributions
     ]
     return f"trial {trial.number}" if len(parts) > 3 else f"trial {trial.number}: {', '.join(parts)}"
 
 
 def print_results(study: Study) -> None:
-    """Tell what was found, how far it can be trusted, and what to do next."""
+    """Print the best trial, how well its criterion agrees with target Dice, and what to do next."""
     trials = _trials(study)
     best = best_trial(trials, study.metric)
     counts = {state: sum(trial.state == state for trial in trials) for state in ("finished", "stopped", "failed")}
@@ -157,7 +272,7 @@ def print_results(study: Study) -> None:
         own = f"{study.metric} {score(best.last, study.metric):.4f} ({CRITERIA[study.metric]})"
         print(f"best: trial {best.number:03d}, {own}")
         for key, value in best.settings.items():
-            print(f"  {key} = {short(value)}")
+            print(f"  {key} = {short_value(value)}")
     found = agreements(trials)
     number = max((value.trials for value in found.values()), default=0)
     if number >= ENOUGH_TRIALS:
@@ -167,12 +282,10 @@ def print_results(study: Study) -> None:
     if table.exists():
         print(f"\n{table.read_text(encoding='utf-8')}")
     place = study.folder.display_path
-    print(f"\n{place} has tables and pictures (results/), TensorBoard events with HParams, and the trials. Next:")
+    print(f"\n{place} has tables and figures (results/), TensorBoard events with HParams, and the trials. Next:")
     if best is not None:
-        print(f"  python -m mpscl_ray.train {join_location(place, PRESET)}          the best settings, trained anew")
+        print(f"  python -m mpscl_ray.train {join_location(place, PRESET)}          the best settings, from scratch")
         if best.state == "finished":
             run = join_location(place, TRIALS, f"{best.number:03d}")
-            print(
-                f"  python -m mpscl_ray.predict {run} IMAGE.nii.gz --out predictions          the best trial as it is"
-            )
+            print(f"  python -m mpscl_ray.predict {run} IMAGE.nii.gz --out predictions          with the best trial")
     print(f"  tensorboard --logdir {join_location(place, 'tensorboard')}")

@@ -1,10 +1,12 @@
-"""One search from its start, or from where it stopped, to the best settings: what the tune command does."""
+"""One search, new or resumed, up to the best settings: what the tune command does."""
 
 from __future__ import annotations
 
 import shlex
 from pathlib import Path
 
+from mpscl_ray.config.systems import limiting_keys
+from mpscl_ray.config.titles import phase_title
 from mpscl_ray.distributed.ray_session import connect
 from mpscl_ray.errors import ConfigError, Interrupted, TrainingError
 from mpscl_ray.prepare import phantom_dataset
@@ -18,20 +20,19 @@ from mpscl_ray.train.ray.concurrent import open_shared
 from mpscl_ray.train.ray.placement_groups import release_orphaned_placement_groups
 from mpscl_ray.train.ray.resources import check_machine
 from mpscl_ray.tune.criteria import CRITERIA
-from mpscl_ray.tune.display import Board, short_key, trial_rows
+from mpscl_ray.tune.display import TrialTable, short_key, trial_rows
 from mpscl_ray.tune.ledger import Ledger
+from mpscl_ray.tune.ray_tune import run_trials
 from mpscl_ray.tune.results import PRESET, print_results, write_results
-from mpscl_ray.tune.shared_phases import limiting_keys
 from mpscl_ray.tune.space import Space
 from mpscl_ray.tune.study import LEDGER, Study
-from mpscl_ray.tune.warm_start import choose_metric, shared_beginning
+from mpscl_ray.tune.warm_start import choose_metric, train_shared_phases
 
 MAY_CHANGE = ("search.trials", "search.evaluate", *(key for key in train_run.MAY_CHANGE if key != "run.validate_every"))
-"""Keys that a search which goes on may set anew; none of them changes what a trial computes or when it
-is compared."""
+"""Keys that may differ when a search resumes: none of them changes what a trial computes or when it is compared."""
 
 SPACE = "search.yaml"
-"""File in the folder of a search with all that decides on its trials."""
+"""File in the folder of a search with every setting that its trials depend on."""
 
 
 def search(
@@ -42,7 +43,7 @@ def search(
     dashboard: bool = False,
     fit: launch.Fit | None = None,
 ) -> int:
-    """Carry out a search in its folder, from the start or from where it was stopped; returns the exit code."""
+    """Start or resume a search in its folder; returns the exit code."""
     check_machine(space.base)
     run = space.base.run
     own = (SPACE, LEDGER, PRESET, "tensorboard")
@@ -81,51 +82,51 @@ def _datasets(space: Space) -> tuple[str, str]:
 def _search(
     space: Space, folder: RunDirectory, ledger: Ledger, warm_up: RunDirectory | None, fit: launch.Fit | None
 ) -> Study:
-    """The search on a Ray that runs: shared phases, trials, results."""
+    """The search once Ray runs: shared phases, trials, results."""
     resolved = phantom_dataset.resolve(space.base)
     shared, warnings = open_shared(resolved, folder, fit)
     for warning in warnings:
         print(f"warning: {warning}", flush=True)
     metric = choose_metric(space.search.metric, shared.domains)
-    board: Board | None = None
+    table: TrialTable | None = None
 
-    def say(sentence: str) -> None:
-        if board is None:
+    def log(sentence: str) -> None:
+        if table is None:
             print(sentence, flush=True)
         else:
-            board.say(sentence)
+            table.log(sentence)
 
-    study = Study(space, resolved, folder, shared, metric, ledger, say)
+    study = Study(space, resolved, folder, shared, metric, ledger, log)
     print(_summary(study), flush=True)
     with Interruption() as interruption:
         if study.remaining():
-            parent = shared_beginning(resolved, space.keys, folder, shared, warm_up, interruption, say)
+            parent = train_shared_phases(resolved, space.keys, folder, shared, warm_up, interruption, log)
             if not interruption.requested:
-                board = Board(lambda: _table(study))
+                table = TrialTable(lambda: _rows(study))
                 try:
-                    study.run(parent, interruption, board.look)
+                    run_trials(study, parent, interruption, table.redraw)
                 finally:
-                    board.close()
+                    table.close()
         if interruption.requested and study.remaining():
             ended = sum(trial.ended for trial in ledger.trials.values())
             raise Interrupted(
-                f"stopped by {interruption.signal_name}; {ended} of {study.draws.total} trials have ended, "
-                "those that ran have checkpoints"
+                f"stopped by {interruption.signal_name}; {ended} of {study.sampler.total} trials have ended, "
+                "those that had started have checkpoints"
             )
     with signals_end("during the evaluation"):
         write_results(study)
     failed = [trial for trial in ledger.trials.values() if trial.state == "failed"]
     if len(failed) == len(ledger.trials):
-        raise TrainingError(f"all {len(failed)} trials failed, the first because: {failed[0].reason}")
+        raise TrainingError(f"all {len(failed)} trials failed, the first one because: {failed[0].reason}")
     return study
 
 
-def _table(study: Study) -> list[str]:
+def _rows(study: Study) -> list[str]:
     return trial_rows(
         list(study.ledger.trials.values()),
         {key: short_key(key) for key in study.space.keys},
         study.started,
-        study.draws.total,
+        study.sampler.total,
         study.iterations,
         study.score,
         study.metric.replace("_", " "),
@@ -133,10 +134,10 @@ def _table(study: Study) -> list[str]:
 
 
 def _summary(study: Study) -> str:
-    """What will be done, before it is."""
-    space, total, max_concurrent = study.space, study.draws.total, study.shared.max_concurrent
-    before = sum(length for _, length in study.common)
-    last = study.resolved.schedule[-1][0].replace("_", " ")
+    """What the search is going to do."""
+    space, total, max_concurrent = study.space, study.sampler.total, study.shared.max_concurrent
+    before = sum(length for _, length in study.shared_phases)
+    last = phase_title(study.resolved.schedule[-1][0])
     lines = [
         f"search {study.folder.name} in {study.folder.display_path}: {space.search.method}, {total} trials over "
         f"{', '.join(space.keys)}",
@@ -145,15 +146,15 @@ def _summary(study: Study) -> str:
         f"compared by {CRITERIA[study.metric]}" + (" (ORACLE)" if study.metric == "oracle" else ""),
     ]
     if before:
-        names = " and ".join(name.replace("_", " ") for name, _ in study.common)
+        names = " and ".join(phase_title(name) for name, _ in study.shared_phases)
         lines.append(
             f"  {names} ({before} iterations) are trained once for all trials: {(total - 1) * before} iterations less"
         )
     limits = limiting_keys(study.resolved, space.keys)
     if limits:
-        lines.append(f"  {', '.join(limits)} act before the {last}, so trials share no more than that")
+        lines.append(f"  {', '.join(limits)} act before the {last}, so trials share no more phases")
     if study.rungs:
         rungs = ", ".join(f"{rung:g}" for rung in study.rungs)
         share = f"1/{space.search.reduction:g}"
-        lines.append(f"  trials wait at iterations {rungs} of the {last}; the best {share} of those there go on")
+        lines.append(f"  trials wait at iterations {rungs} of the {last}; the best {share} of those there continue")
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Which settings the trials of a search get: fixed by the seed, or learnt from ended trials by Optuna."""
+"""Which settings the trials of a search get: fixed by the seed, or learnt by Optuna from trials that ended."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DIGITS = 4
 """Significant digits of a drawn number: enough for any setting, and short enough to read."""
 
 
-class Draws(Protocol):
+class Sampler(Protocol):
     """Gives each trial its settings."""
 
     total: int
@@ -30,19 +30,24 @@ class Draws(Protocol):
         ...
 
 
-def draws(space: Space, known: Mapping[int, Trial], scores: Mapping[int, float | None]) -> Draws:
-    """The draws of a search that knows some trials already.
+def make_sampler(space: Space, known: Mapping[int, Trial], scores: Mapping[int, float | None]) -> Sampler:
+    """The sampler that a space asks for.
+
+    Args:
+        space: of the search.
+        known: trials of the ledger, by number.
+        scores: their last scores, by number; None where there is none.
 
     Raises:
         ConfigError: Optuna is asked for and not installed.
     """
     if space.search.method == "optuna":
-        return OptunaDraws(space, known, scores)
-    return FixedDraws(space)
+        return OptunaSampler(space, known, scores)
+    return SeededSampler(space)
 
 
-class FixedDraws:
-    """A list that the seed alone decides on: trial 7 is the same, however many there are and whenever it runs."""
+class SeededSampler:
+    """Random or grid: the seed alone decides, so that trial 7 is the same whatever the number of trials."""
 
     def __init__(self, space: Space) -> None:
         self._space = space
@@ -56,7 +61,7 @@ class FixedDraws:
         if number == 1 and default is not None:
             return default
         rng = np.random.default_rng([self._space.search.seed, number])
-        return _spread(self._space, [draw(entry, rng) for entry in self._space.distributions])
+        return _by_key(self._space, [draw(entry, rng) for entry in self._space.distributions])
 
     def ended(self, trial: Trial, score: float | None) -> None:
         """Nothing is learnt."""
@@ -65,7 +70,7 @@ class FixedDraws:
 def grid(space: Space) -> list[dict[str, Any]]:
     """All combinations of choices, the last key changing fastest."""
     points = itertools.product(*(entry.values for entry in space.distributions))
-    return [_spread(space, point) for point in points]
+    return [_by_key(space, point) for point in points]
 
 
 def draw(distribution: Distribution, rng: np.random.Generator) -> Any:
@@ -84,13 +89,13 @@ def _rounded(value: float, low: float, high: float) -> float:
     return float(min(max(float(f"{value:.{DIGITS}g}"), low), high))
 
 
-def _spread(space: Space, values: Any) -> dict[str, Any]:
-    """One value for each distribution as one for each key."""
+def _by_key(space: Space, values: Any) -> dict[str, Any]:
+    """A value for each key, from one for each distribution."""
     return {key: value for entry, value in zip(space.distributions, values, strict=True) for key in entry.keys}
 
 
-class OptunaDraws:
-    """Optuna's tree-structured Parzen estimator, told of every trial that ended, before an interruption too."""
+class OptunaSampler:
+    """Optuna's tree-structured Parzen estimator over all trials that ended, those of the ledger included."""
 
     def __init__(self, space: Space, known: Mapping[int, Trial], scores: Mapping[int, float | None]) -> None:
         try:
@@ -123,7 +128,7 @@ class OptunaDraws:
         for entry in self._space.distributions:
             value = asked.params[entry.name]
             values.append(_rounded(value, *entry.values) if entry.kind in ("uniform", "loguniform") else value)
-        return _spread(self._space, values)
+        return _by_key(self._space, values)
 
     def ended(self, trial: Trial, score: float | None) -> None:
         asked = self._asked.pop(trial.number, None)

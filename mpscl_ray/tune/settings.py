@@ -18,8 +18,8 @@ class SearchConfig:
     """How a space is searched and when a trial is stopped early."""
 
     method: Literal["random", "grid", "optuna"] = "random"
-    """random draws; grid: every combination of choices; optuna: draws that learn from trials that ended (needs
-    pip install mpscl_ray[optuna])."""
+    """random: independent draws; grid: every combination of choices; optuna: draws that learn from trials that ended
+    (needs pip install mpscl_ray[optuna])."""
     trials: Annotated[int, Field(ge=1)] = 12
     """Trials of a random or an Optuna search, the first with the preset's own values; a grid has as many as points."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 1
@@ -28,20 +28,20 @@ class SearchConfig:
     """What trials are compared by: oracle (target validation Dice) or a label-free criterion; auto: oracle where the
     target's validation cases are labelled, else the label-free default."""
     early_stopping: bool = True
-    """Let trials wait at rungs, and go on with the best of them (ASHA); false trains each to its end."""
+    """Let trials wait at rungs, and continue the best of them (ASHA); false trains each to its end."""
     grace: Annotated[int, Field(ge=1)] | None = None
     """Iterations of the last phase up to the first rung; null: a tenth of the phase."""
     reduction: Annotated[float, Field(gt=1)] = 4
-    """From each rung the best 1/reduction of the trials go on, at least one in all; rungs are this factor apart."""
+    """From each rung the best 1/reduction of the trials continue, at least one in all; rungs are this factor apart."""
     evaluate: Literal["best", "all", "none"] = "best"
-    """Trials that are evaluated on the target's test volumes when the search is over; nothing is chosen by that."""
+    """Trials that are evaluated on the target's test volumes when the search is over; no choice depends on that."""
 
 
 def search_config(values: Mapping[str, tuple[Any, str]]) -> tuple[SearchConfig, list[str]]:
     """Check settings of a search.
 
     Args:
-        values: by name, each with the place it was written at, such as ``in small.yaml:4``.
+        values: by name, each with where it was written, such as ``in small.yaml:4``.
 
     Returns:
         The settings, defaults where something is wrong, and a sentence for each thing that is.

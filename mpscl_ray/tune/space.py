@@ -1,6 +1,6 @@
-"""Spaces: which settings a search varies, and between what; one YAML file each, see :data:`EXAMPLE`.
+"""Spaces: which settings a search varies, and over which values. One YAML file each, see :data:`EXAMPLE`.
 
-Everything is checked before anything starts: the settings at both ends of a distribution, and at each of its choices.
+A space is checked before the search starts, with the settings at both limits of a distribution and at each choice.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
@@ -19,10 +19,12 @@ from mpscl_ray.errors import ConfigError
 from mpscl_ray.runs.storage import S3Path
 from mpscl_ray.tune.settings import SearchConfig, search_config
 
+T = TypeVar("T")
+
 PACKAGE = Path(__file__).resolve().parents[1]
 
 EXAMPLE = """\
-  preset: phantom                                # what a trial has besides
+  preset: phantom                                # all other settings of a trial
   phases: {adaptation: 120}                      # any setting, as in a preset
   search: {method: random, trials: 12}           # how to search
   space:
@@ -36,28 +38,25 @@ EXAMPLE = """\
 KINDS = ("uniform", "loguniform", "integer", "choice")
 
 NO_RESULT = ("run.", "scaling.", "data.source", "data.target", "data.labelled", "data.in_memory", "method.name")
-"""Beginnings of keys that decide where and how a run works or what it is, not how good: they are not searched."""
+"""Keys that cannot be searched, or how they begin: they say where and how a run works, not how well it learns."""
 
 
 @dataclass(frozen=True)
 class Distribution:
-    """Values that one setting, or several that share a draw, may have.
-
-    Attributes:
-        keys: settings that get the value.
-        kind: uniform, loguniform or integer between two limits, both included; or choice.
-        values: the two limits, or the choices.
-        origin: where it was written, such as ``in small.yaml:4``.
-    """
+    """Values that one setting, or several that share a draw, may have."""
 
     keys: tuple[str, ...]
+    """Settings that get the value."""
     kind: str
+    """uniform, loguniform or integer between two limits, both included; or choice."""
     values: tuple[Any, ...]
+    """The two limits, or the choices."""
     origin: str
+    """Where it was written, such as ``in small.yaml:4``."""
 
     @property
     def name(self) -> str:
-        """The keys, as they head a column."""
+        """The keys, as the title of a column."""
         return ", ".join(self.keys)
 
     def contains(self, value: Any) -> bool:
@@ -70,19 +69,16 @@ class Distribution:
 
 @dataclass(frozen=True)
 class Space:
-    """A checked space.
-
-    Attributes:
-        name: of the file, without its ending.
-        base: settings of a trial but for those that are searched; ``run.name`` is that of the search.
-        search: how to search.
-        distributions: what to vary, in the order of the file.
-    """
+    """A checked space."""
 
     name: str
+    """Of the file, without its ending."""
     base: Config
+    """Settings of a trial except those that are searched; ``run.name`` is that of the search."""
     search: SearchConfig
+    """How to search."""
     distributions: tuple[Distribution, ...]
+    """What to vary, in the order of the file."""
 
     @property
     def keys(self) -> list[str]:
@@ -94,7 +90,7 @@ class Space:
         return config_from_dict(_merged(to_dict(self.base), values), "of the trial")
 
     def default(self) -> dict[str, Any] | None:
-        """The base's own values of the keys; None where they do not lie in the space."""
+        """The base's values of the keys; None where they lie outside the space."""
         plain = dict(flatten(to_dict(self.base)))
         values = {key: plain.get(key) for key in self.keys}
         inside = all(
@@ -105,10 +101,10 @@ class Space:
         return values if inside else None
 
     def to_yaml(self, warm_up: Path | S3Path | None) -> str:
-        """All that decides on the trials, to be kept beside their results.
+        """Every setting that the trials depend on, to be kept beside their results.
 
         Args:
-            warm_up: the run whose first phases all trials go on from.
+            warm_up: the run whose first phases all trials start from.
         """
         content = {
             **to_dict(self.base),
@@ -135,21 +131,21 @@ def describe_spaces() -> list[tuple[str, str]]:
 
 
 def _folder() -> Path:
-    """The folder lies beside the package in a checkout, and in it where the package was installed."""
+    """The folder is beside the package in a checkout, and inside an installed package."""
     inside = PACKAGE / "tune_spaces"
     return inside if inside.is_dir() else PACKAGE.parent / "tune_spaces"
 
 
 def load_space(space: str | Path, overrides: Sequence[str] = ()) -> Space:
-    """Read a space, by name or a YAML file by path, and check it with everything laid over it.
+    """Read a space, by name or a YAML file by path, apply overrides, and check it.
 
     Args:
         space: a name of :func:`space_names`, or the path of a YAML file.
         overrides: ``key=value`` for settings of the trials, ``search.key=value`` for the search, ``preset=NAME``.
 
     Raises:
-        ConfigError: naming all that is wrong, each with its place: unknown keys with the nearest known one, limits that
-            a setting does not have, no distribution at all.
+        ConfigError: names every problem with where it was written: unknown keys with the nearest known one, limits that
+            a setting does not allow, no distribution at all.
     """
     path = _path(space)
     entries = read_file(path)
@@ -161,33 +157,12 @@ def load_space(space: str | Path, overrides: Sequence[str] = ()) -> Space:
     written, wrong = read_overrides(overrides)
     problems += wrong
     given = {key: value for key, (value, _) in written.items()}
-    name = path.stem
-    search, wrong = search_config(
-        {key.removeprefix("search."): value for key, value in entries.items() if key.startswith("search.")}
-        | {
-            key.removeprefix("search."): (value, "on the command line")
-            for key, value in given.items()
-            if key.startswith("search.")
-        }
-    )
+    on_the_command_line = {key: (value, "on the command line") for key, value in _below("search", given).items()}
+    search, wrong = search_config(_below("search", entries) | on_the_command_line)
     problems += wrong
-    preset = given.pop("preset", entries.get("preset", ("phantom", ""))[0])
-    settings = {key: value for key, (value, _) in entries.items() if _is_setting(key)}
-    base: Config | None = None
-    try:
-        plain = to_dict(load_config(str(preset)))
-        plain = _merged(plain, {"run.name": f"tune-{name}"})
-        config_from_dict(plain := _merged(plain, settings), f"in {path.name}")
-        base = config_from_dict(
-            _merged(plain, {key: value for key, value in given.items() if not key.startswith("search.")}),
-            "on the command line",
-        )
-    except ConfigError as error:
-        problems += _sentences(error)
-    distributions, wrong = _distributions(
-        {key.removeprefix("space."): value for key, value in entries.items() if key.startswith("space.")},
-        base or load_config("phantom"),
-    )
+    base, wrong = _base(path, {key: value for key, (value, _) in entries.items()}, given)
+    problems += wrong
+    distributions, wrong = _distributions(_below("space", entries), base or load_config("phantom"))
     problems += wrong
     if not distributions and not wrong:
         problems.append(f"{path.name} has no distribution: give at least one setting below the key 'space'")
@@ -201,11 +176,29 @@ def load_space(space: str | Path, overrides: Sequence[str] = ()) -> Space:
     if problems:
         raise ConfigError(problems[0] if len(problems) == 1 else "\n  ".join(["the search is wrong:", *problems]))
     assert base is not None
-    return Space(name, base, search, tuple(distributions))
+    return Space(path.stem, base, search, tuple(distributions))
 
 
-def _is_setting(key: str) -> bool:
-    return key.partition(".")[0] not in ("preset", "search", "space")
+def _below(section: str, entries: Mapping[str, T]) -> dict[str, T]:
+    """Entries of a section, by their keys without it."""
+    prefix = f"{section}."
+    return {key.removeprefix(prefix): value for key, value in entries.items() if key.startswith(prefix)}
+
+
+def _base(path: Path, entries: Mapping[str, Any], given: Mapping[str, Any]) -> tuple[Config | None, list[str]]:
+    """Settings of a trial: the preset, the file over it, the command line over both; None with its problems."""
+    in_file = {
+        key: value for key, value in entries.items() if key.partition(".")[0] not in ("preset", "search", "space")
+    }
+    on_top = {key: value for key, value in given.items() if key != "preset" and not key.startswith("search.")}
+    preset = given.get("preset", entries.get("preset", "phantom"))
+    try:
+        plain = _merged(to_dict(load_config(str(preset))), {"run.name": f"tune-{path.stem}"})
+        plain = _merged(plain, in_file)
+        config_from_dict(plain, f"in {path.name}")
+        return config_from_dict(_merged(plain, on_top), "on the command line"), []
+    except ConfigError as error:
+        return None, _sentences(error)
 
 
 def _path(space: str | Path) -> Path:
@@ -229,7 +222,7 @@ def _listing() -> str:
 
 
 def _distributions(entries: Mapping[str, tuple[Any, str]], base: Config) -> tuple[list[Distribution], list[str]]:
-    """Read and check the distributions; a sentence for each thing that is wrong."""
+    """Read and check the distributions; a sentence for each problem."""
     found: list[Distribution] = []
     problems: list[str] = []
     seen: dict[str, str] = {}
@@ -248,7 +241,7 @@ def _distributions(entries: Mapping[str, tuple[Any, str]], base: Config) -> tupl
                 problems.append(f"{key} {origin} has a distribution already, {seen[key]}")
             seen[key] = origin
         wrong = [_unsearchable(key, origin) for key in keys if key.startswith(NO_RESULT) and key != "run.seed"]
-        wrong = wrong or _outside(keys, kind, values, origin, base)
+        wrong = wrong or _out_of_range(keys, values, origin, base)
         problems += wrong
         if not wrong:
             found.append(Distribution(keys, kind, tuple(values), origin))
@@ -290,8 +283,8 @@ def _unsearchable(key: str, origin: str) -> str:
     )
 
 
-def _outside(keys: tuple[str, ...], kind: str, values: list[Any], origin: str, base: Config) -> list[str]:
-    """What the settings themselves say of the ends of a distribution, or of its choices."""
+def _out_of_range(keys: tuple[str, ...], values: list[Any], origin: str, base: Config) -> list[str]:
+    """The problems that the settings have with the limits of a distribution, or with its choices."""
     plain = to_dict(base)
     problems: list[str] = []
     for value in values:
@@ -303,19 +296,19 @@ def _outside(keys: tuple[str, ...], kind: str, values: list[Any], origin: str, b
 
 
 def _sentences(error: ConfigError) -> list[str]:
-    """The problems that an error of the settings lists."""
+    """The problems that a ConfigError lists."""
     lines = [line.strip() for line in str(error).splitlines()]
     return lines[1:] if len(lines) > 1 else lines
 
 
 def _merged(nested: Mapping[str, Any], flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested settings with some of them replaced by flat ones."""
+    """Nested settings, some of them replaced by flat ones."""
     merged = {key: _merged(value, {}) if isinstance(value, Mapping) else value for key, value in nested.items()}
     for key, value in flat.items():
         *parents, last = key.split(".")
-        place = merged
+        section = merged
         for parent in parents:
-            below = place.get(parent)
-            place[parent] = place = below if isinstance(below, dict) else {}
-        place[last] = value
+            below = section.get(parent)
+            section[parent] = section = below if isinstance(below, dict) else {}
+        section[last] = value
     return merged

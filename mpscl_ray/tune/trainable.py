@@ -24,50 +24,47 @@ STOP_SEARCH = "stop-requested"
 """Name of the file in the search's folder that asks all its trials to write a checkpoint and end."""
 
 PAUSE = "pause-requested"
-"""Name of the file in a trial's folder that asks it to write a checkpoint and give its place back."""
+"""Name of the file in a trial's folder that asks it to write a checkpoint and give up its workers."""
 
 UNREACHABLE = "unreachable"
-"""Key of a report in place of a status that could not be written: why the trial's folder cannot be reached."""
+"""Key of a report that replaces a status that could not be written: why the trial's folder cannot be reached."""
 
 
 @dataclass(frozen=True)
-class Task:
-    """What a trial needs to know, as plain values.
-
-    Attributes:
-        config: nested settings.
-        folder: address of the trial's run folder.
-        search: address of the search's folder.
-        parent: address of the run that the trial begins from; None where nothing is shared.
-        phase: the phase whose end it begins from.
-        metric: what trials are compared by.
-    """
+class TrialTask:
+    """What a trial needs to know, as plain values."""
 
     config: dict[str, Any]
+    """Nested settings."""
     folder: str
+    """Address of the trial's run folder."""
     search: str
+    """Address of the search's folder."""
     parent: str | None
+    """Address of the run that the trial is forked from; None where nothing is shared."""
     phase: str
+    """The phase at whose end it is forked."""
     metric: str
+    """What trials are compared by."""
 
     def to_text(self) -> str:
-        """As a string, in which Ray Tune looks for nothing to resolve."""
+        """As a string, which Ray Tune does not search for values to resolve."""
         return json.dumps(asdict(self))
 
 
-def run_task(settings: dict[str, Any], shared: Shared) -> None:
-    """The trainable of Ray Tune. How it went is left in the run's status.json; no error is raised that was foreseen."""
-    task, number = Task(**json.loads(settings["task"])), settings["number"]
+def train_trial(settings: dict[str, Any], shared: Shared) -> None:
+    """The trainable of Ray Tune. How it ended is in the run's status.json; an MpsclError is not raised."""
+    task, number = TrialTask(**json.loads(settings["task"])), settings["number"]
     config = config_from_dict(task.config)
     patience_s = 60 * config.run.outage_min
     folder = open_run(task.folder, "command", patience_s)
-    reporter = _Reporter(task, config, folder, number)
+    reporter = _ValidationReporter(task, config, folder, number)
     try:
         if task.parent is not None:
             fork(folder, open_run(task.parent, patience_s=patience_s), task.phase)
-        reporter.decided(0)
+        reporter.let_pass(0)
         display_name = f"{open_run(task.search).name}-{folder.name}"
-        run_trial(config, folder, shared, reporter.look, display_name=display_name)
+        run_trial(config, folder, shared, reporter.poll, display_name=display_name)
         reporter.report()
     except MpsclError as error:
         try:
@@ -76,34 +73,33 @@ def run_task(settings: dict[str, Any], shared: Shared) -> None:
         except StorageError as unreachable:
             tune.report({"number": number, UNREACHABLE: str(unreachable)})
     finally:
-        with suppress(StorageError):  # the next start of the trial begins with another one
+        with suppress(StorageError):  # the next start of the trial replaces it
             folder.control_files.clear(VALIDATION_GATE_FILE)
 
 
-class _Reporter:
-    """Hands each new validation of the last phase to Ray Tune, and passes on the wish to stop.
+class _ValidationReporter:
+    """Hands each new validation of the last phase to Ray Tune, and stops the training where it is asked to.
 
-    The training waits after each validation until it is decided here, so that a trial which is to pause does so
-    there.
+    The training waits after each validation until :meth:`let_pass`, so that a trial that is to pause does so there.
     """
 
-    def __init__(self, task: Task, config: Config, folder: RunDirectory, number: int) -> None:
+    def __init__(self, task: TrialTask, config: Config, folder: RunDirectory, number: int) -> None:
         self._task, self._folder, self._number = task, folder, number
         self._search = open_run(task.search)
         self._phase = config.schedule[-1][0]
         self._reported = 0
         self._size = -1
-        self._seen = self._decided = 0
-        self._next_look = 0.0
+        self._seen = self._passed = 0
+        self._next_poll = 0.0
         self._stopping = False
 
-    def look(self, training: Launch) -> None:
+    def poll(self, training: Launch) -> None:
         """Called several times a second."""
         self.report()
-        if time.monotonic() < self._next_look and self._seen == self._decided:
+        if time.monotonic() < self._next_poll and self._seen == self._passed:
             return
-        self._next_look = time.monotonic() + self._folder.store.poll_interval_s
-        # A storage that does not answer is the training's concern, which looks after what it writes.
+        self._next_poll = time.monotonic() + self._folder.store.poll_interval_s
+        # The training itself reports a storage that does not answer.
         with suppress(StorageError):
             if not self._stopping and (
                 self._folder.control_files.read(PAUSE) is not None
@@ -111,16 +107,16 @@ class _Reporter:
             ):
                 self._stopping = True
                 training.request_stop()
-            if self._seen > self._decided:
-                self.decided(self._seen)
+            if self._seen > self._passed:
+                self.let_pass(self._seen)
 
-    def decided(self, step: int) -> None:
-        """Let the training go on behind a global step, or stop there if it was asked to."""
+    def let_pass(self, step: int) -> None:
+        """Let the training continue after the validation at a global step, or stop there if it was asked to."""
         self._folder.control_files.write(VALIDATION_GATE_FILE, f"{step} {STOP_THERE}" if self._stopping else str(step))
-        self._decided = step
+        self._passed = step
 
     def report(self) -> None:
-        """Report what was not reported yet; returns when Ray Tune has decided on it."""
+        """Report new validations; returns when Ray Tune has handled them."""
         file = self._folder.metrics_file
         size = file.stat().st_size if file.exists() else 0
         if size == self._size:

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from mpscl_ray.tune.agreement import agreement
 from mpscl_ray.tune.criteria import CRITERIA, ORACLE, score
 from mpscl_ray.tune.ledger import Ledger, Trial
-from mpscl_ray.tune.summary import best_trial
+from mpscl_ray.tune.results import best_trial
 
 _MOMENT = re.compile(r"^(\S+ \S+) pid \d+ \w+ (training starts|worker ends)", re.MULTILINE)
 

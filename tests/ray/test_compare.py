@@ -78,7 +78,7 @@ def test_a_cell_that_fails_does_not_stop_the_rest_and_is_tried_again(cluster: No
     out = tmp_path / "out"
     presets = write_presets(tmp_path / "presets", baseline={"optim": {"lr": 1e30}, "phases": {"source_only_lr": 1e30}})
     words = arguments(data, presets, out, "--seeds", "1", "--directions", "backward", "baseline", "mpscl")
-    with pytest.raises(TrainingError, match="1 of 2 cells failed: ct2mr-seed1-baseline"):
+    with pytest.raises(TrainingError, match="1 of 2 runs failed: ct2mr-seed1-baseline"):
         compare.main(words, fit=fit)
     cells = json.loads((out / "cells.json").read_text())["cells"]
     assert "not finite" in cells["ct2mr-seed1-baseline"]["reason"]

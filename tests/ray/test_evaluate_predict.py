@@ -213,9 +213,9 @@ def test_the_table_of_phases_has_a_row_for_each(run: Path) -> None:
     assert text.startswith("3 labelled test volumes of ct")
     lines = text.splitlines()
     assert lines[2].split() == ["Dice", "%", "AA", "LAC", "LVC", "MYO", "mean"]
-    assert lines[3].startswith("source only")
+    assert lines[3].startswith("source_only")
     assert lines[4].startswith("adaptation")
-    assert {row["row"] for row in rows_of(run / "results" / "phases.csv")} == {"source only", "adaptation"}
+    assert {row["row"] for row in rows_of(run / "results" / "phases.csv")} == {"source_only", "adaptation"}
     assert (run / "results" / "source_only_test" / "summary.json").exists()
 
 

@@ -115,14 +115,14 @@ def test_what_a_run_says(calm: tuple[str, RunDirectory]) -> None:
         "mr to ct, structures ventricle, wall",
         "18 labelled mr slices and 18 ct slices without labels, 2 CPU workers",
         "the target's labels are not used for training",
-        f"warm up {PHASE}: validation target Dice",
+        f"warm-up {PHASE}: validation target Dice",
         f"adaptation {PHASE}/{PHASE} (100%)",
-        "source only",
+        "source_only",
         f"python -m mpscl_ray.evaluate {run.path}",
     ):
         assert words in text, text
     rows = [line.split()[0] for line in text.splitlines() if re.search(r"\d ± \d", line)]
-    assert {"source", "warm", "adaptation"} == set(rows)
+    assert {"source_only", "warm_up", "adaptation"} == set(rows)
     assert "Traceback" not in text
 
 

@@ -78,7 +78,7 @@ def test_a_search_stops_what_falls_behind_records_what_fails_and_leaves_a_preset
     assert code == 0
     assert "search.evaluate: " in evaluated
     rows = json.loads((folder / "results" / "test.json").read_text())["rows"]
-    assert list(rows) == ["source only", "warm up", "trial 1: gamma = 10"], "of one trial, the end of each phase"
+    assert list(rows) == ["source_only", "warm_up", "trial 1: gamma = 10"], "of one trial, the end of each phase"
     tables = [folder / "results" / "test.json", *folder.glob("trials/*/results/*/summary.json")]
     assert len(tables) == 4
     written = [table.stat().st_mtime_ns for table in tables]
@@ -108,7 +108,7 @@ def test_two_trials_are_really_trained(here: Here, data: Path) -> None:
     values = {tag: value for tag, value in metrics[-1].items() if tag.startswith("val/")}
     assert one.last == values, "the ledger has what the worker measured"
     rows = json.loads((folder / "results" / "test.json").read_text())["rows"]
-    assert list(rows) == ["source only", "warm up", "trial 1: lr = 0.01"]
+    assert list(rows) == ["source_only", "warm_up", "trial 1: lr = 0.01"]
 
 
 def a_run(config: Config, path: Path) -> str:
@@ -132,7 +132,7 @@ def test_a_target_without_labels_is_searched_by_a_label_free_criterion_from_a_ru
     assert "search.metric=oracle needs labels of all validation cases" in text
     code, text = here(tune, file, target, "--warm-up", given, fit=fit)
     assert code == 2
-    assert "is not the beginning of these trials: the target dataset is another one" in text
+    assert "does not have the phases that these trials share: the target dataset is another one" in text
     code, text = here(tune, file, "--warm-up", given, "optim.momentum=0.5", "run.name=other", fit=fit)
     assert code == 2
     assert "optim.momentum is 0.9 there and 0.5 here" in text

@@ -11,15 +11,18 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from mpscl_ray.report.figures.style import GREY, RUN_COLOURS, RUN_LINES, class_colour
+from mpscl_ray.runs.palette import display_indices
 
 ROWS = (
     ("nearest", "all pixels,\nby pseudo-label"),
     ("selected", "selected pixels,\nby pseudo-label"),
     ("label", "all pixels, by label\n(for this figure only)"),
 )
-"""Histogram of a record, and what is counted in it."""
+"""Key of a histogram in a record, and which pixels it counts."""
 
-_LOOKS = 5
+_DRAWN = 5
+"""Records drawn of a run, evenly spaced over the adaptation."""
+
 _KERNEL = np.array([1.0, 2.0, 3.0, 2.0, 1.0]) / 9.0
 """Smooths histograms over five degrees."""
 
@@ -27,7 +30,7 @@ Record = Mapping[str, Any]
 
 
 def over_training(records: Sequence[Record], classes: Sequence[str]) -> Figure:
-    """Columns: structures. Rows: by pseudo-label and by label. Lines: looks, from pale (first) to dark (last).
+    """Columns: structures. Rows: by pseudo-label and by label. Lines: records, from pale (first) to dark (last).
 
     Args:
         records: of features.jsonl, in order; at least one.
@@ -36,33 +39,32 @@ def over_training(records: Sequence[Record], classes: Sequence[str]) -> Figure:
     Source: Fig. 9, Liu et al. 2022.
     """
     rows = [(key, name) for key, name in ROWS if key in records[-1]]
-    looks = [records[index] for index in sorted(set(np.linspace(0, len(records) - 1, _LOOKS).round().astype(int)))]
+    drawn = [records[index] for index in sorted(set(np.linspace(0, len(records) - 1, _DRAWN).round().astype(int)))]
     figure, axes = _panels(rows, classes)
     for row, (key, _) in enumerate(rows):
-        for index in range(1, len(classes)):
-            place = axes[row, index - 1]
-            for number, record in enumerate(looks):
-                depth = 0.2 + 0.8 * (number + 1) / len(looks)
+        for panel, index in zip(axes[row], display_indices(classes), strict=True):
+            for number, record in enumerate(drawn):
+                depth = 0.2 + 0.8 * (number + 1) / len(drawn)
                 shade = _mixed(class_colour(index), depth)
-                last = number == len(looks) - 1
-                drawn = _line(
-                    place, record[key][index], color=shade, linewidth=2.0 if last else 1.1, label=_when(record)
+                last = number == len(drawn) - 1
+                mean = _line(
+                    panel, record[key][index], color=shade, linewidth=2.0 if last else 1.1, label=_when(record)
                 )
-                if drawn is not None and (last or number == 0):
-                    place.axvline(drawn, color=shade, linewidth=0.8, linestyle="-" if last else ":")
-    _finish(figure, axes, [record[key] for record in looks for key, _ in rows])
+                if mean is not None and (last or number == 0):
+                    panel.axvline(mean, color=shade, linewidth=0.8, linestyle="-" if last else ":")
+    _finish(figure, axes, [record[key] for record in drawn for key, _ in rows])
     handles, labels = [], []
-    for number, record in enumerate(looks):
-        depth = 0.2 + 0.8 * (number + 1) / len(looks)
+    for number, record in enumerate(drawn):
+        depth = 0.2 + 0.8 * (number + 1) / len(drawn)
         (handle,) = axes[0, 0].plot([], [], color=_mixed("#000000", depth), linewidth=1.6)
         handles.append(handle)
         labels.append(_when(record))
-    figure.legend(handles, labels, loc="outside upper center", ncols=len(looks))
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(drawn))
     return figure
 
 
 def between_runs(runs: Mapping[str, Record], classes: Sequence[str]) -> Figure:
-    """The last look of several runs, such as with and without margin; a line for each run.
+    """The last record of several runs, such as with and without margin; a line for each run.
 
     Args:
         runs: title -> record of features.jsonl.
@@ -74,25 +76,24 @@ def between_runs(runs: Mapping[str, Record], classes: Sequence[str]) -> Figure:
     figure, axes = _panels(rows, classes)
     handles: dict[str, Any] = {}
     for row, (key, _) in enumerate(rows):
-        for index in range(1, len(classes)):
-            place = axes[row, index - 1]
+        for panel, index in zip(axes[row], display_indices(classes), strict=True):
             for number, (title, record) in enumerate(runs.items()):
                 style = {
                     "color": RUN_COLOURS[number % len(RUN_COLOURS)],
                     "linestyle": RUN_LINES[number % len(RUN_LINES)],
                     "linewidth": 1.4,
                 }
-                (handles[title],) = place.plot([], [], **style)
-                mean = _line(place, record[key][index], **style)
+                (handles[title],) = panel.plot([], [], **style)
+                mean = _line(panel, record[key][index], **style)
                 if mean is not None:
-                    place.axvline(mean, color=style["color"], linewidth=0.7, linestyle=":")
+                    panel.axvline(mean, color=style["color"], linewidth=0.7, linestyle=":")
     _finish(figure, axes, [record[key] for record in runs.values() for key, _ in rows])
     figure.legend(list(handles.values()), list(handles), loc="outside upper center", ncols=min(4, len(handles)))
     return figure
 
 
 def mean_angle(histogram: Sequence[int]) -> float:
-    """Mean of a histogram of degrees, bins at their middle; NaN where nothing was counted."""
+    """Mean of a histogram of degrees, from the centres of its bins; NaN where it is empty."""
     counts = np.asarray(histogram, dtype=np.float64)
     total = counts.sum()
     return float((counts * (np.arange(len(counts)) + 0.5)).sum() / total) if total else float("nan")
@@ -104,8 +105,8 @@ def _panels(rows: Sequence[tuple[str, str]], classes: Sequence[str]) -> tuple[Fi
     axes = figure.subplots(len(rows), columns, squeeze=False, sharex=True)
     for row, (_, name) in enumerate(rows):
         axes[row, 0].set_ylabel(name, fontsize=7)
-    for index in range(1, len(classes)):
-        axes[0, index - 1].set_title(classes[index])
+    for panel, index in zip(axes[0], display_indices(classes), strict=True):
+        panel.set_title(classes[index])
     return figure, axes
 
 
@@ -122,13 +123,13 @@ def _line(axes: Axes, histogram: Sequence[int], **style: Any) -> float | None:
 def _finish(figure: Figure, axes: NDArray[Any], histograms: Sequence[Sequence[Sequence[int]]]) -> None:
     used = np.sum([np.sum(histogram[1:], axis=0) for histogram in histograms], axis=0)
     shown = np.flatnonzero(np.cumsum(used) < 0.998 * used.sum()) if used.sum() else np.array([89])
-    for place in axes.flat:
-        place.set_yticks([])
-        place.spines["left"].set_visible(False)
-        place.set_xlim(0, min(180, (shown[-1] if len(shown) else 0) + 8))
-        place.set_ylim(bottom=0)
-        if not any(len(np.atleast_1d(line.get_xdata())) > 2 for line in place.lines):
-            place.text(0.5, 0.45, "no pixel", transform=place.transAxes, ha="center", color=GREY, fontsize=7)
+    for panel in axes.flat:
+        panel.set_yticks([])
+        panel.spines["left"].set_visible(False)
+        panel.set_xlim(0, min(180, (shown[-1] if len(shown) else 0) + 8))
+        panel.set_ylim(bottom=0)
+        if not any(len(np.atleast_1d(line.get_xdata())) > 2 for line in panel.lines):
+            panel.text(0.5, 0.45, "no pixel", transform=panel.transAxes, ha="center", color=GREY, fontsize=7)
     figure.supxlabel("angle to the prototype of the pixel's class, degrees", fontsize=8)
 
 
@@ -137,6 +138,6 @@ def _when(record: Record) -> str:
 
 
 def _mixed(colour: str, share: float) -> tuple[float, float, float]:
-    """A colour with white: a share of 1 is the colour itself."""
+    """A colour mixed with white: a share of 1 is the pure colour."""
     red, green, blue = (int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5))
     return (1 - share + share * red, 1 - share + share * green, 1 - share + share * blue)

@@ -13,22 +13,19 @@ from numpy.typing import NDArray
 from mpscl_ray.report.figures.style import GREY, bare, class_colour, class_legend
 
 PER_CLASS = 120
-"""Pixels of a class and a domain that are drawn, so that background does not bury the rest."""
+"""Pixels drawn of each class and domain, so that background does not hide the rest."""
 
 
 @dataclass(frozen=True)
 class FeatureSample:
-    """Pixels of one segmenter's feature maps.
-
-    Attributes:
-        features: domain -> (N, d), raw.
-        labels: domain -> (N,) class of each pixel.
-        prototypes: (C, d), raw; a row of zeros for a class without one.
-    """
+    """Pixels of one segmenter's feature maps."""
 
     features: Mapping[str, NDArray[np.float32]]
+    """Domain -> (N, d), raw."""
     labels: Mapping[str, NDArray[np.uint8]]
+    """Domain -> (N,) class of each pixel."""
     prototypes: NDArray[np.float32]
+    """(C, d), raw; a row of zeros for a class without one."""
 
 
 def sample_of(
@@ -37,7 +34,7 @@ def sample_of(
     prototypes: NDArray[np.float32],
     seed: int = 0,
 ) -> FeatureSample:
-    """The same number of pixels of each class and domain, as far as there are so many, drawn by a seed of its own."""
+    """At most PER_CLASS pixels of each class and domain, drawn at random."""
     rng = np.random.default_rng(seed)
     kept = {}
     for domain, classes in labels.items():
@@ -54,14 +51,14 @@ def plane(sample: FeatureSample) -> tuple[dict[str, NDArray[np.float64]], NDArra
     """Unit features and prototypes in the first two principal components of the features of both domains.
 
     Returns:
-        Domain -> (N, 2); prototypes (C, 2); the share of the variance that the plane has.
+        Domain -> (N, 2); prototypes (C, 2); the share of the variance in the plane.
     """
     units = {domain: _unit(features) for domain, features in sample.features.items()}
     together = np.concatenate(list(units.values()))
     centre = together.mean(axis=0)
     _, values, directions = np.linalg.svd(together - centre, full_matrices=False)
     axes = directions[:2].T
-    # A component has no sign of its own: the prototype or pixel farthest out is put on the positive side.
+    # The sign of a component is arbitrary: its largest entry is made positive.
     signs = np.sign(axes[np.abs(axes).argmax(axis=0), np.arange(axes.shape[1])])
     axes = axes * np.where(signs == 0, 1, signs)
     points = {domain: (features - centre) @ axes for domain, features in units.items()}
@@ -73,7 +70,7 @@ def feature_space(samples: Mapping[str, FeatureSample], classes: Sequence[str]) 
     """A panel for each segmenter: source as dots, target as crosses, prototypes as stars, all in class colours."""
     figure = Figure(figsize=(3.0 * len(samples) + 0.2, 3.5), layout="constrained")
     axes = figure.subplots(1, len(samples), squeeze=False)[0]
-    for place, (title, sample) in zip(axes, samples.items(), strict=True):
+    for panel, (title, sample) in zip(axes, samples.items(), strict=True):
         points, prototypes, share = plane(sample)
         for domain, marker, size in (("source", "o", 9), ("target", "x", 14)):
             if domain not in points:
@@ -81,17 +78,17 @@ def feature_space(samples: Mapping[str, FeatureSample], classes: Sequence[str]) 
             order = np.random.default_rng(1).permutation(len(points[domain]))
             colours = [class_colour(int(index)) if index else GREY for index in sample.labels[domain][order]]
             style = {"facecolors": "none", "edgecolors": colours} if marker == "o" else {"c": colours}
-            place.scatter(*points[domain][order].T, s=size, marker=marker, linewidths=0.7, alpha=0.75, **style)
+            panel.scatter(*points[domain][order].T, s=size, marker=marker, linewidths=0.7, alpha=0.75, **style)
         for index, point in enumerate(prototypes):
             if sample.prototypes[index].any():
                 shade = class_colour(index) if index else GREY
-                place.scatter(*point, s=190, marker="*", c=shade, edgecolors="black", linewidths=0.9, zorder=5)
-        place.set_title(f"{title}\n{100 * share:.0f} % of the variance", fontsize=8)
-        bare(place)
-        for spine in place.spines.values():
+                panel.scatter(*point, s=190, marker="*", c=shade, edgecolors="black", linewidths=0.9, zorder=5)
+        panel.set_title(f"{title}\n{100 * share:.0f} % of the variance", fontsize=8)
+        bare(panel)
+        for spine in panel.spines.values():
             spine.set_visible(True)
             spine.set_color("#bbbbbb")
-        place.set_box_aspect(1)
+        panel.set_box_aspect(1)
     class_legend(figure, ["background", *classes[1:]])
     marks = [
         Line2D([], [], linestyle="", marker="o", markerfacecolor="none", color="black", markersize=4, label="source"),

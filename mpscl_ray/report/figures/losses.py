@@ -1,4 +1,4 @@
-"""Cross-entropy over the iterations on source and target, after Fig. 8."""
+"""Cross-entropy on source and target over the iterations, after Fig. 8."""
 
 from __future__ import annotations
 
@@ -22,39 +22,36 @@ CURVES = (
 """Tag, name, colour and dashes."""
 
 _WINDOW = 9
-"""Readings over which the median of a training curve is taken."""
+"""Records in the running median of a training curve."""
 
 
 @dataclass(frozen=True)
 class Training:
-    """What one run measured.
-
-    Attributes:
-        title: of the run.
-        records: of metrics.jsonl.
-        test: global step -> cross-entropy of the test case that the figures show, at the ends of phases.
-    """
+    """The losses of one run."""
 
     title: str
+    """Of the run."""
     records: Sequence[Mapping[str, Any]]
+    """Of metrics.jsonl."""
     test: Mapping[int, float] = field(default_factory=dict)
+    """Global step -> cross-entropy of the test case that the figures show, at the ends of phases."""
 
 
 def loss_curves(runs: Sequence[Training]) -> Figure:
-    """A panel for each run, all with the same axis of losses."""
+    """A panel for each run, with a common loss axis."""
     columns = min(2, len(runs))
     rows = math.ceil(len(runs) / columns)
     figure = Figure(figsize=(8.8 if columns > 1 else 7.0, 2.5 * rows + 0.6), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False, sharey=True)
     handles: dict[str, Any] = {}
     largest = 0.0
-    for place, run in zip(axes.flat, runs, strict=False):
-        largest = max(largest, _draw(place, run, handles))
-    for place in axes.flat[len(runs) :]:
-        place.set_visible(False)
+    for panel, run in zip(axes.flat, runs, strict=False):
+        largest = max(largest, _draw(panel, run, handles))
+    for panel in axes.flat[len(runs) :]:
+        panel.set_visible(False)
     axes[0, 0].set_ylim(0, 1.05 * largest if largest else 1)
-    for place in axes[:, 0]:
-        place.set_ylabel("weighted cross-entropy")
+    for panel in axes[:, 0]:
+        panel.set_ylabel("weighted cross-entropy")
     figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=min(2, max(1, len(handles))))
     return figure
 
@@ -65,7 +62,7 @@ def has_losses(records: Sequence[Mapping[str, Any]]) -> bool:
 
 
 def _draw(axes: Axes, run: Training, handles: dict[str, Any]) -> float:
-    """Draw one run; returns how high its smoothed curves go."""
+    """Draw one run; returns the maximum of its smoothed curves."""
     highest = 0.0
     for tag, name, colour, line in CURVES:
         points = [(r["global_step"], float(r[tag])) for r in run.records if tag in r and math.isfinite(r[tag])]
@@ -90,17 +87,17 @@ def _draw(axes: Axes, run: Training, handles: dict[str, Any]) -> float:
             list(run.test), list(run.test.values()), linestyle="", marker="*", markersize=8, color="#cc79a7"
         )
         highest = max(highest, *run.test.values())
-    # A run that was forked from another one begins where that one stood.
+    # A forked run starts at the step at which it was forked.
     first = start = run.records[0]["global_step"] - run.records[0]["iteration"]
     for index, record in enumerate(run.records):
         if index == 0 or record["phase"] != run.records[index - 1]["phase"]:
             if index:
                 axes.axvline(start, color=GREY, linewidth=0.8)
             name = f" {phase_title(record['phase'])}"
-            told = axes.annotate(
+            label = axes.annotate(
                 name, (start, 1.0), xycoords=("data", "axes fraction"), va="top", color=GREY, fontsize=7
             )
-            told.set_in_layout(False)  # it may be longer than its phase
+            label.set_in_layout(False)  # it may be longer than its phase
         start = record["global_step"]
     axes.set_xlim(left=first)
     axes.set_title(run.title)

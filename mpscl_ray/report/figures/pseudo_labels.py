@@ -1,4 +1,4 @@
-"""Self-paced pseudo-labels of a few target slices as training goes on, after Fig. 10, and how many are right."""
+"""Self-paced pseudo-labels of a few target slices during the adaptation, after Fig. 10, and how many are right."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from mpscl_ray.runs.plots import grey_slices, overlay
 from mpscl_ray.train.feature_log import PseudoLabels
 
 COLUMNS = ("nearest prototype", "difference of\ncosines", "selected", "pseudo-label")
-_SIDES = 2
-_LOOKS = 5
+_SLICES = 2
+_DRAWN = 5
+"""Records drawn of a run, evenly spaced over the adaptation."""
 
 
 def refinement(
@@ -28,10 +29,10 @@ def refinement(
     classes: Sequence[str],
     delta_th: float,
 ) -> Figure:
-    """Rows: looks from first to last, above them the slice. Four columns for each of two slices, a line between them.
+    """Rows: the slice, then records from first to last. Four columns for each of two slices, a line between them.
 
     Args:
-        panels: looks in order; at least one.
+        panels: records in order; at least one.
         shown: the slices (:meth:`FeatureRecord.read_slices`).
         iterations: global step -> iteration of the adaptation.
         classes: names, background first.
@@ -39,41 +40,22 @@ def refinement(
 
     Source: Fig. 10, Liu et al. 2022.
     """
-    looks = [panels[index] for index in sorted(set(np.linspace(0, len(panels) - 1, _LOOKS).round().astype(int)))]
-    sides = _chosen(panels, shown)
-    highest = max(float(panel.difference.max()) for panel in looks)
-    ratios = ([1.0] * len(COLUMNS) + [0.18]) * len(sides)
-    figure, axes = image_grid(len(looks) + 1, len(ratios) - 1, (1.12, 1.14), ratios[:-1])
-    for place in axes.flat:
-        place.set_facecolor("none")
+    drawn = [panels[index] for index in sorted(set(np.linspace(0, len(panels) - 1, _DRAWN).round().astype(int)))]
+    slices = _largest(panels, shown)
+    highest = max(float(panel.difference.max()) for panel in drawn)
+    ratios = ([1.0] * len(COLUMNS) + [0.18]) * len(slices)
+    figure, axes = image_grid(len(drawn) + 1, len(ratios) - 1, (1.12, 1.14), ratios[:-1])
+    for tile in axes.flat:
+        tile.set_facecolor("none")
     palette = class_colours(len(classes))
-    for side, index in enumerate(sides):
-        first = side * (len(COLUMNS) + 1)
-        grey = grey_slices(shown["image"][[index]])
-        axes[0, first].imshow(grey[0], interpolation="nearest")
-        axes[0, first].set_title(f"slice {shown['slice_index'][index]}")
-        if "label" in shown:
-            axes[0, first + 1].imshow(overlay(grey, shown["label"][[index]])[0], interpolation="nearest")
-            axes[0, first + 1].set_title("ground truth")
-        for row, panel in enumerate(looks, start=1):
-            nearest, selected = panel.nearest[index], panel.selected[index]
-            pseudo = palette[nearest].copy()
-            pseudo[~selected] = 255
-            tiles: list[tuple[NDArray[Any], dict[str, Any]]] = [
-                (palette[nearest], {}),
-                (panel.difference[index], {"cmap": "viridis", "vmin": 0, "vmax": highest}),
-                (selected, {"cmap": "gray", "vmin": 0, "vmax": 1}),
-                (pseudo, {}),
-            ]
-            for column, (tile, options) in enumerate(tiles):
-                place = axes[row, first + column]
-                place.imshow(tile, interpolation="nearest", **options)
-                if row == 1:
-                    place.set_title(COLUMNS[column], fontsize=7)
-                for spine in place.spines.values():
-                    spine.set_visible(True)
-                    spine.set_linewidth(0.4)
-    for row, panel in enumerate(looks, start=1):
+    for position, index in enumerate(slices):
+        first = position * (len(COLUMNS) + 1)
+        _draw_slice(axes[0, first : first + 2], shown, index)
+        for row, panel in enumerate(drawn, start=1):
+            _draw_record(axes[row, first : first + len(COLUMNS)], panel, index, palette, highest)
+        for tile, title in zip(axes[1, first:], COLUMNS, strict=False):
+            tile.set_title(title, fontsize=7)
+    for row, panel in enumerate(drawn, start=1):
         iteration = iterations.get(panel.global_step)
         when = f"step {panel.global_step}" if iteration is None else f"iteration\n{iteration}" if iteration else "start"
         axes[row, 0].set_ylabel(when, fontsize=7)
@@ -85,13 +67,43 @@ def refinement(
     if delta_th < highest:
         scale.ax.axhline(delta_th, color="white", linewidth=1.5)
     class_legend(figure, classes)
-    if len(sides) > 1:
+    if len(slices) > 1:
         _dotted_line(figure, axes)
     return figure
 
 
+def _draw_slice(tiles: NDArray[Any], shown: Mapping[str, NDArray[Any]], index: int) -> None:
+    """A slice, and beside it its ground truth where there is one."""
+    grey = grey_slices(shown["image"][[index]])
+    tiles[0].imshow(grey[0], interpolation="nearest")
+    tiles[0].set_title(f"slice {shown['slice_index'][index]}")
+    if "label" in shown:
+        tiles[1].imshow(overlay(grey, shown["label"][[index]])[0], interpolation="nearest")
+        tiles[1].set_title("ground truth")
+
+
+def _draw_record(
+    tiles: NDArray[Any], panel: PseudoLabels, index: int, palette: NDArray[np.uint8], highest: float
+) -> None:
+    """The four columns of one slice in one record."""
+    nearest, selected = panel.nearest[index], panel.selected[index]
+    pseudo = palette[nearest].copy()
+    pseudo[~selected] = 255
+    images: list[tuple[NDArray[Any], dict[str, Any]]] = [
+        (palette[nearest], {}),
+        (panel.difference[index], {"cmap": "viridis", "vmin": 0, "vmax": highest}),
+        (selected, {"cmap": "gray", "vmin": 0, "vmax": 1}),
+        (pseudo, {}),
+    ]
+    for tile, (image, options) in zip(tiles, images, strict=True):
+        tile.imshow(image, interpolation="nearest", **options)
+        for spine in tile.spines.values():
+            spine.set_visible(True)
+            spine.set_linewidth(0.4)
+
+
 def selection_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
-    """How many pixels are selected, how many of those are called a structure, and how many of these rightly.
+    """Shares of pixels: selected; of these labelled as a structure; of these labelled correctly.
 
     Args:
         runs: title -> records of features.jsonl, at least one of each.
@@ -111,13 +123,13 @@ def selection_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
             "markersize": 2.5,
         }
         shares = [_shares(record) for record in records]
-        for place, values in zip(axes, zip(*shares, strict=True), strict=True):
-            place.plot([record["iteration"] for record in records], values, label=title, **style)
-    for place, title in zip(axes, titles, strict=True):
-        place.set_title(title)
-        place.set_ylim(-0.02, 1.02)
-        place.set_xlabel("iteration of the adaptation")
-        place.grid(alpha=0.25, linewidth=0.5)
+        for panel, values in zip(axes, zip(*shares, strict=True), strict=True):
+            panel.plot([record["iteration"] for record in records], values, label=title, **style)
+    for panel, title in zip(axes, titles, strict=True):
+        panel.set_title(title)
+        panel.set_ylim(-0.02, 1.02)
+        panel.set_xlabel("iteration of the adaptation")
+        panel.grid(alpha=0.25, linewidth=0.5)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)))
     return figure
@@ -134,15 +146,15 @@ def _shares(record: Mapping[str, Any]) -> tuple[float, float, float]:
     return float(share), float(structures), float(right)
 
 
-def _chosen(panels: Sequence[PseudoLabels], shown: Mapping[str, NDArray[Any]]) -> list[int]:
-    """The slices that show most: by their labels, else by what the last look calls structures."""
+def _largest(panels: Sequence[PseudoLabels], shown: Mapping[str, NDArray[Any]]) -> list[int]:
+    """The slices with the largest structures: by their labels, else by the last record."""
     maps = shown["label"] if "label" in shown else panels[-1].nearest
     sizes = np.count_nonzero(maps.reshape(len(maps), -1), axis=1)
-    return sorted(int(index) for index in np.argsort(-sizes, kind="stable")[:_SIDES])
+    return sorted(int(index) for index in np.argsort(-sizes, kind="stable")[:_SLICES])
 
 
 def _dotted_line(figure: Figure, axes: NDArray[Any]) -> None:
-    """Between the two slices, once the layout is known."""
+    """A line between the two slices, drawn once the layout is known."""
     figure.draw_without_rendering()
     gap = axes[1, len(COLUMNS)].get_position()
     top, bottom = axes[0, 0].get_position().y1, axes[-1, 0].get_position().y0

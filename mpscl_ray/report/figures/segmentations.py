@@ -20,30 +20,27 @@ from mpscl_ray.report.figures.style import ERROR, class_legend, image_grid, wrap
 from mpscl_ray.runs.plots import grey_slices, overlay
 
 CONFIDENT = 0.1
-"""A prediction is called confident where its entropy is below this share of log C."""
+"""A prediction is confident where its entropy is below this share of log C."""
 
 _TILE = 1.25
 _BOXES = 4
 _SMALLEST_BOX = 6
-"""Pixels of an error that is worth a box."""
+"""Pixels of the smallest error that gets a box."""
 
 
 @dataclass(frozen=True)
 class Segmented:
-    """One case as one segmenter sees it.
-
-    Attributes:
-        title: of the segmenter.
-        labels: (D, H, W) class indices.
-        entropy: (D, H, W) of its probabilities over log C, in [0, 1].
-    """
+    """The prediction of one segmenter for one case."""
 
     title: str
+    """Of the segmenter."""
     labels: NDArray[np.uint8]
+    """(D, H, W) class indices."""
     entropy: NDArray[np.float32]
+    """(D, H, W) of its probabilities over log C, in [0, 1]."""
 
     def confident_errors(self, truth: NDArray[np.uint8]) -> NDArray[np.bool_]:
-        """(D, H, W): where it is wrong and has little doubt."""
+        """(D, H, W): where it is wrong and confident."""
         errors: NDArray[np.bool_] = (self.labels != truth) & (self.entropy < CONFIDENT)
         return errors
 
@@ -87,17 +84,17 @@ def overconfident(
     classes: Sequence[str],
     number: int = 3,
 ) -> Figure:
-    """Slices with prediction and entropy of each segmenter, and red boxes around what is wrong without doubt.
+    """Slices with prediction and entropy of each segmenter, and red boxes around confident errors.
 
-    The slices are those in which the first segmenter has most such pixels, apart from one another; without ground truth
-    evenly spaced ones among those in which it predicts a structure, and no boxes.
+    The slices are those in which the first segmenter has most such pixels, some distance apart. Without ground truth
+    they are evenly spaced among those in which it predicts a structure, and there are no boxes.
 
     Args:
         images: (D, H, W).
         columns: segmenters, all of this case.
         truth: (D, H, W), or None.
         classes: names, background first.
-        number: slices.
+        number: of slices.
 
     Source: Fig. 2, Liu et al. 2022.
     """
@@ -112,14 +109,14 @@ def overconfident(
     for row, index in enumerate(chosen):
         axes[row, 0].imshow(grey[row], interpolation="nearest")
         axes[row, 0].set_ylabel(f"slice {index}", fontsize=7)
-        for place, column in enumerate(columns):
-            prediction, entropy = axes[row, 1 + 2 * place], axes[row, 2 + 2 * place]
+        for position, column in enumerate(columns):
+            prediction, entropy = axes[row, 1 + 2 * position], axes[row, 2 + 2 * position]
             prediction.imshow(overlay(grey[[row]], column.labels[[index]])[0], interpolation="nearest")
             entropy.imshow(column.entropy[index], cmap="magma", vmin=0, vmax=1, interpolation="nearest")
             if truth is not None:
                 for box in _boxes(column.confident_errors(truth)[index]):
-                    for place_of_box in (prediction, entropy):
-                        place_of_box.add_patch(Rectangle(*box, fill=False, edgecolor=ERROR, linewidth=1.1))
+                    for tile in (prediction, entropy):
+                        tile.add_patch(Rectangle(*box, fill=False, edgecolor=ERROR, linewidth=1.1))
         if truth is not None:
             axes[row, -1].imshow(overlay(grey[[row]], truth[[index]])[0], interpolation="nearest")
     if truth is not None:
@@ -140,12 +137,12 @@ def confident_share(column: Segmented, truth: NDArray[np.uint8]) -> float:
 
 
 def _titles(axes: NDArray[Any], titles: Sequence[str]) -> None:
-    for place, title in zip(axes, titles, strict=False):
-        place.set_title(wrapped(title))
+    for tile, title in zip(axes, titles, strict=False):
+        tile.set_title(wrapped(title))
 
 
 def _worst(errors: NDArray[np.integer], number: int) -> NDArray[np.intp]:
-    """Slices with most errors, none within a twelfth of the volume of another; in order."""
+    """Slices with most errors, at least a twelfth of the volume apart; in order."""
     apart = max(1, len(errors) // 12)
     chosen: list[int] = []
     for index in np.argsort(-errors, kind="stable"):

@@ -1,4 +1,4 @@
-"""What all figures share: fonts, colours of structures and of runs, and files that look alike in every medium."""
+"""What all figures share: fonts, colours of structures and of runs, legends, and PNG and PDF files."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
 from mpscl_ray.runs.atomic_files import write_atomically
-from mpscl_ray.runs.palette import colour
+from mpscl_ray.runs.palette import colour, display_indices
 
 DPI = 160
-"""Pixels of a figure per inch, where nothing else is asked for."""
+"""Default resolution of a figure, pixels per inch."""
 GREY = "#666666"
 ERROR = "#d40000"
-"""Marks errors; on images alone, where no structure has this red, and always as an outline."""
+"""Outlines errors on images; no structure has this red."""
 
 RUN_COLOURS = ("#1b1b1b", "#8c510a", "#5e3c99", "#1f78b4", "#e7298a", "#7f7f7f", "#33a02c", "#e6ab02")
-"""Lines of runs, which differ in their dashes as well."""
+"""Colours of the lines of runs; their dashes (RUN_LINES) differ too."""
 
 RUN_LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)), (0, (8, 2)), (0, (3, 3)))
 
@@ -50,19 +50,15 @@ _RC = {
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure and what is said of it.
-
-    Attributes:
-        name: of its files, without ending.
-        figure: drawn.
-        caption: what is to be seen, in whole sentences.
-        alternative: the same for who cannot see it.
-    """
+    """A figure with its caption."""
 
     name: str
+    """Of its files, without ending."""
     figure: Figure
     caption: str
-    alternative: str
+    """What the figure shows, in whole sentences."""
+    alt_text: str
+    """Short description for readers who cannot see the figure."""
 
 
 @contextmanager
@@ -83,13 +79,13 @@ def class_colours(number: int) -> NDArray[np.uint8]:
 
 
 def class_legend(figure: Figure, classes: Sequence[str]) -> None:
-    """Names and colours of the structures below a figure."""
-    handles = [Patch(facecolor=class_colour(index), label=name) for index, name in enumerate(classes) if index]
+    """Names and colours of the structures below a figure, in display order."""
+    handles = [Patch(facecolor=class_colour(i), label=classes[i]) for i in display_indices(classes)]
     figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 8), handlelength=1.2)
 
 
 def bare(axes: Axes) -> None:
-    """Without ticks and frame, for images."""
+    """Remove ticks and frame, for images."""
     axes.set_xticks([])
     axes.set_yticks([])
     for spine in axes.spines.values():
@@ -110,8 +106,8 @@ def image_grid(
     figure = Figure(figsize=(tile[0] * sum(ratios or [1] * columns) + 0.4, tile[1] * rows + 0.7))
     figure.set_layout_engine(ConstrainedLayoutEngine(w_pad=0.015, h_pad=0.015, wspace=0.015, hspace=0.015))
     axes: NDArray[Any] = figure.subplots(rows, columns, squeeze=False, width_ratios=ratios)
-    for place in axes.flat:
-        bare(place)
+    for tile_axes in axes.flat:
+        bare(tile_axes)
     return figure, axes
 
 

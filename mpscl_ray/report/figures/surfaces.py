@@ -1,4 +1,4 @@
-"""Structures of whole volumes as shaded surfaces, after Fig. 7: rays through smoothed masks, the first hit is seen."""
+"""Structures of whole volumes as shaded surfaces, after Fig. 7: each ray shows the first smoothed mask that it hits."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 from mpscl_ray.report.figures.style import class_colours, class_legend, image_grid, wrapped
 
 VIEWS: Mapping[str, tuple[float, float]] = {"from the front": (25.0, 20.0), "from behind": (205.0, 20.0)}
-"""Azimuth and elevation in degrees; at 0, 0 the first slice is in front, the first row on top."""
+"""Azimuth and elevation in degrees; at (0, 0) the first slice is in front and the first row on top."""
 
 _SIZE = 200
-"""Rays a side."""
+"""Rays per side of the image."""
 _LIGHT = np.array([-0.45, 0.55, -0.7])
-"""Towards the light: camera axes are right, up, into the scene."""
+"""Direction of the light in camera axes: right, up, into the scene."""
 _SMOOTH = 0.9
 """Standard deviation of the smoothing, in voxels of the largest spacing."""
 
@@ -35,10 +35,10 @@ def surfaces(
     spacing: tuple[float, float, float],
     views: Mapping[str, tuple[float, float]] = VIEWS,
 ) -> Figure:
-    """Rows: views. Columns: label volumes (D, H, W) of one case by title, all at one scale.
+    """Rows: views. Columns: label volumes (D, H, W) of one case by title, all at the same scale.
 
     Args:
-        volumes: title -> label map, the same shape each.
+        volumes: title -> label map; all have the same shape.
         classes: names, background first.
         spacing: of the voxels (slice, row, column); any unit.
         views: title -> azimuth and elevation in degrees.
@@ -67,7 +67,7 @@ def surfaces(
 
 
 def _filled(image: NDArray[np.float64]) -> tuple[slice, slice]:
-    """The part of a grey image that is not white, with a little around it."""
+    """The part of a grey image that is not white, with a small margin."""
     rows, columns = (np.flatnonzero((image < 1).any(axis=axis)) for axis in (1, 0))
     if not len(rows):
         return slice(None), slice(None)
@@ -85,17 +85,17 @@ def render(
     """The surfaces as an RGB image (size, size, 3) in [0, 1] on white.
 
     Args:
-        masks: class -> volume with :data:`_BORDER` voxels around it; its surface is where this crosses one half.
+        masks: class -> smoothed mask with :data:`_BORDER` voxels around it; the surface is where it crosses 0.5.
         spacing: of the voxels (slice, row, column).
-        box: smallest and largest corner, in the unit of the spacing, of what is in view from any side.
+        box: smallest and largest corner, in the unit of the spacing, of what all views show.
         azimuth: degrees around the vertical axis.
         elevation: degrees above the horizon.
-        size: rays a side, and samples along each.
+        size: rays per side, and samples along each.
     """
     low, high = box
     step = float(np.linalg.norm(high - low)) / size
     right, up, forward = _camera(azimuth, elevation)
-    # Of a sample (depth, row, column of the image) to a voxel (slice, row, column).
+    # From a sample (depth, row, column of the image) to a voxel (slice, row, column).
     matrix = np.stack([forward, -up, right], axis=1) * step / np.asarray(spacing)[:, None]
     offset = (low + high) / 2 / np.asarray(spacing) + _BORDER - matrix @ np.full(3, (size - 1) / 2)
     nearest = np.full((size, size), np.inf)
@@ -127,7 +127,7 @@ def render(
 def _in_view(
     mask: NDArray[np.float32], matrix: NDArray[np.float64], offset: NDArray[np.float64], size: int
 ) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-    """First and last samples (depth, row, column), plus one, that a structure can be met at."""
+    """First and last samples (depth, row, column), the last plus one, at which a ray can hit a structure."""
     (box,) = scipy.ndimage.find_objects((mask > 0.05).astype(np.uint8))
     corners = np.array(list(itertools.product(*((part.start - 1, part.stop) for part in box))))
     samples = (corners - offset) @ np.linalg.inv(matrix).T
@@ -146,29 +146,29 @@ def _camera(azimuth: float, elevation: float) -> NDArray[np.float64]:
 
 
 def _first_hits(field: NDArray[np.float32]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Depth (rows, columns) at which each ray first meets one half, infinite where never, and the normals there."""
+    """Depth (rows, columns) at which each ray first reaches 0.5, infinite where it does not, and the normals there."""
     inside = field >= 0.5
     first = inside.argmax(axis=0)
     rows, columns = np.indices(first.shape)
-    met = inside[first, rows, columns]
+    hit = inside[first, rows, columns]
     before = np.maximum(first - 1, 0)
     here, there = field[first, rows, columns], field[before, rows, columns]
     part = np.divide(here - 0.5, here - there, out=np.zeros_like(here), where=(here - there) > 1e-6)
-    depth = np.where(met, first - part, np.inf)
+    depth = np.where(hit, first - part, np.inf)
     normals = np.zeros((*first.shape, 3))
     last = np.array(field.shape) - 1
     for axis, sign in ((2, -1.0), (1, 1.0), (0, -1.0)):
-        place = [first, rows, columns]
-        ahead, behind = list(place), list(place)
-        ahead[axis] = np.minimum(place[axis] + 1, last[axis])
-        behind[axis] = np.maximum(place[axis] - 1, 0)
+        at = [first, rows, columns]
+        ahead, behind = list(at), list(at)
+        ahead[axis] = np.minimum(at[axis] + 1, last[axis])
+        behind[axis] = np.maximum(at[axis] - 1, 0)
         normals[..., 2 - axis] = sign * (field[tuple(ahead)] - field[tuple(behind)])
     length = np.linalg.norm(normals, axis=2, keepdims=True)
     return depth, normals / np.maximum(length, 1e-6)
 
 
 def _shaded(colour: NDArray[np.float64], normals: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Diffuse light, a little from everywhere, and a soft highlight."""
+    """Diffuse light, some ambient light, and a soft highlight."""
     light = _LIGHT / np.linalg.norm(_LIGHT)
     halfway = light + np.array([0.0, 0.0, -1.0])
     halfway /= np.linalg.norm(halfway)
@@ -181,13 +181,13 @@ def _shaded(colour: NDArray[np.float64], normals: NDArray[np.float64]) -> NDArra
 def _smooth_masks(
     labels: NDArray[np.uint8], num_classes: int, spacing: tuple[float, float, float]
 ) -> dict[int, NDArray[np.float32]]:
-    """Each structure there is, smoothed alike in all directions."""
+    """A smoothed mask of each structure present, smoothed equally in all directions."""
     sigma = [_SMOOTH * max(spacing) / size for size in spacing]
     masks = {}
     for index in range(1, num_classes):
         mask = labels == index
         if mask.any():
-            # The border closes what reaches the edge of the volume.
+            # The border closes structures that reach the edge of the volume.
             padded = np.pad(mask, _BORDER).astype(np.float32)
             masks[index] = scipy.ndimage.gaussian_filter(padded, sigma, mode="constant", truncate=3)
     return masks

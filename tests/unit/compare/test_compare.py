@@ -1,4 +1,4 @@
-"""The comparison without training: cells and what they share, the ledger, the table by hand, what is refused."""
+"""The comparison without training: cells and what they share, the ledger, the table, and what is refused."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 
 from mpscl_ray.compare import command as compare
 from mpscl_ray.compare import run as compare_run
-from mpscl_ray.compare.cells import Cell, Entry, Ledger, make_cells, system_config
+from mpscl_ray.compare.cells import Cell, CellLedger, Entry, Plan, check_presets, make_cells, system_config
 from mpscl_ray.compare.published import PUBLISHED, STRUCTURES, published_for
 from mpscl_ray.compare.runner import total_seconds
 from mpscl_ray.compare.table import (
@@ -38,8 +38,8 @@ ADAPTS = ["baseline", "cscl", "mpscl"]
 
 def cells_of(systems: list[str], seeds: tuple[int, ...] = (1,), overrides: tuple[str, ...] = ()) -> dict[str, Cell]:
     names = {"forward": ("ct", "mr"), "backward": ("mr", "ct")}
-    families = dict.fromkeys(names, "phantom")
-    cells = make_cells(systems, seeds, names, families, ("data/ct", "data/mr"), overrides, Path("cells"))
+    groups = dict.fromkeys(names, "phantom")
+    cells = make_cells(systems, seeds, names, groups, ("data/ct", "data/mr"), overrides, Path("cells"))
     return {cell.name: cell for cell in cells}
 
 
@@ -63,7 +63,7 @@ def test_cells_share_what_they_train_alike_and_nothing_across_seeds_and_directio
     cells = cells_of(["source_only", *ADAPTS, "supervised"], (1, 2))
     for prefix in ("ct2mr-seed1", "ct2mr-seed2", "mr2ct-seed1", "mr2ct-seed2"):
         for system in ("source_only", "baseline", "supervised"):
-            assert cells[f"{prefix}-{system}"].parent is None, "first of its kind, or of another length"
+            assert cells[f"{prefix}-{system}"].parent is None, "the first of its kind, or of another length"
         for system in ("cscl", "mpscl"):
             cell = cells[f"{prefix}-{system}"]
             assert (cell.parent, cell.fork_phase) == (f"{prefix}-baseline", "warm_up")
@@ -76,7 +76,7 @@ def test_cells_share_what_they_train_alike_and_nothing_across_seeds_and_directio
             assert (parent.direction, parent.seed) == (cell.direction, cell.seed)
             assert shared_phase(parent.config, cell.config) == cell.fork_phase
     assert everything["ct2mr-seed1-mpscl"].fork_phase == "warm_up"
-    assert everything["ct2mr-seed1-cag"].fork_phase == "source_only", "of the first system that trains it"
+    assert everything["ct2mr-seed1-cag"].fork_phase == "source_only", "of the first system that trains this phase"
     assert everything["ct2mr-seed1-clan"].fork_phase == "source_only"
     assert everything["ct2mr-seed1-sifa_v2"].parent is None
 
@@ -102,7 +102,7 @@ def test_every_system_of_the_table_is_recognised_by_its_settings() -> None:
         ("scaling.workers=1", "warm_up"),
         ("phases.warm_up=99", "source_only"),
         ("method.lambda_main=0.5", None),
-        ("optim.lr=1", None),
+        ("optim.lr=1", "source_only"),
         ("run.seed=2", None),
         ("phases.source_only_lr=1", None),
         ("phases.source_only=1", None),
@@ -115,7 +115,7 @@ def test_a_phase_is_shared_only_where_all_that_decides_it_is_equal(override: str
     assert found == shared or (override.startswith("method.lambda") and found == "source_only")
 
 
-def test_a_family_may_be_a_folder(tmp_path: Path) -> None:
+def test_a_group_of_presets_may_be_a_folder(tmp_path: Path) -> None:
     (tmp_path / "mpscl.yaml").write_text("preset: small/mpscl\nphases: {adaptation: 7}\n")
     assert system_config(str(tmp_path), "mpscl", []).phases.adaptation == 7
     with pytest.raises(ConfigError, match="have no system cscl, only mpscl"):
@@ -127,23 +127,23 @@ def test_a_family_may_be_a_folder(tmp_path: Path) -> None:
 # -------------------------------------------------------------------------------------------------------- ledger
 
 
-def test_the_ledger_comes_back_as_it_was(tmp_path: Path) -> None:
-    ledger = Ledger(tmp_path / "cells.json")
+def test_the_ledger_is_read_back_as_it_was_written(tmp_path: Path) -> None:
+    ledger = CellLedger(tmp_path / "cells.json")
     ledger["a"].state = "finished"
     ledger["a"].summary = {"structures": {}}
     ledger["b"].reason = "it broke"
     ledger.write()
-    again = Ledger(tmp_path / "cells.json")
+    again = CellLedger(tmp_path / "cells.json")
     assert again.entries == ledger.entries
     assert again["c"] == Entry()
     (tmp_path / "cells.json").write_text('{"cells": {"a": {"state": 1, "colour": "red"}}}')
     with pytest.raises(DataError, match=r"cells\.json is damaged"):
-        Ledger(tmp_path / "cells.json")
+        CellLedger(tmp_path / "cells.json")
 
 
 def test_wall_time_counts_shared_phases_for_each_that_uses_them(tmp_path: Path) -> None:
     """grandchild <- child (forked after source_only of parent) <- parent."""
-    ledger = Ledger(tmp_path / "cells.json")
+    ledger = CellLedger(tmp_path / "cells.json")
     ledger.entries = {
         "p": Entry(seconds=100, phase_seconds={"source_only": 30, "warm_up": 45, "adaptation": 95}),
         "c": Entry(seconds=70, phase_seconds={"warm_up": 20, "adaptation": 65}, forked=["p", "source_only"]),
@@ -272,7 +272,7 @@ def test_published_numbers_stand_only_beside_the_papers_structures_and_modalitie
         (["--seeds", "1,1"], "--seeds is '1,1'"),
         (["--seeds", "many"], "expected a number of seeds"),
         (["--at-once", "0"], "--at-once is 0"),
-        (["--presets", "a,b,c"], "expected one family"),
+        (["--presets", "a,b,c"], "expected one group"),
         (["optim.lrate=1"], "is not a setting"),
         (["--presets", "small"], "give the folders of two prepared datasets with --data"),
     ],
@@ -282,16 +282,34 @@ def test_wrong_command_lines_are_one_sentence(arguments: list[str], message: str
         compare.main([*arguments, "--out", str(tmp_path / "out")])
 
 
+def test_presets_of_all_systems_and_directions_are_checked_before_ray_starts(tmp_path: Path) -> None:
+    groups = [tmp_path / "forward", tmp_path / "backward"]
+    for group in groups:
+        group.mkdir()
+        for system in ("baseline", "cscl"):
+            (group / f"{system}.yaml").write_text(f"preset: small/{system}\n")
+    words = ["baseline", "cscl", "--presets", ",".join(map(str, groups)), "data.source=nowhere", "data.target=nowhere"]
+    by_direction = {"forward": str(groups[0]), "backward": str(groups[1])}
+    plan = Plan(("baseline", "cscl"), (1,), ("forward", "backward"), by_direction, ("data.source=nowhere",))
+    assert check_presets(plan).data.source == "nowhere"
+    (groups[1] / "cscl.yaml").write_text("preset: small/cscl\noptim: {lrate: 1}\n")
+    with pytest.raises(ConfigError, match=r"optim.lrate.* is not a setting"):
+        compare.main(words)
+    (groups[1] / "cscl.yaml").unlink()
+    with pytest.raises(ConfigError, match=r"backward have no system cscl, only baseline"):
+        compare.main(words)
+
+
 @pytest.mark.parametrize(("text", "seeds"), [("3", (1, 2, 3)), ("1,4", (1, 4)), ("7,", (7,))])
 def test_seeds(text: str, seeds: tuple[int, ...]) -> None:
     assert compare._seeds(text) == seeds
 
 
-def test_an_unlabelled_target_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
+def test_an_unlabelled_target_is_refused_before_the_training(tmp_path: Path) -> None:
     make_pair(tmp_path)
     make_dataset(tmp_path / "lge", "lge", labelled=())
     datasets = [str(tmp_path / name) for name in ("mr", "lge")]
     manifests = [load_manifest(Path(folder)) for folder in datasets]
     compare_run._check_labels(["backward"], datasets, manifests)
-    with pytest.raises(ConfigError, match=r"forward would be scored on .*lge.*--directions backward"):
+    with pytest.raises(ConfigError, match=r"mr to .*lge \(forward\) cannot be scored.*--directions backward"):
         compare_run._check_labels(["forward"], datasets, manifests)

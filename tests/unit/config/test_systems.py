@@ -46,7 +46,7 @@ def test_what_is_shared_on_the_phantom() -> None:
     assert {name for name in SYSTEMS if shared[name] == "warm_up"} == warmed_up
     assert {name for name in SYSTEMS if shared[name] == "source_only"} == {"adaoutput", "advent", "minent", "clan"}
     assert shared_phase(load_config("phantom/adabn"), load_config("phantom/source_only")) == "source_only"
-    for change in ("run.seed=2", "optim.lr=1e-3", "data.source=phantom:mr", "network.width=8"):
+    for change in ("run.seed=2", "optim.momentum=0.5", "data.source=phantom:mr", "network.width=8"):
         assert shared_phase(load_config("phantom/mpscl", [change]), mpscl) is None, change
     for change in ("method.lambda_main=0.1", "phases.warm_up=99", "optim.lr_discriminator=1e-5"):
         other = load_config("phantom/mpscl", [change])
@@ -55,6 +55,20 @@ def test_what_is_shared_on_the_phantom() -> None:
         assert shared_phase(load_config("phantom/mpscl", [change]), mpscl) == "warm_up", change
     with pytest.raises(ValueError, match="no phase"):
         phase_fingerprint(mpscl, "supervised")
+
+
+def test_settings_of_sgd_alone_decide_what_the_source_only_phase_learns(tmp_path: Path) -> None:
+    base = make_pair(tmp_path)
+    length = ["phases.source_only=2", "phases.warm_up=1", "phases.adaptation=1", "phases.source_only_lr=0.01"]
+    changes = ["optim.lr=0.3", "optim.lr_discriminator=0.3", "optim.betas=[0.5,0.6]"]
+    learnt, configs = [], []
+    for name, overrides in (("one", []), ("other", changes)):
+        config = tiny_config(base / "mr", base / "ct", [*length, *overrides])
+        run = train(config, base / name, stop_after=3)[1]
+        learnt.append(checkpoint.load(run.phases / "source_only")["method"]["networks"]["segmenter"])
+        configs.append(config)
+    assert all(torch.equal(tensor, learnt[1][key]) for key, tensor in learnt[0].items())
+    assert shared_phase(*configs) == "source_only"
 
 
 def test_phases_that_a_method_does_not_have_are_refused() -> None:

@@ -125,7 +125,7 @@ def test_the_command_prints_a_table_and_the_next_command(source: Path, capsys: p
     assert main(arguments) == 0
     printed = capsys.readouterr()
     rows = [line.split() for line in printed.out.splitlines()]
-    assert ["split", "patients", "cases", "labelled", "slices", "background", "MYO", "LAC", "LVC", "AA"] in rows
+    assert ["split", "patients", "cases", "labelled", "slices", "background", "AA", "LAC", "LVC", "MYO"] in rows
     assert ["train", "4", "4", "4", "96"] in [row[:5] for row in rows]
     preset = rows[-1][rows[-1].index("mpscl_ray.train") + 1]
     assert rows[-1] == [

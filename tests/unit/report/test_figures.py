@@ -1,4 +1,4 @@
-"""The parts of the figures that compute: surfaces, errors, shares, means, planes; by hand or against geometry."""
+"""The computations of the figures: surfaces, errors, shares, means, planes; by hand or against geometry."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import math
 
 import numpy as np
 import pytest
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
 
 from mpscl_ray.config.titles import system_of
 from mpscl_ray.data.slice_selection import evenly_spaced, labelled_slices
@@ -18,16 +20,16 @@ from mpscl_ray.report.figures.segmentations import (
     overconfident,
     side_by_side,
 )
-from mpscl_ray.report.figures.style import house_style, png, wrapped
+from mpscl_ray.report.figures.style import class_colour, class_legend, house_style, png, wrapped
 
 CLASSES = ("background", "LVC", "MYO")
 
 
 def ball(shape: tuple[int, int, int], centre: tuple[float, float, float], radius: float, spacing: float) -> np.ndarray:
-    """A ball in a volume whose slices are ``spacing`` times as far apart as its pixels."""
-    places = np.indices(shape).astype(float) - np.array(centre)[:, None, None, None]
-    places[0] *= spacing
-    return np.linalg.norm(places, axis=0) <= radius
+    """A ball in a volume with slices ``spacing`` times as far apart as pixels."""
+    positions = np.indices(shape).astype(float) - np.array(centre)[:, None, None, None]
+    positions[0] *= spacing
+    return np.linalg.norm(positions, axis=0) <= radius
 
 
 def rendered(volume: np.ndarray, spacing: tuple[float, float, float], azimuth: float, elevation: float) -> np.ndarray:
@@ -74,7 +76,7 @@ def test_surfaces_of_empty_volumes_are_empty_pictures() -> None:
         assert png(surfaces.surfaces({"nothing": empty, "something": some}, CLASSES, (1, 1, 1))).startswith(b"\x89PNG")
 
 
-def test_confident_errors_are_wrong_and_sure() -> None:
+def test_confident_errors_are_wrong_and_of_low_entropy() -> None:
     truth = np.array([[[0, 1, 2, 1]]], np.uint8)
     column = Segmented("s", np.array([[[0, 2, 1, 1]]], np.uint8), np.array([[[0.0, 0.05, 0.9, 0.5]]], np.float32))
     assert column.confident_errors(truth).tolist() == [[[False, True, False, False]]]
@@ -119,7 +121,7 @@ def test_selection_shares_by_hand() -> None:
         "selected_confusion": [[30, 4, 0], [0, 6, 0], [0, 0, 0]],
     }
     axes = selection_curves({"run": [record]}).axes
-    assert [float(place.lines[0].get_ydata()[0]) for place in axes] == pytest.approx([0.4, 0.25, 0.6])
+    assert [float(panel.lines[0].get_ydata()[0]) for panel in axes] == pytest.approx([0.4, 0.25, 0.6])
 
 
 def test_loss_curves_keep_runs_apart_and_mark_phases() -> None:
@@ -131,7 +133,7 @@ def test_loss_curves_keep_runs_apart_and_mark_phases() -> None:
     figure = losses.loss_curves([losses.Training("one", records), losses.Training("two", records, {12: 0.3})])
     assert [axes.get_title() for axes in figure.axes] == ["one", "two"]
     for axes in figure.axes:
-        assert [text.get_text().strip() for text in axes.texts] == ["source only", "warmed up"]
+        assert [text.get_text().strip() for text in axes.texts] == ["source-only", "warm-up"]
         assert axes.get_xlim()[0] == 10
     assert any(list(line.get_xdata()) == [12] for line in figure.axes[1].lines)
     assert png(losses.loss_curves([losses.Training("a single reading", records[:1])])).startswith(b"\x89PNG")
@@ -171,6 +173,21 @@ def test_systems_have_the_names_of_the_paper(method: dict[str, object], labelled
     assert system_of({"method": method, "data": {"labelled": labelled}}) == system
 
 
+def test_legends_and_panels_have_the_order_of_the_tables() -> None:
+    classes = ("background", "MYO", "LAC", "LVC", "AA")
+    figure = Figure()
+    class_legend(figure, classes)
+    legend = figure.legends[0]
+    assert [text.get_text() for text in legend.get_texts()] == ["AA", "LAC", "LVC", "MYO"]
+    colours = [to_hex(patch.get_facecolor()) for patch in legend.get_patches()]
+    assert colours == [class_colour(index) for index in (4, 2, 3, 1)], "a structure keeps the colour of its index"
+    record = {"iteration": 0, "nearest": [[0] * at + [1] + [0] * (179 - at) for at in range(5)]}
+    panels = angles.between_runs({"run": record}, classes).axes
+    means = {panel.get_title(): panel.lines[-1].get_xdata()[0] for panel in panels}
+    assert means == {"AA": 4.5, "LAC": 2.5, "LVC": 3.5, "MYO": 1.5}
+    assert list(means) == ["AA", "LAC", "LVC", "MYO"]
+
+
 def test_long_titles_take_two_lines() -> None:
-    assert wrapped("source only (CSCL)") == "source only\n(CSCL)"
+    assert wrapped("source-only (CSCL)") == "source-only\n(CSCL)"
     assert wrapped("MPSCL") == "MPSCL"

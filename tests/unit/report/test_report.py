@@ -1,4 +1,4 @@
-"""The report command on tiny runs: what is on the page, what is said to be missing, what it refuses."""
+"""The report command on tiny runs: what is on the page, what it names as missing, what it refuses."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mpscl_ray.methods.losses import class_counts, weighted_cross_entropy
 from mpscl_ray.predict.model import find_checkpoint
 from mpscl_ray.report import command as report
 from mpscl_ray.report import run as report_run
-from mpscl_ray.report.runs import choose_case, load, look_at, read_runs
+from mpscl_ray.report.runs import choose_case, load, predict_case, read_runs
 from mpscl_ray.runs.run_directory import RunDirectory
 from mpscl_ray.train.feature_log import FeatureRecord
 from mpscl_ray.train.ray import launch
@@ -39,13 +39,13 @@ def tiny_run(
     outcome, run = train(config, folder, stop_after)
     run.write_config(to_yaml(config))
     run.write_model(launch.model_description(config, launch.load_domains(config)[0]))
-    place = {"phase": outcome.phase, "iteration": outcome.iteration, "global_step": outcome.step}
-    run.write_status("finished" if outcome.state == "finished" else "interrupted", exit_code=0, **place)
+    position = {"phase": outcome.phase, "iteration": outcome.iteration, "global_step": outcome.step}
+    run.write_status("finished" if outcome.state == "finished" else "interrupted", exit_code=0, **position)
     return folder
 
 
 def quick(runs: Sequence[Path], out: Path) -> Path:
-    """A report for a look at its page: coarse figures, and no PDF, which the test of two runs asks for."""
+    """A report with coarse figures and without PDF, which the test of two runs asks for."""
     return report_run.report(runs, out, dpi=20, pdf=False)
 
 
@@ -83,7 +83,7 @@ class Page(HTMLParser):
 
 
 def assert_whole(file: Path, names: set[str]) -> Page:
-    """The page needs nothing but itself, and each figure is in it and beside it."""
+    """The page needs no other file, and contains each figure, which is also a file."""
     page = Page(file)
     assert page.tags.isdisjoint({"script", "link", "iframe"})
     assert all(reference.startswith(("data:image/png;base64,", "#")) for reference in page.references)
@@ -104,8 +104,8 @@ def test_two_runs_side_by_side(data: Path, margin: Path, tmp_path: Path) -> None
     page = assert_whole(file, names)
     for name in names:
         assert (file.parent / "figures" / f"{name}.pdf").read_bytes().startswith(b"%PDF")
-    for said in ("CSCL", "MPSCL", "source only (CSCL)", "MR to CT", "ct_test_0", *CLASSES[1:]):
-        assert said in page.text, said
+    for text in ("CSCL", "MPSCL", "source-only (CSCL)", "MR to CT", "ct_test_0", *CLASSES[1:]):
+        assert text in page.text, text
     assert "No scores yet for without, margin" in page.text
 
 
@@ -114,24 +114,24 @@ def test_a_target_without_labels_gives_fewer_figures_and_says_so(data: Path, tmp
     run = tiny_run(tmp_path / "run", data / "mr", target)
     names = FIGURES | {"angles-run", "pseudo-labels-run", "selection"}
     file = quick([run], tmp_path / "report")
-    # So short a training may predict nothing but background, which leaves a sentence in place of a figure.
+    # So short a training may predict nothing but background, which gives a sentence instead of a figure.
     if "No surfaces are drawn" in Page(file).text:
         names.remove("surfaces")
     page = assert_whole(file, names)
-    for said in ("shown without ground truth", "errors are not marked", "no curve on the target", "by prediction"):
-        assert said in page.text, said
-    assert "image, source only, warmed up, adapted." in page.text
+    for text in ("shown without ground truth", "errors are not marked", "no curve on the target", "by prediction"):
+        assert text in page.text, text
+    assert "image, source-only, warm-up, adaptation." in page.text
 
 
-def test_a_run_that_is_not_done_is_shown_as_far_as_it_is(data: Path, tmp_path: Path) -> None:
+def test_an_unfinished_run_is_shown_up_to_its_newest_checkpoint(data: Path, tmp_path: Path) -> None:
     run = tiny_run(tmp_path / "run", data / "mr", data / "ct", stop_after=6)
     page = assert_whole(quick([run], tmp_path / "report"), FIGURES)
-    assert "image, source only, so far, ground truth" in page.text
+    assert "image, source-only, so far, ground truth" in page.text
     assert "interrupted (iteration 2 of warm_up)" in page.text
     assert "No pseudo-labels from MPSCL" in page.text
 
 
-def test_a_run_without_checkpoint_shows_what_it_has_measured(data: Path, tmp_path: Path) -> None:
+def test_a_run_without_checkpoint_is_shown_by_its_metrics(data: Path, tmp_path: Path) -> None:
     run = RunDirectory(tiny_run(tmp_path / "run", data / "mr", data / "ct", stop_after=1))
     for checkpoint in run.checkpoints.iterdir():
         for file in checkpoint.iterdir():
@@ -141,7 +141,7 @@ def test_a_run_without_checkpoint_shows_what_it_has_measured(data: Path, tmp_pat
     assert "MPSCL has no checkpoint yet" in page.text
 
 
-def test_runs_with_different_targets_get_figures_of_their_own_phase_by_phase(
+def test_runs_with_different_targets_have_separate_figures_phase_by_phase(
     data: Path, margin: Path, tmp_path: Path
 ) -> None:
     other = tiny_run(tmp_path / "other", data / "ct", data / "mr")
@@ -151,22 +151,22 @@ def test_runs_with_different_targets_get_figures_of_their_own_phase_by_phase(
     assert "MPSCL (margin)" in page.text
     for target in ("mr", "ct"):
         assert f"Target {target.upper()}. Case {target}_test_0" in page.text
-    assert page.text.count("image, source only, warmed up, adapted, ground truth") == 2
+    assert page.text.count("image, source-only, warm-up, adaptation, ground truth") == 2
     assert "needs two runs with prototypes" in page.text
 
 
 def test_a_run_in_a_bucket_is_read_by_its_url(margin: Path, tmp_path: Path) -> None:
     with serve(tmp_path) as server:
         upload_folder(margin, server.folder("runs/margin"))
-        place = server.url("runs/margin")
-        (run,) = read_runs([place])
+        url = server.url("runs/margin")
+        (run,) = read_runs([url])
         (local,) = read_runs([margin])
-        assert [end.name for end in run.ends] == [end.name for end in local.ends]
-        assert (run.looks, run.records) == (local.looks, local.records)
+        assert [saved.name for saved in run.checkpoints] == [saved.name for saved in local.checkpoints]
+        assert (run.feature_records, run.records) == (local.feature_records, local.records)
         assert len(FeatureRecord(run.folder.path).read_panels()) == 2
-        assert load(run, run.ends[-1], "cpu").weights.step == 12  # type: ignore[union-attr]
+        assert load(run, run.checkpoints[-1], "cpu").weights.step == 12  # type: ignore[union-attr]
         with pytest.raises(ConfigError, match="is in a bucket; give a folder for its report with --out"):
-            report.main([place])
+            report.main([url])
 
 
 def test_training_labels_of_the_target_are_never_read(margin: Path) -> None:
@@ -180,21 +180,21 @@ def test_entropy_and_loss_of_the_shown_case(data: Path, margin: Path) -> None:
     (run,) = read_runs([margin])
     shown = choose_case(run, None)
     predictor = load(run, find_checkpoint(margin, "adaptation")[0], "cpu")
-    look = look_at(predictor, shown, "adapted")
+    prediction = predict_case(predictor, shown, "adaptation")
     folder = data / "ct"
     arrays = read_case(folder, load_manifest(folder).split("test")[0])
     probabilities = torch.from_numpy(predictor.predict_probabilities(arrays["image"])).transpose(0, 1).double()
     entropy = torch.special.entr(probabilities).sum(1) / math.log(3)
-    assert look.segmented.entropy == pytest.approx(entropy.numpy(), abs=1e-5)
-    assert (look.segmented.labels == probabilities.argmax(1).numpy()).all()
+    assert prediction.segmented.entropy == pytest.approx(entropy.numpy(), abs=1e-5)
+    assert (prediction.segmented.labels == probabilities.argmax(1).numpy()).all()
     labels = torch.tensor(arrays["label"].astype(np.int64))
     sums = weighted_cross_entropy(probabilities.log(), labels, class_counts(labels, 3))
-    assert look.cross_entropy == pytest.approx(float(sums.numerator / sums.denominator), rel=1e-5)
-    assert look.step == 12
-    assert np.isfinite(look.segmented.entropy).all()
+    assert prediction.cross_entropy == pytest.approx(float(sums.numerator / sums.denominator), rel=1e-5)
+    assert prediction.step == 12
+    assert np.isfinite(prediction.segmented.entropy).all()
 
 
-def test_what_cannot_be_reported_is_one_sentence(margin: Path, tmp_path: Path) -> None:
+def test_a_report_that_cannot_be_made_is_refused_in_one_sentence(margin: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="not the folder of a run"):
         report_run.report([tmp_path])
     with pytest.raises(ConfigError, match="given twice"):
@@ -203,7 +203,7 @@ def test_what_cannot_be_reported_is_one_sentence(margin: Path, tmp_path: Path) -
         report_run.report([margin], tmp_path, case="ct_9")
 
 
-def test_a_dataset_that_is_gone_leaves_the_curves(tmp_path: Path) -> None:
+def test_without_the_dataset_the_curves_are_drawn(tmp_path: Path) -> None:
     data = make_pair(tmp_path / "data")
     run = tiny_run(tmp_path / "run", data / "mr", data / "ct")
     (data / "ct").rename(tmp_path / "moved")

@@ -58,7 +58,7 @@ def test_panel_shows_each_label_where_it_is(images: np.ndarray) -> None:
     images = np.zeros_like(images)
     labels = np.zeros((3, 64, 64), np.int64)
     labels[1, 10:20, 30:40] = 3
-    result = panel(images, {"source only": np.zeros_like(labels), "adapted": labels}, CLASSES)
+    result = panel(images, {"source-only": np.zeros_like(labels), "adaptation": labels}, CLASSES)
     assert result.dtype == np.uint8
     header, tile, gap = 24, 128, 4
     assert result.shape == (header + 3 * tile + 2 * gap + 24, 3 * tile + 2 * gap, 3)
@@ -76,12 +76,12 @@ def test_panel_shows_each_label_where_it_is(images: np.ndarray) -> None:
 
 def test_panel_names_columns_and_classes(images: np.ndarray) -> None:
     labels = np.zeros((3, 64, 64), np.uint8)
-    one = panel(images, {"adapted": labels, "label": labels}, CLASSES)
-    other = panel(images, {"adapted": labels, "truth": labels}, CLASSES)
+    one = panel(images, {"adaptation": labels, "label": labels}, CLASSES)
+    other = panel(images, {"adaptation": labels, "truth": labels}, CLASSES)
     header = np.any(one[:24] != other[:24], axis=(0, 2))
     assert header.any()
     assert not header[: 2 * 132].any(), "only the third title differs"
-    renamed = panel(images, {"adapted": labels, "label": labels}, [*CLASSES[:-1], "aorta"])
+    renamed = panel(images, {"adaptation": labels, "label": labels}, [*CLASSES[:-1], "aorta"])
     assert np.array_equal(one[:-24], renamed[: len(one) - 24])
     assert not np.array_equal(one[-24:], renamed[-24:])
 
@@ -148,7 +148,7 @@ def test_progress_draws_each_curve_and_boundary() -> None:
     for axes in (losses, shares, dice):
         boundaries = [line.get_xdata()[0] for line in axes.get_lines() if str(line.get_label()).startswith("_")]
         assert boundaries == [300, 500]
-    assert [text.get_text().strip() for text in losses.texts] == ["source only", "warm up", "adaptation"]
+    assert [text.get_text().strip() for text in losses.texts] == ["source_only", "warm_up", "adaptation"]
     styles = [(line.get_color(), line.get_linestyle()) for line in losses.get_lines()[:2]]
     assert styles[0][0] != styles[1][0]
     assert styles[0][1] != styles[1][1]

@@ -1,11 +1,11 @@
-"""The table of trials: drawn over itself on a terminal, a line for each event elsewhere."""
+"""The table of trials: redrawn in its own lines on a terminal, a line for each event elsewhere."""
 
 from __future__ import annotations
 
 import io
 import math
 
-from mpscl_ray.tune.display import Board, trial_rows
+from mpscl_ray.tune.display import TrialTable, trial_rows
 from mpscl_ray.tune.ledger import Trial
 
 
@@ -34,25 +34,25 @@ def test_rows_name_state_iteration_score_and_settings() -> None:
 
 def test_without_a_terminal_each_event_is_a_line_and_no_table_is_drawn() -> None:
     stream = io.StringIO()
-    board = Board(lambda: ["table"], stream)
-    board.say("trial 001 finished")
-    board.look()
-    board.close()
+    table = TrialTable(lambda: ["table"], stream)
+    table.log("trial 001 finished")
+    table.redraw()
+    table.close()
     assert stream.getvalue() == "trial 001 finished\n"
 
 
-def test_on_a_terminal_the_table_is_drawn_over_itself() -> None:
+def test_on_a_terminal_the_table_is_redrawn_in_its_own_lines() -> None:
     stream = Terminal()
     rows = ["one"]
-    board = Board(lambda: rows, stream)
-    board.say("trial 001 begins")
-    board.look()
-    board.look()
+    table = TrialTable(lambda: rows, stream)
+    table.log("trial 001 starts")
+    table.redraw()
+    table.redraw()
     first = stream.getvalue()
-    assert first == "\x1b[Jone\n\ntrial 001 begins\n", "at most once a second"
+    assert first == "\x1b[Jone\n\ntrial 001 starts\n", "at most once a second"
     rows.append("two")
-    board.close()
-    assert stream.getvalue().removeprefix(first) == "\x1b[3A\x1b[Jone\ntwo\n\ntrial 001 begins\n"
-    board.look()
-    board.say("over")
-    assert stream.getvalue().endswith("begins\nover\n")
+    table.close()
+    assert stream.getvalue().removeprefix(first) == "\x1b[3A\x1b[Jone\ntwo\n\ntrial 001 starts\n"
+    table.redraw()
+    table.log("over")
+    assert stream.getvalue().endswith("starts\nover\n")

@@ -1,4 +1,4 @@
-"""The ledger of a search, early stopping that goes by it, and what a search makes of it."""
+"""The ledger of a search, early stopping by its reports, and the results of a search."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ from matplotlib.image import imread
 from mpscl_ray.config import load_config
 from mpscl_ray.errors import ConfigError, DataError
 from mpscl_ray.tune import figures
-from mpscl_ray.tune.agreement import agreement, rank_correlation
-from mpscl_ray.tune.asha import Halving, Listener
+from mpscl_ray.tune.agreement import agreement, agreements, rank_correlation
+from mpscl_ray.tune.asha import SuccessiveHalving
 from mpscl_ray.tune.criteria import CRITERIA, score
 from mpscl_ray.tune.ledger import Ledger, Trial
-from mpscl_ray.tune.samplers import draws
+from mpscl_ray.tune.ray_tune import ReportScheduler
+from mpscl_ray.tune.results import best_trial, preset_text, saving, trials_csv, trials_markdown
+from mpscl_ray.tune.samplers import make_sampler
 from mpscl_ray.tune.space import load_space
-from mpscl_ray.tune.summary import agreements, best_trial, preset_text, saving, trials_csv, trials_markdown
 
 DICE = "val/dice/mean"
 
@@ -56,9 +57,9 @@ def test_a_record_is_on_the_disk_before_anything_is_decided_by_it(
     events: list[str] = []
     monkeypatch.setattr(os, "fsync", lambda descriptor: events.append(f"{os.fstat(descriptor).st_size} bytes synced"))
     file = tmp_path / "ledger.jsonl"
-    ledger = Ledger(file, lambda: events.append(f"settled with {len(ledger.trials)} known"))
+    ledger = Ledger(file, lambda: events.append(f"flushed with {len(ledger.trials)} known"))
     ledger.add(1, {})
-    assert events == [f"{file.stat().st_size} bytes synced", "settled with 0 known"]
+    assert events == [f"{file.stat().st_size} bytes synced", "flushed with 0 known"]
 
 
 def test_a_torn_last_line_is_dropped_and_a_damaged_one_is_named(tmp_path: Path) -> None:
@@ -78,65 +79,65 @@ def test_a_torn_last_line_is_dropped_and_a_damaged_one_is_named(tmp_path: Path) 
         Ledger(file)
 
 
-def test_the_best_third_of_those_on_a_rung_goes_on_when_it_is_there() -> None:
-    halving = Halving([10, 30], 3, total=9)
+def test_the_best_third_of_those_on_a_rung_is_promoted_once_it_is_there() -> None:
+    halving = SuccessiveHalving([10, 30], 3, total=9)
     assert [halving.report(n, 10, score) for n, score in ((1, 0.5), (2, 0.6), (3, math.nan))] == [True] * 3
-    assert halving.next({1, 3}) is None, "2 is the best of three, and may be elsewhere"
-    assert halving.next({1, 2, 3}) == 2
-    assert halving.next({1, 2, 3}) is None
+    assert halving.promote({1, 3}) is None, "2 is the best of three, and does not wait here"
+    assert halving.promote({1, 2, 3}) == 2
+    assert halving.promote({1, 2, 3}) is None
     assert not halving.report(4, 10, 0.7), "the best of four does not wait"
     assert not halving.report(4, 20, 0.0), "between rungs nothing is decided"
     assert [halving.report(n, 10, 0.5) for n in (5, 6)] == [True] * 2
-    assert halving.next({1, 3, 5, 6}) is None, "the best two of six, 4 and 2, went on already"
+    assert halving.promote({1, 3, 5, 6}) is None, "the best two of six, 4 and 2, are promoted already"
     assert [halving.waits_at(n) for n in range(1, 7)] == [10, None, 10, None, 10, 10]
-    assert [halving.hopeless(n) for n in (1, 5, 6, 3)] == [False, True, True, True], "three of nine may go on: 4, 2, 1"
+    assert [halving.cannot_be_promoted(n) for n in (1, 5, 6, 3)] == [False, True, True, True], (
+        "three of nine can be promoted: 4, 2, 1"
+    )
     assert halving.report(2, 33, 0.1)
     assert halving.report(4, 30, 0.1)
-    assert halving.waits_at(2) == 33, "the first report behind a rung counts there"
-    assert halving.next({2, 4}) is None
-    assert halving.next({1, 2, 4}, whatever=True) == 2, "the best of the highest rung; of equal ones the first"
-    assert Halving([], 3, 9).report(1, 10, 0.5) is False
+    assert halving.waits_at(2) == 33, "the first report after a rung counts there"
+    assert halving.promote({2, 4}) is None
+    assert halving.promote({1, 2, 4}, force=True) == 2, "the best of the highest rung; of equal ones the first"
+    assert SuccessiveHalving([], 3, 9).report(1, 10, 0.5) is False
 
 
-def test_a_score_that_is_no_number_is_the_lowest_whenever_it_comes() -> None:
-    halving = Halving([10], 2, total=4)
+def test_a_score_of_nan_is_the_lowest_whenever_it_comes() -> None:
+    halving = SuccessiveHalving([10], 2, total=4)
     assert halving.report(1, 10, math.nan)
     assert not halving.report(2, 10, 0.5), "the best of two"
     assert halving.report(3, 10, math.nan)
     assert not halving.report(4, 10, 0.1), "the second of four"
-    assert [halving.hopeless(number) for number in (1, 3)] == [True, True]
+    assert [halving.cannot_be_promoted(number) for number in (1, 3)] == [True, True]
 
 
 @given(st.lists(st.tuples(st.integers(1, 9), st.floats(0, 1)), max_size=60), st.integers(2, 4), st.integers(1, 15))
-def test_what_goes_on_follows_from_the_reports_alone(
-    reports: list[tuple[int, float]], reduction: int, step: int
-) -> None:
-    live, again = Halving([10, 30], reduction, 9), Halving([10, 30], reduction, 9)
-    done, waiting, taken = dict.fromkeys(range(1, 10), 0), set[int](), set[int]()
+def test_promotions_follow_from_the_reports_alone(reports: list[tuple[int, float]], reduction: int, step: int) -> None:
+    live, again = SuccessiveHalving([10, 30], reduction, 9), SuccessiveHalving([10, 30], reduction, 9)
+    done, waiting, resumed = dict.fromkeys(range(1, 10), 0), set[int](), set[int]()
     for number, value in reports:
         if number in waiting:
-            number = live.next(waiting) or 0
+            number = live.promote(waiting) or 0
             waiting.discard(number)
-            taken.add(number)
+            resumed.add(number)
         if number == 0:
             continue
         done[number] += step
         waits = live.report(number, done[number], value)
-        assert again.report(number, done[number], value) == waits, "who was taken up decides nothing for others"
-        taken.discard(number)
+        assert again.report(number, done[number], value) == waits, "a promotion decides nothing for other trials"
+        resumed.discard(number)
         waiting |= {number} if waits else set()
     for number in done:
         assert (live.waits_at(number) is not None) == (number in waiting)
-        if number not in taken:  # what was taken up and has reported nothing since is found on its rung again
+        if number not in resumed:  # a trial that has not reported since it resumed is found on its rung
             assert again.waits_at(number) == live.waits_at(number)
 
 
-def test_ray_tune_is_told_to_go_on_with_every_trial() -> None:
-    heard: list[tuple[int, int, float, dict[str, float]]] = []
-    listener = Listener(lambda *report: heard.append(report))
+def test_ray_tune_ends_no_trial_itself() -> None:
+    reports: list[tuple[int, int, float, dict[str, float]]] = []
+    scheduler = ReportScheduler(lambda *report: reports.append(report))
     for result in ({"number": 1, "iteration": 10, "score": 0.5, f"values/{DICE}": 0.4}, {"done": True}):
-        assert listener.on_trial_result(None, None, result) == "CONTINUE"
-    assert heard == [(1, 10, 0.5, {DICE: 0.4})]
+        assert scheduler.on_trial_result(None, None, result) == "CONTINUE"
+    assert reports == [(1, 10, 0.5, {DICE: 0.4})]
 
 
 def test_rank_correlation_by_hand() -> None:
@@ -223,7 +224,7 @@ def test_criteria_are_compared_over_trials_in_full() -> None:
     assert set(found) <= set(CRITERIA)
 
 
-def test_pictures_are_drawn_whatever_there_is(tmp_path: Path) -> None:
+def test_figures_are_drawn_from_many_trials_one_and_none(tmp_path: Path) -> None:
     space = load_space("phantom").distributions
     mixed = load_space("discriminator", ["data.source=s", "data.target=t"]).distributions
     full, one = (
@@ -242,9 +243,9 @@ def test_pictures_are_drawn_whatever_there_is(tmp_path: Path) -> None:
             assert imread(path).std() > 0.01
 
 
-def test_optuna_learns_from_trials_and_goes_on_from_known_ones(tmp_path: Path) -> None:
+def test_optuna_learns_from_trials_and_from_those_of_the_ledger(tmp_path: Path) -> None:
     space = load_space("phantom", ["search.method=optuna", "search.trials=40"])
-    found = draws(space, {}, {})
+    found = make_sampler(space, {}, {})
     trials: dict[int, Trial] = {}
     values: dict[int, float | None] = {}
     for number in range(1, 31):
@@ -254,15 +255,15 @@ def test_optuna_learns_from_trials_and_goes_on_from_known_ones(tmp_path: Path) -
     assert trials[1].settings == space.default()
     late = [abs(trials[number].settings["method.margin_source"] - 0.5) for number in range(21, 31)]
     assert np.mean(late) < 0.12
-    again = draws(space, trials, values)
+    again = make_sampler(space, trials, values)
     more = [abs(again.settings(number)["method.margin_source"] - 0.5) for number in range(31, 36)]
     assert np.mean(more) < 0.15
 
 
-def test_optuna_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_optuna_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "optuna", None)
     with pytest.raises(ConfigError, match=r"pip install .mpscl_ray\[optuna\]"):
-        draws(load_space("phantom", ["search.method=optuna"]), {}, {})
+        make_sampler(load_space("phantom", ["search.method=optuna"]), {}, {})
 
 
 def test_best_yaml_is_plain_yaml() -> None:

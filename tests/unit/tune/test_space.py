@@ -1,4 +1,4 @@
-"""Spaces: what is read, what is refused before anything starts, and what the trials get and share."""
+"""Spaces: what is read, what is refused before the search starts, and what the trials get and share."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import pytest
 import torch
 
 from mpscl_ray.config import config_from_dict
+from mpscl_ray.config.systems import acts_on, common_phases, limiting_keys, phase_fingerprint
 from mpscl_ray.errors import ConfigError
 from mpscl_ray.runs import checkpoint
 from mpscl_ray.runs.run_directory import RunDirectory
 from mpscl_ray.train import loop
 from mpscl_ray.tune.asha import rungs
 from mpscl_ray.tune.criteria import LABEL_FREE, WITHOUT_SOURCE
-from mpscl_ray.tune.samplers import draws, grid
-from mpscl_ray.tune.shared_phases import acts_from, limiting_keys, shared_phases
+from mpscl_ray.tune.samplers import grid, make_sampler
 from mpscl_ray.tune.space import Space, load_space, space_names
 from mpscl_ray.tune.warm_start import choose_metric
 from tests.tiny import local_data, make_pair, tiny_config
@@ -41,11 +41,11 @@ def refusal(folder: Path, text: str, *overrides: str) -> str:
 
 
 @pytest.mark.parametrize("name", space_names())
-def test_spaces_that_come_with_the_package_are_right_and_named_after_their_file(name: str) -> None:
+def test_spaces_of_the_package_are_valid_and_named_after_their_file(name: str) -> None:
     space = load_space(name, ["data.source=s", "data.target=t"])
     assert (ROOT / "tune_spaces" / f"{name}.yaml").is_file()
     assert space.base.run.name == f"tune-{name}"
-    for settings in grid(space) if space.search.method == "grid" else [draws(space, {}, {}).settings(2)]:
+    for settings in grid(space) if space.search.method == "grid" else [make_sampler(space, {}, {}).settings(2)]:
         assert space.config(settings).run == space.base.run
 
 
@@ -56,7 +56,7 @@ def test_all_subpackages_and_the_folder_of_spaces_are_installed() -> None:
     assert set(listed) == found | {"mpscl_ray.tune_spaces"}
 
 
-def test_everything_that_is_wrong_is_said_at_once_with_its_line(tmp_path: Path) -> None:
+def test_all_problems_are_named_at_once_with_their_lines(tmp_path: Path) -> None:
     text = """\
 preset: phantom
 phases: {adaptatoin: 3}
@@ -114,14 +114,14 @@ def test_refused(tmp_path: Path, text: str, overrides: list[str], message: str) 
     assert message in refusal(tmp_path, text, *overrides)
 
 
-def test_an_unknown_space_is_answered_with_the_nearest() -> None:
+def test_an_unknown_space_is_refused_with_the_nearest_name() -> None:
     with pytest.raises(ConfigError, match=r"no space 'phantm'; did you mean 'phantom'\?"):
         load_space("phantm")
     with pytest.raises(ConfigError, match=r"there is no space file nowhere\.yaml"):
         load_space("nowhere.yaml")
 
 
-def test_settings_are_laid_over_each_other_preset_file_command_line(tmp_path: Path) -> None:
+def test_the_file_overrides_the_preset_and_the_command_line_both(tmp_path: Path) -> None:
     text = "preset: phantom\nphases: {adaptation: 9, warm_up: 8}\nspace: {method.alpha: {choice: [0.5]}}"
     space = space_of(tmp_path, text, "phases.warm_up=7", "run.name=mine", "search.trials=3", "preset=small/mpscl")
     assert (space.base.phases.source_only, space.base.phases.warm_up, space.base.phases.adaptation) == (450, 7, 9)
@@ -138,7 +138,7 @@ space:
   method.form: {{choice: [released, paper]}}
 """
     few, many, other = (
-        draws(space_of(tmp_path, text, s), {}, {}) for s in ("run.seed=1", "search.trials=400", "search.seed=2")
+        make_sampler(space_of(tmp_path, text, s), {}, {}) for s in ("run.seed=1", "search.trials=400", "search.seed=2")
     )
     assert few.settings(7) == many.settings(7) != other.settings(7)
     drawn = [many.settings(number) for number in range(1, 401)]
@@ -149,18 +149,18 @@ space:
     assert 0.4 < sum(trial["method.gamma"] < 1 for trial in drawn) / 400 < 0.6
 
 
-def test_the_first_random_trial_has_the_presets_own_values_if_they_lie_in_the_space(tmp_path: Path) -> None:
+def test_the_first_random_trial_has_the_values_of_the_preset_if_they_lie_in_the_space(tmp_path: Path) -> None:
     inside = space_of(tmp_path, "space: {method.alpha: {uniform: [0, 1]}, method.gamma: {choice: [0.3, 1]}}")
-    assert draws(inside, {}, {}).settings(1) == {"method.alpha": 0.2, "method.gamma": 0.3}
+    assert make_sampler(inside, {}, {}).settings(1) == {"method.alpha": 0.2, "method.gamma": 0.3}
     outside = space_of(tmp_path, "space: {method.alpha: {uniform: [0.3, 1]}}")
-    assert draws(outside, {}, {}).settings(1)["method.alpha"] >= 0.3
+    assert make_sampler(outside, {}, {}).settings(1)["method.alpha"] >= 0.3
 
 
 def test_a_grid_has_every_combination_once(tmp_path: Path) -> None:
     text = f"space: {{{BOTH}: {{choice: [0, 0.2]}}, method.form: {{choice: [released, paper]}}}}".replace(
         BOTH, f"'{BOTH}'"
     )
-    found = draws(space_of(tmp_path, text, "search.method=grid"), {}, {})
+    found = make_sampler(space_of(tmp_path, text, "search.method=grid"), {}, {})
     points = [tuple(found.settings(number).values()) for number in range(1, found.total + 1)]
     assert points == [(m, m, form) for m in (0, 0.2) for form in ("released", "paper")]
 
@@ -180,24 +180,25 @@ def test_a_grid_has_every_combination_once(tmp_path: Path) -> None:
 )
 def test_trials_share_the_phases_in_which_no_key_acts(keys: list[str], shared: list[str], limiting: list[str]) -> None:
     config = load_space("phantom").base
-    assert [name for name, _ in shared_phases(config, keys)] == shared
+    assert [name for name, _ in common_phases(config, keys)] == shared
     assert limiting_keys(config, keys) == limiting
 
 
-def test_the_learning_rate_acts_in_the_first_phase_where_that_has_none_of_its_own(tmp_path: Path) -> None:
+def test_the_learning_rate_acts_in_the_first_phase_unless_that_has_its_own(tmp_path: Path) -> None:
     config = config_from_dict({"phases": {"source_only": 1, "warm_up": 1, "adaptation": 1}})
-    assert shared_phases(config, ["optim.lr"]) == []
+    assert common_phases(config, ["optim.lr"]) == []
     alone = config_from_dict({"phases": {"warm_up": 5}})
-    assert shared_phases(alone, ["method.gamma"]) == [], "the last phase is a trial's own"
+    assert common_phases(alone, ["method.gamma"]) == [], "the last phase is a trial's own"
 
 
-def test_settings_that_are_said_to_act_in_the_adaptation_do_not_before(tmp_path: Path) -> None:
+def test_settings_of_the_adaptation_change_no_weight_before_it(tmp_path: Path) -> None:
     make_pair(tmp_path)
     values = {"form": "paper", "alpha": 0.7, "delta_th": 0.4, "gamma": 0, "beta": 3, "base_temperature": 2}
     values |= {f"{kind}_{domain}": 1.3 for kind in ("margin", "temperature") for domain in ("source", "target")}
     config = tiny_config(tmp_path / "mr", tmp_path / "ct")
     names = [field.name for field in dataclasses.fields(config.method)]
-    late = {name for name in names if acts_from(f"method.{name}", config) == "adaptation"}
+    before = phase_fingerprint(config, "warm_up")
+    late = {name for name in names if not acts_on(f"method.{name}", before)}
     assert late == values.keys()
     changed = [f"method.{name}={value}" for name, value in values.items()]
     ends = []
@@ -213,7 +214,7 @@ def test_settings_that_are_said_to_act_in_the_adaptation_do_not_before(tmp_path:
     assert not torch.equal(*(next(iter(after["segmenter"].values())) for after in (one_after, other_after)))
 
 
-def test_rungs_begin_at_the_grace_and_end_before_the_last_iteration() -> None:
+def test_rungs_start_at_the_grace_and_end_before_the_last_iteration() -> None:
     assert rungs(120, 12, 3) == [12, 36, 108]
     assert rungs(36, 12, 3) == [12]
     assert rungs(12, 12, 3) == []
@@ -243,7 +244,7 @@ def domains(target: str, source: str) -> Any:
         ("information", "nn", "", "information"),
     ],
 )
-def test_a_criterion_needs_the_validation_cases_that_it_looks_at(
+def test_a_criterion_needs_the_validation_cases_that_it_is_computed_on(
     metric: str, target: str, source: str, expected: str
 ) -> None:
     if " " in expected:

@@ -1,4 +1,4 @@
-"""What a search makes of how a trial's process ended, read from the trial's folder."""
+"""How a search reads the end of a trial from its folder, and which trial is next."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def study_in(folder: Path) -> Study:
     nothing: Any = None
     study = Study(space, space.base, search, nothing, "oracle", Ledger(search.path / "ledger.jsonl"), lambda text: None)
     if not study.ledger.trials:
-        study.ledger.add(1, study.draws.settings(1))
+        study.ledger.add(1, study.sampler.settings(1))
         study.ledger.report(1, 6, {"val/dice/mean": 0.5})
         study.trial_folder(1).create()
     return study
@@ -46,7 +46,7 @@ def study_in(folder: Path) -> Study:
         ("failed", 5, False, False, (None, "")),
     ],
 )
-def test_a_trial_has_the_end_that_its_folder_tells(
+def test_the_end_of_a_trial_is_read_from_its_folder(
     tmp_path: Path, state: State, code: int | None, paused: bool, search_stops: bool, expected: tuple[str | None, str]
 ) -> None:
     study = study_in(tmp_path)
@@ -55,43 +55,43 @@ def test_a_trial_has_the_end_that_its_folder_tells(
     if paused:
         run.control_files.write(PAUSE, "waits at iteration 6")
     study.stopping = search_stops
-    study.ended(1)
+    study.trial_ended(1)
     trial = Ledger(study.ledger.file).trials[1]
     assert (trial.state, trial.reason) == expected
     assert (1 in study.remaining()) == (expected[0] is None)
-    assert [type(problem) for problem in study.held_up] == ([StorageError] if code == 5 else [])
+    assert [type(error) for error in study.errors] == ([StorageError] if code == 5 else [])
 
 
 def more(study: Study, *dices: float, iteration: int = 30) -> Study:
-    """A study of the same folder, opened anew when trials 2, 3, ... have reported as well."""
+    """A study of the same folder, opened again when trials 2, 3, ... have reported as well."""
     for number, dice in enumerate(dices, start=2):
-        study.ledger.add(number, study.draws.settings(number))
+        study.ledger.add(number, study.sampler.settings(number))
         study.ledger.report(number, iteration, {"val/dice/mean": dice})
         study.trial_folder(number).create()
         study.trial_folder(number).write_status("running")
     return study_in(study.folder.path.parent)
 
 
-def test_a_search_that_was_killed_between_a_report_and_its_consequence_draws_it_later(tmp_path: Path) -> None:
+def test_a_search_that_was_killed_after_a_report_stops_trials_when_it_resumes(tmp_path: Path) -> None:
     again = more(study_in(tmp_path), 0.1, 0.3, 0.2, 0.9, 0.4)
     again.folder.control_files.write(STOP_SEARCH, "")
-    again.settle()
+    again.recover()
     states = {number: trial.state for number, trial in again.ledger.trials.items()}
-    # Of 12 trials three may go on from the first rung: 2 and 4 cannot be among them any more. 5 was when it came.
+    # Of 12 trials three are promoted from the first rung: 2 and 4 cannot be among them. 5 was when it came.
     assert states == {1: None, 2: "stopped", 3: None, 4: "stopped", 5: None, 6: None}
     assert again.ledger.trials[4].reason == "fell behind at iteration 30"
-    assert [again.trial_folder(n).checkpoints.exists() for n in (2, 3)] == [False, True], "of no use to anyone"
+    assert [again.trial_folder(n).checkpoints.exists() for n in (2, 3)] == [False, True], "its checkpoints are deleted"
     assert not (again.folder.path / STOP_SEARCH).exists()
     given = []
     for _ in range(4):
-        number = again.next_number()
+        number = again.next_trial()
         assert number is not None
         assert again.next_task(number, None) is not None
         given.append(number)
-    assert given == [1, 5, 7, 8], "what was cut short, then what may go on, then new ones; 3 and 6 wait"
+    assert given == [1, 5, 7, 8], "interrupted, then promoted, then new trials; 3 and 6 wait"
 
 
-def test_a_search_goes_on_by_reports_in_the_order_in_which_they_came(tmp_path: Path) -> None:
+def test_a_search_resumes_with_reports_in_the_order_in_which_they_came(tmp_path: Path) -> None:
     study = more(study_in(tmp_path), 0.1, 0.2, 0.3, 0.9)
     study.ledger.report(1, 30, {"val/dice/mean": 0.95})
     again = study_in(tmp_path)
@@ -105,28 +105,28 @@ def test_one_trial_at_least_is_trained_in_full(tmp_path: Path) -> None:
     first.ledger.report(1, 30, {"val/dice/mean": 0.5})
     study = more(first, 0.1, 0.2, 0.6, *[0.1] * 8)
 
-    def all_that_may_go_on() -> list[int]:
+    def all_that_may_run() -> list[int]:
         given = []
-        while (number := study.next_number()) is not None:
+        while (number := study.next_trial()) is not None:
             assert study.next_task(number, None) is not None
             given.append(number)
         return given
 
-    assert all_that_may_go_on() == [4, 1, 3], "three of twelve; 4 was among the best when it came"
-    assert study.waits_for_trials
+    assert all_that_may_run() == [4, 1, 3], "three of twelve; 4 was among the best when it came"
+    assert study.has_active_trials
     for number, dice in ((1, 0.6), (3, 0.7), (4, 0.5)):
         study.ledger.report(number, 120, {"val/dice/mean": dice})
         assert study.halving.report(number, 120, dice), "of three on the second rung, a quarter is none"
-    study._given.clear()
-    assert all_that_may_go_on() == [3], "but one has to be trained in full"
-    study._write_end(3, "finished")
-    study._given.clear()
-    assert (study.next_number(), study.waits_for_trials) == (None, False)
+    study._active.clear()
+    assert all_that_may_run() == [3], "but one has to be trained in full"
+    study._record_end(3, "finished")
+    study._active.clear()
+    assert (study.next_trial(), study.has_active_trials) == (None, False)
 
 
-def test_settings_that_do_not_go_together_end_a_trial_before_it_starts(tmp_path: Path) -> None:
+def test_settings_that_contradict_each_other_end_a_trial_before_it_starts(tmp_path: Path) -> None:
     study = study_in(tmp_path)
-    study.ledger.add(2, {**study.draws.settings(2), "data.batch_size": 3, "scaling.workers": 2})
+    study.ledger.add(2, {**study.sampler.settings(2), "data.batch_size": 3, "scaling.workers": 2})
     assert study.next_task(2, None) is None
     assert study.ledger.trials[2].state == "failed"
     assert "data.batch_size=3" in study.ledger.trials[2].reason
@@ -134,13 +134,13 @@ def test_settings_that_do_not_go_together_end_a_trial_before_it_starts(tmp_path:
     task = study.next_task(1, None)
     assert task is not None
     assert task["number"] == 1
-    assert study.trial_folder(1).control_files.read(PAUSE) is None, "else it would pause again at once"
+    assert study.trial_folder(1).control_files.read(PAUSE) is None, "otherwise it would pause again at once"
 
 
-def test_a_trial_that_cannot_tell_its_end_holds_the_search_up_and_has_none(tmp_path: Path) -> None:
+def test_a_trial_that_cannot_write_its_end_stays_open_and_stops_the_search(tmp_path: Path) -> None:
     study = study_in(tmp_path)
     study.trial_folder(1).write_status("running")
     study.unreachable[1] = "cannot write s3://bucket/runs"
-    study.ended(1)
+    study.trial_ended(1)
     assert not study.ledger.trials[1].ended
-    assert [type(problem) for problem in study.held_up] == [StorageError]
+    assert [type(error) for error in study.errors] == [StorageError]

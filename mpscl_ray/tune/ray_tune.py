@@ -1,0 +1,207 @@
+"""A search on Ray Tune: the searcher, scheduler and callback that connect it to a study.
+
+Each start of a search runs Ray Tune from scratch for the trials that are left: it keeps no state that would have to be
+restored.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+from ray.tune import Callback
+from ray.tune.schedulers import FIFOScheduler, TrialScheduler
+from ray.tune.search import Searcher
+
+from mpscl_ray.errors import Interrupted, StorageError
+from mpscl_ray.runs.run_directory import RunDirectory
+from mpscl_ray.runs.signals import Interruption
+from mpscl_ray.tune.study import Study
+from mpscl_ray.tune.trainable import STOP_SEARCH, UNREACHABLE, train_trial
+
+RAY_FOLDER = "ray"
+"""Folder in that of a search that Ray Tune writes to; removed at the end."""
+
+TRIAL_MEMORY = 100 * 2**20
+"""Bytes of memory that the process beside a trial's workers asks for. It asks for no CPU: the workers get them all."""
+
+_TUNE_SETTINGS = {
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
+    "TUNE_GLOBAL_CHECKPOINT_S": "100000",
+    "RAY_AIR_NEW_OUTPUT": "0",
+}
+"""Turns off Ray Tune's own files and table: the ledger and :mod:`mpscl_ray.tune.display` replace them."""
+
+_POLL_S = 0.25
+
+
+def run_trials(
+    study: Study, parent: RunDirectory | None, interruption: Interruption, redraw: Callable[[], None]
+) -> None:
+    """Run all trials that are left; returns when none runs any more: all ended, or the search was interrupted.
+
+    Args:
+        study: of the search.
+        parent: the run that trials are forked from; None where they share nothing.
+        interruption: asks all trials to write a checkpoint and end.
+        redraw: called several times a second.
+
+    Raises:
+        ClusterError, StorageError: a trial could not continue; the other trials have ended or wait.
+    """
+    for name, value in _TUNE_SETTINGS.items():
+        os.environ.setdefault(name, value)
+    study.recover()
+    if not study.remaining():
+        return
+    storage = study.folder.path.absolute() / RAY_FOLDER
+    shutil.rmtree(storage, ignore_errors=True)
+    tuner = _tuner(study, parent, storage)
+    failures: list[BaseException] = []
+
+    def fit() -> None:
+        try:
+            tuner.fit()
+        except BaseException as error:  # noqa: BLE001 - raised again in the main thread
+            failures.append(error)
+
+    # The main thread stays free for signals and for the display.
+    thread = threading.Thread(target=fit, name="ray tune", daemon=True)
+    thread.start()
+    _wait(thread, study, interruption, redraw)
+    if not failures:
+        study.stop_waiting_trials()
+    redraw()
+    study.close()
+    shutil.rmtree(storage, ignore_errors=True)
+    for error in (*failures, *study.errors):
+        raise error
+
+
+def _tuner(study: Study, parent: RunDirectory | None, storage: Path) -> tune.Tuner:
+    trainable = tune.with_parameters(train_trial, shared=study.shared)
+    return tune.Tuner(
+        tune.with_resources(trainable, {"memory": TRIAL_MEMORY}),
+        tune_config=tune.TuneConfig(
+            search_alg=LedgerSearcher(study, parent),
+            scheduler=ReportScheduler(study.report),
+            num_samples=-1,
+            max_concurrent_trials=study.shared.max_concurrent,
+            reuse_actors=True,
+        ),
+        run_config=tune.RunConfig(
+            name="tune",
+            storage_path=str(storage),
+            callbacks=[TrialEndCallback(study)],
+            failure_config=tune.FailureConfig(max_failures=study.resolved.run.restarts),
+            verbose=0,
+        ),
+    )
+
+
+def _wait(thread: threading.Thread, study: Study, interruption: Interruption, redraw: Callable[[], None]) -> None:
+    """Wait for Ray Tune; an interruption is passed on to the trials."""
+    folder, next_poll = study.folder, 0.0
+    while thread.is_alive():
+        if folder.store.sync_error is not None:
+            raise folder.store.sync_error
+        if not interruption.requested and time.monotonic() > next_poll:
+            next_poll = time.monotonic() + folder.store.poll_interval_s
+            with suppress(StorageError):
+                if folder.control_files.read(STOP_SEARCH) is not None:
+                    interruption.request(f"the file {STOP_SEARCH} in its folder")
+        if interruption.requested and not study.stopping:
+            study.stopping = True
+            folder.control_files.write(STOP_SEARCH, "")
+            # Written now: a job manager may kill the command before the trials have ended.
+            reason = f"stopped by {interruption.signal_name}; trials resume from their last checkpoints"
+            folder.write_status("interrupted", exit_code=Interrupted.exit_code, reason=reason)
+        redraw()
+        thread.join(_POLL_S)
+
+
+class NotPicklable:
+    """Mixin for what Ray Tune calls and would pickle to restore it, which the ledger makes needless."""
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return object, ()
+
+
+class LedgerSearcher(NotPicklable, Searcher):
+    """Gives Ray Tune the trials that are left."""
+
+    def __init__(self, study: Study, parent: RunDirectory | None) -> None:
+        super().__init__(metric="score", mode="max")
+        self._study, self._parent = study, parent
+
+    def suggest(self, trial_id: str) -> Any:
+        study = self._study
+        while not study.errors and not study.stopping:
+            number = study.next_trial()
+            if number is None:
+                return None if study.has_active_trials else Searcher.FINISHED
+            task = study.next_task(number, self._parent)
+            if task is not None:
+                return task
+        return Searcher.FINISHED
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """TrialEndCallback does it."""
+
+    def set_search_properties(self, metric: str | None, mode: str | None, config: dict[str, Any], **spec: Any) -> bool:
+        return True
+
+    def save(self, checkpoint_path: str) -> None:
+        """The ledger has it all."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """The ledger has it all."""
+
+
+class ReportScheduler(NotPicklable, FIFOScheduler):
+    """Passes on what trials report, and lets Ray Tune end none: a trial that it kills leaves its workers reserved.
+
+    Args:
+        report: called with number, iteration, score and values of each result.
+    """
+
+    def __init__(self, report: Callable[[int, int, float, dict[str, float]], None]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._report = report
+
+    def set_search_properties(self, metric: str | None, mode: str | None, **spec: Any) -> bool:
+        return True
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        if "score" in result:
+            values = {key.removeprefix("values/"): value for key, value in result.items() if key[:7] == "values/"}
+            self._report(result["number"], result["iteration"], result["score"], values)
+        return TrialScheduler.CONTINUE
+
+
+class TrialEndCallback(NotPicklable, Callback):
+    """Reports to the study when a trial starts and when it is over."""
+
+    def __init__(self, study: Study) -> None:
+        self._study = study
+
+    def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **info: Any) -> None:
+        if UNREACHABLE in result:
+            self._study.unreachable[result["number"]] = result[UNREACHABLE]
+
+    def on_trial_start(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+        self._study.trial_started(trial.config["number"])
+
+    def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+        self._study.trial_ended(trial.config["number"])
+
+    def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+        self._study.trial_ended(trial.config["number"])
