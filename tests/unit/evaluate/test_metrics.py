@@ -265,7 +265,7 @@ def test_the_summary_counts_what_it_leaves_out() -> None:
     assert summary.mean.counts == {"ok": 4, "missed": 1, "false_alarm": 0, "absent": 1}
     assert summary.mean.measures["dice"].sd == pytest.approx(np.std([0.7, 0.0, 0.3]))
     assert summary.structure("mean") is summary.mean
-    text = format_table({"adapted": summary})
+    text = format_table({"adaptation": summary})
     assert "40.0 ± 32.7 (1m)" in text
     assert "ASD mm, worst case" in text
     assert "missed" in text
@@ -288,9 +288,9 @@ def test_columns_come_in_the_order_of_the_paper_where_it_names_them() -> None:
     assert table_order(["MYO", "LV", "RV"]) == ("MYO", "LV", "RV")
     p, t = four_cases()
     summary = summarise({"one": volume_scores(p, t, CLASSES, (1.0, 1.0, 1.0))})
-    text = format_table({"source only": summary, "adapted": summary}, measures=("dice",), legend=False)
+    text = format_table({"source only": summary, "adaptation": summary}, measures=("dice",), legend=False)
     assert text.splitlines()[0].split() == ["Dice", "%", "AA", "LAC", "LVC", "MYO", "mean"]
-    assert [line.split("  ")[0] for line in text.splitlines()[1:]] == ["source only", "adapted"]
+    assert [line.split("  ")[0] for line in text.splitlines()[1:]] == ["source only", "adaptation"]
     markdown = format_table({"a|b": summary}, style="markdown")
     assert "| Dice % | AA | LAC | LVC | MYO | mean |" in markdown
     assert "| a\\|b |" in markdown
