@@ -116,7 +116,7 @@ def read_block(piece: pa.Table, files: SplitFiles) -> pa.Table:
 
 
 def table_column(table: pa.Table, name: str) -> NDArray[Any]:
-    """(B, H, W) values of a tensor column: a view where the column is one piece."""
+    """(B, H, W) values of a tensor column: a view if the column is one piece."""
     pieces = [chunk.to_numpy_ndarray() for chunk in table.column(name).chunks]
     return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 

@@ -34,7 +34,8 @@ def stage_volume(request: Request, settings: Settings) -> StagedCase | list[str]
     """
     source = request.source
     image, label, problems = _read(request, settings)
-    mapped, notices = None, []
+    mapped: NDArray[np.uint8] | None = None
+    notices: list[str] = []
     if label is not None:
         mapped, notices = _class_indices(image, label, source.labels[0], settings, problems)
     if problems or image is None:

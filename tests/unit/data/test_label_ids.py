@@ -8,9 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mpscl_ray.data.volumes.nifti import (
-    map_labels,
-)
+from mpscl_ray.data.volumes.label_maps import map_labels
 from mpscl_ray.errors import ConfigError, DataError
 
 MMWHS = {205: 1, 420: 2, 500: 3, 820: 4}

@@ -14,12 +14,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from mpscl_ray.data.volumes.nifti import (
-    check_same_geometry,
-    map_labels,
-    read_image,
-    read_label,
-)
+from mpscl_ray.data.volumes.label_maps import map_labels
+from mpscl_ray.data.volumes.nifti import check_same_geometry, read_image, read_label
 from mpscl_ray.errors import DataError
 from tests.nifti_files import AFFINE, SHAPE, ramp, rotated, save
 

@@ -13,7 +13,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from mpscl_ray.data.volumes.nifti import Volume, phi_fields, read_image, read_label, write_itksnap_labels
+from mpscl_ray.data.volumes.label_maps import write_itksnap_labels
+from mpscl_ray.data.volumes.nifti import Volume, phi_fields, read_image, read_label
 from mpscl_ray.data.volumes.nifti_output import write_label_map
 from mpscl_ray.errors import DataError, StorageError
 from mpscl_ray.runs.palette import COLOURS, colour

@@ -14,18 +14,16 @@ from hypothesis import strategies as st
 
 from mpscl_ray.data.volumes.geometry import (
     Axis,
+    Geometry,
     closest_world_axes,
     interpolation_matrix,
     orientation_letters,
-    voxel_sizes,
-)
-from mpscl_ray.data.volumes.preprocess import (
-    Geometry,
-    Recipe,
-    prepare_volume,
     restore_labels,
     restore_most_probable,
+    voxel_sizes,
 )
+from mpscl_ray.data.volumes.preprocess import prepare_volume
+from mpscl_ray.data.volumes.recipe import Recipe
 from mpscl_ray.errors import DataError
 from tests.stored_volumes import RECIPES, SIGNED_PERMUTATIONS, SPACING, WHOLE, Array, ball, ras_volume, stored_as
 

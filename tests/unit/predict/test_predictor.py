@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import nn
 
-from mpscl_ray.data.volumes.preprocess import Recipe, prepare_volume
+from mpscl_ray.data.volumes.preprocess import prepare_volume
+from mpscl_ray.data.volumes.recipe import Recipe
 from mpscl_ray.errors import ConfigError, DataError
 from mpscl_ray.networks import DeepLabV2, initialise
 from mpscl_ray.networks.deeplab import network_input, upsample_logits

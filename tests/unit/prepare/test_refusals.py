@@ -10,7 +10,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from mpscl_ray.data.volumes.preprocess import Recipe
+from mpscl_ray.data.volumes.recipe import Recipe
 from tests.raw_volumes import made, mmwhs, refusal, volume, write
 
 
