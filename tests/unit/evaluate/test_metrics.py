@@ -199,7 +199,7 @@ def test_without_spacing_only_the_distances_in_mm_are_unknown() -> None:
     assert missed.asd_voxel_worst_case > 0
 
 
-def test_the_released_protocol_drops_the_tail_and_gives_one_voxel_for_a_missed_organ() -> None:
+def test_the_released_protocol_drops_the_last_slices_and_scores_a_missed_organ_as_one_voxel() -> None:
     t = np.zeros((70, 12, 12), np.uint8)
     t[10:30, 3:8, 3:8] = 1
     t[66:69, 3:8, 3:8] = 2  # inside the last 70 mod 32 slices
@@ -211,7 +211,7 @@ def test_the_released_protocol_drops_the_tail_and_gives_one_voxel_for_a_missed_o
     assert first.asd_voxel == pytest.approx(medpy_mean_of_means(a, b, None), rel=1e-12)
     assert (tail.case_kind, tail.dice, tail.asd_voxel) == ("missed", 0.0, 1.0)
     assert (neither.case_kind, neither.dice, neither.asd_voxel) == ("absent", 0.0, 1.0)
-    assert p[66:69].any()  # the caller's prediction is left alone
+    assert p[66:69].any()  # the caller's prediction is not changed
     assert volume_scores(p, t, CLASSES, None)[1].dice == 1.0
 
 
@@ -273,7 +273,7 @@ def test_the_summary_counts_what_it_leaves_out() -> None:
 def test_a_structure_that_is_always_missed_leaves_no_mean_distance() -> None:
     always = {"one": [score("LV", "missed", 0.0, NAN, 90.0), score("RV", "ok", 0.9, 1.0)]}
     mean = summarise(always).mean
-    assert math.isnan(mean.measures["asd_mm"].mean)  # 1.0 would flatter
+    assert math.isnan(mean.measures["asd_mm"].mean)  # 1.0 would be too good
     assert mean.measures["asd_mm_worst_case"].mean == pytest.approx(45.5)
     assert "n/a (1m)" in format_table({"row": summarise(always)})
     nowhere = {"one": [score("LV", "absent", NAN, NAN), score("RV", "ok", 0.9, 1.0)]}
@@ -281,7 +281,7 @@ def test_a_structure_that_is_always_missed_leaves_no_mean_distance() -> None:
     assert summarise(nowhere).to_json()["structures"]["LV"]["dice"] == {"mean": None, "sd": None, "n": 0}
 
 
-def test_columns_come_in_the_order_of_the_paper_where_it_names_them() -> None:
+def test_columns_are_in_the_order_of_the_paper() -> None:
     assert table_order(["MYO", "LAC", "LVC", "AA"]) == ("AA", "LAC", "LVC", "MYO")
     assert table_order(["MYO", "PA", "LAC", "LVC", "AA"]) == ("AA", "LAC", "LVC", "MYO", "PA")
     assert table_order(["MYO", "LV", "RV"]) == ("MYO", "LV", "RV")

@@ -1,4 +1,4 @@
-"""The prepare command: what it prints, and that there is never half a dataset."""
+"""The prepare command: what it prints, and that an incomplete dataset never appears."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Label tables: which ids of a label map are which structure, and slips in them."""
+"""Label tables: the structure of each id of a label map, and corrections of wrong ids."""
 
 from __future__ import annotations
 

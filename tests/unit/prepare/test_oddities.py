@@ -1,4 +1,4 @@
-"""Real files that break careless readers, and real cardiac volumes; skipped where they are not at hand."""
+"""Real files that break careless readers, and real cardiac volumes; skipped if they are not available."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_one_time_point_of_a_series_is_read_with_its_slope(oddities: Path, name:
 
 
 @pytest.mark.parametrize("name", LABEL_MAPS)
-def test_label_maps_lie_on_their_images(oddities: Path, name: str) -> None:
+def test_label_maps_are_on_the_grid_of_their_images(oddities: Path, name: str) -> None:
     image_name, orientation, counts = LABEL_MAPS[name]
     image, label = read_image(oddities / image_name), read_label(oddities / name)
     check_same_geometry(image, label)
