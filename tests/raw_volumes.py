@@ -11,7 +11,7 @@ import pytest
 from numpy.typing import NDArray
 
 from mpscl_ray.data.dataset import Manifest, load_manifest
-from mpscl_ray.data.volumes.preprocess import Recipe
+from mpscl_ray.data.volumes.recipe import Recipe
 from mpscl_ray.errors import DataError
 from mpscl_ray.prepare.options import PrepareOptions
 from mpscl_ray.prepare.run import prepare

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mpscl_ray.data.volumes.preprocess import Recipe
+from mpscl_ray.data.volumes.recipe import Recipe
 
 Array = npt.NDArray[Any]
 SIGNED_PERMUTATIONS = [

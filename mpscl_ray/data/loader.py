@@ -182,7 +182,7 @@ class SliceStream:
         """Batch of the next step.
 
         Returns:
-            ``image`` (B, 1, H, W) float32 and, where the slices were opened with labels, ``label`` (B, H, W) int64, B
+            ``image`` (B, 1, H, W) float32 and, if the slices were opened with labels, ``label`` (B, H, W) int64, B
             being the global batch size divided by the number of workers.
 
         Raises:

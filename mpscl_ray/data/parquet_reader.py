@@ -116,7 +116,7 @@ def read_block(piece: pa.Table, files: SplitFiles) -> pa.Table:
 
 
 def table_column(table: pa.Table, name: str) -> NDArray[Any]:
-    """(B, H, W) values of a tensor column: a view where the column is one piece."""
+    """(B, H, W) values of a tensor column: a view if the column is one piece."""
     pieces = [chunk.to_numpy_ndarray() for chunk in table.column(name).chunks]
     return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
@@ -234,11 +234,13 @@ def _check(
         if name not in schema.names:
             raise DataError(f"{path}: has no column {name!r}; {_AGAIN}")
         found = schema.field(name).type
+        if size is None and isinstance(found, pa.FixedShapeTensorType):
+            size = tuple(found.shape)
         if name == "slice_index":
-            expected: pa.DataType = pa.int32()
+            expected: Any = pa.int32()
+        elif size is None:
+            expected = f"slices of {np.dtype(columns[name])}"
         else:
-            if size is None:
-                size = tuple(found.shape) if isinstance(found, pa.FixedShapeTensorType) else (0, 0)
             expected = pa.fixed_shape_tensor(pa.from_numpy_dtype(columns[name]), size)
-        if found != expected:
+        if isinstance(expected, str) or found != expected:
             raise DataError(f"{path}: column {name!r} is {found}, expected {expected}; {_AGAIN}")

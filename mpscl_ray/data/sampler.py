@@ -57,17 +57,7 @@ def derive_seed(*parts: int | str) -> int:
 
 @functools.lru_cache(maxsize=8)
 def epoch_permutation(seed: int, domain: str, epoch: int, rows: int) -> Rows:
-    """Permutation of all rows in one epoch of one domain.
-
-    Args:
-        seed: seed of the run.
-        domain: name of the domain; source and target are shuffled independently.
-        epoch: number of the pass over the rows, from 0.
-        rows: number of rows, at least 1.
-
-    Returns:
-        (rows,) row indices; read-only, because the array is cached.
-    """
+    """Permutation (rows,) of all rows in one epoch of one domain; read-only, because the array is cached."""
     hashes = splitmix64(np.arange(rows), derive_seed(seed, domain, "order", epoch))
     permutation = np.argsort(hashes, kind="stable").astype(np.int64)
     permutation.setflags(write=False)
@@ -75,18 +65,7 @@ def epoch_permutation(seed: int, domain: str, epoch: int, rows: int) -> Rows:
 
 
 def sample_positions(seed: int, domain: str, rows: int, start: int, stop: int) -> Rows:
-    """Row index at each position [start, stop) of the endless stream of a domain.
-
-    Args:
-        seed: seed of the run.
-        domain: name of the domain.
-        rows: number of rows of the domain, at least 1.
-        start: first position.
-        stop: one past the last position, possibly many epochs later.
-
-    Returns:
-        (stop - start,) row indices.
-    """
+    """Row index at each position [start, stop) of the endless stream of a domain, over any number of epochs."""
     parts = []
     for epoch in range(start // rows, -(-stop // rows)):
         first = epoch * rows
@@ -95,17 +74,7 @@ def sample_positions(seed: int, domain: str, rows: int, start: int, stop: int) -
 
 
 def sample_keys(seed: int, domain: str, start: int, stop: int) -> Keys:
-    """Seed of the augmentation at each position [start, stop) of the stream.
-
-    Args:
-        seed: seed of the run.
-        domain: name of the domain.
-        start: first position.
-        stop: one past the last position.
-
-    Returns:
-        (stop - start,) 64-bit keys.
-    """
+    """Seed of the augmentation at each position [start, stop) of the endless stream of a domain."""
     return splitmix64(np.arange(start, stop), derive_seed(seed, domain, "augment"))
 
 

@@ -30,7 +30,7 @@ IndexArray = npt.NDArray[np.int64]
 
 
 class SurfaceDistances(NamedTuple):
-    """Distances between two surfaces in both directions, in the unit of the spacing; empty where a mask is empty."""
+    """Distances between two surfaces in both directions, in the unit of the spacing; empty if a mask is empty."""
 
     from_prediction: FloatArray
     from_truth: FloatArray
@@ -61,7 +61,11 @@ def surface_distances(
 
 
 def average(distances: SurfaceDistances, definition: Definition = "pooled") -> float:
-    """Average symmetric surface distance from the directed lists; NaN if one of them is empty."""
+    """Average symmetric surface distance (ASD, also ASSD) from the directed lists; NaN if one of them is empty.
+
+    Source: ``assd`` of medpy, 0.5 (pooled) and 0.4 (mean of means).
+    Differs from the released code: an undefined distance is NaN, not 1.
+    """
     p, t = distances
     if not p.size or not t.size:
         return math.nan
@@ -72,42 +76,8 @@ def average(distances: SurfaceDistances, definition: Definition = "pooled") -> f
     raise ValueError(f"definition must be 'pooled' or 'mean_of_means', not {definition!r}")
 
 
-def average_surface_distance(
-    prediction: Array,
-    truth: Array,
-    spacing_mm: float | Sequence[float] | None = None,
-    definition: Definition = "pooled",
-    connectivity: int = 1,
-) -> float:
-    """Average symmetric surface distance (ASD, also ASSD) of two masks.
-
-    Args:
-        prediction: mask, any number of axes.
-        truth: mask of the same shape.
-        spacing_mm: voxel size per axis; None gives the distance in voxels.
-        definition: ``pooled`` or ``mean_of_means``, see :data:`Definition`.
-        connectivity: see :func:`surface_distances`.
-
-    Returns:
-        The distance in mm (voxels without a spacing); NaN if a mask is empty, because then it is undefined.
-
-    Raises:
-        ValueError: the shapes differ, or the spacing or the definition is not one.
-
-    Source: ``assd`` of medpy, 0.5 (pooled) and 0.4 (mean of means).
-    Differs from the released code: an undefined distance is NaN, not 1.
-    """
-    return average(surface_distances(prediction, truth, spacing_mm, connectivity), definition)
-
-
-def hausdorff_distance_95(
-    prediction: Array, truth: Array, spacing_mm: float | Sequence[float] | None = None, connectivity: int = 1
-) -> float:
-    """95th percentile of the surface distances of both directions together; arguments as for the average."""
-    return percentile_95(surface_distances(prediction, truth, spacing_mm, connectivity))
-
-
 def percentile_95(distances: SurfaceDistances) -> float:
+    """95th percentile of the distances of both directions together (HD95); NaN if there are none."""
     both = np.concatenate(distances)
     return float(np.percentile(both, 95)) if both.size else math.nan
 
@@ -122,9 +92,11 @@ class Surfaces:
     truth_points: tuple[IndexArray, npt.NDArray[np.uint8]]
 
     def prediction(self, index: int) -> FloatArray:
+        """Coordinates (n, axes) of the surface voxels of one structure in the prediction, in voxels."""
         return self._coordinates(self.prediction_points, index)
 
     def truth(self, index: int) -> FloatArray:
+        """The same in the truth."""
         return self._coordinates(self.truth_points, index)
 
     def _coordinates(self, points: tuple[IndexArray, npt.NDArray[np.uint8]], index: int) -> FloatArray:
@@ -133,6 +105,7 @@ class Surfaces:
 
 
 def find_surfaces(prediction: npt.NDArray[np.uint8], truth: npt.NDArray[np.uint8], connectivity: int) -> Surfaces:
+    """Surface voxels of all structures of two label volumes."""
     if not 1 <= connectivity <= prediction.ndim:
         raise ValueError(f"connectivity must be 1 to {prediction.ndim} (the number of axes), not {connectivity}")
     box = _box(prediction | truth)
@@ -181,6 +154,7 @@ def distances_between(prediction: FloatArray, truth: FloatArray, spacing: FloatA
 
 
 def require_same_shape(prediction: Array, truth: Array) -> None:
+    """Raise ValueError if the shapes differ."""
     if prediction.shape != truth.shape:
         raise ValueError(f"prediction has shape {prediction.shape} but truth has {truth.shape}: they must be equal")
 

@@ -55,16 +55,6 @@ class StructureSummary:
     counts: Mapping[CaseKind, int]
     measures: Mapping[str, Statistic]
 
-    @property
-    def n_valid(self) -> int:
-        """Volumes in which both masks have voxels, so that every measure is defined."""
-        return self.counts["ok"]
-
-    @property
-    def n_missed(self) -> int:
-        """Volumes in which the structure is in the truth and not in the prediction."""
-        return self.counts["missed"]
-
 
 @dataclass(frozen=True)
 class Summary:

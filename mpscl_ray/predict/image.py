@@ -10,9 +10,11 @@ import numpy as np
 import numpy.typing as npt
 
 from mpscl_ray.data.slice_selection import evenly_spaced, labelled_slices
-from mpscl_ray.data.volumes.nifti import Volume, read_image, write_itksnap_labels
+from mpscl_ray.data.volumes.geometry import Geometry, restore_labels, restore_most_probable
+from mpscl_ray.data.volumes.label_maps import write_itksnap_labels
+from mpscl_ray.data.volumes.nifti import Volume, read_image
 from mpscl_ray.data.volumes.nifti_output import write_label_map, write_values
-from mpscl_ray.data.volumes.preprocess import Geometry, prepare_volume, restore_labels, restore_most_probable
+from mpscl_ray.data.volumes.preprocess import prepare_volume
 from mpscl_ray.errors import ConfigError, DataError
 from mpscl_ray.predict.model import Checkpoint, Domain, Model
 from mpscl_ray.predict.predictor import Predictor, cached_predictor, keep_largest_component

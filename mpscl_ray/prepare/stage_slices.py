@@ -100,7 +100,7 @@ def _stack(source: SourceCase, parts: list[ReleasedSlices]) -> tuple[NDArray[np.
 def _labels(
     request: Request, settings: Settings, parts: list[ReleasedSlices]
 ) -> tuple[NDArray[np.uint8] | None, list[str]]:
-    """Class indices (D, H, W) of a case and notices; None where it has no labels or they are not wanted."""
+    """Class indices (D, H, W) of a case and notices; None if it has none or they are not wanted."""
     source = request.source
     raw = [plane for part in parts for plane in part.labels]
     planes = [plane for plane in raw if plane is not None]

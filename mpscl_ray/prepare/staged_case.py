@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mpscl_ray.data.volumes.nifti import map_labels
+from mpscl_ray.data.volumes.label_maps import map_labels
 from mpscl_ray.data.volumes.recipe import Recipe
 from mpscl_ray.prepare.label_table import LabelTable
 from mpscl_ray.prepare.source_cases import Flip, SourceCase
@@ -62,7 +62,7 @@ class StagedCase:
     request: Request
     shape: tuple[int, int, int]
     class_voxels: tuple[int, ...] | None
-    """Voxels of each class; None where the case is not labelled."""
+    """Voxels of each class; None if the case is not labelled."""
     intensity_range: tuple[float, float]
     """Range of the z-scored intensities."""
     scaled_by: tuple[float, float] | None

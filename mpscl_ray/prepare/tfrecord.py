@@ -29,7 +29,7 @@ _LANES = 1024
 
 
 class SliceRecord(NamedTuple):
-    """One sample: an image slice and its raw label ids, both (H, W); the label is None where the record has none."""
+    """One sample: an image slice and its raw label ids, both (H, W); the label is None if the record has none."""
 
     image: NDArray[np.float32]
     label: NDArray[np.float32] | None

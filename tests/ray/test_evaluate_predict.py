@@ -21,7 +21,8 @@ from torch import nn
 from mpscl_ray.data.dataset import Manifest, Scaling, load_manifest, save_manifest
 from mpscl_ray.data.parquet_reader import read_case
 from mpscl_ray.data.parquet_writer import write_case
-from mpscl_ray.data.volumes.preprocess import Recipe, prepare_volume
+from mpscl_ray.data.volumes.preprocess import prepare_volume
+from mpscl_ray.data.volumes.recipe import Recipe
 from mpscl_ray.errors import ConfigError, DataError, StorageError
 from mpscl_ray.evaluate import command as evaluate
 from mpscl_ray.evaluate.metrics import volume_scores

@@ -1,1 +1,1 @@
-"""Phantom hearts in two modalities: anatomy, imaging, and NIfTI files of them."""
+"""Phantom hearts in two modalities: anatomy, imaging, and their NIfTI files."""

@@ -28,11 +28,12 @@ LABEL_IDS = (MYO, LAC, LVC, AA, RA, RV, PA)
 
 @dataclass(frozen=True)
 class Part:
-    """A solid of one tissue; ``label`` is its MM-WHS id or 0; a later part covers the earlier ones."""
+    """A solid of one tissue. A later part covers the earlier ones."""
 
     tissue: Tissue
     solid: Solid
     label: int = 0
+    """Label id of MM-WHS, or 0."""
 
 
 def anatomy(rng: np.random.Generator) -> list[Part]:

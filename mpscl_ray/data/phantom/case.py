@@ -60,7 +60,7 @@ def render(
     """Paint the parts on the grid.
 
     Args:
-        parts: what to paint, in order.
+        parts: parts in painting order.
         grid: open grid of the voxel centres in RAS mm, shapes (X,1,1), (1,Y,1), (1,1,Z).
         warp: three displacement fields (X,Y,Z) in mm that make each patient's shapes irregular.
         values: signal of every tissue.
@@ -100,7 +100,7 @@ def make_case(modality: Modality, number: int, seed: int, scan: MrScan | CtScan 
     Args:
         modality: "mr" or "ct".
         number: case number, e.g. 1001; with ``seed`` and ``modality`` it fixes everything about the case.
-        seed: of the whole set of cases.
+        seed: seed of the whole set of cases.
         scan: ranges of the acquisition's parameters; None for the defaults of the modality.
     """
     rng = np.random.default_rng([seed, _MODALITY_KEY[modality], number])

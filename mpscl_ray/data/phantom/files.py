@@ -26,13 +26,13 @@ def make_phantom(
     """Write random phantom hearts as ``{mr,ct}_train_10NN_{image,label}.nii.gz``.
 
     MR and CT cases of the same number are different patients. Shapes, voxel sizes and array orientations differ from
-    case to case; the affine tells.
+    case to case, as the affine says.
 
     Args:
-        folder: made if it does not exist; files of the same names are replaced.
+        folder: created if missing; files of the same names are replaced.
         cases_mr: number of MR cases, numbered from 1001 on.
         cases_ct: number of CT cases, likewise.
-        seed: of all cases; a case does not depend on how many there are.
+        seed: seed of all cases; a case does not depend on their number.
         mr_scan: ranges of the MR acquisition; None for the defaults.
         ct_scan: ranges of the CT acquisition; None for the defaults.
 

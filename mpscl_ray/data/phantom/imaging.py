@@ -1,6 +1,6 @@
-"""How the phantom's tissues look: a contrast-enhanced CT angiogram and a balanced SSFP whole-heart MR.
+"""Appearance of the phantom's tissues: contrast-enhanced CT angiography and balanced SSFP whole-heart MR.
 
-Both scans are described by ranges of physical parameters, from which each patient draws.
+Both scans have ranges of physical parameters, from which the values of each patient are drawn.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Range = tuple[float, float]
 
 
 class Tissue(Enum):
-    """Tissues that differ in MR or in CT; blood is told apart by when the contrast agent reaches it."""
+    """Tissues that differ in MR or in CT. Blood differs by the time at which the contrast agent arrives."""
 
     AIR = "air"
     LUNG = "lung"
@@ -92,22 +92,27 @@ def _draw(rng: np.random.Generator, limits: Range) -> float:
 class CtScan:
     """ECG-gated CT angiogram of the heart, timed on the ascending aorta.
 
-    spacing_mm in-plane, slice_mm along z; field_mm per RAS axis. The bolus of ``injection_s`` raises the left heart by
-    ``enhancement_hu``, and saline follows; the scan starts ``delay_s`` after the front reaches the ascending aorta: the
-    right heart is anywhere between enhanced and washed out. ``perfusion_hu`` is the enhancement of the myocardium,
-    ``noise_hu`` the standard deviation after a reconstruction kernel of ``kernel_mm`` (FWHM), which also blurs the
-    anatomy.
+    Saline follows the contrast bolus, so the right heart is anywhere between enhanced and washed out.
     """
 
     spacing_mm: Range = (1.7, 2.1)
+    """In-plane voxel size."""
     slice_mm: Range = (1.8, 2.4)
+    """Voxel size along z."""
     field_mm: tuple[float, float, float] = (182.0, 172.0, 166.0)
+    """Field of view along RAS axes."""
     enhancement_hu: Range = (310.0, 460.0)
+    """Enhancement of the left heart by the bolus."""
     injection_s: Range = (11.0, 18.0)
+    """Length of the bolus."""
     delay_s: Range = (5.0, 9.0)
+    """Time from the arrival of the bolus in the ascending aorta to the scan."""
     perfusion_hu: Range = (40.0, 70.0)
+    """Enhancement of the myocardium."""
     noise_hu: Range = (18.0, 32.0)
+    """Standard deviation of the noise after reconstruction."""
     kernel_mm: Range = (2.2, 3.0)
+    """FWHM of the reconstruction kernel, which also blurs the anatomy."""
 
     def draw_grid(self, rng: np.random.Generator) -> tuple[NDArray[np.float64], tuple[int, ...]]:
         """Voxel size in mm and number of voxels along RAS axes."""
@@ -152,12 +157,7 @@ class CtScan:
 
 @dataclass(frozen=True)
 class MrScan:
-    """Free-breathing 3-D balanced SSFP of the whole heart with T2 preparation and fat suppression at 1.5 T.
-
-    ``fat_residual`` is the share of the fat signal that the suppression leaves; ``coil_fall`` the loss of sensitivity
-    per 100 mm away from the anterior array; ``bias`` the standard deviation of the smooth logarithmic coil field;
-    ``snr`` signal of arterial blood over the noise of one channel, Rician in the magnitude.
-    """
+    """Free-breathing 3-D balanced SSFP of the whole heart with T2 preparation and fat suppression at 1.5 T."""
 
     spacing_mm: Range = (1.7, 2.2)
     slice_mm: Range = (2.2, 3.2)
@@ -166,14 +166,18 @@ class MrScan:
     echo_ms: float = 1.8
     preparation_ms: Range = (0.0, 15.0)
     fat_residual: Range = (0.08, 0.2)
+    """Share of the fat signal that the suppression leaves."""
     flow_loss: Range = (0.0, 0.2)
     coil_fall: Range = (0.15, 0.4)
+    """Loss of sensitivity per 100 mm away from the anterior array."""
     bias: Range = (0.06, 0.16)
+    """Standard deviation of the smooth logarithmic coil field."""
     snr: Range = (14.0, 26.0)
+    """Signal of arterial blood over the noise of one channel, Rician in the magnitude."""
     gain: Range = (400.0, 1400.0)
 
     def draw_grid(self, rng: np.random.Generator) -> tuple[NDArray[np.float64], tuple[int, ...]]:
-        """Voxel size in mm and number of voxels along RAS axes; the thick slices lie along any of the three."""
+        """Voxel size in mm and number of voxels along RAS axes; the thick slices are along any of the three."""
         spacing = np.full(3, _draw(rng, self.spacing_mm))
         spacing[int(rng.integers(3))] = _draw(rng, self.slice_mm)
         return spacing, tuple(int(n) for n in np.round(np.asarray(self.field_mm) / spacing))

@@ -1,4 +1,4 @@
-"""Solids that the phantom is made of, each as a signed distance: negative inside, in millimetres, RAS coordinates."""
+"""Solids of the phantom as signed distances: negative inside, in millimetres, RAS coordinates."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Ellipsoid:
         return distance
 
     def bounds(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Corners of the box that holds it."""
+        """Corners of its bounding box."""
         half = np.sqrt(((self.axes * np.asarray(self.radii)) ** 2).sum(axis=1))
         return self.centre - half, self.centre + half
 
@@ -61,14 +61,14 @@ class Tube:
         return best
 
     def bounds(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Corners of the box that holds it."""
+        """Corners of its bounding box."""
         reach = max(self.radii)
         return self.points.min(axis=0) - reach, self.points.max(axis=0) + reach
 
 
 @dataclass(frozen=True)
 class Cut:
-    """What of ``solid`` lies where (p - point) . normal < 0, e.g. a ventricle below its valve plane."""
+    """The part of ``solid`` with (p - point) . normal < 0, e.g. a ventricle below its valve plane."""
 
     solid: Ellipsoid
     point: NDArray[np.float64]
@@ -82,13 +82,13 @@ class Cut:
         return result
 
     def bounds(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Corners of the box that holds it."""
+        """Corners of its bounding box."""
         return self.solid.bounds()
 
 
 @dataclass(frozen=True)
 class Field:
-    """A solid of unlimited extent given by its distance function, e.g. the chest wall or the ribs."""
+    """An unbounded solid given by its distance function, e.g. the chest wall or the ribs."""
 
     function: Callable[[Floats, Floats, Floats], Floats]
 
@@ -97,7 +97,7 @@ class Field:
         return self.function(x, y, z)
 
     def bounds(self) -> None:
-        """Everywhere."""
+        """None: it has no bounding box."""
         return None
 
 

@@ -12,19 +12,9 @@ import numpy.typing as npt
 from nibabel.spatialimages import HeaderDataError
 
 from mpscl_ray.data.volumes.geometry import orientation_letters, voxel_sizes
-from mpscl_ray.data.volumes.label_maps import map_labels, whole_ids, write_itksnap_labels
+from mpscl_ray.data.volumes.label_maps import whole_ids
 from mpscl_ray.data.volumes.nifti_file import StoredVolume, read_stored
 from mpscl_ray.errors import DataError
-
-__all__ = [
-    "Volume",
-    "check_same_geometry",
-    "map_labels",
-    "phi_fields",
-    "read_image",
-    "read_label",
-    "write_itksnap_labels",
-]
 
 _PIECE = 1 << 22
 _OBLIQUE_DEGREES = 15.0

@@ -15,28 +15,12 @@ from mpscl_ray.data.volumes.geometry import (
     LabelArray,
     orientation_letters,
     plane_axes,
-    restore_labels,
-    restore_most_probable,
     sample_image,
     sample_labels,
     voxel_sizes,
 )
 from mpscl_ray.data.volumes.recipe import Recipe
 from mpscl_ray.errors import ConfigError, DataError
-
-__all__ = [
-    "Geometry",
-    "PreparedVolume",
-    "Recipe",
-    "intensity_range",
-    "label_centre",
-    "label_free_centre",
-    "prepare_volume",
-    "restore_labels",
-    "restore_most_probable",
-    "scale",
-    "unscale",
-]
 
 _SAME_SPACING = 1e-4
 """Relative difference of spacings that counts as rounding in a header, not as a reason to interpolate."""

@@ -101,7 +101,7 @@ def test_scale_is_the_magnification() -> None:
     assert np.median(scales) == pytest.approx(1.0, abs=0.25)
 
 
-def test_rotation_turns_about_the_centre_of_the_slice_also_where_it_is_not_square() -> None:
+def test_rotation_turns_about_the_centre_of_any_slice() -> None:
     size = (81, 121)
     label = blob(size, 40, 80, 6)
     angles = []

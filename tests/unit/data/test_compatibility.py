@@ -104,7 +104,7 @@ def test_a_source_needs_labels_and_a_target_needs_none() -> None:
     assert check_pair(domain("mr", case("a", label=labels())), domain("ct", case("b"), classes=())) == []
 
 
-def test_the_same_patients_are_told() -> None:
+def test_the_same_patients_are_reported() -> None:
     source = domain("mr", case("a", label=labels()))
     target = domain("ct", dataclasses.replace(case("a"), content_sha256="another image"))
     (notice,) = check_pair(source, target)
@@ -119,7 +119,7 @@ def test_the_same_patients_are_told() -> None:
         ((slice(None), slice(None, None, -1), slice(None, None, -1)), "with rows and columns flipped"),
     ],
 )
-def test_a_flipped_target_is_told(flip: Any, words: str) -> None:
+def test_a_flipped_target_is_reported(flip: Any, words: str) -> None:
     source = domain("mr", case("a", label=labels()))
     target = domain("ct", case("b"), case("c", "test", np.ascontiguousarray(labels()[flip])))
     (notice,) = check_pair(source, target)
@@ -138,7 +138,7 @@ def test_a_wrong_spacing_is_reported() -> None:
     assert "the spacing of one domain is likely wrong" in notice
 
 
-def test_another_scale_is_told() -> None:
+def test_another_scale_is_reported() -> None:
     source = domain("mr", case("a", label=labels(1.4)))
     target = domain("ct", case("b"), case("c", "val", labels(0.9)))
     (notice,) = check_pair(source, target)

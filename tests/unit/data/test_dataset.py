@@ -1,4 +1,4 @@
-"""The prepared dataset on disk: what is written, and that nothing damaged or foreign is ever read as data."""
+"""The prepared dataset on disk: what is written, and that nothing damaged is ever read as data."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_any_arrow_reader_understands_the_file(tmp_path: Path) -> None:
 
 
 def test_page_checksums_are_written(tmp_path: Path) -> None:
-    # Found by a reader that knows nothing of the manifest's hashes.
+    # Found by a reader that does not know the manifest's hashes.
     case = make_case(tmp_path)
     path = tmp_path / case.file
     data = bytearray(path.read_bytes())
@@ -149,7 +149,7 @@ def test_a_missing_file_and_one_of_another_length_are_named(dataset: Path) -> No
 
 
 def rewritten(folder: Path, case: Case, table: pa.Table) -> Case:
-    """The case with another table in its file, hashes made to fit: what is left are the checks of the contents."""
+    """The case with another table in its file and hashes that fit: only the checks of the contents remain."""
     path = folder / case.file
     pq.write_table(table, path)
     data = path.read_bytes()
@@ -249,7 +249,7 @@ def test_every_flipped_bit_of_the_manifest_is_found(dataset: Path) -> None:
             assert found == expected
 
 
-def test_a_case_may_not_lie_outside_the_folder(tmp_path: Path) -> None:
+def test_a_case_outside_the_folder_is_refused(tmp_path: Path) -> None:
     case = dataclasses.replace(make_case(tmp_path), file="../../elsewhere.parquet")
     save_manifest(tmp_path, make_manifest([case]))
     with pytest.raises(DataError, match=r"elsewhere\.parquet', expected 'train/"):
@@ -264,19 +264,19 @@ def test_a_case_may_not_lie_outside_the_folder(tmp_path: Path) -> None:
         ({"spacing_mm": (0.0, 1.0, 1.0)}, r"cases\.0\.spacing_mm\.0: Input should be greater than 0"),
     ],
 )
-def test_a_case_that_cannot_be_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+def test_an_impossible_case_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     save_manifest(tmp_path, make_manifest([dataclasses.replace(make_case(tmp_path), **changes)]))
     with pytest.raises(DataError, match=message):
         load_manifest(tmp_path)
 
 
-def test_a_range_that_is_none_is_refused(tmp_path: Path) -> None:
+def test_an_empty_range_is_refused(tmp_path: Path) -> None:
     save_manifest(tmp_path, make_manifest([], scaling=Scaling(1.0, 1.0, "given")))
     with pytest.raises(DataError, match=r"scaling\.low is not below scaling\.high"):
         load_manifest(tmp_path)
 
 
-def test_missing_datasets_are_told_with_what_to_do(dataset: Path, tmp_path: Path) -> None:
+def test_the_error_for_a_missing_dataset_says_what_to_do(dataset: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no such folder; prepare a dataset first: python -m mpscl_ray\.prepare"):
         load_manifest(tmp_path / "nowhere")
     outer = tmp_path / "outer"

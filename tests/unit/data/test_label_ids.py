@@ -1,4 +1,4 @@
-"""From the ids of a label map to class indices, and what is said of ids that nobody listed."""
+"""From the ids of a label map to class indices, and the messages on unknown ids."""
 
 from __future__ import annotations
 
@@ -8,9 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mpscl_ray.data.volumes.nifti import (
-    map_labels,
-)
+from mpscl_ray.data.volumes.label_maps import map_labels
 from mpscl_ray.errors import ConfigError, DataError
 
 MMWHS = {205: 1, 420: 2, 500: 3, 820: 4}
@@ -35,7 +33,7 @@ def test_mapping_a_view_keeps_its_axes() -> None:
     np.testing.assert_array_equal(mapped, np.vectorize(lambda i: MMWHS.get(i, 0))(array))
 
 
-def test_stray_ids_are_background_and_reported_with_counts() -> None:
+def test_unknown_ids_are_background_and_reported_with_counts() -> None:
     array = np.array([[[205, 421, 421], [5, 0, -3]]], dtype=np.int32)
     mapped, notices = map_labels(array, MMWHS, REST, Path("some/mr_1010.nii.gz"))
     np.testing.assert_array_equal(mapped, [[[1, 0, 0], [0, 0, 0]]])
@@ -45,19 +43,19 @@ def test_stray_ids_are_background_and_reported_with_counts() -> None:
     assert "205" not in notice
 
 
-def test_stray_ids_can_be_errors() -> None:
+def test_unknown_ids_can_be_errors() -> None:
     with pytest.raises(DataError, match=r"mr\.nii.*421 \(2 voxels\).*420"):
         map_labels(np.array([421, 421, 500]), MMWHS, REST, Path("mr.nii"), unknown="error")
     mapped, notices = map_labels(np.array([421, 500]), {**MMWHS, 421: 2}, REST, Path("mr.nii"), unknown="error")
     assert (mapped.tolist(), notices) == ([2, 3], ())
 
 
-def test_no_mistake_is_suspected_where_its_id_means_nothing() -> None:
+def test_no_mistake_is_suspected_if_the_meant_id_is_unknown() -> None:
     _, (notice,) = map_labels(np.array([421, 1]), {1: 1}, set(), Path("a.nii"))
     assert "mistake" not in notice
 
 
-def test_an_image_taken_for_a_label_map_is_told_in_one_short_sentence() -> None:
+def test_an_image_taken_for_a_label_map_is_one_short_sentence() -> None:
     array = np.random.default_rng(0).integers(-(2**31), 2**31 - 1, 5000).astype(np.int32)
     array[17] = 500
     mapped, notices = map_labels(array, MMWHS, REST, Path("a.nii"))

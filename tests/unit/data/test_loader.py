@@ -1,4 +1,4 @@
-"""Reading slices from a dataset's files, and the stream of batches that is made of them, without Ray."""
+"""Reading slices from a dataset's files, and the stream of batches, without Ray."""
 
 from __future__ import annotations
 
@@ -184,7 +184,7 @@ def test_augmented_batches_do_not_depend_on_the_number_of_workers(local: LocalSl
         assert_equal_batches(joined, whole)
 
 
-def test_a_resumed_stream_goes_on_where_the_step_says(local: LocalSlices) -> None:
+def test_a_resumed_stream_continues_at_its_step(local: LocalSlices) -> None:
     options = {"augment": AugmentConfig(rotation_deg=20, intensity_mapping=0.5)}
     assert_equal_batches(batches(local, 26, **options)[20:], batches(local, 6, start_step=20, **options))
 
@@ -241,7 +241,7 @@ def test_an_error_in_the_background_surfaces_at_its_step_and_again(folder: Path)
                 stream.next()
 
 
-def test_close_ends_the_thread_and_the_fetching(folder: Path) -> None:
+def test_close_ends_the_thread_and_the_reading(folder: Path) -> None:
     before = threading.active_count()
     slow = Slow(SplitFiles.find(folder, "train", labels=True))
     stream = SliceStream(slow, seed=0, domain="source", global_batch=4)

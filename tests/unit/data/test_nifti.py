@@ -14,12 +14,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from mpscl_ray.data.volumes.nifti import (
-    check_same_geometry,
-    map_labels,
-    read_image,
-    read_label,
-)
+from mpscl_ray.data.volumes.label_maps import map_labels
+from mpscl_ray.data.volumes.nifti import check_same_geometry, read_image, read_label
 from mpscl_ray.errors import DataError
 from tests.nifti_files import AFFINE, SHAPE, ramp, rotated, save
 
@@ -27,7 +23,7 @@ OFFSETS_1 = {"dim": 40, "datatype": 70, "pixdim": 76, "vox_offset": 108, "slope"
 
 
 def refusal(path: Path, **options: Any) -> str:
-    """The sentence that a file is refused with: it names the file, and is a single one."""
+    """The error for a file: a single sentence that names it."""
     with pytest.raises(DataError) as caught:
         read_image(path, **options)
     sentence = str(caught.value)
@@ -220,7 +216,7 @@ def test_other_members_of_the_family_are_refused(tmp_path: Path) -> None:
     ],
 )
 @pytest.mark.parametrize("name", ["v.nii", "v.nii.gz"])
-def test_absurd_dimensions_are_refused_before_room_is_made(
+def test_absurd_dimensions_are_refused_before_memory_is_allocated(
     tmp_path: Path, dims: list[int], said: str, name: str
 ) -> None:
     path = save(tmp_path / name, patch={OFFSETS_1["dim"]: struct.pack("<8h", *dims)})
@@ -275,7 +271,7 @@ def test_an_image_of_one_intensity_is_refused(tmp_path: Path) -> None:
 
 
 def test_any_header_is_read_or_refused_in_a_sentence(tmp_path: Path) -> None:
-    """Many headers with random bytes: no other error, no room beyond the cap."""
+    """Many headers with random bytes: no other error, no memory beyond the limit."""
     random = np.random.default_rng(7)
     contents = [save(tmp_path / "v.nii").read_bytes()]
     nib.save(nib.Nifti2Image(ramp(), AFFINE), tmp_path / "v2.nii")

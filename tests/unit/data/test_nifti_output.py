@@ -13,7 +13,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from mpscl_ray.data.volumes.nifti import Volume, phi_fields, read_image, read_label, write_itksnap_labels
+from mpscl_ray.data.volumes.label_maps import write_itksnap_labels
+from mpscl_ray.data.volumes.nifti import Volume, phi_fields, read_image, read_label
 from mpscl_ray.data.volumes.nifti_output import write_label_map
 from mpscl_ray.errors import DataError, StorageError
 from mpscl_ray.runs.palette import COLOURS, colour
@@ -105,7 +106,7 @@ def test_texts_in_headers_are_found(tmp_path: Path) -> None:
     assert phi_fields(read_image(tmp_path / "v2.nii.gz").header) == {}
 
 
-def test_a_broken_extension_is_passed_over(tmp_path: Path) -> None:
+def test_a_broken_extension_is_ignored(tmp_path: Path) -> None:
     path = with_texts(tmp_path / "v.nii", nib.Nifti1Image(ramp(), AFFINE))
     content = bytearray(path.read_bytes())
     content[352:356] = struct.pack("<i", 1 << 20)

@@ -1,4 +1,4 @@
-"""What is cut out of a volume, what is recorded of it, and how its intensities are scaled."""
+"""Crop, recorded geometry and scaling of a volume."""
 
 from __future__ import annotations
 
@@ -9,15 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mpscl_ray.data.volumes.preprocess import (
-    Geometry,
-    Recipe,
-    intensity_range,
-    label_centre,
-    label_free_centre,
-    prepare_volume,
-    scale,
-)
+from mpscl_ray.data.volumes.geometry import Geometry
+from mpscl_ray.data.volumes.preprocess import intensity_range, label_centre, label_free_centre, prepare_volume, scale
+from mpscl_ray.data.volumes.recipe import Recipe
 from mpscl_ray.errors import ConfigError, DataError
 from tests.stored_volumes import RECIPES, WHOLE, ball, ras_volume
 
@@ -65,7 +59,7 @@ def test_a_depth_beyond_the_volume_gives_the_slices_there_are() -> None:
     assert prepared.geometry.axes[0].start == 3
 
 
-def test_clipping_looks_at_the_crop_alone() -> None:
+def test_clipping_uses_the_crop_only() -> None:
     image, _, _ = ras_volume((30, 30, 4))
     label = np.zeros(image.shape, np.uint8)
     label[8:13, 8:13] = 1
@@ -174,7 +168,7 @@ def test_recipes_survive_json() -> None:
         ({"clip_percentile": float("nan")}, "clip_percentile"),
     ],
 )
-def test_recipes_that_cannot_be_carried_out_are_refused(values: dict[str, Any], key: str) -> None:
+def test_recipes_out_of_range_are_refused(values: dict[str, Any], key: str) -> None:
     with pytest.raises(ConfigError, match=f"^{key} is"):
         Recipe(**values)
 
@@ -212,7 +206,7 @@ def test_scale_is_the_published_map() -> None:
             scale(values, low, high)
 
 
-def test_the_range_of_a_volume_covers_it_but_not_odd_voxels() -> None:
+def test_the_range_of_a_volume_leaves_out_outliers() -> None:
     volume = np.random.default_rng(0).normal(0, 1, (20, 30, 30)).clip(-2, 2).astype(np.float32)
     low, high = intensity_range(volume)
     assert np.mean(np.abs(scale(volume, low, high)) > 1) < 0.003

@@ -51,7 +51,7 @@ def test_position_in_the_stream_is_the_step_number() -> None:
         np.testing.assert_array_equal(next(from_start), next(resumed))
 
 
-def test_shorter_domain_repeats_while_the_longer_goes_on() -> None:
+def test_shorter_domain_repeats_while_the_longer_continues() -> None:
     short = StepOrder(seed=0, domain="target", rows=5, global_batch=4)
     counts = np.bincount(np.concatenate([short.batch_rows(step) for step in range(25)]), minlength=5)
     np.testing.assert_array_equal(counts, [20] * 5)
@@ -110,7 +110,7 @@ def test_batch_that_does_not_divide_is_refused_with_both_numbers() -> None:
 
 
 @given(count=st.integers(0, 50), world_size=st.integers(1, 9))
-def test_shares_cover_everything_once(count: int, world_size: int) -> None:
+def test_shards_cover_everything_once(count: int, world_size: int) -> None:
     parts = [shard_range(count, rank, world_size) for rank in range(world_size)]
     assert [i for part in parts for i in part] == list(range(count))
     assert max(map(len, parts)) - min(map(len, parts)) <= 1

@@ -14,18 +14,16 @@ from hypothesis import strategies as st
 
 from mpscl_ray.data.volumes.geometry import (
     Axis,
+    Geometry,
     closest_world_axes,
     interpolation_matrix,
     orientation_letters,
-    voxel_sizes,
-)
-from mpscl_ray.data.volumes.preprocess import (
-    Geometry,
-    Recipe,
-    prepare_volume,
     restore_labels,
     restore_most_probable,
+    voxel_sizes,
 )
+from mpscl_ray.data.volumes.preprocess import prepare_volume
+from mpscl_ray.data.volumes.recipe import Recipe
 from mpscl_ray.errors import DataError
 from tests.stored_volumes import RECIPES, SIGNED_PERMUTATIONS, SPACING, WHOLE, Array, ball, ras_volume, stored_as
 
@@ -52,7 +50,7 @@ def test_a_volume_gives_the_same_slices_however_it_is_stored(plane: str) -> None
 @pytest.mark.parametrize("crop", [None, (4, 5), (20, 30)], ids=["whole", "smaller", "larger"])
 @pytest.mark.parametrize("layout", ["coronal", "axial", "sagittal", "0", "1", "2"])
 def test_labels_go_back_bit_by_bit(layout: str, crop: tuple[int, int] | None) -> None:
-    """From all orientations; a stored axis has no senses that could be taken the wrong way, only the six orders."""
+    """From all orientations. Stored axes have six orders and no direction that could be wrong."""
     whole_image, whole_label, affine = ras_volume((6, 7, 5))
     stored_axis = layout.isdigit()
     recipe = Recipe(orientation="stored" if stored_axis else "canonical", slice_axis=layout, crop=crop)
@@ -86,7 +84,7 @@ WORLD = ["right", "anterior", "superior"]
     ],
 )
 @pytest.mark.parametrize(("order", "signs"), SIGNED_PERMUTATIONS[::5])
-def test_slices_stand_as_documented(
+def test_slices_are_oriented_as_documented(
     plane: str, increasing: tuple[str, ...], order: tuple[int, ...], signs: tuple[int, ...]
 ) -> None:
     _, _, affine = ras_volume()
@@ -182,7 +180,7 @@ def test_prepared_voxels_are_as_far_apart_as_their_spacing_says(recipe: Recipe) 
         values = prepared.image * prepared.geometry.standard_deviation + prepared.geometry.mean
         line = np.moveaxis(values, prepared_axis, 0)[:, 1, 1]
         middle = line[line.size // 2 - 1 : line.size // 2 + 1]
-        # A widened triangle is not exact on a slope; it is off by a few hundredths of a voxel.
+        # A widened triangle is not exact on a slope: the error is a few hundredths of a voxel.
         np.testing.assert_allclose(np.diff(middle), sense * prepared.geometry.spacing_mm[prepared_axis], rtol=0.05)
 
 

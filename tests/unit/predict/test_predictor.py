@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import nn
 
-from mpscl_ray.data.volumes.preprocess import Recipe, prepare_volume
+from mpscl_ray.data.volumes.preprocess import prepare_volume
+from mpscl_ray.data.volumes.recipe import Recipe
 from mpscl_ray.errors import ConfigError, DataError
 from mpscl_ray.networks import DeepLabV2, initialise
 from mpscl_ray.networks.deeplab import network_input, upsample_logits
@@ -101,7 +102,7 @@ def test_every_slice_is_predicted_whatever_the_batch() -> None:
     assert np.array_equal(predictor.predict_slices(slices), labels)
 
 
-def test_a_network_in_training_mode_is_put_into_evaluation_mode() -> None:
+def test_a_network_in_training_mode_is_set_to_evaluation_mode() -> None:
     network = segmenter().train()
     before = {name: value.clone() for name, value in network.state_dict().items()}
     labels = Predictor(network, CLASSES, device="cpu").predict_slices(some_slices())
@@ -172,7 +173,7 @@ def test_relative_paths_lead_to_the_same_weights_from_another_folder(
         assert torch.equal(worker.network.conv1.weight, expected), name
 
 
-def test_a_damaged_last_checkpoint_is_passed_over_and_named(tmp_path: Path) -> None:
+def test_a_damaged_last_checkpoint_is_skipped_and_named(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run")
     save(folder.checkpoints / "step-0000100", segmenter(0))
     save(folder.checkpoints / "step-0000200", segmenter(1))
@@ -199,7 +200,7 @@ def test_released_weights_are_loaded_from_a_file(tmp_path: Path) -> None:
         load_segmenter(folder.path, str(tmp_path / "part.pth"), device="cpu")
 
 
-def test_what_cannot_be_loaded_is_said_in_a_sentence(tmp_path: Path) -> None:
+def test_errors_of_loading_are_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="not the folder of a run"):
         load_segmenter(tmp_path / "nowhere")
     folder = write_run(tmp_path / "run")
@@ -241,13 +242,13 @@ def test_only_the_largest_part_of_each_structure_is_kept() -> None:
     labels = np.zeros((6, 8, 8), np.uint8)
     labels[0:3, 0:3, 0:3] = 1
     labels[4:6, 6:8, 6:8] = 1  # the smaller part
-    labels[3, 3, 3] = 1  # touches the larger one at a corner alone
+    labels[3, 3, 3] = 1  # touches the larger one only at a corner
     labels[3:6, 0:2, 0:2] = 3
     kept = keep_largest_component(labels, 4)
     assert (kept[0:3, 0:3, 0:3] == 1).all()
     assert np.count_nonzero(kept == 1) == 27
     assert np.array_equal(kept == 3, labels == 3)
-    assert np.count_nonzero(labels == 1) == 27 + 8 + 1  # the argument is left alone
+    assert np.count_nonzero(labels == 1) == 27 + 8 + 1  # the argument is not changed
 
 
 class Levels(nn.Module):
@@ -299,7 +300,7 @@ ORIENTATIONS = list(itertools.product(itertools.permutations(range(3)), itertool
 
 
 @pytest.mark.parametrize(("axes", "signs"), ORIENTATIONS)
-def test_labels_lie_on_the_voxels_they_belong_to_in_every_orientation(
+def test_labels_are_on_the_right_voxels_in_every_orientation(
     tmp_path: Path, axes: tuple[int, ...], signs: tuple[int, ...]
 ) -> None:
     image, affine = landmarks((18, 20, 24)), affine_of(axes, signs)
@@ -368,7 +369,7 @@ def test_further_outputs_have_the_geometry_and_none_of_the_texts(tmp_path: Path)
     assert (tmp_path / done.files[3]).read_bytes().startswith(b"\x89PNG")
 
 
-def test_an_image_that_cannot_be_used_is_a_failure_with_its_sentence(tmp_path: Path) -> None:
+def test_an_image_that_cannot_be_used_is_a_failure_with_a_message(tmp_path: Path) -> None:
     image, affine = landmarks((18, 20, 24)), affine_of((0, 1, 2), (1, 1, 1))
     predictor = stub(image, affine, Recipe(crop=None, clip_percentile=100))
     nib.save(nib.Nifti1Image(image, affine), tmp_path / "image.nii.gz")

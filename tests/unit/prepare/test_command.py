@@ -1,4 +1,4 @@
-"""The prepare command: what it prints, and that there is never half a dataset."""
+"""The prepare command: what it prints, and that an incomplete dataset never appears."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ def test_the_command_prints_a_table_and_the_next_command(source: Path, capsys: p
         (["--layout", "mmwhs", "--split", "0.5,0.5"], 2, "three fractions"),
         (["--layout", "mmwhs", "--unlabelled", "trian"], 2, "'trian' is none of train, val, test"),
         (["--layout", "mmwhs", "--orientation", "stored"], 2, "slice_axis is 'coronal'"),
-        (["--layout", "mmwhs", "--crop", "16"], 2, "expected 2 numbers"),
+        (["--layout", "mmwhs", "--crop", "16"], 2, "expected 2 comma-separated numbers"),
         (["--layout", "mmwhs", "--crop", "keep,16"], 2, "crop is (None, 16); expected rows and columns"),
         (["--layout", "mmwhs", "--assume-spacing", "0,1,1"], 2, "expected three sizes in mm above 0"),
         (["--layout", "mmwhs", "--split", "1,0,0", "--spacing-mm", "1e-9,1,1"], 3, "choose a larger spacing"),

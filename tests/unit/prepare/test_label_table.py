@@ -1,4 +1,4 @@
-"""Label tables: which ids of a label map are which structure, and slips in them."""
+"""Label tables: the structure of each id of a label map, and corrections of wrong ids."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_wrong_label_tables(text: str, message: str) -> None:
         parse_label_table(text)
 
 
-def test_slips_are_put_right() -> None:
+def test_wrong_ids_are_corrected() -> None:
     table = with_corrections(MMWHS, "421=420,551=550")
     assert table.effective()[421] == table.effective()[420] == 2
     assert table.effective()[551] == 0
@@ -42,7 +42,7 @@ def test_slips_are_put_right() -> None:
         with_corrections(MMWHS, "420=500")
     with pytest.raises(ConfigError, match="is not WRONG=MEANT"):
         with_corrections(MMWHS, "421")
-    with pytest.raises(ConfigError, match="expected whole numbers"):
+    with pytest.raises(ConfigError, match="expected comma-separated whole numbers"):
         with_ignored(MMWHS, "a,b")
     with pytest.raises(ConfigError, match="--ignore-labels 600,420: 420 means LAC; a table without it"):
         with_ignored(MMWHS, "600,420")

@@ -1,4 +1,4 @@
-"""Finding and pairing files by name: every layout, and everything odd that folders hold. No file is opened here."""
+"""Finding and pairing files by name: every layout, and unusual folders. No file is opened here."""
 
 from __future__ import annotations
 
@@ -177,10 +177,10 @@ def test_symlinks_loops_and_broken_ones(tmp_path: Path) -> None:
         f"{folder}/ct_train_1002_image.nii.gz: a symlink to something that does not exist",
         f"{folder}/self.nii.gz: a symlink to something that does not exist",
     ]
-    assert any("leads back to a folder" in notice for notice in found.notices)
+    assert any("leads to a folder" in notice for notice in found.notices)
 
 
-def test_hidden_files_are_passed_over(tmp_path: Path) -> None:
+def test_hidden_files_are_ignored(tmp_path: Path) -> None:
     touch(tmp_path, "._ct_train_1001_image.nii.gz", ".DS_Store", ".cache/ct_train_1003_image.nii.gz")
     touch(tmp_path, "ct_train_1001_image.nii.gz")
     found = scan(tmp_path, "mmwhs", LayoutOptions())
@@ -189,7 +189,7 @@ def test_hidden_files_are_passed_over(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("layout", ["mmwhs", "tfrecord", "npy"])
-def test_folders_that_hold_nothing_of_it(tmp_path: Path, layout: str) -> None:
+def test_folders_without_files_of_the_layout(tmp_path: Path, layout: str) -> None:
     with pytest.raises(DataError, match="no such folder"):
         scan(tmp_path / "nowhere", layout, LayoutOptions())
     with pytest.raises(DataError, match="the folder holds no files"):
@@ -274,7 +274,7 @@ def test_the_decathlon_may_number_its_cases_by_four_digits(tmp_path: Path) -> No
     assert (found.problems, found.notices) == ((), ())
 
 
-def test_nnunet_ids_that_share_a_name_are_one_class_and_a_structure_of_id_0_is_told(tmp_path: Path) -> None:
+def test_nnunet_ids_that_share_a_name_are_one_class_and_a_structure_of_id_0_is_reported(tmp_path: Path) -> None:
     labels = {"0": "AA", "1": "LV", "2": "MYO", "3": "LV"}
     found = scan(nnunet(tmp_path, *NAMES, labels=labels), "nnunet", LayoutOptions())
     assert found.table == LabelTable(("background", "LV", "MYO"), {0: 0, 1: 1, 2: 2, 3: 1})

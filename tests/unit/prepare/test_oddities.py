@@ -1,4 +1,4 @@
-"""Real files that break careless readers, and real cardiac volumes; skipped where they are not at hand."""
+"""Real files that break careless readers, and real cardiac volumes; skipped if they are not available."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from mpscl_ray.data.volumes.nifti import check_same_geometry, map_labels, phi_fields, read_image, read_label
+from mpscl_ray.data.volumes.geometry import restore_labels
+from mpscl_ray.data.volumes.label_maps import map_labels
+from mpscl_ray.data.volumes.nifti import check_same_geometry, phi_fields, read_image, read_label
 from mpscl_ray.data.volumes.nifti_output import write_label_map
-from mpscl_ray.data.volumes.preprocess import Recipe, label_centre, label_free_centre, prepare_volume, restore_labels
+from mpscl_ray.data.volumes.preprocess import label_centre, label_free_centre, prepare_volume
+from mpscl_ray.data.volumes.recipe import Recipe
 from mpscl_ray.errors import DataError
 
 OBLIQUE = "the volume is oblique: its axes are up to 17 degrees"
@@ -87,7 +90,7 @@ def test_one_time_point_of_a_series_is_read_with_its_slope(oddities: Path, name:
 
 
 @pytest.mark.parametrize("name", LABEL_MAPS)
-def test_label_maps_lie_on_their_images(oddities: Path, name: str) -> None:
+def test_label_maps_are_on_the_grid_of_their_images(oddities: Path, name: str) -> None:
     image_name, orientation, counts = LABEL_MAPS[name]
     image, label = read_image(oddities / image_name), read_label(oddities / name)
     check_same_geometry(image, label)

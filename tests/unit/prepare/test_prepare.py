@@ -17,7 +17,8 @@ from mpscl_ray.data.dataset import load_manifest
 from mpscl_ray.data.parquet_reader import read_case
 from mpscl_ray.data.volumes.geometry import Geometry, restore_labels
 from mpscl_ray.data.volumes.nifti import read_image
-from mpscl_ray.data.volumes.preprocess import Recipe, prepare_volume, scale
+from mpscl_ray.data.volumes.preprocess import prepare_volume, scale
+from mpscl_ray.data.volumes.recipe import Recipe
 from mpscl_ray.errors import ConfigError
 from mpscl_ray.prepare.options import PrepareOptions, parse
 from mpscl_ray.prepare.run import prepare
@@ -48,7 +49,7 @@ def test_two_modalities_become_two_datasets(source: Path) -> None:
 
 
 def test_a_dataset_is_synced_before_it_has_its_name(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Against a power cut: files, then the folders that name them, then the rename, then the folder above."""
+    """Against a power cut: sync files, then their folders, then rename, then sync the parent folder."""
     synced: list[Path] = []
     monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(Path(os.readlink(f"/proc/self/fd/{descriptor}"))))
     folder, manifest = made(source)
@@ -83,7 +84,7 @@ def test_labels_go_back_into_the_original_image(source: Path) -> None:
         np.testing.assert_array_equal(restored, expected)
 
 
-def test_the_range_is_that_of_the_training_cases_alone(source: Path) -> None:
+def test_the_range_is_that_of_the_training_cases(source: Path) -> None:
     _, before = made(source)
     case = before.split("test")[0]
     image, _ = volume(1, low=-1000.0)
@@ -112,7 +113,7 @@ def test_a_wrong_range(source: Path, text: str) -> None:
         prepare(options(source, range=text), progress=False)
 
 
-def test_the_manifest_tells_every_step_and_the_leak(source: Path) -> None:
+def test_the_manifest_lists_every_step_and_the_leak(source: Path) -> None:
     _, manifest = made(source, recipe=dataclasses.replace(SMALL, spacing_mm=(None, 2.0, 2.0)))
     text = "; ".join(manifest.steps)
     for part in ("205 MYO", "[550, 600, 850]", "fractions", "coronal", "2 mm", "16 x 16", "12 x 12", "98", "z-score"):
@@ -175,7 +176,7 @@ def test_nnunet_and_a_number_of_classes_from_the_data(source: Path, tmp_path: Pa
     assert (len(manifest.split("train")), len(manifest.split("val"))) == (2, 1)
 
 
-def test_unlabelled_splits_get_no_labels_and_theirs_are_not_even_read(source: Path) -> None:
+def test_unlabelled_splits_get_no_labels_and_their_label_files_are_not_read(source: Path) -> None:
     _, labelled = made(source)
     for case in labelled.split("train"):
         (source / case.sources["label"]).write_bytes(b"this is no label map")

@@ -10,7 +10,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from mpscl_ray.data.volumes.preprocess import Recipe
+from mpscl_ray.data.volumes.recipe import Recipe
 from tests.raw_volumes import made, mmwhs, refusal, volume, write
 
 
@@ -19,7 +19,7 @@ def source(tmp_path: Path) -> Path:
     return mmwhs(tmp_path / "in")
 
 
-def test_everything_that_is_wrong_is_told_at_once(source: Path) -> None:
+def test_all_problems_are_reported_at_once(source: Path) -> None:
     names = {number: source / f"ct_train_{number}_image.nii.gz" for number in range(1001, 1007)}
     names[1001].write_bytes(names[1001].read_bytes()[:-1000])
     write(names[1002], np.zeros((20, 24, 18), dtype=np.float32))
@@ -109,7 +109,7 @@ def test_a_class_that_no_training_case_shows(source: Path) -> None:
     assert "no training case shows the class AA" in manifest.notices
 
 
-def test_odd_intensities_are_told(tmp_path: Path) -> None:
+def test_unusual_intensities_are_reported(tmp_path: Path) -> None:
     folder = tmp_path / "in"
     for number in range(1001, 1007):
         image, label = volume(number)
@@ -135,7 +135,7 @@ def test_odd_intensities_are_told(tmp_path: Path) -> None:
     assert not any(notice.startswith(("mr_1005", "mr_1006")) for notice in manifest.notices)
 
 
-def test_a_ct_image_among_those_of_mr_is_refused_unless_told_otherwise(tmp_path: Path) -> None:
+def test_a_ct_image_among_those_of_mr_is_refused_by_default(tmp_path: Path) -> None:
     folder = mmwhs(tmp_path / "in", "mr")
     image, _ = volume(1002, low=-1000.0)
     image[:5] = -1000.0  # air
@@ -146,7 +146,7 @@ def test_a_ct_image_among_those_of_mr_is_refused_unless_told_otherwise(tmp_path:
     assert any(notice.startswith("mr_1002: intensities from -1000") for notice in manifest.notices)
 
 
-def test_a_voxel_that_would_drown_all_others_is_refused(source: Path) -> None:
+def test_a_voxel_that_removes_all_contrast_is_refused(source: Path) -> None:
     image, _ = volume(1003)
     image[8, 12, 9] = -1e30
     write(source / "ct_train_1003_image.nii.gz", image)
@@ -155,7 +155,7 @@ def test_a_voxel_that_would_drown_all_others_is_refused(source: Path) -> None:
     assert "down to -1e+30" in problem
 
 
-def test_names_that_are_no_text_end_up_as_escapes(source: Path) -> None:
+def test_names_that_are_no_text_are_escaped(source: Path) -> None:
     folder = Path(os.fsdecode(os.fsencode(source.parent) + b"/caf\xe9"))
     source.rename(folder)
     (folder / os.fsdecode(b"lis\xe9z")).touch()
@@ -173,7 +173,7 @@ def test_volumes_of_different_sizes_need_a_crop(source: Path) -> None:
     assert problem.endswith("give --crop or --size")
 
 
-def test_a_geometry_that_differs_is_refused_unless_told_otherwise(source: Path) -> None:
+def test_a_geometry_that_differs_is_refused_by_default(source: Path) -> None:
     _, label = volume(1002)
     affine = np.diag([1.5, 1.5, 2.0, 1.0])
     affine[1, 3] = 3.0

@@ -1,4 +1,4 @@
-"""Slices that others have released, and real volumes, as datasets."""
+"""Released slices and real volumes as datasets."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ import pytest
 from mpscl_ray.data.dataset import load_manifest
 from mpscl_ray.data.parquet_reader import read_case
 from mpscl_ray.data.volumes.geometry import Geometry, restore_labels
-from mpscl_ray.data.volumes.preprocess import Recipe, scale
+from mpscl_ray.data.volumes.preprocess import scale
+from mpscl_ray.data.volumes.recipe import Recipe
 from mpscl_ray.prepare.run import prepare
 from tests.raw_volumes import made, mmwhs, options, refusal
 
@@ -24,7 +25,7 @@ def source(tmp_path: Path) -> Path:
 
 
 def released(folder: Path) -> Path:
-    """An npy release in small: two training slices in [-1, 1], and a test volume that is z-scored and turned."""
+    """A small npy release: two training slices in [-1, 1], and a test volume that is z-scored and turned."""
     random = np.random.default_rng(0)
     for number in range(2):
         label = random.integers(0, 6, size=(10, 8)).astype(np.float64)

@@ -1,4 +1,4 @@
-"""Splits are by patient, reproducible, and never have a patient twice."""
+"""Splits are by patient, reproducible, and have no patient twice."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_fractions_keep_patients_together(patients: int, scans: int, seed: int, 
     assert sum(map(len, sets.values())) == patients
     for split, fraction in zip(("train", "val", "test"), fractions, strict=True):
         assert len(sets[split]) >= 1
-        # Rounding moves a split by less than one; so does the patient that every split is owed.
+        # Rounding moves a split by less than one; so does the one patient that every split gets.
         assert abs(len(sets[split]) - fraction * patients) < 3
 
 

@@ -224,7 +224,7 @@ def test_another_kind_of_file_is_named(tmp_path: Path) -> None:
         read_slices(path)
 
 
-def test_a_record_without_the_volume_tells_what_it_has(tmp_path: Path) -> None:
+def test_the_error_for_a_record_without_volume_lists_its_features(tmp_path: Path) -> None:
     path = write(tmp_path / "a.tfrecords", example([("image/encoded", strings(b"jpeg"))]))
     with pytest.raises(DataError, match=r"record 0 .* no feature `data_vol` among \['image/encoded'\]"):
         read_slices(path)
