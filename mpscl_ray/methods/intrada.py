@@ -58,7 +58,7 @@ class IntraDA(AdvEnt):
                 "more volumes"
             )
         self.split = TargetSplit(easy, hard, pseudo_labels[easy])
-        self.networks["segmenter"].load_state_dict(slices.pretrained_weights())
+        self.networks["segmenter"].load_state_dict(slices.source_only_weights())
         for number, (name, network) in enumerate(list(self.networks.items())[1:]):
             assert name.startswith("discriminator_")
             initialise(network, self.seed + number)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Pictures of what each phase of a run brought: slices of a labelled volume, predicted before and after adaptation."""
+"""Images of a labelled volume with the predictions at the end of each phase of a run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mpscl_ray.runs.plots import panel, save_png
 from mpscl_ray.runs.run_directory import RunFolder
 
 SLICES = 4
-"""Rows of a picture."""
+"""Rows of an image."""
 
 
 def draw_phases(run: RunFolder | Path | str, phases: Sequence[str]) -> Path | None:
@@ -29,33 +29,33 @@ def draw_phases(run: RunFolder | Path | str, phases: Sequence[str]) -> Path | No
         phases: their names, in order.
 
     Returns:
-        The picture; None where the target has no labelled volume.
+        The file; None where the target has no labelled volume.
     """
-    home = open_run(run)
-    model = read_model(home)
-    folder = model.domains["target"].dataset
-    assert folder is not None
-    manifest = load_manifest(folder)
+    folder = open_run(run)
+    model = read_model(folder)
+    dataset = model.domains["target"].dataset
+    assert dataset is not None
+    manifest = load_manifest(dataset)
     case = next((case for split in ("test", "val") for case in manifest.split(split) if case.labelled), None)
     if case is None:
         return None
-    arrays = read_case(folder, case)
+    arrays = read_case(dataset, case)
     chosen = _showing(arrays["label"])
     columns: dict[str, NDArray[np.integer]] = {}
     for phase in phases:
-        predictor = load_weights(model, find_checkpoint(home, phase)[0])
+        predictor = load_weights(model, find_checkpoint(folder, phase)[0])
         columns[phase.replace("_", " ")] = predictor.predict_slices(arrays["image"])[chosen]
     columns["label"] = arrays["label"][chosen]
-    picture = home.results / "phases.png"
-    save_png(picture, panel(arrays["image"][chosen], columns, model.classes))
-    home.publish(picture)
-    return picture
+    image = folder.results / "phases.png"
+    save_png(image, panel(arrays["image"][chosen], columns, model.classes))
+    folder.publish(image)
+    return image
 
 
 def _showing(label: NDArray[np.uint8]) -> NDArray[np.intp]:
     """Evenly spaced slices among those with a structure; among all where none has one."""
     shown = np.flatnonzero(label.reshape(len(label), -1).any(axis=1))
     candidates = shown if len(shown) else np.arange(len(label))
-    places = np.linspace(0, len(candidates) - 1, min(SLICES, len(candidates)) + 2).round().astype(int)[1:-1]
-    slices: NDArray[np.intp] = candidates[np.unique(places)]
+    positions = np.linspace(0, len(candidates) - 1, min(SLICES, len(candidates)) + 2).round().astype(int)[1:-1]
+    slices: NDArray[np.intp] = candidates[np.unique(positions)]
     return slices

@@ -28,6 +28,7 @@ from mpscl_ray.runs.run_directory import RunFolder
 from mpscl_ray.runs.signals import Interruption
 from mpscl_ray.runs.storage import child
 from mpscl_ray.train.ray.concurrent import Shared
+from mpscl_ray.train.ray.launch import RAY_FOLDER
 from mpscl_ray.train.ray.placement_groups import release
 from mpscl_ray.tune.asha import Halving, Listener, NotPicklable, rungs
 from mpscl_ray.tune.criteria import score
@@ -37,7 +38,7 @@ from mpscl_ray.tune.shared_phases import shared_phases
 from mpscl_ray.tune.space import Space
 from mpscl_ray.tune.trainable import PAUSE, STOP_SEARCH, UNREACHABLE, Task, run_task
 
-LEDGER, TRIALS, RAY_FOLDER = "ledger.jsonl", "trials", "ray"
+LEDGER, TRIALS = "ledger.jsonl", "trials"
 """Names in the folder of a search."""
 
 TRIAL_MEMORY = 100 * 2**20

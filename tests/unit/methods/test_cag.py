@@ -53,7 +53,7 @@ def slices_of(part: Batch) -> TrainingSlices:
         unlabelled=lambda: [(torch.arange(4), target[:4]), (torch.arange(4, 6), target[4:])],
         target_volumes=(range(2), range(2, 6)),
         size=(SIZE, SIZE),
-        pretrained_weights=dict,
+        source_only_weights=dict,
     )
 
 

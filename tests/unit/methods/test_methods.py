@@ -19,8 +19,7 @@ from mpscl_ray.errors import DataError
 from mpscl_ray.methods import METHODS, Batch
 from mpscl_ray.methods.losses import MASK_EPS, cosine_to_prototypes, margin_contrastive_loss
 from mpscl_ray.methods.mpscl import prototype_angles
-from mpscl_ray.methods.prototypes import downsample_labels
-from mpscl_ray.methods.pseudo_labels import self_paced_pseudo_labels
+from mpscl_ray.methods.prototypes import downsample_labels, self_paced_pseudo_labels
 from tests.tiny_methods import (
     CLASSES,
     MAKE,

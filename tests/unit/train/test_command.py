@@ -22,8 +22,8 @@ from mpscl_ray.runs import (
 from mpscl_ray.runs.run_directory import RunFolder
 from mpscl_ray.train import command as train
 from mpscl_ray.train import run as train_run
+from mpscl_ray.train.domains import load_domains, model_description
 from mpscl_ray.train.ray import (
-    launch,
     resources,
 )
 from tests.tiny import CLASSES, SETTINGS, make_dataset, make_pair, tiny_config
@@ -199,7 +199,7 @@ def test_slices_too_small_for_the_discriminators(command: Command, tmp_path: Pat
     assert "needs slices of at least 32 x 32 pixels, these datasets have 28 x 40" in only_sentence(error)
     for setting in ("method.discriminator=patchgan", "phases.warm_up=0 phases.adaptation=0"):
         config = train.config_from_arguments(tiny(tmp_path, tmp_path / "runs", *setting.split()))
-        assert launch.load_domains(config)[0].source.size == (28, 40)
+        assert load_domains(config)[0].source.size == (28, 40)
 
 
 def test_pretrained_weights_that_do_not_fit(command: Command, tmp_path: Path, pair: Path) -> None:
@@ -286,8 +286,8 @@ def test_a_run_must_go_on_with_the_data_it_began_with(
     begun: RunFolder, command: Command, pair: Path, tmp_path: Path
 ) -> None:
     config = tiny_config(pair / "mr", pair / "ct", ONE_WORKER)
-    domains, _ = launch.load_domains(config)
-    begun.write_model(launch.model_description(config, domains))
+    domains, _ = load_domains(config)
+    begun.write_model(model_description(config, domains))
     changed = make_dataset(tmp_path / "changed", "ct", seed=2)
     code, _, error = command(*tiny(pair, tmp_path, f"data.target={changed}"))
     assert code == ConfigError.exit_code
@@ -324,7 +324,7 @@ def test_interrupted_before_ray_starts(
     def send(*arguments: object) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(launch, "load_domains", send)
+    monkeypatch.setattr("mpscl_ray.train.run.load_domains", send)
     before = signal.getsignal(signal.SIGTERM)
     code, text, _ = command(*tiny(pair, tmp_path))
     assert code == 130

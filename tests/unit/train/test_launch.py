@@ -14,6 +14,7 @@ import ray
 from mpscl_ray.data.loader import LocalSlices
 from mpscl_ray.errors import ClusterError, StorageError, TrainingError
 from mpscl_ray.runs.run_directory import FAILURE_FILE, STOP_FILE, RunFolder
+from mpscl_ray.train.domains import load_domains, open_data
 from mpscl_ray.train.ray import launch
 from mpscl_ray.train.ray.failures import causes
 from tests.tiny import local_data, make_dataset, make_pair, tiny_config
@@ -39,7 +40,7 @@ def test_labels_are_opened_for_training_slices_of_one_domain_alone(pair: Path) -
     for preset, training_slices in expected.items():
         del opened[:]
         config = tiny_config(pair / "mr", pair / "ct", preset=preset)
-        data = launch.open_data(config, launch.load_domains(config)[0], open_slices)
+        data = open_data(config, load_domains(config)[0], open_slices)
         assert set(opened) == training_slices | {("mr", "val", True), ("ct", "val", True)}
         assert (data.unlabelled is None) == (preset != "small/mpscl")
 
@@ -50,16 +51,16 @@ def test_validation_slices_are_opened_with_labels_only_if_all_have_them(pair: Pa
 
     target = make_dataset(tmp_path / "ct", "ct", seed=1, labelled=("train",))
     config = tiny_config(pair / "mr", target)
-    domains, warnings = launch.load_domains(config)
-    data = launch.open_data(config, domains, open_slices)
+    domains, warnings = load_domains(config)
+    data = open_data(config, domains, open_slices)
     assert warnings == []
     assert data.validation["source"].files.labels
     assert not data.validation["target"].files.labels
 
     source = make_dataset(tmp_path / "mr", "mr", cases={"train": 2})
     config = tiny_config(source, make_dataset(tmp_path / "bare", "ct", seed=1, labelled=(), cases={"train": 1}))
-    domains, warnings = launch.load_domains(config)
-    assert launch.open_data(config, domains, open_slices).validation == {}
+    domains, warnings = load_domains(config)
+    assert open_data(config, domains, open_slices).validation == {}
     assert any("no labelled validation cases" in warning for warning in warnings)
 
 
@@ -77,15 +78,15 @@ def test_workers_that_fail_too_often_end_the_run_with_their_causes(pair: Path, t
     config = tiny_config(pair / "mr", pair / "ct", ["run.restarts=2"])
     launched = launch.Launch(config, folder, local_data(config), False)
     died = ray.exceptions.ActorDiedError()
-    error = launched._explained(ray.train.WorkerGroupError("text", {1: died}))
+    error = launched._explain(ray.train.WorkerGroupError("text", {1: died}))
     assert isinstance(error, TrainingError)
     assert "workers failed 3 times, which is once more than run.restarts allows" in str(error)
     assert "worker 1 was lost: its process died" in str(error)
-    error = launched._explained(ray.exceptions.RaySystemError("gone"))
+    error = launched._explain(ray.exceptions.RaySystemError("gone"))
     assert isinstance(error, ClusterError)
     assert "Ray ended the training" in str(error)
     defect = KeyError("x")
-    assert launched._explained(defect) is defect
+    assert launched._explain(defect) is defect
 
 
 def launched(pair: Path, folder: RunFolder, train: Callable[[], dict[str, Any]]) -> launch.Launch:

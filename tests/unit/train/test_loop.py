@@ -17,6 +17,7 @@ from mpscl_ray.errors import ConfigError, DataError
 from mpscl_ray.runs import checkpoint
 from mpscl_ray.runs.run_directory import RunFolder
 from mpscl_ray.train import loop, timing
+from mpscl_ray.train.checkpointing import newest_checkpoint
 from mpscl_ray.train.feature_log import FeatureRecord
 from tests.tiny import SIZE, local_data, make_dataset, make_pair, tiny_config
 from tests.tiny_runs import Killed, Killer, Watcher, hashes, train
@@ -93,7 +94,7 @@ def test_a_run_goes_on_from_any_step_as_if_it_had_not_stopped(
     outcome, _ = train(config, tmp_path, None, after)
     assert (outcome.state, outcome.step) == ("finished", 10)
     assert after.starts == [cut]
-    assert "going on" in after.notices[0]
+    assert "resuming" in after.notices[0]
 
     folder, whole = straight
     assert len(before.batches) == cut
@@ -274,7 +275,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_anything_moves(pair: Path
     losses = {"loss_cross_entropy_main", "loss_dice_main", "loss_adversarial_main", "gradient_norm"}
     assert losses <= outcome.losses.keys()
     assert any(not math.isfinite(value) for value in outcome.losses.values())
-    found, notices = loop.newest_checkpoint(run)
+    found, notices = newest_checkpoint(run)
     assert found == run.checkpoints / "step-0000003"
     assert notices == []
     for network in checkpoint.load(found)["method"]["networks"].values():
@@ -302,7 +303,7 @@ def test_stop_looks_come_about_twice_a_second() -> None:
         now[0] += 1e-4
         looks.should_stop(step)
     gaps = [after - before for before, after in itertools.pairwise(asked)]
-    assert max(gaps) == timing.MOST_STEPS_UNSEEN
+    assert max(gaps) == timing.MAX_STEPS_BETWEEN_POLLS
 
 
 # ------------------------------------------------------------------------------------------------- target labels
