@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from pyarrow import fs
 
-from mpscl_ray.runs.storage import Remote
+from mpscl_ray.runs.storage import S3Path
 
 CREDENTIALS = {
     "AWS_ACCESS_KEY_ID": "key-of-the-tests",
@@ -122,9 +122,9 @@ class Server:
         """The URL of something on the server."""
         return f"s3://{bucket}/{path}?endpoint_override=http://127.0.0.1:{self.door.port}"
 
-    def folder(self, path: str) -> Remote:
+    def folder(self, path: str) -> S3Path:
         """A folder in the bucket."""
-        return Remote.parse(self.url(path))
+        return S3Path.parse(self.url(path))
 
     def stop(self) -> None:
         """End the server."""
@@ -145,7 +145,7 @@ def serve(folder: Path, **environment: str) -> Iterator[Server]:
             server.stop()
 
 
-def upload_folder(folder: Path, remote: Remote) -> Remote:
+def upload_folder(folder: Path, remote: S3Path) -> S3Path:
     """Copy all files of a folder into the bucket."""
     for path in sorted(folder.rglob("*")):
         if path.is_file():

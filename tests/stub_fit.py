@@ -10,8 +10,8 @@ import torch
 
 from mpscl_ray.config import SOURCE_ONLY, Config, is_adaptation
 from mpscl_ray.runs import checkpoint
-from mpscl_ray.runs.bucket_run import open_run
-from mpscl_ray.runs.run_directory import STOP_FILE, RunFolder
+from mpscl_ray.runs.control_files import STOP_FILE
+from mpscl_ray.runs.run_directory import RunDirectory, open_run
 from mpscl_ray.train.checkpointing import newest_checkpoint
 from mpscl_ray.train.phases import build_segmenter, network_arguments
 from mpscl_ray.train.ray.worker import wait_for_decision
@@ -30,7 +30,7 @@ def quality(config: Config) -> float:
 
 def fit(
     config: Config,
-    folder: RunFolder,
+    folder: RunDirectory,
     data: TrainingData,
     use_gpu: bool,
     display_name: str,
@@ -38,14 +38,14 @@ def fit(
     seconds_a_step: float = 0.0,
 ) -> dict[str, Any]:
     """Write metrics, checkpoints and the log of worker 0, from the newest checkpoint to the end or a stop."""
-    run = open_run(folder.address, "worker-0", 60 * config.run.outage_min)
-    run.prepare_worker()
-    with run.training(folder.token, 0):
+    run = open_run(folder.uri, "worker-0", 60 * config.run.outage_min)
+    run.store.init_worker_dir()
+    with run.store.worker_lock(folder.store.fencing_token, 0):
         return _Stub(config, run, data, seconds_a_step).run()
 
 
 class _Stub:
-    def __init__(self, config: Config, run: RunFolder, data: TrainingData, seconds_a_step: float) -> None:
+    def __init__(self, config: Config, run: RunDirectory, data: TrainingData, seconds_a_step: float) -> None:
         self.config, self.folder, self.classes, self.seconds_a_step = config, run, data.classes, seconds_a_step
         self.schedule = config.schedule
         found, _ = newest_checkpoint(run)
@@ -93,7 +93,7 @@ class _Stub:
         stopping = (self.folder.path / STOP_FILE).exists()
         if saving or stopping:
             self.save(name, self.folder.checkpoints / checkpoint.checkpoint_name(self.position["step"]))
-            self.folder.settle()
+            self.folder.store.flush()
         return "interrupted" if stopping else None
 
     def record(self, name: str, iterations: int, validating: bool) -> dict[str, Any]:

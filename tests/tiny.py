@@ -11,8 +11,9 @@ import numpy as np
 
 from mpscl_ray.config import METHOD_CONFIGS, Config, load_config, reads_target
 from mpscl_ray.data import TARGET_DOMAIN
-from mpscl_ray.data.dataset import Manifest, Scaling, load_manifest, save_manifest, write_case
+from mpscl_ray.data.dataset import Manifest, Scaling, load_manifest, save_manifest
 from mpscl_ray.data.loader import LocalSlices
+from mpscl_ray.data.parquet_writer import write_case
 from mpscl_ray.train.streams import TrainingData
 
 CLASSES = ("background", "ventricle", "wall")

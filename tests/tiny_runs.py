@@ -15,14 +15,14 @@ from torch import Tensor
 
 from mpscl_ray.config import Config
 from mpscl_ray.methods.base import Batch
-from mpscl_ray.runs.run_directory import RunFolder
+from mpscl_ray.runs.run_directory import RunDirectory
 from mpscl_ray.train import loop
 from mpscl_ray.train.loop import Callback, TrainResult
 from tests.tiny import local_data
 
 
 class Watcher(Callback):
-    """Remembers what an callback is told."""
+    """Remembers what a callback is told."""
 
     def __init__(self) -> None:
         self.starts: list[int] = []
@@ -76,12 +76,12 @@ def train(
     stop_after: int | None = None,
     callback: Callback | None = None,
     dtype: torch.dtype = torch.float32,
-) -> tuple[TrainResult, RunFolder]:
+) -> tuple[TrainResult, RunDirectory]:
     """Train as one worker of those that there are; ``stop_after`` counts the steps of this call.
 
     The global random states are others at each call, as in another process.
     """
-    folder = RunFolder(run)
+    folder = RunDirectory(run)
     folder.create()
     for seed in (random.seed, np.random.seed, torch.manual_seed):
         seed(next(_CALLS))

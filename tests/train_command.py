@@ -21,7 +21,7 @@ import pytest
 import ray
 
 from mpscl_ray.config import load_config, to_yaml
-from mpscl_ray.runs.run_directory import RunFolder
+from mpscl_ray.runs.run_directory import RunDirectory
 from tests.tiny import tiny_settings
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -80,7 +80,7 @@ class Command:
         except subprocess.TimeoutExpired:
             pytest.fail(f"the command hangs; it printed:\n{self.text}")
 
-    def wait_for_steps(self, run: RunFolder, steps: int, start: int = 1) -> int:
+    def wait_for_steps(self, run: RunDirectory, steps: int, start: int = 1) -> int:
         """Wait until workers of the run have made so many steps since their ``start``-th start; returns the step."""
         deadline = time.monotonic() + PATIENCE_S
         while time.monotonic() < deadline and self.process.poll() is None:
@@ -161,8 +161,8 @@ class Runs:
             file.write_text(to_yaml(load_config(preset, settings)))
         return [str(file), f"run.name={name}", *overrides]
 
-    def __getitem__(self, name: str) -> RunFolder:
-        return RunFolder(self.storage / name)
+    def __getitem__(self, name: str) -> RunDirectory:
+        return RunDirectory(self.storage / name)
 
 
 def contents(directory: Path) -> dict[str, str]:
@@ -171,7 +171,7 @@ def contents(directory: Path) -> dict[str, str]:
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
-def assert_same_run(run: RunFolder, other: RunFolder) -> None:
+def assert_same_run(run: RunDirectory, other: RunDirectory) -> None:
     """All checkpoints of the ends, byte for byte: weights, optimisers, prototypes, random state, position."""
     for phase in ("source_only", "warm_up", "adaptation"):
         assert contents(run.phases / phase) == contents(other.phases / phase), phase
@@ -182,14 +182,14 @@ def assert_same_run(run: RunFolder, other: RunFolder) -> None:
     assert [record for record in ours if record["global_step"] in range(1, STEPS + 1)] == theirs
 
 
-def starts(run: RunFolder) -> list[int]:
+def starts(run: RunDirectory) -> list[int]:
     """The steps at which worker 0 has started, in turn."""
     file = run.logs / "worker-0.log"
     log = file.read_text() if file.exists() else ""
     return [int(step) for step in re.findall(r"training starts at step (\d+)", log)]
 
 
-def check_status(run: RunFolder, state: str, exit_code: int, reason: str) -> str:
+def check_status(run: RunDirectory, state: str, exit_code: int, reason: str) -> str:
     """Check status.json; returns the command to resume with."""
     status = run.read_status()
     assert (status["state"], status["exit_code"]) == (state, exit_code)

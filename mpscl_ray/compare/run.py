@@ -17,11 +17,10 @@ from mpscl_ray.distributed.ray_session import connect
 from mpscl_ray.errors import ConfigError, Interrupted, TrainingError
 from mpscl_ray.prepare import phantom_dataset
 from mpscl_ray.runs.atomic_files import write_atomically
-from mpscl_ray.runs.bucket_run import open_run
 from mpscl_ray.runs.lifecycle import carry_out
-from mpscl_ray.runs.run_directory import RunFolder
+from mpscl_ray.runs.run_directory import RunDirectory, open_run
 from mpscl_ray.runs.signals import Interruption
-from mpscl_ray.runs.storage import Remote, child, locate
+from mpscl_ray.runs.storage import S3Path, join_location, parse_location
 from mpscl_ray.train.ray.concurrent import Shared, open_shared
 from mpscl_ray.train.ray.launch import Fit
 from mpscl_ray.train.ray.placement_groups import release_orphaned_placement_groups
@@ -41,7 +40,7 @@ def compare(plan: Plan, base: Config, command: Sequence[str], fit: Fit | None = 
         TrainingError: some cells failed; the table is written all the same.
     """
     check_machine(base)
-    place = plan.out or child(base.run.storage, "compare")
+    place = plan.out or join_location(base.run.storage, "compare")
     folder = open_run(place, "command", 60 * base.run.outage_min, ("cells.json", "comparison.*"))
     folder.create(("cells",))
     resume = shlex.join(command)
@@ -49,13 +48,13 @@ def compare(plan: Plan, base: Config, command: Sequence[str], fit: Fit | None = 
         return carry_out(folder, resume, lambda: _run(plan, base, folder, resume, fit))
 
 
-def _run(plan: Plan, base: Config, folder: RunFolder, resume: str, fit: Fit | None) -> None:
-    ledger = Ledger(folder.path / "cells.json", folder.settle)
-    out = locate(folder.address)  # workers may stand elsewhere
+def _run(plan: Plan, base: Config, folder: RunDirectory, resume: str, fit: Fit | None) -> None:
+    ledger = Ledger(folder.path / "cells.json", folder.store.flush)
+    out = parse_location(folder.uri)  # workers may stand elsewhere
     with connect(), release_orphaned_placement_groups(folder):
         base = phantom_dataset.resolve(base)
         datasets = (base.data.source, base.data.target)
-        manifests = tuple(load_manifest(locate(dataset)) for dataset in datasets)
+        manifests = tuple(load_manifest(parse_location(dataset)) for dataset in datasets)
         names = _direction_names(plan.directions, manifests)
         _check_labels(plan.directions, datasets, manifests)
         storage = str(out / "cells")
@@ -112,14 +111,14 @@ def _check_labels(directions: Sequence[str], datasets: Sequence[str], manifests:
             )
 
 
-def _check_resumed(cell: Cell, out: Path | Remote) -> None:
+def _check_resumed(cell: Cell, out: Path | S3Path) -> None:
     """A cell that has begun goes on with the settings it was begun with."""
     run = open_run(out / "cells" / cell.name)
-    if run.steps() and run.exists:
+    if run.store.step_checkpoints() and run.exists:
         run.check_config(to_yaml(cell.config), MAY_CHANGE)
 
 
-def _open(cells: Sequence[Cell], folder: RunFolder, fit: Fit | None) -> dict[str, Shared]:
+def _open(cells: Sequence[Cell], folder: RunDirectory, fit: Fit | None) -> dict[str, Shared]:
     """Open the data that each cell needs, once for all cells that read the same."""
     opened: dict[tuple[str, str], Shared] = {}
     # One that also reads the target serves those that do not.
@@ -133,7 +132,7 @@ def _open(cells: Sequence[Cell], folder: RunFolder, fit: Fit | None) -> dict[str
 
 
 def _summary(
-    plan: Plan, cells: Sequence[Cell], ledger: Ledger, manifests: Sequence[Manifest], out: Path | Remote
+    plan: Plan, cells: Sequence[Cell], ledger: Ledger, manifests: Sequence[Manifest], out: Path | S3Path
 ) -> str:
     budgets = sorted({cell.iterations for cell in cells})
     spread = f"{budgets[0]}" if len(budgets) == 1 else f"{budgets[0]} to {budgets[-1]}"
@@ -202,7 +201,7 @@ def _write_tables(out: Path, directions: Sequence[Direction]) -> None:
     write_atomically(out / "comparison.csv", comparison_csv(directions).encode())
 
 
-def _print_next_steps(out: Path | Remote, cells: Sequence[Cell], ledger: Ledger) -> None:
+def _print_next_steps(out: Path | S3Path, cells: Sequence[Cell], ledger: Ledger) -> None:
     first = [cell for cell in cells if (cell.direction, cell.seed) == (cells[0].direction, cells[0].seed)]
     runs = " ".join(str(out / "cells" / cell.name) for cell in first if is_done(ledger[cell.name]))
     print(f"{out} has the table as comparison.txt, .md, .csv and .tex, and each run in cells/. Next:")

@@ -15,12 +15,12 @@ from mpscl_ray.compare.cells import Cell, Entry, Ledger
 from mpscl_ray.config import config_from_dict, to_dict
 from mpscl_ray.errors import MpsclError, StorageError
 from mpscl_ray.evaluate.run import evaluate_phases
-from mpscl_ray.runs.bucket_run import open_run
+from mpscl_ray.runs.control_files import STOP_FILE
 from mpscl_ray.runs.fork import fork
 from mpscl_ray.runs.progress import ProgressLine
-from mpscl_ray.runs.run_directory import STOP_FILE, RunFolder
+from mpscl_ray.runs.run_directory import RunDirectory, open_run
 from mpscl_ray.runs.signals import Interruption
-from mpscl_ray.runs.storage import child
+from mpscl_ray.runs.storage import join_location
 from mpscl_ray.train.ray.concurrent import Shared, run_trial
 from mpscl_ray.train.ray.launch import Launch
 
@@ -64,7 +64,7 @@ def run_cell(task: CellTask, shared: Shared) -> dict[str, Any]:
     next_look = 0.0
 
     def note_phases() -> None:
-        for phase in folder.finished_phases():
+        for phase in folder.store.finished_phases():
             if phase in phases and phase not in there:
                 found["phase_seconds"].setdefault(phase, time.monotonic() - started)
 
@@ -72,21 +72,21 @@ def run_cell(task: CellTask, shared: Shared) -> dict[str, Any]:
         nonlocal next_look
         if time.monotonic() < next_look:
             return
-        next_look = time.monotonic() + folder.look_s
+        next_look = time.monotonic() + folder.store.poll_interval_s
         # A storage that does not answer is the training's concern, which looks after what it writes.
         with suppress(StorageError):
             note_phases()
-            if comparison.left(STOP_FILE) is not None:
+            if comparison.control_files.read(STOP_FILE) is not None:
                 training.request_stop()
 
     try:
         if task.parent is not None and task.fork_phase is not None:
             fork(folder, open_run(task.parent, patience_s=patience_s), task.fork_phase)
-        there = set(folder.finished_phases())
+        there = set(folder.store.finished_phases())
         outcome = run_trial(config, folder, shared, look, resume_command=task.resume_command)
         note_phases()
         if outcome.state == "finished":
-            done = evaluate_phases(folder.address, phases[-1:], workers=0, progress=False)
+            done = evaluate_phases(folder.uri, phases[-1:], workers=0, progress=False)
             evaluation = done[phases[-1]]
             found |= {
                 "state": "finished",
@@ -122,7 +122,7 @@ class Comparison:
         self,
         cells: Sequence[Cell],
         ledger: Ledger,
-        folder: RunFolder,
+        folder: RunDirectory,
         shared: Mapping[str, Shared],
         max_concurrent: int,
         resume_command: str,
@@ -132,7 +132,7 @@ class Comparison:
         self.max_concurrent, self.resume_command, self.finished = max_concurrent, resume_command, finished
         self.waiting = [cell for cell in cells if not is_done(ledger[cell.name])]
         self.running: dict[Any, Cell] = {}
-        self._folders: dict[str, RunFolder] = {}
+        self._folders: dict[str, RunDirectory] = {}
         self.losses: Counter[str] = Counter()
         """How often the process beside a cell's workers was lost, with its node for example."""
         self._task = ray.remote(num_cpus=0, max_retries=0)(run_cell)
@@ -142,15 +142,15 @@ class Comparison:
 
     def run(self, interruption: Interruption) -> None:
         """Run until every cell has ended, or until the running ones have after an interruption."""
-        self.folder.take_away(STOP_FILE)
+        self.folder.control_files.clear(STOP_FILE)
         last_progress = next_look = 0.0
         with self._line:
             try:
                 while self.running or (self.waiting and not interruption.requested):
-                    if self.folder.problem is not None:
-                        raise self.folder.problem
+                    if self.folder.store.sync_error is not None:
+                        raise self.folder.store.sync_error
                     if time.monotonic() >= next_look:
-                        next_look = time.monotonic() + self.folder.look_s
+                        next_look = time.monotonic() + self.folder.store.poll_interval_s
                         self._look(interruption)
                     if not self.running:
                         time.sleep(_LOOK_S)
@@ -164,7 +164,7 @@ class Comparison:
                         self._line.update(self._done + now_running)
             finally:
                 with suppress(StorageError):
-                    self.folder.take_away(STOP_FILE)
+                    self.folder.control_files.clear(STOP_FILE)
                 for reference, cell in self.running.items():
                     ray.cancel(reference, force=True)
                     self.ledger[cell.name].state = "interrupted"
@@ -173,10 +173,10 @@ class Comparison:
     def _look(self, interruption: Interruption) -> None:
         """Pass on the wish to stop, or start what has room."""
         try:
-            if self.folder.left(STOP_FILE) is not None:
+            if self.folder.control_files.read(STOP_FILE) is not None:
                 interruption.request(f"the file {STOP_FILE} in its folder")
             elif interruption.requested:
-                self.folder.leave(STOP_FILE, "")
+                self.folder.control_files.write(STOP_FILE, "")
             origins = {} if interruption.requested else {cell.name: self._origin(cell) for cell in self._candidates()}
         except StorageError:
             return  # The folder's own problem, when it has failed for long; until then nothing new is started.
@@ -200,25 +200,25 @@ class Comparison:
             if forked and not entry.forked:
                 entry.forked = forked
             self.ledger.write()
-            parent = self.run_folder(forked[0]).address if forked else None
+            parent = self.run_folder(forked[0]).uri if forked else None
             self._line.message(
                 f"{cell.name} starts" + (f", from the end of {forked[1]} of {forked[0]}" if forked else "")
             )
             task = CellTask(
                 to_dict(cell.config),
-                self.run_folder(cell.name).address,
+                self.run_folder(cell.name).uri,
                 parent,
                 forked[1] if forked else None,
-                self.folder.address,
+                self.folder.uri,
                 self.resume_command,
             )
             self.running[self._task.remote(task, self.shared[cell.name])] = cell
 
     def _origin(self, cell: Cell) -> tuple[str, ...] | None:
         """Cell and phase to fork from; empty to begin anew or go on; None while what it shares is still trained."""
-        if cell.parent is None or cell.fork_phase is None or self.run_folder(cell.name).steps():
+        if cell.parent is None or cell.fork_phase is None or self.run_folder(cell.name).store.step_checkpoints():
             return ()
-        if cell.fork_phase in self.run_folder(cell.parent).finished_phases():
+        if cell.fork_phase in self.run_folder(cell.parent).store.finished_phases():
             return cell.parent, cell.fork_phase
         # A parent that failed before it came so far leaves its children to train by themselves.
         coming = self.ledger[cell.parent].state in ("waiting", "running") or self.cells[cell.parent] in self.waiting
@@ -259,10 +259,10 @@ class Comparison:
                 return max(0, int(records[-1]["global_step"]) - (cell.iterations - cell.own_iterations))
         return 0
 
-    def run_folder(self, name: str) -> RunFolder:
+    def run_folder(self, name: str) -> RunDirectory:
         """Folder of a cell's run."""
         if name not in self._folders:
-            self._folders[name] = open_run(child(self.folder.address, "cells", name))
+            self._folders[name] = open_run(join_location(self.folder.uri, "cells", name))
         return self._folders[name]
 
 

@@ -28,7 +28,7 @@ from mpscl_ray.config.methods import ADAPTATION, METHOD_CONFIGS, SOURCE_ONLY, WA
 from mpscl_ray.config.overrides import Setting, flatten, read_file, read_overrides
 from mpscl_ray.config.schema import Config
 from mpscl_ray.errors import ConfigError
-from mpscl_ray.runs.storage import Remote, cache_folder, is_url, locate
+from mpscl_ray.runs.storage import S3Path, cache_folder, is_url, parse_location
 
 PRESETS = Path(__file__).parents[1] / "presets"
 """Folder of the presets that ship with the package; a preset's name is its path below it without ``.yaml``."""
@@ -94,8 +94,8 @@ def differences(one: Config, other: Config) -> dict[str, tuple[Any, Any]]:
 
 
 def _preset_path(preset: str | Path) -> Path:
-    remote = locate(preset)
-    if isinstance(remote, Remote):
+    remote = parse_location(preset)
+    if isinstance(remote, S3Path):
         copy = cache_folder() / "presets" / remote.name
         try:
             remote.download(copy)

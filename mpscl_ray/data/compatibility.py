@@ -7,15 +7,13 @@ by a stale header, the same patient on both sides. The checks need only the mani
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mpscl_ray.data.dataset import Case, Manifest
 from mpscl_ray.errors import DataError
-
-if TYPE_CHECKING:
-    from mpscl_ray.data.dataset import Case, Manifest
 
 _FLIPS = {
     "as they are": np.array([1.0, 1.0]),

@@ -1,12 +1,15 @@
-"""Reading chosen slices of a dataset from its Parquet files, every page's checksum verified.
+"""Reading a dataset's Parquet files: one whole case, or chosen slices of a split. Every page's checksum is verified.
 
-Only the row groups and columns that are asked for are read: an unlabelled stream never touches the bytes of the labels.
-Nothing here needs torch, so that a process that only reads starts quickly.
+For chosen slices only the row groups and columns asked for are read: an unlabelled stream never touches the bytes of
+the labels. Nothing here needs torch, so a process that only reads starts quickly.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,43 +19,41 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from mpscl_ray.data.dataset import FORMAT_VERSION, Case, load_manifest, local_case
+from mpscl_ray.data.dataset import FORMAT_VERSION, Case, load_manifest
+from mpscl_ray.data.parquet_writer import METADATA_KEY
 from mpscl_ray.data.sampler import Rows
 from mpscl_ray.errors import DataError
-from mpscl_ray.runs.storage import Remote, locate
+from mpscl_ray.runs.storage import S3Path, cached_file, parse_location
 
 Arrays = dict[str, NDArray[Any]]
-"""``image`` (B, H, W) float32 and, where labels were asked for, ``label`` (B, H, W) uint8."""
+"""``image`` (B, H, W) float32 and, if labels were asked for, ``label`` (B, H, W) uint8."""
 
+_DTYPES: dict[str, type[np.generic]] = {"image": np.float32, "label": np.uint8}
 _AGAIN = "prepare the dataset again"
 
 
 @dataclass(frozen=True)
 class SplitFiles:
-    """The files of one split; its slices are rows 0..N-1: the cases in the manifest's order, slice by slice.
+    """The files of one split. Its slices are rows 0..N-1: the cases in the manifest's order, slice by slice."""
 
-    Attributes:
-        folder: the dataset folder, here or in a bucket.
-        split: name of the split.
-        cases: its cases, at least one.
-        size: height and width of a slice in pixels.
-        classes: names of the label values.
-        labels: whether the labels are read.
-    """
-
-    folder: Path | Remote
+    folder: Path | S3Path
+    """The dataset folder, local or in a bucket."""
     split: str
     cases: tuple[Case, ...]
+    """At least one."""
     size: tuple[int, int]
+    """Height and width of a slice in pixels."""
     classes: tuple[str, ...]
+    """Names of the label values."""
     labels: bool
+    """Whether labels are read."""
 
     @classmethod
-    def find(cls, folder: Path | Remote | str, split: str, *, labels: bool) -> SplitFiles:
+    def find(cls, folder: Path | S3Path | str, split: str, *, labels: bool) -> SplitFiles:
         """Look up the files of a split in the manifest.
 
         Raises:
-            DataError: no such dataset or split, an empty split, or labels wanted where a case has none.
+            DataError: no such dataset or split, an empty split, or labels asked for although a case has none.
         """
         manifest = load_manifest(folder)
         cases = manifest.split(split)
@@ -64,10 +65,10 @@ class SplitFiles:
                 f"{folder}: the split {split!r} is to be read with labels, and {len(unlabelled)} of its {len(cases)} "
                 f"cases have none ({', '.join(unlabelled[:5])}); prepare it with labels"
             )
-        place = locate(folder)
-        if isinstance(place, Path):
-            place = place.absolute()
-        return cls(place, split, cases, manifest.size, manifest.classes, labels)
+        location = parse_location(folder)
+        if isinstance(location, Path):
+            location = location.absolute()
+        return cls(location, split, cases, manifest.size, manifest.classes, labels)
 
     @property
     def rows(self) -> int:
@@ -77,7 +78,7 @@ class SplitFiles:
     @property
     def columns(self) -> dict[str, type[np.generic]]:
         """Names and voxel types of the arrays that are read."""
-        return {"image": np.float32, "label": np.uint8} if self.labels else {"image": np.float32}
+        return _columns(self.labels)
 
     @property
     def slice_bytes(self) -> int:
@@ -101,9 +102,9 @@ class SplitFiles:
         """
         arrays = self.empty(len(rows))
         for case, own in zip(self.cases, self.case_rows(), strict=True):
-            places = np.flatnonzero((own.start <= rows) & (rows < own.stop))
-            if len(places):
-                _read_case_slices(self, case, rows[places] - own.start, arrays, places)
+            positions = np.flatnonzero((own.start <= rows) & (rows < own.stop))
+            if len(positions):
+                _read_case_slices(self, case, rows[positions] - own.start, arrays, positions)
         return arrays
 
 
@@ -120,47 +121,143 @@ def table_column(table: pa.Table, name: str) -> NDArray[Any]:
     return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
 
-def _read_case_slices(files: SplitFiles, case: Case, wanted: Rows, arrays: Arrays, places: Rows) -> None:
-    """Read slices of one case into their places in the arrays."""
+def read_case(
+    folder: Path | S3Path | str, case: Case, columns: Iterable[str] = ("image", "label")
+) -> dict[str, NDArray[Any]]:
+    """Arrays (D, H, W) of one case. A column that the case does not have is left out.
+
+    The file's SHA-256, its page checksums, types and shapes are all checked before anything is returned.
+
+    Raises:
+        DataError: naming the file, if it is missing, damaged or not the one that was prepared.
+    """
+    path = parse_location(folder) / case.file
+    data = _read_verified(folder, case)
+    expected = _columns(case.labelled)
+    with (
+        _readable(path),
+        # Not pq.read_table: a single file needs no dataset scanner, and a worker wants one thread per reader.
+        pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True) as file,
+    ):
+        _check(file, path, case, expected)
+        table = file.read(columns=[name for name in expected if name in columns], use_threads=False)
+    return {name: table_column(table, name) for name in table.column_names}
+
+
+def verify(folder: Path | S3Path | str, cases: Iterable[Case]) -> dict[str, str]:
+    """SHA-256 of each case's file, compared with the manifest.
+
+    Raises:
+        DataError: naming every file that is missing or differs.
+    """
+    hashes: dict[str, str] = {}
+    bad: list[str] = []
+    for case in cases:
+        try:
+            _read_verified(folder, case)
+            hashes[case.file] = case.sha256
+        except DataError as error:
+            bad.append(str(error))
+    if bad:
+        raise DataError("; ".join(bad))
+    return hashes
+
+
+def _columns(labels: bool) -> dict[str, type[np.generic]]:
+    return {name: dtype for name, dtype in _DTYPES.items() if labels or name != "label"}
+
+
+def _read_case_slices(files: SplitFiles, case: Case, wanted: Rows, arrays: Arrays, positions: Rows) -> None:
+    """Read slices of one case into their positions in the arrays."""
     path = files.folder / case.file
+    with (
+        _readable(path),
+        pq.ParquetFile(_local_file(files.folder, case), page_checksum_verification=True) as file,
+    ):
+        _check(file, path, case, files.columns, files.size)
+        lengths = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
+        stops = np.cumsum(lengths)
+        groups = np.searchsorted(stops, wanted, side="right")
+        for group in np.unique(groups):
+            start = int(stops[group]) - lengths[group]
+            table = file.read_row_group(int(group), columns=["slice_index", *arrays], use_threads=False)
+            if table.column("slice_index").to_pylist() != list(range(start, start + lengths[group])):
+                raise DataError(f"{path}: the slices from {start} on are not in order; {_AGAIN}")
+            members = groups == group
+            for name, array in arrays.items():
+                array[positions[members]] = table_column(table, name)[wanted[members] - start]
+
+
+# ------------------------------------------------------------------------------------------------- verification
+
+
+def _local_file(folder: Path | S3Path | str, case: Case) -> Path:
+    """The Parquet file of a case on this node, its size checked.
+
+    A file in a bucket is downloaded once and compared with its SHA-256.
+    """
+    path = parse_location(folder) / case.file
+    local = cached_file(path, case.sha256, case.bytes) if isinstance(path, S3Path) else path
+    found = local.stat().st_size
+    if found != case.bytes:
+        raise DataError(f"{path}: {found} bytes, the manifest says {case.bytes}: cut short or replaced; {_AGAIN}")
+    return local
+
+
+def _read_verified(folder: Path | S3Path | str, case: Case) -> bytes:
+    """Content of a case's file, its SHA-256 compared with the manifest."""
+    path = parse_location(folder) / case.file
+    with _readable(path):
+        data = _local_file(folder, case).read_bytes()
+    if hashlib.sha256(data).hexdigest() != case.sha256:
+        raise DataError(f"{path}: damaged or replaced: its SHA-256 is not the manifest's; {_AGAIN}")
+    return data
+
+
+@contextmanager
+def _readable(path: Path | S3Path) -> Iterator[None]:
+    """Turn what goes wrong while a file is read into an error that names it."""
     try:
-        local = local_case(files.folder, case)
-        found = local.stat().st_size
-        if found != case.bytes:
-            raise DataError(f"{path}: {found} bytes, the manifest says {case.bytes}: cut short or replaced; {_AGAIN}")
-        with pq.ParquetFile(local, page_checksum_verification=True) as file:
-            _check_columns(files, file, path, case)
-            lengths = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
-            stops = np.cumsum(lengths)
-            groups = np.searchsorted(stops, wanted, side="right")
-            for group in np.unique(groups):
-                start = int(stops[group]) - lengths[group]
-                table = file.read_row_group(int(group), columns=["slice_index", *arrays], use_threads=False)
-                if table.column("slice_index").to_pylist() != list(range(start, start + lengths[group])):
-                    raise DataError(f"{path}: the slices from {start} on are not in order; {_AGAIN}")
-                members = groups == group
-                for name, array in arrays.items():
-                    array[places[members]] = table_column(table, name)[wanted[members] - start]
+        yield
     except FileNotFoundError:
         raise DataError(f"{path}: missing, though the manifest lists it; {_AGAIN}") from None
     except (pa.ArrowException, OSError, ValueError, LookupError) as error:
         raise DataError(f"{path}: damaged or unreadable ({error}); {_AGAIN}") from error
 
 
-def _check_columns(files: SplitFiles, file: pq.ParquetFile, path: Path | Remote, case: Case) -> None:
+def _check(
+    file: pq.ParquetFile,
+    path: Path | S3Path,
+    case: Case,
+    columns: Mapping[str, type[np.generic]],
+    size: tuple[int, int] | None = None,
+) -> None:
+    """Check format version, number of slices, and the type of every column.
+
+    Args:
+        file: the opened file.
+        path: its name in messages.
+        case: its entry in the manifest.
+        columns: names and voxel types that it must have.
+        size: height and width of a slice; None for those of the first column.
+    """
     schema = file.schema_arrow
-    about = json.loads((schema.metadata or {}).get(b"mpscl_ray", b"{}"))
+    about = json.loads((schema.metadata or {}).get(METADATA_KEY, b"{}"))
     if about.get("version") != FORMAT_VERSION:
         raise DataError(
             f"{path}: format version {about.get('version')!r}, this program reads {FORMAT_VERSION}; {_AGAIN}"
         )
     if file.metadata.num_rows != case.slices:
         raise DataError(f"{path}: {file.metadata.num_rows} slices, the manifest says {case.slices}; {_AGAIN}")
-    types = {
-        name: pa.fixed_shape_tensor(pa.from_numpy_dtype(dtype), files.size) for name, dtype in files.columns.items()
-    }
-    for name, expected in {"slice_index": pa.int32(), **types}.items():
+    for name in ("slice_index", *columns):
         if name not in schema.names:
             raise DataError(f"{path}: has no column {name!r}; {_AGAIN}")
-        if schema.field(name).type != expected:
-            raise DataError(f"{path}: column {name!r} is {schema.field(name).type}, expected {expected}; {_AGAIN}")
+        found = schema.field(name).type
+        if name == "slice_index":
+            expected: pa.DataType = pa.int32()
+        else:
+            if size is None:
+                size = tuple(found.shape) if isinstance(found, pa.FixedShapeTensorType) else (0, 0)
+            expected = pa.fixed_shape_tensor(pa.from_numpy_dtype(columns[name]), size)
+        if found != expected:
+            raise DataError(f"{path}: column {name!r} is {found}, expected {expected}; {_AGAIN}")

@@ -26,7 +26,7 @@ from mpscl_ray.data.loader import ResidentSlices, Slices
 from mpscl_ray.data.parquet_reader import Arrays, SplitFiles, read_block, table_column
 from mpscl_ray.data.sampler import Rows
 from mpscl_ray.errors import ClusterError, MpsclError
-from mpscl_ray.runs.storage import Remote
+from mpscl_ray.runs.storage import S3Path
 
 KEPT_FRACTION = 0.3
 """Largest part of a node's object store that ``auto`` lets one split fill; two domains leave room for other blocks."""
@@ -48,7 +48,7 @@ STREAM_TASKS = 2
 
 
 def open_slices(
-    folder: Path | Remote | str,
+    folder: Path | S3Path | str,
     split: str,
     *,
     labels: bool,

@@ -6,19 +6,20 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from mpscl_ray.evaluate.scoring import Evaluation, evaluate_checkpoint, find_dataset, json_text, write_tables
+from mpscl_ray.evaluate.evaluation import Evaluation, json_text, write_tables
+from mpscl_ray.evaluate.scoring import evaluate_checkpoint, find_dataset
 from mpscl_ray.evaluate.tables import default_measures, format_table, summary_csv
-from mpscl_ray.predict.predictor import choose_device, read_model
-from mpscl_ray.runs.bucket_run import open_run
-from mpscl_ray.runs.run_directory import RunFolder
-from mpscl_ray.runs.storage import child
+from mpscl_ray.predict.model import read_model
+from mpscl_ray.predict.predictor import choose_device
+from mpscl_ray.runs.run_directory import RunDirectory, open_run
+from mpscl_ray.runs.storage import join_location
 
 PHASES_TABLE = "phases.txt"
 """File in a run's results with a row for each phase; ``phases.md``, ``.csv`` and ``.json`` have the same."""
 
 
 def evaluate_phases(
-    run: RunFolder | Path | str,
+    run: RunDirectory | Path | str,
     phases: Sequence[str],
     *,
     device: str | None = None,
@@ -44,7 +45,7 @@ def evaluate_phases(
         As :func:`evaluate_checkpoint`.
     """
     home = open_run(run)
-    folder, manifest, _ = find_dataset(home.place, read_model(home), None)
+    folder, manifest, _ = find_dataset(home.display_path, read_model(home), None)
     split = next((name for name in ("test", "val") if any(case.labelled for case in manifest.split(name))), None)
     if split is None:
         return {}
@@ -68,7 +69,7 @@ def evaluate_phases(
             ),
         },
     )
-    home.publish(home.results)
+    home.store.upload(home.results)
     return done
 
 
@@ -92,5 +93,5 @@ def evaluate(options: argparse.Namespace) -> int:
     print(evaluation.table(measures=list(dict.fromkeys(measures))))
     for notice in evaluation.notices:
         print(f"note: {notice}")
-    print(f"\nwritten to {options.out or child(home.place, 'results', evaluation.name)}")
+    print(f"\nwritten to {options.out or join_location(home.display_path, 'results', evaluation.name)}")
     return 0

@@ -5,124 +5,42 @@ Every slice of a volume is predicted, and measured is the whole volume on the gr
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-from mpscl_ray import __version__
 from mpscl_ray.data import SPLITS
-from mpscl_ray.data.dataset import Case, Manifest, Scaling, load_manifest, read_case
+from mpscl_ray.data.dataset import Case, Manifest, Scaling, load_manifest
+from mpscl_ray.data.parquet_reader import read_case
 from mpscl_ray.data.volumes.preprocess import unscale
 from mpscl_ray.distributed.parallel_map import map_volumes
 from mpscl_ray.distributed.ray_session import connect
 from mpscl_ray.errors import DataError
+from mpscl_ray.evaluate.evaluation import Evaluation, write_evaluation
 from mpscl_ray.evaluate.metrics import StructureScore, released_protocol_scores, volume_scores
-from mpscl_ray.evaluate.tables import (
-    LEGEND,
-    Style,
-    Summary,
-    default_measures,
-    format_table,
-    scores_csv,
-    summarise,
-    summary_csv,
-)
+from mpscl_ray.evaluate.tables import summarise
+from mpscl_ray.predict.model import Checkpoint, Domain, Model, find_checkpoint, read_model
 from mpscl_ray.predict.predictor import (
-    Checkpoint,
-    Domain,
-    Model,
     Predictor,
-    find_checkpoint,
     keep_largest_component,
     load_weights,
-    read_model,
     segmenter_of_worker,
     volumes_at_a_time,
 )
-from mpscl_ray.runs.atomic_files import storage_errors, write_atomically
-from mpscl_ray.runs.bucket_run import open_run
 from mpscl_ray.runs.progress import ProgressLine
-from mpscl_ray.runs.run_directory import RunFolder
-from mpscl_ray.runs.storage import Remote, locate, written_to
-
-RELEASED_PROTOCOL = (
-    "RELEASED PROTOCOL, for comparison with published numbers alone: the last (slices mod 32) slices of each volume "
-    "are left background, ASD is in voxels (mean of two means), a structure missing in prediction or truth has ASD 1, "
-    "and Dice of a structure that is in neither is 0."
-)
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Scores of one checkpoint on the labelled volumes of one split."""
-
-    name: str
-    """Also the name of its folder in the run's results."""
-    run: str
-    weights: Checkpoint
-    dataset: Path | Remote
-    modality: str
-    fingerprint: str
-    """Of the dataset."""
-    split: str
-    largest_component: bool
-    released_protocol: bool
-    classes: tuple[str, ...]
-    slices: Mapping[str, int]
-    """Slices of each case, all of which are predicted."""
-    scores: Mapping[str, Sequence[StructureScore]]
-    """By case, one for each structure."""
-    summary: Summary
-    notices: tuple[str, ...]
-    """What one should know beside the numbers."""
-
-    @property
-    def row_label(self) -> str:
-        """What this is called in a table; names a choice by target labels as such."""
-        return self.weights.name.replace("_", " ") + (" (oracle)" if self.weights.oracle else "")
-
-    def table(self, style: Style = "text", measures: Sequence[str] | None = None) -> str:
-        """The summary as a table with one row."""
-        rows = {self.row_label: self.summary}
-        if self.released_protocol:
-            chosen = ("dice", "asd_voxel_mean_of_means")
-            table = format_table(rows, chosen, style, legend=False)
-            return f"{table}\n\n{RELEASED_PROTOCOL}"
-        return format_table(rows, measures, style)
-
-    def to_json(self) -> dict[str, Any]:
-        """Everything as plain values; an undefined number is null."""
-        return {
-            "name": self.name,
-            "product_version": __version__,
-            "run": self.run,
-            "checkpoint": {**asdict(self.weights), "path": str(self.weights.path), "oracle": self.weights.oracle},
-            "dataset": {"path": str(self.dataset), "modality": self.modality, "fingerprint": self.fingerprint},
-            "split": self.split,
-            "largest_component": self.largest_component,
-            "protocol": "released" if self.released_protocol else "every slice, empty masks counted",
-            "explanation": RELEASED_PROTOCOL if self.released_protocol else LEGEND,
-            "classes": list(self.classes),
-            "notices": list(self.notices),
-            "summary": self.summary.to_json(),
-            "volumes": {
-                case: {"slices": self.slices[case], "scores": [_without_nan(asdict(score)) for score in rows]}
-                for case, rows in self.scores.items()
-            },
-        }
+from mpscl_ray.runs.run_directory import RunDirectory, open_run
+from mpscl_ray.runs.storage import S3Path, output_directory, parse_location
 
 
 def evaluate_checkpoint(
-    run: RunFolder | Path | str,
+    run: RunDirectory | Path | str,
     checkpoint: str = "last",
     *,
     data: Path | str | None = None,
     split: str = "test",
-    out: Path | Remote | str | None = None,
+    out: Path | S3Path | str | None = None,
     device: str | None = None,
     workers: int | None = None,
     largest_component: bool = False,
@@ -154,7 +72,7 @@ def evaluate_checkpoint(
     home = open_run(run)
     model = read_model(home)
     weights, notices = find_checkpoint(home, checkpoint)
-    folder, manifest, domain = find_dataset(home.place, model, data)
+    folder, manifest, domain = find_dataset(home.display_path, model, data)
     cases = _labelled_cases(folder, manifest, split)
     notices += _dataset_notices(manifest, domain, cases, len(manifest.split(split)), data is None)
     predictor = load_weights(model, weights, device)
@@ -164,9 +82,12 @@ def evaluate_checkpoint(
         notices.append("oracle: labels of target volumes chose this checkpoint, which is not possible without them")
     parts = [weights.name, split] if domain is model.domains["target"] else [weights.name, manifest.modality, split]
     parts += ["largest_component"] * largest_component + ["released_protocol"] * released_protocol
+    name = "_".join(parts)
+    location = parse_location(out or home.results / name)
+    _check_writable(location)
     options = _Options(
-        run=home.address,
-        weights=replace(weights, path=home.relative(weights.path)),
+        run=home.uri,
+        weights=replace(weights, path=home.relative_to_run(weights.path)),
         stamp=weights.stamp(),
         dataset=folder,
         device=device,
@@ -175,15 +96,10 @@ def evaluate_checkpoint(
         largest_component=largest_component,
         released_protocol=released_protocol,
     )
-    place = locate(out or home.results / "_".join(parts))
-    if isinstance(place, Remote):  # before the work, not after it
-        place.require_bucket()
-    with written_to(place):
-        pass
     scores = _score(predictor, options, cases, workers, progress)
     evaluation = Evaluation(
-        name="_".join(parts),
-        run=home.place,
+        name=name,
+        run=home.display_path,
         weights=weights,
         dataset=folder,
         modality=manifest.modality,
@@ -197,17 +113,25 @@ def evaluate_checkpoint(
         summary=summarise(scores),
         notices=tuple(notices),
     )
-    with written_to(place) as written:
-        _write(evaluation, written)
+    with output_directory(location) as written:
+        write_evaluation(evaluation, written)
     if out is None:
-        home.publish(home.results / place.name)
+        home.store.upload(home.results / location.name)
     return evaluation
+
+
+def _check_writable(location: Path | S3Path) -> None:
+    """Find out before the work that the tables cannot be written."""
+    if isinstance(location, S3Path):
+        location.require_bucket()
+    with output_directory(location):
+        pass
 
 
 # ------------------------------------------------------------------------------------------------------ dataset
 
 
-def find_dataset(run: str, model: Model, data: Path | str | None) -> tuple[Path | Remote, Manifest, Domain | None]:
+def find_dataset(run: str, model: Model, data: Path | str | None) -> tuple[Path | S3Path, Manifest, Domain | None]:
     """The dataset to score on, and the domain of the run that it belongs to."""
     target = model.domains["target"]
     if data is None:
@@ -218,7 +142,7 @@ def find_dataset(run: str, model: Model, data: Path | str | None) -> tuple[Path 
             )
         folder = target.dataset
     else:
-        folder = locate(data)
+        folder = parse_location(data)
     if isinstance(folder, Path):
         folder = folder.absolute()
     manifest = load_manifest(folder)
@@ -237,7 +161,7 @@ def find_dataset(run: str, model: Model, data: Path | str | None) -> tuple[Path 
     return folder, manifest, next(iter(same + [d for d in domains if d.modality == manifest.modality]), None)
 
 
-def _labelled_cases(folder: Path | Remote, manifest: Manifest, split: str) -> list[Case]:
+def _labelled_cases(folder: Path | S3Path, manifest: Manifest, split: str) -> list[Case]:
     cases = [case for case in manifest.split(split) if case.labelled]
     if cases:
         return cases
@@ -283,7 +207,7 @@ class _Options:
     run: str
     weights: Checkpoint
     stamp: int
-    dataset: Path | Remote
+    dataset: Path | S3Path
     device: str | None
     scaling: Scaling
     """Of the dataset."""
@@ -332,48 +256,6 @@ def _score_case(predictor: Predictor, options: _Options, case: Case) -> list[Str
 def _score_in_worker(options: _Options, case: Case) -> list[StructureScore]:
     predictor = segmenter_of_worker(options.run, options.weights, options.stamp, options.device)
     return _score_case(predictor, options, case)
-
-
-# ------------------------------------------------------------------------------------------------------- output
-
-
-def _write(evaluation: Evaluation, folder: Path) -> None:
-    about = [
-        f"# {evaluation.name}",
-        f"Run `{evaluation.run}`, checkpoint `{evaluation.weights.path}`"
-        + (f" (iteration {evaluation.weights.step})" if evaluation.weights.step is not None else "")
-        + f", {len(evaluation.scores)} volumes ({sum(evaluation.slices.values())} slices, all predicted) of the split "
-        f"{evaluation.split} of `{evaluation.dataset}` ({evaluation.modality}).",
-        *(f"Note: {notice}." for notice in evaluation.notices),
-        evaluation.table("markdown", (*default_measures([evaluation.summary]), *_FURTHER)),
-    ]
-    write_tables(
-        folder,
-        {
-            "per_volume.csv": scores_csv(evaluation.scores),
-            "summary.csv": summary_csv({evaluation.row_label: evaluation.summary}),
-            "summary.md": "\n\n".join(about) + "\n",
-            "summary.json": json_text(evaluation.to_json()),
-        },
-    )
-
-
-_FURTHER = ("asd_mm_mean_of_means", "asd_voxel", "asd_voxel_mean_of_means", "hd95_mm")
-
-
-def write_tables(folder: Path, files: Mapping[str, str]) -> None:
-    with storage_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    for name, text in files.items():
-        write_atomically(folder / name, text.encode())
-
-
-def json_text(value: Any) -> str:
-    return json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def _without_nan(values: dict[str, Any]) -> dict[str, Any]:
-    return {name: None if value != value else value for name, value in values.items()}
 
 
 def _by(size: tuple[int, int]) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mpscl_ray.errors import ConfigError
 from mpscl_ray.runs import cli
-from mpscl_ray.runs.storage import Remote, is_url, locate
+from mpscl_ray.runs.storage import S3Path, is_url, parse_location
 
 _EXAMPLES = """\
 examples:
@@ -81,7 +81,7 @@ def _spacing(text: str) -> tuple[float, float, float]:
     return x, y, z
 
 
-def _place(inputs: Sequence[Path], out: str) -> Path | Remote:
+def _place(inputs: Sequence[Path], out: str) -> Path | S3Path:
     """Where label maps go.
 
     Raises:
@@ -91,10 +91,10 @@ def _place(inputs: Sequence[Path], out: str) -> Path | Remote:
     for given in inputs:
         if is_url(given):
             raise ConfigError(
-                f"{locate(given)} is in a bucket, and images are read from files; copy it to this machine"
+                f"{parse_location(given)} is in a bucket, and images are read from files; copy it to this machine"
             )
-    place = locate(out)
-    if isinstance(place, Remote):
+    place = parse_location(out)
+    if isinstance(place, S3Path):
         place.require_bucket()
         return place
     return place.absolute()

@@ -9,22 +9,17 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from mpscl_ray.data.slice_selection import evenly_spaced, labelled_slices
 from mpscl_ray.data.volumes.nifti import Volume, read_image, write_itksnap_labels
 from mpscl_ray.data.volumes.nifti_output import write_label_map, write_values
 from mpscl_ray.data.volumes.preprocess import Geometry, prepare_volume, restore_labels, restore_most_probable
 from mpscl_ray.errors import ConfigError, DataError
-from mpscl_ray.predict.predictor import (
-    Checkpoint,
-    Domain,
-    Model,
-    Predictor,
-    keep_largest_component,
-    segmenter_of_worker,
-)
+from mpscl_ray.predict.model import Checkpoint, Domain, Model
+from mpscl_ray.predict.predictor import Predictor, keep_largest_component, segmenter_of_worker
 from mpscl_ray.runs.atomic_files import write_atomically
 from mpscl_ray.runs.palette import colour
 from mpscl_ray.runs.plots import panel, save_png
-from mpscl_ray.runs.storage import Remote, written_to
+from mpscl_ray.runs.storage import S3Path, output_directory
 
 SUFFIX = "_prediction.nii.gz"
 """End of a label map's name, behind the stem of the image's."""
@@ -45,7 +40,7 @@ class Job:
     """Of the weights, see :meth:`Checkpoint.stamp`."""
     domain: str
     """``source`` or ``target``: which way images are prepared."""
-    out: Path | Remote
+    out: Path | S3Path
     raw_ids: Mapping[str, int] | None = None
     """Label id of each structure in the output; None for class indices."""
     device: str | None = None
@@ -109,7 +104,7 @@ def predict_image(predictor: Predictor, job: Job, image: Path) -> Prediction:
     """
     assert predictor.model is not None
     try:
-        with written_to(job.out) as folder:
+        with output_directory(job.out) as folder:
             return _predict(predictor, predictor.model.domain(job.domain), job, folder, image)
     except DataError as error:
         return Prediction(image, error=str(error))
@@ -201,9 +196,8 @@ def preview(
     Returns:
         Slices evenly spaced over those with labels; over all where there are none.
     """
-    used = np.flatnonzero(labels.any(axis=(1, 2)))
-    first, last = (used[0], used[-1]) if used.size else (0, len(labels) - 1)
-    chosen = np.unique(np.linspace(first, last, _PREVIEW_SLICES + 2).round().astype(int)[1:-1])
+    shown = labelled_slices(labels)
+    chosen = evenly_spaced(np.arange(shown[0], shown[-1] + 1), _PREVIEW_SLICES)
     return panel(slices[chosen], {"prediction": labels[chosen]}, classes)
 
 
@@ -221,9 +215,9 @@ def output_ids(model: Model, domain: Domain) -> dict[str, int]:
     )
 
 
-def write_label_tables(place: Path | Remote, classes: Sequence[str], raw_ids: Mapping[str, int] | None) -> None:
+def write_label_tables(place: Path | S3Path, classes: Sequence[str], raw_ids: Mapping[str, int] | None) -> None:
     """Write names and colours for ITK-SNAP and 3D Slicer; the one for ITK-SNAP goes with class indices alone."""
-    with written_to(place) as folder:
+    with output_directory(place) as folder:
         if raw_ids is None:
             write_itksnap_labels(folder / ITKSNAP_LABELS, classes)
         write_atomically(folder / SLICER_LABELS, slicer_table(classes, raw_ids).encode())

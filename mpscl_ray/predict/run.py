@@ -31,12 +31,13 @@ from mpscl_ray.predict.image import (
     stem,
     write_label_tables,
 )
-from mpscl_ray.predict.predictor import choose_device, find_checkpoint, load_weights, read_model, volumes_at_a_time
+from mpscl_ray.predict.model import find_checkpoint, read_model
+from mpscl_ray.predict.predictor import choose_device, load_weights, volumes_at_a_time
 from mpscl_ray.prepare.file_listing import is_dicom
 from mpscl_ray.runs.atomic_files import write_atomically
-from mpscl_ray.runs.bucket_run import open_run
 from mpscl_ray.runs.progress import ProgressLine
-from mpscl_ray.runs.storage import Remote, written_to
+from mpscl_ray.runs.run_directory import open_run
+from mpscl_ray.runs.storage import S3Path, output_directory
 
 VOLUMES = "volumes.json"
 """File in the output folder with the volume of each structure in ml, by label map."""
@@ -45,7 +46,7 @@ _NO_IMAGES = ("_label", "_labels", "_manual", "_seg", "_mask", "_gt", SUFFIX.rem
 """Ends of names in a folder that are label maps, not images."""
 
 
-def predict(options: argparse.Namespace, out: Path | Remote) -> int:
+def predict(options: argparse.Namespace, out: Path | S3Path) -> int:
     """Segment images by the options of the command; returns the exit code, 3 if some of them could not be.
 
     Args:
@@ -60,8 +61,8 @@ def predict(options: argparse.Namespace, out: Path | Remote) -> int:
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
     job = Job(
-        run=home.address,
-        weights=replace(weights, path=home.relative(weights.path)),
+        run=home.uri,
+        weights=replace(weights, path=home.relative_to_run(weights.path)),
         stamp=weights.stamp(),
         domain=options.modality,
         out=out,
@@ -193,7 +194,7 @@ def _write_volumes(job: Job, previous: dict[str, Any], good: Sequence[Prediction
         for prediction in good
     }
     text = json.dumps({"predictions": {**previous, **entries}}, indent=1, ensure_ascii=False, allow_nan=False)
-    with written_to(job.out) as folder:
+    with output_directory(job.out) as folder:
         write_atomically(folder / VOLUMES, (text + "\n").encode())
 
 

@@ -18,7 +18,7 @@ from mpscl_ray.prepare.file_listing import spelt_out
 from mpscl_ray.prepare.layouts import LAYOUTS
 from mpscl_ray.prepare.source_cases import Flip
 from mpscl_ray.runs import cli
-from mpscl_ray.runs.storage import Remote, locate
+from mpscl_ray.runs.storage import S3Path, parse_location
 
 EXAMPLES = """\
 examples:
@@ -45,7 +45,7 @@ class PrepareOptions:
     """Everything that decides what a prepared dataset is. Field names are those of the command's options."""
 
     input: Path
-    out: Path | Remote
+    out: Path | S3Path
     """Each modality becomes a folder of its own in it."""
     layout: str
     modality: str | None = None
@@ -190,7 +190,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument(
         "--out",
         required=True,
-        type=locate,
+        type=parse_location,
         metavar="DIR",
         help="each modality becomes DIR/<modality>; a folder or a URL",
     )

@@ -16,14 +16,14 @@ from pathlib import Path
 
 from mpscl_ray.config import Config
 from mpscl_ray.data.dataset import MANIFEST, load_manifest, save_manifest
-from mpscl_ray.data.phantom import anatomy, imaging, shapes
+from mpscl_ray.data.phantom import anatomy, case, imaging, shapes
 from mpscl_ray.data.phantom.files import FIRST_CASE, make_phantom
 from mpscl_ray.data.volumes.recipe import Recipe
 from mpscl_ray.errors import ConfigError
 from mpscl_ray.prepare.options import PrepareOptions
 from mpscl_ray.prepare.run import prepare, unfinished
 from mpscl_ray.runs.atomic_files import storage_errors, write_atomically
-from mpscl_ray.runs.storage import Remote, locate
+from mpscl_ray.runs.storage import S3Path, parse_location
 
 PREFIX = "phantom:"
 """``data.source=phantom:mr`` stands for the dataset that is made here."""
@@ -58,10 +58,10 @@ def _resolved(config: Config, key: str) -> str:
     modality = value.removeprefix(PREFIX)
     if modality not in MODALITIES:
         raise ConfigError(f"data.{key}={value}: the phantom has {' and '.join(PREFIX + name for name in MODALITIES)}")
-    return str(phantom_dataset(locate(config.run.storage)) / modality)
+    return str(phantom_dataset(parse_location(config.run.storage)) / modality)
 
 
-def phantom_dataset(storage: Path | Remote, cases: Mapping[str, int] = CASES) -> Path | Remote:
+def phantom_dataset(storage: Path | S3Path, cases: Mapping[str, int] = CASES) -> Path | S3Path:
     """Folder with the prepared datasets ``mr`` and ``ct`` of the phantom, made on first use.
 
     The name of the folder carries a hash of everything that decides what it holds, so that another version of the
@@ -79,12 +79,12 @@ def phantom_dataset(storage: Path | Remote, cases: Mapping[str, int] = CASES) ->
     print(f"making the phantom hearts in {folder}", flush=True)
     with unfinished(storage, folder.name) as here:
         # What lies in this node's cache cannot be prepared on another one.
-        _make(here, str(folder), cases, workers=0 if isinstance(folder, Remote) else None)
+        _make(here, str(folder), cases, workers=0 if isinstance(folder, S3Path) else None)
         _publish(here, folder)
     return prepared
 
 
-def _is_whole(prepared: Path | Remote) -> bool:
+def _is_whole(prepared: Path | S3Path) -> bool:
     return all((prepared / modality / MANIFEST).exists() for modality in MODALITIES)
 
 
@@ -108,9 +108,9 @@ def _make(here: Path, name: str, cases: Mapping[str, int], workers: int | None) 
         save_manifest(dataset, dataclasses.replace(manifest, command=manifest.command.replace(str(here), name)))
 
 
-def _publish(here: Path, folder: Path | Remote) -> None:
+def _publish(here: Path, folder: Path | S3Path) -> None:
     """Give what is whole its name, unless another command was faster."""
-    if isinstance(folder, Remote):
+    if isinstance(folder, S3Path):
         for modality in MODALITIES:
             files = sorted(path for path in (here / "prepared" / modality).rglob("*") if path.is_file())
             for file in sorted(files, key=lambda path: path.name == MANIFEST):
@@ -130,5 +130,5 @@ def _publish(here: Path, folder: Path | Remote) -> None:
 
 def _code_hash() -> str:
     """Hash of the source that makes the hearts: a changed phantom must not be mistaken for the old one."""
-    sources = [Path(module.__file__ or "").read_bytes() for module in (anatomy, shapes, imaging)]
+    sources = [Path(module.__file__ or "").read_bytes() for module in (anatomy, case, shapes, imaging)]
     return hashlib.sha256(b"".join(sources)).hexdigest()

@@ -34,7 +34,7 @@ from mpscl_ray.prepare.splits import Splitting
 from mpscl_ray.prepare.staging import Request, Settings, Staged, finish_case, stage_case
 from mpscl_ray.runs.atomic_files import fsync_directory, storage_errors
 from mpscl_ray.runs.progress import ProgressLine
-from mpscl_ray.runs.storage import Remote, cache_folder
+from mpscl_ray.runs.storage import S3Path, cache_folder
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -58,7 +58,7 @@ class _Dataset:
     staged: list[Staged]
 
 
-def prepare(options: PrepareOptions, *, progress: bool = True) -> dict[str, Path | Remote]:
+def prepare(options: PrepareOptions, *, progress: bool = True) -> dict[str, Path | S3Path]:
     """Make a dataset of each modality in the input folder.
 
     Args:
@@ -153,7 +153,7 @@ def _map(
     options: PrepareOptions,
     progress: bool,
 ) -> list[Result]:
-    here = isinstance(options.out, Remote)
+    here = isinstance(options.out, S3Path)
     if not progress:
         return map_volumes(function, items, workers=workers, name=name, done=lambda count: None, here=here)
     with ProgressLine(len(items), label) as line:
@@ -237,10 +237,10 @@ def _listed(folder: Path, problems: Sequence[str], notices: Sequence[str]) -> st
 # ------------------------------------------------------------------------------------------- folders on the disk
 
 
-def _check_place(target: Path | Remote, overwrite: bool) -> None:
+def _check_place(target: Path | S3Path, overwrite: bool) -> None:
     """Refuse a place that is taken, before any work is done."""
-    inside = target.files() if isinstance(target, Remote) else target.is_dir() and any(target.iterdir())
-    if not inside and (isinstance(target, Remote) or target.is_dir() or not target.exists()):
+    inside = target.files() if isinstance(target, S3Path) else target.is_dir() and any(target.iterdir())
+    if not inside and (isinstance(target, S3Path) or target.is_dir() or not target.exists()):
         return
     if not (target / MANIFEST).exists():
         raise StorageError(f"{target}: there is something else than a dataset; move it away or choose another --out")
@@ -249,10 +249,10 @@ def _check_place(target: Path | Remote, overwrite: bool) -> None:
 
 
 @contextmanager
-def unfinished(out: Path | Remote, name: str) -> Iterator[Path]:
+def unfinished(out: Path | S3Path, name: str) -> Iterator[Path]:
     """A hidden folder of this process beside finished ones, for those in a bucket in the cache folder; gone after the
     block unless it was given its name. Those that killed processes of this host have left are removed."""
-    if isinstance(out, Remote):
+    if isinstance(out, S3Path):
         out = cache_folder() / "unfinished"
     prefix = f".{name}.unfinished-{socket.gethostname()}-"
     with storage_errors(out):
@@ -285,10 +285,10 @@ def _is_running(process: int) -> bool:
     return True
 
 
-def _publish(dataset: _Dataset, options: PrepareOptions) -> Path | Remote:
+def _publish(dataset: _Dataset, options: PrepareOptions) -> Path | S3Path:
     """Give the finished folder its name; an old dataset of the name goes when the new one is in place."""
     target = options.out / dataset.modality
-    if isinstance(target, Remote):
+    if isinstance(target, S3Path):
         _upload(dataset.folder, target, options.overwrite)
         return target
     assert isinstance(options.out, Path)
@@ -304,7 +304,7 @@ def _publish(dataset: _Dataset, options: PrepareOptions) -> Path | Remote:
     return target
 
 
-def _upload(folder: Path, target: Remote, overwrite: bool) -> None:
+def _upload(folder: Path, target: S3Path, overwrite: bool) -> None:
     """Put a finished folder into a bucket, the manifest last and that of an old dataset gone first: whatever breaks it
     off, there is never a manifest of files that are not all there."""
     _check_place(target, overwrite)
@@ -319,7 +319,7 @@ def _upload(folder: Path, target: Remote, overwrite: bool) -> None:
 # ------------------------------------------------------------------------------------------------------ summary
 
 
-def summary(folder: Path | Remote) -> str:
+def summary(folder: Path | S3Path) -> str:
     """Text on a finished dataset: its splits, classes, range, and what is worth knowing."""
     manifest = load_manifest(folder)
     lines = [
@@ -351,7 +351,7 @@ def summary(folder: Path | Remote) -> str:
     return "\n".join(lines)
 
 
-def next_command(folders: dict[str, Path | Remote]) -> str:
+def next_command(folders: dict[str, Path | S3Path]) -> str:
     """What to type now; the small preset for slices that a CPU can train on."""
     first = next(iter(folders.values()))
     source, target = (str(folders["mr"]), str(folders["ct"])) if {"ct", "mr"} <= set(folders) else (str(first), "OTHER")

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mpscl_ray.data.dataset import Case, Scaling, write_case
+from mpscl_ray.data.dataset import Case, Scaling
+from mpscl_ray.data.parquet_writer import write_case
 from mpscl_ray.data.volumes.label_maps import whole_ids
 from mpscl_ray.data.volumes.nifti import check_same_geometry, map_labels, phi_fields, read_image, read_label
 from mpscl_ray.data.volumes.preprocess import intensity_range, prepare_volume, scale, unscale

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mpscl_ray.errors import DataError
-from mpscl_ray.predict.predictor import Checkpoint
+from mpscl_ray.predict.model import Checkpoint
 from mpscl_ray.report.figures.feature_space import FeatureSample
 from mpscl_ray.report.runs import (
     Look,

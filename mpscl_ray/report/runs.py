@@ -17,16 +17,18 @@ from numpy.typing import NDArray
 from mpscl_ray.config import config_from_dict
 from mpscl_ray.config.titles import phase_title, system_of, title_of
 from mpscl_ray.data import SPLITS
-from mpscl_ray.data.dataset import Case, load_manifest, read_case
+from mpscl_ray.data.dataset import Case, load_manifest
+from mpscl_ray.data.parquet_reader import read_case
+from mpscl_ray.data.slice_selection import evenly_spaced, labelled_slices
 from mpscl_ray.errors import ConfigError, DataError
 from mpscl_ray.methods.prototypes import downsample_labels, initial_prototypes, prototype_sums
 from mpscl_ray.networks.deeplab import DeepLabV2, network_input
-from mpscl_ray.predict.predictor import Checkpoint, Model, Predictor, find_checkpoint, load_weights, read_model
+from mpscl_ray.predict.model import Checkpoint, Model, find_checkpoint, read_model
+from mpscl_ray.predict.predictor import Predictor, load_weights
 from mpscl_ray.report.figures.feature_space import FeatureSample, sample_of
-from mpscl_ray.report.figures.segmentations import Segmented, showing, spread
+from mpscl_ray.report.figures.segmentations import Segmented
 from mpscl_ray.runs import checkpoint as checkpoints
-from mpscl_ray.runs.bucket_run import open_run
-from mpscl_ray.runs.run_directory import RunFolder
+from mpscl_ray.runs.run_directory import RunDirectory, open_run
 from mpscl_ray.train.feature_log import FeatureRecord
 from mpscl_ray.train.validation import weighted_mean
 
@@ -50,7 +52,7 @@ class ReportedRun:
         ends: the checkpoints to show: the end of each phase, then the newest one if it is beyond them.
     """
 
-    folder: RunFolder
+    folder: RunDirectory
     title: str
     system: str
     config: Mapping[str, Any]
@@ -78,7 +80,7 @@ def read_runs(places: Sequence[Path | str]) -> list[ReportedRun]:
     addresses = [str(Path(folder.path).resolve()) for folder in folders]
     for folder, address in zip(folders, addresses, strict=True):
         if addresses.count(address) > 1:
-            raise ConfigError(f"the run {folder.place} is given twice; give each once")
+            raise ConfigError(f"the run {folder.display_path} is given twice; give each once")
     runs = [_read(folder) for folder in folders]
     titles = [run.title for run in runs]
     return [
@@ -87,7 +89,7 @@ def read_runs(places: Sequence[Path | str]) -> list[ReportedRun]:
     ]
 
 
-def _read(folder: RunFolder) -> ReportedRun:
+def _read(folder: RunDirectory) -> ReportedRun:
     config = yaml.safe_load(folder.read_config())
     system = system_of(config)
     looks = {(look["global_step"], look["iteration"]): look for look in FeatureRecord(folder.path).read()}
@@ -104,24 +106,24 @@ def _read(folder: RunFolder) -> ReportedRun:
     )
 
 
-def _state(folder: RunFolder) -> str:
+def _state(folder: RunDirectory) -> str:
     status = folder.read_status()
     state = str(status.get("state", "unknown"))
-    if state == "running" and folder.holder() is None:
+    if state == "running" and folder.store.lock_owner() is None:
         return "stopped without a word (killed); the same command goes on"
     place = f" (iteration {status['iteration']} of {status['phase']})" if status.get("phase") else ""
     return state if state == "finished" else f"{state}{place}"
 
 
-def _ends(folder: RunFolder, schedule: Sequence[tuple[str, int]]) -> tuple[Checkpoint, ...]:
+def _ends(folder: RunDirectory, schedule: Sequence[tuple[str, int]]) -> tuple[Checkpoint, ...]:
     ends: list[Checkpoint] = []
     step = finished = 0
     for name, iterations in schedule:
         step += iterations
-        if name in folder.finished_phases():
+        if name in folder.store.finished_phases():
             ends.append(find_checkpoint(folder, name)[0])
             finished = step
-    steps = folder.steps()
+    steps = folder.store.step_checkpoints()
     if steps and checkpoints.step_of(Path(steps[-1])) > finished:
         ends.append(find_checkpoint(folder, "last")[0])
     return tuple(ends)
@@ -166,7 +168,7 @@ def choose_case(run: ReportedRun, name: str | None) -> ShownCase:
     """
     dataset = run.model.domains["target"].dataset
     if dataset is None or not dataset.exists():
-        raise DataError(f"the target dataset of the run {run.folder.place}, {dataset}, is not there any more")
+        raise DataError(f"the target dataset of the run {run.folder.display_path}, {dataset}, is not there any more")
     manifest = load_manifest(dataset)
     if name is not None:
         found = [case for case in manifest.cases if case.id == name]
@@ -252,7 +254,7 @@ def sample_features(
         ("source", source["image"], source["label"]),
         ("target", shown.image, target_labels),
     ):
-        chosen = spread(showing(label), FEATURE_SLICES)
+        chosen = evenly_spaced(labelled_slices(label), FEATURE_SLICES)
         with torch.inference_mode():
             images = torch.from_numpy(np.array(image[chosen]))[:, None].to(predictor.device)
             maps = network(network_input(images, network.in_channels)).features.float()

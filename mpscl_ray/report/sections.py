@@ -8,10 +8,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from mpscl_ray.data.slice_selection import evenly_spaced, labelled_slices
 from mpscl_ray.errors import DataError
 from mpscl_ray.report.figures import angles, losses, pseudo_labels, surfaces
 from mpscl_ray.report.figures.feature_space import PER_CLASS, feature_space
-from mpscl_ray.report.figures.segmentations import confident_share, overconfident, showing, side_by_side, spread
+from mpscl_ray.report.figures.segmentations import confident_share, overconfident, side_by_side
 from mpscl_ray.report.figures.style import Picture, house_style, save
 from mpscl_ray.report.groups import Group
 from mpscl_ray.report.html import Section, Shown, Table
@@ -123,7 +124,7 @@ def _segmentations(group: Group) -> Made:
     )
     truth = group.shown.label
     maps = truth if truth is not None else group.looks[-1].segmented.labels
-    chosen = spread(showing(maps), _ROWS)
+    chosen = evenly_spaced(labelled_slices(maps), _ROWS)
     figure = side_by_side(group.shown.image, [look.segmented for look in group.looks], truth, group.classes, chosen)
     titles = ", ".join(look.segmented.title for look in group.looks)
     caption = (

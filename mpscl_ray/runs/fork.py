@@ -7,10 +7,10 @@ from pathlib import Path
 
 from mpscl_ray.errors import ConfigError
 from mpscl_ray.runs import checkpoint
-from mpscl_ray.runs.run_directory import RunFolder
+from mpscl_ray.runs.run_directory import RunDirectory
 
 
-def fork(run: RunFolder, parent: RunFolder, phase: str) -> Path:
+def fork(run: RunDirectory, parent: RunDirectory, phase: str) -> Path:
     """Make a new run begin where a phase of ``parent`` ended, as if it had trained up to there itself.
 
     The new run goes on from there when it is trained: weights, random state and position in the data are those of the
@@ -32,22 +32,22 @@ def fork(run: RunFolder, parent: RunFolder, phase: str) -> Path:
         StorageError: the new folder cannot be written.
     """
     run.create()
-    existing = run.steps()
+    existing = run.store.step_checkpoints()
     if existing:
-        return run.fetched(run.checkpoints / existing[0])
-    finished = parent.finished_phases()
+        return run.store.localize(run.checkpoints / existing[0])
+    finished = parent.store.finished_phases()
     if phase not in finished:
         raise ConfigError(
-            f"the run {parent.place} has no end of the phase {phase} to begin from; it has finished "
+            f"the run {parent.display_path} has no end of the phase {phase} to begin from; it has finished "
             f"{', '.join(finished) or 'no phase yet'}: train it first, or name one of these"
         )
-    state = checkpoint.load(parent.fetched(parent.phases / phase))
+    state = checkpoint.load(parent.store.localize(parent.phases / phase))
     for earlier in finished:
-        before = checkpoint.load(parent.fetched(parent.phases / earlier)) if earlier != phase else state
+        before = checkpoint.load(parent.store.localize(parent.phases / earlier)) if earlier != phase else state
         if before["position"]["phase"] <= state["position"]["phase"]:
             shutil.rmtree(run.phases / earlier, ignore_errors=True)
-            run.publish(checkpoint.save(run.phases / earlier, before))
+            run.store.upload(checkpoint.save(run.phases / earlier, before))
     # Last, because it is what tells that the fork is complete.
     first = checkpoint.save(run.checkpoints / checkpoint.checkpoint_name(state["position"]["step"]), state)
-    run.publish(first)
+    run.store.upload(first)
     return first

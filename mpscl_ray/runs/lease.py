@@ -1,10 +1,10 @@
-"""The right to write a run in a bucket, which has no locks: an object that its owner renews.
+"""The lock of a run in a bucket, which has no locks: an object that its owner renews.
 
-Who starts a run puts its token there and reads it back after a moment; of two that do so at once, the token that is
-there then has won. The owner counts a number up every few seconds. Whoever finds another's token watches it for a
-minute: a number that moves is a living owner, one that stands still is a dead one. No clocks are compared. Owner and
-workers look at the token before each round of uploads and stop when it is not theirs, so that one who was taken for
-dead, being cut off for a while, does no harm when it comes back.
+A process that starts a run writes its token there and reads it back after a moment. If two do so at once, the token
+that is there then has won. The owner increments a count every few seconds. A process that finds the token of another
+watches the lease for a minute: if the count changes, the owner is alive; if it does not, the owner is dead. No clocks
+are compared. Owner and workers check the token before each round of uploads and stop when it is no longer theirs, so
+that an owner that was cut off for a while, and was taken for dead, does no harm when it comes back.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from typing import Any
 
 from mpscl_ray.errors import ClusterError, ConfigError
 from mpscl_ray.runs.environment import now
-from mpscl_ray.runs.lock import alive
-from mpscl_ray.runs.storage import Remote
+from mpscl_ray.runs.lock import process_alive
+from mpscl_ray.runs.storage import S3Path
 
 RENEW_S = 10.0
 """Seconds between two renewals, by default."""
 DEAD_AFTER_S = 60.0
-"""Seconds after which a lease that stands still belongs to nobody, by default."""
+"""Seconds without a renewal after which the owner counts as dead, by default."""
 SETTLE_S = 1.0
 """Time between writing a token and reading it back; longer than a small request takes."""
-_LOOK_S = 1.0
+_POLL_INTERVAL_S = 1.0
 
 
 class Lease:
@@ -39,11 +39,11 @@ class Lease:
         run: name of the run.
         token: of the owner; a new one by default.
         renew_s: seconds between two renewals.
-        dead_after_s: a lease that stands still for so many seconds belongs to nobody.
+        dead_after_s: seconds without a renewal after which the owner counts as dead.
     """
 
     def __init__(
-        self, remote: Remote, run: str, token: str = "", *, renew_s: float = RENEW_S, dead_after_s: float = DEAD_AFTER_S
+        self, remote: S3Path, run: str, token: str = "", *, renew_s: float = RENEW_S, dead_after_s: float = DEAD_AFTER_S
     ) -> None:
         self.remote, self.run = remote, run
         self._renew_s, self._dead_after_s = renew_s, dead_after_s
@@ -51,11 +51,11 @@ class Lease:
         self._count = 0
         self._renewed = 0.0
 
-    def take(self) -> None:
+    def acquire(self) -> None:
         """Become the owner.
 
         Raises:
-            ConfigError: another process owns the run and lives.
+            ConfigError: another process owns the run and is alive.
         """
         found = self._read()
         if found and not self._dead_here(found):
@@ -76,18 +76,18 @@ class Lease:
             )
 
     def renew(self) -> None:
-        """Check, and show that the owner lives if the last time is a while ago."""
+        """Check, and write the lease again if the last renewal is a while ago."""
         self.check()
         if time.monotonic() - self._renewed > self._renew_s:
             self._write()
 
     def release(self) -> None:
-        """Give the run free."""
+        """Delete the lease."""
         self.check()
         self.remote.delete()
 
-    def holder(self) -> int | None:
-        """Pid of the owner, on its own host; None where nobody owns the run, as far as the lease tells."""
+    def owner(self) -> int | None:
+        """Pid of the owner on its own host; None where the run has no owner."""
         pid = self._read().get("pid")
         return int(pid) if pid is not None else None
 
@@ -100,7 +100,7 @@ class Lease:
         )
         deadline = time.monotonic() + self._dead_after_s
         while time.monotonic() < deadline:
-            time.sleep(_LOOK_S)
+            time.sleep(_POLL_INTERVAL_S)
             there = self._read()
             if not there or self._dead_here(there):
                 return
@@ -114,7 +114,7 @@ class Lease:
         )
 
     def _dead_here(self, found: dict[str, Any]) -> bool:
-        return found.get("host") == platform.node() and not alive(str(found.get("pid", "")))
+        return found.get("host") == platform.node() and not process_alive(str(found.get("pid", "")))
 
     def _read(self) -> dict[str, Any]:
         try:

@@ -6,11 +6,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from mpscl_ray.errors import Interrupted, MpsclError
-from mpscl_ray.runs.run_directory import RunFolder
+from mpscl_ray.runs.run_directory import RunDirectory
 
 
 def carry_out(
-    folder: RunFolder,
+    folder: RunDirectory,
     resume_command: str,
     work: Callable[[], None],
     details: Callable[[], Mapping[str, Any]] = dict,

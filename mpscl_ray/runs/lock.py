@@ -1,4 +1,4 @@
-"""Locks of a run's folder: one command at a time, and one worker 0. The system frees those of a process that ends."""
+"""Locks of a run directory: one command and one worker 0 at a time. The system frees those of a process that ends."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from mpscl_ray.runs.atomic_files import storage_errors
 from mpscl_ray.runs.environment import now
 
 _NO_FLOCK = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)
-_FORMER_WORKER_S = 60.0
-"""So long may a worker take to end after the command that started it was killed."""
+_OLD_WORKER_S = 60.0
+"""Longest time for a worker to end after the command that started it was killed."""
 
 
 @contextmanager
-def hold_run(folder: Path) -> Iterator[None]:
-    """Hold a run's folder for this command.
+def run_lock(folder: Path) -> Iterator[None]:
+    """Hold a run directory for this command.
 
     Raises:
         ConfigError: another process of this host holds it; names its pid.
@@ -32,7 +32,7 @@ def hold_run(folder: Path) -> Iterator[None]:
     with storage_errors(file):
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        _take(folder, descriptor)
+        _acquire(folder, descriptor)
         with storage_errors(file):
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, f"{os.getpid()} {platform.node()} {now()}\n".encode(), 0)
@@ -44,7 +44,7 @@ def hold_run(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _take(folder: Path, descriptor: int) -> None:
+def _acquire(folder: Path, descriptor: int) -> None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return
@@ -53,8 +53,8 @@ def _take(folder: Path, descriptor: int) -> None:
             raise StorageError(f"cannot lock {folder / '.lock'}: {error.strerror}") from error
         supported = error.errno not in _NO_FLOCK
     pid, host, since = [*os.pread(descriptor, 1000, 0).decode("utf-8", "replace").split(), "?", "?", "?"][:3]
-    # Without flock (some network file systems) the pid in the file is all there is to go by.
-    if not supported and (host != platform.node() or not alive(pid)):
+    # Some network file systems have no flock: there the pid in the file decides.
+    if not supported and (host != platform.node() or not process_alive(pid)):
         return
     raise ConfigError(
         f"the run {folder.name} is in use by process {pid} on {host} since {since} ({folder}); wait for it, "
@@ -62,8 +62,8 @@ def _take(folder: Path, descriptor: int) -> None:
     )
 
 
-def holder(folder: Path) -> int | None:
-    """Pid of the process that holds a run's folder now; None when nobody does."""
+def lock_owner(folder: Path) -> int | None:
+    """Pid of the process that holds a run directory now; None when none does."""
     try:
         descriptor = os.open(folder / ".lock", os.O_RDONLY)
     except OSError:
@@ -72,7 +72,7 @@ def holder(folder: Path) -> int | None:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except OSError:
         pid = os.pread(descriptor, 1000, 0).decode("utf-8", "replace").split(" ")[0]
-        return int(pid) if pid.isdigit() and alive(pid) else None
+        return int(pid) if pid.isdigit() and process_alive(pid) else None
     else:
         return None
     finally:
@@ -80,16 +80,16 @@ def holder(folder: Path) -> int | None:
 
 
 @contextmanager
-def hold_training(folder: Path) -> Iterator[None]:
+def worker_lock(folder: Path) -> Iterator[None]:
     """Hold the right to write what worker 0 writes.
 
-    A command that is killed gives its run free at once, but on a cluster its workers live on for some seconds.
+    The lock of a command that is killed is free at once, but on a cluster its workers live on for some seconds.
 
     Raises:
-        ClusterError: another worker goes on holding it.
+        ClusterError: another worker keeps holding it.
     """
     with (folder / ".worker-lock").open("a+", encoding="utf-8") as file:
-        deadline = time.monotonic() + _FORMER_WORKER_S
+        deadline = time.monotonic() + _OLD_WORKER_S
         while True:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -110,8 +110,8 @@ def hold_training(folder: Path) -> Iterator[None]:
         yield
 
 
-def alive(pid: str) -> bool:
-    """Whether a process of this host runs."""
+def process_alive(pid: str) -> bool:
+    """Whether a process of this host is running."""
     if not pid.isdigit():
         return False
     try:

@@ -1,20 +1,22 @@
 """Folders by URL: objects of an S3-compatible storage, read and written through pyarrow.
 
-A place is a local path or ``s3://bucket/folder``; :func:`locate` tells which. The server is the one that
+A location is a local path or ``s3://bucket/folder``; :func:`parse_location` says which. The server is the one that
 ``?endpoint_override=host:port`` or ``AWS_ENDPOINT_URL`` names, else AWS. Credentials come from where AWS tools look for
 them (``AWS_ACCESS_KEY_ID`` and ``AWS_SECRET_ACCESS_KEY``, a profile, the role of the machine), on every node, and never
 from the URL, because URLs are kept in the files of a run.
 
-pyarrow is imported where a server is asked, as each command and preset only wants to know whether a place is a URL.
+pyarrow is imported only where a server is asked: most commands need to know only whether a location is a URL.
 """
 
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -28,43 +30,55 @@ from mpscl_ray.runs.atomic_files import storage_errors
 if TYPE_CHECKING:
     from pyarrow import NativeFile, fs
 
+log = logging.getLogger(__name__)
+
 _OPTIONS = ("endpoint_override", "region", "scheme")
 _CHUNK = 1 << 23
 _CONNECT_S = 5.0
 _SILENCE_S = 20.0
-"""So long may a server be silent in the middle of a request."""
+"""Longest silence of a server in the middle of a request."""
 _ATTEMPTS = 2
+_RETRY_S = 2.0
 
 _REFUSALS = ("ACCESS_DENIED", "INVALID_ACCESS_KEY_ID", "SIGNATURE_DOES_NOT_MATCH", "EXPIRED_TOKEN", "INVALID_CLIENT")
 
 
-def is_url(place: object) -> bool:
-    """Whether a place is given by URL (also one that :class:`pathlib.Path` has taken a slash from)."""
-    return re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(place)) is not None
+def is_url(location: object) -> bool:
+    """Whether a location is a URL (also one that :class:`pathlib.Path` has taken a slash from)."""
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(location)) is not None
 
 
-def locate(place: str | Path | Remote) -> Path | Remote:
-    """A place as a path or a remote folder.
-
-    Raises:
-        ConfigError: a URL that cannot be used.
-    """
-    if isinstance(place, Remote):
-        return place
-    return Remote.parse(str(place)) if is_url(place) else Path(place)
+def parse_location(location: str | Path | S3Path) -> Path | S3Path:
+    """A location as a local path or a path in a bucket. Raises ConfigError for a URL that cannot be used."""
+    if isinstance(location, S3Path):
+        return location
+    return S3Path.parse(str(location)) if is_url(location) else Path(location)
 
 
-def child(place: str | Path | Remote, *names: str) -> Path | Remote:
-    """A folder or file below a place."""
-    found = locate(place)
+def join_location(location: str | Path | S3Path, *names: str) -> Path | S3Path:
+    """A folder or file below a location."""
+    found = parse_location(location)
     for name in names:
         found = found / name
     return found
 
 
+def retry(action: Callable[[], None], patience_s: float) -> None:
+    """Repeat an action while the storage does not answer, for at most ``patience_s``. Raises the last StorageError."""
+    deadline = time.monotonic() + patience_s
+    while True:
+        try:
+            return action()
+        except StorageError as error:
+            if time.monotonic() > deadline:
+                raise
+            log.warning("%s; tried again", error)
+            time.sleep(_RETRY_S)
+
+
 @dataclass(frozen=True)
-class Remote:
-    """A folder or an object of a bucket. Making one touches nothing; each method asks the server.
+class S3Path:
+    """A folder or an object of a bucket. Making one accesses nothing; each method asks the server.
 
     All methods raise StorageError, with the URL and what to do, where the server refuses or does not answer.
     """
@@ -75,7 +89,7 @@ class Remote:
     """Options behind the question mark."""
 
     @classmethod
-    def parse(cls, url: str) -> Remote:
+    def parse(cls, url: str) -> S3Path:
         """From a URL; raises ConfigError, without what may be a secret in it, where it cannot be used."""
         parts = urlsplit(re.sub(r"^s3:/(?!/)", "s3://", url))
         if parts.scheme != "s3":
@@ -100,7 +114,7 @@ class Remote:
         """The URL."""
         return f"s3://{self.key}" + (f"?{self.query}" if self.query else "")
 
-    def __truediv__(self, name: str | Path) -> Remote:
+    def __truediv__(self, name: str | Path) -> S3Path:
         """The folder or object below this one."""
         return replace(self, key=f"{self.key}/{name}")
 
@@ -110,13 +124,13 @@ class Remote:
         return self.key.rpartition("/")[2]
 
     @property
-    def parent(self) -> Remote:
+    def parent(self) -> S3Path:
         """The folder around this one."""
         return replace(self, key=self.key.rpartition("/")[0])
 
     @property
     def server(self) -> str:
-        """Who is asked, for messages."""
+        """Name of the server, for messages."""
         return _endpoint(self.query) or "AWS"
 
     def read_bytes(self) -> bytes:
@@ -126,7 +140,7 @@ class Remote:
 
     def write_bytes(self, data: bytes) -> None:
         """Make or replace the object."""
-        with self._errors("write"), self._writing() as stream:
+        with self._errors("write"), self._open_output() as stream:
             stream.write(data)
 
     def download(self, target: Path) -> None:
@@ -148,7 +162,7 @@ class Remote:
 
     def upload(self, source: IO[bytes]) -> None:
         """Make or replace the object with the rest of an open file."""
-        with self._errors("write"), self._writing() as stream:
+        with self._errors("write"), self._open_output() as stream:
             while data := source.read(_CHUNK):
                 stream.write(data)
 
@@ -168,16 +182,16 @@ class Remote:
         except FileNotFoundError:
             return
 
-    def stamp(self) -> tuple[int, int] | None:
+    def version_stamp(self) -> tuple[int, int] | None:
         """Size and time of the object, which differ when it was replaced; None where there is none."""
-        info = self._look()
+        info = self._info()
         return (info.size, info.mtime_ns) if info.is_file else None
 
     def exists(self) -> bool:
         """Whether there is such an object or folder."""
         from pyarrow import fs
 
-        return bool(self._look().type != fs.FileType.NotFound)
+        return bool(self._info().type != fs.FileType.NotFound)
 
     def require_bucket(self) -> None:
         """Raises StorageError where there is no such bucket, which looks like an empty folder otherwise."""
@@ -200,13 +214,13 @@ class Remote:
             found = self._fs.get_file_info(fs.FileSelector(self.key, recursive=recursive, allow_not_found=True))
         return sorted(info.path.removeprefix(f"{self.key}/") for info in found if info.type == fs.FileType[kind])
 
-    def _look(self) -> fs.FileInfo:
+    def _info(self) -> fs.FileInfo:
         with self._errors("read"):
             (info,) = self._fs.get_file_info([self.key])
         return info
 
-    def _writing(self) -> NativeFile:
-        # Without this a name that ends in .gz has its contents compressed, which they are already.
+    def _open_output(self) -> NativeFile:
+        # By default pyarrow compresses what is written to a name that ends in .gz; the contents are compressed already.
         return self._fs.open_output_stream(self.key, compression=None)
 
     @property
@@ -245,37 +259,37 @@ class Remote:
 
 
 def cache_folder() -> Path:
-    """Folder of this node for copies of what lies in buckets: ``MPSCL_RAY_CACHE``, else ``~/.cache/mpscl_ray``."""
+    """Folder of this node for copies of objects in buckets: ``MPSCL_RAY_CACHE``, else ``~/.cache/mpscl_ray``."""
     given = os.environ.get("MPSCL_RAY_CACHE")
     folder = Path(given or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mpscl_ray")
     with storage_errors(folder):
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # images of patients may come to lie there
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # it may come to hold images of patients
     return folder
 
 
 @contextmanager
-def written_to(place: Path | Remote) -> Iterator[Path]:
-    """A folder to write in: the place itself, made if need be, or one of this node whose files are put into the bucket,
-    in the order in which they were written, when the block ends well.
+def output_directory(location: Path | S3Path) -> Iterator[Path]:
+    """A directory to write in: a local location itself, made if need be; for a bucket a temporary one, whose files are
+    uploaded in the order in which they were written when the block ends without an error.
 
     Raises:
         StorageError: it cannot be written.
     """
-    if isinstance(place, Path):
-        with storage_errors(place):
-            place.mkdir(parents=True, exist_ok=True)
-        yield place
+    if isinstance(location, Path):
+        with storage_errors(location):
+            location.mkdir(parents=True, exist_ok=True)
+        yield location
         return
-    with tempfile.TemporaryDirectory(prefix=f"{place.name}-", dir=cache_folder()) as temporary:
+    with tempfile.TemporaryDirectory(prefix=f"{location.name}-", dir=cache_folder()) as temporary:
         yield Path(temporary)
         files = [path for path in sorted(Path(temporary).rglob("*")) if path.is_file()]
         for file in sorted(files, key=lambda path: path.stat().st_mtime_ns):
             with file.open("rb") as stream:
-                (place / file.relative_to(temporary)).upload(stream)
+                (location / file.relative_to(temporary)).upload(stream)
 
 
-def cached_file(remote: Remote, sha256: str, size: int) -> Path:
-    """A local copy of an immutable object, fetched once on each node and checked against its hash.
+def cached_file(remote: S3Path, sha256: str, size: int) -> Path:
+    """A local copy of an immutable object, downloaded once on each node and checked against its hash.
 
     Raises:
         FileNotFoundError: there is no such object.
@@ -284,18 +298,18 @@ def cached_file(remote: Remote, sha256: str, size: int) -> Path:
     path = cache_folder() / "cases" / sha256[:2] / f"{sha256}{Path(remote.name).suffix}"
     if path.is_file() and path.stat().st_size == size:
         return path
-    fetched = path.with_name(f"{path.name}.fetched-{os.getpid()}")
+    aside = path.with_name(f"{path.name}.partial-{os.getpid()}")
     try:
-        remote.download(fetched)
-        with fetched.open("rb") as file:
+        remote.download(aside)
+        with aside.open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
         if found != sha256:
             raise DataError(
                 f"{remote}: damaged or replaced: its SHA-256 is not the manifest's; prepare the dataset again"
             )
-        os.replace(fetched, path)
+        os.replace(aside, path)
     finally:
-        fetched.unlink(missing_ok=True)
+        aside.unlink(missing_ok=True)
     return path
 
 

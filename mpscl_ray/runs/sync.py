@@ -1,11 +1,11 @@
-"""Keeping a local folder and a folder of a bucket alike while a run goes on.
+"""Keeping a local folder and a folder of a bucket in step while a run trains.
 
-A thread uploads what changes and downloads what it is told to watch. Files come first, then checkpoints in the order
-in which they were written, each complete only when its SHA256SUMS is there, which is uploaded last and removed first:
-whoever reads the bucket after a kill finds every record of metrics up to its newest complete checkpoint.
+A thread uploads files that change and downloads those it is told to watch. Files come first, then checkpoints in the
+order in which they were written. A checkpoint is complete when its SHA256SUMS is there, which is uploaded last and
+deleted first. So after a kill the bucket has every record of metrics up to its newest complete checkpoint.
 
-A storage that does not answer stops nobody: uploads are tried again, with longer and longer waits, and only after
-``patience_s`` is it :attr:`Mirror.problem`.
+A storage that does not answer stops no training: uploads are retried, with longer and longer waits, and only after
+``patience_s`` is :attr:`Synchronizer.error` set.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from pathlib import Path
 
 from mpscl_ray.errors import StorageError
 from mpscl_ray.runs.checkpoint import STATE, SUMS, TENSORS
-from mpscl_ray.runs.storage import Remote
+from mpscl_ray.runs.storage import S3Path
 
-EVERY_S = 2.0
-"""Time between two looks for changes."""
+INTERVAL_S = 2.0
+"""Time between two rounds."""
 LARGE_BYTES = 1 << 20
-"""Files above are uploaded once in LARGE_EVERY_S while they grow."""
-LARGE_EVERY_S = 60.0
-_LONGEST_WAIT_S = 30.0
+"""Larger files are uploaded once in LARGE_INTERVAL_S while they grow."""
+LARGE_INTERVAL_S = 60.0
+_MAX_INTERVAL_S = 30.0
 
 _Signature = tuple[int, ...]
 
 
-class Mirror:
+class Synchronizer:
     """Uploads and downloads in the background.
 
     Args:
@@ -43,84 +43,84 @@ class Mirror:
         incoming: files that others write, which are downloaded when they change.
         check: called before each round; raises an error other than StorageError to end it all.
         patience_s: how long the storage may fail to answer.
-        say: told once when it does not answer, and once when it does again.
+        warn: called with a sentence once when it does not answer, and once when it does again.
     """
 
     def __init__(
         self,
         local: Path,
-        remote: Remote,
+        remote: S3Path,
         *,
         outgoing: Sequence[str],
         incoming: Sequence[str],
         check: Callable[[], None],
         patience_s: float,
-        say: Callable[[str], None],
+        warn: Callable[[str], None],
     ) -> None:
         self.local, self.remote = local, remote
-        self.problem: Exception | None = None
+        self.error: Exception | None = None
         """Why nothing is uploaded any more."""
         self._outgoing, self._incoming, self._check = outgoing, incoming, check
-        self._patience_s, self._say = patience_s, say
+        self._patience_s, self._warn = patience_s, warn
         self._sent: dict[str, _Signature] = {}
         self._sent_at: dict[str, float] = {}
-        self._got: dict[str, tuple[int, int]] = {}
+        self._received: dict[str, tuple[int, int]] = {}
         self._changed = threading.Condition()
         self._wanted = self._done = 0
         self._failing_since: float | None = None
         self._close_by: float | None = None
-        self._thread = threading.Thread(target=self._run, name=f"mirror of {remote.name}", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=f"synchronizer of {remote.name}", daemon=True)
 
-    def know(self) -> None:
-        """Take what is here for what is there: it has just been downloaded."""
+    def mark_synced(self) -> None:
+        """Take the local files for uploaded: they have just been downloaded."""
         self._sent = dict(self._here())
 
     def start(self) -> None:
         """Begin."""
         self._thread.start()
 
-    def settle(self) -> bool:
-        """Wait until all that is here now is there; False where the storage fails, for which nobody should wait."""
+    def flush(self) -> bool:
+        """Wait until all local files are uploaded; False at once where the storage fails."""
         with self._changed:
             self._wanted += 1
             wanted = self._wanted
             self._changed.notify_all()
-            self._changed.wait_for(lambda: self._done >= wanted or self._failing_since or self.problem)
+            self._changed.wait_for(lambda: self._done >= wanted or self._failing_since or self.error)
             return self._done >= wanted
 
     def close(self) -> None:
-        """Upload what is left, as long as patience allows, and end; raises :attr:`problem` if there is one."""
+        """Upload what is left, as long as patience allows, and end; raises :attr:`error` if there is one."""
         with self._changed:
             self._close_by = time.monotonic() + self._patience_s
             self._changed.notify_all()
         self._thread.join()
-        if self.problem is not None:
-            raise self.problem
+        if self.error is not None:
+            raise self.error
 
     # ---- the thread ----
 
     def _run(self) -> None:
-        wait = EVERY_S
+        wait = INTERVAL_S
         while True:
             with self._changed:
-                self._changed.wait_for(self._called, wait)
+                self._changed.wait_for(self._wake_up, wait)
                 wanted, closing = self._wanted, self._close_by is not None
             try:
                 self._round(everything=closing or wanted > self._done)
             except StorageError as error:
-                wait = min(2 * wait, _LONGEST_WAIT_S) if self._failing_since else EVERY_S / 2
+                wait = min(2 * wait, _MAX_INTERVAL_S) if self._failing_since else INTERVAL_S / 2
                 if self._failed(error):
                     return
             except Exception as error:  # noqa: BLE001 - a training that waits for this thread must hear of it
                 self._give_up(error)
                 return
             else:
-                wait = EVERY_S
+                wait = INTERVAL_S
                 self._succeeded(wanted)
                 if closing:
                     return
 
-    def _called(self) -> bool:
+    def _wake_up(self) -> bool:
         """Whether there is a reason not to wait for the next round; none while the storage fails."""
         return not self._failing_since and (self._close_by is not None or self._wanted > self._done)
 
@@ -132,7 +132,7 @@ class Mirror:
         with self._changed:
             self._changed.notify_all()
         if first:
-            self._say(
+            self._warn(
                 f"{error}; meanwhile the run goes on, is kept on this node, and uploads are tried again for "
                 f"{self._patience_s / 60:g} min"
             )
@@ -145,7 +145,7 @@ class Mirror:
     def _succeeded(self, wanted: int) -> None:
         if self._failing_since is not None:
             seconds = time.monotonic() - self._failing_since
-            self._say(f"{self.remote.server} answers again after {seconds:.0f} s, and all of the run is uploaded")
+            self._warn(f"{self.remote.server} answers again after {seconds:.0f} s, and all of the run is uploaded")
         with self._changed:
             self._failing_since = None
             self._done = wanted
@@ -153,39 +153,39 @@ class Mirror:
 
     def _give_up(self, error: Exception) -> None:
         with self._changed:
-            self.problem = error
+            self.error = error
             self._changed.notify_all()
 
     def _round(self, everything: bool) -> None:
         self._check()
         for name in self._incoming:
-            self._fetch(name)
+            self._download(name)
         here = dict(self._here())
         now = time.monotonic()
         for name in sorted(self._sent.keys() - here.keys()):
-            remove(self.remote / name)
+            delete_path(self.remote / name)
             del self._sent[name]
         for name, signature in here.items():
             if self._sent.get(name) == signature:
                 continue
             large = len(signature) == _FILE and signature[0] > LARGE_BYTES
-            if large and not everything and now - self._sent_at.get(name, 0.0) < LARGE_EVERY_S:
+            if large and not everything and now - self._sent_at.get(name, 0.0) < LARGE_INTERVAL_S:
                 continue
-            if send(self.local / name, self.remote / name):
+            if upload_path(self.local / name, self.remote / name):
                 self._sent[name], self._sent_at[name] = signature, now
 
-    def _fetch(self, name: str) -> None:
+    def _download(self, name: str) -> None:
         remote = self.remote / name
-        stamp = remote.stamp()
+        stamp = remote.version_stamp()
         if stamp is None:
-            if self._got.pop(name, None):
+            if self._received.pop(name, None):
                 (self.local / name).unlink(missing_ok=True)
-        elif self._got.get(name) != stamp:
+        elif self._received.get(name) != stamp:
             try:
                 remote.download(self.local / name)
             except FileNotFoundError:
                 return
-            self._got[name] = stamp
+            self._received[name] = stamp
 
     def _outgoing_paths(self) -> Iterator[Path]:
         for pattern in self._outgoing:
@@ -228,7 +228,7 @@ def _walk(path: Path) -> Iterator[Path]:
         yield from _walk(inner)
 
 
-def send(path: Path, remote: Remote) -> bool:
+def upload_path(path: Path, remote: S3Path) -> bool:
     """Upload a file or a checkpoint; False where it is gone, or was replaced meanwhile.
 
     Raises:
@@ -252,7 +252,7 @@ def send(path: Path, remote: Remote) -> bool:
     return True
 
 
-def remove(remote: Remote) -> None:
+def delete_path(remote: S3Path) -> None:
     """Delete an object, or a checkpoint with its SHA256SUMS first."""
     names = remote.files()
     if names:
@@ -262,7 +262,7 @@ def remove(remote: Remote) -> None:
         remote.delete()
 
 
-def receive(remote: Remote, target: Path) -> bool:
+def download_checkpoint(remote: S3Path, target: Path) -> bool:
     """Download a checkpoint, unless the same one is here; False where there is no complete one.
 
     Its hashes are verified by whoever loads it.

@@ -15,7 +15,7 @@ from mpscl_ray.distributed import collectives
 from mpscl_ray.errors import ConfigError, DataError
 from mpscl_ray.methods.base import Method
 from mpscl_ray.runs import checkpoint
-from mpscl_ray.runs.run_directory import RunFolder
+from mpscl_ray.runs.run_directory import RunDirectory
 from mpscl_ray.train.phases import network_arguments
 
 
@@ -33,14 +33,13 @@ class TrainerState:
     """Selection score of the best validation of this phase so far; None before the first."""
 
 
-def newest_checkpoint(run: RunFolder) -> tuple[Path | None, list[str]]:
+def newest_checkpoint(run: RunDirectory) -> tuple[Path | None, list[str]]:
     """The checkpoint that a run resumes from, and a sentence for each newer one that is damaged.
 
     Raises:
         DataError: there are checkpoints, and all of them are damaged.
     """
-    run.fetch_newest()
-    found, warnings = checkpoint.latest(run.checkpoints)
+    found, warnings = run.store.latest_checkpoint()
     if found is None and warnings:
         raise DataError(
             f"every checkpoint in {run.checkpoints} is damaged ({'; '.join(warnings)}); put an intact one back, or "
@@ -52,7 +51,7 @@ def newest_checkpoint(run: RunFolder) -> tuple[Path | None, list[str]]:
 class Checkpointer:
     """Saves and loads checkpoints. Every worker calls it at the same steps; worker 0 writes, all read."""
 
-    def __init__(self, config: Config, classes: tuple[str, ...], run: RunFolder, device: torch.device) -> None:
+    def __init__(self, config: Config, classes: tuple[str, ...], run: RunDirectory, device: torch.device) -> None:
         self.config, self.classes, self.folder, self.device = config, classes, run, device
 
     def save(self, directory: Path, method: Method, phase: str, state: TrainerState) -> None:
@@ -91,7 +90,7 @@ class Checkpointer:
         name = collectives.broadcast_object(found.name if found else None)
         if name is None:
             return None
-        content = checkpoint.load(self.folder.fetched(self.folder.checkpoints / name))
+        content = checkpoint.load(self.folder.store.localize(self.folder.checkpoints / name))
         state = self._state(content, name)
         if collectives.rank() == 0:
             warn(f"resuming from the checkpoint {name}: iteration {state.iteration} of the phase {content['phase']}")

@@ -9,14 +9,15 @@ from typing import Any
 
 from mpscl_ray.config import Config, reads_target
 from mpscl_ray.evaluate.run import PHASES_TABLE
+from mpscl_ray.runs.control_files import WARNINGS_FILE, WORKER_FAILURES_FILE
 from mpscl_ray.runs.progress import ProgressLine
-from mpscl_ray.runs.run_directory import LOSSES_FILE, NOTICES_FILE, RunFolder
-from mpscl_ray.runs.storage import child
+from mpscl_ray.runs.run_directory import RunDirectory
+from mpscl_ray.runs.storage import join_location
 from mpscl_ray.train.domains import Domains
 from mpscl_ray.train.streams import TrainingData
 
 
-def summary(config: Config, folder: RunFolder, domains: Domains, data: TrainingData, use_gpu: bool) -> str:
+def summary(config: Config, folder: RunDirectory, domains: Domains, data: TrainingData, use_gpu: bool) -> str:
     """What a run trains on, with what, and for how long."""
     source, target = domains.source, domains.target
     phases = ", ".join(f"{name.replace('_', ' ')} {iterations}" for name, iterations in config.schedule)
@@ -27,7 +28,7 @@ def summary(config: Config, folder: RunFolder, domains: Domains, data: TrainingD
     )
     labelled = target.modality if config.data.labelled == "target" else source.modality
     return (
-        f"run {folder.name} in {folder.place}: {config.method_name}, {source.modality} to {target.modality}, "
+        f"run {folder.name} in {folder.display_path}: {config.method_name}, {source.modality} to {target.modality}, "
         f"structures {', '.join(domains.classes[1:])}\n"
         f"  trains on {data.labelled.files.rows} labelled {labelled} slices and {unlabelled}, "
         f"{config.scaling.describe(use_gpu)}\n"
@@ -40,7 +41,7 @@ def summary(config: Config, folder: RunFolder, domains: Domains, data: TrainingD
 class ProgressDisplay:
     """Shows the metrics and warnings that the workers write into the run folder, from now on."""
 
-    def __init__(self, config: Config, folder: RunFolder) -> None:
+    def __init__(self, config: Config, folder: RunDirectory) -> None:
         self.config, self.folder = config, folder
         self.phase = ""
         self.line: ProgressLine | None = None
@@ -48,7 +49,7 @@ class ProgressDisplay:
         self.metrics_size = -1
         self.shown_bytes = {
             file: file.stat().st_size if file.exists() else 0
-            for file in (folder.logs / NOTICES_FILE, folder.logs / LOSSES_FILE)
+            for file in (folder.logs / WARNINGS_FILE, folder.logs / WORKER_FAILURES_FILE)
         }
 
     def __enter__(self) -> ProgressDisplay:
@@ -114,7 +115,7 @@ class ProgressDisplay:
                 print(sentence, file=sys.stderr, flush=True)
 
 
-def print_results(folder: RunFolder) -> None:
+def print_results(folder: RunDirectory) -> None:
     """Print the table of the phases' scores."""
     table = folder.results / PHASES_TABLE
     if table.exists():
@@ -123,16 +124,16 @@ def print_results(folder: RunFolder) -> None:
         print("\nno test or validation volume of the target is labelled, so there is no table of scores")
 
 
-def print_next_steps(folder: RunFolder) -> None:
+def print_next_steps(folder: RunDirectory) -> None:
     """Print the commands that work with a finished run."""
     commands = [
-        f"python -m mpscl_ray.predict {folder.place} IMAGE.nii.gz --out predictions",
-        f"python -m mpscl_ray.report {folder.place} --out report",
-        f"tensorboard --logdir {child(folder.place, 'tensorboard')}",
+        f"python -m mpscl_ray.predict {folder.display_path} IMAGE.nii.gz --out predictions",
+        f"python -m mpscl_ray.report {folder.display_path} --out report",
+        f"tensorboard --logdir {join_location(folder.display_path, 'tensorboard')}",
     ]
     if (folder.results / PHASES_TABLE).exists():
-        commands.insert(0, f"python -m mpscl_ray.evaluate {folder.place}")
+        commands.insert(0, f"python -m mpscl_ray.evaluate {folder.display_path}")
     print(
-        f"\n{folder.place} has the tables (results/), curves (progress.png), TensorBoard events and checkpoints. "
-        "Next:\n  " + "\n  ".join(commands)
+        f"\n{folder.display_path} has the tables (results/), curves (progress.png), TensorBoard events and "
+        "checkpoints. Next:\n  " + "\n  ".join(commands)
     )

@@ -16,7 +16,7 @@ from mpscl_ray.data.loader import Slices
 from mpscl_ray.data.ray_source import open_slices
 from mpscl_ray.errors import ConfigError
 from mpscl_ray.methods.adversarial import DISCRIMINATORS
-from mpscl_ray.runs.storage import Remote, locate
+from mpscl_ray.runs.storage import S3Path, parse_location
 from mpscl_ray.train.phases import network_arguments
 from mpscl_ray.train.streams import TrainingData
 
@@ -27,8 +27,8 @@ class Domains:
 
     source: Manifest
     target: Manifest
-    source_folder: Path | Remote
-    target_folder: Path | Remote
+    source_folder: Path | S3Path
+    target_folder: Path | S3Path
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -62,7 +62,7 @@ def load_domains(config: Config) -> tuple[Domains, list[str]]:
             )
     source_folder, target_folder = (
         located.absolute() if isinstance(located, Path) else located
-        for located in map(locate, (config.data.source, config.data.target))
+        for located in map(parse_location, (config.data.source, config.data.target))
     )
     domains = Domains(load_manifest(source_folder), load_manifest(target_folder), source_folder, target_folder)
     warnings = check_pair(domains.source, domains.target)
@@ -101,7 +101,7 @@ def _reads_target(config: Config) -> bool:
 def model_description(config: Config, domains: Domains) -> dict[str, Any]:
     """Content of model.json: what evaluation and prediction need beside the weights."""
 
-    def domain(manifest: Manifest, folder: Path | Remote) -> dict[str, Any]:
+    def domain(manifest: Manifest, folder: Path | S3Path) -> dict[str, Any]:
         return {
             "modality": manifest.modality,
             "scaling": {"low": manifest.scaling.low, "high": manifest.scaling.high},
@@ -132,7 +132,7 @@ def open_data(config: Config, domains: Domains, open_slices: Callable[..., Slice
         open_slices: opens a split, as :func:`mpscl_ray.data.ray_source.open_slices` does.
     """
 
-    def opened(folder: Path | Remote, split: str, labels: bool) -> Slices:
+    def opened(folder: Path | S3Path, split: str, labels: bool) -> Slices:
         return open_slices(folder, split, labels=labels, in_memory=config.data.in_memory)
 
     supervised = config.data.labelled == TARGET_DOMAIN

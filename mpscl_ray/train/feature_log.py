@@ -34,6 +34,7 @@ from torch import Tensor
 
 from mpscl_ray.data.loader import Slices, tensors
 from mpscl_ray.data.parquet_reader import Arrays
+from mpscl_ray.data.slice_selection import evenly_spaced
 from mpscl_ray.distributed import collectives
 from mpscl_ray.methods.base import Method
 from mpscl_ray.methods.prototypes import PrototypeClassifier, downsample_labels, self_paced_pseudo_labels
@@ -105,7 +106,7 @@ class FeatureRecord:
                 file.unlink(missing_ok=True)
 
     def _write_panel(self, classifier: PrototypeClassifier, case: str, arrays: Arrays, global_step: int) -> None:
-        chosen = middle_slices(len(arrays["image"]), PANEL_SLICES)
+        chosen = evenly_spaced(np.arange(len(arrays["image"])), PANEL_SLICES)
         with storage_errors(self.panels):
             self.panels.mkdir(parents=True, exist_ok=True)
         if not (self.panels / SLICES_FILE).exists():
@@ -139,11 +140,6 @@ class FeatureRecord:
     def _panel_files(self) -> list[tuple[int, Path]]:
         found = ((re.fullmatch(r"step-(\d+)\.npz", file.name), file) for file in self.panels.glob("step-*.npz"))
         return sorted((int(match[1]), file) for match, file in found if match)
-
-
-def middle_slices(depth: int, number: int) -> NDArray[np.intp]:
-    """Evenly spaced slices of a volume without its ends; fewer in a volume with fewer slices."""
-    return np.unique(np.linspace(0, depth - 1, min(depth, number) + 2).round().astype(np.intp)[1:-1])
 
 
 class _Counts:

@@ -10,18 +10,20 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from mpscl_ray.config import Config, is_adaptation, reads_target
 from mpscl_ray.data import TARGET_DOMAIN
 from mpscl_ray.data.loader import Slices, tensors
+from mpscl_ray.data.slice_selection import evenly_spaced
 from mpscl_ray.distributed import collectives
 from mpscl_ray.methods.base import Batch, Method
 from mpscl_ray.runs import checkpoint
-from mpscl_ray.runs.run_directory import RunFolder
+from mpscl_ray.runs.run_directory import RunDirectory
 from mpscl_ray.train.checkpointing import Checkpointer, TrainerState
-from mpscl_ray.train.feature_log import FeatureRecord, middle_slices
+from mpscl_ray.train.feature_log import FeatureRecord
 from mpscl_ray.train.phases import (
     build_method,
     build_segmenter,
@@ -86,7 +88,7 @@ class Callback:
 def train(
     config: Config,
     data: TrainingData,
-    run: RunFolder,
+    run: RunDirectory,
     device: torch.device,
     callback: Callback | None = None,
     stop_requested: Callable[[], bool] = lambda: False,
@@ -122,7 +124,7 @@ class _Trainer:
         self,
         config: Config,
         data: TrainingData,
-        run: RunFolder,
+        run: RunDirectory,
         device: torch.device,
         callback: Callback,
         stop_poller: StopPoller,
@@ -281,7 +283,7 @@ class _Trainer:
         """Predict evenly spaced slices of the first volume, the ends left out."""
         _, arrays = next(slices.volumes())
         volume = tensors(arrays)
-        chosen = torch.from_numpy(middle_slices(len(volume["image"]), IMAGE_SLICES))
+        chosen = torch.from_numpy(evenly_spaced(np.arange(len(volume["image"])), IMAGE_SLICES))
         images = volume["image"][chosen]
         predictions = method.predict(images.to(self.device)).argmax(1).cpu()
         labels = volume["label"][chosen] if "label" in volume else None

@@ -8,17 +8,19 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from mpscl_ray.data.dataset import load_manifest, read_case
-from mpscl_ray.predict.predictor import find_checkpoint, load_weights, read_model
-from mpscl_ray.runs.bucket_run import open_run
+from mpscl_ray.data.dataset import load_manifest
+from mpscl_ray.data.parquet_reader import read_case
+from mpscl_ray.data.slice_selection import evenly_spaced, labelled_slices
+from mpscl_ray.predict.model import find_checkpoint, read_model
+from mpscl_ray.predict.predictor import load_weights
 from mpscl_ray.runs.plots import panel, save_png
-from mpscl_ray.runs.run_directory import RunFolder
+from mpscl_ray.runs.run_directory import RunDirectory, open_run
 
 SLICES = 4
 """Rows of an image."""
 
 
-def draw_phases(run: RunFolder | Path | str, phases: Sequence[str]) -> Path | None:
+def draw_phases(run: RunDirectory | Path | str, phases: Sequence[str]) -> Path | None:
     """Write ``results/phases.png``: image, prediction at the end of each phase, label.
 
     The slices are the evenly spaced ones among those that show a structure, of the first labelled test volume of the
@@ -40,7 +42,7 @@ def draw_phases(run: RunFolder | Path | str, phases: Sequence[str]) -> Path | No
     if case is None:
         return None
     arrays = read_case(dataset, case)
-    chosen = _showing(arrays["label"])
+    chosen = evenly_spaced(labelled_slices(arrays["label"]), SLICES)
     columns: dict[str, NDArray[np.integer]] = {}
     for phase in phases:
         predictor = load_weights(model, find_checkpoint(folder, phase)[0])
@@ -48,14 +50,5 @@ def draw_phases(run: RunFolder | Path | str, phases: Sequence[str]) -> Path | No
     columns["label"] = arrays["label"][chosen]
     image = folder.results / "phases.png"
     save_png(image, panel(arrays["image"][chosen], columns, model.classes))
-    folder.publish(image)
+    folder.store.upload(image)
     return image
-
-
-def _showing(label: NDArray[np.uint8]) -> NDArray[np.intp]:
-    """Evenly spaced slices among those with a structure; among all where none has one."""
-    shown = np.flatnonzero(label.reshape(len(label), -1).any(axis=1))
-    candidates = shown if len(shown) else np.arange(len(label))
-    positions = np.linspace(0, len(candidates) - 1, min(SLICES, len(candidates)) + 2).round().astype(int)[1:-1]
-    slices: NDArray[np.intp] = candidates[np.unique(positions)]
-    return slices

@@ -16,7 +16,7 @@ from mpscl_ray.methods.base import Method
 from mpscl_ray.networks import Segmenter, build, initialise
 from mpscl_ray.networks.pretrained import load_pretrained, load_tensors
 from mpscl_ray.runs import checkpoint
-from mpscl_ray.runs.run_directory import RunFolder
+from mpscl_ray.runs.run_directory import RunDirectory
 
 
 def network_arguments(config: Config, num_classes: int, phase: str | None = None) -> dict[str, Any]:
@@ -51,7 +51,7 @@ def load_pretrained_weights(segmenter: Segmenter, config: Config) -> str | None:
     return f"{len(report.loaded)} tensors loaded from {config.network.pretrained}{left_out}"
 
 
-def source_only_weights(config: Config, num_classes: int, run: RunFolder, dtype: torch.dtype) -> dict[str, Tensor]:
+def source_only_weights(config: Config, num_classes: int, run: RunDirectory, dtype: torch.dtype) -> dict[str, Tensor]:
     """The segmenter's weights at the end of the source-only phase; the initial ones in a run without that phase."""
     if SOURCE_ONLY in (name for name, _ in config.schedule):
         weights: dict[str, Tensor] = checkpoint.load(run.phases / SOURCE_ONLY)["method"]["networks"]["segmenter"]

@@ -11,11 +11,11 @@ from mpscl_ray.distributed.ray_session import connect
 from mpscl_ray.errors import ConfigError, Interrupted, MpsclError, TrainingError
 from mpscl_ray.evaluate.run import evaluate_phases
 from mpscl_ray.prepare import phantom_dataset
-from mpscl_ray.runs.bucket_run import open_run
+from mpscl_ray.runs.control_files import STOP_FILE
 from mpscl_ray.runs.lifecycle import carry_out
-from mpscl_ray.runs.run_directory import STOP_FILE, RunFolder
+from mpscl_ray.runs.run_directory import RunDirectory, open_run
 from mpscl_ray.runs.signals import Interruption, signals_end
-from mpscl_ray.runs.storage import child
+from mpscl_ray.runs.storage import join_location
 from mpscl_ray.train.checkpointing import newest_checkpoint
 from mpscl_ray.train.display import ProgressDisplay, print_next_steps, print_results, summary
 from mpscl_ray.train.domains import Domains, load_domains, model_description, open_data
@@ -66,12 +66,12 @@ def train(
         fit: what trains; None is Ray Train.
     """
     resources.check_machine(config)
-    folder = open_run(child(config.run.storage, config.run.name), "command", 60 * config.run.outage_min)
+    folder = open_run(join_location(config.run.storage, config.run.name), "command", 60 * config.run.outage_min)
     folder.create()
     words = ["python", "-m", "mpscl_ray.train", *command]
     with folder.lock():
         # A run without a checkpoint starts from scratch, with any settings.
-        if folder.exists and folder.steps():
+        if folder.exists and folder.store.step_checkpoints():
             changes = _check_resume(folder, config, allow_change)
             if folder.read_status().get("state") == "finished" and not (changes and allow_change):
                 print(f"the run {folder.name} is finished; for another one give it a name with run.name=NAME")
@@ -96,7 +96,7 @@ def train(
     return code
 
 
-def warn_of_storage(folder: RunFolder) -> None:
+def warn_of_storage(folder: RunDirectory) -> None:
     """Warn where the results are in the working directory of a Ray job, which Ray deletes."""
     if any(part.startswith(_WORKING_DIR) for part in folder.path.absolute().parts):
         print(
@@ -106,13 +106,13 @@ def warn_of_storage(folder: RunFolder) -> None:
         )
 
 
-def _check_resume(folder: RunFolder, config: Config, allow_change: bool) -> list[str]:
+def _check_resume(folder: RunDirectory, config: Config, allow_change: bool) -> list[str]:
     """A sentence for each setting that differs from the run's own; ConfigError where one must not."""
     every_section = tuple(section.name for section in dataclasses.fields(Config))
     return folder.check_config(to_yaml(config), every_section if allow_change else MAY_CHANGE)
 
 
-def _progress(folder: RunFolder) -> dict[str, Any]:
+def _progress(folder: RunDirectory) -> dict[str, Any]:
     """Phase, iteration and global_step of the last record of metrics."""
     try:
         records = folder.read_metrics()
@@ -121,7 +121,7 @@ def _progress(folder: RunFolder) -> dict[str, Any]:
     return {key: records[-1][key] for key in ("phase", "iteration", "global_step")} if records else {}
 
 
-def _check_before_ray(config: Config, folder: RunFolder) -> None:
+def _check_before_ray(config: Config, folder: RunDirectory) -> None:
     """Find errors in datasets, checkpoints and pretrained weights before Ray takes its time to start."""
     found, _ = newest_checkpoint(folder)
     if not _wants_phantom(config):
@@ -134,14 +134,14 @@ def _wants_phantom(config: Config) -> bool:
     return any(value.startswith(phantom_dataset.PREFIX) for value in (config.data.source, config.data.target))
 
 
-def _train_and_evaluate(config: Config, folder: RunFolder, fit: launch.Fit | None) -> None:
+def _train_and_evaluate(config: Config, folder: RunDirectory, fit: launch.Fit | None) -> None:
     with signals_end("before training began"):
         use_gpu = resources.check_cluster(config)
         config = phantom_dataset.resolve(config)
         domains, warnings = _read_domains(config, folder)
         for warning in warnings:
             print(f"warning: {warning}", flush=True)
-        check_nodes(folder.address, domains.fingerprints())
+        check_nodes(folder.uri, domains.fingerprints())
         data = open_data(config, domains)
         print(summary(config, folder, domains, data, use_gpu), flush=True)
         training = launch.Launch(config, folder, data, use_gpu, fit=fit)
@@ -162,7 +162,7 @@ def _train_and_evaluate(config: Config, folder: RunFolder, fit: launch.Fit | Non
         draw_phases(folder, phases)
 
 
-def _wait(config: Config, folder: RunFolder, training: launch.Launch, interruption: Interruption) -> TrainResult:
+def _wait(config: Config, folder: RunDirectory, training: launch.Launch, interruption: Interruption) -> TrainResult:
     """Start a training, show its progress, and let a signal stop it after a checkpoint."""
     with ProgressDisplay(config, folder) as display:
 
@@ -178,7 +178,7 @@ def _wait(config: Config, folder: RunFolder, training: launch.Launch, interrupti
         return training.wait(poll)
 
 
-def _non_finite(config: Config, folder: RunFolder, result: TrainResult) -> str:
+def _non_finite(config: Config, folder: RunDirectory, result: TrainResult) -> str:
     found, _ = newest_checkpoint(folder)
     if not reads_target(result.phase) and config.phases.source_only_lr is not None:
         setting = f"phases.source_only_lr={config.phases.source_only_lr / 2:g}"
@@ -193,11 +193,11 @@ def _non_finite(config: Config, folder: RunFolder, result: TrainResult) -> str:
     return f"{result.describe_non_finite()}; nothing was changed by that step, and {advice}"
 
 
-def _read_domains(config: Config, folder: RunFolder) -> tuple[Domains, list[str]]:
+def _read_domains(config: Config, folder: RunDirectory) -> tuple[Domains, list[str]]:
     """Both datasets, described in model.json for evaluation and prediction; a resumed run must have the same ones."""
     domains, warnings = load_domains(config)
     description = model_description(config, domains)
-    if folder.model_file.exists() and folder.steps():
+    if folder.model_file.exists() and folder.store.step_checkpoints():
         before = folder.read_model()
         for domain in ("source", "target"):
             if before[domain]["fingerprint"] != description[domain]["fingerprint"]:

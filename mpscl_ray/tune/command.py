@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from mpscl_ray.config import describe_keys, preset_names
 from mpscl_ray.errors import ConfigError
 from mpscl_ray.runs import cli
-from mpscl_ray.runs.storage import locate
+from mpscl_ray.runs.storage import parse_location
 from mpscl_ray.tune.criteria import CRITERIA, LABEL_FREE
 from mpscl_ray.tune.settings import describe_search
 from mpscl_ray.tune.shared_phases import shared_phases
@@ -72,7 +72,7 @@ def main(arguments: Sequence[str], fit: Fit | None = None) -> int:
     if options.metric is not None:
         overrides.append(f"search.metric={options.metric}")
     space = load_space(spaces_given[0] if spaces_given else "phantom", overrides)
-    given = None if options.warm_up is None else locate(options.warm_up)
+    given = None if options.warm_up is None else parse_location(options.warm_up)
     if options.show:
         shared = ", ".join(name for name, _ in shared_phases(space.base, space.keys)) or "nothing"
         print(f"# shared by all trials: {shared}\n{space.to_yaml(given)}", end="")

@@ -8,11 +8,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from mpscl_ray.evaluate.evaluation import json_text, write_tables
 from mpscl_ray.evaluate.run import evaluate_phases
-from mpscl_ray.evaluate.scoring import json_text, write_tables
 from mpscl_ray.evaluate.tables import Summary, format_table, summary_csv
 from mpscl_ray.runs.atomic_files import write_atomically
-from mpscl_ray.runs.storage import child
+from mpscl_ray.runs.storage import join_location
 from mpscl_ray.tune import figures
 from mpscl_ray.tune.criteria import CRITERIA, ORACLE, score
 from mpscl_ray.tune.display import short, short_key
@@ -99,7 +99,7 @@ def _evaluate(study: Study, trials: list[Trial], best: Trial | None) -> None:
     rows: dict[str, Summary] = {}
     split = ""
     for trial in chosen:
-        done = evaluate_phases(study.trial_folder(trial.number).address, wanted[str(trial.number)], progress=False)
+        done = evaluate_phases(study.trial_folder(trial.number).uri, wanted[str(trial.number)], progress=False)
         for phase, evaluation in done.items():
             label = phase.replace("_", " ") if phase != phases[-1] else _label(study, trial)
             rows[label], split = evaluation.summary, evaluation.split
@@ -166,13 +166,13 @@ def print_results(study: Study) -> None:
     table = study.folder.results / TEST_TABLE
     if table.exists():
         print(f"\n{table.read_text(encoding='utf-8')}")
-    place = study.folder.place
+    place = study.folder.display_path
     print(f"\n{place} has tables and pictures (results/), TensorBoard events with HParams, and the trials. Next:")
     if best is not None:
-        print(f"  python -m mpscl_ray.train {child(place, PRESET)}          the best settings, trained anew")
+        print(f"  python -m mpscl_ray.train {join_location(place, PRESET)}          the best settings, trained anew")
         if best.state == "finished":
-            run = child(place, TRIALS, f"{best.number:03d}")
+            run = join_location(place, TRIALS, f"{best.number:03d}")
             print(
                 f"  python -m mpscl_ray.predict {run} IMAGE.nii.gz --out predictions          the best trial as it is"
             )
-    print(f"  tensorboard --logdir {child(place, 'tensorboard')}")
+    print(f"  tensorboard --logdir {join_location(place, 'tensorboard')}")

@@ -8,11 +8,10 @@ from pathlib import Path
 from mpscl_ray.distributed.ray_session import connect
 from mpscl_ray.errors import ConfigError, Interrupted, TrainingError
 from mpscl_ray.prepare import phantom_dataset
-from mpscl_ray.runs.bucket_run import open_run
 from mpscl_ray.runs.lifecycle import carry_out
-from mpscl_ray.runs.run_directory import RunFolder
+from mpscl_ray.runs.run_directory import RunDirectory, open_run
 from mpscl_ray.runs.signals import Interruption, signals_end
-from mpscl_ray.runs.storage import Remote, child
+from mpscl_ray.runs.storage import S3Path, join_location
 from mpscl_ray.train import run as train_run
 from mpscl_ray.train.domains import load_domains
 from mpscl_ray.train.ray import launch
@@ -40,7 +39,7 @@ def search(
     space: Space,
     command: list[str],
     *,
-    warm_up: Path | Remote | None = None,
+    warm_up: Path | S3Path | None = None,
     dashboard: bool = False,
     fit: launch.Fit | None = None,
 ) -> int:
@@ -48,15 +47,15 @@ def search(
     check_machine(space.base)
     run = space.base.run
     own = (SPACE, LEDGER, PRESET, "tensorboard")
-    folder = open_run(child(run.storage, run.name), "command", 60 * run.outage_min, own)
+    folder = open_run(join_location(run.storage, run.name), "command", 60 * run.outage_min, own)
     if folder.exists:
-        raise ConfigError(f"{folder.place} is the folder of a training run; give the search another run.name")
+        raise ConfigError(f"{folder.display_path} is the folder of a training run; give the search another run.name")
     folder.config_file = folder.path / SPACE
     folder.create(("logs", "results"))
     settings = space.to_yaml(warm_up)
     words = ["python", "-m", "mpscl_ray.tune", *command]
     with folder.lock():
-        ledger = Ledger(folder.path / LEDGER, folder.settle)
+        ledger = Ledger(folder.path / LEDGER, folder.store.flush)
         if folder.exists and ledger.trials:
             for change in folder.check_config(settings, MAY_CHANGE):
                 print(f"changed for the rest of the search: {change}", flush=True)
@@ -81,7 +80,7 @@ def _datasets(space: Space) -> tuple[str, str]:
 
 
 def _search(
-    space: Space, folder: RunFolder, ledger: Ledger, warm_up: RunFolder | None, fit: launch.Fit | None
+    space: Space, folder: RunDirectory, ledger: Ledger, warm_up: RunDirectory | None, fit: launch.Fit | None
 ) -> Study:
     """The search on a Ray that runs: shared phases, trials, results."""
     resolved = phantom_dataset.resolve(space.base)
@@ -140,7 +139,7 @@ def _summary(study: Study) -> str:
     before = sum(length for _, length in study.common)
     last = study.resolved.schedule[-1][0].replace("_", " ")
     lines = [
-        f"search {study.folder.name} in {study.folder.place}: {space.search.method}, {total} trials over "
+        f"search {study.folder.name} in {study.folder.display_path}: {space.search.method}, {total} trials over "
         f"{', '.join(space.keys)}",
         f"  {max_concurrent} trial{'s' * (max_concurrent > 1)} at a time with "
         f"{study.resolved.scaling.describe(study.shared.use_gpu)} each; "

@@ -16,7 +16,7 @@ import yaml
 
 from mpscl_ray.config import Config, config_from_dict, flatten, load_config, read_file, read_overrides, to_dict
 from mpscl_ray.errors import ConfigError
-from mpscl_ray.runs.storage import Remote
+from mpscl_ray.runs.storage import S3Path
 from mpscl_ray.tune.settings import SearchConfig, search_config
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -104,7 +104,7 @@ class Space:
         )
         return values if inside else None
 
-    def to_yaml(self, warm_up: Path | Remote | None) -> str:
+    def to_yaml(self, warm_up: Path | S3Path | None) -> str:
         """All that decides on the trials, to be kept beside their results.
 
         Args:

@@ -22,11 +22,10 @@ from ray.tune.search import Searcher
 
 from mpscl_ray.config import Config, to_dict
 from mpscl_ray.errors import ClusterError, ConfigError, Interrupted, MpsclError, StorageError
-from mpscl_ray.runs.bucket_run import open_run
 from mpscl_ray.runs.progress import TensorBoard
-from mpscl_ray.runs.run_directory import RunFolder
+from mpscl_ray.runs.run_directory import RunDirectory, open_run
 from mpscl_ray.runs.signals import Interruption
-from mpscl_ray.runs.storage import child
+from mpscl_ray.runs.storage import join_location
 from mpscl_ray.train.ray.concurrent import Shared
 from mpscl_ray.train.ray.launch import RAY_FOLDER
 from mpscl_ray.train.ray.placement_groups import release
@@ -73,7 +72,7 @@ class Study:
 
     space: Space
     resolved: Config
-    folder: RunFolder
+    folder: RunDirectory
     shared: Shared
     metric: str
     ledger: Ledger
@@ -97,7 +96,7 @@ class Study:
         """Whether all trials are asked to write a checkpoint and end."""
         self.unreachable: dict[int, str] = {}
         """Trials that could not even say how they ended, with the reason."""
-        self._folders: dict[int, RunFolder] = {}
+        self._folders: dict[int, RunDirectory] = {}
 
     @property
     def iterations(self) -> int:
@@ -124,13 +123,15 @@ class Study:
     def trial_config(self, settings: dict[str, Any], number: int) -> Config:
         """Settings of a trial's run."""
         config = dataclasses.replace(self.space, base=self.resolved).config(settings)
-        run = dataclasses.replace(config.run, name=f"{number:03d}", storage=str(child(self.folder.place, TRIALS)))
+        run = dataclasses.replace(
+            config.run, name=f"{number:03d}", storage=str(join_location(self.folder.display_path, TRIALS))
+        )
         return dataclasses.replace(config, run=run)
 
-    def trial_folder(self, number: int) -> RunFolder:
+    def trial_folder(self, number: int) -> RunDirectory:
         """Run folder of a trial."""
         if number not in self._folders:
-            place = child(self.folder.address, TRIALS, f"{number:03d}")
+            place = join_location(self.folder.uri, TRIALS, f"{number:03d}")
             self._folders[number] = open_run(place, patience_s=60 * self.resolved.run.outage_min)
         return self._folders[number]
 
@@ -138,7 +139,7 @@ class Study:
         """Complete what an interruption has left half done."""
         for trial in list(self.ledger.trials.values()):
             release(self.trial_folder(trial.number))
-        self.folder.take_away(STOP_SEARCH)
+        self.folder.control_files.clear(STOP_SEARCH)
         self._give_up()
 
     def remaining(self) -> list[int]:
@@ -170,7 +171,7 @@ class Study:
     def _any_finished(self) -> bool:
         return any(trial.state == "finished" for trial in self.ledger.trials.values())
 
-    def run(self, parent: RunFolder | None, interruption: Interruption, look: Callable[[], None]) -> None:
+    def run(self, parent: RunDirectory | None, interruption: Interruption, look: Callable[[], None]) -> None:
         """Run all trials that are left; returns when none runs any more, all ended or the search interrupted.
 
         Raises:
@@ -213,16 +214,16 @@ class Study:
         thread.start()
         next_look = 0.0
         while thread.is_alive():
-            if self.folder.problem is not None:
-                raise self.folder.problem
+            if self.folder.store.sync_error is not None:
+                raise self.folder.store.sync_error
             if not interruption.requested and time.monotonic() > next_look:
-                next_look = time.monotonic() + self.folder.look_s
+                next_look = time.monotonic() + self.folder.store.poll_interval_s
                 with suppress(StorageError):
-                    if self.folder.left(STOP_SEARCH) is not None:
+                    if self.folder.control_files.read(STOP_SEARCH) is not None:
                         interruption.request(f"the file {STOP_SEARCH} in its folder")
             if interruption.requested and not self.stopping:
                 self.stopping = True
-                self.folder.leave(STOP_SEARCH, "")
+                self.folder.control_files.write(STOP_SEARCH, "")
                 # Whoever stopped the command may not wait for the trials: a job is killed soon after it.
                 reason = f"stopped by {interruption.signal_name}; trials go on from their last checkpoints"
                 self.folder.write_status("interrupted", exit_code=Interrupted.exit_code, reason=reason)
@@ -240,10 +241,10 @@ class Study:
         for problem in (*failure, *self.held_up):
             raise problem
 
-    def next_task(self, number: int, parent: RunFolder | None) -> dict[str, Any] | None:
+    def next_task(self, number: int, parent: RunDirectory | None) -> dict[str, Any] | None:
         """Begin a trial, or go on with it; None where its settings do not go together, which is the end of it."""
         trial = self.ledger.trials.get(number) or self.ledger.add(number, self.draws.settings(number))
-        self.trial_folder(number).take_away(PAUSE)
+        self.trial_folder(number).control_files.clear(PAUSE)
         try:
             config = self.trial_config(trial.settings, number)
         except ConfigError as error:
@@ -252,9 +253,9 @@ class Study:
         self._given.add(number)
         task = Task(
             to_dict(config),
-            self.trial_folder(number).address,
-            self.folder.address,
-            parent.address if parent is not None else None,
+            self.trial_folder(number).uri,
+            self.folder.uri,
+            parent.uri if parent is not None else None,
             self.common[-1][0] if self.common else "",
             self.metric,
         )
@@ -276,7 +277,7 @@ class Study:
         self.say(f"trial {number:03d} iteration {iteration}: {self.metric.replace('_', ' ')} {value:.4f}")
         if self.halving.report(number, iteration, value):
             try:
-                self.trial_folder(number).leave(PAUSE, f"waits at iteration {iteration}")
+                self.trial_folder(number).control_files.write(PAUSE, f"waits at iteration {iteration}")
             except StorageError as error:
                 self._hold_up(number, error)
 
@@ -301,7 +302,7 @@ class Study:
         """Write the end of a trial into the ledger, from what its folder says; nothing where it is to go on later."""
         folder = self.trial_folder(number)
         release(folder)
-        pause = folder.left(PAUSE)
+        pause = folder.control_files.read(PAUSE)
         status = folder.read_status()
         state = status.get("state")
         if state == "finished":
@@ -325,7 +326,7 @@ class Study:
 
     def _stop(self, number: int) -> None:
         """The end of a trial that waits. Its settings and metrics stay; its weights are of no use to anyone."""
-        self.trial_folder(number).discard_weights()
+        self.trial_folder(number).store.delete_checkpoints()
         self._write_end(number, "stopped", f"fell behind at iteration {self.halving.waits_at(number)}")
 
     def _write_end(self, number: int, state: End, reason: str = "") -> None:
@@ -341,7 +342,7 @@ class Study:
 class _Numbered(NotPicklable, Searcher):
     """Gives Ray Tune the trials that are left."""
 
-    def __init__(self, study: Study, parent: RunFolder | None) -> None:
+    def __init__(self, study: Study, parent: RunDirectory | None) -> None:
         super().__init__(metric="score", mode="max")
         self._study, self._parent = study, parent
 

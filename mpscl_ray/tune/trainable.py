@@ -12,9 +12,9 @@ from ray import tune
 
 from mpscl_ray.config import Config, config_from_dict
 from mpscl_ray.errors import MpsclError, StorageError
-from mpscl_ray.runs.bucket_run import open_run
+from mpscl_ray.runs.control_files import VALIDATION_GATE_FILE
 from mpscl_ray.runs.fork import fork
-from mpscl_ray.runs.run_directory import DECIDED_FILE, RunFolder
+from mpscl_ray.runs.run_directory import RunDirectory, open_run
 from mpscl_ray.train.ray.concurrent import Shared, run_trial
 from mpscl_ray.train.ray.launch import Launch
 from mpscl_ray.train.ray.worker import STOP_THERE
@@ -77,7 +77,7 @@ def run_task(settings: dict[str, Any], shared: Shared) -> None:
             tune.report({"number": number, UNREACHABLE: str(unreachable)})
     finally:
         with suppress(StorageError):  # the next start of the trial begins with another one
-            folder.take_away(DECIDED_FILE)
+            folder.control_files.clear(VALIDATION_GATE_FILE)
 
 
 class _Reporter:
@@ -87,7 +87,7 @@ class _Reporter:
     there.
     """
 
-    def __init__(self, task: Task, config: Config, folder: RunFolder, number: int) -> None:
+    def __init__(self, task: Task, config: Config, folder: RunDirectory, number: int) -> None:
         self._task, self._folder, self._number = task, folder, number
         self._search = open_run(task.search)
         self._phase = config.schedule[-1][0]
@@ -102,11 +102,12 @@ class _Reporter:
         self.report()
         if time.monotonic() < self._next_look and self._seen == self._decided:
             return
-        self._next_look = time.monotonic() + self._folder.look_s
+        self._next_look = time.monotonic() + self._folder.store.poll_interval_s
         # A storage that does not answer is the training's concern, which looks after what it writes.
         with suppress(StorageError):
             if not self._stopping and (
-                self._folder.left(PAUSE) is not None or self._search.left(STOP_SEARCH) is not None
+                self._folder.control_files.read(PAUSE) is not None
+                or self._search.control_files.read(STOP_SEARCH) is not None
             ):
                 self._stopping = True
                 training.request_stop()
@@ -115,7 +116,7 @@ class _Reporter:
 
     def decided(self, step: int) -> None:
         """Let the training go on behind a global step, or stop there if it was asked to."""
-        self._folder.leave(DECIDED_FILE, f"{step} {STOP_THERE}" if self._stopping else str(step))
+        self._folder.control_files.write(VALIDATION_GATE_FILE, f"{step} {STOP_THERE}" if self._stopping else str(step))
         self._decided = step
 
     def report(self) -> None:

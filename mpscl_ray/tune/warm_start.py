@@ -9,10 +9,9 @@ import yaml
 
 from mpscl_ray.config import SOURCE_ONLY, Config, config_from_dict, differences
 from mpscl_ray.errors import ConfigError
-from mpscl_ray.runs.bucket_run import open_run
-from mpscl_ray.runs.run_directory import RunFolder
+from mpscl_ray.runs.run_directory import RunDirectory, open_run
 from mpscl_ray.runs.signals import Interruption
-from mpscl_ray.runs.storage import child
+from mpscl_ray.runs.storage import join_location
 from mpscl_ray.train.domains import Domains, model_description
 from mpscl_ray.train.ray import launch
 from mpscl_ray.train.ray.concurrent import Shared, run_trial
@@ -55,12 +54,12 @@ def choose_metric(metric: str, domains: Domains) -> str:
 def shared_beginning(
     config: Config,
     keys: Sequence[str],
-    folder: RunFolder,
+    folder: RunDirectory,
     shared: Shared,
-    given: RunFolder | None,
+    given: RunDirectory | None,
     interruption: Interruption,
     say: Callable[[str], None],
-) -> RunFolder | None:
+) -> RunDirectory | None:
     """Train the phases that all trials share, or check that a run which is given has them.
 
     Args:
@@ -84,14 +83,14 @@ def shared_beginning(
         if given is not None:
             first = ", ".join(key for key in keys if acts_from(key, config) == SOURCE_ONLY)
             raise ConfigError(
-                f"--warm-up {given.place}: trials share no phase, because {first or 'the only phase'} is searched from "
-                "the first one on; leave --warm-up out"
+                f"--warm-up {given.display_path}: trials share no phase, because {first or 'the only phase'} is "
+                "searched from the first one on; leave --warm-up out"
             )
         return None
     if given is not None:
         _check_given(given, config, common, keys, shared)
         return given
-    run = open_run(child(folder.address, SHARED_RUN), "command", 60 * config.run.outage_min)
+    run = open_run(join_location(folder.uri, SHARED_RUN), "command", 60 * config.run.outage_min)
     seen = 0
 
     def look(training: launch.Launch) -> None:
@@ -109,24 +108,24 @@ def shared_beginning(
     return run if outcome.state == "finished" else None
 
 
-def _shared_config(config: Config, common: Sequence[str], folder: RunFolder, max_concurrent: int) -> Config:
+def _shared_config(config: Config, common: Sequence[str], folder: RunDirectory, max_concurrent: int) -> Config:
     """Settings of the shared run: as many workers as the cluster has room for and can share the batch."""
     batch, room = config.data.batch_size, max_concurrent * config.scaling.most_workers
     workers = next(number for number in range(min(room, batch), 0, -1) if batch % number == 0)
     return dataclasses.replace(
         config,
-        run=dataclasses.replace(config.run, name=SHARED_RUN, storage=folder.place),
+        run=dataclasses.replace(config.run, name=SHARED_RUN, storage=folder.display_path),
         phases=dataclasses.replace(config.phases, **{name: 0 for name in PHASES if name not in common}),
         scaling=dataclasses.replace(config.scaling, workers=workers),
     )
 
 
-def _check_given(run: RunFolder, config: Config, common: Sequence[str], keys: Sequence[str], shared: Shared) -> None:
+def _check_given(run: RunDirectory, config: Config, common: Sequence[str], keys: Sequence[str], shared: Shared) -> None:
     """Whether a run has trained the common phases as these trials would have."""
     run.require()
-    if common[-1] not in run.finished_phases():
+    if common[-1] not in run.store.finished_phases():
         raise ConfigError(
-            f"--warm-up {run.place} has not finished the phase {common[-1]}, from which trials would go on"
+            f"--warm-up {run.display_path} has not finished the phase {common[-1]}, from which trials would go on"
         )
     theirs = config_from_dict(yaml.safe_load(run.read_config()), f"of the run {run.name}")
     last = PHASES.index(common[-1])
@@ -143,6 +142,6 @@ def _check_given(run: RunFolder, config: Config, common: Sequence[str], keys: Se
             wrong.append(f"the {domain} dataset is another one")
     if wrong:
         raise ConfigError(
-            f"--warm-up {run.place} is not the beginning of these trials: {'; '.join(wrong)}; give another run, or "
-            "leave --warm-up out to train it"
+            f"--warm-up {run.display_path} is not the beginning of these trials: {'; '.join(wrong)}; give another run, "
+            "or leave --warm-up out to train it"
         )

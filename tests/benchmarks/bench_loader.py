@@ -25,7 +25,7 @@ import ray
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from mpscl_ray.data import SOURCE_DOMAIN, TARGET_DOMAIN, dataset
+from mpscl_ray.data import SOURCE_DOMAIN, TARGET_DOMAIN, dataset, parquet_writer
 from mpscl_ray.data.augment import AugmentConfig, augment
 from mpscl_ray.data.loader import LocalSlices, Slices, SliceStream
 from mpscl_ray.data.ray_source import open_slices
@@ -69,7 +69,7 @@ def write(folder: Path, slices: int, size: int) -> None:
             for i in range(depth):
                 np.save(folder / domain / f"image-{start + i:06d}.npy", image[i])
                 np.save(folder / domain / f"label-{start + i:06d}.npy", label[i])
-            case = dataset.write_case(
+            case = parquet_writer.write_case(
                 folder / f"{domain}-parquet",
                 id=f"case-{start:06d}",
                 patient=f"patient-{start:06d}",
@@ -182,7 +182,7 @@ def main() -> None:
     parser.add_argument("--row-group", type=int, help="slices in a row group, in place of the format's own number")
     options = parser.parse_args()
     if options.row_group:
-        dataset.ROW_GROUP_SLICES = options.row_group
+        parquet_writer.ROW_GROUP_SLICES = options.row_group
     torch.set_num_threads(1)
     results: list[tuple[str, float, float, str]] = []
     with tempfile.TemporaryDirectory() as name:

@@ -28,7 +28,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from mpscl_ray.runs.run_directory import RunFolder
+from mpscl_ray.runs.run_directory import RunDirectory
 from tests.local_cluster import LocalCluster, wait_until
 from tests.tiny import SETTINGS, make_pair
 
@@ -59,7 +59,7 @@ class Job:
             "scaling.wait_s=600",
         ]
         self.command = ["python", "-m", "mpscl_ray.train", "small/mpscl", *settings]
-        self.run = RunFolder(folder / "run")
+        self.run = RunDirectory(folder / "run")
 
     def submit(self) -> None:
         """Submit it, for the first time or again."""

@@ -20,8 +20,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from mpscl_ray.runs.bucket_run import open_run
-from mpscl_ray.runs.storage import child
+from mpscl_ray.runs.run_directory import open_run
+from mpscl_ray.runs.storage import join_location
 from tests.s3 import serve, upload_folder
 from tests.tiny import SETTINGS, make_pair
 
@@ -33,7 +33,7 @@ def seconds(storage: str, name: str, settings: list[str]) -> tuple[float, float]
     done = subprocess.run([*command, f"run.storage={storage}", f"run.name={name}"], capture_output=True, text=True)
     whole = time.perf_counter() - begin
     assert done.returncode == 0, done.stdout + done.stderr
-    run = open_run(child(storage, name))
+    run = open_run(join_location(storage, name))
     run.require()
     log = (run.logs / "worker-0.log").read_text()
     stamp = r"^(\S+ \S+?),(\d+) .*"

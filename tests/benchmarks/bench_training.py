@@ -23,7 +23,7 @@ import torch
 
 from mpscl_ray.config import Config, load_config
 from mpscl_ray.distributed.ray_session import connect
-from mpscl_ray.runs.run_directory import RunFolder
+from mpscl_ray.runs.run_directory import RunDirectory
 from mpscl_ray.train import loop
 from mpscl_ray.train.domains import load_domains, open_data
 from mpscl_ray.train.ray import launch, resources
@@ -36,7 +36,7 @@ WARM = 10
 
 def on_ray(config: Config, run: Path) -> None:
     """Train as the command does, on a Ray that runs."""
-    folder = RunFolder(run)
+    folder = RunDirectory(run)
     folder.create()
     use_gpu = resources.check_cluster(config)
     domains, _ = load_domains(config)
@@ -47,14 +47,14 @@ def on_ray(config: Config, run: Path) -> None:
 
 def without_ray(config: Config, run: Path) -> None:
     """Train as one worker of those there are."""
-    folder = RunFolder(run)
+    folder = RunDirectory(run)
     folder.create()
     assert loop.train(config, local_data(config), folder, torch.device("cpu")).state == "finished"
 
 
 def steps(run: Path, batch: int) -> list[tuple[float, float]]:
     """Milliseconds and share of waiting of each reading of the adaptation phase but the first."""
-    records = [record for record in RunFolder(run).read_metrics() if record["phase"] == "adaptation"][1:]
+    records = [record for record in RunDirectory(run).read_metrics() if record["phase"] == "adaptation"][1:]
     return [(2e3 * batch / r["speed/images_per_s"], r["speed/data_wait_fraction"]) for r in records]
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from mpscl_ray.errors import Interrupted, StorageError
 from mpscl_ray.runs import checkpoint
-from mpscl_ray.runs.run_directory import RunFolder
+from mpscl_ray.runs.run_directory import RunDirectory
 from tests.nodes import Cluster, cluster, wait_for
 from tests.tiny import SETTINGS, make_pair, tiny_settings
 
@@ -43,21 +43,21 @@ def words(folder: Path, name: str, *overrides: str) -> list[str]:
     return ["mpscl_ray.train", "small/source_only", *settings]
 
 
-def steps(run: RunFolder) -> int:
+def steps(run: RunDirectory) -> int:
     return max((record["global_step"] for record in run.read_metrics()), default=0)
 
 
-def sizes(run: RunFolder) -> list[int]:
+def sizes(run: RunDirectory) -> list[int]:
     """Number of workers of each start that came to training, as worker 0 logged it."""
     return [int(size) for size in re.findall(r"training starts at step \d+ with (\d+) workers", log(run))]
 
 
-def starts(run: RunFolder) -> list[int]:
+def starts(run: RunDirectory) -> list[int]:
     """Step that each of them began at."""
     return [int(step) for step in re.findall(r"training starts at step (\d+)", log(run))]
 
 
-def log(run: RunFolder) -> str:
+def log(run: RunDirectory) -> str:
     file = run.logs / "worker-0.log"
     return file.read_text() if file.exists() else ""
 
@@ -80,7 +80,7 @@ def test_a_node_that_does_not_see_the_run_folder_is_named_before_the_first_step(
             assert re.search(sentence, output.read_text()), output.read_text()
     finally:
         pair.lose(stray)
-    assert steps(RunFolder(tmp_path / "runs" / "stray")) == 0
+    assert steps(RunDirectory(tmp_path / "runs" / "stray")) == 0
     assert not (tmp_path / "runs" / "search" / "trials").exists()
     assert not list((tmp_path / "runs" / "compare" / "cells").iterdir())
 
@@ -92,7 +92,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_lost_node_shrinks_the_run_and_a_new_one_grows_it(pair: Cluster, folder: Path) -> None:
     second = pair.add()
-    run, output = RunFolder(folder / "runs" / "elastic"), folder / "output.txt"
+    run, output = RunDirectory(folder / "runs" / "elastic"), folder / "output.txt"
     process = pair.command(output, *words(folder, "elastic", *LONG, "scaling.workers=[1,2]"))
 
     def wait_until_trained_by(workers: list[int]) -> None:

@@ -12,7 +12,7 @@ import pytest
 from mpscl_ray.distributed.ray_session import connect
 from mpscl_ray.errors import DataError
 from mpscl_ray.runs import checkpoint
-from mpscl_ray.runs.run_directory import RunFolder
+from mpscl_ray.runs.run_directory import RunDirectory
 from tests.tiny import make_dataset, make_pair
 from tests.train_command import (
     EVERY,
@@ -39,7 +39,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     return Runs(make_pair(tmp_path_factory.mktemp("data")), tmp_path_factory.mktemp("runs"))
 
 
-def last_step(run: RunFolder) -> int:
+def last_step(run: RunDirectory) -> int:
     return int(run.read_metrics()[-1]["global_step"])
 
 

@@ -16,7 +16,7 @@ import pytest
 from mpscl_ray.config import load_config, to_yaml
 from mpscl_ray.errors import ConfigError, Interrupted
 from mpscl_ray.runs import checkpoint
-from mpscl_ray.runs.run_directory import RunFolder
+from mpscl_ray.runs.run_directory import RunDirectory
 from tests.local_cluster import ROOT, LocalCluster, wait_until
 from tests.tiny import SETTINGS, make_pair
 
@@ -80,11 +80,11 @@ def train(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[str]]:
 Train = Callable[..., list[str]]
 
 
-def run_of(command: list[str]) -> RunFolder:
-    return RunFolder(Path(command[3]).parent / command[4].removeprefix("run.name="))
+def run_of(command: list[str]) -> RunDirectory:
+    return RunDirectory(Path(command[3]).parent / command[4].removeprefix("run.name="))
 
 
-def starts(run: RunFolder) -> list[int]:
+def starts(run: RunDirectory) -> list[int]:
     """The steps at which worker 0 has started, in turn."""
     file = run.logs / "worker-0.log"
     return (
@@ -92,11 +92,11 @@ def starts(run: RunFolder) -> list[int]:
     )
 
 
-def step(run: RunFolder) -> int:
+def step(run: RunDirectory) -> int:
     return max((record["global_step"] for record in run.read_metrics()), default=0)
 
 
-def wait_for_steps(cluster: LocalCluster, job: str, run: RunFolder, steps: int, start: int = 1) -> int:
+def wait_for_steps(cluster: LocalCluster, job: str, run: RunDirectory, steps: int, start: int = 1) -> int:
     """Wait until the workers have made so many steps since their ``start``-th start; returns the step."""
 
     def reached() -> int:
@@ -111,7 +111,7 @@ def wait_for_steps(cluster: LocalCluster, job: str, run: RunFolder, steps: int, 
 
 
 @pytest.fixture(scope="module")
-def resumed(cluster: LocalCluster, checkout: Path, train: Train) -> tuple[RunFolder, str]:
+def resumed(cluster: LocalCluster, checkout: Path, train: Train) -> tuple[RunDirectory, str]:
     """A run that is stopped, goes on in another job, loses a node and gets it back; what the last job printed."""
     command = train("resumed")
     run = run_of(command)
@@ -146,7 +146,7 @@ def resumed(cluster: LocalCluster, checkout: Path, train: Train) -> tuple[RunFol
 
 
 def test_a_job_that_was_stopped_and_then_lost_a_node_succeeds(
-    resumed: tuple[RunFolder, str], cluster: LocalCluster
+    resumed: tuple[RunDirectory, str], cluster: LocalCluster
 ) -> None:
     run, printed = resumed
     assert cluster.job("second")["status"] == "SUCCEEDED"
@@ -163,7 +163,7 @@ def test_a_job_that_was_stopped_and_then_lost_a_node_succeeds(
 
 
 def test_the_cluster_shows_the_run_its_settings_its_nodes_and_its_loss(
-    resumed: tuple[RunFolder, str], cluster: LocalCluster
+    resumed: tuple[RunDirectory, str], cluster: LocalCluster
 ) -> None:
     run, _ = resumed
     status, content = cluster.get("/api/train/v2/runs/v1", cluster.token)
@@ -199,7 +199,7 @@ def test_nobody_is_let_in_without_the_token(cluster: LocalCluster) -> None:
     assert friend.stdout == "in\n", "and no warning"
 
 
-def test_the_token_is_in_no_log_and_no_run(resumed: tuple[RunFolder, str], cluster: LocalCluster) -> None:
+def test_the_token_is_in_no_log_and_no_run(resumed: tuple[RunDirectory, str], cluster: LocalCluster) -> None:
     run, printed = resumed
     token = cluster.token
     assert token not in printed

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from mpscl_ray.distributed.ray_session import connect
-from mpscl_ray.runs.run_directory import RunFolder
+from mpscl_ray.runs.run_directory import RunDirectory
 from mpscl_ray.tune import command as tune
 from mpscl_ray.tune.ledger import Ledger
 from tests.ray_commands import assert_nothing_is_reserved, run_until_killed
@@ -32,7 +32,7 @@ def test_a_killed_search_resumes_and_accounts_for_each_trial_once(tmp_path: Path
         assert not all(trial.ended for trial in in_the_middle.trials.values())
         begun = {
             number: max(
-                (r["global_step"] for r in RunFolder(folder / "trials" / f"{number:03d}").read_metrics()), default=0
+                (r["global_step"] for r in RunDirectory(folder / "trials" / f"{number:03d}").read_metrics()), default=0
             )
             for number in in_the_middle.trials
         }

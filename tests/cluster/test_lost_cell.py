@@ -17,7 +17,7 @@ import pytest
 
 from mpscl_ray.compare import command as compare
 from mpscl_ray.distributed.ray_session import connect
-from mpscl_ray.runs.run_directory import RunFolder
+from mpscl_ray.runs.run_directory import RunDirectory
 from tests.ray_commands import PATIENCE_S, environment
 from tests.tiny import make_pair
 from tests.tiny_presets import write_presets
@@ -49,7 +49,7 @@ def test_a_lost_cell_resumes_a_signal_stops_it_after_a_checkpoint_and_the_same_c
     data, presets, out = make_pair(tmp_path / "data"), write_presets(tmp_path / "presets", phase=60), tmp_path / "out"
     words = ["--data", str(data / "mr"), str(data / "ct"), "--presets", str(presets), "--out", str(out)]
     words += ["--seeds", "1", "--directions", "forward", "mpscl", "run.report_every=1"]
-    run = RunFolder(out / "cells" / "mr2ct-seed1-mpscl")
+    run = RunDirectory(out / "cells" / "mr2ct-seed1-mpscl")
     log, output = run.logs / "worker-0.log", out.with_suffix(".txt")
     with output.open("w") as stream:
         process = subprocess.Popen(

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mpscl_ray.runs.run_directory import RunFolder
+from mpscl_ray.runs.run_directory import RunDirectory
 from mpscl_ray.train.ray.prometheus import TAGS
 from tests.local_cluster import ROOT, LocalCluster, wait_until
 from tests.tiny import SETTINGS, make_pair
@@ -31,14 +31,14 @@ def cluster() -> Iterator[LocalCluster]:
 
 
 @pytest.fixture(scope="module")
-def run(cluster: LocalCluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunFolder]:
+def run(cluster: LocalCluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunDirectory]:
     """A run that is in its adaptation."""
     data, storage = make_pair(tmp_path_factory.mktemp("data")), tmp_path_factory.mktemp("runs")
     folders = [f"data.source={data / 'mr'}", f"data.target={data / 'ct'}", f"run.storage={storage}"]
     settings = [*SETTINGS, *folders, *ENDLESS, "run.name=watched", "scaling.workers=1"]
     submitted = cluster.submit("watched", "python", "-m", "mpscl_ray.train", "small/mpscl", *settings, wait=False)
     assert submitted.returncode == 0, submitted.stdout
-    folder = RunFolder(storage / "watched")
+    folder = RunDirectory(storage / "watched")
 
     def step() -> int:
         assert cluster.job("watched")["status"] in ("PENDING", "RUNNING"), cluster.logs("watched")
@@ -55,7 +55,7 @@ def exposed(cluster: LocalCluster) -> str:
         return str(answer.read().decode())
 
 
-def test_the_node_shows_every_documented_metric(run: RunFolder, cluster: LocalCluster) -> None:
+def test_the_node_shows_every_documented_metric(run: RunDirectory, cluster: LocalCluster) -> None:
     absent = set(TAGS) - {"mpscl_restarts"}  # none so far
 
     def all_there() -> bool:
@@ -82,7 +82,7 @@ def test_the_node_shows_every_documented_metric(run: RunFolder, cluster: LocalCl
 
 
 @pytest.mark.skipif(shutil.which("prometheus") is None, reason="no prometheus on this machine (apt install prometheus)")
-def test_every_expression_of_the_dashboard_has_data(run: RunFolder, cluster: LocalCluster, tmp_path: Path) -> None:
+def test_every_expression_of_the_dashboard_has_data(run: RunDirectory, cluster: LocalCluster, tmp_path: Path) -> None:
     config = yaml.safe_load((MONITORING / "prometheus.yaml").read_text())
     (files,) = config["scrape_configs"][0]["file_sd_configs"]
     files["files"] = [str(cluster.folder / "ray" / Path(files["files"][0]).name)]

@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from mpscl_ray.config import load_config, to_dict
-from mpscl_ray.runs.run_directory import RunFolder
+from mpscl_ray.runs.run_directory import RunDirectory
 from mpscl_ray.tune.ledger import Ledger
 from tests.local_cluster import PATIENCE_S, LocalCluster, wait_until
 from tests.tiny import SETTINGS, make_pair
@@ -72,17 +72,17 @@ def on_the_second_node(cluster: LocalCluster) -> list[str]:
     ]
 
 
-def starts(run: RunFolder) -> list[int]:
+def starts(run: RunDirectory) -> list[int]:
     """Steps at which it started."""
     log = (run.logs / "worker-0.log").read_text()
     return [int(step) for step in re.findall(r"training starts at step (\d+)", log)]
 
 
-def steps(run: RunFolder) -> int:
+def steps(run: RunDirectory) -> int:
     return max((record["global_step"] for record in run.read_metrics()), default=0)
 
 
-def lose_a_node_that_trains(cluster: LocalCluster, job: str, runs: dict[str, RunFolder], beyond: int) -> str:
+def lose_a_node_that_trains(cluster: LocalCluster, job: str, runs: dict[str, RunDirectory], beyond: int) -> str:
     """Kill the second node when one of these runs has come far enough there; returns the key of that run."""
 
     def found() -> list[str]:
@@ -99,7 +99,7 @@ def lose_a_node_that_trains(cluster: LocalCluster, job: str, runs: dict[str, Run
     return str(lost)
 
 
-def kill_the_process_of_a_trial(runs: dict[str, RunFolder]) -> str:
+def kill_the_process_of_a_trial(runs: dict[str, RunDirectory]) -> str:
     """SIGKILL to the process that Ray Tune runs one of these trials in; returns the key of the trial."""
 
     def training() -> list[str]:
@@ -144,7 +144,7 @@ def test_a_search_that_loses_a_node_and_a_process_ends_each_trial_once_and_shows
     (tmp_path / "space.yaml").write_text(yaml.safe_dump(space))
     submit(cluster, "search", tmp_path, "mpscl_ray.tune", str(tmp_path / "space.yaml"))
     folder = data / "runs" / "lossy"
-    runs = {f"lossy-{number:03d}": RunFolder(folder / "trials" / f"{number:03d}") for number in (1, 2, 3)}
+    runs = {f"lossy-{number:03d}": RunDirectory(folder / "trials" / f"{number:03d}") for number in (1, 2, 3)}
     lost = lose_a_node_that_trains(cluster, "search", runs, SHARED + EVERY)
     reached = steps(runs[lost])
     hit = kill_the_process_of_a_trial({name: run for name, run in runs.items() if name != lost})

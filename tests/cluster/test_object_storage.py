@@ -21,8 +21,7 @@ from mpscl_ray.evaluate import command as evaluate
 from mpscl_ray.prepare.options import PrepareOptions
 from mpscl_ray.prepare.run import prepare
 from mpscl_ray.runs import checkpoint
-from mpscl_ray.runs.bucket_run import open_run
-from mpscl_ray.runs.run_directory import RunFolder
+from mpscl_ray.runs.run_directory import RunDirectory, open_run
 from tests.nodes import ROOT, wait_for
 from tests.s3 import CREDENTIALS, Server, serve, upload_folder
 from tests.tiny import SETTINGS, make_pair
@@ -70,7 +69,7 @@ def start(server: Server, cache: Path, output: Path, *words: str) -> subprocess.
 
 def steps_there(server: Server, name: str) -> int:
     """Newest complete checkpoint of a run in the bucket."""
-    found = open_run(server.url(f"runs/{name}")).steps()
+    found = open_run(server.url(f"runs/{name}")).store.step_checkpoints()
     return checkpoint.step_of(Path(found[-1])) if found else 0
 
 
@@ -91,29 +90,29 @@ def wait_for_words(words: str, process: subprocess.Popen[bytes], output: Path) -
         time.sleep(0.1)
 
 
-def assert_same_ends(server: Server, name: str, undisturbed: RunFolder) -> None:
+def assert_same_ends(server: Server, name: str, undisturbed: RunDirectory) -> None:
     """All checkpoints of the ends, byte for byte, and every record of metrics once."""
     run = open_run(server.url(f"runs/{name}"))
     run.require()
     for place in ("phases/source_only", "phases/warm_up", "phases/adaptation", "best"):
-        ours, theirs = run.fetched(Path(place)), undisturbed.path / place
+        ours, theirs = run.store.localize(Path(place)), undisturbed.path / place
         assert (ours / checkpoint.SUMS).read_bytes() == (theirs / checkpoint.SUMS).read_bytes(), place
         checkpoint.verify(ours)
     assert [record["global_step"] for record in run.read_metrics()] == list(range(1, STEPS + 1))
 
 
 @pytest.fixture(scope="module")
-def undisturbed(server: Server, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+def undisturbed(server: Server, tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
     """The same run on a local disk."""
     folder = tmp_path_factory.mktemp("disk")
     output = folder / "output.txt"
     process = start(server, folder / "cache", output, f"run.storage={folder}", "run.name=calm")
     assert wait_for(process, output, PATIENCE_S) == 0, output.read_text()
-    return RunFolder(folder / "calm")
+    return RunDirectory(folder / "calm")
 
 
 def test_a_run_that_is_cut_off_and_killed_ends_as_on_a_disk(
-    server: Server, undisturbed: RunFolder, tmp_path: Path
+    server: Server, undisturbed: RunDirectory, tmp_path: Path
 ) -> None:
     """In turn: the storage stays away for good, the command is killed, the storage is away for some seconds.
 
@@ -166,7 +165,7 @@ def test_a_run_that_is_cut_off_and_killed_ends_as_on_a_disk(
             assert CREDENTIALS[secret].encode() not in content, name
 
 
-def test_prepare_evaluate_and_predict_by_url(server: Server, undisturbed: RunFolder, tmp_path: Path) -> None:
+def test_prepare_evaluate_and_predict_by_url(server: Server, undisturbed: RunDirectory, tmp_path: Path) -> None:
     make_phantom(tmp_path / "nifti", 2, 1, 3)
     (tmp_path / "split.json").write_text(json.dumps({"train": ["mr_1001"], "val": [], "test": ["mr_1002"]}))
     options = PrepareOptions(

@@ -16,8 +16,8 @@ from mpscl_ray.config import load_config, to_dict
 from mpscl_ray.distributed.ray_session import connect
 from mpscl_ray.errors import ConfigError
 from mpscl_ray.runs import checkpoint
-from mpscl_ray.runs.bucket_run import open_run
-from mpscl_ray.runs.storage import Remote
+from mpscl_ray.runs.run_directory import open_run
+from mpscl_ray.runs.storage import S3Path
 from mpscl_ray.train import command as train
 from mpscl_ray.tune import command as tune
 from tests.ray_commands import assert_nothing_is_reserved, run_until_killed
@@ -38,7 +38,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
             yield started
 
 
-def records(folder: Remote) -> list[dict[str, object]]:
+def records(folder: S3Path) -> list[dict[str, object]]:
     """The ledger of a search, as it is in the bucket."""
     try:
         lines = (folder / "ledger.jsonl").read_bytes().splitlines()
@@ -47,11 +47,11 @@ def records(folder: Remote) -> list[dict[str, object]]:
     return [json.loads(line) for line in lines]
 
 
-def count(folder: Remote, event: str) -> int:
+def count(folder: S3Path, event: str) -> int:
     return sum(record["event"] == event for record in records(folder))
 
 
-def assert_clean(folder: Remote) -> None:
+def assert_clean(folder: S3Path) -> None:
     """Nobody holds the folder, no place is noted, and no secret is in any file."""
     names = folder.files()
     assert ".lease" not in names
@@ -103,10 +103,10 @@ def test_a_killed_search_in_a_bucket_goes_on_and_stops_what_falls_behind(
         assert run.read_metrics()[0]["phase"] == "adaptation", "it begins where the shared phases ended"
         if end["state"] == "stopped":
             assert str(end["reason"]).endswith(f" {last}"), "it waited for the decision"
-            assert not run.checkpoint_names(), "weights of a stopped trial are of no use"
+            assert not run.store.checkpoint_names(), "weights of a stopped trial are of no use"
         else:
             assert last == ITERATIONS
-            assert run.steps()
+            assert run.store.step_checkpoints()
     assert_clean(folder)
 
     summary = json.loads((folder / "results" / "summary.json").read_bytes())

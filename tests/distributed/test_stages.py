@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mpscl_ray.runs import checkpoint
-from mpscl_ray.runs.run_directory import RunFolder
+from mpscl_ray.runs.run_directory import RunDirectory
 from tests.tiny import STAGES, make_pair, tiny_config
 from tests.tiny_runs import train_and_watch
 from tests.worker_processes import on_workers
@@ -38,8 +38,10 @@ def test_stages_do_not_depend_on_the_number_of_workers(name: str, tmp_path: Path
         run = tmp_path / f"{workers}"
         found = on_workers(workers, train_and_watch, config, run, None, torch.float64)
         assert all(outcome.state == "finished" for outcome, _ in found)
-        phases = RunFolder(run).finished_phases()
-        ends.append({phase: dict(leaves(checkpoint.load(RunFolder(run).phases / phase)["method"])) for phase in phases})
+        phases = RunDirectory(run).store.finished_phases()
+        ends.append(
+            {phase: dict(leaves(checkpoint.load(RunDirectory(run).phases / phase)["method"])) for phase in phases}
+        )
     one, two = ends
     assert one.keys() == two.keys() >= {"source_only", "warm_up"}
     for phase, expected in one.items():

@@ -13,7 +13,7 @@ from mpscl_ray.config import Config
 from mpscl_ray.distributed import collectives
 from mpscl_ray.errors import TrainingError
 from mpscl_ray.runs import checkpoint
-from mpscl_ray.runs.run_directory import RunFolder
+from mpscl_ray.runs.run_directory import RunDirectory
 from mpscl_ray.train.feature_log import FeatureRecord
 from tests.tiny import make_pair, tiny_config
 from tests.tiny_runs import train, train_and_watch
@@ -36,7 +36,7 @@ RUNS = {
 }
 """Workers, and the number of steps after which they are stopped, for each process group in turn."""
 
-Runs = dict[str, tuple[RunFolder, list[list[list[str]]]]]
+Runs = dict[str, tuple[RunDirectory, list[list[list[str]]]]]
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
             ends = on_workers(workers, train_and_watch, config, run, stop, dtype)
             seen += by_step([hashes for _, hashes in ends])
         assert all(outcome.state == "finished" for outcome, _ in ends)
-        found[name] = RunFolder(run), seen
+        found[name] = RunDirectory(run), seen
     return found
 
 
@@ -126,7 +126,7 @@ def test_workers_whose_weights_drift_apart_write_no_checkpoint(tmp_path: Path) -
     data = make_pair(tmp_path / "data")
     told = on_workers(2, drift, tiny_config(data / "mr", data / "ct", SINGLE), tmp_path / "run")
     assert all("the weights of segmenter are not the same on all 2 workers" in sentence for sentence in told)
-    assert RunFolder(tmp_path / "run").checkpoint_names() == []
+    assert RunDirectory(tmp_path / "run").store.checkpoint_names() == []
 
 
 def test_angle_histograms_do_not_depend_on_the_number_of_workers(runs: Runs) -> None:

@@ -11,7 +11,7 @@ import pytest
 from mpscl_ray.compare import command as compare
 from mpscl_ray.errors import ConfigError, TrainingError
 from mpscl_ray.runs import checkpoint
-from mpscl_ray.runs.run_directory import RunFolder
+from mpscl_ray.runs.run_directory import RunDirectory
 from tests.stub_fit import fit
 from tests.tiny import make_pair
 from tests.tiny_presets import METHOD, write_presets
@@ -30,7 +30,7 @@ def test_two_real_cells_share_their_first_phases_and_are_scored(cluster: None, d
     presets, out = write_presets(tmp_path / "presets"), tmp_path / "out"
     words = arguments(data, presets, out, "--seeds", "1", "--directions", "forward", "baseline", "mpscl")
     assert compare.main(words) == 0
-    baseline, mpscl = (RunFolder(out / "cells" / f"mr2ct-seed1-{system}") for system in ("baseline", "mpscl"))
+    baseline, mpscl = (RunDirectory(out / "cells" / f"mr2ct-seed1-{system}") for system in ("baseline", "mpscl"))
     for file in (checkpoint.TENSORS, checkpoint.STATE):
         assert len({(run.phases / "warm_up" / file).read_bytes() for run in (baseline, mpscl)}) == 1
     assert baseline.read_metrics()[0]["global_step"] == 2
@@ -49,7 +49,7 @@ def test_a_table_with_shared_phases_that_resumes_and_grows(
     words = arguments(data, presets, out, "--seeds", "1", "--directions", "forward")
     assert compare.main([*words, *METHOD], fit=fit) == 0
 
-    cells = {path.name: RunFolder(path) for path in (out / "cells").iterdir()}
+    cells = {path.name: RunDirectory(path) for path in (out / "cells").iterdir()}
     assert cells.keys() == {f"mr2ct-seed1-{system}" for system in METHOD}
     mpscl = cells["mr2ct-seed1-mpscl"]
     assert [record["global_step"] for record in mpscl.read_metrics()] == [10, 12], "it trains its own phase alone"

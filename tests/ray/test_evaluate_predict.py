@@ -18,7 +18,9 @@ import torch
 from medpy.metric import binary
 from torch import nn
 
-from mpscl_ray.data.dataset import Manifest, Scaling, load_manifest, read_case, save_manifest, write_case
+from mpscl_ray.data.dataset import Manifest, Scaling, load_manifest, save_manifest
+from mpscl_ray.data.parquet_reader import read_case
+from mpscl_ray.data.parquet_writer import write_case
 from mpscl_ray.data.volumes.preprocess import Recipe, prepare_volume
 from mpscl_ray.errors import ConfigError, DataError, StorageError
 from mpscl_ray.evaluate import command as evaluate
@@ -29,7 +31,7 @@ from mpscl_ray.networks import DeepLabV2
 from mpscl_ray.predict import command as predict
 from mpscl_ray.predict.predictor import load_segmenter
 from mpscl_ray.runs import checkpoint
-from mpscl_ray.runs.run_directory import RunFolder
+from mpscl_ray.runs.run_directory import RunDirectory
 from mpscl_ray.train.phase_images import draw_phases
 from tests.s3 import serve
 
@@ -112,7 +114,7 @@ def write_dataset(folder: Path, modality: str, labelled_at_all: bool = True, **c
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a run with two phases, a last and a best checkpoint."""
     base = tmp_path_factory.mktemp("evaluate")
-    folder = RunFolder(base / "run")
+    folder = RunDirectory(base / "run")
     folder.create()
     folder.write_config("method: {name: mpscl}\n")
 
@@ -219,10 +221,10 @@ def test_the_table_of_phases_has_a_row_for_each(run: Path) -> None:
 
 def test_a_target_without_labels_and_their_table_has_no_table_of_phases(run: Path, tmp_path: Path) -> None:
     dataset = write_dataset(tmp_path / "ct", "ct", labelled_at_all=False, classes=(), labels={})
-    other = RunFolder(tmp_path / "run")
+    other = RunDirectory(tmp_path / "run")
     other.create()
-    other.write_config(RunFolder(run).read_config())
-    model = RunFolder(run).read_model()
+    other.write_config(RunDirectory(run).read_config())
+    model = RunDirectory(run).read_model()
     other.write_model({**model, "target": {**model["target"], "dataset": str(dataset)}})
     assert evaluate_phases(other.path, ["source_only"], workers=0, progress=False) == {}
     assert draw_phases(other.path, ["source_only"]) is None

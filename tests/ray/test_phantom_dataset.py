@@ -10,19 +10,20 @@ from pathlib import Path
 
 import pytest
 
-from mpscl_ray.data.dataset import load_manifest, read_case
+from mpscl_ray.data.dataset import load_manifest
+from mpscl_ray.data.parquet_reader import read_case
 from mpscl_ray.prepare import phantom_dataset
-from mpscl_ray.runs.storage import child
+from mpscl_ray.runs.storage import join_location
 from tests.nodes import ROOT
 from tests.s3 import Server, serve
 
 SCRIPT = """
 import sys
 from mpscl_ray.prepare import phantom_dataset
-from mpscl_ray.runs.storage import locate
+from mpscl_ray.runs.storage import parse_location
 print("ready", flush=True)
 sys.stdin.readline()
-print(phantom_dataset.phantom_dataset(locate(sys.argv[1]), {"train": 1, "val": 1, "test": 1}))
+print(phantom_dataset.phantom_dataset(parse_location(sys.argv[1]), {"train": 1, "val": 1, "test": 1}))
 """
 
 
@@ -63,7 +64,7 @@ def test_commands_that_start_at_once_use_the_same_hearts(where: str, server: Ser
     first, second = make_at_once(storage)
     assert first == second
     for modality in phantom_dataset.MODALITIES:
-        dataset = child(first, modality)
+        dataset = join_location(first, modality)
         manifest = load_manifest(dataset)
         assert [case.split for case in manifest.cases] == ["train", "val", "test"]
         assert ".unfinished" not in manifest.command

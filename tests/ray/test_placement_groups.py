@@ -12,7 +12,7 @@ import pytest
 import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 
-from mpscl_ray.runs.run_directory import COMMANDS_FILE, RunFolder
+from mpscl_ray.runs.run_directory import ACTIVE_JOBS_FILE, RunDirectory
 from mpscl_ray.train.ray.placement_groups import release_orphaned_placement_groups
 from tests.ray.conftest import CPUS
 from tests.ray_commands import environment, reserved
@@ -26,13 +26,13 @@ import ray
 from ray.util.placement_group import placement_group
 from mpscl_ray.distributed.ray_session import connect
 from mpscl_ray.train.ray.placement_groups import release_orphaned_placement_groups
-from mpscl_ray.runs.run_directory import RunFolder
+from mpscl_ray.runs.run_directory import RunDirectory
 
 class Survivor:
     def reserve(self):
         ray.get(placement_group([{"CPU": 1}]).ready())
 
-folder = RunFolder(Path(sys.argv[1]))
+folder = RunDirectory(Path(sys.argv[1]))
 with folder.lock(), connect(), release_orphaned_placement_groups(folder):
     survivor = ray.remote(num_cpus=0)(Survivor).options(name="survivor", namespace="test", lifetime="detached").remote()
     ray.get(survivor.reserve.remote())
@@ -53,7 +53,7 @@ def test_what_a_killed_command_left_is_given_back_before_the_next_begins_and_aft
 ) -> None:
     own = placement_group([{"CPU": 1}])
     ray.get(own.ready())
-    folder = RunFolder(tmp_path / "run")
+    folder = RunDirectory(tmp_path / "run")
     folder.create()
     command = subprocess.run(
         [sys.executable, "-c", COMMAND, str(folder.path)],
@@ -64,9 +64,9 @@ def test_what_a_killed_command_left_is_given_back_before_the_next_begins_and_aft
     assert len(reserved()) == 2
     wait_for_free(CPUS - 2)
 
-    record = folder.left(COMMANDS_FILE)
+    record = folder.control_files.read(ACTIVE_JOBS_FILE)
     assert record is not None
-    folder.leave(COMMANDS_FILE, record + f"another-session {ray.get_runtime_context().get_job_id()}\n")
+    folder.control_files.write(ACTIVE_JOBS_FILE, record + f"another-session {ray.get_runtime_context().get_job_id()}\n")
     survivor = ray.get_actor("survivor", namespace="test")
     with folder.lock():
         with release_orphaned_placement_groups(folder):
@@ -81,7 +81,7 @@ def test_what_a_killed_command_left_is_given_back_before_the_next_begins_and_aft
             ray.get(survivor.reserve.remote())
         assert reserved() == {own.id.hex()}
     wait_for_free(CPUS - 1)
-    assert folder.left(COMMANDS_FILE) is None
+    assert folder.control_files.read(ACTIVE_JOBS_FILE) is None
     ray.kill(survivor)
     remove_placement_group(own)
     wait_for_free(CPUS)

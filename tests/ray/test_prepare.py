@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from mpscl_ray.data.dataset import verify
+from mpscl_ray.data.parquet_reader import verify
 from mpscl_ray.distributed.parallel_map import map_volumes
 from mpscl_ray.errors import ClusterError, StorageError
 from tests.raw_volumes import made, mmwhs, refusal

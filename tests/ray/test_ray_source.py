@@ -9,63 +9,15 @@ import pytest
 import ray
 import torch
 
-from mpscl_ray.data import (
-    dataset,
-    ray_source,
-)
+from mpscl_ray.data import ray_source
 from mpscl_ray.data.augment import AugmentConfig
 from mpscl_ray.data.loader import LocalSlices, Slices, SliceStream
 from mpscl_ray.data.parquet_reader import SplitFiles
 from mpscl_ray.errors import ClusterError, DataError
+from tests.numbered_slices import SIZE, write_dataset
 from tests.ray.conftest import CPUS
 
-CLASSES = ("background", "MYO", "LAC")
-DEPTHS = (3, 140, 1, 26)
-SIZE = (12, 20)
 STREAM = {"seed": 1, "domain": "source", "global_batch": 8}
-
-
-def write_dataset(folder: Path, depths: tuple[int, ...] = DEPTHS) -> np.ndarray:
-    """Dataset of random slices; returns all images."""
-    rng = np.random.default_rng(0)
-    cases, images = [], []
-    for number, depth in enumerate(depths):
-        image = rng.uniform(-1, 1, (depth, *SIZE)).astype(np.float32)
-        images.append(image)
-        cases.append(
-            dataset.write_case(
-                folder,
-                id=f"case-{number}",
-                patient=f"patient-{number}",
-                split="train",
-                image=image,
-                label=rng.integers(0, 3, image.shape).astype(np.uint8),
-                classes=CLASSES,
-                content_sha256="0" * 64,
-                geometry={},
-                spacing_mm=None,
-                cropped_around_labels=False,
-                sources={},
-            )
-        )
-    manifest = dataset.Manifest(
-        version=dataset.FORMAT_VERSION,
-        modality="mr",
-        classes=CLASSES,
-        size=SIZE,
-        scaling=dataset.Scaling(-1.0, 1.0, "given"),
-        recipe={},
-        splitting={},
-        labels={},
-        steps=(),
-        notices=(),
-        command="",
-        product_version="0",
-        cases=tuple(cases),
-    )
-    dataset.save_manifest(folder, manifest)
-    return np.concatenate(images)
-
 
 pytestmark = pytest.mark.usefixtures("cluster")
 

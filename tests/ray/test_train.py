@@ -17,7 +17,7 @@ from tensorboardX.proto.event_pb2 import Event
 from mpscl_ray.config import load_config
 from mpscl_ray.predict.predictor import load_segmenter
 from mpscl_ray.runs import checkpoint
-from mpscl_ray.runs.run_directory import RunFolder
+from mpscl_ray.runs.run_directory import RunDirectory
 from mpscl_ray.train import command as train
 from tests.ray.conftest import Here, join_ray
 from tests.tiny import make_pair
@@ -48,7 +48,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
 
 @pytest.fixture(scope="module")
-def calm(runs: Runs) -> tuple[str, RunFolder]:
+def calm(runs: Runs) -> tuple[str, RunDirectory]:
     """What a run with two workers printed that nothing disturbs, and its folder."""
     join_ray()
     printed = io.StringIO()
@@ -57,7 +57,7 @@ def calm(runs: Runs) -> tuple[str, RunFolder]:
     return printed.getvalue(), runs["calm"]
 
 
-def test_what_a_run_leaves(calm: tuple[str, RunFolder], runs: Runs) -> None:
+def test_what_a_run_leaves(calm: tuple[str, RunDirectory], runs: Runs) -> None:
     _, run = calm
     newest = checkpoint.list_checkpoints(run.checkpoints)
     assert [path.name for path in newest] == [f"step-{STEPS - PHASE % EVERY:07d}", f"step-{STEPS:07d}"]
@@ -84,7 +84,7 @@ def test_what_a_run_leaves(calm: tuple[str, RunFolder], runs: Runs) -> None:
     assert predictor.classes == ("background", "ventricle", "wall")
 
 
-def test_tensorboard_has_losses_scores_and_panels(calm: tuple[str, RunFolder]) -> None:
+def test_tensorboard_has_losses_scores_and_panels(calm: tuple[str, RunDirectory]) -> None:
     _, run = calm
     (file,) = run.tensorboard.iterdir()
     tags: dict[str, list[int]] = {}
@@ -109,7 +109,7 @@ def read_events(file: Path) -> Iterator[Event]:
         place += 16 + length
 
 
-def test_what_a_run_says(calm: tuple[str, RunFolder]) -> None:
+def test_what_a_run_says(calm: tuple[str, RunDirectory]) -> None:
     text, run = calm
     for words in (
         "mr to ct, structures ventricle, wall",
@@ -126,7 +126,7 @@ def test_what_a_run_says(calm: tuple[str, RunFolder]) -> None:
     assert "Traceback" not in text
 
 
-def test_a_finished_run_is_not_run_again(calm: tuple[str, RunFolder], here: Here, runs: Runs) -> None:
+def test_a_finished_run_is_not_run_again(calm: tuple[str, RunDirectory], here: Here, runs: Runs) -> None:
     _, run = calm
     before = contents(run.phases / "adaptation")
     code, text = here(train, *runs.arguments("calm", *LONG))
@@ -137,7 +137,7 @@ def test_a_finished_run_is_not_run_again(calm: tuple[str, RunFolder], here: Here
 
 
 def test_a_run_that_loses_a_worker_and_is_stopped_ends_as_if_it_had_not(
-    calm: tuple[str, RunFolder], cluster: None, start: Start, runs: Runs
+    calm: tuple[str, RunDirectory], cluster: None, start: Start, runs: Runs
 ) -> None:
     """SIGKILL to a worker, then Ctrl-C, on a Ray of its own; then the same command on another Ray."""
     run, words = runs["disturbed"], runs.arguments("disturbed", *LONG)

@@ -14,7 +14,8 @@ import ray
 from mpscl_ray.config import Config, load_config
 from mpscl_ray.errors import ClusterError, ConfigError, DataError, Interrupted, TrainingError
 from mpscl_ray.runs import checkpoint
-from mpscl_ray.runs.run_directory import STOP_FILE, RunFolder
+from mpscl_ray.runs.control_files import STOP_FILE
+from mpscl_ray.runs.run_directory import RunDirectory
 from mpscl_ray.train import command as train
 from mpscl_ray.train import run as train_run
 from mpscl_ray.train.ray.launch import fit_on_ray
@@ -167,7 +168,7 @@ def test_interrupted_during_the_evaluation(here: Here, runs: Runs, monkeypatch: 
 def test_a_stopped_run_is_resumable_before_its_checkpoint_is_written(here: Here, runs: Runs) -> None:
     seen: dict[str, Any] = {}
 
-    def stopped_in_the_middle(config: Config, folder: RunFolder, *more: Any) -> dict[str, Any]:
+    def stopped_in_the_middle(config: Config, folder: RunDirectory, *more: Any) -> dict[str, Any]:
         fit(config, folder, *more)
         os.kill(os.getpid(), signal.SIGTERM)
         while not (folder.path / STOP_FILE).exists():
@@ -183,7 +184,7 @@ def test_a_stopped_run_is_resumable_before_its_checkpoint_is_written(here: Here,
 
 
 def test_a_file_in_the_run_folder_stops_a_run_too(here: Here, runs: Runs) -> None:
-    def asked_to_stop(config: Config, folder: RunFolder, *more: Any) -> dict[str, Any]:
+    def asked_to_stop(config: Config, folder: RunDirectory, *more: Any) -> dict[str, Any]:
         (folder.path / STOP_FILE).touch()
         return fit(config, folder, *more)
 

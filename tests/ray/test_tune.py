@@ -13,7 +13,7 @@ import pytest
 
 from mpscl_ray.config import Config, load_config, to_yaml
 from mpscl_ray.runs import checkpoint
-from mpscl_ray.runs.run_directory import RunFolder
+from mpscl_ray.runs.run_directory import RunDirectory
 from mpscl_ray.train.domains import load_domains, model_description
 from mpscl_ray.tune import command as tune
 from mpscl_ray.tune.space import load_space
@@ -48,14 +48,14 @@ def test_a_search_stops_what_falls_behind_records_what_fails_and_leaves_a_preset
     assert "not finite" in trials[1].reason
     assert list(trials[0].reports) == list(range(2, ITERATIONS + 1, 2))
     for trial in trials[2:]:
-        run = RunFolder(folder / "trials" / f"{trial.number:03d}")
+        run = RunDirectory(folder / "trials" / f"{trial.number:03d}")
         assert trial.reason.endswith(" 2")
         assert trial.iteration == 2, "it waited for the decision"
         assert run.read_metrics()[-1]["iteration"] == 2
         assert run.read_status()["state"] == "interrupted"
         assert not list(run.path.glob("checkpoints/*")), "weights of a stopped trial are of no use"
-    runs = [RunFolder(folder / "trials" / f"{trial.number:03d}") for trial in trials]
-    assert {record["phase"] for record in RunFolder(folder / "shared").read_metrics()} == {"source_only", "warm_up"}
+    runs = [RunDirectory(folder / "trials" / f"{trial.number:03d}") for trial in trials]
+    assert {record["phase"] for record in RunDirectory(folder / "shared").read_metrics()} == {"source_only", "warm_up"}
     assert {record["phase"] for run in runs for record in run.read_metrics()} == {"adaptation"}
 
     summary = json.loads((folder / "results" / "summary.json").read_text())
@@ -69,7 +69,7 @@ def test_a_search_stops_what_falls_behind_records_what_fails_and_leaves_a_preset
     assert not (folder / "results" / "test.json").exists()
     assert all((folder / "results" / f"{name}.png").stat().st_size for name in ("curves", "parallel", "effects"))
     assert len(list((folder / "tensorboard").glob("*/events*"))) == 4
-    assert RunFolder(folder).read_status()["state"] == "finished"
+    assert RunDirectory(folder).read_status()["state"] == "finished"
     assert "best: trial 001" in text
     assert "8 iterations) are trained once for all trials: 24 iterations less" in text
 
@@ -104,7 +104,7 @@ def test_two_trials_are_really_trained(here: Here, data: Path) -> None:
     assert (one.state, list(one.reports)) == ("finished", list(range(2, ITERATIONS + 1, 2)))
     assert other.state == "failed"
     assert "a loss or gradient was not finite" in other.reason
-    metrics = RunFolder(folder / "trials" / "001").read_metrics()
+    metrics = RunDirectory(folder / "trials" / "001").read_metrics()
     values = {tag: value for tag, value in metrics[-1].items() if tag.startswith("val/")}
     assert one.last == values, "the ledger has what the worker measured"
     rows = json.loads((folder / "results" / "test.json").read_text())["rows"]
@@ -113,7 +113,7 @@ def test_two_trials_are_really_trained(here: Here, data: Path) -> None:
 
 def a_run(config: Config, path: Path) -> str:
     """Make a run of a stub with these settings; returns its folder."""
-    run = RunFolder(path)
+    run = RunDirectory(path)
     run.create()
     run.write_config(to_yaml(config))
     run.write_model(model_description(config, load_domains(config)[0]))
@@ -157,10 +157,10 @@ def test_ctrl_c_stops_all_trials_with_checkpoints_and_the_command_resumes(here: 
         sender.wait()
     assert code == 130, text
     assert "stopped by SIGINT; 0 of 2 trials have ended" in text
-    assert RunFolder(folder).read_status()["state"] == "interrupted"
+    assert RunDirectory(folder).read_status()["state"] == "interrupted"
     assert_nothing_is_reserved()
-    interrupted = [RunFolder(folder / "trials" / name) for name in ("001", "002")]
-    steps = {run.name: checkpoint.step_of(Path(run.steps()[-1])) for run in interrupted}
+    interrupted = [RunDirectory(folder / "trials" / name) for name in ("001", "002")]
+    steps = {run.name: checkpoint.step_of(Path(run.store.step_checkpoints()[-1])) for run in interrupted}
     assert max(steps.values()) > SHARED_STEPS
     assert ends(folder) == []
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
-from mpscl_ray.data.phantom.anatomy import Modality, PhantomCase, make_case
+from mpscl_ray.data.phantom.case import Modality, PhantomCase, make_case
 from mpscl_ray.data.phantom.imaging import CtScan, MrScan
 from mpscl_ray.errors import StorageError
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -116,49 +115,6 @@ def label_free_centre(image: FloatArray, spacing_mm: tuple[float, float, float])
     return x, y, z
 
 
-def _lay_out(affine: FloatArray, recipe: Recipe) -> tuple[tuple[tuple[int, bool], ...], str]:
-    if recipe.orientation == "canonical":
-        return plane_axes(affine, recipe.slice_axis), _PRESENTATION[recipe.slice_axis]
-    depth = int(recipe.slice_axis)
-    rows, columns = (axis for axis in range(3) if axis != depth)
-    text = f"slices as stored, stacked along array axis {depth}, rows along axis {rows}, columns along axis {columns}"
-    return ((depth, False), (rows, False), (columns, False)), text
-
-
-def _place_axis(
-    array_axis: int,
-    reverse: bool,
-    length: int,
-    voxel_mm: float,
-    centre: float,
-    spacing_mm: float | None,
-    crop: int | None,
-    size: int | None,
-    keep_inside: bool,
-) -> Axis:
-    """The samples along one axis: resample about the middle of the volume, crop about the centre, resize the crop."""
-    step = 1.0 if spacing_mm is None else spacing_mm / voxel_mm
-    if abs(step - 1.0) < _SAME_SPACING:
-        step = 1.0
-    samples = max(1, int(np.floor(length / step + 0.5)))
-    # Middle on middle: where the new spacing does not divide the extent, both ends share the difference.
-    start = (length - 1) / 2 - step * (samples - 1) / 2
-    if crop is not None:
-        position = ((length - 1 - centre if reverse else centre) - start) / step
-        # Half the crop before the centre, crop // 2 where that is a voxel; rounded so that no last digit decides.
-        first = int(np.ceil(round(position - crop / 2, 6)))
-        last = first + crop
-        if keep_inside:
-            first, last = max(first, 0), min(last, samples)
-        start += step * first
-        samples = last - first
-    if size is not None and size != samples:
-        start += step * ((samples / size - 1) / 2)
-        step *= samples / size
-        samples = size
-    return Axis(array_axis, reverse, length, samples, start, step)
-
-
 def prepare_volume(
     image: npt.NDArray[np.float32],
     affine: FloatArray,
@@ -168,9 +124,9 @@ def prepare_volume(
 ) -> PreparedVolume:
     """Slices of a volume: turned, resampled, cropped, resized, clipped at a percentile, z-scored.
 
-    Resampling, crop and resize are one linear interpolation along each axis (labels: nearest voxel), none at all where
-    the volume is only turned and cropped. Statistics are those of the crop, without samples beyond the volume's
-    borders; these become 0, the mean, as in the published MM-WHS slices.
+    Resampling, crop and resize are one linear interpolation along each axis (labels: nearest voxel), and none where
+    the volume is only turned and cropped. Statistics are those of the crop without samples beyond the volume's borders;
+    these become 0, the mean, as in the published MM-WHS slices.
 
     Args:
         image: Intensities in the order of the file.
@@ -180,12 +136,12 @@ def prepare_volume(
         case: Name used in messages.
 
     Returns:
-        The slices and what is needed to put a prediction back.
+        The slices, and the geometry that puts a prediction back.
 
     Raises:
         DataError: No labels although the recipe takes the centre from them, or a crop without contrast.
 
-    Source: the preparation published with PnP-AdaNet and SIFA, as far as it is documented.
+    Source: the preparation published with PnP-AdaNet and SIFA, where it is documented.
     """
     assert label is None or label.shape == image.shape
     layout, presentation = _lay_out(affine, recipe)
@@ -194,55 +150,12 @@ def prepare_volume(
     if from_labels is None and recipe.centre == "labels":
         found = "no label map" if label is None else "a label map without a labelled voxel"
         raise DataError(
-            f"{case} has {found}, but its crop is to be centred on labels; use centre auto or image to do without"
+            f"{case} has {found}, but its crop is to be centred on labels; use centre auto or image, which need none"
         )
     centre = from_labels or label_free_centre(image, voxel_mm)
-    crop = (recipe.crop_depth, *(recipe.crop or (None, None)))
-    size = (None, *(recipe.size or (None, None)))
-    spacing = recipe.spacing_mm or (None, None, None)
-    depth, height, width = (
-        _place_axis(
-            array_axis,
-            reverse,
-            image.shape[array_axis],
-            voxel_mm[array_axis],
-            centre[array_axis],
-            spacing[number],
-            crop[number],
-            size[number],
-            keep_inside=number == 0,
-        )
-        for number, (array_axis, reverse) in enumerate(layout)
-    )
-    axes = (depth, height, width)
-    if math.prod(axis.samples for axis in axes) > _MOST_VOXELS:
-        raise DataError(
-            f"{case} would become {depth.samples} slices of {height.samples} x {width.samples}, more than "
-            f"{_MOST_VOXELS} voxels; choose a larger spacing, a smaller crop or a smaller size"
-        )
+    axes = _place_axes(image, layout, voxel_mm, centre, recipe, case)
     block = sample_image(image, axes)
-    clip_value = float(np.percentile(block, recipe.clip_percentile))
-    np.minimum(block, np.float32(clip_value), out=block)
-    mean = float(block.mean(dtype=np.float64))
-    # Slice by slice, so that no double-precision copy of the volume is made.
-    squares = sum(float(np.square(plane - mean, dtype=np.float64).sum()) for plane in block)
-    deviation = float(np.sqrt(squares / block.size))
-    if not deviation > 1e-6 * max(abs(mean), 1e-30):
-        raise DataError(
-            f"the crop of {case} has the one intensity {mean:g} and cannot be normalised; look at the image, or choose "
-            f"another crop"
-        )
-    block -= np.float32(mean)
-    block /= np.float32(deviation)
-    # A sample first: only a crop that looks drowned is worth sorting all of its voxels.
-    if (
-        _contrast(block.reshape(-1)[:: block.size // 100_000 + 1]) < _LEAST_CONTRAST
-        and _contrast(block) < _LEAST_CONTRAST
-    ):
-        raise DataError(
-            f"nearly all of the crop of {case} lies within {_LEAST_CONTRAST} standard deviations, drowned by a few "
-            f"voxels down to {float(block.min()) * deviation + mean:g}; set these to the intensity of the background"
-        )
+    clip_value, mean, deviation = _normalise(block, recipe.clip_percentile, case)
     prepared = np.zeros([axis.samples for axis in axes], dtype=np.float32)
     prepared[tuple(axis.inside() for axis in axes)] = block
     d_mm, h_mm, w_mm = (voxel_mm[axis.array_axis] * axis.step for axis in axes)
@@ -261,6 +174,115 @@ def prepare_volume(
         steps=_steps(recipe, affine, presentation, axes, bool(from_labels), clip_value, mean, deviation),
     )
     return PreparedVolume(prepared, None if label is None else sample_labels(label, axes), geometry)
+
+
+def _lay_out(affine: FloatArray, recipe: Recipe) -> tuple[tuple[tuple[int, bool], ...], str]:
+    """Array axis and direction for D, H and W, and the presentation in words."""
+    if recipe.orientation == "canonical":
+        return plane_axes(affine, recipe.slice_axis), _PRESENTATION[recipe.slice_axis]
+    depth = int(recipe.slice_axis)
+    rows, columns = (axis for axis in range(3) if axis != depth)
+    text = f"slices as stored, stacked along array axis {depth}, rows along axis {rows}, columns along axis {columns}"
+    return ((depth, False), (rows, False), (columns, False)), text
+
+
+def _place_axes(
+    image: npt.NDArray[np.float32],
+    layout: tuple[tuple[int, bool], ...],
+    voxel_mm: tuple[float, float, float],
+    centre: tuple[float, float, float],
+    recipe: Recipe,
+    case: str,
+) -> tuple[Axis, Axis, Axis]:
+    crop = (recipe.crop_depth, *(recipe.crop or (None, None)))
+    size = (None, *(recipe.size or (None, None)))
+    spacing = recipe.spacing_mm or (None, None, None)
+    depth, height, width = (
+        _place_axis(
+            array_axis,
+            reverse,
+            image.shape[array_axis],
+            voxel_mm[array_axis],
+            centre[array_axis],
+            spacing[number],
+            crop[number],
+            size[number],
+            keep_inside=number == 0,
+        )
+        for number, (array_axis, reverse) in enumerate(layout)
+    )
+    if depth.samples * height.samples * width.samples > _MOST_VOXELS:
+        raise DataError(
+            f"{case} would become {depth.samples} slices of {height.samples} x {width.samples}, more than "
+            f"{_MOST_VOXELS} voxels; choose a larger spacing, a smaller crop or a smaller size"
+        )
+    return depth, height, width
+
+
+def _place_axis(
+    array_axis: int,
+    reverse: bool,
+    length: int,
+    voxel_mm: float,
+    centre: float,
+    spacing_mm: float | None,
+    crop: int | None,
+    size: int | None,
+    keep_inside: bool,
+) -> Axis:
+    """The samples along one axis: resample about the middle of the volume, crop about the centre, resize the crop."""
+    step = 1.0 if spacing_mm is None else spacing_mm / voxel_mm
+    if abs(step - 1.0) < _SAME_SPACING:
+        step = 1.0
+    samples = max(1, int(np.floor(length / step + 0.5)))
+    # Middle on middle: if the new spacing does not divide the extent, both ends share the difference.
+    start = (length - 1) / 2 - step * (samples - 1) / 2
+    if crop is not None:
+        position = ((length - 1 - centre if reverse else centre) - start) / step
+        # Half the crop before the centre, crop // 2 where that is a voxel; rounded so that no last digit decides.
+        first = int(np.ceil(round(position - crop / 2, 6)))
+        last = first + crop
+        if keep_inside:
+            first, last = max(first, 0), min(last, samples)
+        start += step * first
+        samples = last - first
+    if size is not None and size != samples:
+        start += step * ((samples / size - 1) / 2)
+        step *= samples / size
+        samples = size
+    return Axis(array_axis, reverse, length, samples, start, step)
+
+
+def _normalise(block: npt.NDArray[np.float32], clip_percentile: float, case: str) -> tuple[float, float, float]:
+    """Clip and z-score a crop in place; returns the clip value, the mean and the standard deviation."""
+    clip_value = float(np.percentile(block, clip_percentile))
+    np.minimum(block, np.float32(clip_value), out=block)
+    mean = float(block.mean(dtype=np.float64))
+    # Slice by slice, so that no double-precision copy of the volume is made.
+    squares = sum(float(np.square(plane - mean, dtype=np.float64).sum()) for plane in block)
+    deviation = float(np.sqrt(squares / block.size))
+    if not deviation > 1e-6 * max(abs(mean), 1e-30):
+        raise DataError(
+            f"the crop of {case} has the one intensity {mean:g} and cannot be normalised; look at the image, or choose "
+            f"another crop"
+        )
+    block -= np.float32(mean)
+    block /= np.float32(deviation)
+    # A sample first: sorting all voxels is only worth it for a crop whose sample has no contrast.
+    if (
+        _contrast(block.reshape(-1)[:: block.size // 100_000 + 1]) < _LEAST_CONTRAST
+        and _contrast(block) < _LEAST_CONTRAST
+    ):
+        raise DataError(
+            f"nearly all of the crop of {case} lies within {_LEAST_CONTRAST} standard deviations, drowned by a few "
+            f"voxels down to {float(block.min()) * deviation + mean:g}; set these to the intensity of the background"
+        )
+    return clip_value, mean, deviation
+
+
+def _contrast(image: npt.NDArray[np.float32]) -> float:
+    low, high = np.percentile(image, (1.0, 99.0))
+    return float(high - low)
 
 
 def _steps(
@@ -314,8 +336,3 @@ def intensity_range(image: npt.NDArray[np.float32]) -> tuple[float, float]:
     """
     low, high = np.percentile(image, (0.1, 99.9))
     return float(low), float(high)
-
-
-def _contrast(image: npt.NDArray[np.float32]) -> float:
-    low, high = np.percentile(image, (1.0, 99.0))
-    return float(high - low)

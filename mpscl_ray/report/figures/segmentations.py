@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 
+from mpscl_ray.data.slice_selection import evenly_spaced, labelled_slices
 from mpscl_ray.report.figures.style import ERROR, class_legend, image_grid, wrapped
 from mpscl_ray.runs.plots import grey_slices, overlay
 
@@ -45,19 +46,6 @@ class Segmented:
         """(D, H, W): where it is wrong and has little doubt."""
         errors: NDArray[np.bool_] = (self.labels != truth) & (self.entropy < CONFIDENT)
         return errors
-
-
-def spread(candidates: NDArray[np.intp], number: int) -> NDArray[np.intp]:
-    """Evenly spaced ones among sorted candidates, the ends left out where there are enough."""
-    places = np.linspace(0, len(candidates) - 1, min(number, len(candidates)) + 2).round().astype(int)[1:-1]
-    chosen: NDArray[np.intp] = candidates[np.unique(places)]
-    return chosen
-
-
-def showing(labels: NDArray[np.uint8]) -> NDArray[np.intp]:
-    """Slices with a structure; all of them where none has one."""
-    shown = np.flatnonzero(labels.reshape(len(labels), -1).any(axis=1))
-    return shown if len(shown) else np.arange(len(labels))
 
 
 def side_by_side(
@@ -114,7 +102,7 @@ def overconfident(
     Source: Fig. 2, Liu et al. 2022.
     """
     if truth is None:
-        chosen = spread(showing(columns[0].labels), number)
+        chosen = evenly_spaced(labelled_slices(columns[0].labels), number)
     else:
         chosen = _worst(columns[0].confident_errors(truth).sum(axis=(1, 2)), number)
     grey = grey_slices(images[chosen])

@@ -16,7 +16,7 @@ from typing import Any
 from mpscl_ray.config import Config, to_yaml
 from mpscl_ray.distributed.ray_session import enable_state_tracking, state_tracking_enabled
 from mpscl_ray.errors import InsufficientResources, MpsclError, StorageError, TrainingError
-from mpscl_ray.runs.run_directory import RunFolder
+from mpscl_ray.runs.run_directory import RunDirectory
 from mpscl_ray.train.domains import Domains, load_domains, model_description, open_data
 from mpscl_ray.train.loop import TrainResult
 from mpscl_ray.train.ray import resources
@@ -49,7 +49,7 @@ class Shared:
     """Trains; None is Ray Train."""
 
 
-def open_shared(config: Config, folder: RunFolder, fit: Fit | None = None) -> tuple[Shared, list[str]]:
+def open_shared(config: Config, folder: RunDirectory, fit: Fit | None = None) -> tuple[Shared, list[str]]:
     """Open the data of trainings whose settings differ in nothing that decides which data is read.
 
     Args:
@@ -67,7 +67,7 @@ def open_shared(config: Config, folder: RunFolder, fit: Fit | None = None) -> tu
     """
     use_gpu = resources.check_cluster(config)
     domains, warnings = load_domains(config)
-    check_nodes(folder.address, domains.fingerprints())
+    check_nodes(folder.uri, domains.fingerprints())
     data = open_data(config, domains)
     max_concurrent = resources.max_concurrent_trainings(config, use_gpu)
     return Shared(domains, data, use_gpu, max_concurrent, state_tracking_enabled(), fit), warnings
@@ -75,7 +75,7 @@ def open_shared(config: Config, folder: RunFolder, fit: Fit | None = None) -> tu
 
 def run_trial(
     config: Config,
-    folder: RunFolder,
+    folder: RunDirectory,
     shared: Shared,
     poll: Poll = lambda training: None,
     *,
@@ -137,13 +137,13 @@ def run_trial(
         return result
 
 
-def _describe_run(config: Config, folder: RunFolder, shared: Shared) -> None:
+def _describe_run(config: Config, folder: RunDirectory, shared: Shared) -> None:
     folder.write_config(to_yaml(config))
     folder.write_environment()
     folder.write_model(model_description(config, shared.domains))
 
 
-def _train(config: Config, folder: RunFolder, shared: Shared, poll: Poll, display_name: str | None) -> TrainResult:
+def _train(config: Config, folder: RunDirectory, shared: Shared, poll: Poll, display_name: str | None) -> TrainResult:
     """Train to the end, again after each loss of the placement group."""
     failed_with_room = 0
     while True:

@@ -12,20 +12,23 @@ from typing import Any
 import ray
 from ray.train import UserCallback
 
-from mpscl_ray.runs.run_directory import FAILURE_FILE, LOSSES_FILE, RunFolder
+from mpscl_ray.runs.control_files import FAILURE_FILE, WORKER_FAILURES_FILE
+from mpscl_ray.runs.run_directory import RunDirectory
 from mpscl_ray.train.ray.prometheus import count_restart
 
 
 class WorkerFailureCallback(UserCallback):
     """Counts each worker failure and leaves a warning; runs in the controller of Ray Train."""
 
-    def __init__(self, folder: RunFolder, display_name: str) -> None:
+    def __init__(self, folder: RunDirectory, display_name: str) -> None:
         self.folder, self.display_name = folder, display_name
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         if not (self.folder.path / FAILURE_FILE).exists():
             count_restart(self.display_name)
-            self.folder.add_notice(f"{causes(worker_exceptions)}; the workers are replaced and go on", LOSSES_FILE)
+            self.folder.add_warning(
+                f"{causes(worker_exceptions)}; the workers are replaced and go on", WORKER_FAILURES_FILE
+            )
 
 
 _PEER_IS_GONE = re.compile(

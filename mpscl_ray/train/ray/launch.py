@@ -30,7 +30,8 @@ from mpscl_ray.errors import (
     StorageError,
     TrainingError,
 )
-from mpscl_ray.runs.run_directory import FAILURE_FILE, STOP_FILE, RunFolder
+from mpscl_ray.runs.control_files import FAILURE_FILE, STOP_FILE
+from mpscl_ray.runs.run_directory import RunDirectory
 from mpscl_ray.train.loop import TrainResult
 from mpscl_ray.train.ray.failures import WorkerFailureCallback, causes, last_line
 from mpscl_ray.train.ray.resources import cluster_shortage, worker_resources
@@ -56,7 +57,7 @@ _FINAL: dict[int, type[MpsclError]] = {
 
 
 def fit_on_ray(
-    config: Config, folder: RunFolder, data: TrainingData, use_gpu: bool, display_name: str
+    config: Config, folder: RunDirectory, data: TrainingData, use_gpu: bool, display_name: str
 ) -> dict[str, Any]:
     """Train with Ray Train, and return what worker 0 returned.
 
@@ -71,7 +72,7 @@ def fit_on_ray(
     trainer = ray.train.torch.TorchTrainer(
         # Only the settings are Ray's train_loop_config, which the dashboard shows to everybody.
         functools.partial(  # type: ignore[arg-type]
-            run_worker, folder=folder.address, token=folder.token, data=data, display_name=display_name
+            run_worker, folder=folder.uri, token=folder.store.fencing_token, data=data, display_name=display_name
         ),
         train_loop_config=to_dict(config),
         scaling_config=ScalingConfig(  # type: ignore[call-arg]  # the types are those of the former Ray Train
@@ -89,7 +90,7 @@ def fit_on_ray(
                 # Without a limit Ray Train waits for ever for resources that do not exist any more.
                 controller_failure_limit=max(config.run.restarts, patience),
             ),
-            callbacks=[WorkerFailureCallback(RunFolder(folder.path.absolute()), display_name)],  # type: ignore[list-item]
+            callbacks=[WorkerFailureCallback(RunDirectory(folder.path.absolute()), display_name)],  # type: ignore[list-item]
         ),
     )
     try:
@@ -99,7 +100,7 @@ def fit_on_ray(
         shutil.rmtree(storage, ignore_errors=True)
 
 
-Fit = Callable[[Config, RunFolder, TrainingData, bool, str], dict[str, Any]]
+Fit = Callable[[Config, RunDirectory, TrainingData, bool, str], dict[str, Any]]
 """Trains in a run folder and returns the fields of a :class:`TrainResult`, or ``state="failed"`` with ``exit_code`` and
 ``reason``. It stops after a checkpoint when STOP_FILE appears in the folder. :func:`fit_on_ray` is the one there is."""
 
@@ -121,7 +122,7 @@ class Launch:
     def __init__(
         self,
         config: Config,
-        folder: RunFolder,
+        folder: RunDirectory,
         data: TrainingData,
         use_gpu: bool,
         *,
@@ -163,7 +164,7 @@ class Launch:
         while self.running:
             poll()
             self._thread.join(_POLL_INTERVAL_S)
-        self.folder.settle()
+        self.folder.store.flush()
         poll()
         (self.folder.path / STOP_FILE).unlink(missing_ok=True)
         failure = self.folder.path / FAILURE_FILE
@@ -185,7 +186,8 @@ class Launch:
 
     def _explain(self, error: BaseException) -> BaseException:
         """The error that ended the training, as a sentence."""
-        logs = f"see {self.folder.place}/logs for each worker's log; the same command resumes from the last checkpoint"
+        logs = f"see {self.folder.display_path}/logs for each worker's log; "
+        logs += "the same command resumes from the last checkpoint"
         if isinstance(error, ray.train.WorkerGroupError):
             final = [failure for failure in error.worker_failures.values() if isinstance(failure, StorageError)]
             if final:

@@ -20,39 +20,40 @@ from ray.util.placement_group import (
 
 from mpscl_ray.errors import StorageError
 from mpscl_ray.runs.atomic_files import write_atomically
-from mpscl_ray.runs.run_directory import COMMANDS_FILE, PLACE_FILE, RunFolder
+from mpscl_ray.runs.control_files import ACTIVE_JOBS_FILE, PLACEMENT_GROUP_FILE
+from mpscl_ray.runs.run_directory import RunDirectory
 
 
-def record_placement_group(run: RunFolder) -> None:
+def record_placement_group(run: RunDirectory) -> None:
     """Record the placement group of the workers of a run, for :func:`release`."""
     group = get_current_placement_group()
     if group is not None:
-        write_atomically(run.path / PLACE_FILE, group.id.hex().encode())
-        run.publish(run.path / PLACE_FILE)
+        write_atomically(run.path / PLACEMENT_GROUP_FILE, group.id.hex().encode())
+        run.store.upload(run.path / PLACEMENT_GROUP_FILE)
 
 
-def release(folder: RunFolder) -> None:
+def release(folder: RunDirectory) -> None:
     """Release the placement group of a training that does not run any more.
 
     Raises:
         StorageError: its record cannot be read or deleted.
     """
-    name = folder.left(PLACE_FILE)
+    name = folder.control_files.read(PLACEMENT_GROUP_FILE)
     if name is None:
         return
     _remove(name)
-    folder.take_away(PLACE_FILE)
+    folder.control_files.clear(PLACEMENT_GROUP_FILE)
 
 
 @contextmanager
-def release_orphaned_placement_groups(folder: RunFolder) -> Iterator[None]:
+def release_orphaned_placement_groups(folder: RunDirectory) -> Iterator[None]:
     """Release placement groups that earlier commands of this folder left reserved when they were killed.
 
     Done at the start of the block, to make room, and again at its end, because processes of a killed command may live
     on for a while. Within the block this command is recorded in the folder, with the session of the cluster.
 
     Args:
-        folder: of the command, which holds its lock (:meth:`RunFolder.lock`): no other command of it runs.
+        folder: of the command, which holds its lock (:meth:`RunDirectory.lock`): no other command of it runs.
 
     Raises:
         StorageError: the record cannot be read or written.
@@ -60,16 +61,16 @@ def release_orphaned_placement_groups(folder: RunFolder) -> Iterator[None]:
     context = ray.get_runtime_context()
     session = context.get_session_name()
     own = f"{session} {context.get_job_id()}"
-    killed = [line for line in (folder.left(COMMANDS_FILE) or "").splitlines() if line != own]
+    killed = [line for line in (folder.control_files.read(ACTIVE_JOBS_FILE) or "").splitlines() if line != own]
     jobs = [job for killed_in, job in (line.split() for line in killed) if killed_in == session]
     _release_of_jobs(jobs)
-    folder.leave(COMMANDS_FILE, "".join(f"{line}\n" for line in (*killed, own)))
+    folder.control_files.write(ACTIVE_JOBS_FILE, "".join(f"{line}\n" for line in (*killed, own)))
     try:
         yield
     finally:
         with suppress(StorageError, RuntimeError, ray.exceptions.RayError):  # the cluster may be gone, and they with it
             _release_of_jobs(jobs)
-            folder.take_away(COMMANDS_FILE)
+            folder.control_files.clear(ACTIVE_JOBS_FILE)
 
 
 def _release_of_jobs(jobs: list[str]) -> None:

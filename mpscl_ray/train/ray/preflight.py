@@ -17,7 +17,7 @@ import ray
 from mpscl_ray.data.dataset import load_manifest
 from mpscl_ray.errors import ClusterError, ConfigError, DataError, MpsclError, StorageError
 from mpscl_ray.runs.atomic_files import storage_errors
-from mpscl_ray.runs.storage import Remote, locate
+from mpscl_ray.runs.storage import S3Path, parse_location
 
 WORD = ".preflight"
 """Name of the file in the run folder by which a node shows that it sees the same folder as the command."""
@@ -55,12 +55,12 @@ def check_nodes(run: str, datasets: dict[str, str]) -> None:
         ClusterError: a node does not answer.
     """
     needs = _Needs(run, secrets.token_hex(8), datasets)
-    word = locate(run) / f"{WORD}-{needs.word}"
+    word = parse_location(run) / f"{WORD}-{needs.word}"
     _write(word, needs.word.encode())
     try:
         failures = _ask_all(needs)
     finally:
-        word.delete() if isinstance(word, Remote) else word.unlink(missing_ok=True)
+        word.delete() if isinstance(word, S3Path) else word.unlink(missing_ok=True)
     if failures:
         kind = _KINDS.get(failures[0][1], ClusterError)
         named = "; ".join(f"node {node}: {reason}" for node, _, reason in failures[:_NAMED])
@@ -92,7 +92,7 @@ def _ask_all(needs: _Needs) -> list[tuple[str, int, str]]:
 
 def _try_here(needs: _Needs) -> tuple[int, str] | None:
     """Exit code and reason, if this node fails."""
-    folder = locate(needs.runs)
+    folder = parse_location(needs.runs)
     try:
         try:
             shared = (folder / f"{WORD}-{needs.word}").read_bytes() == needs.word.encode()
@@ -114,7 +114,7 @@ def _try_here(needs: _Needs) -> tuple[int, str] | None:
     return None
 
 
-def _try_file(file: Path | Remote) -> None:
+def _try_file(file: Path | S3Path) -> None:
     """Write, read and delete it."""
     _write(file, b"written")
     try:
@@ -124,11 +124,11 @@ def _try_file(file: Path | Remote) -> None:
         raise StorageError(f"{file} was written and is not there; check the storage") from None
     finally:
         with storage_errors(Path(str(file))):
-            file.delete() if isinstance(file, Remote) else file.unlink(missing_ok=True)
+            file.delete() if isinstance(file, S3Path) else file.unlink(missing_ok=True)
 
 
-def _write(file: Path | Remote, data: bytes) -> None:
-    if isinstance(file, Remote):
+def _write(file: Path | S3Path, data: bytes) -> None:
+    if isinstance(file, S3Path):
         file.write_bytes(data)
     else:
         with storage_errors(file):

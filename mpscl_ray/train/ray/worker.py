@@ -21,10 +21,10 @@ from torch import Tensor
 from mpscl_ray.config import ScalingConfig, config_from_dict
 from mpscl_ray.errors import MpsclError, StorageError
 from mpscl_ray.runs.atomic_files import write_atomically
-from mpscl_ray.runs.bucket_run import open_run
+from mpscl_ray.runs.control_files import FAILURE_FILE, STOP_FILE, VALIDATION_GATE_FILE
 from mpscl_ray.runs.plots import panel, plot_progress
 from mpscl_ray.runs.progress import TensorBoard
-from mpscl_ray.runs.run_directory import DECIDED_FILE, FAILURE_FILE, STOP_FILE, RunFolder
+from mpscl_ray.runs.run_directory import RunDirectory, open_run
 from mpscl_ray.train import loop
 from mpscl_ray.train.ray.placement_groups import record_placement_group
 from mpscl_ray.train.ray.prometheus import Monitoring
@@ -52,7 +52,7 @@ def run_worker(
     rank = ray.train.get_context().get_world_rank()
     config = config_from_dict(settings)
     run = open_run(folder, f"worker-{rank}", 60 * config.run.outage_min)
-    run.prepare_worker()
+    run.store.init_worker_dir()
     failure = run.path / FAILURE_FILE
     if failure.exists():
         return {"state": "failed", **json.loads(failure.read_text(encoding="utf-8"))}
@@ -63,10 +63,10 @@ def run_worker(
     result: loop.TrainResult | None = None
 
     def stop_requested() -> bool:
-        return (run.path / STOP_FILE).exists() or run.problem is not None
+        return (run.path / STOP_FILE).exists() or run.store.sync_error is not None
 
     try:
-        with run.training(token, rank):
+        with run.store.worker_lock(token, rank):
             if rank == 0:
                 record_placement_group(run)
             result = loop.train(config, data, run, device, callback, stop_requested)
@@ -74,11 +74,11 @@ def run_worker(
     except MpsclError as error:
         log.error("%s", error)
         content = {"exit_code": error.exit_code, "reason": str(error)}
-        if result is not None and error is run.problem:
+        if result is not None and error is run.store.sync_error:
             # All workers ended in order because worker 0 cannot reach the storage, so it cannot write there either.
             return {"state": "failed", **content}
         write_atomically(failure, json.dumps(content).encode())
-        run.publish(failure)
+        run.store.upload(failure)
         raise
     except Exception:
         log.exception("this worker fails")
@@ -90,13 +90,13 @@ def run_worker(
 
 
 STOP_THERE = "stop"
-"""After the global step in DECIDED_FILE: the run should stop."""
+"""After the global step in VALIDATION_GATE_FILE: the run should stop."""
 
 _DECISION_S = 0.05, 0.5
 """Poll interval for a decision, on a disk and in a bucket."""
 
 
-def wait_for_decision(folder: RunFolder, step: int, patience_s: float = 60.0) -> bool:
+def wait_for_decision(folder: RunDirectory, step: int, patience_s: float = 60.0) -> bool:
     """Wait until the scheduler has decided on a validation; returns at once for a run without a scheduler.
 
     Without the wait a run that should be stopped would train on until the decision arrives. When this returns, a run
@@ -113,7 +113,7 @@ def wait_for_decision(folder: RunFolder, step: int, patience_s: float = 60.0) ->
     deadline = time.monotonic() + patience_s
     while True:
         with suppress(StorageError):  # training continues during an outage of the storage
-            decision = folder.left(DECIDED_FILE)
+            decision = folder.control_files.read(VALIDATION_GATE_FILE)
             if decision is None:
                 return True
             decided, _, verdict = decision.partition(" ")
@@ -121,17 +121,22 @@ def wait_for_decision(folder: RunFolder, step: int, patience_s: float = 60.0) ->
                 (folder.path / STOP_FILE).touch()
             if int(decided) >= step:
                 return True
-            folder.settle()  # the scheduler must see the validation
+            folder.store.flush()  # the scheduler must see the validation
         if time.monotonic() > deadline:
             return False
-        time.sleep(_DECISION_S[folder.look_s > 0])
+        time.sleep(_DECISION_S[folder.store.poll_interval_s > 0])
 
 
 class _RunCallback(loop.Callback):
     """Exports metrics and reports validations to Ray Train; worker 0 writes TensorBoard, curves and warnings."""
 
     def __init__(
-        self, folder: RunFolder, classes: tuple[str, ...], monitoring: Monitoring, scaling: ScalingConfig, writes: bool
+        self,
+        folder: RunDirectory,
+        classes: tuple[str, ...],
+        monitoring: Monitoring,
+        scaling: ScalingConfig,
+        writes: bool,
     ) -> None:
         self.folder, self.classes, self.monitoring, self.writes = folder, classes, monitoring, writes
         self.scaling = scaling
@@ -145,14 +150,14 @@ class _RunCallback(loop.Callback):
         if self.writes and least < most:
             self.on_warning(f"training with {workers} of {least} to {most} workers")
         with suppress(StorageError):  # then there is no wait
-            self.waits = self.writes and self.folder.left(DECIDED_FILE) is not None
+            self.waits = self.writes and self.folder.control_files.read(VALIDATION_GATE_FILE) is not None
         self.monitoring.saved()
         if self.writes:
             self.board = TensorBoard(self.folder.tensorboard, resume_step=step, notice=self.on_warning)
 
     def on_warning(self, text: str) -> None:
         log.warning("%s", text)
-        self.folder.add_notice(text)
+        self.folder.add_warning(text)
 
     def on_metrics(self, record: Mapping[str, Any], validated: bool) -> None:
         self.monitoring.record(record)
@@ -169,7 +174,7 @@ class _RunCallback(loop.Callback):
     def on_checkpoint(self) -> None:
         self.monitoring.saved()
         if self.writes:
-            self.folder.settle()
+            self.folder.store.flush()
 
     def on_images(self, step: int, images: Tensor, predictions: Tensor, labels: Tensor | None) -> None:
         maps = {"prediction": predictions.numpy()} | ({} if labels is None else {"label": labels.numpy()})

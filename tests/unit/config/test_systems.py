@@ -13,7 +13,7 @@ from mpscl_ray.errors import ConfigError
 from mpscl_ray.evaluate.scoring import evaluate_checkpoint
 from mpscl_ray.runs import checkpoint
 from mpscl_ray.runs.fork import fork
-from mpscl_ray.runs.run_directory import RunFolder
+from mpscl_ray.runs.run_directory import RunDirectory
 from mpscl_ray.train.domains import load_domains, model_description
 from tests.tiny import make_pair, tiny_config
 from tests.tiny_runs import train
@@ -74,7 +74,7 @@ def short_config(base: Path, name: str) -> Config:
 
 
 @pytest.fixture(scope="module")
-def parent(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Config, RunFolder]:
+def parent(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Config, RunDirectory]:
     """A tiny run of MPSCL."""
     base = make_pair(tmp_path_factory.mktemp("systems"))
     config = short_config(base, "mpscl")
@@ -83,7 +83,7 @@ def parent(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Config, RunF
 
 @pytest.mark.parametrize("name", [name for name in SYSTEMS if name != "supervised"])
 def test_what_configs_say_is_shared_is_the_same_in_weights(
-    parent: tuple[Path, Config, RunFolder], name: str, tmp_path: Path
+    parent: tuple[Path, Config, RunDirectory], name: str, tmp_path: Path
 ) -> None:
     """Trained whole or forked from MPSCL's run, a system ends alike; every phase of its run can be evaluated."""
     base, mpscl, begun = parent
@@ -97,7 +97,7 @@ def test_what_configs_say_is_shared_is_the_same_in_weights(
         assert ours.keys() == theirs.keys()
         for network, weights in ours.items():
             assert all(torch.equal(tensor, theirs[network][key]) for key, tensor in weights.items())
-        forked = RunFolder(tmp_path / "forked")
+        forked = RunDirectory(tmp_path / "forked")
         fork(forked, begun, common)
         assert train(config, forked.path)[0].state == "finished"
         assert (forked.phases / last / checkpoint.TENSORS).read_bytes() == (

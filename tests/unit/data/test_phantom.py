@@ -11,7 +11,8 @@ import pytest
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from mpscl_ray.data.phantom.anatomy import AA, LABEL_IDS, LAC, LVC, MYO, PA, RA, RV, Modality, make_case
+from mpscl_ray.data.phantom.anatomy import AA, LABEL_IDS, LAC, LVC, MYO, PA, RA, RV
+from mpscl_ray.data.phantom.case import Modality, make_case
 from mpscl_ray.data.phantom.files import make_phantom
 from mpscl_ray.data.phantom.imaging import ARTERIAL, VENOUS, CtScan, MrScan, Tissue
 from mpscl_ray.data.phantom.shapes import Ellipsoid, Tube

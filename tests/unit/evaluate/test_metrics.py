@@ -12,15 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from medpy.metric import binary
 
-from mpscl_ray.evaluate.metrics import (
-    StructureScore,
+from mpscl_ray.evaluate.metrics import StructureScore, dice, released_protocol_scores, volume_scores
+from mpscl_ray.evaluate.surface_distance import (
     average,
     average_surface_distance,
-    dice,
     hausdorff_distance_95,
-    released_protocol_scores,
     surface_distances,
-    volume_scores,
 )
 from mpscl_ray.evaluate.tables import format_table, scores_csv, summarise, summary_csv, table_order
 

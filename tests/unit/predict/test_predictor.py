@@ -18,21 +18,17 @@ from mpscl_ray.errors import ConfigError, DataError
 from mpscl_ray.networks import DeepLabV2, initialise
 from mpscl_ray.networks.deeplab import network_input, upsample_logits
 from mpscl_ray.predict.image import Job, outputs, predict_image
+from mpscl_ray.predict.model import Checkpoint, Domain, Model, find_checkpoint, read_model
 from mpscl_ray.predict.predictor import (
-    Checkpoint,
-    Domain,
-    Model,
     Predictor,
     choose_device,
-    find_checkpoint,
     keep_largest_component,
     load_segmenter,
-    read_model,
     segmenter_of_worker,
     volumes_at_a_time,
 )
 from mpscl_ray.runs import checkpoint
-from mpscl_ray.runs.run_directory import RunFolder
+from mpscl_ray.runs.run_directory import RunDirectory
 
 CLASSES = ("background", "LV", "RV")
 NETWORK = {"blocks": [1, 1, 1, 1], "width": 4, "output_stride": 4, "in_channels": 1}
@@ -59,8 +55,8 @@ def domain(modality: str, recipe: Recipe, raw: dict[str, str] | None = None) -> 
     }
 
 
-def write_run(path: Path, **changes: Any) -> RunFolder:
-    folder = RunFolder(path)
+def write_run(path: Path, **changes: Any) -> RunDirectory:
+    folder = RunDirectory(path)
     folder.create()
     folder.write_config("method: {name: mpscl}\n")
     model = {
@@ -169,7 +165,7 @@ def test_relative_paths_lead_to_the_same_weights_from_another_folder(
         predictor = load_segmenter(Path("runs") / "run", name, device="cpu")
         assert torch.equal(predictor.network.conv1.weight, expected), name
         assert predictor.weights is not None
-        told = dataclasses.replace(predictor.weights, path=folder.relative(predictor.weights.path))
+        told = dataclasses.replace(predictor.weights, path=folder.relative_to_run(predictor.weights.path))
         with monkeypatch.context() as elsewhere:
             elsewhere.chdir("/")
             worker = segmenter_of_worker(str(tmp_path / "runs" / "run"), told, number, "cpu")

@@ -13,7 +13,8 @@ import pytest
 
 import mpscl_ray.prepare.run as prepare_module
 from mpscl_ray.config import preset_names
-from mpscl_ray.data.dataset import load_manifest, verify
+from mpscl_ray.data.dataset import load_manifest
+from mpscl_ray.data.parquet_reader import verify
 from mpscl_ray.errors import ConfigError, DataError, StorageError
 from mpscl_ray.prepare.command import main
 from mpscl_ray.prepare.run import prepare

@@ -13,7 +13,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from mpscl_ray.data.dataset import load_manifest, read_case, verify
+from mpscl_ray.data.dataset import load_manifest
+from mpscl_ray.data.parquet_reader import read_case, verify
 from mpscl_ray.data.volumes.geometry import Geometry, restore_labels
 from mpscl_ray.data.volumes.nifti import read_image
 from mpscl_ray.data.volumes.preprocess import Recipe, prepare_volume, scale

@@ -10,7 +10,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from mpscl_ray.data.dataset import load_manifest, read_case
+from mpscl_ray.data.dataset import load_manifest
+from mpscl_ray.data.parquet_reader import read_case
 from mpscl_ray.data.volumes.geometry import Geometry, restore_labels
 from mpscl_ray.data.volumes.preprocess import Recipe, scale
 from mpscl_ray.prepare.run import prepare

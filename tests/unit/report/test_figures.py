@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from mpscl_ray.config.titles import system_of
+from mpscl_ray.data.slice_selection import evenly_spaced, labelled_slices
 from mpscl_ray.report.figures import angles, losses, surfaces
 from mpscl_ray.report.figures.feature_space import plane, sample_of
 from mpscl_ray.report.figures.pseudo_labels import selection_curves
@@ -15,9 +16,7 @@ from mpscl_ray.report.figures.segmentations import (
     Segmented,
     confident_share,
     overconfident,
-    showing,
     side_by_side,
-    spread,
 )
 from mpscl_ray.report.figures.style import house_style, png, wrapped
 
@@ -94,17 +93,12 @@ def test_slices_are_drawn_at_any_size(shape: tuple[int, int, int], labelled: boo
     ]
     with house_style():
         for figure in (
-            side_by_side(images, columns, truth if labelled else None, CLASSES, spread(showing(truth), 4)),
+            side_by_side(
+                images, columns, truth if labelled else None, CLASSES, evenly_spaced(labelled_slices(truth), 4)
+            ),
             overconfident(images, columns, truth if labelled else None, CLASSES),
         ):
             assert png(figure).startswith(b"\x89PNG")
-
-
-def test_slices_that_show_something_are_chosen_evenly() -> None:
-    labels = np.zeros((40, 2, 2), np.uint8)
-    labels[10:31, 0, 0] = 1
-    assert spread(showing(labels), 3).tolist() == [15, 20, 25]
-    assert showing(np.zeros((3, 2, 2), np.uint8)).tolist() == [0, 1, 2]
 
 
 def test_mean_angle_by_hand() -> None:

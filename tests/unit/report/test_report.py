@@ -12,14 +12,15 @@ import pytest
 import torch
 
 from mpscl_ray.config import to_yaml
-from mpscl_ray.data.dataset import load_manifest, read_case
+from mpscl_ray.data.dataset import load_manifest
+from mpscl_ray.data.parquet_reader import read_case
 from mpscl_ray.errors import ConfigError, DataError
 from mpscl_ray.methods.losses import class_counts, weighted_cross_entropy
-from mpscl_ray.predict.predictor import find_checkpoint
+from mpscl_ray.predict.model import find_checkpoint
 from mpscl_ray.report import command as report
 from mpscl_ray.report import run as report_run
 from mpscl_ray.report.runs import choose_case, load, look_at, read_runs
-from mpscl_ray.runs.run_directory import RunFolder
+from mpscl_ray.runs.run_directory import RunDirectory
 from mpscl_ray.train.domains import load_domains, model_description
 from mpscl_ray.train.feature_log import FeatureRecord
 from tests.s3 import serve, upload_folder
@@ -131,7 +132,7 @@ def test_a_run_that_is_not_done_is_shown_as_far_as_it_is(data: Path, tmp_path: P
 
 
 def test_a_run_without_checkpoint_shows_what_it_has_measured(data: Path, tmp_path: Path) -> None:
-    run = RunFolder(tiny_run(tmp_path / "run", data / "mr", data / "ct", stop_after=1))
+    run = RunDirectory(tiny_run(tmp_path / "run", data / "mr", data / "ct", stop_after=1))
     for checkpoint in run.checkpoints.iterdir():
         for file in checkpoint.iterdir():
             file.unlink()
@@ -212,7 +213,7 @@ def test_a_dataset_that_is_gone_leaves_the_curves(tmp_path: Path) -> None:
 
 
 def test_damaged_scores_are_named(margin: Path, tmp_path: Path) -> None:
-    table = RunFolder(margin).results / "phases.json"
+    table = RunDirectory(margin).results / "phases.json"
     table.write_text("{")
     try:
         with pytest.raises(DataError, match=r"phases\.json is damaged"):

@@ -10,7 +10,7 @@ import pytest
 
 from mpscl_ray.errors import DataError, Interrupted
 from mpscl_ray.runs.lifecycle import carry_out
-from mpscl_ray.runs.run_directory import RunFolder
+from mpscl_ray.runs.run_directory import RunDirectory
 
 RESUME = "python -m mpscl_ray.train run.name=x"
 
@@ -23,8 +23,8 @@ def raising(error: BaseException) -> Callable[[], None]:
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> RunFolder:
-    run = RunFolder(tmp_path / "x")
+def folder(tmp_path: Path) -> RunDirectory:
+    run = RunDirectory(tmp_path / "x")
     run.create()
     return run
 
@@ -33,7 +33,7 @@ def place() -> dict[str, Any]:
     return {"phase": "warm_up", "iteration": 3, "global_step": 7}
 
 
-def test_work_that_is_done(folder: RunFolder) -> None:
+def test_work_that_is_done(folder: RunDirectory) -> None:
     states = []
     assert carry_out(folder, RESUME, lambda: states.append(folder.read_status()["state"]), place) == 0
     assert states == ["running"]
@@ -51,7 +51,7 @@ def test_work_that_is_done(folder: RunFolder) -> None:
     ],
 )
 def test_work_that_is_interrupted_says_how_to_resume(
-    folder: RunFolder, capsys: pytest.CaptureFixture[str], error: BaseException, reason: str
+    folder: RunDirectory, capsys: pytest.CaptureFixture[str], error: BaseException, reason: str
 ) -> None:
     assert carry_out(folder, RESUME, raising(error), place) == 130
     status = folder.read_status()
@@ -65,7 +65,7 @@ def test_work_that_is_interrupted_says_how_to_resume(
     [(DataError("a file is damaged"), 3, "a file is damaged"), (KeyError("x"), 1, "KeyError: 'x'")],
 )
 def test_work_that_fails_is_written_down_and_raised(
-    folder: RunFolder, error: Exception, code: int, reason: str
+    folder: RunDirectory, error: Exception, code: int, reason: str
 ) -> None:
     with pytest.raises(type(error)):
         carry_out(folder, RESUME, raising(error), place)

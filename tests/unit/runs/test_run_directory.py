@@ -21,7 +21,7 @@ import torch
 from mpscl_ray.errors import ConfigError, DataError, StorageError
 from mpscl_ray.runs import environment, run_directory
 from mpscl_ray.runs import lock as run_lock
-from mpscl_ray.runs.run_directory import RunFolder
+from mpscl_ray.runs.run_directory import RunDirectory
 
 CONFIG = """\
 run:
@@ -38,8 +38,8 @@ scaling:
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> RunFolder:
-    folder = RunFolder(tmp_path / "runs" / "demo")
+def run(tmp_path: Path) -> RunDirectory:
+    folder = RunDirectory(tmp_path / "runs" / "demo")
     folder.create()
     return folder
 
@@ -47,7 +47,7 @@ def run(tmp_path: Path) -> RunFolder:
 # ---- the folder ----
 
 
-def test_layout_is_the_documented_one(run: RunFolder) -> None:
+def test_layout_is_the_documented_one(run: RunDirectory) -> None:
     assert not run.exists
     run.create()
     run.write_config(CONFIG)
@@ -64,16 +64,16 @@ def test_layout_is_the_documented_one(run: RunFolder) -> None:
 
 
 def test_making_the_object_touches_nothing(tmp_path: Path) -> None:
-    RunFolder(tmp_path / "runs" / "demo")
+    RunDirectory(tmp_path / "runs" / "demo")
     assert os.listdir(tmp_path) == []
 
 
 def test_file_in_the_way(tmp_path: Path) -> None:
     (tmp_path / "runs").write_text("a file")
     with pytest.raises(StorageError, match=rf"{tmp_path}/runs.* is a file where a folder is needed"):
-        RunFolder(tmp_path / "runs" / "demo").create()
+        RunDirectory(tmp_path / "runs" / "demo").create()
     with pytest.raises(StorageError, match="is a file where a folder is needed"):
-        RunFolder(tmp_path / "runs").create()
+        RunDirectory(tmp_path / "runs").create()
 
 
 def test_folder_without_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,20 +82,20 @@ def test_folder_without_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(Path, "write_bytes", refuse)
     with pytest.raises(StorageError, match=rf"cannot write {tmp_path}/demo: Permission denied .*choose another folder"):
-        RunFolder(tmp_path / "demo").create()
+        RunDirectory(tmp_path / "demo").create()
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="permissions do not bind the superuser")
 def test_folder_that_is_read_only(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     with pytest.raises(StorageError, match="Permission denied"):
-        RunFolder(tmp_path / "demo").create()
+        RunDirectory(tmp_path / "demo").create()
 
 
-def test_reading_a_run_that_is_not_there(run: RunFolder) -> None:
+def test_reading_a_run_that_is_not_there(run: RunDirectory) -> None:
     with pytest.raises(ConfigError, match=r"demo is not the folder of a run: it has no config.yaml$"):
         run.require()
-    other = RunFolder(run.path.parent / "other")
+    other = RunDirectory(run.path.parent / "other")
     other.create()
     other.write_config(CONFIG)
     with pytest.raises(ConfigError, match=r"; runs beside it: other$"):
@@ -110,13 +110,13 @@ def test_reading_a_run_that_is_not_there(run: RunFolder) -> None:
 # ---- config of a resumed run ----
 
 
-def test_same_config_goes_on(run: RunFolder) -> None:
+def test_same_config_goes_on(run: RunDirectory) -> None:
     run.write_config(CONFIG)
     assert run.check_config(CONFIG) == []
     assert run.check_config("# reordered\nscaling: {device: auto, workers: 2}\n" + CONFIG.split("scaling")[0]) == []
 
 
-def test_changed_config_is_refused_with_all_keys(run: RunFolder) -> None:
+def test_changed_config_is_refused_with_all_keys(run: RunDirectory) -> None:
     run.write_config(CONFIG)
     now = (
         CONFIG.replace("0.3", "0.4")
@@ -136,7 +136,7 @@ def test_changed_config_is_refused_with_all_keys(run: RunFolder) -> None:
     assert "only these may change: run, scaling.workers" in message
 
 
-def test_allowed_changes_are_told(run: RunFolder) -> None:
+def test_allowed_changes_are_told(run: RunDirectory) -> None:
     run.write_config(CONFIG)
     now = CONFIG.replace("workers: 2", "workers: 4")
     assert run.check_config(now, may_change=["scaling"]) == ["scaling.workers: 2 in the run, 4 now"]
@@ -144,7 +144,7 @@ def test_allowed_changes_are_told(run: RunFolder) -> None:
         run.check_config(now, may_change=["scal"])
 
 
-def test_damaged_config(run: RunFolder) -> None:
+def test_damaged_config(run: RunDirectory) -> None:
     run.write_config("{")
     with pytest.raises(DataError, match=r"config.yaml is damaged"):
         run.check_config(CONFIG)
@@ -153,7 +153,7 @@ def test_damaged_config(run: RunFolder) -> None:
 # ---- metrics ----
 
 
-def test_metrics_round_trip(run: RunFolder) -> None:
+def test_metrics_round_trip(run: RunDirectory) -> None:
     run.append_metrics({"global_step": 1, "phase": "warm_up", "train/loss": 0.1 + 0.2, "none": None})
     run.append_metrics(
         {"global_step": 2, "a": np.float32(0.5), "b": torch.tensor(2.5), "c": math.inf, "d": -math.inf, "e": math.nan}
@@ -167,23 +167,23 @@ def test_metrics_round_trip(run: RunFolder) -> None:
 
 
 @pytest.mark.parametrize("torn", [b'{"global_step": 3, "x', b'{"global_step": 3}', b"\0\0\0\0", b'{"glob\n', b"\n"])
-def test_torn_last_line_is_left_out_and_overwritten(run: RunFolder, torn: bytes) -> None:
+def test_torn_last_line_is_left_out_and_overwritten(run: RunDirectory, torn: bytes) -> None:
     for step in (1, 2):
         run.append_metrics({"global_step": step})
     whole = run.metrics_file.read_bytes()
     run.metrics_file.write_bytes(whole + torn)
     assert [record["global_step"] for record in run.read_metrics()] == [1, 2]
-    RunFolder(run.path).append_metrics({"global_step": 3, "new": True})
+    RunDirectory(run.path).append_metrics({"global_step": 3, "new": True})
     assert run.metrics_file.read_bytes() == whole + b'{"global_step": 3, "new": true}\n'
 
 
-def test_damaged_line_in_the_middle_is_named(run: RunFolder) -> None:
+def test_damaged_line_in_the_middle_is_named(run: RunDirectory) -> None:
     run.metrics_file.write_bytes(b'{"global_step": 1}\n{"glob\n{"global_step": 3}\n')
     with pytest.raises(DataError, match=r"metrics.jsonl line 2 is damaged"):
         run.read_metrics()
 
 
-def test_rewind_drops_what_is_made_again(run: RunFolder) -> None:
+def test_rewind_drops_what_is_made_again(run: RunDirectory) -> None:
     assert run.rewind_metrics(0) == 0
     assert not run.metrics_file.exists()
     for step in (10, 20, 30, 40):
@@ -197,7 +197,7 @@ def test_rewind_drops_what_is_made_again(run: RunFolder) -> None:
     assert [record["global_step"] for record in run.read_metrics()] == [10, 20, 30]
 
 
-def test_metrics_on_a_full_disk_keep_what_was_written(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_metrics_on_a_full_disk_keep_what_was_written(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
     run.append_metrics({"global_step": 1})
 
     def full(descriptor: int) -> None:
@@ -211,7 +211,7 @@ def test_metrics_on_a_full_disk_keep_what_was_written(run: RunFolder, monkeypatc
     assert [record["global_step"] for record in run.read_metrics()] in ([1, 3], [1, 2, 3])
 
 
-def test_what_is_written_is_synced_before_it_has_its_name(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_written_is_synced_before_it_has_its_name(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against a power cut: a file's contents before the rename, its folder after it; a record before it is counted."""
     events: list[str] = []
     fsync, replace = os.fsync, os.replace
@@ -240,7 +240,7 @@ def test_what_is_written_is_synced_before_it_has_its_name(run: RunFolder, monkey
 # ---- status and environment ----
 
 
-def test_status_keeps_what_is_not_given(run: RunFolder) -> None:
+def test_status_keeps_what_is_not_given(run: RunDirectory) -> None:
     assert run.read_status() == {}
     run.write_status(
         "running", phase="warm_up", iteration=5, global_step=105, resume_command="python -m mpscl_ray.train"
@@ -263,7 +263,7 @@ def test_status_keeps_what_is_not_given(run: RunFolder) -> None:
     assert run.read_status()["exit_code"] is None
 
 
-def test_damaged_status_can_be_replaced(run: RunFolder) -> None:
+def test_damaged_status_can_be_replaced(run: RunDirectory) -> None:
     run.status_file.write_text('{"state": "run')
     with pytest.raises(DataError, match=r"status.json is damaged"):
         run.read_status()
@@ -271,7 +271,7 @@ def test_damaged_status_can_be_replaced(run: RunFolder) -> None:
     assert run.read_status()["phase"] == "warm_up"
 
 
-def test_environment_says_what_ran_and_no_secrets(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environment_says_what_ran_and_no_secrets(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOME_TOKEN", "environment-secret")
     run.write_environment(["train", "data=https://user:url-secret@host/x", "api_key=key-secret", "run.name=demo"])
     text = run.environment_file.read_text()
@@ -285,7 +285,7 @@ def test_environment_says_what_ran_and_no_secrets(run: RunFolder, monkeypatch: p
     assert os.uname().nodename not in (content["platform"], *content["command"])
 
 
-def test_environments_of_earlier_starts_are_kept(run: RunFolder) -> None:
+def test_environments_of_earlier_starts_are_kept(run: RunDirectory) -> None:
     run.write_environment(["first"])
     started = json.loads(run.environment_file.read_text())["started"]
     run.write_environment(["second"])
@@ -330,12 +330,12 @@ def test_commit_is_that_of_the_code_alone(tmp_path: Path) -> None:
 
 
 @contextmanager
-def another_process_holds(run: RunFolder) -> Iterator[subprocess.Popen[str]]:
+def another_process_holds(run: RunDirectory) -> Iterator[subprocess.Popen[str]]:
     script = f"""
 import sys
 from pathlib import Path
-from mpscl_ray.runs.run_directory import RunFolder
-with RunFolder(Path({str(run.path)!r})).lock():
+from mpscl_ray.runs.run_directory import RunDirectory
+with RunDirectory(Path({str(run.path)!r})).lock():
     print("held", flush=True)
     sys.stdin.read()
 """
@@ -350,19 +350,19 @@ with RunFolder(Path({str(run.path)!r})).lock():
             process.kill()
 
 
-def test_second_process_is_refused_and_a_dead_one_is_not_waited_for(run: RunFolder) -> None:
-    assert run.holder() is None
+def test_second_process_is_refused_and_a_dead_one_is_not_waited_for(run: RunDirectory) -> None:
+    assert run.store.lock_owner() is None
     with another_process_holds(run) as process:
         with (
             pytest.raises(ConfigError, match=rf"the run demo is in use by process {process.pid} on .*another run.name"),
             run.lock(),
         ):
             pass
-        assert run.holder() == process.pid
+        assert run.store.lock_owner() == process.pid
         (run.path / ".status.json.partial-123").touch()
         process.send_signal(signal.SIGKILL)
         process.wait(10)
-        assert run.holder() is None
+        assert run.store.lock_owner() is None
         with run.lock():
             assert (run.path / ".lock").read_text().startswith(f"{os.getpid()} ")
             assert not (run.path / ".status.json.partial-123").exists()
@@ -370,37 +370,37 @@ def test_second_process_is_refused_and_a_dead_one_is_not_waited_for(run: RunFold
         pass
 
 
-def test_a_lock_held_on_another_host_counts(run: RunFolder) -> None:
+def test_a_lock_held_on_another_host_counts(run: RunDirectory) -> None:
     with another_process_holds(run) as process:
         (run.path / ".lock").write_text(f"{process.pid} elsewhere 2026-01-01\n")  # as a shared disk shows it
         with pytest.raises(ConfigError, match=rf"in use by process {process.pid} on elsewhere since"), run.lock():
             pass
 
 
-def test_worker_0_waits_for_that_of_a_command_that_was_killed(run: RunFolder) -> None:
+def test_worker_0_waits_for_that_of_a_command_that_was_killed(run: RunDirectory) -> None:
     entered = threading.Event()
 
     def train() -> None:
-        with run.training("", 0):
+        with run.store.worker_lock("", 0):
             entered.set()
 
     worker = threading.Thread(target=train)
-    with run.training("", 0):
+    with run.store.worker_lock("", 0):
         worker.start()
-        with run.training("", 1):
+        with run.store.worker_lock("", 1):
             assert not entered.wait(0.3), "other workers write nothing that it does, and are not waited for"
     worker.join(30)
     assert entered.is_set()
 
 
-def test_lock_is_free_after_an_error(run: RunFolder) -> None:
+def test_lock_is_free_after_an_error(run: RunDirectory) -> None:
     with pytest.raises(RuntimeError), run.lock():
         raise RuntimeError
     with run.lock(), pytest.raises(ConfigError, match=f"process {os.getpid()} "), run.lock():
         pass
 
 
-def test_without_flock_the_pid_decides(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_flock_the_pid_decides(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
     def unsupported(descriptor: int, operation: int) -> None:
         raise OSError(38, "Function not implemented")
 

@@ -18,15 +18,16 @@ import numpy as np
 import pytest
 import torch
 
-from mpscl_ray.data.dataset import load_manifest, read_case
-from mpscl_ray.data.parquet_reader import SplitFiles
+from mpscl_ray.data.dataset import load_manifest
+from mpscl_ray.data.parquet_reader import SplitFiles, read_case
 from mpscl_ray.errors import ClusterError, ConfigError, DataError, StorageError
 from mpscl_ray.runs import checkpoint
-from mpscl_ray.runs.bucket_run import LEASE, BucketRun, open_run
+from mpscl_ray.runs.bucket_store import LEASE, BucketStore
+from mpscl_ray.runs.control_files import STOP_FILE, VALIDATION_GATE_FILE
 from mpscl_ray.runs.lease import Lease
-from mpscl_ray.runs.run_directory import DECIDED_FILE, STOP_FILE
-from mpscl_ray.runs.storage import Remote
-from mpscl_ray.runs.sync import LARGE_BYTES, Mirror, receive, remove, send
+from mpscl_ray.runs.run_directory import RunDirectory, open_run
+from mpscl_ray.runs.storage import S3Path
+from mpscl_ray.runs.sync import LARGE_BYTES, Synchronizer, delete_path, download_checkpoint, upload_path
 from mpscl_ray.train.ray.worker import STOP_THERE, wait_for_decision
 from tests.s3 import Server, serve, upload_folder
 from tests.tiny import make_dataset
@@ -41,9 +42,14 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 @pytest.fixture
-def place(server: Server, request: pytest.FixtureRequest) -> Remote:
+def place(server: Server, request: pytest.FixtureRequest) -> S3Path:
     """A folder of the bucket that is this test's own."""
     return server.folder(request.node.name.replace("[", "-").replace("]", ""))
+
+
+def bucket_run(place: S3Path, role: str, patience_s: float = 0.0, lease: Lease | None = None) -> RunDirectory:
+    store = BucketStore(place, role, patience_s, lease=lease)
+    return RunDirectory(store.path, store)
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
@@ -77,7 +83,7 @@ def test_a_url_that_cannot_be_used_is_refused_without_its_secret(url: str, sente
 
 
 def test_a_url_survives_pathlib_and_names_below_it_keep_its_options() -> None:
-    remote = Remote.parse(str(Path("s3://bucket/runs?endpoint_override=host:1")))
+    remote = S3Path.parse(str(Path("s3://bucket/runs?endpoint_override=host:1")))
     assert str(remote / "a" / "b") == "s3://bucket/runs/a/b?endpoint_override=host:1"
     assert (remote / "a").parent == remote
 
@@ -111,7 +117,7 @@ def test_credentials_that_are_refused_and_the_secret_is_not_told(tmp_path: Path)
 # --------------------------------------------------------------------------------------------------- datasets
 
 
-def test_a_dataset_reads_as_on_disk_and_is_fetched_once(place: Remote, tmp_path: Path) -> None:
+def test_a_dataset_reads_as_on_disk_and_is_fetched_once(place: S3Path, tmp_path: Path) -> None:
     folder = make_dataset(tmp_path / "mr", "mr")
     upload_folder(folder, place)
     manifest = load_manifest(str(place))
@@ -128,7 +134,7 @@ def test_a_dataset_reads_as_on_disk_and_is_fetched_once(place: Remote, tmp_path:
         np.testing.assert_array_equal(there.read(rows)[name], here.read(rows)[name])
 
 
-def test_a_dataset_that_is_damaged_or_missing(place: Remote, tmp_path: Path) -> None:
+def test_a_dataset_that_is_damaged_or_missing(place: S3Path, tmp_path: Path) -> None:
     folder = make_dataset(tmp_path / "mr", "mr", seed=5)
     upload_folder(folder, place)
     missing, damaged, _ = load_manifest(place).split("train")
@@ -147,10 +153,10 @@ def test_a_dataset_that_is_damaged_or_missing(place: Remote, tmp_path: Path) -> 
 # ------------------------------------------------------------------------------------------------ checkpoints
 
 
-def test_a_checkpoint_whose_upload_breaks_off_is_none(server: Server, place: Remote, tmp_path: Path) -> None:
+def test_a_checkpoint_whose_upload_breaks_off_is_none(server: Server, place: S3Path, tmp_path: Path) -> None:
     old, new = (checkpoint.save(tmp_path / name, state(step, 3_000_000)) for step, name in ((1, "a"), (2, "b")))
-    assert send(old, place / "best")
-    assert receive(place / "best", tmp_path / "got")
+    assert upload_path(old, place / "best")
+    assert download_checkpoint(place / "best", tmp_path / "got")
 
     def cut() -> None:
         wait_until(lambda: not (place / "best" / checkpoint.SUMS).exists())
@@ -164,21 +170,21 @@ def test_a_checkpoint_whose_upload_breaks_off_is_none(server: Server, place: Rem
         _send_while(cutter, new, place / "best")
     broken.set()
     cutter.join()
-    assert not receive(place / "best", tmp_path / "got"), "not complete"
+    assert not download_checkpoint(place / "best", tmp_path / "got"), "not complete"
     assert checkpoint.load(tmp_path / "got")["step"] == 1, "what was here is untouched"
-    assert send(new, place / "best")
-    assert receive(place / "best", tmp_path / "got")
+    assert upload_path(new, place / "best")
+    assert download_checkpoint(place / "best", tmp_path / "got")
     assert checkpoint.load(tmp_path / "got")["step"] == 2
 
 
-def _send_while(cutter: threading.Thread, path: Path, remote: Remote) -> None:
+def _send_while(cutter: threading.Thread, path: Path, remote: S3Path) -> None:
     """Until the cut falls into an upload."""
     while cutter.is_alive():
-        send(path, remote)
+        upload_path(path, remote)
 
 
 @dataclass(frozen=True)
-class Recorded(Remote):
+class Recorded(S3Path):
     """Takes down what is asked of a bucket."""
 
     asked: list[str] = field(default_factory=list)
@@ -198,116 +204,115 @@ class Recorded(Remote):
 
 def test_what_makes_a_checkpoint_complete_is_put_there_last_and_goes_first(tmp_path: Path) -> None:
     remote = Recorded("bucket/best")
-    assert send(checkpoint.save(tmp_path / "best", state(1)), remote)
+    assert upload_path(checkpoint.save(tmp_path / "best", state(1)), remote)
     assert remote.asked == ["delete SHA256SUMS", "put state.json", "put tensors.safetensors", "put SHA256SUMS"]
     del remote.asked[:]
-    remove(remote)
+    delete_path(remote)
     assert remote.asked == ["delete SHA256SUMS", "delete all of best"]
 
 
-# ----------------------------------------------------------------------------------------------------- mirror
+# ----------------------------------------------------------------------------------------------------- synchronizer
 
 
-def test_a_storage_that_fails_and_comes_back_gets_everything(server: Server, place: Remote, tmp_path: Path) -> None:
+def test_a_storage_that_fails_and_comes_back_gets_everything(server: Server, place: S3Path, tmp_path: Path) -> None:
     said: list[str] = []
-    mirror = Mirror(
+    synchronizer = Synchronizer(
         tmp_path,
         place,
         outgoing=("checkpoints", "*.jsonl"),
         incoming=("word",),
         check=lambda: None,
         patience_s=PATIENCE_S,
-        say=said.append,
+        warn=said.append,
     )
-    mirror.start()
+    synchronizer.start()
     log = tmp_path / "metrics.jsonl"
     log.write_text("1\n")
     checkpoint.save(tmp_path / "checkpoints" / "step-0000001", state(1))
-    assert mirror.settle()
+    assert synchronizer.flush()
     assert (place / "metrics.jsonl").read_bytes() == b"1\n"
     with server.door.shut():
         log.write_text("1\n2\n")
         checkpoint.save(tmp_path / "checkpoints" / "step-0000002", state(2))
         checkpoint.prune(tmp_path / "checkpoints", 1)
-        assert not mirror.settle(), "nobody waits for it"
+        assert not synchronizer.flush(), "nobody waits for it"
         wait_until(lambda: len(said) == 1)
-        assert not mirror.settle()
+        assert not synchronizer.flush()
     (place / "word").write_bytes(b"hello")
     wait_until((tmp_path / "word").exists)
     wait_until(lambda: len(said) == 2)
-    assert mirror.settle()
-    mirror.close()
+    assert synchronizer.flush()
+    synchronizer.close()
     assert "no answer from" in said[0]
     assert "answers again" in said[1]
     assert (place / "metrics.jsonl").read_bytes() == b"1\n2\n"
     assert {name.split("/")[1] for name in place.files() if "checkpoints" in name} == {"step-0000002"}
-    assert receive(place / "checkpoints" / "step-0000002", tmp_path / "back")
+    assert download_checkpoint(place / "checkpoints" / "step-0000002", tmp_path / "back")
     assert checkpoint.load(tmp_path / "back")["step"] == 2
 
 
-def test_who_waits_for_the_mirror_finds_large_files_whole_too(place: Remote, tmp_path: Path) -> None:
-    mirror = Mirror(
-        tmp_path, place, outgoing=("*",), incoming=(), check=lambda: None, patience_s=PATIENCE_S, say=lambda text: None
+def test_who_waits_for_the_mirror_finds_large_files_whole_too(place: S3Path, tmp_path: Path) -> None:
+    synchronizer = Synchronizer(
+        tmp_path, place, outgoing=("*",), incoming=(), check=lambda: None, patience_s=PATIENCE_S, warn=lambda text: None
     )
-    mirror.start()
+    synchronizer.start()
     for size in (LARGE_BYTES + 1, LARGE_BYTES + 2):
         (tmp_path / "events").write_bytes(bytes(size))
-        assert mirror.settle()
+        assert synchronizer.flush()
         assert len((place / "events").read_bytes()) == size
-    mirror.close()
+    synchronizer.close()
 
 
-def test_patience_has_an_end(server: Server, place: Remote, tmp_path: Path) -> None:
+def test_patience_has_an_end(server: Server, place: S3Path, tmp_path: Path) -> None:
     with server.door.shut():
-        mirror = Mirror(
-            tmp_path, place, outgoing=("*",), incoming=(), check=lambda: None, patience_s=0.5, say=lambda text: None
+        synchronizer = Synchronizer(
+            tmp_path, place, outgoing=("*",), incoming=(), check=lambda: None, patience_s=0.5, warn=lambda text: None
         )
         (tmp_path / "file").write_text("x")
-        mirror.start()
-        wait_until(lambda: mirror.problem is not None)
+        synchronizer.start()
+        wait_until(lambda: synchronizer.error is not None)
         with pytest.raises(StorageError, match="the storage of the run has failed for"):
-            mirror.close()
+            synchronizer.close()
 
 
 # ------------------------------------------------------------------------------------------------------ lease
 
 
-def elsewhere(remote: Remote) -> None:
+def elsewhere(remote: S3Path) -> None:
     """Make the owner of a lease one of another host, of which only the lease can tell whether it lives."""
     (remote / LEASE).write_bytes(json.dumps(json.loads((remote / LEASE).read_bytes()) | {"host": "x"}).encode())
 
 
-def test_a_run_has_one_writer(place: Remote) -> None:
+def test_a_run_has_one_writer(place: S3Path) -> None:
     first, second = (
-        BucketRun(place, role, 0.0, lease=Lease(place / LEASE, place.name, renew_s=0.2))
-        for role in ("command", "other")
+        bucket_run(place, role, lease=Lease(place / LEASE, place.name, renew_s=0.2)) for role in ("command", "other")
     )
     first.create()
     second.create()
     with first.lock():
         with pytest.raises(ConfigError, match=rf"in use by process {os.getpid()} on .*another run.name"), second.lock():
             pass
-        assert second.holder() == os.getpid()
-    assert second.holder() is None
+        assert second.store.lock_owner() == os.getpid()
+    assert second.store.lock_owner() is None
     with second.lock():
         pass
 
 
-def test_a_dead_owner_on_another_host_is_followed(place: Remote) -> None:
+def test_a_dead_owner_on_another_host_is_followed(place: S3Path) -> None:
     dead = Lease(place / LEASE, "demo")
-    dead.take()
+    dead.acquire()
     elsewhere(place)
     new = Lease(place / LEASE, "demo", dead_after_s=2.0)
-    new.take()
+    new.acquire()
     new.check()
     with pytest.raises(ClusterError, match=f"was taken over by process {os.getpid()} on"):
         dead.renew()
 
 
-def test_the_lease_of_a_killed_process_of_this_host_is_free_at_once(place: Remote) -> None:
+def test_the_lease_of_a_killed_process_of_this_host_is_free_at_once(place: S3Path) -> None:
     script = (
-        "import sys; from mpscl_ray.runs.lease import Lease; from mpscl_ray.runs.storage import Remote\n"
-        "Lease(Remote.parse(sys.argv[1]) / '.lease', 'demo').take(); print('mine', flush=True); sys.stdin.read()"
+        "import sys; from mpscl_ray.runs.lease import Lease; from mpscl_ray.runs.storage import S3Path\n"
+        "Lease(S3Path.parse(sys.argv[1]) / '.lease', 'demo').acquire(); print('mine', flush=True); sys.stdin.read()"
     )
     with subprocess.Popen(
         [sys.executable, "-c", script, str(place)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -315,109 +320,109 @@ def test_the_lease_of_a_killed_process_of_this_host_is_free_at_once(place: Remot
         assert owner.stdout is not None
         assert owner.stdout.readline() == "mine\n"
         owner.kill()
-    Lease(place / LEASE, "demo").take()
+    Lease(place / LEASE, "demo").acquire()
 
 
-def test_who_lost_the_run_uploads_nothing_more(place: Remote) -> None:
-    command, worker = BucketRun(place, "command", 0.0), BucketRun(place, "worker-0", PATIENCE_S)
+def test_who_lost_the_run_uploads_nothing_more(place: S3Path) -> None:
+    command, worker = bucket_run(place, "command"), bucket_run(place, "worker-0", PATIENCE_S)
     command.create()
 
     def train() -> None:
-        worker.prepare_worker()
-        with worker.training(command.token, 0):
+        worker.store.init_worker_dir()
+        with worker.store.worker_lock(command.store.fencing_token, 0):
             Lease(place / LEASE, "demo")._write()
             checkpoint.save(worker.checkpoints / "step-0000001", state(1))
-            wait_until(lambda: worker.problem is not None)
+            wait_until(lambda: worker.store.sync_error is not None)
 
     def run() -> None:
         with command.lock():
             command.write_config("a: 1\n")
-            command.settle()
+            command.store.flush()
             with pytest.raises(ClusterError, match="was taken over"):
                 train()
-            wait_until(lambda: command.problem is not None)
+            wait_until(lambda: command.store.sync_error is not None)
             command.write_config("a: 2\n")
 
     with pytest.raises(ClusterError, match="was taken over"):
         run()
     assert (place / "config.yaml").read_bytes() == b"a: 1\n"
-    assert open_run(str(place)).steps() == []
+    assert open_run(str(place)).store.step_checkpoints() == []
 
 
 # -------------------------------------------------------------------------------------------------------- run
 
 
-def test_command_and_worker_meet_in_the_bucket_and_a_fresh_node_goes_on(place: Remote) -> None:
-    command = BucketRun(place, "command", 0.0)
+def test_command_and_worker_meet_in_the_bucket_and_a_fresh_node_goes_on(place: S3Path) -> None:
+    command = bucket_run(place, "command")
     command.create()
     with command.lock():
         command.write_config("a: 1\n")
         command.write_status("running")
-        worker = BucketRun(place, "worker-0", PATIENCE_S)
-        worker.prepare_worker()
-        with worker.training(command.token, 0):
+        worker = bucket_run(place, "worker-0", PATIENCE_S)
+        worker.store.init_worker_dir()
+        with worker.store.worker_lock(command.store.fencing_token, 0):
             for step in (1, 2, 3):
                 worker.append_metrics({"global_step": step})
                 checkpoint.save(worker.checkpoints / checkpoint.checkpoint_name(step), state(step))
                 checkpoint.prune(worker.checkpoints, 2)
-                worker.settle()
-                assert open_run(str(place)).steps()[-1] == f"step-000000{step}", "there when it returns"
+                worker.store.flush()
+                assert open_run(str(place)).store.step_checkpoints()[-1] == f"step-000000{step}", (
+                    "there when it returns"
+                )
             checkpoint.save(worker.phases / "warm_up", state(3))
             wait_until(lambda: len(command.read_metrics()) == 3)
             (command.path / STOP_FILE).touch()
             wait_until((worker.path / STOP_FILE).exists)
     fresh = open_run(str(place))
     fresh.require()
-    assert fresh.checkpoint_names() == ["step-0000002", "step-0000003", "warm_up"]
+    assert fresh.store.checkpoint_names() == ["step-0000002", "step-0000003", "warm_up"]
     assert [record["global_step"] for record in fresh.read_metrics()] == [1, 2, 3]
     assert fresh.read_status()["state"] == "running"
-    fresh.fetch_newest()
-    newest, notices = checkpoint.latest(fresh.checkpoints)
+    newest, warnings = fresh.store.latest_checkpoint()
     assert newest is not None
-    assert (checkpoint.load(newest)["step"], notices) == (3, [])
+    assert (checkpoint.load(newest)["step"], warnings) == (3, [])
 
     data = bytearray((place / "checkpoints/step-0000003" / checkpoint.TENSORS).read_bytes())
     data[-1] ^= 1
     (place / "checkpoints/step-0000003" / checkpoint.TENSORS).write_bytes(bytes(data))
-    other = BucketRun(place, "other", 0.0)
-    other.fetch_newest()
-    newest, notices = checkpoint.latest(other.checkpoints)
+    other = bucket_run(place, "other")
+    newest, warnings = other.store.latest_checkpoint()
     assert newest is not None
     assert newest.name == "step-0000002"
-    assert "step-0000003 is damaged" in notices[0]
+    assert "step-0000003 is damaged" in warnings[0]
     assert not command.path.exists(), "what was only a copy is gone"
     assert not worker.path.exists()
 
 
-def test_who_does_not_hold_a_run_sees_what_others_leave_and_tells_them(place: Remote, server: Server) -> None:
+def test_who_does_not_hold_a_run_sees_what_others_leave_and_tells_them(place: S3Path, server: Server) -> None:
     command, worker, other = (open_run(place, role) for role in ("command", "worker-0", "reader"))
     command.create()
-    assert worker.left(DECIDED_FILE) is None
+    assert worker.control_files.read(VALIDATION_GATE_FILE) is None
     assert wait_for_decision(worker, 10), "nobody decides"
     with command.lock():
         command.write_status("running")
-        command.settle()
+        command.store.flush()
         assert other.read_status()["state"] == "running"
-        other.leave(DECIDED_FILE, "0")
+        other.control_files.write(VALIDATION_GATE_FILE, "0")
         assert not wait_for_decision(worker, 10, patience_s=0)
-        other.leave(DECIDED_FILE, f"10 {STOP_THERE}")
-        worker.prepare_worker()
+        other.control_files.write(VALIDATION_GATE_FILE, f"10 {STOP_THERE}")
+        worker.store.init_worker_dir()
         assert wait_for_decision(worker, 10)
         assert (worker.path / STOP_FILE).exists(), "whatever the bucket has of it"
         with server.door.shut():
             assert not wait_for_decision(worker, 20, patience_s=0), "a bucket that is away ends nothing"
             with pytest.raises(StorageError):
-                other.left(DECIDED_FILE)
-        other.take_away(DECIDED_FILE)
-        assert worker.left(DECIDED_FILE) is None
+                other.control_files.read(VALIDATION_GATE_FILE)
+        other.control_files.clear(VALIDATION_GATE_FILE)
+        assert worker.control_files.read(VALIDATION_GATE_FILE) is None
     other.write_status("failed", exit_code=5, reason="told by one who does not hold it")
     assert open_run(place).read_status()["reason"] == "told by one who does not hold it"
 
 
-def test_a_search_fetches_and_uploads_its_own_files_and_none_of_its_trials(place: Remote) -> None:
+def test_a_search_fetches_and_uploads_its_own_files_and_none_of_its_trials(place: S3Path) -> None:
     (place / "trials" / "001" / "config.yaml").write_bytes(b"a: 1")
     (place / "ledger.jsonl").write_bytes(b"{}\n")
-    search = open_run(place, "command", also=("ledger.jsonl", "tensorboard"))
+    search = open_run(place, "command", uploads=("ledger.jsonl", "tensorboard"))
     search.create()
     with search.lock():
         assert (search.path / "ledger.jsonl").read_bytes() == b"{}\n"
@@ -425,16 +430,16 @@ def test_a_search_fetches_and_uploads_its_own_files_and_none_of_its_trials(place
         (search.path / "ledger.jsonl").write_bytes(b"{}\n{}\n")
         (search.path / "tensorboard" / "001").mkdir()
         (search.path / "tensorboard" / "001" / "events").write_bytes(b"events")
-        search.settle()
+        search.store.flush()
         assert (place / "ledger.jsonl").read_bytes() == b"{}\n{}\n", "it is there before anything is decided by it"
         assert (place / "tensorboard" / "001" / "events").read_bytes() == b"events"
         for part in ("checkpoints", "phases", "best"):
             (place / part / "x").write_bytes(b"x")
-        search.discard_weights()
+        search.store.delete_checkpoints()
         assert not [name for name in place.files() if name.startswith(("checkpoints", "phases", "best"))]
 
 
-def test_a_name_that_ends_in_gz_keeps_its_contents(place: Remote) -> None:
+def test_a_name_that_ends_in_gz_keeps_its_contents(place: S3Path) -> None:
     (place / "a.nii.gz").write_bytes(b"as it was written")
     (place / "b.nii.gz").upload(io.BytesIO(b"as it was written"))
     assert {(place / name).read_bytes() for name in place.files()} == {b"as it was written"}

@@ -19,7 +19,7 @@ from mpscl_ray.runs import (
     checkpoint,
     cli,
 )
-from mpscl_ray.runs.run_directory import RunFolder
+from mpscl_ray.runs.run_directory import RunDirectory
 from mpscl_ray.train import command as train
 from mpscl_ray.train import run as train_run
 from mpscl_ray.train.domains import load_domains, model_description
@@ -178,7 +178,7 @@ def test_datasets_that_cannot_be_trained_on(command: Command, pair: Path, tmp_pa
         code, _, error = command(*tiny(pair, tmp_path / "runs", setting))
         assert code == DataError.exit_code, error
         assert expected in only_sentence(error)
-        status = RunFolder(tmp_path / "runs" / "run").read_status()
+        status = RunDirectory(tmp_path / "runs" / "run").read_status()
         assert (status["state"], status["exit_code"]) == ("failed", DataError.exit_code)
         assert status["reason"] in error
         assert status["resume_command"].startswith("python -m mpscl_ray.train small/mpscl ")
@@ -218,7 +218,7 @@ def test_storage_that_cannot_be_written(command: Command, tmp_path: Path, pair: 
 
 
 def test_a_run_that_another_process_holds(command: Command, tmp_path: Path, pair: Path) -> None:
-    folder = RunFolder(tmp_path / "run")
+    folder = RunDirectory(tmp_path / "run")
     folder.create()
     with folder.lock():
         code, _, error = command(*tiny(pair, tmp_path))
@@ -250,15 +250,17 @@ def test_gpus_on_a_machine_without(
 
 
 @pytest.fixture
-def begun(pair: Path, tmp_path: Path, command: Command) -> RunFolder:
+def begun(pair: Path, tmp_path: Path, command: Command) -> RunDirectory:
     """A run that failed before it began, to which a checkpoint was added."""
     command(*tiny(pair, tmp_path, f"data.target={tmp_path / 'missing'}"))
-    folder = RunFolder(tmp_path / "run")
+    folder = RunDirectory(tmp_path / "run")
     checkpoint.save(folder.checkpoints / "step-0000002", {"phase": "source_only"})
     return folder
 
 
-def test_settings_that_matter_must_not_change(begun: RunFolder, command: Command, pair: Path, tmp_path: Path) -> None:
+def test_settings_that_matter_must_not_change(
+    begun: RunDirectory, command: Command, pair: Path, tmp_path: Path
+) -> None:
     status = begun.read_status()
     code, _, error = command(*tiny(pair, tmp_path, f"data.target={tmp_path / 'missing'}", "optim.lr=0.5"))
     assert code == ConfigError.exit_code
@@ -283,7 +285,7 @@ def test_a_run_without_a_checkpoint_may_begin_anew_with_other_settings(
 
 
 def test_a_run_must_go_on_with_the_data_it_began_with(
-    begun: RunFolder, command: Command, pair: Path, tmp_path: Path
+    begun: RunDirectory, command: Command, pair: Path, tmp_path: Path
 ) -> None:
     config = tiny_config(pair / "mr", pair / "ct", ONE_WORKER)
     domains, _ = load_domains(config)
@@ -299,7 +301,7 @@ def test_a_run_must_go_on_with_the_data_it_began_with(
 
 
 def test_a_run_whose_checkpoints_are_all_damaged(
-    begun: RunFolder, command: Command, pair: Path, tmp_path: Path
+    begun: RunDirectory, command: Command, pair: Path, tmp_path: Path
 ) -> None:
     (begun.checkpoints / "step-0000002" / checkpoint.STATE).write_text("{}")
     code, _, error = command(*tiny(pair, tmp_path, f"data.target={tmp_path / 'missing'}"))
@@ -308,7 +310,7 @@ def test_a_run_whose_checkpoints_are_all_damaged(
     assert "is damaged" in error
 
 
-def test_a_finished_run_says_so(begun: RunFolder, command: Command, pair: Path, tmp_path: Path) -> None:
+def test_a_finished_run_says_so(begun: RunDirectory, command: Command, pair: Path, tmp_path: Path) -> None:
     begun.write_status("finished", exit_code=0)
     table = begun.results / "phases.txt"
     table.write_text("the table\n")

@@ -14,7 +14,7 @@ from mpscl_ray.config import Config
 from mpscl_ray.data.loader import LocalSlices
 from mpscl_ray.errors import StorageError
 from mpscl_ray.methods import MPSCL
-from mpscl_ray.train.feature_log import PANEL_SLICES, FeatureRecord, middle_slices
+from mpscl_ray.train.feature_log import PANEL_SLICES, FeatureRecord
 from mpscl_ray.train.phases import build_method, build_segmenter
 from tests.tiny import CLASSES, SIZE, make_dataset, tiny_config
 
@@ -146,10 +146,3 @@ def test_a_folder_that_cannot_be_written_is_a_plain_error(method: MPSCL, data: P
     (tmp_path / "pseudo_labels").write_text("a file in the way")
     with pytest.raises(StorageError, match="pseudo_labels"):
         FeatureRecord(tmp_path).record(method, LocalSlices(data / "ct", "val", labels=True), 4, POSITION)
-
-
-@pytest.mark.parametrize(
-    ("depth", "number", "expected"), [(1, 3, [0]), (2, 3, [0, 1]), (5, 3, [1, 2, 3]), (44, 3, [11, 22, 32])]
-)
-def test_middle_slices(depth: int, number: int, expected: list[int]) -> None:
-    assert middle_slices(depth, number).tolist() == expected

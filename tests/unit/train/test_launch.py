@@ -13,7 +13,8 @@ import ray
 
 from mpscl_ray.data.loader import LocalSlices
 from mpscl_ray.errors import ClusterError, StorageError, TrainingError
-from mpscl_ray.runs.run_directory import FAILURE_FILE, STOP_FILE, RunFolder
+from mpscl_ray.runs.control_files import FAILURE_FILE, STOP_FILE
+from mpscl_ray.runs.run_directory import RunDirectory
 from mpscl_ray.train.domains import load_domains, open_data
 from mpscl_ray.train.ray import launch
 from mpscl_ray.train.ray.failures import causes
@@ -74,7 +75,7 @@ def test_causes_name_the_worker_that_died_not_those_that_noticed() -> None:
 
 
 def test_workers_that_fail_too_often_end_the_run_with_their_causes(pair: Path, tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path)
+    folder = RunDirectory(tmp_path)
     config = tiny_config(pair / "mr", pair / "ct", ["run.restarts=2"])
     launched = launch.Launch(config, folder, local_data(config), False)
     died = ray.exceptions.ActorDiedError()
@@ -89,7 +90,7 @@ def test_workers_that_fail_too_often_end_the_run_with_their_causes(pair: Path, t
     assert launched._explain(defect) is defect
 
 
-def launched(pair: Path, folder: RunFolder, train: Callable[[], dict[str, Any]]) -> launch.Launch:
+def launched(pair: Path, folder: RunDirectory, train: Callable[[], dict[str, Any]]) -> launch.Launch:
     """A training that is what ``train`` does."""
     config = tiny_config(pair / "mr", pair / "ct")
     return launch.Launch(config, folder, local_data(config), False, fit=lambda *_: train())
@@ -104,7 +105,7 @@ def test_what_a_worker_could_not_go_on_with_is_raised_as_what_it_was(pair: Path,
         raise RuntimeError("what Ray makes of it")
 
     for train in (fails, lambda: {"state": "failed", **told}):
-        training = launched(pair, RunFolder(tmp_path), train)
+        training = launched(pair, RunDirectory(tmp_path), train)
         training.start()
         with pytest.raises(StorageError, match="no space left"):
             training.wait(lambda: None)
@@ -120,7 +121,7 @@ def test_a_stop_is_passed_on_and_ends_no_later_start(pair: Path, tmp_path: Path)
             time.sleep(0.01)
         return {"state": "interrupted" if stop.exists() else "finished", "phase": "warm_up", "iteration": 3, "step": 9}
 
-    training = launched(pair, RunFolder(tmp_path), train)
+    training = launched(pair, RunDirectory(tmp_path), train)
     training.start()
     assert not training.stop_requested
     outcome = training.wait(training.request_stop)
@@ -128,5 +129,5 @@ def test_a_stop_is_passed_on_and_ends_no_later_start(pair: Path, tmp_path: Path)
     assert not stop.exists()
     for name in (STOP_FILE, FAILURE_FILE):
         (tmp_path / name).write_text("of a command that was killed")
-    launched(pair, RunFolder(tmp_path), train)
+    launched(pair, RunDirectory(tmp_path), train)
     assert list(tmp_path.iterdir()) == []

@@ -15,7 +15,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from mpscl_ray.data.loader import LocalSlices, SliceStream
 from mpscl_ray.errors import ConfigError, DataError
 from mpscl_ray.runs import checkpoint
-from mpscl_ray.runs.run_directory import RunFolder
+from mpscl_ray.runs.run_directory import RunDirectory
 from mpscl_ray.train import loop, timing
 from mpscl_ray.train.checkpointing import newest_checkpoint
 from mpscl_ray.train.feature_log import FeatureRecord
@@ -58,7 +58,7 @@ def comparable(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{key: value for key, value in record.items() if not key.startswith("speed/")} for record in records]
 
 
-def assert_same_features(one: RunFolder, other: RunFolder) -> None:
+def assert_same_features(one: RunDirectory, other: RunDirectory) -> None:
     """What was recorded of the features and the pseudo-labels."""
     records = [FeatureRecord(folder.path) for folder in (one, other)]
     assert records[0].read() == records[1].read()
@@ -72,7 +72,7 @@ def assert_same_features(one: RunFolder, other: RunFolder) -> None:
 
 
 @pytest.fixture(scope="module")
-def straight(pair: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunFolder, Watcher]:
+def straight(pair: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunDirectory, Watcher]:
     """Ten steps in one go, and what it told."""
     watcher = Watcher()
     outcome, run = train(
@@ -84,7 +84,7 @@ def straight(pair: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunF
 
 @pytest.mark.parametrize("cut", [1, 3, 5, 6, 8, 10], ids=lambda cut: f"after step {cut}")
 def test_a_run_goes_on_from_any_step_as_if_it_had_not_stopped(
-    pair: Path, straight: tuple[RunFolder, Watcher], tmp_path: Path, cut: int
+    pair: Path, straight: tuple[RunDirectory, Watcher], tmp_path: Path, cut: int
 ) -> None:
     """Steps 3, 6 and 10 end a phase; the end is written down after the checkpoint, so it is still to be done."""
     config = tiny_config(pair / "mr", pair / "ct", TEN_STEPS)
@@ -110,13 +110,13 @@ def test_a_run_goes_on_from_any_step_as_if_it_had_not_stopped(
 
 @pytest.mark.parametrize(("killed", "kept"), [(7, 6), (10, 8)], ids=["after a start", "after a validation"])
 def test_a_killed_run_repeats_what_came_after_its_last_checkpoint(
-    pair: Path, straight: tuple[RunFolder, Watcher], tmp_path: Path, killed: int, kept: int
+    pair: Path, straight: tuple[RunDirectory, Watcher], tmp_path: Path, killed: int, kept: int
 ) -> None:
     """It has looked at features since: at the start of the adaptation, at its last validation."""
     config = tiny_config(pair / "mr", pair / "ct", TEN_STEPS)
     with pytest.raises(Killed):
         train(config, tmp_path, None, Killer(lambda record: record["global_step"] == killed))
-    folder, watcher = RunFolder(tmp_path), Watcher()
+    folder, watcher = RunDirectory(tmp_path), Watcher()
     assert folder.read_metrics()[-1]["global_step"] == killed
     train(config, tmp_path, None, watcher)
     assert watcher.starts == [kept]
@@ -129,7 +129,7 @@ def test_a_killed_run_repeats_what_came_after_its_last_checkpoint(
 
 
 def test_a_damaged_checkpoint_is_passed_over_with_a_notice(
-    pair: Path, straight: tuple[RunFolder, Watcher], tmp_path: Path
+    pair: Path, straight: tuple[RunDirectory, Watcher], tmp_path: Path
 ) -> None:
     config = tiny_config(pair / "mr", pair / "ct", TEN_STEPS)
     _, run = train(config, tmp_path, stop_after=6)
@@ -241,7 +241,7 @@ def test_what_a_run_leaves_and_tells(pair: Path, tmp_path: Path) -> None:
 
 
 def test_each_phase_goes_on_in_the_data_where_the_one_before_ended(
-    pair: Path, straight: tuple[RunFolder, Watcher]
+    pair: Path, straight: tuple[RunDirectory, Watcher]
 ) -> None:
     config = tiny_config(pair / "mr", pair / "ct", TEN_STEPS)
     source, number = local_data(config).labelled, config.data.batch_size
@@ -310,7 +310,7 @@ def test_stop_looks_come_about_twice_a_second() -> None:
 
 
 def test_labels_of_target_training_slices_change_nothing(
-    pair: Path, straight: tuple[RunFolder, Watcher], tmp_path: Path
+    pair: Path, straight: tuple[RunDirectory, Watcher], tmp_path: Path
 ) -> None:
     """Permuted, absent, or damaged bytes in their place: the weights are the same, so they are not even read."""
     run, _ = straight

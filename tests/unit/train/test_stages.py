@@ -11,7 +11,7 @@ import torch
 from mpscl_ray.config import Config
 from mpscl_ray.data.dataset import load_manifest
 from mpscl_ray.runs import checkpoint
-from mpscl_ray.runs.run_directory import RunFolder
+from mpscl_ray.runs.run_directory import RunDirectory
 from tests.tiny import STAGES, local_data, make_dataset, tiny_config
 from tests.tiny_runs import Killed, Killer, Watcher, train
 
@@ -30,7 +30,7 @@ def config_of(data: Path, name: str) -> Config:
     return tiny_config(data / "mr", data / "ct", STAGES[name], preset=f"small/{name}")
 
 
-def ends(folder: RunFolder) -> dict[str, tuple[bytes, bytes]]:
+def ends(folder: RunDirectory) -> dict[str, tuple[bytes, bytes]]:
     """Every byte of the checkpoint at the end of each phase."""
     return {
         path.name: ((path / checkpoint.TENSORS).read_bytes(), (path / checkpoint.STATE).read_bytes())

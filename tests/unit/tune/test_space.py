@@ -14,7 +14,7 @@ import torch
 from mpscl_ray.config import config_from_dict
 from mpscl_ray.errors import ConfigError
 from mpscl_ray.runs import checkpoint
-from mpscl_ray.runs.run_directory import RunFolder
+from mpscl_ray.runs.run_directory import RunDirectory
 from mpscl_ray.train import loop
 from mpscl_ray.tune.asha import rungs
 from mpscl_ray.tune.criteria import LABEL_FREE, WITHOUT_SOURCE
@@ -203,7 +203,7 @@ def test_settings_that_are_said_to_act_in_the_adaptation_do_not_before(tmp_path:
     ends = []
     for name, overrides in (("one", []), ("other", changed)):
         config = tiny_config(tmp_path / "mr", tmp_path / "ct", ["phases.source_only=1", *overrides])
-        run = RunFolder(tmp_path / name)
+        run = RunDirectory(tmp_path / name)
         run.create()
         loop.train(config, local_data(config), run, torch.device("cpu"))
         ends.append([checkpoint.load(run.phases / phase)["method"]["networks"] for phase in ("warm_up", "adaptation")])

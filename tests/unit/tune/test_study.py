@@ -8,7 +8,7 @@ from typing import Any, Literal
 import pytest
 
 from mpscl_ray.errors import StorageError
-from mpscl_ray.runs.run_directory import RunFolder
+from mpscl_ray.runs.run_directory import RunDirectory
 from mpscl_ray.tune.ledger import Ledger
 from mpscl_ray.tune.space import load_space
 from mpscl_ray.tune.study import Study
@@ -20,7 +20,7 @@ State = Literal["running", "finished", "failed", "interrupted"]
 def study_in(folder: Path) -> Study:
     space = load_space("phantom")
     (folder / "search").mkdir(exist_ok=True)
-    search = RunFolder(folder / "search")
+    search = RunDirectory(folder / "search")
     nothing: Any = None
     study = Study(space, space.base, search, nothing, "oracle", Ledger(search.path / "ledger.jsonl"), lambda text: None)
     if not study.ledger.trials:
@@ -53,7 +53,7 @@ def test_a_trial_has_the_end_that_its_folder_tells(
     run = study.trial_folder(1)
     run.write_status(state, exit_code=code, reason="a reason" if state == "failed" else "")
     if paused:
-        run.leave(PAUSE, "waits at iteration 6")
+        run.control_files.write(PAUSE, "waits at iteration 6")
     study.stopping = search_stops
     study.ended(1)
     trial = Ledger(study.ledger.file).trials[1]
@@ -74,7 +74,7 @@ def more(study: Study, *dices: float, iteration: int = 30) -> Study:
 
 def test_a_search_that_was_killed_between_a_report_and_its_consequence_draws_it_later(tmp_path: Path) -> None:
     again = more(study_in(tmp_path), 0.1, 0.3, 0.2, 0.9, 0.4)
-    again.folder.leave(STOP_SEARCH, "")
+    again.folder.control_files.write(STOP_SEARCH, "")
     again.settle()
     states = {number: trial.state for number, trial in again.ledger.trials.items()}
     # Of 12 trials three may go on from the first rung: 2 and 4 cannot be among them any more. 5 was when it came.
@@ -130,11 +130,11 @@ def test_settings_that_do_not_go_together_end_a_trial_before_it_starts(tmp_path:
     assert study.next_task(2, None) is None
     assert study.ledger.trials[2].state == "failed"
     assert "data.batch_size=3" in study.ledger.trials[2].reason
-    study.trial_folder(1).leave(PAUSE, "waits at iteration 6")
+    study.trial_folder(1).control_files.write(PAUSE, "waits at iteration 6")
     task = study.next_task(1, None)
     assert task is not None
     assert task["number"] == 1
-    assert study.trial_folder(1).left(PAUSE) is None, "else it would pause again at once"
+    assert study.trial_folder(1).control_files.read(PAUSE) is None, "else it would pause again at once"
 
 
 def test_a_trial_that_cannot_tell_its_end_holds_the_search_up_and_has_none(tmp_path: Path) -> None:

@@ -1,0 +1,131 @@
+"""The result of an evaluation, and its files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from mpscl_ray import __version__
+from mpscl_ray.evaluate.metrics import StructureScore
+from mpscl_ray.evaluate.tables import (
+    LEGEND,
+    Style,
+    Summary,
+    default_measures,
+    format_table,
+    scores_csv,
+    summary_csv,
+)
+from mpscl_ray.predict.model import Checkpoint
+from mpscl_ray.runs.atomic_files import storage_errors, write_atomically
+from mpscl_ray.runs.storage import S3Path
+
+RELEASED_PROTOCOL = (
+    "RELEASED PROTOCOL, for comparison with published numbers alone: the last (slices mod 32) slices of each volume "
+    "are left background, ASD is in voxels (mean of two means), a structure missing in prediction or truth has ASD 1, "
+    "and Dice of a structure that is in neither is 0."
+)
+_FURTHER = ("asd_mm_mean_of_means", "asd_voxel", "asd_voxel_mean_of_means", "hd95_mm")
+"""Measures that ``summary.md`` has beside the usual ones."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores of one checkpoint on the labelled volumes of one split."""
+
+    name: str
+    """Also the name of its folder in the run's results."""
+    run: str
+    weights: Checkpoint
+    dataset: Path | S3Path
+    modality: str
+    fingerprint: str
+    """Of the dataset."""
+    split: str
+    largest_component: bool
+    released_protocol: bool
+    classes: tuple[str, ...]
+    slices: Mapping[str, int]
+    """Slices of each case, all of which are predicted."""
+    scores: Mapping[str, Sequence[StructureScore]]
+    """By case, one for each structure."""
+    summary: Summary
+    notices: tuple[str, ...]
+    """What one should know beside the numbers."""
+
+    @property
+    def row_label(self) -> str:
+        """What this is called in a table; names a choice by target labels as such."""
+        return self.weights.name.replace("_", " ") + (" (oracle)" if self.weights.oracle else "")
+
+    def table(self, style: Style = "text", measures: Sequence[str] | None = None) -> str:
+        """The summary as a table with one row."""
+        rows = {self.row_label: self.summary}
+        if self.released_protocol:
+            chosen = ("dice", "asd_voxel_mean_of_means")
+            table = format_table(rows, chosen, style, legend=False)
+            return f"{table}\n\n{RELEASED_PROTOCOL}"
+        return format_table(rows, measures, style)
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything as plain values; an undefined number is null."""
+        return {
+            "name": self.name,
+            "product_version": __version__,
+            "run": self.run,
+            "checkpoint": {**asdict(self.weights), "path": str(self.weights.path), "oracle": self.weights.oracle},
+            "dataset": {"path": str(self.dataset), "modality": self.modality, "fingerprint": self.fingerprint},
+            "split": self.split,
+            "largest_component": self.largest_component,
+            "protocol": "released" if self.released_protocol else "every slice, empty masks counted",
+            "explanation": RELEASED_PROTOCOL if self.released_protocol else LEGEND,
+            "classes": list(self.classes),
+            "notices": list(self.notices),
+            "summary": self.summary.to_json(),
+            "volumes": {
+                case: {"slices": self.slices[case], "scores": [_without_nan(asdict(score)) for score in rows]}
+                for case, rows in self.scores.items()
+            },
+        }
+
+
+def write_evaluation(evaluation: Evaluation, folder: Path) -> None:
+    """Write ``per_volume.csv``, ``summary.csv``, ``summary.md`` and ``summary.json``."""
+    about = [
+        f"# {evaluation.name}",
+        f"Run `{evaluation.run}`, checkpoint `{evaluation.weights.path}`"
+        + (f" (iteration {evaluation.weights.step})" if evaluation.weights.step is not None else "")
+        + f", {len(evaluation.scores)} volumes ({sum(evaluation.slices.values())} slices, all predicted) of the split "
+        f"{evaluation.split} of `{evaluation.dataset}` ({evaluation.modality}).",
+        *(f"Note: {notice}." for notice in evaluation.notices),
+        evaluation.table("markdown", (*default_measures([evaluation.summary]), *_FURTHER)),
+    ]
+    write_tables(
+        folder,
+        {
+            "per_volume.csv": scores_csv(evaluation.scores),
+            "summary.csv": summary_csv({evaluation.row_label: evaluation.summary}),
+            "summary.md": "\n\n".join(about) + "\n",
+            "summary.json": json_text(evaluation.to_json()),
+        },
+    )
+
+
+def write_tables(folder: Path, files: Mapping[str, str]) -> None:
+    """Write texts into a folder, by file name."""
+    with storage_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        write_atomically(folder / name, text.encode())
+
+
+def json_text(value: Any) -> str:
+    """JSON with a newline at its end; refuses NaN."""
+    return json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _without_nan(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: None if value != value else value for name, value in values.items()}

@@ -1,0 +1,168 @@
+"""What a run says of its segmenter: ``model.json`` and its checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from mpscl_ray.data.volumes.preprocess import scale
+from mpscl_ray.data.volumes.recipe import Recipe
+from mpscl_ray.errors import ConfigError, DataError
+from mpscl_ray.runs.run_directory import RunDirectory, open_run
+from mpscl_ray.runs.storage import S3Path, parse_location
+
+Slices = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Domain:
+    """How volumes of one modality become slices, as ``model.json`` has it."""
+
+    modality: str
+    low: float
+    high: float
+    """Normalised intensities that -1 and 1 stand for."""
+    recipe: Recipe
+    dataset: Path | S3Path | None
+    """Prepared folder that the run used; it may have moved since."""
+    fingerprint: str | None
+    raw_ids: Mapping[str, int]
+    """Label id of each class in the files that the dataset was made from; empty where that is not known."""
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
+        """From an entry of ``model.json``; raises KeyError, TypeError or ValueError where it is not one."""
+        raw_ids: dict[str, int] = {}
+        for raw, name in sorted(values.get("labels", {}).get("values", {}).items(), key=lambda item: int(item[0])):
+            raw_ids.setdefault(name, int(raw))
+        return cls(
+            modality=str(values["modality"]),
+            low=float(values["scaling"]["low"]),
+            high=float(values["scaling"]["high"]),
+            recipe=Recipe.from_json(values["recipe"]),
+            dataset=parse_location(values["dataset"]) if values.get("dataset") else None,
+            fingerprint=values.get("fingerprint"),
+            raw_ids=raw_ids,
+        )
+
+    def scale(self, image: Slices) -> Slices:
+        """Normalised slices as the segmenter takes them."""
+        return scale(image, self.low, self.high)
+
+
+@dataclass(frozen=True)
+class Model:
+    """What ``model.json`` of a run says: all about the segmenter but its weights."""
+
+    classes: tuple[str, ...]
+    """Background first."""
+    size: tuple[int, int]
+    """Height and width of a slice."""
+    network: Mapping[str, Any]
+    """What :func:`mpscl_ray.networks.build` makes it from."""
+    domains: Mapping[str, Domain]
+    """``source`` and ``target``."""
+    phases: tuple[str, ...]
+
+    def domain(self, name: str) -> Domain:
+        """The domain called ``source`` or ``target``, or by its modality.
+
+        Raises:
+            ConfigError: neither.
+        """
+        for role in ("target", "source"):
+            if name in (role, self.domains[role].modality):
+                return self.domains[role]
+        known = ", ".join(f"{role} ({domain.modality})" for role, domain in self.domains.items())
+        raise ConfigError(f"the run knows no modality {name!r}; choose one of {known}")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Which weights: where they are and what the run knows of them."""
+
+    name: str
+    """As results are called by it: ``last``, ``best``, the name of a phase, or of the folder or file."""
+    path: Path
+    phase: str | None = None
+    step: int | None = None
+    """Iterations of all phases; None for weights that come from elsewhere."""
+    selected_by: str | None = None
+    """What chose it among the checkpoints of its run, if anything: ``label_free`` or ``oracle``."""
+
+    @property
+    def oracle(self) -> bool:
+        """Whether target labels chose it, which a user without such labels cannot repeat."""
+        return self.selected_by == "oracle"
+
+    def stamp(self) -> int:
+        """Changes when other weights take the same place."""
+        return self.path.stat().st_mtime_ns
+
+
+def read_model(run: RunDirectory | Path | str) -> Model:
+    """What a run says of its segmenter. Raises ConfigError where there is no run, DataError for a damaged one."""
+    folder = open_run(run)
+    folder.require()
+    values = folder.read_model()
+    try:
+        model = Model(
+            classes=tuple(str(name) for name in values["classes"]),
+            size=(int(values["size"][0]), int(values["size"][1])),
+            network={"num_classes": len(values["classes"]), **values["network"]},
+            domains={"source": Domain.from_json(values["source"]), "target": Domain.from_json(values["target"])},
+            phases=tuple(values.get("phases", ())),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise DataError(
+            f"{folder.model_file} is not what a run writes ({type(error).__name__}: {error}); restore it from a copy, "
+            "or run the training command again, which writes it anew"
+        ) from error
+    if model.network["num_classes"] != len(model.classes):
+        raise DataError(
+            f"{folder.model_file} names {len(model.classes)} classes for a network with "
+            f"{model.network['num_classes']}; restore it from a copy"
+        )
+    return model
+
+
+def find_checkpoint(run: RunDirectory | Path | str, checkpoint: str = "last") -> tuple[Checkpoint, list[str]]:
+    """Where the weights are.
+
+    Args:
+        run: folder of the run, or its URL.
+        checkpoint: ``last``, the newest that is intact; ``best``, the one with the best validation score; the name of a
+            phase (``source_only``, ``warm_up``, ``adaptation``) for its end; the name of one in ``checkpoints/``; or a
+            path: the folder of a checkpoint, or a file with released weights.
+
+    Returns:
+        The checkpoint, not read yet, and a sentence for each damaged one that was passed over.
+
+    Raises:
+        ConfigError: no run, or no checkpoint of that name in it; says which there are.
+        DataError: ``last`` of a run that has none yet.
+    """
+    folder = open_run(run)
+    folder.require()
+    if checkpoint == "last":
+        path, notices = folder.store.latest_checkpoint()
+        if path is None:
+            reason = "; ".join(notices) or "training has not come to its first one"
+            raise DataError(f"the run {folder.display_path} has no intact checkpoint: {reason}")
+        return Checkpoint("last", path), notices
+    there = folder.store.checkpoint_names()
+    if checkpoint in there:
+        parents = {"best": folder.path} | dict.fromkeys(folder.store.step_checkpoints(), folder.checkpoints)
+        return Checkpoint(checkpoint, folder.store.localize(parents.get(checkpoint, folder.phases) / checkpoint)), []
+    path = Path(checkpoint)
+    if checkpoint != "best" and path.exists():
+        return Checkpoint(path.name, path.absolute()), []  # whoever predicts may stand in another folder
+    raise ConfigError(
+        f"the run {folder.display_path} has no checkpoint {checkpoint!r} and there is no such path; it has "
+        f"{', '.join(['last', *there]) if there else 'none yet'}"
+    )
