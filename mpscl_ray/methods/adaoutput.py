@@ -14,7 +14,7 @@ from mpscl_ray.methods.segmenter_method import SegmenterMethod
 
 
 class AdaOutput(SegmenterMethod[AdaOutputConfig]):
-    """Make the class probabilities of the target look like those of the source, on both heads.
+    """Align the class probabilities of the target with those of the source, on both heads.
 
     Source: Tsai et al. 2018, L_seg + lambda_adv L_adv on softmax outputs of two levels (their Eq. 5).
     Differs from the released code: weighted cross-entropy and Dice instead of plain cross-entropy.

@@ -15,7 +15,7 @@ from mpscl_ray.methods.segmenter_method import SegmenterMethod
 
 
 class AdvEnt(SegmenterMethod[AdvEntConfig]):
-    """Make the entropy maps of the target look like those of the source.
+    """Align the entropy maps of the target with those of the source.
 
     Source: Vu et al. 2019, L_adv on I(p) = -p log p (their Eqs. 5 to 7) and L_ent (their Eq. 3); as the warm-up of
     Liu et al. 2022 it is Eq. (11) with beta = gamma = 0.

@@ -30,13 +30,6 @@ class Batch:
     target_image: Tensor | None = None
     """(B, 1, H, W) in [-1, 1]; None for plain segmentation."""
 
-    def to(self, device: torch.device) -> Batch:
-        """The batch on a device; from pinned memory the copy does not wait."""
-        target = None if self.target_image is None else self.target_image.to(device, non_blocking=True)
-        return Batch(
-            self.source_image.to(device, non_blocking=True), self.source_label.to(device, non_blocking=True), target
-        )
-
 
 @dataclass(frozen=True)
 class TrainingSlices:
@@ -78,7 +71,8 @@ class TargetSplit:
 class Method(Protocol):
     """A published method: owns its networks, optimisers and state, and runs one training step at a time.
 
-    It is built from (segmenter, config, optim, num_classes, device, precision, seed).
+    It is built from the segmenter with its initial weights, which it trains in place, the settings of the method and
+    of the optimisers, the number of classes (with background), device, precision, and the seed of all that it draws.
     """
 
     networks: dict[str, nn.Module]

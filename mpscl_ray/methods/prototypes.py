@@ -73,13 +73,13 @@ def initial_prototypes(sums: Tensor, counts: Tensor) -> Tensor:
 def update_prototypes(prototypes: Tensor, sums: Tensor, counts: Tensor, alpha: float) -> Tensor:
     """Moving update of the prototypes by one global batch: c <- alpha c + (1 - alpha) mean.
 
-    A class that does not occur in the batch keeps its prototype. Both are un-normalised.
+    A class that does not occur in the batch keeps its prototype. Prototypes and means are not normalised.
 
     Args:
         prototypes: (C, d).
         sums: (C, d), of the global source batch.
         counts: (C,).
-        alpha: Share of the old prototype that stays.
+        alpha: Weight of the old prototype.
 
     Returns:
         (C, d), a new tensor of the dtype of ``prototypes``.
@@ -93,7 +93,7 @@ def update_prototypes(prototypes: Tensor, sums: Tensor, counts: Tensor, alpha: f
 
 @torch.no_grad()
 def self_paced_pseudo_labels(cosine: Tensor, delta_th: float) -> tuple[Tensor, Tensor]:
-    """Label each pixel by its nearest prototype, and select those whose two nearest are well apart.
+    """Label each pixel by its nearest prototype, and select those that are clearly nearer to it than to the next.
 
     label = argmax_j cos_j;  mask = cos_(1) - cos_(2) > delta_th, with cos_(k) the k-th largest cosine.
     All classes compete, background included.

@@ -38,15 +38,6 @@ class SegmenterMethod(ABC, Generic[Config]):
     A subclass computes its losses in :meth:`step` from what :meth:`forward` returns, between
     ``optimisers.start_iteration`` and ``optimisers.step``. It builds its discriminators in :meth:`build_adversary`, and
     adds to the state what it has beside networks.
-
-    Args:
-        segmenter: with its initial weights; trained in place.
-        config: the method's settings.
-        optim: optimisers and decay.
-        num_classes: C, background included.
-        device: where to train.
-        precision: how GPUs compute.
-        seed: of the discriminators' initial weights.
     """
 
     segmenter_arguments: ClassVar[dict[str, Any]] = {}

@@ -53,14 +53,7 @@ class SIFA:
     stays updated, and the pools keep counting. A run ends there without a checkpoint, so no run resumes from half an
     iteration. Copies of all weights and Adam states to undo it took 7 to 10 % of an iteration's CPU time.
 
-    Args:
-        segmenter: with its initial weights; trained in place.
-        config: the method's settings.
-        optim: unused, see the settings.
-        num_classes: C, background included.
-        device: where to train.
-        precision: how GPUs compute.
-        seed: of the other networks' initial weights, of the pools and of dropout.
+    The settings of the optimisers are unused: SIFA has its own.
 
     Source: Chen et al. 2020 and 2019.
     Differs from the released code: each network has an Adam with its own step count, where six losses of the release

@@ -22,16 +22,7 @@ from mpscl_ray.networks.sifa import (
 
 
 class SIFANetworks:
-    """All networks of SIFA by name, and their forward passes.
-
-    Args:
-        segmenter: with its initial weights.
-        config: the method's settings.
-        num_classes: C, background included.
-        device: where to train.
-        precision: how GPUs compute.
-        seed: of the other networks' initial weights.
-    """
+    """All networks of SIFA by name, and their forward passes; ``seed`` is that of the initial weights."""
 
     def __init__(
         self,

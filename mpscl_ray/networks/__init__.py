@@ -1,4 +1,4 @@
-"""Networks, and how they are initialised."""
+"""Networks and their initialisation."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from mpscl_ray.networks.discriminators import FCDiscriminator, PatchGANDiscrimin
 from mpscl_ray.networks.sifa import SIFASegmenter, initialise_sifa
 
 Segmenter = DeepLabV2 | SIFASegmenter
-"""Networks that predict: both have ``num_classes`` and ``logits``."""
+"""Both have ``num_classes`` and ``logits``."""
 
 
 def build(description: Mapping[str, Any]) -> Segmenter:
-    """The segmenter that a run describes: ``kind`` (deeplab where it is not said) and the arguments of its class.
+    """The segmenter of a description: ``kind`` (default: deeplab) and the arguments of its class.
 
     Raises:
-        TypeError: An argument that the class has not.
-        ValueError: A kind that is not known, or an argument out of range.
+        TypeError: An argument that the class does not have.
+        ValueError: An unknown kind, or an argument out of range.
     """
     arguments = dict(description)
     kind = arguments.pop("kind", "deeplab")
@@ -34,8 +34,7 @@ def build(description: Mapping[str, Any]) -> Segmenter:
 
 @torch.no_grad()
 def initialise(module: Segmenter | FCDiscriminator | PatchGANDiscriminator, seed: int) -> None:
-    """Set every parameter and running statistic to the start that the released code gives it; SIFA's segmenter as
-    :func:`initialise_sifa` has it.
+    """Initialise every parameter and running statistic as the released code does (:func:`initialise_sifa` for SIFA).
 
     - segmenter: convolution weights N(0, 0.01), batch norms 1 and 0, biases of the heads uniform as torch has them;
     - FC discriminator: uniform within 1/sqrt(fan in), as torch has it;

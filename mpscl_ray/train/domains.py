@@ -124,13 +124,7 @@ def model_description(config: Config, domains: Domains) -> dict[str, Any]:
 
 
 def open_data(config: Config, domains: Domains, open_slices: Callable[..., Slices] = open_slices) -> TrainingData:
-    """Open the slices that a run reads; those that fit are read into shared memory now, checksums verified.
-
-    Args:
-        config: of the run.
-        domains: its datasets.
-        open_slices: opens a split, as :func:`mpscl_ray.data.ray_source.open_slices` does.
-    """
+    """Open the slices that a run reads; those that fit are read into shared memory now, checksums verified."""
 
     def opened(folder: Path | S3Path, split: str, labels: bool) -> Slices:
         return open_slices(folder, split, labels=labels, in_memory=config.data.in_memory)

@@ -185,7 +185,7 @@ def _non_finite(config: Config, folder: RunDirectory, result: TrainResult) -> st
     else:
         setting = f"optim.lr={config.optim.lr / 2:g}"
     advice = (
-        f"the checkpoint {found.name} is from before it: go on from there with other settings, for example {setting} "
+        f"the checkpoint {found.name} is from before it: resume from it with other settings, for example {setting} "
         "--allow-change"
         if found
         else f"there is no checkpoint yet: start again with other settings, for example {setting}"

@@ -47,17 +47,9 @@ def open_streams(
     rank: int,
     world_size: int,
 ) -> tuple[SliceStream, SliceStream | None]:
-    """This worker's streams for source and target in the batches of a phase.
+    """This worker's streams for source and target in the batches of a phase, from a global step on.
 
-    Args:
-        config: of the run.
-        data: its slices.
-        method: trains the phase; where it has split the target, both streams are of the target.
-        phase: its name.
-        start_step: global step of the first batch.
-        device: where the batches go.
-        rank: number of this worker.
-        world_size: number of workers.
+    Where the method has split the target, both streams are of the target.
     """
 
     def stream(name: str, slices: Slices | None) -> SliceStream:

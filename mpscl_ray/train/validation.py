@@ -128,12 +128,7 @@ class _Totals:
 
 
 def validation_metrics(results: Mapping[str, Validation], labelled: str) -> dict[str, float]:
-    """Metrics of a validation as they are logged.
-
-    Args:
-        results: by domain.
-        labelled: domain whose labels are trained on.
-    """
+    """Metrics of a validation as they are logged, from the results by domain and the domain trained with labels."""
     record: dict[str, float] = {}
     for domain, result in results.items():
         prefix = "val" if domain == TARGET_DOMAIN else f"val/{domain}"
@@ -170,14 +165,9 @@ def weighted_mean(information: Tensor) -> float:
 
 
 def target_criteria(results: Mapping[str, Validation], labelled: str) -> dict[str, float]:
-    """Label-free criteria of the target's validation volumes; larger is better.
+    """Label-free criteria of the target's validation volumes by name; {} where it has none. Larger is better.
 
-    Args:
-        results: by domain.
-        labelled: domain whose labels are trained on; the criteria use no other labels.
-
-    Returns:
-        By name; {} where the target has no validation volumes.
+    They use no labels but those of the domain ``labelled``, which is trained with labels.
     """
     target, own = results.get(TARGET_DOMAIN), results.get(labelled)
     if target is None:
@@ -195,10 +185,7 @@ def selection_score(results: Mapping[str, Validation], select: str, labelled: st
       there are any. Uses labels of the domain alone that is trained with labels.
     - oracle: mean Dice on validation volumes of the target; needs their labels.
 
-    Args:
-        results: by domain.
-        select: label_free or oracle.
-        labelled: domain whose labels are trained on.
+    ``labelled`` is the domain that is trained with labels.
     """
     own, target = results.get(labelled), results.get(TARGET_DOMAIN)
     if select == "oracle":

@@ -112,11 +112,11 @@ def run_trial(
         status = folder.read_status()
         if status.get("state") == "finished":
             return TrainResult("finished", status["phase"], status["iteration"], status["global_step"])
-        _describe_run(config, folder, shared)
+        _write_run_files(config, folder, shared)
         folder.write_status("running", resume_command=resume_command)
-        if shared.state_tracking:
-            enable_state_tracking()
         try:
+            if shared.state_tracking:
+                enable_state_tracking()
             result = _train(config, folder, shared, poll, display_name)
             if result.state == "non_finite":
                 raise TrainingError(f"{result.describe_non_finite()}; try smaller learning rates or weights")
@@ -129,18 +129,22 @@ def run_trial(
         finally:
             with suppress(StorageError):  # the next start releases it, or the end of the lock
                 release(folder)
-        position: dict[str, Any] = {"phase": result.phase, "iteration": result.iteration, "global_step": result.step}
-        if result.state == "interrupted":
-            folder.write_status("interrupted", exit_code=130, reason="stopped from outside", **position)
-        else:
-            folder.write_status("finished", exit_code=0, reason="", **position)
+        _write_end(folder, result)
         return result
 
 
-def _describe_run(config: Config, folder: RunDirectory, shared: Shared) -> None:
+def _write_run_files(config: Config, folder: RunDirectory, shared: Shared) -> None:
     folder.write_config(to_yaml(config))
     folder.write_environment()
     folder.write_model(model_description(config, shared.domains))
+
+
+def _write_end(folder: RunDirectory, result: TrainResult) -> None:
+    position: dict[str, Any] = {"phase": result.phase, "iteration": result.iteration, "global_step": result.step}
+    if result.state == "interrupted":
+        folder.write_status("interrupted", exit_code=130, reason="stopped from outside", **position)
+    else:
+        folder.write_status("finished", exit_code=0, reason="", **position)
 
 
 def _train(config: Config, folder: RunDirectory, shared: Shared, poll: Poll, display_name: str | None) -> TrainResult:

@@ -27,7 +27,7 @@ class WorkerFailureCallback(UserCallback):
         if not (self.folder.path / FAILURE_FILE).exists():
             count_restart(self.display_name)
             self.folder.add_warning(
-                f"{causes(worker_exceptions)}; the workers are replaced and go on", WORKER_FAILURES_FILE
+                f"{causes(worker_exceptions)}; the workers are replaced and resume", WORKER_FAILURES_FILE
             )
 
 
