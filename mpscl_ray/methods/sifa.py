@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,17 +27,6 @@ from mpscl_ray.methods.sifa_losses import (
 )
 from mpscl_ray.methods.sifa_networks import SIFANetworks
 from mpscl_ray.networks.sifa import SIFAOutput, SIFASegmenter
-
-
-class _Images(NamedTuple):
-    """Images of one batch, as the sub-steps take them."""
-
-    a: Tensor
-    """(B, 1, H, W), source."""
-    b: Tensor
-    """(B, 1, H, W), target."""
-    fake_b: Tensor
-    """(B, 1, H, W), source with the appearance of the target, from the updated generator and without gradient."""
 
 
 class SIFA:
@@ -121,13 +110,12 @@ class SIFA:
         losses |= self._step_discriminator_target(b, fake_b)
         with torch.no_grad():
             fake_b = nets.translate(a)
-        images = _Images(a, b, fake_b)
-        losses |= self._step_segmenter(images, batch.source_label, counts, iteration)
+        losses |= self._step_segmenter(a, b, fake_b, batch.source_label, counts, iteration)
         with torch.no_grad():
             on_fake, on_real = nets.segment(fake_b), nets.segment(b)
-        fake_a, decoder_losses = self._step_decoder(images, on_fake, on_real)
+        fake_a, decoder_losses = self._step_decoder(a, b, fake_b, on_fake, on_real)
         losses |= decoder_losses
-        losses |= self._step_discriminator_source(images, fake_a, on_fake)
+        losses |= self._step_discriminator_source(a, fake_a, fake_b, on_fake)
         losses |= self._step_discriminator_prediction("prediction", on_fake.main, on_real.main)
         if on_fake.low is not None and on_real.low is not None:
             losses |= self._step_discriminator_prediction("low", on_fake.low, on_real.low)
@@ -158,10 +146,11 @@ class SIFA:
         )
         return self._update("discriminator_target", loss, {"loss_discriminator_target": loss})
 
-    def _step_segmenter(self, images: _Images, labels: Tensor, counts: Tensor, iteration: int) -> dict[str, Tensor]:
+    def _step_segmenter(
+        self, a: Tensor, b: Tensor, fake_b: Tensor, labels: Tensor, counts: Tensor, iteration: int
+    ) -> dict[str, Tensor]:
         """e_B and s_B."""
         c, nets = self.config, self._nets
-        a, b, fake_b = images
         nets.train_only("segmenter")
         before = Snapshot(nets.running_stats())
         on_fake = nets.segment(fake_b, update_running_stats=True)
@@ -186,11 +175,10 @@ class SIFA:
         return metrics
 
     def _step_decoder(
-        self, images: _Images, on_fake: SIFAOutput, on_real: SIFAOutput
+        self, a: Tensor, b: Tensor, fake_b: Tensor, on_fake: SIFAOutput, on_real: SIFAOutput
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """de_B. Returns its images of b, from before its update, and its losses."""
         nets = self._nets
-        a, b, fake_b = images
         nets.train_only("decoder")
         fake_a = nets.decode(on_real.features, b)
         cycle_a, cycle_b = nets.decode(on_fake.features, fake_b), nets.translate(fake_a)
@@ -198,16 +186,16 @@ class SIFA:
         loss = loss + lsgan_generator_loss(nets.call("discriminator_source", fake_a)[:, :1])
         return fake_a, self._update("decoder", loss, {"loss_translation_to_source": loss})
 
-    def _step_discriminator_source(self, images: _Images, fake_a: Tensor, on_fake: SIFAOutput) -> dict[str, Tensor]:
+    def _step_discriminator_source(
+        self, a: Tensor, fake_a: Tensor, fake_b: Tensor, on_fake: SIFAOutput
+    ) -> dict[str, Tensor]:
         """d_A: its second output separates images decoded from target features from those of translated source."""
         nets = self._nets
         nets.train_only("discriminator_source")
         with torch.no_grad():
-            cycle_a = nets.decode(on_fake.features, images.fake_b)
+            cycle_a = nets.decode(on_fake.features, fake_b)
         earlier_a = self._pools["source"].swap(fake_a)
-        on_image, on_earlier, on_cycle = (
-            nets.call("discriminator_source", image) for image in (images.a, earlier_a, cycle_a)
-        )
+        on_image, on_earlier, on_cycle = (nets.call("discriminator_source", image) for image in (a, earlier_a, cycle_a))
         loss = lsgan_discriminator_loss(on_image[:, :1], on_earlier[:, :1])
         loss = loss + lsgan_discriminator_loss(on_cycle[:, 1:], on_earlier[:, 1:])
         return self._update("discriminator_source", loss, {"loss_discriminator_source": loss})

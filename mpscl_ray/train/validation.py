@@ -95,7 +95,7 @@ class _Totals:
             self.unlabelled[1] += images.numel()
             pixels = probabilities.movedim(1, -1).reshape(-1, number)
             self.moments += pixels.T @ pixels
-            # Every stride-th pixel of the volume, whatever the batches.
+            # Every stride-th pixel of the volume, independent of the batches.
             neighbours.append(pixels[-(start * images[0].numel()) % stride :: stride])
             if "label" in volume:
                 labels = volume["label"][start : start + batch_size].to(self.device)
@@ -179,7 +179,7 @@ def target_criteria(results: Mapping[str, Validation], labelled: str) -> dict[st
 
 
 def selection_score(results: Mapping[str, Validation], select: str, labelled: str) -> float | None:
-    """Score of the checkpoint, of which the largest is kept as `best`; None where it cannot be computed.
+    """Score of a checkpoint; the one with the largest is kept as `best`. None where it cannot be computed.
 
     - label_free: mean Dice on validation volumes of the labelled domain, minus the entropy on those of the target if
       there are any. Uses labels of the domain alone that is trained with labels.

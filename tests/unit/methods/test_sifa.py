@@ -130,7 +130,7 @@ def test_sub_steps_follow_each_other_with_fresh_weights() -> None:
     assert not torch.allclose(first, again, atol=1e-3)
 
 
-def test_running_statistics_move_in_the_segmenters_sub_step_alone() -> None:
+def test_only_the_segmenters_sub_step_updates_running_statistics() -> None:
     method = make_sifa()
     method.start_phase(10)
     norm = method.segmenter.shallow[1]
@@ -139,7 +139,7 @@ def test_running_statistics_move_in_the_segmenters_sub_step_alone() -> None:
     assert int(norm.num_batches_tracked) == 2
 
 
-def test_a_pool_gives_back_earlier_batches() -> None:
+def test_a_pool_returns_earlier_batches() -> None:
     pool, again = ImagePool(2, key=9), ImagePool(2, key=9)
     kept: list[float] = []
     given = []

@@ -79,7 +79,7 @@ def only_sentence(error: str) -> str:
 # --------------------------------------------------------------------------------------------------------- shows
 
 
-def test_help_tells_keys_defaults_presets_and_exit_codes(command: Command) -> None:
+def test_help_lists_keys_defaults_presets_and_exit_codes(command: Command) -> None:
     code, text, _ = command("--help")
     assert code == 0
     for word in ("method.margin_source = 0.4", "run.restarts", "ct2mr/mpscl", "130 interrupted", "--allow-change"):
@@ -146,7 +146,7 @@ def test_settings_that_cannot_be(command: Command, arguments: list[str], expecte
     assert expected in only_sentence(error)
 
 
-def test_all_wrong_settings_are_told_at_once(command: Command) -> None:
+def test_all_wrong_settings_are_reported_together(command: Command) -> None:
     code, _, error = command("small/mpscl", "optim.lrr=1", "data.batch_size=0", "phases.warm_up=x")
     assert code == ConfigError.exit_code
     assert all(key in error for key in ("optim.lrr", "data.batch_size", "phases.warm_up"))
@@ -246,7 +246,7 @@ def test_gpus_on_a_machine_without(
     assert "scaling.device=cpu" in error
 
 
-# ---------------------------------------------------------------------------------------------------- going on
+# ---------------------------------------------------------------------------------------------------- resuming
 
 
 @pytest.fixture
@@ -269,12 +269,12 @@ def test_settings_that_matter_must_not_change(
     assert load_config(begun.config_file).optim.lr == 0.01
 
     code, text, _ = command(*tiny(pair, tmp_path, "data.target=nowhere", "optim.lr=0.5", "--allow-change"))
-    assert code == DataError.exit_code, "goes on, as far as the dataset that is not there"
+    assert code == DataError.exit_code, "resumes, until the dataset that does not exist"
     assert "changed for the rest of the run: optim.lr: 0.01 in the run, 0.5 now" in text
     assert load_config(begun.config_file).optim.lr == 0.5
 
 
-def test_a_run_without_a_checkpoint_may_begin_anew_with_other_settings(
+def test_a_run_without_a_checkpoint_may_restart_with_other_settings(
     command: Command, pair: Path, tmp_path: Path
 ) -> None:
     command(*tiny(pair, tmp_path, "data.target=nowhere"))
@@ -284,7 +284,7 @@ def test_a_run_without_a_checkpoint_may_begin_anew_with_other_settings(
     assert load_config(tmp_path / "run" / "config.yaml").optim.lr == 0.5
 
 
-def test_a_run_must_go_on_with_the_data_it_began_with(
+def test_a_run_must_resume_with_the_data_it_started_with(
     begun: RunDirectory, command: Command, pair: Path, tmp_path: Path
 ) -> None:
     config = tiny_config(pair / "mr", pair / "ct", ONE_WORKER)

@@ -104,7 +104,7 @@ def test_panel_shows_slices_of_the_first_volume(method: MPSCL, data: Path, tmp_p
     assert (panel.selected == (panel.difference > method.config.delta_th)).all()
 
 
-def test_looking_changes_neither_network_nor_random_numbers(method: MPSCL, data: Path, tmp_path: Path) -> None:
+def test_recording_changes_neither_network_nor_random_numbers(method: MPSCL, data: Path, tmp_path: Path) -> None:
     before = {name: tensor.clone() for name, tensor in method.segmenter.state_dict().items()}
     random = torch.get_rng_state()
     FeatureRecord(tmp_path).record(method, LocalSlices(data / "ct", "val", labels=True), 4, POSITION)
@@ -121,7 +121,7 @@ def test_without_labels_there_is_nothing_of_labels(method: MPSCL, data: Path, tm
 
 
 @pytest.mark.parametrize("overrides", [["method.beta=0", "method.gamma=0"], None], ids=["baseline", "no validation"])
-def test_nothing_is_recorded_where_there_is_nothing_to_look_at(
+def test_nothing_is_recorded_without_contrast_or_validation(
     data: Path, tmp_path: Path, overrides: list[str] | None
 ) -> None:
     method = method_of(tiny_config(data / "mr", data / "ct", overrides or []), data / "mr")
@@ -132,7 +132,7 @@ def test_nothing_is_recorded_where_there_is_nothing_to_look_at(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_rewind_drops_later_looks(method: MPSCL, data: Path, tmp_path: Path) -> None:
+def test_rewind_drops_later_records(method: MPSCL, data: Path, tmp_path: Path) -> None:
     slices = LocalSlices(data / "ct", "val", labels=True)
     record = FeatureRecord(tmp_path)
     for step in (4, 6, 9):

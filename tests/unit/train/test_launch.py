@@ -1,4 +1,4 @@
-"""A training on Ray before it starts and after it ended: what it opens, and how it says why it ended."""
+"""A training on Ray before it starts and after it ended: the data it opens, and the error it ends with."""
 
 from __future__ import annotations
 
@@ -96,23 +96,23 @@ def launched(pair: Path, folder: RunDirectory, train: Callable[[], dict[str, Any
     return launch.Launch(config, folder, local_data(config), False, fit=lambda *_: train())
 
 
-def test_what_a_worker_could_not_go_on_with_is_raised_as_what_it_was(pair: Path, tmp_path: Path) -> None:
+def test_the_error_of_a_worker_is_raised_with_its_own_type(pair: Path, tmp_path: Path) -> None:
     failure = tmp_path / FAILURE_FILE
-    told = {"exit_code": StorageError.exit_code, "reason": "no space left"}
+    error = {"exit_code": StorageError.exit_code, "reason": "no space left"}
 
     def fails() -> dict[str, Any]:
-        failure.write_text(json.dumps(told))
-        raise RuntimeError("what Ray makes of it")
+        failure.write_text(json.dumps(error))
+        raise RuntimeError("the error of Ray")
 
-    for train in (fails, lambda: {"state": "failed", **told}):
+    for train in (fails, lambda: {"state": "failed", **error}):
         training = launched(pair, RunDirectory(tmp_path), train)
         training.start()
         with pytest.raises(StorageError, match="no space left"):
             training.wait(lambda: None)
-        assert not failure.exists(), "the next start is not told of it"
+        assert not failure.exists(), "the next start does not see it"
 
 
-def test_a_stop_is_passed_on_and_ends_no_later_start(pair: Path, tmp_path: Path) -> None:
+def test_a_stop_ends_the_training_and_no_later_start(pair: Path, tmp_path: Path) -> None:
     stop = tmp_path / STOP_FILE
 
     def train() -> dict[str, Any]:

@@ -20,7 +20,7 @@ def stored(folder: Path, num_classes: int) -> Path:
     return checkpoint.save(folder / "source_only", {"method": {"networks": {"segmenter": weights}}})
 
 
-def test_the_checkpoint_of_a_run_is_a_start(tmp_path: Path) -> None:
+def test_the_checkpoint_of_a_run_gives_pretrained_weights(tmp_path: Path) -> None:
     path = stored(tmp_path, 3)
     config = load_config("small/mpscl", [*SETTINGS, f"network.pretrained={path}"])
     segmenter = build_segmenter(config, 3)
@@ -42,7 +42,7 @@ def test_heads_for_other_classes_can_be_left_out(tmp_path: Path) -> None:
     assert torch.equal(segmenter.conv1.weight, checkpoint.load(path)["method"]["networks"]["segmenter"]["conv1.weight"])
 
 
-def test_a_damaged_start_is_refused(tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
     path = stored(tmp_path, 3)
     tensors = path / "tensors.safetensors"
     content = bytearray(tensors.read_bytes())

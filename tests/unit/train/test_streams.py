@@ -45,7 +45,7 @@ def test_each_slice_comes_once_whatever_the_number_of_workers(folder: Path) -> N
     assert [sum(len(rows) for rows, _ in share.unlabelled()) for share in shares] == [4, 5, 4, 5]
 
 
-def test_in_step_all_workers_have_equal_parts_of_the_same_batches(folder: Path) -> None:
+def test_synchronised_batches_have_equal_parts_on_all_workers(folder: Path) -> None:
     """One pass in five batches of four; the last has two slices of the next pass."""
     alone = slices_of(folder)
     whole = list(alone.synchronised_source_batches())
