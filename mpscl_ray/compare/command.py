@@ -1,4 +1,4 @@
-"""``python -m mpscl_ray.compare [SYSTEM ...]``: a whole table of methods, seeds and directions, side by side on Ray."""
+"""``python -m mpscl_ray.compare [SYSTEM ...]``: a table of methods, seeds and directions on Ray."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from mpscl_ray.compare.cells import DIRECTIONS, OF_A_CELL, Plan, base_config
+from mpscl_ray.config import PRESETS
+from mpscl_ray.config.help import complete_settings, leading_comment, listing
 from mpscl_ray.config.systems import SYSTEMS
 from mpscl_ray.errors import ConfigError
 from mpscl_ray.runs import cli
@@ -16,14 +18,16 @@ if TYPE_CHECKING:
 
 _EXAMPLES = """\
 examples:
-  python -m mpscl_ray.compare                                    all systems, phantom hearts, both directions, 3 seeds
+  python -m mpscl_ray.compare                 all systems, phantom hearts, both directions, 3 seeds
   python -m mpscl_ray.compare source_only mpscl supervised --seeds 1 --directions forward
   python -m mpscl_ray.compare --data data/bssfp data/lge --directions forward --out runs/lge-table
-  python -m mpscl_ray.compare --data data/mr data/ct --presets mr2ct,ct2mr scaling.workers=2 run.storage=/shared/runs
-  python -m mpscl_ray.compare --data s3://hearts/mr s3://hearts/ct --presets small --out s3://hearts/runs/table
+  python -m mpscl_ray.compare --data data/mr data/ct --presets mr2ct,ct2mr scaling.workers=2
+  python -m mpscl_ray.compare --data s3://b/mr s3://b/ct --presets small --out s3://b/runs/table
 
-The same command goes on where it stopped, tries failed cells again, and may be given more systems or seeds. Cells that
-begin alike train the shared phases once. OUT/comparison.txt, .md, .csv and .tex grow with each finished cell.
+The same command again resumes a stopped comparison, tries failed cells again, and may be given more
+systems or seeds. Cells that begin alike train the shared phases once. OUT/comparison.txt, .md, .csv
+and .tex grow with each finished cell. python -m mpscl_ray.train FAMILY/SYSTEM --help shows the
+settings of a system.
 """
 
 
@@ -35,17 +39,21 @@ def main(arguments: Sequence[str], fit: Fit | None = None) -> int:
         fit: what trains; None is Ray Train.
 
     Returns:
-        The exit code: 0 where every cell is finished, 6 where some failed, 130 where it was stopped and can go on.
+        The exit code: 0 where every cell is finished, 6 where some failed, 130 where it was stopped (resumable).
     """
-    parser = argparse.ArgumentParser(
+    families = sorted({path.parent.name for path in PRESETS.glob("*/*.yaml")})
+    systems = listing(
+        ((name, leading_comment(PRESETS / "mr2ct" / f"{name}.yaml")) for name in SYSTEMS), cli.help_width()
+    )
+    parser = cli.CommandParser(
         prog="python -m mpscl_ray.compare",
         description="Train and score several systems over seeds and directions; one table of all. Budgets are equal\n"
         "in the presets phantom and small, and each system's own in mr2ct and ct2mr.",
-        epilog=f"{_EXAMPLES}\nsystems: {', '.join(SYSTEMS)}\n\n{cli.EXIT_CODES}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=f"{_EXAMPLES}\nsystems\n{systems}\n\n{cli.EXIT_CODES}",
     )
     add = parser.add_argument
-    add("words", nargs="*", metavar="SYSTEM | key=value", help="systems (default: all) and settings for all cells")
+    words = add("words", nargs="*", metavar="SYSTEM | key=value", help="systems (default: all), settings for all cells")
+    words.completer = complete_settings(SYSTEMS)  # type: ignore[attr-defined]
     add("--seeds", default="3", metavar="N", help="number of seeds, from 1 on; or a list such as 1,4,5 (default: 3)")
     add(
         "--directions",
@@ -55,7 +63,10 @@ def main(arguments: Sequence[str], fit: Fit | None = None) -> int:
     )
     add("--data", nargs=2, metavar=("SOURCE", "TARGET"), help="prepared datasets (default: the phantom hearts)")
     add(
-        "--presets", metavar="FAMILY", help="presets, or two of them by direction (default: phantom; small with --data)"
+        "--presets",
+        metavar="FAMILY",
+        help=f"{', '.join(families)} or a folder of your own, or two of them with a comma, by direction "
+        "(default: phantom; small with --data)",
     )
     add("--out", metavar="DIR", help="folder of the comparison, or its URL (default: RUN.STORAGE/compare)")
     add("--at-once", type=int, metavar="N", help="most cells at a time (default: as many as there is room for)")
@@ -79,9 +90,7 @@ def _plan(options: argparse.Namespace) -> Plan:
     for word in overrides:
         key = word.partition("=")[0]
         if key in OF_A_CELL:
-            raise ConfigError(
-                f"{key} is not a setting of a comparison, which makes it itself for each cell; leave it out"
-            )
+            raise ConfigError(f"{key} is not a setting of a comparison, which sets it for each cell; leave it out")
     if options.data:
         overrides += [f"data.source={options.data[0]}", f"data.target={options.data[1]}"]
     given = any(word.startswith(("data.source=", "data.target=")) for word in overrides)

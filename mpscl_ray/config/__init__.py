@@ -1,15 +1,15 @@
-"""The settings of a run: what they are, and how they are read. Nothing here needs torch, Ray or numpy."""
+"""The settings of a run, and how they are read. Nothing here imports torch, Ray or numpy."""
 
 from __future__ import annotations
 
+from mpscl_ray.config.help import field_docs
 from mpscl_ray.config.load import (
     PRESETS,
     config_from_dict,
-    describe_keys,
     differences,
-    field_docs,
     load_config,
     preset_names,
+    require_datasets,
     to_dict,
     to_yaml,
 )
@@ -66,7 +66,6 @@ __all__ = [
     "ScalingConfig",
     "SegmentationConfig",
     "config_from_dict",
-    "describe_keys",
     "differences",
     "field_docs",
     "flatten",
@@ -78,6 +77,7 @@ __all__ = [
     "read_file",
     "read_overrides",
     "reads_target",
+    "require_datasets",
     "to_dict",
     "to_yaml",
 ]

@@ -1,20 +1,15 @@
 """Reading a run's settings from a preset and ``key=value`` overrides; what they are is in mpscl_ray.config.schema.
 
 One :func:`load_config` serves the command line, a search trial and the reload of a run folder. Unknown keys, wrong
-types and values out of range are all reported at once, each with the place it came from.
+types and values out of range are all reported at once, each with its file and line.
 """
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import difflib
 import functools
-import inspect
-import itertools
 import math
-import sys
-import textwrap
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -45,7 +40,7 @@ def load_config(preset: str | Path, overrides: Sequence[str] = ()) -> Config:
     Args:
         preset: a name of :func:`preset_names`, or the path or URL of a YAML file with the same keys. A file may name
             the one it builds on under the key ``preset``.
-        overrides: ``section.key=value``; the value is YAML, so ``null``, ``[1, 2]`` and ``true`` mean what they say.
+        overrides: ``section.key=value``; the value is YAML, such as ``null``, ``[1, 2]`` or ``true``.
 
     Raises:
         ConfigError: naming every unknown key (with the nearest known one), wrong type and value out of range, each
@@ -78,15 +73,6 @@ def to_yaml(config: Config) -> str:
     return yaml.safe_dump(to_dict(config), sort_keys=False, default_flow_style=None, width=100)
 
 
-def describe_keys() -> str:
-    """Every key with its default and meaning, for ``--help``."""
-    lines: list[str] = []
-    for key, default, doc in _documented_keys():
-        lines.append(f"  {key} = {_yaml_scalar(default)}")
-        lines.extend(textwrap.wrap(doc, 106, initial_indent="      ", subsequent_indent="      "))
-    return "\n".join(lines)
-
-
 def differences(one: Config, other: Config) -> dict[str, tuple[Any, Any]]:
     """Keys in which two configs differ, with both values."""
     left, right = dict(flatten(to_dict(one))), dict(flatten(to_dict(other)))
@@ -109,14 +95,18 @@ def _preset_path(preset: str | Path) -> Path:
     if path.suffix in (".yaml", ".yml"):
         if path.is_file():
             return path
-        raise ConfigError(f"there is no preset file {path}; give the path of a YAML file or one of {_listing()}")
-    near = difflib.get_close_matches(str(preset), preset_names(), n=1, cutoff=0.4)
-    hint = f"did you mean '{near[0]}'? " if near else ""
-    raise ConfigError(f"there is no preset '{preset}'; {hint}The presets are {_listing()}")
+        raise ConfigError(f"there is no preset file {path}; {_near_presets(preset)}")
+    raise ConfigError(f"there is no preset '{preset}'; {_near_presets(preset)}")
 
 
-def _listing() -> str:
-    return ", ".join(preset_names())
+def _near_presets(preset: str | Path) -> str:
+    near = difflib.get_close_matches(str(preset).removesuffix(".yaml").removesuffix(".yml"), preset_names(), cutoff=0.5)
+    hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
+    families = sorted({path.parent.name for path in PRESETS.glob("*/*.yaml")})
+    return (
+        f"{hint}Presets are phantom and FAMILY/METHOD with the families {', '.join(families)}, such as small/mpscl; "
+        "python -m mpscl_ray.train --list-presets lists them; a file of your own is given by its path, with .yaml"
+    )
 
 
 def _read_preset(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Setting]:
@@ -128,32 +118,30 @@ def _read_preset(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Setting]:
     return {**(_read_preset(_preset_path(str(parent.value)), (*seen, path)) if parent else {}), **own}
 
 
-def _build(settings: dict[str, Setting], problems: list[str]) -> Config:
+def require_datasets(config: Config) -> None:
+    """Refuse settings without datasets.
+
+    Raises:
+        ConfigError: data.source or data.target is not set.
+    """
+    for key, value in (("data.source", config.data.source), ("data.target", config.data.target)):
+        if not value:
+            raise ConfigError(
+                f"{key} is not set: give the folder of a prepared dataset ({key}=FOLDER); "
+                "python -m mpscl_ray.prepare --help says how to make one"
+            )
+
+
+def _build(settings: Mapping[str, Setting], problems: list[str]) -> Config:
     """Check keys, types and limits of flat settings; raise one ConfigError with everything that is wrong."""
-    settings = dict(settings)
-    chosen = settings.pop("method.name", Setting("mpscl", "by default"))
+    chosen = settings.get("method.name", Setting("mpscl", "by default"))
     method = METHOD_CONFIGS.get(str(chosen.value))
     if method is None:
         problems.append(f"method.name={chosen.value!r} {chosen.origin} is not one of {', '.join(METHOD_CONFIGS)}")
         method = METHOD_CONFIGS["mpscl"]
-    sections: dict[str, Any] = {f.name: f.default_factory for f in dataclasses.fields(Config)}
-    sections["method"] = method
-    known, of_any_method = _known_keys(method), set[str]().union(*map(_known_keys, METHOD_CONFIGS.values()))
-    free = _free_mappings(method)
-    nested: dict[str, Any] = {}
-    for key, setting in settings.items():
-        if key not in known and not any(key.startswith(f"{name}.") for name in free):
-            if key in of_any_method and "command line" not in setting.origin:
-                continue  # a key of another method, inherited from the preset this one builds on
-            near = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.5)
-            hint = f"did you mean '{near[0]}'?" if near else "see --help for all keys"
-            problems.append(f"'{key}' {setting.origin} is not a setting; {hint}")
-            continue
-        *parents, last = key.split(".")
-        place = nested
-        for parent in parents:
-            place = place.setdefault(parent, {})
-        place[last] = setting.value
+    settings = {key: setting for key, setting in settings.items() if key != "method.name"}
+    nested = _nest(settings, method, problems)
+    sections: dict[str, Any] = {f.name: f.default_factory for f in dataclasses.fields(Config)} | {"method": method}
     built: dict[str, Any] = {}
     for section, kind in sections.items():
         try:
@@ -162,33 +150,52 @@ def _build(settings: dict[str, Setting], problems: list[str]) -> Config:
             details = error.errors()
             fields = [detail["loc"][:1] for detail in details]
             for detail in details:
-                # Of a field that takes a number or a list, what is wrong with the number says more.
+                # If a field takes a number or a list, report what is wrong with the number.
                 if detail["type"] != "tuple_type" or fields.count(detail["loc"][:1]) == 1:
                     problems.append(_explain(section, detail, settings))
     if not problems:
         config = Config(**built)
         problems += _inconsistencies(config)
     if problems:
-        raise ConfigError(
-            "; ".join(problems) if len(problems) == 1 else "\n  ".join(["the settings are wrong:", *problems])
-        )
+        raise ConfigError(problems[0] if len(problems) == 1 else "\n  ".join(["the settings are wrong:", *problems]))
     return config
+
+
+def _nest(settings: Mapping[str, Setting], method: type, problems: list[str]) -> dict[str, Any]:
+    """Nested values of the settings that a method has, and a problem for each unknown key."""
+    known, of_any_method = _known_keys(method), set[str]().union(*map(_known_keys, METHOD_CONFIGS.values()))
+    free = _free_mappings(method)
+    nested: dict[str, Any] = {}
+    for key, setting in settings.items():
+        if key not in known and not any(key.startswith(f"{name}.") for name in free):
+            if key in of_any_method and "command line" not in setting.origin:
+                continue  # A key of another method, inherited from the preset that this one builds on.
+            near = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.5)
+            hint = f"did you mean '{near[0]}'?" if near else "--help-all lists all keys"
+            problems.append(f"'{key}' {setting.origin} is not a setting; {hint}")
+            continue
+        *parents, last = key.split(".")
+        section = nested
+        for parent in parents:
+            section = section.setdefault(parent, {})
+        section[last] = setting.value
+    return nested
 
 
 def _explain(section: str, detail: Any, settings: Mapping[str, Setting]) -> str:
     parts = [section, *(str(part) for part in detail["loc"])]
     key = ".".join(parts)
-    while key not in settings and "." in key:  # positions in a tuple and branches of a union are no keys
+    while key not in settings and "." in key:  # Positions in a tuple and branches of a union are no keys.
         key = key.rpartition(".")[0]
     origin = settings[key].origin if key in settings else "by default"
     message = detail["msg"][0].lower() + detail["msg"][1:]
     if detail["type"] == "tuple_type":
         message = "expected a list, such as [1, 2]"
-    return f"{key}={_yaml_scalar(settings[key].value if key in settings else detail['input'])} {origin}: {message}"
+    return f"{key}={yaml_scalar(settings[key].value if key in settings else detail['input'])} {origin}: {message}"
 
 
 def _inconsistencies(config: Config) -> list[str]:
-    """What each value allows but all of them together do not."""
+    """Sentences for values that are valid each but not together."""
     found: list[str] = []
     least, most = config.scaling.least_workers, config.scaling.most_workers
     if least > most:
@@ -223,66 +230,35 @@ _NAME_CHARACTERS = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123
 
 @functools.cache
 def _adapter(kind: type) -> TypeAdapter[Any]:
-    return TypeAdapter(kind)  # which takes longer than to check a hundred configs with it
+    return TypeAdapter(kind)  # Making one takes longer than checking a hundred configs with it.
 
 
 @functools.cache
 def _known_keys(method: type) -> frozenset[str]:
-    return frozenset(key for key, _, _ in _leaves(Config, method))
+    return frozenset(key for key, _, _ in setting_fields(Config, method))
 
 
 @functools.cache
 def _free_mappings(method: type) -> tuple[str, ...]:
-    """Keys whose value is itself a mapping from names that are not settings."""
-    return tuple(key for key, _, kind in _leaves(Config, method) if dict in _origins(kind))
+    """Keys with a mapping as value, from names that are not settings."""
+    return tuple(key for key, _, kind in setting_fields(Config, method) if dict in _origins(kind))
 
 
-def _documented_keys() -> list[tuple[str, Any, str]]:
-    """(key, default, meaning) of every setting of all methods."""
-    found: dict[str, tuple[str, Any, str]] = {}
-    for kind in METHOD_CONFIGS.values():
-        for key, (owner, item), _ in _leaves(Config, kind):
-            found.setdefault(key, (key, _default(item), field_docs(owner).get(item.name, "")))
-    found.setdefault("method.name", ("method.name", "mpscl", f"The method: {', '.join(METHOD_CONFIGS)}."))
-    return sorted(found.values(), key=lambda entry: _SECTIONS.index(entry[0].partition(".")[0]))
+def setting_fields(kind: type, method: type, prefix: str = "") -> Iterator[tuple[str, tuple[type, Any], Any]]:
+    """Every setting below a dataclass: its key, the class and field that it is, and its type.
 
-
-_SECTIONS = [f.name for f in dataclasses.fields(Config)]
-
-
-def _leaves(kind: type, method: type, prefix: str = "") -> Iterator[tuple[str, tuple[type, Any], Any]]:
+    Args:
+        kind: ``Config``, or one of its sections.
+        method: settings of the method, for the section of that name.
+        prefix: of the keys.
+    """
     hints = typing.get_type_hints(kind)
     for item in dataclasses.fields(kind):
         hint = method if prefix == "" and item.name == "method" else hints[item.name]
         if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-            yield from _leaves(hint, method, f"{prefix}{item.name}.")
+            yield from setting_fields(hint, method, f"{prefix}{item.name}.")
         else:
             yield f"{prefix}{item.name}", (kind, item), hint
-
-
-def _default(item: Any) -> Any:
-    if item.default is not dataclasses.MISSING:
-        return item.default
-    return item.default_factory() if item.default_factory is not dataclasses.MISSING else None
-
-
-@functools.cache
-def field_docs(kind: type) -> dict[str, str]:
-    """Meaning of each field of a dataclass, inherited ones too: the string below it."""
-    docs: dict[str, str] = {}
-    for owner in reversed(kind.__mro__[:-1]):
-        for node, after in itertools.pairwise(_class_bodies(owner.__module__)[owner.__name__]):
-            match node, after:
-                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
-                    docs[name] = " ".join(text.split())
-    return docs
-
-
-@functools.cache
-def _class_bodies(module: str) -> dict[str, list[ast.stmt]]:
-    """Statements of each class of a module."""
-    tree = ast.parse(inspect.getsource(sys.modules[module]))
-    return {node.name: node.body for node in tree.body if isinstance(node, ast.ClassDef)}
 
 
 def _origins(hint: Any) -> set[Any]:
@@ -299,5 +275,6 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _yaml_scalar(value: Any) -> str:
+def yaml_scalar(value: Any) -> str:
+    """A value as YAML on one line, as it is written after ``key=``."""
     return yaml.safe_dump(_plain(value), default_flow_style=True, width=10_000).removesuffix("...\n").strip()

@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 SOURCE_ONLY, WARM_UP, ADAPTATION = "source_only", "warm_up", "adaptation"
-"""The phases that a run can have, in this order: plain segmentation, AdvEnt, and what is particular to the method."""
+"""The phases that a run can have, in this order: plain segmentation, AdvEnt, and the method itself."""
 
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 """Weight of a term of a loss."""
@@ -25,6 +25,9 @@ class SegmentationConfig:
     """Settings of plain segmentation, which the first phase of every method with a DeepLab is."""
 
     phases: ClassVar[tuple[str, ...]] = (SOURCE_ONLY,)
+    """Phases that a run of this method can have."""
+    main_settings: ClassVar[tuple[str, ...]] = ("optim.lr", "network.pretrained")
+    """Settings that the short help shows beside those that all methods have."""
 
     segmentation_aux_weight: Weight = 0.1
     """Weight of cross-entropy and Dice on the auxiliary head; 0.1 in the released code, unnamed in the paper."""
@@ -41,23 +44,32 @@ class AdaBNConfig(SegmentationConfig):
 class DiscriminatorConfig(SegmentationConfig):
     """Settings of a method with discriminators."""
 
+    main_settings: ClassVar[tuple[str, ...]] = (
+        *SegmentationConfig.main_settings,
+        "method.discriminator",
+        "method.norm_statistics",
+    )
+
     discriminator: Literal["fc", "patchgan"] = "fc"
-    """D: fc of AdaptSegNet (MR to CT in the paper) or patchgan of pix2pix (CT to MR, and Table III)."""
+    """Discriminator fc (AdaptSegNet) or patchgan (pix2pix); the paper has fc for MR to CT, patchgan for CT to MR and
+    in Table III."""
     discriminator_width: Annotated[int, Field(ge=1)] = 64
     """Channels of a discriminator's first convolution."""
     norm_statistics: Literal["mixture", "target"] = "mixture"
-    """Whose forward passes move the running statistics that evaluation uses: both domains' (as released) or the
-    target's alone."""
+    """Domains behind the batch statistics of evaluation: both (mixture, as released) or the target alone."""
 
 
 @dataclass(frozen=True)
 class AdversarialConfig(DiscriminatorConfig):
     """Settings of a method that aligns the outputs of both heads by discriminators."""
 
+    main_settings: ClassVar[tuple[str, ...]] = (*DiscriminatorConfig.main_settings, "method.lambda_main")
+
     lambda_main: Weight = 0.003
-    """lambda_adv of the main head: weight of its adversarial loss (Eq. 11)."""
+    """Weight of the adversarial loss of the main head, lambda_adv (Eq. 11)."""
     lambda_aux: Weight = 2e-5
-    """lambda_adv of the auxiliary head; 2e-5 in the released code, a fifth of the main one in AdaptSegNet."""
+    """Weight of the adversarial loss of the auxiliary head; 2e-5 in the released code, a fifth of the main one in
+    AdaptSegNet."""
     halve_discriminator_loss: bool = True
     """Halve the discriminators' loss on each domain, as released."""
 
@@ -67,25 +79,29 @@ class MPSCLConfig(AdversarialConfig):
     """Settings of MPSCL; the defaults are those of the released MR to CT run."""
 
     phases: ClassVar[tuple[str, ...]] = (SOURCE_ONLY, WARM_UP, ADAPTATION)
+    main_settings: ClassVar[tuple[str, ...]] = (
+        *AdversarialConfig.main_settings,
+        *"method.margin_source method.margin_target method.delta_th method.gamma method.beta method.alpha".split(),
+    )
 
     margin_source: Margin = 0.4
-    """m on source pixels, radians (Eq. 8)."""
+    """Margin m on source pixels, in radians (Eq. 8)."""
     margin_target: Margin = 0.2
-    """m on selected target pixels, radians (Eq. 8)."""
+    """Margin m on selected target pixels, in radians (Eq. 8)."""
     temperature_source: Temperature = 1.0
-    """tau on source pixels (Eq. 8)."""
+    """Temperature tau on source pixels (Eq. 8)."""
     temperature_target: Temperature = 1.0
-    """tau on selected target pixels (Eq. 8)."""
+    """Temperature tau on selected target pixels (Eq. 8)."""
     base_temperature: Temperature = 1.0
     """tau_b: the released form multiplies its loss by tau / tau_b; not in the paper."""
     delta_th: Annotated[float, Field(ge=0, le=2)] = 0.25
-    """delta_th: how much closer (in cosine) the nearest prototype must be than the second nearest (Eq. 7)."""
+    """Least gap in cosine of a selected pixel's two nearest prototypes (Eq. 7)."""
     alpha: Annotated[float, Field(ge=0, le=1)] = 0.2
-    """alpha: share of the old prototype that one update keeps (Eq. 5)."""
+    """Share of the old prototype that one update keeps (Eq. 5)."""
     gamma: Weight = 1.0
-    """gamma: weight of the contrastive loss on source pixels (Eq. 11)."""
+    """Weight of the contrastive loss on source pixels (Eq. 11)."""
     beta: Weight = 0.1
-    """beta: weight of the contrastive loss on selected target pixels (Eq. 11)."""
+    """Weight of the contrastive loss on selected target pixels (Eq. 11)."""
     form: Literal["released", "paper"] = "released"
     """Form of the margin loss: as released, with two maxima, or Eq. 8."""
     normalised_self_information: bool = True
@@ -97,9 +113,10 @@ class AdaOutputConfig(AdversarialConfig):
     """Settings of AdaOutput; its own adversarial weights are 0.001 and 0.0002, those of MPSCL's fork the default."""
 
     phases: ClassVar[tuple[str, ...]] = (SOURCE_ONLY, ADAPTATION)
+    main_settings: ClassVar[tuple[str, ...]] = (*AdversarialConfig.main_settings, "method.adversarial_loss")
 
     adversarial_loss: Literal["bce", "least_squares"] = "bce"
-    """bce: cross-entropy of the discriminators' logits; least_squares: squared distance of their plain outputs."""
+    """bce (cross-entropy of the discriminators' logits), or least_squares (squared distance of their plain outputs)."""
 
 
 @dataclass(frozen=True)
@@ -107,11 +124,12 @@ class AdvEntConfig(AdversarialConfig):
     """Settings of AdvEnt, which is also the warm-up of the methods that need one."""
 
     phases: ClassVar[tuple[str, ...]] = (SOURCE_ONLY, WARM_UP)
+    main_settings: ClassVar[tuple[str, ...]] = (*AdversarialConfig.main_settings, "method.variant")
 
     normalised_self_information: bool = True
     """Divide the self-information maps by log C, as released; false is the paper's."""
     variant: Literal["adversarial", "minent"] = "adversarial"
-    """adversarial: discriminators on self-information maps (AdvEnt); minent: the mean entropy itself is the loss."""
+    """adversarial (AdvEnt): discriminators on self-information maps; minent: the loss is the mean entropy itself."""
 
 
 @dataclass(frozen=True)
@@ -119,36 +137,46 @@ class CLANConfig(DiscriminatorConfig):
     """Settings of CLAN; the defaults are those of its released GTA5 run."""
 
     phases: ClassVar[tuple[str, ...]] = (SOURCE_ONLY, ADAPTATION)
+    main_settings: ClassVar[tuple[str, ...]] = (
+        *DiscriminatorConfig.main_settings,
+        *"method.lambda_adversarial method.lambda_weight method.lambda_local method.epsilon".split(),
+    )
 
     lambda_adversarial: Weight = 0.001
-    """lambda_adv: weight of the adversarial loss."""
+    """Weight of the adversarial loss."""
     lambda_weight: Weight = 0.01
-    """lambda_weight: weight of the likeness of the two heads' weights; doubled, as released."""
+    """Weight of the cosine similarity of the two heads' weights; doubled, as released."""
     lambda_local: Weight = 40.0
-    """lambda_local: how much a pixel on which the heads disagree counts; 40 for GTA5, 10 for SYNTHIA."""
+    """Factor of the disagreement of the heads in a pixel's weight; 40 for GTA5, 10 for SYNTHIA."""
     epsilon: Weight = 0.4
-    """epsilon: how much every pixel counts."""
+    """Weight of a pixel on which the heads agree."""
     preheat: Annotated[float, Field(ge=0, le=1)] = 0.05
-    """First part of the iterations, in which pixels count alike and the learning rate rises from 0."""
+    """First fraction of the iterations, in which pixels count alike and the learning rate rises from 0."""
     segmentation_loss: Literal["focal", "ce", "wce_dice"] = "wce_dice"
-    """On both heads: focal as released, ce as in the paper, or that of MPSCL, which all methods here have in common."""
+    """Loss of both heads: focal as released, ce as in the paper, or that of MPSCL, which all methods here share."""
     detach_weight_map: bool = False
-    """Keep the gradient of the adversarial loss out of the map of disagreement; released: it flows through."""
+    """Keep the gradient of the adversarial loss out of the map of disagreement; the released code does not."""
 
 
 @dataclass(frozen=True)
 class IntraDAConfig(AdvEntConfig):
-    """Settings of IntraDA: those of AdvEnt, which trains both of its stages, and of the sorting between them."""
+    """Settings of IntraDA: those of AdvEnt, which trains both stages, and of the sorting between them."""
 
     phases: ClassVar[tuple[str, ...]] = (SOURCE_ONLY, WARM_UP, ADAPTATION)
+    main_settings: ClassVar[tuple[str, ...]] = (
+        *AdvEntConfig.main_settings,
+        "method.easy_fraction",
+        "method.unit",
+        "method.score",
+    )
 
     easy_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.67
-    """lambda: part of the target that is easy; the number is rounded down."""
+    """Fraction lambda of the target that is easy; the number is rounded down."""
     unit: Literal["slice", "volume"] = "slice"
-    """What is sorted: slices, of which nearly empty ones come out as easy, or whole volumes by their slices' mean."""
+    """What is sorted: slices (nearly empty ones count as easy), or whole volumes by the mean of their slices."""
     score: Literal["entropy", "foreground_entropy"] = "entropy"
-    """What it is sorted by: mean self-information over all pixels, as released, or over those predicted as foreground;
-    a slice without any then counts as most uncertain."""
+    """What it is sorted by: mean self-information over all pixels, as released, or over those predicted as foreground,
+    where a slice without any counts as most uncertain."""
 
 
 @dataclass(frozen=True)
@@ -156,34 +184,42 @@ class CAGConfig(AdvEntConfig):
     """Settings of CAG-UDA, after a warm-up with the settings of AdvEnt."""
 
     phases: ClassVar[tuple[str, ...]] = (SOURCE_ONLY, WARM_UP, ADAPTATION)
+    main_settings: ClassVar[tuple[str, ...]] = (
+        *AdvEntConfig.main_settings,
+        *"method.rounds method.probability_threshold method.distance_quantile method.lambda_distance".split(),
+    )
 
     rounds: Annotated[int, Field(ge=1, le=9)] = 3
-    """Rounds that share the iterations of the adaptation; each has the network of the one before as its teacher."""
+    """Rounds that share the iterations of the adaptation; the network of each is the teacher of the next."""
     probability_threshold: Annotated[float, Field(ge=0, le=1)] = 0.95
-    """A pixel's most probable class is its pseudo-label P where the teacher gives it more than this."""
+    """A pixel's most probable class is its pseudo-label P where the teacher's probability exceeds this."""
     distance_quantile: Annotated[float, Field(ge=0, le=1)] | None = 0.5
-    """Part of the target's pixels that get no pseudo-label A in a round, those with the least difference between
-    nearest and second nearest anchor; null uses distance_threshold."""
+    """Fraction of the target's pixels without a pseudo-label A in a round: those with the least difference between the
+    distances to the nearest and the second nearest anchor; null uses distance_threshold."""
     distance_threshold: Annotated[float, Field(ge=0)] = 2.5
-    """The nearest anchor is the pseudo-label A where it is nearer by this than the second: 2.5 as released, where
-    features are of another network and scale."""
+    """The nearest anchor is the pseudo-label A where it is nearer than the second by this; 2.5 as released, for
+    features of another network and scale."""
     lambda_distance: Weight = 0.7
     """Weight of the distances of class features to anchors."""
     min_pixels: Annotated[int, Field(ge=1)] = 10
-    """An image has a feature of a class if so many pixels are of it."""
+    """Fewest pixels of a class from which an image has a feature of it."""
     segmentation_loss: Literal["ce", "wce_dice"] = "wce_dice"
-    """On the source: ce as released, or that of MPSCL, which all methods here have in common."""
+    """Loss on the source: ce as released, or that of MPSCL, which all methods here share."""
 
 
 @dataclass(frozen=True)
 class SIFAConfig:
-    """Settings of SIFA, which has networks and optimisers of its own: of the others, ``network`` and ``optim`` are not
-    used. The defaults are those of the second version as released."""
+    """Settings of SIFA, which has its own networks and optimisers and does not use the sections ``network`` and
+    ``optim``. The defaults are those of the second version as released."""
 
     phases: ClassVar[tuple[str, ...]] = (ADAPTATION,)
+    main_settings: ClassVar[tuple[str, ...]] = tuple(
+        "method.version method.lr_generator method.lr_segmenter method.lambda_cycle method.lambda_prediction "
+        "method.lambda_features method.generator_width method.encoder_width".split()
+    )
 
     version: Literal["v1", "v2"] = "v2"
-    """v2 (TMI) has a second classifier on earlier features; v1 (AAAI) has not."""
+    """Version of the paper: v2 (TMI) has a second classifier on earlier features, v1 (AAAI) has not."""
     generator_width: Width = 32
     """Channels of the first convolution of the image translators."""
     generator_blocks: Width = 9
@@ -201,11 +237,11 @@ class SIFAConfig:
     lr_segmenter: Rate = 2e-4
     """Learning rate of Adam for encoder and classifiers (beta1 0.9): 2e-4 in v2, 1e-3 in v1."""
     segmenter_decay_every: Annotated[int, Field(ge=0)] = 0
-    """Iterations after which lr_segmenter falls to nine tenths, again and again; 0: never (v2)."""
+    """Iterations between two decays of lr_segmenter to nine tenths; 0: none (v2)."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Part of the encoder's activations that is dropped: 0.25 in v1."""
+    """Fraction of the encoder's activations that is dropped; 0.25 in v1."""
     lambda_cycle: Weight = 10.0
-    """Weight of the mean absolute difference of an image and its reconstruction."""
+    """Weight of the cycle loss, the mean absolute difference of an image and its reconstruction."""
     lambda_low: Weight = 0.1
     """Weight of the segmentation loss of the second classifier (v2)."""
     lambda_decoder: Weight = 0.1
@@ -213,15 +249,15 @@ class SIFAConfig:
     lambda_prediction: Weight = 0.1
     """Weight of the adversarial loss on predictions."""
     lambda_prediction_low: Weight = 0.01
-    """The same on those of the second classifier (v2)."""
+    """Weight of the adversarial loss on predictions of the second classifier (v2)."""
     lambda_features: Weight = 0.1
-    """Weight of the adversarial loss on features, through the images made of them."""
+    """Weight of the adversarial loss on features, through the images decoded from them."""
     prediction_ramp: tuple[Annotated[float, Field(ge=0, le=1)], Annotated[float, Field(ge=0, le=1)]] = (0.0, 0.0)
-    """Parts of the phase between which lambda_prediction grows from 0 to what it is; v1 grows it from epoch 5 to 7."""
+    """Fractions of the phase between which lambda_prediction grows from 0; v1 grows it from epoch 5 to 7."""
     lambda_l2: Weight = 1e-4
     """Weight of half the squared norm of all parameters of encoder and classifiers."""
     pool_size: Annotated[int, Field(ge=0)] = 50
-    """Global batches of earlier translated images that discriminators may see instead of the newest."""
+    """Global batches of earlier translated images that discriminators may take instead of the newest."""
 
     def network_arguments(self) -> dict[str, Any]:
         """The segmenter, as model.json and checkpoints describe it."""
@@ -245,7 +281,7 @@ METHOD_CONFIGS: dict[str, type] = {
     "cag": CAGConfig,
     "sifa": SIFAConfig,
 }
-"""The settings of every method by the name it has in a config; their ``phases`` are those that a run of it can have."""
+"""The settings of every method by its name in a config."""
 
 
 def method_name(settings: Any) -> str:

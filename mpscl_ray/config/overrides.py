@@ -1,4 +1,4 @@
-"""Settings as they are written: YAML files and ``key=value`` words, as flat keys with the place of each value."""
+"""Settings as they are written: YAML files and ``key=value`` words, as flat keys with the origin of each value."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mpscl_ray.errors import ConfigError
 
 
 class Setting(NamedTuple):
-    """One value with the place it was written at."""
+    """One value, and where it was written."""
 
     value: Any
     origin: str
@@ -36,7 +36,7 @@ def read_file(path: Path) -> dict[str, Setting]:
 
 @functools.lru_cache(maxsize=256)
 def _parsed(text: str, path: Path) -> tuple[tuple[str, Setting], ...]:
-    """Keys and values of a text, once for each that a file has had: a comparison reads its presets in every cell."""
+    """Keys and values of a text, parsed once: a comparison reads its presets in every cell."""
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.YAMLError as error:
@@ -62,7 +62,7 @@ def _walk(node: yaml.MappingNode, path: Path, prefix: str = "") -> Iterator[tupl
 def read_overrides(overrides: Sequence[str]) -> tuple[dict[str, Setting], list[str]]:
     """Flat keys of ``section.key=value`` words, and a sentence for each word that is none.
 
-    The value is YAML, so ``null``, ``[1, 2]`` and ``true`` mean what they say; a later word counts over an earlier one.
+    The value is YAML, such as ``null``, ``[1, 2]`` or ``true``; a later word replaces an earlier one.
     """
     found: dict[str, Setting] = {}
     problems: list[str] = []

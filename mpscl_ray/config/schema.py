@@ -18,7 +18,7 @@ from mpscl_ray.config.methods import (
 )
 
 SUPERVISED = "supervised"
-"""What the first phase is called where it trains on labels of the target."""
+"""Name of the first phase where it trains on labels of the target."""
 
 
 def reads_target(phase: str) -> bool:
@@ -27,54 +27,55 @@ def reads_target(phase: str) -> bool:
 
 
 def is_adaptation(phase: str) -> bool:
-    """Whether a phase is the method's own, or one of the rounds of it (``adaptation_1``, ``adaptation_2``...)."""
+    """Whether a phase is the adaptation, or one of its rounds (``adaptation_1``, ``adaptation_2``...)."""
     return phase.startswith(ADAPTATION)
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Where a run lives and how often it looks up from its work."""
+    """Name, storage and seed of a run, and how often it logs, validates and saves."""
 
     __pydantic_config__ = ConfigDict(coerce_numbers_to_str=True)  # run.name=2024 is a name
 
     name: str = "mpscl"
-    """Name of the run and of its folder; the same name again goes on where the run stopped."""
+    """Name of the run and its folder, by default that of the preset; the same name again resumes the run."""
     storage: str = "runs"
-    """Folder that holds the run folders, on several nodes one that all of them share; or s3://BUCKET/FOLDER."""
+    """Folder of the run folders, shared by all nodes of a cluster; or s3://BUCKET/FOLDER."""
     outage_min: Annotated[float, Field(ge=0)] = 10
-    """Minutes that a run in a bucket goes on while the bucket does not answer, before it stops (resumable)."""
+    """Minutes that a run in a bucket continues while the bucket does not answer, before it stops (resumable)."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 1
     """Seed of initial weights, order of slices and augmentation."""
     report_every: Annotated[int, Field(ge=1)] = 20
-    """Steps between two readings of losses (progress line, TensorBoard, metrics.jsonl)."""
+    """Steps between two logs of the losses (progress line, TensorBoard, metrics.jsonl)."""
     validate_every: Annotated[int, Field(ge=1)] = 200
     """Steps between two validations."""
     checkpoint_every: Annotated[int, Field(ge=1)] = 200
-    """Steps between two checkpoints: the most that a killed run repeats."""
+    """Steps between two checkpoints; a killed run repeats at most so many."""
     keep_checkpoints: Annotated[int, Field(ge=1)] = 2
     """Checkpoints kept beside the best one and the end of each phase."""
     select: Literal["label_free", "oracle"] = "label_free"
-    """What decides on `best`: source validation Dice less target entropy, or target validation Dice ("oracle")."""
+    """What the checkpoint `best` is chosen by: source validation Dice minus target entropy, or target validation Dice
+    ("oracle")."""
     restarts: Annotated[int, Field(ge=0)] = 3
-    """How many times lost workers are replaced before the run is given up (still resumable)."""
+    """Worker failures after which the run restarts by itself; the next one ends it (resumable)."""
 
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """Ranges of the random changes; the defaults change nothing."""
+    """Ranges of the random changes of the slices; the defaults change nothing."""
 
     rotation_deg: Annotated[float, Field(ge=0, le=180)] = 0.0
-    """Largest rotation in the slice plane, in degrees; drawn evenly from +-rotation_deg."""
+    """Largest rotation in the slice plane, in degrees; drawn uniformly from +-rotation_deg."""
     scale: tuple[Annotated[float, Field(ge=0.1, le=10)], Annotated[float, Field(ge=0.1, le=10)]] = (1.0, 1.0)
-    """Smallest and largest magnification of the anatomy; drawn evenly on a logarithmic scale."""
+    """Smallest and largest magnification of the anatomy; drawn log-uniformly."""
     translation: Annotated[float, Field(ge=0, le=0.5)] = 0.0
-    """Largest shift along either side, as a fraction of that side; drawn evenly from +-translation."""
+    """Largest shift along either side, as a fraction of that side; drawn uniformly from +-translation."""
     intensity_mapping: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Probability that the intensities of a slice are remapped by a random shallow convolution."""
     intensity_mapping_strength: Annotated[float, Field(ge=0, le=1)] = 1.0
-    """Largest weight of the remapped image in the blend with the original; drawn evenly from 0 to this."""
+    """Largest weight of the remapped image in the blend with the original; drawn uniformly from 0 to this."""
     intensity_mapping_layers: Annotated[int, Field(ge=1, le=3)] = 3
-    """Largest number of convolutions of a mapping; drawn evenly from 1 to this."""
+    """Largest number of convolutions of a mapping; drawn uniformly from 1 to this."""
 
     def __post_init__(self) -> None:
         if self.scale[0] > self.scale[1]:
@@ -88,16 +89,16 @@ class AugmentConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """The two prepared datasets and what happens to their slices on the way to the network."""
+    """The two prepared datasets and how training reads their slices."""
 
     source: str = ""
     """Folder or URL of the prepared labelled domain, or phantom:mr / phantom:ct."""
     target: str = ""
     """Folder or URL of the prepared unlabelled domain, or phantom:mr / phantom:ct."""
     labelled: Literal["source", "target"] = "source"
-    """Domain whose labels train the segmenter; "target" is the supervised upper bound."""
+    """Domain with the labels that train the segmenter; "target" is the supervised upper bound."""
     batch_size: Annotated[int, Field(ge=1)] = 8
-    """Slices a step takes from each domain, over all workers together."""
+    """Slices that a step takes from each domain, all workers together."""
     in_memory: Literal["auto"] | bool = "auto"
     """Keep the decoded slices in shared memory; auto: if they fit."""
     augmentation: AugmentConfig = field(default_factory=AugmentConfig)
@@ -109,41 +110,41 @@ class NetworkConfig:
     """The segmenter, a DeepLabV2 with heads on conv4 and conv5."""
 
     blocks: tuple[int, int, int, int] = (3, 4, 23, 3)
-    """Bottlenecks a stage; (3, 4, 23, 3) is ResNet-101."""
+    """Bottlenecks per stage; [3, 4, 23, 3] is ResNet-101."""
     width: Annotated[int, Field(ge=4)] = 64
     """Channels of the stem."""
     output_stride: Literal[4, 8] = 8
     """Input pixels per feature pixel."""
     in_channels: Literal[1, 3] = 3
-    """3 feeds the slice three times with the channel means of the ImageNet weights taken off; 1 feeds it as it is."""
+    """3 repeats the slice three times and subtracts the channel means of the ImageNet weights; 1 takes it as it is."""
     train_norm_affine: bool = False
     """Train scale and shift of the batch norms, which the released code freezes (with pretrained weights)."""
     pretrained: str | None = None
-    """File with weights to start from: ImageNet (caffe), AdaptSegNet, ADVENT or MPSCL, or the folder of
-    a run's checkpoint such as runs/NAME/phases/source_only."""
+    """File with weights to start from (ImageNet (caffe), AdaptSegNet, ADVENT or MPSCL), or the folder of a checkpoint
+    such as runs/NAME/phases/source_only."""
     pretrained_heads: bool = True
     """Take the classifier heads from that file too; false where it was trained on other classes."""
     pretrained_prototypes: str | None = None
-    """npy file with released class centres to begin the adaptation with, instead of those of Eq. 4."""
+    """npy file with released class centres that the adaptation starts with, instead of those of Eq. 4."""
 
 
 @dataclass(frozen=True)
 class PhasesConfig:
-    """Iterations of the three phases of a run; 0 leaves one out."""
+    """Iterations of the three phases of a run; 0 omits one."""
 
     source_only: Annotated[int, Field(ge=0)] = 0
-    """Plain segmentation of the labelled domain: stands in for pretrained weights where there are none."""
+    """Iterations of plain segmentation of the labelled domain, which replaces pretrained weights."""
     warm_up: Annotated[int, Field(ge=0)] = 0
-    """AdvEnt, which is what the warm-up of MPSCL is (beta = gamma = 0)."""
+    """Iterations of AdvEnt, which is the warm-up of MPSCL (beta = gamma = 0)."""
     adaptation: Annotated[int, Field(ge=0)] = 0
-    """What is particular to the method, over all its rounds; MPSCL's prototypes are initialised from all source slices
-    (Eq. 4)."""
+    """Iterations of the method itself, over all its rounds; MPSCL first initialises its prototypes from all source
+    slices (Eq. 4)."""
     source_only_lr: Annotated[float | None, Field(gt=0)] = None
-    """Learning rate of the first phase where it is not optim.lr."""
+    """Learning rate of the first phase; null: optim.lr."""
 
 
 ParameterKind = Literal["stem", "block", "downsample", "head"]
-"""Where a convolution of the segmenter stands; decides its sub-steps, see ``OptimConfig.legacy_param_repeats``."""
+"""Position of a convolution in the segmenter; decides its sub-steps, see ``OptimConfig.legacy_param_repeats``."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,7 @@ class OptimConfig:
     lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 2.5e-4
     """Learning rate of the segmenter at the start of a phase."""
     head_lr_factor: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 10.0
-    """Learning rate of the two classifier heads over that of the backbone."""
+    """Learning rate of the two classifier heads divided by that of the backbone."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """Momentum of SGD."""
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 5e-4
@@ -165,43 +166,43 @@ class OptimConfig:
     power: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.9
     """Exponent of the decay lr (1 - i / iterations)^power."""
     legacy_param_repeats: dict[ParameterKind, Annotated[int, Field(ge=1)]] | None = None
-    """SGD sub-steps a parameter takes in one iteration, by where it stands: {stem: 1, block: 3, downsample: 4, head: 1}
-    is what the released code does by listing parameters several times. null: one each."""
+    """SGD sub-steps of a parameter in one iteration, by its position: {stem: 1, block: 3, downsample: 4, head: 1} is
+    what the released code does by listing parameters several times. null: one each."""
 
 
 @dataclass(frozen=True)
 class PrecisionConfig:
-    """How GPUs compute. Cosines, logarithms, margin and Dice are in float32 whatever is set here."""
+    """How GPUs compute. Cosines, logarithms, margin and Dice are always in float32."""
 
     dtype: Literal["fp32", "bf16"] = "fp32"
     """bf16 runs the networks under autocast; weights and optimisers stay float32."""
     tf32: bool = True
-    """Let float32 products of GPUs use TF32."""
+    """Let GPUs use TF32 for products of float32."""
     channels_last: bool = False
     """Keep images and convolution weights in NHWC order."""
     compile: bool = False
-    """Compile the networks with torch.compile; takes a minute at the start."""
+    """Compile the networks with torch.compile, which takes a minute at the start."""
 
 
 @dataclass(frozen=True)
 class ScalingConfig:
-    """What a run takes of the machine or cluster."""
+    """The workers of a run and what each takes of the machine or cluster."""
 
     workers: Annotated[int, Field(ge=1)] | tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] = 1
-    """Processes that share each batch; the result does not depend on their number. With [least, most] a run goes on
-    with fewer when a node is lost, and takes more when one is there."""
+    """Processes that share each batch; the result does not depend on their number. With [least, most] a run continues
+    with fewer when a node is lost, and takes more when there is room."""
     device: Literal["auto", "cpu", "gpu"] = "auto"
-    """auto: a GPU for each worker if the cluster has any."""
+    """cpu, gpu, or auto: a GPU for each worker if the cluster has any."""
     cpus_per_worker: Annotated[float, Field(gt=0)] = 1
-    """CPUs reserved for, and threads used by, each worker."""
+    """CPUs that each worker reserves, and threads that it uses."""
     wait_s: Annotated[float, Field(ge=0)] = 0
-    """Seconds to wait for resources that the cluster lacks now, for example while it grows."""
+    """Seconds to wait for resources that the cluster lacks, for example while it grows."""
     resize_check_s: Annotated[float, Field(gt=0)] = 30
     """Seconds between two checks whether an elastic run can have more workers; to take them, all workers restart."""
 
     @property
     def limits(self) -> tuple[int, int]:
-        """The number of workers that a run needs to go on, and the one that it takes if it can."""
+        """The smallest number of workers that a run continues with, and the largest."""
         return (self.workers, self.workers) if isinstance(self.workers, int) else self.workers
 
     @property

@@ -1,4 +1,4 @@
-"""The systems of the comparison: which presets there are, and which runs can share their beginning."""
+"""The systems of the comparison: their presets, and the first phases that their runs can share."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ SYSTEMS: dict[str, str] = {
     "mpscl": "MPSCL",
     "supervised": "Supervised",
 }
-"""Every system as tables name it, in their order, by the last part of its presets ``mr2ct/NAME``, ``ct2mr/NAME``,
+"""Title of every system in tables, in their order, by the last part of its presets ``mr2ct/NAME``, ``ct2mr/NAME``,
 ``small/NAME`` and ``phantom/NAME``."""
 
 
 def phase_fingerprint(config: Config, phase: str) -> dict[str, Any]:
-    """Everything that decides what a run has learnt when a phase ends, up to rounding.
+    """Everything that decides on the weights of a run at the end of a phase, up to rounding.
 
-    Two runs for which this is equal can share their beginning: train one, and ``fork`` the other from there.
+    Two runs with the same values can share their first phases: train one, and ``fork`` the other from there.
 
     Args:
         config: of the run.
@@ -56,7 +56,7 @@ def phase_fingerprint(config: Config, phase: str) -> dict[str, Any]:
 
 
 def shared_phase(one: Config, other: Config) -> str | None:
-    """The last phase up to which two runs learn the same, so that one can be forked from the other; None if none is.
+    """The last phase up to which two runs are the same, so that one can be forked from the other, or None.
 
     Rounds of an adaptation are not shared.
     """

@@ -1,4 +1,4 @@
-"""What a run's system and phases are called in figures."""
+"""Names of a run's system and phases in figures."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ PHASE_TITLES: Mapping[str, str] = {
     "warm_up": "warmed up",
     "adaptation": "adapted",
 }
-"""What the segmenter is at the end of each phase."""
+"""Name of the segmenter at the end of each phase."""
 
 
 def system_of(config: Mapping[str, Any]) -> str:
-    """Name of the system that a run's settings make: a key of ``SYSTEMS``, or the method's own name.
+    """The system that a run's settings describe: a key of ``SYSTEMS``, or the name of the method.
 
     Args:
-        config: nested plain values, as ``config.yaml`` has them.
+        config: nested plain values, as in ``config.yaml``.
 
     Returns:
         ``baseline`` is MPSCL with beta = gamma = 0 (Table IV of Liu et al. 2022), ``cscl`` without margins (Table V).
@@ -42,10 +42,10 @@ def system_of(config: Mapping[str, Any]) -> str:
 
 
 def title_of(system: str) -> str:
-    """How a system is written in figures and tables."""
+    """Title of a system in figures and tables."""
     return SYSTEMS.get(system, system)
 
 
 def phase_title(phase: str) -> str:
-    """How the end of a phase is written in figures."""
+    """Title of the end of a phase in figures."""
     return PHASE_TITLES.get(phase, phase.replace("_", " "))

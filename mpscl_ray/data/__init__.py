@@ -1,4 +1,4 @@
-"""Volumes, slices, datasets and the stream of batches."""
+"""Volumes, slices, datasets and streams of batches."""
 
 SOURCE_DOMAIN = "source"
 """The labelled domain."""
@@ -7,4 +7,4 @@ TARGET_DOMAIN = "target"
 """The unlabelled domain that the segmenter is adapted to."""
 
 SPLITS = ("train", "val", "test")
-"""Parts of a dataset, by patient."""
+"""Parts of a dataset. Each patient is in one of them."""

@@ -1,8 +1,8 @@
 """Random changes of training slices: position and size of the anatomy, and the mapping of tissue to intensity.
 
-The result for a sample depends on its key and the settings only, bit for bit: not on the samples that share its batch,
-and so not on how a batch is divided among workers. For that reason random numbers are hashes of the key, and pixels are
-touched by additions, multiplications and roundings only, which give the same bits wherever in an array a pixel lies.
+The result for a sample depends only on its key and the settings, bit for bit: not on the other samples of its batch,
+and so not on how a batch is divided among workers. Therefore random numbers are hashes of the key, and pixels are
+changed only by additions, multiplications and roundings, which give the same bits at any position in an array.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mpscl_ray.config import AugmentConfig
-from mpscl_ray.data.sampler import Keys, hash_integers
+from mpscl_ray.data.sampler import Keys, splitmix64
 
 _CHANNELS = 2
 """Feature maps between the layers of a random intensity mapping."""
@@ -27,7 +27,7 @@ _WEIGHT_DRAWS = 64
 
 
 def augment(image: Tensor, label: Tensor | None, keys: Keys, config: AugmentConfig) -> tuple[Tensor, Tensor | None]:
-    """Change each sample of a batch at random, as its key says.
+    """Change each sample of a batch at random, seeded by its key.
 
     Args:
         image: (B, 1, H, W) float32 intensities.
@@ -36,7 +36,7 @@ def augment(image: Tensor, label: Tensor | None, keys: Keys, config: AugmentConf
         config: ranges of the changes.
 
     Returns:
-        Image and label of the same shapes and types; the very tensors that came in when nothing is to be changed.
+        Image and label of the same shapes and types; the input tensors themselves if nothing is to be changed.
     """
     draws = _uniforms(keys, _AFFINE_DRAWS + _MAPPING_DRAWS + _WEIGHT_DRAWS)
     if config.moves:
@@ -55,15 +55,14 @@ def augment(image: Tensor, label: Tensor | None, keys: Keys, config: AugmentConf
 def _uniforms(keys: Keys, count: int) -> NDArray[np.float64]:
     """(B, count) numbers in [0, 1), each row a function of its key."""
     counters: Keys = np.add(keys[:, None], np.arange(count, dtype=np.uint64), dtype=np.uint64)
-    return (hash_integers(counters, 0) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    return (splitmix64(counters, 0) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def _sampling_grid(draws: NDArray[np.float64], size: tuple[int, int], config: AugmentConfig) -> Tensor:
-    """(B, H, W, 2) places in the input, as ``grid_sample`` wants them, for every pixel of the output.
+    """(B, H, W, 2) positions in the input for every pixel of the output, as ``grid_sample`` expects them.
 
     A pixel at x from the centre of the output, in pixels, is taken from R(angle)^-1 (x - shift) / scale. Beyond the
-    edge the image and the label both repeat their outermost pixels, so they still belong together, and no intensity
-    appears that the image has not.
+    edge image and label both repeat their outermost pixels: they still match, and no new intensity appears.
     """
     height, width = size
     low, high = (math.log(bound) for bound in config.scale)
@@ -88,11 +87,11 @@ def _sampling_grid(draws: NDArray[np.float64], size: tuple[int, int], config: Au
 
 
 def _map_intensities(image: Tensor, draws: NDArray[np.float64], config: AugmentConfig) -> Tensor:
-    """Blend some of the images with the output of a random shallow convolution; their mean and deviation stay.
+    """Blend some images with the output of a random shallow convolution, keeping their mean and standard deviation.
 
     With the standardised image u and the standardised output v of the convolution, the result is the blend
     (1 - a) u + a v, standardised, times the standard deviation of the image, plus its mean. An image of one intensity
-    stays as it is.
+    is not changed.
     """
     chosen = np.flatnonzero(draws[:, 0] < config.intensity_mapping)
     layers = 1 + (draws[:, 1] * config.intensity_mapping_layers).astype(np.int64)
@@ -113,8 +112,8 @@ def _map_intensities(image: Tensor, draws: NDArray[np.float64], config: AugmentC
 def _random_convolution(x: Tensor, weights: Tensor, depth: int) -> Tensor:
     """Put each image through its own small random network.
 
-    The first layer is a 3 x 3 convolution, the others are 1 x 1; between layers the values are folded into [-1, 1] by a
-    triangle wave of period 4, which is not monotone: tissues change their order of brightness.
+    The first layer is a 3 x 3 convolution, the others are 1 x 1. Between layers a triangle wave of period 4 folds the
+    values into [-1, 1]. It is not monotone: tissues change their order of brightness.
 
     Args:
         x: (B, 1, H, W) standardised images.
@@ -153,7 +152,7 @@ def _neighbours(x: Tensor) -> list[Tensor]:
 def _standardise(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Subtract each image's mean and divide by its standard deviation; returns the result, the mean and the deviation.
 
-    The sums are NumPy's, which adds up one image in the same order whatever else is in the batch.
+    The sums are NumPy's: it adds up one image in the same order whatever the rest of the batch is.
     """
     flat = x.numpy().reshape(len(x), -1)
     centred = flat - flat.mean(axis=1, keepdims=True)

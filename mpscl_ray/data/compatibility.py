@@ -1,7 +1,7 @@
-"""Do two sets of prepared cases agree: classes, size, orientation, scale, patients?
+"""Do two sets of prepared cases fit together: classes, size, orientation, scale, patients?
 
-Most of what ruins an adaptation is visible before it starts: a test set that is stored upside down, a domain resampled
-by a stale header, the same patient on both sides. The checks need only the manifests.
+Most of what ruins an adaptation is visible before it starts: a test set stored upside down, a domain resampled by a
+wrong header, the same patient in both domains. The checks need only the manifests.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ _FLIPS = {
     "with rows and columns flipped": np.array([-1.0, -1.0]),
 }
 _NOTABLE_DISTANCE = 0.04
-"""Structures that lie this fraction of the image from where they should are worth a word; less is anatomy."""
+"""Distance, as a fraction of the image, from which a displaced structure is reported; less is anatomy."""
 _NOTABLE_RATIO = 1.3
 
 
 def label_statistics(label: NDArray[np.uint8] | None, num_classes: int) -> dict[str, Any]:
-    """The fields of a case that tell where and how large its structures are (see ``Case``).
+    """The fields of a :class:`~mpscl_ray.data.dataset.Case` on where and how large its structures are.
 
     Args:
         label: (D, H, W), or None.
@@ -54,7 +54,7 @@ def label_statistics(label: NDArray[np.uint8] | None, num_classes: int) -> dict[
 
 
 def mean_centres(cases: Iterable[Case]) -> NDArray[np.float64] | None:
-    """Mean (row, column) of each structure over the labelled cases, (C-1, 2); NaN for a structure that none shows."""
+    """Mean (row, column) of each structure over the labelled cases, (C-1, 2); NaN for one that no case shows."""
     rows = [
         [(np.nan, np.nan) if centre is None else centre for centre in case.class_centres[1:]]
         for case in cases
@@ -68,9 +68,9 @@ def mean_centres(cases: Iterable[Case]) -> NDArray[np.float64] | None:
 
 
 def orientation_notice(first: Iterable[Case], second: Iterable[Case], names: tuple[str, str]) -> str | None:
-    """A sentence where the structures of two sets agree much better after a flip, else None.
+    """A warning if the structures of two sets agree much better after a flip, else None.
 
-    Compared is how the structures lie to each other, so that another crop does not matter.
+    The positions of the structures relative to each other are compared, so a different crop does not matter.
     """
     one, two = mean_centres(first), mean_centres(second)
     if one is None or two is None:
@@ -86,13 +86,13 @@ def orientation_notice(first: Iterable[Case], second: Iterable[Case], names: tup
     if straight < _NOTABLE_DISTANCE or distances[best] > 0.5 * straight:
         return None
     return (
-        f"the structures of {names[1]} lie like those of {names[0]} only {best}: mean distance "
+        f"the structures of {names[1]} match those of {names[0]} only {best}: mean distance "
         f"{distances[best]:.1%} of the image instead of {straight:.1%}; check the orientation of both"
     )
 
 
 def _widths(cases: Iterable[Case]) -> tuple[float | None, float | None]:
-    """Median structure width in pixels and, where all spacings are known, in mm."""
+    """Median structure width in pixels and, if all spacings are known, in mm."""
     pixels, millimetres = [], []
     for case in cases:
         if case.structure_width is None:
@@ -110,7 +110,7 @@ def _far(one: float, two: float) -> bool:
 
 
 def size_notice(source: Iterable[Case], target: Iterable[Case]) -> str | None:
-    """A sentence where the structures of two domains differ in size, in pixels or by their spacing, else None."""
+    """A warning if the structures of two domains differ in size, in pixels or in mm, else None."""
     pixels_source, mm_source = _widths(source)
     pixels_target, mm_target = _widths(target)
     if pixels_source is None or pixels_target is None:
@@ -124,7 +124,7 @@ def size_notice(source: Iterable[Case], target: Iterable[Case]) -> str | None:
     if _far(mm_source, mm_target) and not _far(pixels_source, pixels_target):
         return (
             f"the structures of source and target are {by_pixel}, but {by_mm} by the spacing of the files: the spacing "
-            "of one domain is likely stale; do not resample by it, and trust no distance in mm there"
+            "of one domain is likely wrong; do not resample by it, and do not trust its distances in mm"
         )
     if _far(pixels_source, pixels_target):
         return (
@@ -135,15 +135,15 @@ def size_notice(source: Iterable[Case], target: Iterable[Case]) -> str | None:
 
 
 def check_pair(source: Manifest, target: Manifest) -> list[str]:
-    """Refuse a source and a target that cannot be trained together; return what deserves a warning.
+    """Refuse a source and a target that cannot be trained together; returns warnings.
 
     Args:
         source: the labelled domain.
         target: the domain to adapt to; its classes may be unknown (empty) if none of its cases is labelled.
 
     Raises:
-        DataError: where size or classes differ, the source has no labelled training case, a domain has no training
-            case, or both hold the same image.
+        DataError: size or classes differ, the source has no labelled training case, a domain has no training case, or
+            both hold the same image.
     """
     names = f"source {source.modality!r} and target {target.modality!r}"
     if source.size != target.size:

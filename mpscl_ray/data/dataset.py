@@ -42,8 +42,8 @@ class Scaling:
 class Case:
     """One prepared case: a volume, or a group of slices that belong together.
 
-    ``id`` is unique within a split; ``patient`` is what splits are made by. Tuples by class have one entry for each
-    class of the manifest, background first, and are None where the case is not labelled.
+    ``id`` is unique within a split; splits are made by ``patient``. Tuples by class have one entry for each
+    class of the manifest, background first, and are None if the case is not labelled.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -55,21 +55,21 @@ class Case:
     slices: Annotated[int, Field(ge=1)]
     labelled: bool
     sha256: str
-    """Of the Parquet file."""
+    """SHA-256 of the Parquet file."""
     bytes: int
     content_sha256: str
-    """Of the voxels as they were read, before any step: the same image under two names has the same."""
+    """SHA-256 of the voxels as read, before any step: equal for the same image under two names."""
     geometry: dict[str, Any]
-    """What puts a prediction back into the original image; empty where the input was slices already."""
+    """What maps a prediction back to the original image; empty if the input was slices already."""
     spacing_mm: tuple[Size, Size, Size] | None
-    """Of the prepared voxels, (slice, row, column); None where the input does not tell."""
+    """Size of the prepared voxels, (slice, row, column); None if the input does not say."""
     class_voxels: tuple[int, ...] | None
     class_centres: tuple[tuple[float, float] | None, ...] | None
     """Mean (row, column) of each class as fractions of height and width; None for an absent class."""
     structure_width: float | None
     """Side in pixels of a square as large as all structures together in the slice that shows most of them."""
     cropped_around_labels: bool
-    """The crop was placed by the labels of this very case, which for a test case is a mild leak."""
+    """Whether the crop was placed by the labels of this case, which for a test case is a mild leak."""
     sources: dict[str, str]
     """Names and SHA-256 of the input files."""
     notices: tuple[str, ...]
@@ -83,19 +83,19 @@ class Manifest:
     version: int
     modality: str
     classes: tuple[str, ...]
-    """Names in the order of the label values, background first; empty where no label table was given."""
+    """Names in the order of the label values, background first; empty if no label table was given."""
     size: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]
     """Height and width of every slice."""
     scaling: Scaling
     recipe: dict[str, Any]
-    """Steps from a volume to slices, enough (with the scaling) to prepare a new volume the same way."""
+    """Steps from a volume to slices; with the scaling, enough to prepare a new volume in the same way."""
     splitting: dict[str, Any]
     labels: dict[str, Any]
-    """Raw label ids: the class of each, and the ones that are background on purpose."""
+    """Raw label ids: the class of each, and those that are background on purpose."""
     steps: tuple[str, ...]
     notices: tuple[str, ...]
     command: str
-    """Makes this dataset again."""
+    """Command that makes this dataset again."""
     product_version: str
     cases: tuple[Case, ...]
 
@@ -107,7 +107,7 @@ class Manifest:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over classes, size, scaling and the hash of every case: equal where the data is equal."""
+        """SHA-256 over classes, size, scaling and the hash of every case: equal for equal data."""
         parts = [
             self.modality,
             list(self.classes),
@@ -126,7 +126,7 @@ def _checksum(content: Mapping[str, Any]) -> str:
 
 
 def save_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write ``manifest.json``, which makes the folder a dataset: the last step of preparing one."""
+    """Write ``manifest.json``, the last step of preparing a dataset: only now the folder is one."""
     content = json.loads(_MANIFEST_TYPE.dump_json(manifest))
     content["checksum"] = _checksum(content)
     text = json.dumps(content, indent=1, ensure_ascii=False, sort_keys=True)
@@ -138,8 +138,8 @@ def load_manifest(folder: Path | S3Path | str) -> Manifest:
 
     Raises:
         StorageError: a bucket that cannot be read.
-        DataError: where there is no dataset, or one that is damaged or of another format version. The sentence ends
-            with the command that prepares it (again).
+        DataError: there is no dataset, or it is damaged or of another format version. The message ends with the
+            command that prepares it (again).
     """
     folder = parse_location(folder)
     path = folder / MANIFEST
@@ -152,7 +152,7 @@ def load_manifest(folder: Path | S3Path | str) -> Manifest:
     try:
         content = json.loads(raw)
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise DataError(f"{path}: damaged, not JSON any more ({error}); prepare it again: {_PREPARE}") from None
+        raise DataError(f"{path}: damaged, no longer JSON ({error}); prepare it again: {_PREPARE}") from None
     if not isinstance(content, dict):
         raise DataError(f"{path}: not the manifest of a prepared dataset; prepare one: {_PREPARE}")
     command = content.get("command")
@@ -176,8 +176,9 @@ def load_manifest(folder: Path | S3Path | str) -> Manifest:
     if not manifest.scaling.low < manifest.scaling.high:
         raise DataError(f"{path}: scaling.low is not below scaling.high; {again}")
     for case in manifest.cases:
-        if case.file != case_file(case.split, case.id):
-            raise DataError(f"{path}: case {case.id!r} names the file {case.file!r} outside its place; {again}")
+        expected = case_file(case.split, case.id)
+        if case.file != expected:
+            raise DataError(f"{path}: case {case.id!r} names the file {case.file!r}, expected {expected!r}; {again}")
     return manifest
 
 

@@ -1,8 +1,8 @@
-"""Batches of slices for one worker: which slices there are, in which order they come, and their way into tensors.
+"""Batches of slices for one worker.
 
-:class:`Slices` is a split of a prepared dataset, opened for reading; :class:`LocalSlices` holds it in the memory of
-this process, the kinds that Ray Data reads are in :mod:`mpscl_ray.data.ray_source`. :class:`SliceStream` turns any of
-them into the endless, augmented batches of one rank.
+:class:`Slices` is a split of a prepared dataset, opened for reading. :class:`LocalSlices` holds it in the memory of
+this process; those that Ray Data reads are in :mod:`mpscl_ray.data.ray_source`. :class:`SliceStream` makes endless,
+augmented batches of one rank from any of them.
 """
 
 from __future__ import annotations
@@ -24,22 +24,18 @@ from mpscl_ray.config import AugmentConfig
 from mpscl_ray.data.augment import augment
 from mpscl_ray.data.dataset import Case
 from mpscl_ray.data.parquet_reader import Arrays, SplitFiles
-from mpscl_ray.data.sampler import Keys, Rows, StepOrder, share
+from mpscl_ray.data.sampler import Keys, Rows, StepOrder, shard_range
 
 PREFETCH = 2
 """Batches that a stream prepares ahead of the training step."""
 
 
 class Slices(ABC):
-    """All slices of one split of a prepared dataset, opened for reading.
-
-    Attributes:
-        files: which slices there are, as rows 0..N-1.
-    """
+    """All slices of one split of a prepared dataset, opened for reading."""
 
     def __init__(self, files: SplitFiles) -> None:
-        """Open the slices of these files."""
         self.files = files
+        """The files of the split; its slices are rows 0..N-1."""
 
     @property
     def rows(self) -> int:
@@ -48,32 +44,32 @@ class Slices(ABC):
 
     @abstractmethod
     def fetch(self, batches: Iterable[Rows]) -> Generator[Arrays, None, None]:
-        """Fetch one batch of slices after the other.
+        """Yield one batch of slices after the other.
 
         Args:
             batches: row indices of each batch; may be endless, and is read only a bounded number of batches ahead.
 
         Yields:
-            The slices of each batch, in the order of its rows, in memory of their own.
+            The slices of each batch, in the order of its rows, in arrays that nobody else uses.
         """
 
     def shard(self, rank: int, world_size: int, batch_size: int) -> Iterator[dict[str, Tensor]]:
-        """This rank's part of all slices, once, in order and unchanged; over all ranks each slice comes exactly once.
+        """This rank's part of all slices, once, in order and unchanged; over all ranks each slice occurs exactly once.
 
         Ranks may differ by one slice, and so by one batch: put no collective operation inside the loop.
 
         Args:
             rank: number of this worker.
             world_size: number of workers.
-            batch_size: most slices in a batch; the last may have fewer.
+            batch_size: slices in a batch; the last may have fewer.
 
         Yields:
-            Batches as :meth:`SliceStream.next` gives them.
+            Batches as :meth:`SliceStream.next` returns them.
         """
-        own = share(self.rows, rank, world_size)
+        own = shard_range(self.rows, rank, world_size)
         firsts = range(0, len(own), batch_size)
         for arrays in self.fetch(np.asarray(own[first : first + batch_size]) for first in firsts):
-            yield tensors(arrays)
+            yield collate(arrays)
 
     def volumes(self, rank: int = 0, world_size: int = 1) -> Iterator[tuple[Case, Arrays]]:
         """Whole cases for validation: this rank gets every ``world_size``-th, its slices in order.
@@ -85,8 +81,8 @@ class Slices(ABC):
         yield from zip(self.files.cases[rank::world_size], self.fetch(rows), strict=True)
 
 
-class ResidentSlices(Slices):
-    """Slices that are in memory as a few large arrays, each of consecutive rows."""
+class InMemorySlices(Slices):
+    """Slices in memory, as a few large arrays of consecutive rows."""
 
     @abstractmethod
     def parts(self) -> Sequence[tuple[int, Arrays]]:
@@ -99,14 +95,14 @@ class ResidentSlices(Slices):
         for rows in batches:
             arrays = self.files.empty(len(rows))
             owners = np.searchsorted(starts, rows, side="right") - 1
-            for place, (owner, row) in enumerate(zip(owners, rows, strict=True)):
+            for position, (owner, row) in enumerate(zip(owners, rows, strict=True)):
                 for name, array in parts[owner][1].items():
-                    arrays[name][place] = array[row - starts[owner]]
+                    arrays[name][position] = array[row - starts[owner]]
             yield arrays
 
 
-class LocalSlices(ResidentSlices):
-    """Slices in the memory of this process, read when it is opened; no Ray needed."""
+class LocalSlices(InMemorySlices):
+    """Slices in the memory of this process, read when opened; needs no Ray."""
 
     def __init__(self, folder: Path | str, split: str, *, labels: bool) -> None:
         """Read all cases of a split, one after the other.
@@ -122,8 +118,8 @@ class LocalSlices(ResidentSlices):
         return self._parts
 
 
-def tensors(arrays: Arrays, keys: Keys | None = None, config: AugmentConfig | None = None) -> dict[str, Tensor]:
-    """Turn arrays into a batch, augmented if wanted: image (B, 1, H, W) float32, label (B, H, W) int64."""
+def collate(arrays: Arrays, keys: Keys | None = None, config: AugmentConfig | None = None) -> dict[str, Tensor]:
+    """Turn arrays into a batch, augmented if configured: image (B, 1, H, W) float32, label (B, H, W) int64."""
     image = torch.from_numpy(arrays["image"]).unsqueeze(1)
     label = torch.from_numpy(arrays["label"]) if "label" in arrays else None
     if keys is not None and config is not None:
@@ -135,11 +131,7 @@ class SliceStream:
     """The endless, shuffled, augmented batches of one rank, prepared in the background at most two ahead.
 
     The batch of a global step is a function of the data, the seed, the domain, the step and the global batch size; see
-    :mod:`mpscl_ray.data.sampler`. To resume is to open the stream at the step reached.
-
-    Attributes:
-        wait_seconds: time for which :meth:`next` has waited in all; its share of the run's time is the data-wait share.
-        order: which rows this rank takes at which step.
+    :mod:`mpscl_ray.data.sampler`. To resume, open the stream at the step reached.
     """
 
     def __init__(
@@ -158,21 +150,23 @@ class SliceStream:
         """Start to prepare batches.
 
         Args:
-            slices: where they come from.
+            slices: the slices to take batches from.
             seed: seed of the run.
             domain: name of the domain.
             global_batch: slices per step over all ranks.
             rank: number of this worker.
             world_size: number of workers.
             augment: random changes of the slices; None for none.
-            start_step: the first step to give a batch for.
-            device: where the tensors go; through pinned memory, without waiting, if it is a GPU.
+            start_step: step of the first batch.
+            device: device of the tensors; a GPU gets them through pinned memory, without waiting.
 
         Raises:
             ConfigError: the global batch cannot be divided evenly among the workers.
         """
         self.order = StepOrder(seed, domain, slices.rows, global_batch, rank, world_size)
+        """Which rows this rank takes at which step."""
         self.wait_seconds = 0.0
+        """Total time for which :meth:`next` has waited."""
         self._slices = slices
         self._augment = augment
         self._start_step = start_step
@@ -192,8 +186,8 @@ class SliceStream:
             being the global batch size divided by the number of workers.
 
         Raises:
-            DataError: a file turned out missing or damaged; it is named. Whatever else went wrong in the background is
-                raised here too.
+            DataError: a file is missing or damaged; it is named. Any other error of the background thread is raised
+                here too.
         """
         begin = time.perf_counter()
         with self._changed:
@@ -201,7 +195,7 @@ class SliceStream:
             self._changed.wait_for(lambda: self._ready)
             item = self._ready[0]
             if isinstance(item, Exception):
-                # Stays in its place: a second call fails in the same way instead of waiting for ever.
+                # It stays in the queue: a second call raises it again instead of waiting for ever.
                 raise item
             self._ready.popleft()
             self._changed.notify_all()
@@ -211,7 +205,7 @@ class SliceStream:
         return {name: tensor.to(self._device, non_blocking=True) for name, tensor in item.items()}
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        """Batches without end."""
+        """Batches, endless."""
         while True:
             yield self.next()
 
@@ -224,7 +218,7 @@ class SliceStream:
         self._ready.clear()
 
     def __enter__(self) -> SliceStream:
-        """Use as a context: closed at its end."""
+        """Enter a context that closes the stream at its end."""
         return self
 
     def __exit__(
@@ -237,7 +231,7 @@ class SliceStream:
         fetched = self._slices.fetch(self.order.steps(self._start_step))
         try:
             if self._device.type == "cuda":
-                # A thread starts with the first GPU; pinning would make every worker of a node open a context on it.
+                # A new thread uses the first GPU; pinning would make every worker of a node open a context on it.
                 torch.cuda.set_device(self._device)
             for step in count(self._start_step):
                 if not self._wait_for_room():
@@ -260,7 +254,7 @@ class SliceStream:
             self._changed.notify_all()
 
     def _finish(self, arrays: Arrays, step: int) -> dict[str, Tensor]:
-        batch = tensors(arrays, self.order.batch_keys(step), self._augment)
+        batch = collate(arrays, self.order.batch_keys(step), self._augment)
         if self._device.type == "cuda":
             batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
         return batch

@@ -144,25 +144,6 @@ def read_case(
     return {name: table_column(table, name) for name in table.column_names}
 
 
-def verify(folder: Path | S3Path | str, cases: Iterable[Case]) -> dict[str, str]:
-    """SHA-256 of each case's file, compared with the manifest.
-
-    Raises:
-        DataError: naming every file that is missing or differs.
-    """
-    hashes: dict[str, str] = {}
-    bad: list[str] = []
-    for case in cases:
-        try:
-            _read_verified(folder, case)
-            hashes[case.file] = case.sha256
-        except DataError as error:
-            bad.append(str(error))
-    if bad:
-        raise DataError("; ".join(bad))
-    return hashes
-
-
 def _columns(labels: bool) -> dict[str, type[np.generic]]:
     return {name: dtype for name, dtype in _DTYPES.items() if labels or name != "label"}
 

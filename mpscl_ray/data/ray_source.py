@@ -1,9 +1,9 @@
-"""Slices that Ray Data reads: kept in the object store where they fit, streamed from the files where they do not.
+"""Slices that Ray Data reads: kept in the object store if they fit, otherwise streamed from the files.
 
-Both give the same batches. Kept slices are read once, in parallel, and every worker of a node then looks at the same
-copy in shared memory. Streamed slices are read by each worker's own Ray Data execution of the deterministic order, a
-bounded number of bytes ahead. The reading tasks ask for no CPU: training workers may hold them all, and a task that
-waited for one would wait for ever.
+Both give the same batches. Kept slices are read once, in parallel, and all workers of a node share one copy in memory.
+Streamed slices are read by a Ray Data execution of each worker, in the deterministic order, a bounded number of bytes
+ahead. The reading tasks request no CPU: training workers may hold them all, and a task that waited for one would wait
+for ever.
 """
 
 from __future__ import annotations
@@ -22,29 +22,29 @@ from ray.data import Dataset, ExecutionResources, TaskPoolStrategy
 from ray.data.exceptions import SystemException
 from ray.exceptions import RayError, RayTaskError
 
-from mpscl_ray.data.loader import ResidentSlices, Slices
+from mpscl_ray.data.loader import InMemorySlices, Slices
 from mpscl_ray.data.parquet_reader import Arrays, SplitFiles, read_block, table_column
 from mpscl_ray.data.sampler import Rows
 from mpscl_ray.errors import ClusterError, MpsclError
 from mpscl_ray.runs.storage import S3Path
 
 KEPT_FRACTION = 0.3
-"""Largest part of a node's object store that ``auto`` lets one split fill; two domains leave room for other blocks."""
+"""Largest part of a node's object store that one split may fill with ``auto``; this leaves room for two domains."""
 
 SPAN_BYTES = 8 * 2**20
-"""Decoded bytes that one reading task of a stream makes, if so many batches are allowed."""
+"""Decoded bytes that one reading task of a stream returns, within the limit of batches."""
 
 SPAN_BATCHES = 32
-"""Most batches that one reading task of a stream makes, however small."""
+"""Largest number of batches that one reading task of a stream returns."""
 
 AHEAD_BYTES = 4 * SPAN_BYTES
-"""Decoded bytes that a stream may have read ahead in the object store."""
+"""Decoded bytes that a stream may read ahead into the object store."""
 
 SPANS_PER_EXECUTION = 256
-"""Reading tasks that one execution of Ray Data is given; the next execution goes on from there."""
+"""Reading tasks of one execution of Ray Data; the next execution continues from there."""
 
 STREAM_TASKS = 2
-"""Reading tasks of one stream at a time."""
+"""Concurrent reading tasks of one stream."""
 
 
 def open_slices(
@@ -54,23 +54,23 @@ def open_slices(
     labels: bool,
     in_memory: bool | Literal["auto"] = "auto",
     capacity: int | None = None,
-) -> KeptSlices | StreamedSlices:
+) -> ObjectStoreSlices | StreamedSlices:
     """Open a split of a prepared dataset for the workers of a run.
 
-    Ray must be initialised. The result travels to the workers, as an argument of a task or in the configuration of
-    their training loop, and stays valid as long as the process that opened it lives.
+    Ray must be initialised. The result can be sent to the workers, as an argument of a task or in the configuration of
+    their training loop. It is valid while the process that opened it lives.
 
     Args:
-        folder: the dataset folder, on storage that all nodes see, or in a bucket: nodes then keep copies of its files.
+        folder: the dataset folder, on storage that all nodes see, or in a bucket; nodes then cache its files.
         split: name of the split.
         labels: whether to read the labels. Without, their bytes are never touched.
-        in_memory: True to keep the decoded slices in the object store, False to stream them from the files, "auto" to
-            keep them if they take at most 30 % of the object store of the smallest node.
-        capacity: bytes of that object store; None asks Ray.
+        in_memory: True keeps the decoded slices in the object store, False streams them from the files, "auto" keeps
+            them if they take at most 30 % of the object store of the smallest node.
+        capacity: size of that object store in bytes; None asks Ray.
 
     Raises:
         DataError: no such dataset or split, labels missing, or a file missing or damaged, which it names.
-        ClusterError: the slices are to be kept and do not fit, or Ray fails.
+        ClusterError: slices to be kept do not fit, or Ray fails.
     """
     files = SplitFiles.find(folder, split, labels=labels)
     need, capacity = files.rows * files.slice_bytes, object_store_bytes() if capacity is None else capacity
@@ -82,7 +82,7 @@ def open_slices(
             f"of the smallest node has {capacity / 2**20:.0f} MiB; stream them (in_memory false or auto), or give Ray "
             "a larger object store"
         )
-    return KeptSlices(files) if in_memory else StreamedSlices(files)
+    return ObjectStoreSlices(files) if in_memory else StreamedSlices(files)
 
 
 def object_store_bytes() -> int:
@@ -93,8 +93,8 @@ def object_store_bytes() -> int:
     return int(min(node.get("object_store_memory", 0) for node in able))
 
 
-class KeptSlices(ResidentSlices):
-    """Slices in Ray's object store; all workers of a node look at one copy."""
+class ObjectStoreSlices(InMemorySlices):
+    """Slices in Ray's object store; all workers of a node share one copy."""
 
     def __init__(self, files: SplitFiles) -> None:
         """Read all cases of a split, in parallel."""
@@ -109,7 +109,7 @@ class KeptSlices(ResidentSlices):
         self._parts: list[tuple[int, Arrays]] | None = None
 
     def parts(self) -> Sequence[tuple[int, Arrays]]:
-        """Views of the blocks in shared memory; brought to this node when first asked for."""
+        """Views of the blocks in shared memory; the first call brings them to this node."""
         if self._parts is None:
             with _plain_errors(self.files):
                 tables = ray.get(self._blocks)
@@ -118,17 +118,17 @@ class KeptSlices(ResidentSlices):
         return self._parts
 
     def __getstate__(self) -> dict[str, Any]:
-        """Only the references travel, never the slices themselves."""
+        """Only the references are pickled, never the slices themselves."""
         return {**self.__dict__, "_parts": None}
 
 
 class StreamedSlices(Slices):
-    """Slices read from the files when they are needed, by a Ray Data execution of their order.
+    """Slices read from the files when they are needed, by Ray Data executions in the order of the batches.
 
     Args:
-        files: where they are.
-        span_bytes: decoded bytes that one reading task makes.
-        spans_per_execution: reading tasks that one execution of Ray Data is given.
+        files: the files of the split.
+        span_bytes: decoded bytes that one reading task returns.
+        spans_per_execution: reading tasks of one execution of Ray Data.
     """
 
     def __init__(
@@ -169,22 +169,22 @@ def _read_through_ray(files: SplitFiles, pieces: list[Rows], *, tasks: int, ahea
     """Dataset of one block for each piece, in this order, holding the rows of the piece.
 
     Args:
-        files: where the rows are from.
+        files: the files of the rows.
         pieces: rows of each block.
-        tasks: most reading tasks at a time.
-        ahead_bytes: most bytes of blocks that wait in the object store; None to keep all.
+        tasks: largest number of concurrent reading tasks.
+        ahead_bytes: largest size of the blocks that wait in the object store; None keeps all.
     """
     dataset = ray.data.from_items([{"rows": rows.tolist()} for rows in pieces], override_num_blocks=len(pieces))
     context = dataset.context
     context.execution_options.preserve_order = True
     if ahead_bytes is not None:
         context.execution_options.resource_limits = ExecutionResources.for_limits(object_store_memory=ahead_bytes)
-    context.target_max_block_size = None  # A block is never cut up: it stays the piece that was asked for.
+    context.target_max_block_size = None  # Never split a block: it is the piece that was asked for.
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.raise_original_map_exception = True
-    # When an execution starts and ends is not news during training, its warning about busy CPUs is wrong here, and all
-    # errors that it logs are raised too.
+    # Its log is of no use during training: starts and ends of executions, a warning about busy CPUs that is wrong here,
+    # and errors that are raised too.
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     reader: Any = read_block
     return dataset.map_batches(
@@ -204,12 +204,12 @@ def _views(table: pa.Table, files: SplitFiles) -> Arrays:
 
 @contextmanager
 def _plain_errors(files: SplitFiles) -> Iterator[None]:
-    """Raise what a reading task raised as itself, and a failure of Ray as an error of the cluster."""
+    """Raise the error of a reading task unchanged, and a failure of Ray as a cluster error."""
     try:
         yield
     except RayTaskError as error:
         if isinstance(error.cause, MpsclError):
-            # Ray adds lines on how often it was tried.
+            # Ray adds lines on its retries.
             raise type(error.cause)(str(error.cause).splitlines()[0]) from None
         raise ClusterError(f"{files.folder}: the split {files.split!r} could not be read: {error.cause!r}") from error
     except (RayError, SystemException) as error:

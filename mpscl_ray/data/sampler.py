@@ -2,12 +2,12 @@
 
 A domain is one endless stream of samples. Epoch e of it is a permutation of all rows, a function of (seed, domain, e);
 position p of the stream is element p mod N of epoch p // N, N being the number of rows. The global step k takes
-positions [k*G, (k+1)*G), G being the global batch size, and rank r of W workers the r-th of W equal parts of these. So
-what a step sees does not depend on the number of workers, every rank has the same number of steps, a shorter domain
-simply repeats, no sample is ever dropped, and the step number is all that a resumed run has to know.
+positions [k*G, (k+1)*G), G being the global batch size, and rank r of W workers takes the r-th of W equal parts of
+these. So the samples of a step do not depend on the number of workers, every rank has the same number of steps, a
+shorter domain repeats, no sample is dropped, and a resumed run needs only the step number.
 
-The permutations come from an integer hash and a stable sort, not from a library's generator, so they are the same in
-all versions of all libraries.
+The permutations come from an integer hash and a stable sort, not from a library's generator: they are the same in all
+versions of all libraries.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ _MIX1 = np.uint64(0xBF58476D1CE4E5B9)
 _MIX2 = np.uint64(0x94D049BB133111EB)
 
 
-def hash_integers(values: NDArray[np.unsignedinteger | np.signedinteger], key: int) -> Keys:
-    """Hash each integer under a key: the output function of SplitMix64, a bijection of 64-bit integers for every key.
+def splitmix64(values: NDArray[np.unsignedinteger | np.signedinteger], key: int) -> Keys:
+    """Hash each integer with a key by the output function of SplitMix64, a bijection of 64-bit integers.
 
     Args:
         values: integers of any shape.
@@ -49,8 +49,8 @@ def hash_integers(values: NDArray[np.unsignedinteger | np.signedinteger], key: i
     return hashed
 
 
-def stream_key(*parts: int | str) -> int:
-    """64-bit key of a named stream of random numbers, for example ``stream_key(seed, "source", "augment")``."""
+def derive_seed(*parts: int | str) -> int:
+    """64-bit seed of a named stream of random numbers, for example ``derive_seed(seed, "source", "augment")``."""
     digest = hashlib.sha256("/".join(str(part) for part in parts).encode()).digest()
     return int.from_bytes(digest[:8], "little")
 
@@ -66,9 +66,9 @@ def epoch_permutation(seed: int, domain: str, epoch: int, rows: int) -> Rows:
         rows: number of rows, at least 1.
 
     Returns:
-        (rows,) row indices; read-only, because it is remembered for the next call.
+        (rows,) row indices; read-only, because the array is cached.
     """
-    hashes = hash_integers(np.arange(rows), stream_key(seed, domain, "order", epoch))
+    hashes = splitmix64(np.arange(rows), derive_seed(seed, domain, "order", epoch))
     permutation = np.argsort(hashes, kind="stable").astype(np.int64)
     permutation.setflags(write=False)
     return permutation
@@ -82,7 +82,7 @@ def sample_positions(seed: int, domain: str, rows: int, start: int, stop: int) -
         domain: name of the domain.
         rows: number of rows of the domain, at least 1.
         start: first position.
-        stop: one past the last position; may be any number of epochs further.
+        stop: one past the last position, possibly many epochs later.
 
     Returns:
         (stop - start,) row indices.
@@ -95,7 +95,7 @@ def sample_positions(seed: int, domain: str, rows: int, start: int, stop: int) -
 
 
 def sample_keys(seed: int, domain: str, start: int, stop: int) -> Keys:
-    """Seed of the augmentation at each position [start, stop): its own for every position of the stream.
+    """Seed of the augmentation at each position [start, stop) of the stream.
 
     Args:
         seed: seed of the run.
@@ -106,31 +106,27 @@ def sample_keys(seed: int, domain: str, start: int, stop: int) -> Keys:
     Returns:
         (stop - start,) 64-bit keys.
     """
-    return hash_integers(np.arange(start, stop), stream_key(seed, domain, "augment"))
+    return splitmix64(np.arange(start, stop), derive_seed(seed, domain, "augment"))
 
 
 @dataclass(frozen=True)
 class StepOrder:
-    """What one rank takes at each global step of one domain.
-
-    Attributes:
-        seed: seed of the run.
-        domain: name of the domain.
-        rows: number of rows of the domain.
-        global_batch: samples of this domain per step over all ranks.
-        rank: number of this worker.
-        world_size: number of workers.
+    """The samples that one rank takes at each global step of one domain.
 
     Raises:
         ConfigError: the global batch cannot be divided evenly among the workers, or there are no rows.
     """
 
     seed: int
+    """Seed of the run."""
     domain: str
     rows: int
+    """Number of rows of the domain."""
     global_batch: int
+    """Samples of this domain per step over all ranks."""
     rank: int = 0
     world_size: int = 1
+    """Number of workers."""
 
     def __post_init__(self) -> None:
         assert 0 <= self.rank < self.world_size
@@ -161,13 +157,13 @@ class StepOrder:
         return sample_keys(self.seed, self.domain, *self.positions(step))
 
     def steps(self, start_step: int = 0) -> Iterator[Rows]:
-        """Row indices of this rank's batches from a step on, without end."""
+        """Row indices of this rank's batches from a step on, endless."""
         step = start_step
         while True:
             yield self.batch_rows(step)
             step += 1
 
 
-def share(count: int, rank: int, world_size: int) -> range:
+def shard_range(count: int, rank: int, world_size: int) -> range:
     """Contiguous part of ``range(count)`` of one rank; together the parts cover it, their sizes differ by at most 1."""
     return range(count * rank // world_size, count * (rank + 1) // world_size)

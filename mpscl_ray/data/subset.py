@@ -1,4 +1,4 @@
-"""Some of the slices of a split, with labels of their own: what a method trains on that sorts its target."""
+"""Some of the slices of a split, with other labels: for methods that sort their target."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from mpscl_ray.data.parquet_reader import Arrays
 from mpscl_ray.data.sampler import Rows
 
 
-class ChosenSlices(Slices):
-    """Chosen rows of other slices, numbered anew from 0.
+class SubsetSlices(Slices):
+    """Chosen rows of other slices, renumbered from 0.
 
     Args:
-        slices: where they come from.
-        rows: (n,) their rows there.
-        labels: (n, H, W) uint8 that take the place of labels; None leaves what the slices have.
+        slices: the slices to choose from.
+        rows: (n,) rows there.
+        labels: (n, H, W) uint8 that replace the labels; None keeps those of the slices.
     """
 
     def __init__(self, slices: Slices, rows: Rows, labels: NDArray[np.uint8] | None = None) -> None:
@@ -33,7 +33,7 @@ class ChosenSlices(Slices):
         return len(self._rows)
 
     def fetch(self, batches: Iterable[Rows]) -> Generator[Arrays, None, None]:
-        """Fetch one batch after the other, as :meth:`Slices.fetch` does."""
+        """Yield one batch after the other, as :meth:`Slices.fetch` does."""
         asked: deque[Rows] = deque()
 
         def translated() -> Iterator[Rows]:

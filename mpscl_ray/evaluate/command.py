@@ -15,17 +15,17 @@ examples:
   python -m mpscl_ray.evaluate runs/mpscl --checkpoint source_only         the end of the first phase
   python -m mpscl_ray.evaluate runs/mpscl --data DATA/ct --split val       another dataset or split
   python -m mpscl_ray.evaluate runs/mpscl --checkpoint mr2ct.pth --released-protocol
-                                                                           released weights, the papers' way of counting
+                                                                           released weights, scored as in the papers
 
-RUN/results/NAME/ gets per_volume.csv, summary.csv, summary.md and summary.json.
+Writes per_volume.csv, summary.csv, summary.md and summary.json to RUN/results/NAME/.
 """
 
 
 def main(arguments: Sequence[str]) -> int:
     """Evaluate one checkpoint and print its table; returns the exit code."""
-    parser = argparse.ArgumentParser(
+    parser = cli.CommandParser(
         prog="python -m mpscl_ray.evaluate",
-        description="Dice and average surface distance of a run's segmenter on labelled volumes; every slice counts.",
+        description="Dice and average surface distance of a run's segmenter on labelled volumes, with all slices.",
         epilog=f"{_EXAMPLES}\n{cli.EXIT_CODES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -39,17 +39,19 @@ def main(arguments: Sequence[str]) -> int:
         "--workers",
         type=int,
         metavar="N",
-        help="volumes at a time, on Ray; 0 in this process (default: by their number)",
+        help="volumes at a time, on Ray; 0: in this process (default: by their number)",
     )
-    add("--device", help="cpu, cuda or cuda:N (default: a GPU where there is one)")
+    add("--device", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
     add("--largest-component", action="store_true", help="keep only the largest connected part of each structure")
     add(
-        "--released-protocol", action="store_true", help="count as the released code does, to compare published numbers"
+        "--released-protocol",
+        action="store_true",
+        help="score as the released code does, to compare with published numbers",
     )
     options = parser.parse_args(list(arguments))
     if options.workers is not None and options.workers < 0:
         raise ConfigError(f"--workers is {options.workers}; expected 0 or more")
-    # Imported here: help and refused arguments need not wait for torch.
+    # Imported here: help and refused arguments need no torch.
     from mpscl_ray.evaluate.run import evaluate
 
     return evaluate(options)

@@ -24,12 +24,12 @@ from mpscl_ray.runs.atomic_files import storage_errors, write_atomically
 from mpscl_ray.runs.storage import S3Path
 
 RELEASED_PROTOCOL = (
-    "RELEASED PROTOCOL, for comparison with published numbers alone: the last (slices mod 32) slices of each volume "
+    "RELEASED PROTOCOL, only for comparison with published numbers: the last (slices mod 32) slices of each volume "
     "are left background, ASD is in voxels (mean of two means), a structure missing in prediction or truth has ASD 1, "
     "and Dice of a structure that is in neither is 0."
 )
 _FURTHER = ("asd_mm_mean_of_means", "asd_voxel", "asd_voxel_mean_of_means", "hd95_mm")
-"""Measures that ``summary.md`` has beside the usual ones."""
+"""Additional measures in ``summary.md``."""
 
 
 @dataclass(frozen=True)
@@ -37,28 +37,28 @@ class Evaluation:
     """Scores of one checkpoint on the labelled volumes of one split."""
 
     name: str
-    """Also the name of its folder in the run's results."""
+    """Name, also of its folder in the run's results."""
     run: str
     weights: Checkpoint
     dataset: Path | S3Path
     modality: str
     fingerprint: str
-    """Of the dataset."""
+    """Fingerprint of the dataset."""
     split: str
     largest_component: bool
     released_protocol: bool
     classes: tuple[str, ...]
     slices: Mapping[str, int]
-    """Slices of each case, all of which are predicted."""
+    """Number of slices of each case; all are predicted."""
     scores: Mapping[str, Sequence[StructureScore]]
-    """By case, one for each structure."""
+    """Scores of each case, one for each structure."""
     summary: Summary
     notices: tuple[str, ...]
-    """What one should know beside the numbers."""
+    """Warnings on the numbers."""
 
     @property
     def row_label(self) -> str:
-        """What this is called in a table; names a choice by target labels as such."""
+        """Label of its row in a table; says if target labels selected the checkpoint."""
         return self.weights.name.replace("_", " ") + (" (oracle)" if self.weights.oracle else "")
 
     def table(self, style: Style = "text", measures: Sequence[str] | None = None) -> str:

@@ -27,14 +27,14 @@ CaseKind = Literal["ok", "missed", "false_alarm", "absent"]
 """``ok``: in truth and prediction; ``missed``: in the truth only; ``false_alarm``: in the prediction only; ``absent``:
 in neither."""
 RELEASED_BATCH = 32
-"""Slices a batch in the evaluation of the MPSCL authors, which drops the last ``D mod 32`` slices of a volume."""
+"""Slices per batch in the evaluation of the MPSCL authors, which drops the last ``D mod 32`` slices of a volume."""
 
 
 @dataclass(frozen=True)
 class StructureScore:
     """How well one structure is segmented in one volume.
 
-    Distances are NaN where they are undefined (``missed``, ``false_alarm``, ``absent``, or no spacing for those in mm).
+    Distances are NaN if they are undefined (``missed``, ``false_alarm``, ``absent``, or no spacing for those in mm).
     In the ``worst_case`` columns ``missed`` and ``false_alarm`` count as the diagonal of the volume, which no distance
     inside the volume can exceed.
     """
@@ -147,7 +147,7 @@ def volume_scores(
 
 
 def released_protocol_scores(prediction: Array, truth: Array, classes: Sequence[str]) -> list[StructureScore]:
-    """Score a volume as the evaluation of the MPSCL authors does, for comparison with published numbers alone.
+    """Score a volume as the evaluation of the MPSCL authors does, only for comparison with published numbers.
 
     The last ``D mod 32`` slices of the prediction become background, distances are in voxels with the mean of means,
     Dice of two empty masks is 0, and the distance of a structure that is missing in prediction or truth is 1 voxel,

@@ -1,4 +1,4 @@
-"""Scores of a run, of one checkpoint or at the end of each phase, and their tables: what the evaluate command does."""
+"""Scores of one checkpoint (the evaluate command), or of the end of each phase of a run, and their tables."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mpscl_ray.runs.run_directory import RunDirectory, open_run
 from mpscl_ray.runs.storage import join_location
 
 PHASES_TABLE = "phases.txt"
-"""File in a run's results with a row for each phase; ``phases.md``, ``.csv`` and ``.json`` have the same."""
+"""File in a run's results with a row for each phase, as in ``phases.md``, ``.csv`` and ``.json``."""
 
 
 def evaluate_phases(
@@ -28,18 +28,18 @@ def evaluate_phases(
 ) -> dict[str, Evaluation]:
     """Evaluate the end of each phase on the target and write ``results/phases.{txt,md,csv,json}``, a row per phase.
 
-    The volumes are those of the test split; where none of them is labelled, those of the validation split, and the
-    table says so.
+    The volumes are those of the test split; if none of them is labelled, those of the validation split, and the table
+    says so.
 
     Args:
         run: folder, or URL, of a run whose phases are finished.
         phases: their names, in order.
-        device: see :func:`evaluate_checkpoint`.
-        workers: see :func:`evaluate_checkpoint`.
+        device: see :func:`~mpscl_ray.evaluate.scoring.evaluate_checkpoint`.
+        workers: see :func:`~mpscl_ray.evaluate.scoring.evaluate_checkpoint`.
         progress: whether to show progress lines.
 
     Returns:
-        Phase -> evaluation; empty, with nothing written, where no volume of the target is labelled.
+        Phase -> evaluation; empty, and nothing is written, if no volume of the target is labelled.
 
     Raises:
         As :func:`evaluate_checkpoint`.
@@ -74,7 +74,7 @@ def evaluate_phases(
 
 
 def evaluate(options: argparse.Namespace) -> int:
-    """Evaluate one checkpoint, by the options of the command, and print its table; returns the exit code."""
+    """Evaluate one checkpoint and print its table; returns the exit code."""
     choose_device(options.device)
     home = open_run(options.run)
     evaluation = evaluate_checkpoint(

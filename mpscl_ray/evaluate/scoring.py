@@ -1,6 +1,6 @@
-"""The scores of a trained segmenter on the labelled volumes of a prepared dataset.
+"""Scoring a trained segmenter on the labelled volumes of a prepared dataset.
 
-Every slice of a volume is predicted, and measured is the whole volume on the grid that it was prepared on.
+Every slice of a volume is predicted, and the whole volume is scored on the grid that it was prepared on.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from mpscl_ray.evaluate.tables import summarise
 from mpscl_ray.predict.model import Checkpoint, Domain, Model, find_checkpoint, read_model
 from mpscl_ray.predict.predictor import (
     Predictor,
+    cached_predictor,
     keep_largest_component,
     load_weights,
-    segmenter_of_worker,
-    volumes_at_a_time,
+    num_inference_workers,
 )
 from mpscl_ray.runs.progress import ProgressLine
 from mpscl_ray.runs.run_directory import RunDirectory, open_run
@@ -51,18 +51,15 @@ def evaluate_checkpoint(
 
     Args:
         run: folder of the run, or its URL.
-        checkpoint: see :func:`mpscl_ray.predict.predictor.find_checkpoint`.
+        checkpoint: see :func:`mpscl_ray.predict.model.find_checkpoint`.
         data: prepared dataset; None for the run's target.
         split: train, val or test.
         out: folder, or URL, for the tables; None for ``RUN/results/NAME``.
-        device: None takes a GPU where there is one.
+        device: None takes a GPU if there is one.
         workers: volumes at a time, on Ray; 0 in this process; None decides by their number.
         largest_component: whether only the largest connected part of each structure is kept.
-        released_protocol: whether to count as the released code does, for comparison with published numbers.
+        released_protocol: whether to score as the released code does, for comparison with published numbers.
         progress: whether to show a progress line.
-
-    Returns:
-        Scores and summary.
 
     Raises:
         ConfigError: no such run, checkpoint, split or device.
@@ -70,6 +67,58 @@ def evaluate_checkpoint(
         StorageError: the tables cannot be written.
     """
     home = open_run(run)
+    subject = _load(home, checkpoint, data, split, device)
+    name = _result_name(subject, largest_component, released_protocol)
+    location = parse_location(out or home.results / name)
+    _check_writable(location)
+    options = _Options(
+        run=home.uri,
+        weights=replace(subject.weights, path=home.relative_to_run(subject.weights.path)),
+        stamp=subject.weights.stamp(),
+        dataset=subject.dataset,
+        device=device,
+        scaling=subject.manifest.scaling,
+        domain=subject.domain,
+        largest_component=largest_component,
+        released_protocol=released_protocol,
+    )
+    scores = _score(subject.predictor, options, subject.cases, workers, progress)
+    evaluation = _evaluation(name, home.display_path, subject, options, scores)
+    with output_directory(location) as written:
+        write_evaluation(evaluation, written)
+    if out is None:
+        home.store.upload(home.results / location.name)
+    return evaluation
+
+
+def _check_writable(location: Path | S3Path) -> None:
+    """Find out before the work whether the tables can be written."""
+    if isinstance(location, S3Path):
+        location.require_bucket()
+    with output_directory(location):
+        pass
+
+
+# ------------------------------------------------------------------------------------------ segmenter and dataset
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """A segmenter, and the volumes that it is scored on."""
+
+    predictor: Predictor
+    weights: Checkpoint
+    dataset: Path | S3Path
+    manifest: Manifest
+    split: str
+    cases: Sequence[Case]
+    domain: Domain | None
+    """How the run prepared this modality; None if the run does not know it."""
+    is_target: bool
+    notices: tuple[str, ...]
+
+
+def _load(home: RunDirectory, checkpoint: str, data: Path | str | None, split: str, device: str | None) -> _Subject:
     model = read_model(home)
     weights, notices = find_checkpoint(home, checkpoint)
     folder, manifest, domain = find_dataset(home.display_path, model, data)
@@ -80,55 +129,14 @@ def evaluate_checkpoint(
     weights = predictor.weights
     if weights.oracle:
         notices.append("oracle: labels of target volumes chose this checkpoint, which is not possible without them")
-    parts = [weights.name, split] if domain is model.domains["target"] else [weights.name, manifest.modality, split]
+    is_target = domain is model.domains["target"]
+    return _Subject(predictor, weights, folder, manifest, split, cases, domain, is_target, tuple(notices))
+
+
+def _result_name(subject: _Subject, largest_component: bool, released_protocol: bool) -> str:
+    parts = [subject.weights.name, *([] if subject.is_target else [subject.manifest.modality]), subject.split]
     parts += ["largest_component"] * largest_component + ["released_protocol"] * released_protocol
-    name = "_".join(parts)
-    location = parse_location(out or home.results / name)
-    _check_writable(location)
-    options = _Options(
-        run=home.uri,
-        weights=replace(weights, path=home.relative_to_run(weights.path)),
-        stamp=weights.stamp(),
-        dataset=folder,
-        device=device,
-        scaling=manifest.scaling,
-        domain=domain,
-        largest_component=largest_component,
-        released_protocol=released_protocol,
-    )
-    scores = _score(predictor, options, cases, workers, progress)
-    evaluation = Evaluation(
-        name=name,
-        run=home.display_path,
-        weights=weights,
-        dataset=folder,
-        modality=manifest.modality,
-        fingerprint=manifest.fingerprint,
-        split=split,
-        largest_component=largest_component,
-        released_protocol=released_protocol,
-        classes=model.classes,
-        slices={case.id: case.slices for case in cases},
-        scores=scores,
-        summary=summarise(scores),
-        notices=tuple(notices),
-    )
-    with output_directory(location) as written:
-        write_evaluation(evaluation, written)
-    if out is None:
-        home.store.upload(home.results / location.name)
-    return evaluation
-
-
-def _check_writable(location: Path | S3Path) -> None:
-    """Find out before the work that the tables cannot be written."""
-    if isinstance(location, S3Path):
-        location.require_bucket()
-    with output_directory(location):
-        pass
-
-
-# ------------------------------------------------------------------------------------------------------ dataset
+    return "_".join(parts)
 
 
 def find_dataset(run: str, model: Model, data: Path | str | None) -> tuple[Path | S3Path, Manifest, Domain | None]:
@@ -137,8 +145,7 @@ def find_dataset(run: str, model: Model, data: Path | str | None) -> tuple[Path 
     if data is None:
         if target.dataset is None or not target.dataset.exists():
             raise DataError(
-                f"the target dataset of the run {run}, {target.dataset}, is not there any more; give its folder with "
-                "--data"
+                f"the target dataset of the run {run}, {target.dataset}, no longer exists; give its folder with --data"
             )
         folder = target.dataset
     else:
@@ -180,20 +187,22 @@ def _dataset_notices(manifest: Manifest, domain: Domain | None, cases: list[Case
         notices.append(f"{total - len(cases)} of {total} cases have no label and are left out")
     leaking = sum(case.cropped_around_labels for case in cases)
     if leaking:
-        notices.append(f"the crop of {leaking} volumes was placed by their own labels, which flatters a little")
+        notices.append(
+            f"the crop of {leaking} volumes was placed by their own labels, so their scores are slightly too good"
+        )
     if any(case.spacing_mm is None for case in cases):
-        notices.append("the voxel size of some volumes is not known, so they have no distance in mm, only in voxels")
+        notices.append("the voxel size of some volumes is unknown, so they have distances in voxels only, not in mm")
     if domain is None:
         notices.append(f"the run was not trained on the modality {manifest.modality}")
     else:
         low, high = manifest.scaling.low, manifest.scaling.high
         if (low, high) != (domain.low, domain.high):
             notices.append(
-                f"the dataset is scaled by the range {low:g} to {high:g}; its slices were brought to {domain.low:g} to "
-                f"{domain.high:g}, by which the run's {domain.modality} is scaled"
+                f"the dataset is scaled by the range {low:g} to {high:g}; its slices were rescaled to {domain.low:g} "
+                f"to {domain.high:g}, the range of the run's {domain.modality}"
             )
         if own and domain.fingerprint not in (None, manifest.fingerprint):
-            notices.append("the dataset was prepared anew since the run used it")
+            notices.append("the dataset was prepared again since the run used it")
     return notices
 
 
@@ -202,7 +211,7 @@ def _dataset_notices(manifest: Manifest, domain: Domain | None, cases: list[Case
 
 @dataclass(frozen=True)
 class _Options:
-    """What scoring a case needs beside the case."""
+    """What a worker needs to score a case."""
 
     run: str
     weights: Checkpoint
@@ -210,9 +219,9 @@ class _Options:
     dataset: Path | S3Path
     device: str | None
     scaling: Scaling
-    """Of the dataset."""
+    """Scaling of the dataset."""
     domain: Domain | None
-    """How the run prepared this modality; None where it does not know it."""
+    """How the run prepared this modality; None if the run does not know it."""
     largest_component: bool
     released_protocol: bool
 
@@ -221,7 +230,7 @@ def _score(
     predictor: Predictor, options: _Options, cases: Sequence[Case], workers: int | None, progress: bool
 ) -> dict[str, list[StructureScore]]:
     if workers is None:
-        workers = volumes_at_a_time(len(cases), predictor.device)
+        workers = num_inference_workers(len(cases), predictor.device)
     function: Callable[[Case], list[StructureScore]]
     if workers:
         function = partial(_score_in_worker, options)
@@ -254,8 +263,29 @@ def _score_case(predictor: Predictor, options: _Options, case: Case) -> list[Str
 
 
 def _score_in_worker(options: _Options, case: Case) -> list[StructureScore]:
-    predictor = segmenter_of_worker(options.run, options.weights, options.stamp, options.device)
+    predictor = cached_predictor(options.run, options.weights, options.stamp, options.device)
     return _score_case(predictor, options, case)
+
+
+def _evaluation(
+    name: str, run: str, subject: _Subject, options: _Options, scores: dict[str, list[StructureScore]]
+) -> Evaluation:
+    return Evaluation(
+        name=name,
+        run=run,
+        weights=subject.weights,
+        dataset=subject.dataset,
+        modality=subject.manifest.modality,
+        fingerprint=subject.manifest.fingerprint,
+        split=subject.split,
+        largest_component=options.largest_component,
+        released_protocol=options.released_protocol,
+        classes=subject.predictor.classes,
+        slices={case.id: case.slices for case in subject.cases},
+        scores=scores,
+        summary=summarise(scores),
+        notices=subject.notices,
+    )
 
 
 def _by(size: tuple[int, int]) -> str:

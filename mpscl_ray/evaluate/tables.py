@@ -1,6 +1,7 @@
-"""Scores of many volumes as one summary, and summaries as a table: text, Markdown or CSV.
+"""Summaries of the scores of many volumes, and tables of summaries: text, Markdown or CSV.
 
-Beside every mean stands how many volumes are not what they should be: ``m`` missed, ``f`` false alarm, ``a`` absent.
+Every mean is followed by the numbers of volumes that have no regular value: ``m`` missed, ``f`` false alarm, ``a``
+absent.
 """
 
 from __future__ import annotations
@@ -93,7 +94,7 @@ class Summary:
 
 
 def table_order(structures: Sequence[str]) -> tuple[str, ...]:
-    """Structures in the paper's order if all four of the paper are there (others follow), else as they come."""
+    """Structures in the paper's order, others after them, if all four of the paper are there; else unchanged."""
     if not set(PAPER_ORDER) <= set(structures):
         return tuple(structures)
     return (*PAPER_ORDER, *(name for name in structures if name not in PAPER_ORDER))
@@ -106,9 +107,9 @@ def summarise(scores: Mapping[str, Sequence[StructureScore]]) -> Summary:
         scores: per case the scores of its structures, the same structures in every case.
 
     Returns:
-        The summary. The mean over structures is the mean of their means and has, as its sd, that of the volumes' own
-        means; it is NaN where a structure has no value although it is in the truth or the prediction of a volume, so
-        that it never gets better by leaving out what was missed.
+        The summary. The mean over structures is the mean of their means; its sd is that of the means of the volumes. It
+        is NaN if a structure has no value although it is in the truth or the prediction of a volume: leaving out what
+        was missed never improves it.
 
     Raises:
         ValueError: no volume at all, or volumes with different structures.

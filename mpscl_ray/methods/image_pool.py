@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mpscl_ray.data.sampler import hash_integers
+from mpscl_ray.data.sampler import splitmix64
 from mpscl_ray.distributed import collectives
 from mpscl_ray.errors import DataError
 
@@ -50,7 +50,7 @@ class ImagePool:
 
     def draw(self, count: int) -> tuple[float, int]:
         """A number in [0, 1) and an index into the pool."""
-        chance, index = hash_integers(np.array([2 * count, 2 * count + 1]), self.key).tolist()
+        chance, index = splitmix64(np.array([2 * count, 2 * count + 1]), self.key).tolist()
         return chance / 2**64, index % self.size
 
     def state_dict(self) -> dict[str, Any]:

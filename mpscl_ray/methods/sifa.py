@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mpscl_ray.config import OptimConfig, PrecisionConfig, SIFAConfig
 from mpscl_ray.config.schema import NetworkConfig
-from mpscl_ray.data.sampler import stream_key
+from mpscl_ray.data.sampler import derive_seed
 from mpscl_ray.distributed import collectives
 from mpscl_ray.methods import base
 from mpscl_ray.methods.base import Batch, TargetSplit, TrainingSlices
@@ -80,7 +80,8 @@ class SIFA:
         self._guards = {name: NonFiniteGuard(self.device) for name in self.networks}
         self._flag = torch.zeros((), dtype=torch.float32, device=self.device)
         self._pools = {
-            name: ImagePool(self.config.pool_size, stream_key(self.seed, "pool", name)) for name in ("source", "target")
+            name: ImagePool(self.config.pool_size, derive_seed(self.seed, "pool", name))
+            for name in ("source", "target")
         }
 
     def start_phase(self, iterations: int) -> None:
@@ -103,7 +104,7 @@ class SIFA:
         decay = 0.9 ** (iteration // c.segmenter_decay_every) if c.segmenter_decay_every else 1.0
         for name, optimiser in self._optimisers.items():
             optimiser.start_iteration(iteration, self._iterations, decay if name == "segmenter" else 1.0)
-        nets.dropout.manual_seed(stream_key(self.seed, "dropout", iteration) % 2**63)
+        nets.dropout.manual_seed(derive_seed(self.seed, "dropout", iteration) % 2**63)
         counts = collectives.all_reduce_sum(class_counts(batch.source_label, self.num_classes))
 
         fake_b, losses = self._step_generator(a, b)

@@ -24,21 +24,21 @@ itksnap_labels.txt and slicer_labels.ctbl. A file that cannot be read is reporte
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Segment images; returns the exit code, 3 if some of them could not be."""
+    """Segment images; returns the exit code, 3 if some failed."""
     options = _parser().parse_args(list(arguments))
     if options.workers is not None and options.workers < 0:
         raise ConfigError(f"--workers is {options.workers}; expected 0 or more")
-    out = _place(options.inputs, options.out)
-    # Imported here: help and refused arguments need not wait for torch and Ray.
+    out = _output_location(options.inputs, options.out)
+    # Imported here: help and refused arguments need no torch and no Ray.
     from mpscl_ray.predict.run import predict
 
     return predict(options, out)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = cli.CommandParser(
         prog="python -m mpscl_ray.predict",
-        description="Segment NIfTI images with a trained run; label maps come in the geometry of the images. For "
+        description="Segment NIfTI images with a trained run; label maps have the geometry of the images. For "
         "research, not a medical device.",
         epilog=f"{_EXAMPLES}\n{cli.EXIT_CODES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -54,19 +54,19 @@ def _parser() -> argparse.ArgumentParser:
         "--label-values",
         choices=("index", "raw"),
         default="index",
-        help="class indices, or the ids of the data's files",
+        help="class indices, or the label ids of the original files",
     )
     add("--largest-component", action="store_true", help="keep only the largest connected part of each structure")
-    add("--probabilities", action="store_true", help="a map of the probability of each structure too")
-    add("--preview", action="store_true", help="a picture of some slices with their labels too")
-    add("--assume-spacing", type=_spacing, metavar="X,Y,Z", help="voxel size in mm for files that do not tell")
+    add("--probabilities", action="store_true", help="also write a probability map of each structure")
+    add("--preview", action="store_true", help="also write a picture of some slices with their labels")
+    add("--assume-spacing", type=_spacing, metavar="X,Y,Z", help="voxel size in mm for files without a usable geometry")
     add(
         "--workers",
         type=int,
         metavar="N",
-        help="volumes at a time, on Ray; 0 in this process (default: by their number)",
+        help="volumes at a time, on Ray; 0: in this process (default: by their number)",
     )
-    add("--device", help="cpu, cuda or cuda:N (default: a GPU where there is one)")
+    add("--device", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
     add("--overwrite", action="store_true", help="replace files of an earlier prediction")
     return parser
 
@@ -81,8 +81,8 @@ def _spacing(text: str) -> tuple[float, float, float]:
     return x, y, z
 
 
-def _place(inputs: Sequence[Path], out: str) -> Path | S3Path:
-    """Where label maps go.
+def _output_location(inputs: Sequence[Path], out: str) -> Path | S3Path:
+    """Output location of the label maps.
 
     Raises:
         ConfigError: an input is in a bucket, or the URL cannot be used.
@@ -91,10 +91,10 @@ def _place(inputs: Sequence[Path], out: str) -> Path | S3Path:
     for given in inputs:
         if is_url(given):
             raise ConfigError(
-                f"{parse_location(given)} is in a bucket, and images are read from files; copy it to this machine"
+                f"{parse_location(given)} is in a bucket, but images are read from local files; copy it to this machine"
             )
-    place = parse_location(out)
-    if isinstance(place, S3Path):
-        place.require_bucket()
-        return place
-    return place.absolute()
+    location = parse_location(out)
+    if isinstance(location, S3Path):
+        location.require_bucket()
+        return location
+    return location.absolute()

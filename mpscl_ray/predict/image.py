@@ -1,4 +1,4 @@
-"""A label map for an image file, on the grid of that file, and what goes with it: volumes, probabilities, a picture."""
+"""The label map of an image file, on the grid of that file, with volumes, probabilities and a picture."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ from mpscl_ray.data.volumes.nifti_output import write_label_map, write_values
 from mpscl_ray.data.volumes.preprocess import Geometry, prepare_volume, restore_labels, restore_most_probable
 from mpscl_ray.errors import ConfigError, DataError
 from mpscl_ray.predict.model import Checkpoint, Domain, Model
-from mpscl_ray.predict.predictor import Predictor, keep_largest_component, segmenter_of_worker
+from mpscl_ray.predict.predictor import Predictor, cached_predictor, keep_largest_component
 from mpscl_ray.runs.atomic_files import write_atomically
 from mpscl_ray.runs.palette import colour
 from mpscl_ray.runs.plots import panel, save_png
 from mpscl_ray.runs.storage import S3Path, output_directory
 
 SUFFIX = "_prediction.nii.gz"
-"""End of a label map's name, behind the stem of the image's."""
+"""A label map's name is the stem of the image's with this suffix."""
 ITKSNAP_LABELS = "itksnap_labels.txt"
 SLICER_LABELS = "slicer_labels.ctbl"
 PROBABILITY_STEPS = 255
-"""Probabilities are stored as whole numbers, 0..255, with the slope that makes 255 one."""
+"""Probabilities are stored as whole numbers, 0..255, with the slope that maps 255 to 1."""
 _PREVIEW_SLICES = 6
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is the same for every image."""
+    """Settings of every image."""
 
     run: str
     weights: Checkpoint
     stamp: int
-    """Of the weights, see :meth:`Checkpoint.stamp`."""
+    """Stamp of the weights, see :meth:`Checkpoint.stamp`."""
     domain: str
-    """``source`` or ``target``: which way images are prepared."""
+    """``source`` or ``target``: decides how images are prepared."""
     out: Path | S3Path
     raw_ids: Mapping[str, int] | None = None
     """Label id of each structure in the output; None for class indices."""
@@ -52,11 +52,11 @@ class Job:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What became of one image."""
+    """The result for one image."""
 
     image: Path
     error: str | None = None
-    """Why there is no label map."""
+    """Reason why there is no label map."""
     files: tuple[str, ...] = ()
     """Names in the output folder, the label map first."""
     volumes_ml: Mapping[str, float] | None = None
@@ -73,7 +73,7 @@ def stem(image: Path) -> str:
 
 
 def outputs(image: Path, job: Job, classes: Sequence[str]) -> tuple[str, ...]:
-    """Names of the files that an image gets, the label map first."""
+    """Names of the output files of an image, the label map first."""
     base = stem(image)
     names = [base + SUFFIX]
     if job.probabilities:
@@ -84,8 +84,8 @@ def outputs(image: Path, job: Job, classes: Sequence[str]) -> tuple[str, ...]:
 
 
 def predict_in_worker(job: Job, image: Path) -> Prediction:
-    """:func:`predict_image` with the segmenter that this worker process has already."""
-    return predict_image(segmenter_of_worker(job.run, job.weights, job.stamp, job.device), job, image)
+    """:func:`predict_image` with the cached segmenter of this worker process."""
+    return predict_image(cached_predictor(job.run, job.weights, job.stamp, job.device), job, image)
 
 
 def predict_image(predictor: Predictor, job: Job, image: Path) -> Prediction:
@@ -93,14 +93,14 @@ def predict_image(predictor: Predictor, job: Job, image: Path) -> Prediction:
 
     Args:
         predictor: segmenter of the run.
-        job: what to do.
+        job: settings.
         image: NIfTI file.
 
     Returns:
-        What was written; with an error, and no label map, where the image cannot be read or does not fit into memory.
+        What was written; an error, and no label map, if the image cannot be read or does not fit into memory.
 
     Raises:
-        StorageError: the output folder cannot be written, which no other image would change.
+        StorageError: the output folder cannot be written.
     """
     assert predictor.model is not None
     try:
@@ -115,7 +115,7 @@ def predict_image(predictor: Predictor, job: Job, image: Path) -> Prediction:
 def _predict(predictor: Predictor, domain: Domain, job: Job, folder: Path, image: Path) -> Prediction:
     classes = predictor.classes
     volume = read_image(image, assume_spacing_mm=job.assume_spacing_mm)
-    # Never by labels: a new image has none, so the crop is placed as for a user without any.
+    # Never by labels: a new image has none.
     prepared = prepare_volume(
         volume.array, volume.affine, None, replace(domain.recipe, centre="image"), case=str(image)
     )
@@ -129,7 +129,7 @@ def _predict(predictor: Predictor, domain: Domain, job: Job, folder: Path, image
     else:
         labels = predictor.predict_slices(slices)
     if probabilities is not None and resampled:
-        # Smoother than the nearest label where slices are coarser than the image.
+        # Smoother than the nearest label if slices are coarser than the image.
         restored = restore_most_probable(probabilities, geometry)
     else:
         restored = restore_labels(labels, geometry)
@@ -156,19 +156,19 @@ def _predict(predictor: Predictor, domain: Domain, job: Job, folder: Path, image
         image,
         files=names,
         volumes_ml={name: float(count * voxel_ml) for name, count in zip(classes[1:], counts[1:], strict=True)},
-        notices=(*volume.notices, *_doubts(volume, domain, labels, geometry)),
+        notices=(*volume.notices, *_quality_warnings(volume, domain, labels, geometry)),
     )
 
 
-def _doubts(volume: Volume, domain: Domain, labels: npt.NDArray[np.uint8], geometry: Geometry) -> list[str]:
-    """What may be wrong with a segmentation, as far as it shows."""
-    doubts = []
+def _quality_warnings(volume: Volume, domain: Domain, labels: npt.NDArray[np.uint8], geometry: Geometry) -> list[str]:
+    """Warnings on a segmentation that may be wrong."""
+    warnings = []
     if not labels.any():
-        doubts.append("no structure was found")
+        warnings.append("no structure was found")
     low = float(volume.array.min())
     if domain.modality.lower().startswith("mr") and low <= -500:
-        doubts.append(
-            f"intensities from {low:g} on look like Hounsfield units, but the model expects {domain.modality}"
+        warnings.append(
+            f"intensities, which begin at {low:g}, look like Hounsfield units, but the model expects {domain.modality}"
         )
     rows, columns = geometry.axes[1:]
     for axis, first, last in (
@@ -178,15 +178,17 @@ def _doubts(volume: Volume, domain: Domain, labels: npt.NDArray[np.uint8], geome
         before = axis.start > 0.5
         after = axis.start + axis.step * (axis.samples - 1) < axis.length - 1.5
         if (before and first.any()) or (after and last.any()):
-            doubts.append("a structure reaches the edge of the crop and may be cut off; is the heart near the middle?")
+            warnings.append(
+                "a structure reaches the edge of the crop and may be cut off; is the heart near the middle?"
+            )
             break
-    return doubts
+    return warnings
 
 
 def preview(
     slices: npt.NDArray[np.float32], labels: npt.NDArray[np.uint8], classes: Sequence[str]
 ) -> npt.NDArray[np.uint8]:
-    """Picture (height, width, 3) of some slices, alone and under their labels.
+    """Picture (height, width, 3) of some slices, without and with their labels.
 
     Args:
         slices: (D, H, W).
@@ -194,7 +196,7 @@ def preview(
         classes: names, background first.
 
     Returns:
-        Slices evenly spaced over those with labels; over all where there are none.
+        Evenly spaced slices from the first to the last one with labels; of all if there are none.
     """
     shown = labelled_slices(labels)
     chosen = evenly_spaced(np.arange(shown[0], shown[-1] + 1), _PREVIEW_SLICES)
@@ -215,16 +217,16 @@ def output_ids(model: Model, domain: Domain) -> dict[str, int]:
     )
 
 
-def write_label_tables(place: Path | S3Path, classes: Sequence[str], raw_ids: Mapping[str, int] | None) -> None:
-    """Write names and colours for ITK-SNAP and 3D Slicer; the one for ITK-SNAP goes with class indices alone."""
-    with output_directory(place) as folder:
+def write_label_tables(out: Path | S3Path, classes: Sequence[str], raw_ids: Mapping[str, int] | None) -> None:
+    """Write names and colours for 3D Slicer and, if label maps have class indices, for ITK-SNAP."""
+    with output_directory(out) as folder:
         if raw_ids is None:
             write_itksnap_labels(folder / ITKSNAP_LABELS, classes)
         write_atomically(folder / SLICER_LABELS, slicer_table(classes, raw_ids).encode())
 
 
 def slicer_table(classes: Sequence[str], raw_ids: Mapping[str, int] | None = None) -> str:
-    """Colour table that 3D Slicer opens: id, name, red, green, blue and opacity a line."""
+    """Colour table for 3D Slicer: id, name, red, green, blue and opacity on each line."""
     lines = ["# label names and colours for 3D Slicer"]
     for index, name in enumerate(classes):
         value = index if raw_ids is None else raw_ids.get(name, 0)

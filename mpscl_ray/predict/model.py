@@ -1,4 +1,4 @@
-"""What a run says of its segmenter: ``model.json`` and its checkpoints."""
+"""The description of a run's segmenter: ``model.json`` and the checkpoints."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ Slices = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Domain:
-    """How volumes of one modality become slices, as ``model.json`` has it."""
+    """How volumes of one modality become slices, as stored in ``model.json``."""
 
     modality: str
     low: float
     high: float
-    """Normalised intensities that -1 and 1 stand for."""
+    """Normalised intensities that become -1 and 1."""
     recipe: Recipe
     dataset: Path | S3Path | None
-    """Prepared folder that the run used; it may have moved since."""
+    """Prepared dataset that the run used; it may have moved since."""
     fingerprint: str | None
     raw_ids: Mapping[str, int]
-    """Label id of each class in the files that the dataset was made from; empty where that is not known."""
+    """Label id of each class in the files that the dataset was made from; empty if unknown."""
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:
-        """From an entry of ``model.json``; raises KeyError, TypeError or ValueError where it is not one."""
+        """From an entry of ``model.json``; raises KeyError, TypeError or ValueError if it is none."""
         raw_ids: dict[str, int] = {}
         for raw, name in sorted(values.get("labels", {}).get("values", {}).items(), key=lambda item: int(item[0])):
             raw_ids.setdefault(name, int(raw))
@@ -51,20 +51,20 @@ class Domain:
         )
 
     def scale(self, image: Slices) -> Slices:
-        """Normalised slices as the segmenter takes them."""
+        """Scale normalised slices to the input of the segmenter."""
         return scale(image, self.low, self.high)
 
 
 @dataclass(frozen=True)
 class Model:
-    """What ``model.json`` of a run says: all about the segmenter but its weights."""
+    """Content of ``model.json``: everything about the segmenter except its weights."""
 
     classes: tuple[str, ...]
     """Background first."""
     size: tuple[int, int]
     """Height and width of a slice."""
     network: Mapping[str, Any]
-    """What :func:`mpscl_ray.networks.build` makes it from."""
+    """Arguments of :func:`mpscl_ray.networks.build`."""
     domains: Mapping[str, Domain]
     """``source`` and ``target``."""
     phases: tuple[str, ...]
@@ -73,7 +73,7 @@ class Model:
         """The domain called ``source`` or ``target``, or by its modality.
 
         Raises:
-            ConfigError: neither.
+            ConfigError: the run has no such domain.
         """
         for role in ("target", "source"):
             if name in (role, self.domains[role].modality):
@@ -84,29 +84,29 @@ class Model:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Which weights: where they are and what the run knows of them."""
+    """Weights of a run: their path and origin."""
 
     name: str
-    """As results are called by it: ``last``, ``best``, the name of a phase, or of the folder or file."""
+    """Name in results: ``last``, ``best``, the name of a phase, or of the folder or file."""
     path: Path
     phase: str | None = None
     step: int | None = None
-    """Iterations of all phases; None for weights that come from elsewhere."""
+    """Iterations of all phases; None for weights from elsewhere."""
     selected_by: str | None = None
-    """What chose it among the checkpoints of its run, if anything: ``label_free`` or ``oracle``."""
+    """What selected it among the checkpoints of its run, if anything: ``label_free`` or ``oracle``."""
 
     @property
     def oracle(self) -> bool:
-        """Whether target labels chose it, which a user without such labels cannot repeat."""
+        """Whether target labels selected it, which a user without such labels cannot repeat."""
         return self.selected_by == "oracle"
 
     def stamp(self) -> int:
-        """Changes when other weights take the same place."""
+        """A number that changes when other weights are written to the same path."""
         return self.path.stat().st_mtime_ns
 
 
 def read_model(run: RunDirectory | Path | str) -> Model:
-    """What a run says of its segmenter. Raises ConfigError where there is no run, DataError for a damaged one."""
+    """Read ``model.json``. Raises ConfigError if there is no run, DataError for a damaged one."""
     folder = open_run(run)
     folder.require()
     values = folder.read_model()
@@ -121,7 +121,7 @@ def read_model(run: RunDirectory | Path | str) -> Model:
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DataError(
             f"{folder.model_file} is not what a run writes ({type(error).__name__}: {error}); restore it from a copy, "
-            "or run the training command again, which writes it anew"
+            "or run the training command again, which writes it"
         ) from error
     if model.network["num_classes"] != len(model.classes):
         raise DataError(
@@ -132,7 +132,7 @@ def read_model(run: RunDirectory | Path | str) -> Model:
 
 
 def find_checkpoint(run: RunDirectory | Path | str, checkpoint: str = "last") -> tuple[Checkpoint, list[str]]:
-    """Where the weights are.
+    """Find a checkpoint of a run.
 
     Args:
         run: folder of the run, or its URL.
@@ -141,10 +141,10 @@ def find_checkpoint(run: RunDirectory | Path | str, checkpoint: str = "last") ->
             path: the folder of a checkpoint, or a file with released weights.
 
     Returns:
-        The checkpoint, not read yet, and a sentence for each damaged one that was passed over.
+        The checkpoint, not read yet, and a warning for each damaged one that was skipped.
 
     Raises:
-        ConfigError: no run, or no checkpoint of that name in it; says which there are.
+        ConfigError: no run, or no checkpoint of that name in it; lists those there are.
         DataError: ``last`` of a run that has none yet.
     """
     folder = open_run(run)
@@ -152,7 +152,7 @@ def find_checkpoint(run: RunDirectory | Path | str, checkpoint: str = "last") ->
     if checkpoint == "last":
         path, notices = folder.store.latest_checkpoint()
         if path is None:
-            reason = "; ".join(notices) or "training has not come to its first one"
+            reason = "; ".join(notices) or "training has not written one yet"
             raise DataError(f"the run {folder.display_path} has no intact checkpoint: {reason}")
         return Checkpoint("last", path), notices
     there = folder.store.checkpoint_names()
@@ -161,7 +161,7 @@ def find_checkpoint(run: RunDirectory | Path | str, checkpoint: str = "last") ->
         return Checkpoint(checkpoint, folder.store.localize(parents.get(checkpoint, folder.phases) / checkpoint)), []
     path = Path(checkpoint)
     if checkpoint != "best" and path.exists():
-        return Checkpoint(path.name, path.absolute()), []  # whoever predicts may stand in another folder
+        return Checkpoint(path.name, path.absolute()), []  # workers may have another current folder
     raise ConfigError(
         f"the run {folder.display_path} has no checkpoint {checkpoint!r} and there is no such path; it has "
         f"{', '.join(['last', *there]) if there else 'none yet'}"

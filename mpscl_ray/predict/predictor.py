@@ -26,22 +26,22 @@ Labels = npt.NDArray[np.uint8]
 
 _BATCH_SLICES = {"cuda": 32, "cpu": 8}
 _VOLUMES_PER_WORKER = 4
-"""So many volumes are worth the start of a worker."""
+"""Number of volumes for which starting a worker pays off."""
 
 
 class Predictor:
     """A segmenter in evaluation mode.
 
-    Every slice of a volume is predicted, in batches; logits are brought to the size of the slices and the softmax is
-    taken in float32. The same slices give the same labels on the same machine.
+    Every slice of a volume is predicted, in batches. Logits are resized to the size of the slices, and the softmax is
+    computed in float32. The same slices give the same labels on the same machine.
 
     Args:
         network: trained segmenter; it is moved to the device and stays in evaluation mode.
         classes: names, background first.
-        device: None takes a GPU where there is one.
+        device: None takes a GPU if there is one.
         batch_slices: slices at a time; None for 32 on a GPU and 8 on a CPU.
-        model: what else the run knows; None for a segmenter without a run.
-        weights: which checkpoint the network has.
+        model: description of the run's model; None for a segmenter without a run.
+        weights: checkpoint of the network.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Predictor:
         weights: Checkpoint | None = None,
     ) -> None:
         if network.num_classes != len(classes):
-            raise ValueError(f"the segmenter tells {network.num_classes} classes apart, but {len(classes)} are named")
+            raise ValueError(f"the segmenter has {network.num_classes} classes, but {len(classes)} names are given")
         self.device = choose_device(device)
         self.network = network.to(self.device).eval()
         self.classes = tuple(classes)
@@ -92,8 +92,10 @@ class Predictor:
         if slices.ndim != 3:
             raise ValueError(f"slices must have shape (D, H, W), got {slices.shape}")
         for start in range(0, len(slices), self.batch_slices):
-            batch = np.array(slices[start : start + self.batch_slices], dtype=np.float32)  # torch wants its own memory
-            # For this call alone: TF32 rounding and the search for the fastest kernel would make results vary.
+            batch = np.array(
+                slices[start : start + self.batch_slices], dtype=np.float32
+            )  # a writable copy, as torch requires
+            # For this call only: TF32 rounding and the search for the fastest kernel would make results vary.
             exact = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
             with exact, torch.inference_mode():
                 images = torch.from_numpy(batch)[:, None].to(self.device)
@@ -115,13 +117,13 @@ def load_segmenter(
 
     Args:
         run: folder of the run, or its URL.
-        checkpoint: see :func:`find_checkpoint`.
+        checkpoint: see :func:`mpscl_ray.predict.model.find_checkpoint`.
         device: see :class:`Predictor`.
         batch_slices: see :class:`Predictor`.
 
     Raises:
         ConfigError: no such run or checkpoint.
-        DataError: the run has no checkpoint yet, or one that is damaged or does not fit the network.
+        DataError: the run has no checkpoint yet, or it is damaged or does not fit the network.
     """
     folder = open_run(run)
     model = read_model(folder)
@@ -135,7 +137,7 @@ def load_weights(
     """Build the segmenter and read its weights.
 
     Raises:
-        DataError: damaged, or of another network.
+        DataError: they are damaged, or of another network.
     """
     if weights.path.is_file():
         network = _build(model.network, "model.json")
@@ -148,7 +150,7 @@ def load_weights(
             )
         return Predictor(network, model.classes, device=device, batch_slices=batch_slices, model=model, weights=weights)
     state = checkpoints.load(weights.path)
-    # The network of a phase may differ from the one that the run ends with.
+    # The network of a phase may differ from the run's last one.
     network = _build(state.get("network", model.network), str(weights.path))
     try:
         tensors = state["method"]["networks"]["segmenter"]
@@ -179,34 +181,34 @@ def _build(description: Mapping[str, Any], origin: str) -> Segmenter:
     try:
         return build(description)
     except (TypeError, ValueError) as error:
-        raise DataError(f"{origin} describes no network of this version: {error}") from error
+        raise DataError(f"{origin} describes no network that this version knows: {error}") from error
 
 
 @lru_cache(maxsize=1)
-def segmenter_of_worker(run: str, weights: Checkpoint, stamp: int, device: str | None) -> Predictor:
-    """The segmenter for the many volumes that one worker process is given; read again when the stamp is another.
+def cached_predictor(run: str, weights: Checkpoint, stamp: int, device: str | None) -> Predictor:
+    """The segmenter of this worker process, kept for its next volume; read again when the stamp changes.
 
     Args:
         run: address of the run.
-        weights: their path may be the way from the run's folder, which need not be the same on every node.
-        stamp: see :meth:`Checkpoint.stamp`.
+        weights: their path may be relative to the run's folder, which may differ between nodes.
+        stamp: see :meth:`mpscl_ray.predict.model.Checkpoint.stamp`.
         device: see :class:`Predictor`.
     """
     folder = open_run(run)
     return load_weights(read_model(folder), replace(weights, path=folder.store.localize(weights.path)), device)
 
 
-def volumes_at_a_time(volumes: int, device: torch.device) -> int:
-    """How many workers to spread volumes over; 0 for this process alone, which on a CPU uses all cores as well."""
+def num_inference_workers(volumes: int, device: torch.device) -> int:
+    """Number of workers for a number of volumes; 0 for this process alone, which also uses all cores of a CPU."""
     workers = min(os.cpu_count() or 1, volumes // _VOLUMES_PER_WORKER)
     return workers if workers > 1 and device.type == "cpu" else 0
 
 
 def choose_device(device: torch.device | str | None = None) -> torch.device:
-    """The device asked for; without one a GPU where there is one.
+    """The given device; by default a GPU if there is one.
 
     Raises:
-        ConfigError: no such device here.
+        ConfigError: this machine has no such device.
     """
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -215,19 +217,21 @@ def choose_device(device: torch.device | str | None = None) -> torch.device:
     except RuntimeError as error:
         raise ConfigError(f"there is no device {device!r}; write cpu, cuda or cuda:N") from error
     if chosen.type == "cuda" and (not torch.cuda.is_available() or (chosen.index or 0) >= torch.cuda.device_count()):
-        raise ConfigError(f"the device {chosen} was asked for, but {torch.cuda.device_count()} GPUs can be used here")
+        raise ConfigError(
+            f"the device {chosen} was asked for, but this machine has {torch.cuda.device_count()} usable GPUs"
+        )
     return chosen
 
 
 def keep_largest_component(labels: Labels, num_classes: int) -> Labels:
-    """The volume with only the largest connected part (by faces) of each structure; other parts become background.
+    """Keep only the largest connected part (by faces) of each structure; other parts become background.
 
     Args:
         labels: (D, H, W) class indices.
         num_classes: C, background included.
 
     Returns:
-        A new array. Of parts of equal size the first in memory stays.
+        A new array. Of equally large parts the first in memory is kept.
     """
     kept = np.zeros_like(labels)
     boxes = scipy.ndimage.find_objects(labels, max_label=num_classes - 1)

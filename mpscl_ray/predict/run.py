@@ -1,4 +1,4 @@
-"""Label maps for images: what the predict command does."""
+"""The predict command: label maps for images."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from mpscl_ray.predict.image import (
     write_label_tables,
 )
 from mpscl_ray.predict.model import find_checkpoint, read_model
-from mpscl_ray.predict.predictor import choose_device, load_weights, volumes_at_a_time
+from mpscl_ray.predict.predictor import choose_device, load_weights, num_inference_workers
 from mpscl_ray.prepare.file_listing import is_dicom
 from mpscl_ray.runs.atomic_files import write_atomically
 from mpscl_ray.runs.progress import ProgressLine
@@ -43,7 +43,7 @@ VOLUMES = "volumes.json"
 """File in the output folder with the volume of each structure in ml, by label map."""
 
 _NO_IMAGES = ("_label", "_labels", "_manual", "_seg", "_mask", "_gt", SUFFIX.removesuffix(".nii.gz"))
-"""Ends of names in a folder that are label maps, not images."""
+"""Suffixes of names that are label maps, not images."""
 
 
 def predict(options: argparse.Namespace, out: Path | S3Path) -> int:
@@ -75,8 +75,8 @@ def predict(options: argparse.Namespace, out: Path | S3Path) -> int:
     )
     images, failed = find_images(options.inputs, options.pattern)
     previous = _check_outputs(images, job, model.classes, options.overwrite)
-    workers = volumes_at_a_time(len(images), device) if options.workers is None else options.workers
-    predictor = load_weights(model, weights, options.device)  # also in front of workers: its errors come at once
+    workers = num_inference_workers(len(images), device) if options.workers is None else options.workers
+    predictor = load_weights(model, weights, options.device)  # also before workers start: errors are reported at once
     if images:
         write_label_tables(job.out, model.classes, job.raw_ids)
     line = ProgressLine(len(images), "segmenting, volume")
@@ -99,7 +99,7 @@ def find_images(inputs: Sequence[Path], pattern: str | None) -> tuple[list[Path]
     """The files to segment, and a failure for each input that holds none.
 
     Args:
-        inputs: files, which are taken as they are, and folders.
+        inputs: files of any name, and folders.
         pattern: which files of a folder; None for NIfTI files that are not named like label maps.
 
     Raises:
@@ -130,7 +130,7 @@ def find_images(inputs: Sequence[Path], pattern: str | None) -> tuple[list[Path]
     counts = Counter(stem(path) for path in images)
     double = [str(path) for path in images if counts[stem(path)] > 1]
     if double:
-        raise ConfigError(f"{', '.join(double[:6])} would give label maps of the same name; segment them apart")
+        raise ConfigError(f"{', '.join(double[:6])} would give label maps of the same name; segment them separately")
     return images, failed
 
 
@@ -143,10 +143,10 @@ def _is_image(name: str, pattern: str | None) -> bool:
 
 
 def _check_outputs(images: Sequence[Path], job: Job, classes: Sequence[str], overwrite: bool) -> dict[str, Any]:
-    """Entries that volumes.json has already.
+    """Existing entries of volumes.json.
 
     Raises:
-        ConfigError: files of an earlier prediction are in the way, or label maps with other labels are in the folder.
+        ConfigError: files of an earlier prediction exist, or the folder has label maps with other labels.
     """
     names = [name for image in images for name in outputs(image, job, classes)]
     there = [name for name in names if (job.out / name).exists()]
@@ -172,7 +172,7 @@ def _check_outputs(images: Sequence[Path], job: Job, classes: Sequence[str], ove
         return previous
     if overwrite:
         return {}
-    raise ConfigError(f"{job.out / VOLUMES} is not what predict writes; move it away, or give --overwrite")
+    raise ConfigError(f"{job.out / VOLUMES} was not written by predict; move it away, or give --overwrite")
 
 
 def _write_volumes(job: Job, previous: dict[str, Any], good: Sequence[Prediction]) -> None:

@@ -1,4 +1,4 @@
-"""What only shows when all cases of a modality lie side by side."""
+"""Checks that need all cases of a modality together."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from collections.abc import Iterable, Sequence
 from mpscl_ray.data.compatibility import orientation_notice
 from mpscl_ray.data.dataset import Case
 from mpscl_ray.prepare.splits import overlaps
-from mpscl_ray.prepare.staging import Staged
+from mpscl_ray.prepare.staged_case import StagedCase
 
 _LISTED = 6
 
 
 def check_staged(
-    staged: Sequence[Staged], classes: Sequence[str], *, transductive: bool, allow_missing_classes: bool
+    staged: Sequence[StagedCase], classes: Sequence[str], *, transductive: bool, allow_missing_classes: bool
 ) -> tuple[list[str], list[str]]:
-    """Problems and notices of one modality: leaks, sizes, empty labels, absent classes.
+    """Problems and warnings of one modality: leaks, sizes, empty labels, absent classes.
 
     Args:
         staged: the cases of all splits.
         classes: names of the label values.
-        transductive: whether training cases may be validation or test cases too.
-        allow_missing_classes: whether a class that no training case shows is only worth a notice.
+        transductive: whether training cases may also be validation or test cases.
+        allow_missing_classes: whether a class that no training case shows is a warning, not a problem.
     """
     entries = [
         (case.request.split, case.request.source.id, case.request.source.patient, case.content_sha256)
@@ -62,14 +62,14 @@ def check_staged(
 
 
 def check_cases(cases: Sequence[Case]) -> list[str]:
-    """Notices on the finished cases of one modality."""
+    """Warnings on the finished cases of one modality."""
     notices = []
     held_out = [case for case in cases if case.split != "train"]
     leaking = [case.id for case in held_out if case.cropped_around_labels]
     if leaking:
         notices.append(
             f"validation and test cases that are cropped around their own labels, {len(leaking)}: {_some(leaking)}; a "
-            "mild leak, usual in the published protocol, which --centre image does without"
+            "mild leak, usual in the published protocol; --centre image avoids it"
         )
     notice = orientation_notice(
         [case for case in cases if case.split == "train"], held_out, ("the training cases", "the held-out cases")
@@ -80,15 +80,15 @@ def check_cases(cases: Sequence[Case]) -> list[str]:
 
 
 def summarise_notices(cases: Iterable[tuple[str, Iterable[str]]]) -> list[str]:
-    """Notices of many cases, each kind once: those that differ only in numbers are of one kind.
+    """Warnings of many cases, each kind once: those that differ only in numbers are of one kind.
 
     Args:
-        cases: case id and its notices.
+        cases: case id and its warnings.
     """
     kinds: dict[str, list[tuple[str, str]]] = {}
     for case, notices in cases:
         for notice in notices:
-            # An id of a stray label tells kinds apart, the number of its voxels does not.
+            # Unknown label ids are kinds of their own, numbers of voxels are not.
             kind = re.sub(r"\(\d+ voxels\)", "", notice)
             if "label id" not in kind:
                 kind = re.sub(r"-?\d[\d.]*(e[+-]?\d+)?", "", kind)

@@ -10,7 +10,7 @@ from mpscl_ray.prepare.options import parse
 def main(arguments: Sequence[str]) -> int:
     """The command line; returns its exit code."""
     options = parse(arguments)
-    # Imported here: help and refused arguments need not wait for scipy and pyarrow.
+    # Imported here: help and refused arguments need no scipy and no pyarrow.
     from mpscl_ray.prepare.run import next_command, prepare, summary
 
     folders = prepare(options)

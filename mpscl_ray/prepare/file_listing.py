@@ -12,7 +12,7 @@ from mpscl_ray.errors import DataError
 
 @dataclass
 class Listing:
-    """Files below a folder, with what is wrong with them and what is worth knowing, collected on the way."""
+    """Files below a folder, with the problems and warnings collected while reading it."""
 
     root: Path
     files: list[Path]
@@ -26,14 +26,14 @@ class Listing:
     def some(self, paths: Sequence[Path], count: int = 5) -> str:
         """The first few of many paths, for a sentence."""
         shown = ", ".join(self.relative(path) for path in paths[:count])
-        return spelt_out(shown + (", ..." if len(paths) > count else ""))
+        return printable(shown + (", ..." if len(paths) > count else ""))
 
 
 def list_files(root: Path) -> Listing:
-    """All files below ``root`` that are not hidden; symlinks are followed, but no folder is entered twice.
+    """All files below ``root`` that are not hidden. Symlinks are followed, but no folder is entered twice.
 
     Raises:
-        DataError: where there is no such folder, or no file in it.
+        DataError: there is no such folder, or no file in it.
     """
     if not root.exists():
         raise DataError(f"{root}: no such folder")
@@ -48,7 +48,7 @@ def list_files(root: Path) -> Listing:
     for parent, folders, names in os.walk(root, followlinks=True, onerror=unreadable):
         status = os.stat(parent)
         if (status.st_dev, status.st_ino) in seen:
-            listing.notices.append(f"{parent}: leads back to a folder that was already read; skipped")
+            listing.notices.append(f"{parent}: leads to a folder that was already read; skipped")
             folders.clear()
             continue
         seen.add((status.st_dev, status.st_ino))
@@ -66,13 +66,13 @@ def list_files(root: Path) -> Listing:
     return listing
 
 
-def spelt_out(name: str) -> str:
-    """The name with bytes that are no text written as escapes: as they are, no JSON file could hold it."""
+def printable(name: str) -> str:
+    """The name, its bytes that are not text written as escapes, so that JSON can hold it."""
     return name.encode(errors="backslashreplace").decode()
 
 
 def is_dicom(path: Path) -> bool:
-    """By its name, or the mark behind the preamble."""
+    """Whether a file is DICOM, by its name or the mark after the preamble."""
     if path.suffix.lower() in (".dcm", ".ima") or path.name.upper() == "DICOMDIR":
         return True
     try:
@@ -83,14 +83,14 @@ def is_dicom(path: Path) -> bool:
 
 
 def stem_before(name: str, endings: Sequence[str]) -> str | None:
-    """The name without the first ending that it has; None where it has none of them."""
+    """The name without the first of the endings that it has; None if it has none."""
     return next((name[: -len(ending)] for ending in endings if name.endswith(ending)), None)
 
 
 def pair_by_name(
     listing: Listing, images: Mapping[str, list[Path]], labels: Mapping[str, list[Path]]
 ) -> Iterable[tuple[str, Path, tuple[Path, ...]]]:
-    """Case, image and label (or none) by case id; duplicates and labels without an image become problems."""
+    """Case id, image and label (if any); duplicates and labels without an image become problems."""
     for kind, found in (("image", images), ("label", labels)):
         for case, paths in found.items():
             if len(paths) > 1:

@@ -1,4 +1,4 @@
-"""What the numbers in a label file mean: classes are data, never a constant of the program."""
+"""What the numbers in a label file mean."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class LabelTable:
     ignored: frozenset[int] = frozenset()
     """Raw ids that are background on purpose."""
     unknown: UnknownLabels = "error"
-    """What becomes of any other raw id: an error, or background with a notice."""
+    """What becomes of any other raw id: an error, or background with a warning."""
     corrections: Mapping[int, int] = field(default_factory=dict)
-    """Raw ids that are slips for another raw id, put right before anything else."""
+    """Wrong raw id -> the raw id that was meant; corrected first."""
 
     def record(self) -> dict[str, Any]:
         """The table for the manifest."""
@@ -56,7 +56,7 @@ Source: Sec. IV-A, Liu et al. 2022 (the four structures).
 """
 
 RELEASED = LabelTable(MMWHS.classes, {0: 0, 1: 1, 2: 2, 3: 3, 4: 4}, frozenset(), "background")
-"""Values in the SIFA, PnP-AdaNet and MPSCL releases; 5 occurs and is none of the four structures."""
+"""Values in the SIFA, PnP-AdaNet and MPSCL releases; 5 occurs too, and is none of the four structures."""
 
 
 def parse_label_table(text: str) -> LabelTable:
@@ -65,7 +65,7 @@ def parse_label_table(text: str) -> LabelTable:
     ``0=background`` is understood and may be left out.
 
     Raises:
-        ConfigError: for anything else.
+        ConfigError: the text is anything else.
     """
     classes = [BACKGROUND]
     values = {0: 0}
@@ -93,13 +93,13 @@ def with_ignored(table: LabelTable, text: str) -> LabelTable:
     """Table in which the ids of ``550,600,850`` are background on purpose too.
 
     Raises:
-        ConfigError: for anything else, and for an id that means a class.
+        ConfigError: the text is anything else, or an id means a class.
     """
     try:
         ids = frozenset(int(part) for part in text.split(",") if part.strip())
     except ValueError:
         raise ConfigError(
-            f"--ignore-labels {text!r}: expected whole numbers with commas between, e.g. 550,600,850"
+            f"--ignore-labels {text!r}: expected comma-separated whole numbers, e.g. 550,600,850"
         ) from None
     for raw in sorted(ids):
         if table.values.get(raw, 0) != 0:
@@ -111,10 +111,10 @@ def with_ignored(table: LabelTable, text: str) -> LabelTable:
 
 
 def with_corrections(table: LabelTable, text: str) -> LabelTable:
-    """Table that also understands slips given as ``421=420``: the wrong raw id and the one that was meant.
+    """Table that also maps wrong ids, given as ``421=420``: the wrong raw id and the one that was meant.
 
     Raises:
-        ConfigError: where an entry is no such pair, or the meant id is not in the table.
+        ConfigError: an entry is no such pair, or the meant id is not in the table.
     """
     corrections = dict(table.corrections)
     for entry in filter(None, (part.strip() for part in text.split(","))):

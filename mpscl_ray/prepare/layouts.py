@@ -1,7 +1,7 @@
-"""Finding images and labels in the folder layouts that users hold; nothing but names is read here.
+"""Finding images and labels in the supported folder layouts. Only names are read here.
 
-Every layout gives a :class:`Scan`: the cases, and all that is wrong with the folder at once. Images and labels are
-paired by name, never by their position in a list.
+Every layout gives a :class:`Scan`: the cases, and all problems of the folder at once. Images and labels are paired by
+name, never by their position in a list.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Scan:
 
     cases: tuple[SourceCase, ...]
     table: LabelTable | None
-    """Meaning of the raw labels, where the layout tells."""
+    """Meaning of the raw labels, if the layout defines it."""
     problems: tuple[str, ...]
     notices: tuple[str, ...]
 
@@ -43,8 +43,8 @@ def scan(folder: Path, layout: str, options: LayoutOptions) -> Scan:
     """Cases of a folder in one of the :data:`LAYOUTS`.
 
     Raises:
-        ConfigError: where the options do not fit the layout.
-        DataError: where the folder is missing, empty, or holds nothing of the layout.
+        ConfigError: the options do not fit the layout.
+        DataError: the folder is missing, empty, or holds nothing of the layout.
     """
     listing = list_files(folder)
     if layout not in LAYOUTS:
@@ -52,11 +52,13 @@ def scan(folder: Path, layout: str, options: LayoutOptions) -> Scan:
     cases, table, used = LAYOUTS[layout](listing, options)
     if layout in ("mmwhs", "tfrecord", "npy") and options.modality is not None:
         cases = [case for case in cases if case.modality == options.modality]
-    strays = [path for path in listing.files if path not in used]
+    unmatched_files = [path for path in listing.files if path not in used]
     if not cases and not listing.problems:
-        raise DataError(_nothing_found(listing, layout, options, strays))
-    if strays:
-        listing.notices.append(f"files that are not part of the layout, {len(strays)}: {listing.some(strays)}")
+        raise DataError(_nothing_found(listing, layout, options, unmatched_files))
+    if unmatched_files:
+        listing.notices.append(
+            f"files that are not part of the layout, {len(unmatched_files)}: {listing.some(unmatched_files)}"
+        )
     cases = sorted((_with_patient(case, options, listing.problems) for case in cases), key=_natural)
     _check_ids(listing, cases)
     return Scan(tuple(cases), table, tuple(listing.problems), tuple(listing.notices))
@@ -68,8 +70,8 @@ def _natural(case: SourceCase) -> list[tuple[int, int | str]]:
     return [(0, int(part)) if part.isdecimal() else (1, part) for part in parts if part]
 
 
-def _nothing_found(listing: Listing, layout: str, options: LayoutOptions, strays: Sequence[Path]) -> str:
-    dicom = [path for path in strays[:200] if is_dicom(path)]
+def _nothing_found(listing: Listing, layout: str, options: LayoutOptions, unmatched_files: Sequence[Path]) -> str:
+    dicom = [path for path in unmatched_files[:200] if is_dicom(path)]
     if dicom:
         return (
             f"{listing.root}: holds DICOM files (e.g. {listing.relative(dicom[0])}), which are not read; convert them "
@@ -106,7 +108,7 @@ def _check_ids(listing: Listing, cases: Iterable[SourceCase]) -> None:
     for (_, name), same in by_id.items():
         if len(same) > 1:
             files = ", ".join(listing.relative(case.images[0]) for case in same)
-            listing.problems.append(f"case {name} is there {len(same)} times: {files}; keep one")
+            listing.problems.append(f"case {name} occurs {len(same)} times: {files}; keep one")
         if len(name.encode(errors="surrogateescape")) > _MAX_ID_BYTES or not name.isprintable() or "/" in name:
             listing.problems.append(
                 f"{listing.relative(same[0].images[0])!r}: {name!r} cannot name a file of the dataset (at most "

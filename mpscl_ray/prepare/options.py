@@ -1,4 +1,4 @@
-"""What ``mpscl_ray.prepare`` can be told, by a command line or a program, and the way back to a command line."""
+"""Options of ``mpscl_ray.prepare``: from the command line, and back to a command line."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any, Literal
 from mpscl_ray.data import SPLITS
 from mpscl_ray.data.volumes.recipe import RELEASED_RANGES, Recipe
 from mpscl_ray.errors import ConfigError
-from mpscl_ray.prepare.file_listing import spelt_out
+from mpscl_ray.prepare.file_listing import printable
 from mpscl_ray.prepare.layouts import LAYOUTS
 from mpscl_ray.prepare.source_cases import Flip
 from mpscl_ray.runs import cli
@@ -37,7 +37,7 @@ examples:
 """
 
 SLICE_LAYOUTS = ("tfrecord", "npy")
-"""Layouts of what was made into slices before."""
+"""Layouts of inputs that are slices already."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class PrepareOptions:
 
     input: Path
     out: Path | S3Path
-    """Each modality becomes a folder of its own in it."""
+    """Each modality becomes a folder in it."""
     layout: str
     modality: str | None = None
     image_pattern: str | None = None
@@ -73,10 +73,10 @@ class PrepareOptions:
     recipe: Recipe = field(default_factory=Recipe)
 
     def __post_init__(self) -> None:
-        """Refuse what no folder could satisfy.
+        """Refuse options that are wrong for every input.
 
         Raises:
-            ConfigError: Naming the option.
+            ConfigError: naming the option.
         """
         if self.layout not in LAYOUTS:
             raise ConfigError(f"--layout {self.layout!r}: expected one of {', '.join(LAYOUTS)}")
@@ -102,10 +102,10 @@ class PrepareOptions:
         return tuple(name for name in SPLITS if name in self.unlabelled or (name == "train" and self.transductive))
 
     def given_range(self, modality: str) -> tuple[float, float, str] | None:
-        """Lower and upper end and origin of the intensity range by ``--range``; None where it is to be estimated.
+        """Lower and upper end and origin of the intensity range by ``--range``; None if it has to be estimated.
 
         Raises:
-            ConfigError: where it is neither a known word nor two numbers, the lower one first.
+            ConfigError: it is neither a known word nor two numbers, the lower one first.
         """
         text = self.range
         published = RELEASED_RANGES.get(modality)
@@ -126,7 +126,7 @@ class PrepareOptions:
         return found[0], found[1], "given"
 
     def command(self) -> str:
-        """Command line that does the same; settings that do not change the dataset are left out."""
+        """Command line that makes the same dataset; options that do not change it are left out."""
         words = ["python", "-m", "mpscl_ray.prepare", str(self.input.absolute())]
         values = {item.name: getattr(self, item.name) for item in fields(self)}
         defaults = {item.name: item.default for item in fields(self)}
@@ -140,11 +140,11 @@ class PrepareOptions:
                 continue
             flag = "--" + name.replace("_", "-")
             words += [flag] if value is True else [flag, _text(value)]
-        return spelt_out(shlex.join(words))
+        return printable(shlex.join(words))
 
 
 def numbers(text: str) -> list[float] | None:
-    """Numbers with commas between, where it is some."""
+    """Comma-separated numbers; None if the text is something else."""
     try:
         return [float(part) for part in text.split(",")]
     except ValueError:
@@ -166,7 +166,7 @@ def _list(convert: Callable[[str], Any], count: int, example: str) -> Callable[[
         except ValueError:
             parts = ()
         if len(parts) != count:
-            raise argparse.ArgumentTypeError(f"{text!r}: expected {count} numbers with commas between, e.g. {example}")
+            raise argparse.ArgumentTypeError(f"{text!r}: expected {count} comma-separated numbers, e.g. {example}")
         return parts
 
     return parse
@@ -178,15 +178,14 @@ def _splits(text: str) -> tuple[str, ...]:
 
 def parser() -> argparse.ArgumentParser:
     """The command line of ``mpscl_ray.prepare``."""
-    top = argparse.ArgumentParser(
+    top = cli.CommandParser(
         prog="python -m mpscl_ray.prepare",
         description="Make a dataset for training from images: checked, turned, cropped, normalised, split by patient.",
         epilog=EXAMPLES + cli.EXIT_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    default = Recipe()
     top.add_argument("input", type=Path, metavar="INPUT", help="folder with the images")
-    top.add_argument("--layout", required=True, choices=LAYOUTS, help="how files are named in it")
+    top.add_argument("--layout", required=True, choices=LAYOUTS, help="how its files are named")
     top.add_argument(
         "--out",
         required=True,
@@ -199,30 +198,39 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument(
         "--workers", type=int, metavar="N", help="volumes at a time, with Ray; 0: one by one in this process"
     )
+    _add_files(top.add_argument_group("files").add_argument)
+    _add_labels(top.add_argument_group("labels").add_argument)
+    _add_splits(top.add_argument_group("splits, always by patient").add_argument)
+    steps = top.add_argument_group("from volume to slices").add_argument
+    _add_geometry(steps)
+    _add_intensities(steps)
+    return top
 
-    files = top.add_argument_group("files")
-    files.add_argument("--image-pattern", metavar="PATTERN", help="layout folder: path of an image, with {case} and *")
-    files.add_argument("--label-pattern", metavar="PATTERN", help="layout folder: path of its label")
-    files.add_argument("--patient-pattern", metavar="REGEX", help="finds the patient in a case id (first group)")
-    files.add_argument("--group-slices", type=int, metavar="N", help="slice files: N consecutive numbers make a case")
-    files.add_argument("--channel", type=int, default=0, help="layout nnunet: which channel to read")
-    files.add_argument(
+
+def _add_files(add: Callable[..., Any]) -> None:
+    add("--image-pattern", metavar="PATTERN", help="layout folder: path of an image, with {case} and *")
+    add("--label-pattern", metavar="PATTERN", help="layout folder: path of its label")
+    add("--patient-pattern", metavar="REGEX", help="finds the patient in a case id (first group)")
+    add("--group-slices", type=int, metavar="N", help="slice files: N consecutive numbers make a case")
+    add("--channel", type=int, default=0, help="layout nnunet: which channel to read")
+    add(
         "--flip",
         choices=("auto", "none", "both"),
         default="auto",
         help="npz volumes: flip rows and columns; auto: those named like the released test volumes",
     )
 
-    labels = top.add_argument_group("labels")
-    labels.add_argument("--labels", metavar="TABLE", help="raw ids and class names, e.g. 200=MYO,500=LV,600=RV")
-    labels.add_argument("--ignore-labels", metavar="IDS", help="raw ids that are background on purpose, e.g. 550,600")
-    labels.add_argument("--fix-label", metavar="WRONG=MEANT", help="slips in label files, e.g. 421=420 in MM-WHS")
-    labels.add_argument(
+
+def _add_labels(add: Callable[..., Any]) -> None:
+    add("--labels", metavar="TABLE", help="raw ids and class names, e.g. 200=MYO,500=LV,600=RV")
+    add("--ignore-labels", metavar="IDS", help="raw ids that are background on purpose, e.g. 550,600")
+    add("--fix-label", metavar="WRONG=MEANT", help="wrong ids in label files, e.g. 421=420 in MM-WHS")
+    add(
         "--unknown-labels",
         choices=("error", "background"),
         help="other ids: an error (default for volumes), or reported and background (default for released slices)",
     )
-    labels.add_argument(
+    add(
         "--unlabelled",
         nargs="?",
         const=SPLITS,
@@ -231,79 +239,83 @@ def parser() -> argparse.ArgumentParser:
         metavar="SPLITS",
         help="splits that need no labels, and get none, e.g. train; without SPLITS all of them",
     )
-    labels.add_argument("--allow-missing-classes", action="store_true", help="a class may be absent from training")
+    add("--allow-missing-classes", action="store_true", help="a class may be absent from training")
 
-    split = top.add_argument_group("splits, always by patient")
-    split.add_argument(
+
+def _add_splits(add: Callable[..., Any]) -> None:
+    add(
         "--split",
         metavar="HOW",
         help="mmwhs (published test volumes; default of that layout), released (by file name; default for slices), "
         "fractions of train,val,test (default 0.7,0.1,0.2), or a JSON file {train: [ids], val: [...], test: [...]}",
     )
-    split.add_argument("--seed", type=int, default=0, help="of the draw by fractions")
-    split.add_argument(
+    add("--seed", type=int, default=0, help="seed of the random split by fractions")
+    add(
         "--transductive",
         action="store_true",
         help="patients may be in train, without their labels, and in val or test as well (e.g. MS-CMRSeg)",
     )
 
-    steps = top.add_argument_group("from volume to slices")
-    steps.add_argument("--orientation", choices=("canonical", "stored"), default=default.orientation)
-    steps.add_argument(
+
+def _add_geometry(add: Callable[..., Any]) -> None:
+    default = Recipe()
+    add("--orientation", choices=("canonical", "stored"), default=default.orientation)
+    add(
         "--slice-axis", default=default.slice_axis, help="coronal, axial, sagittal; with --orientation stored 0, 1 or 2"
     )
-    steps.add_argument(
+    add(
         "--spacing-mm",
         type=_list(float, 3, "keep,1,1"),
         metavar="D,H,W",
         help="resample to this voxel size (slice, row, column); `keep` leaves an axis as it is; default: none",
     )
-    steps.add_argument(
+    add(
         "--crop",
         type=_list(int, 2, "256,256"),
         default=default.crop,
         metavar="H,W",
         help="rows and columns cut out around the heart, default 256,256; none: whole slices",
     )
-    steps.add_argument("--crop-depth", type=int, metavar="D", help="at most so many slices")
-    steps.add_argument(
+    add("--crop-depth", type=int, metavar="D", help="largest number of slices")
+    add(
         "--centre",
         choices=("auto", "labels", "image"),
         default=default.centre,
         help="centre of the crop: from the labels, or found without; auto: labels if all splits have them",
     )
-    steps.add_argument("--size", type=_list(int, 2, "80,80"), metavar="H,W", help="resize the crop; default: keep it")
-    steps.add_argument(
-        "--clip-percentile", type=float, default=default.clip_percentile, help="brighter voxels are set to this one"
+    add("--size", type=_list(int, 2, "80,80"), metavar="H,W", help="resize the crop; default: keep it")
+    add(
+        "--assume-spacing",
+        type=_list(float, 3, "1,1,1"),
+        metavar="X,Y,Z",
+        help="voxel size in mm of volumes whose header has no usable geometry",
     )
-    steps.add_argument(
+    add("--fix-geometry", choices=("copy-from-image",), help="if a label's geometry differs, use that of its image")
+
+
+def _add_intensities(add: Callable[..., Any]) -> None:
+    add(
+        "--clip-percentile",
+        type=float,
+        default=Recipe().clip_percentile,
+        help="brighter voxels are set to this percentile",
+    )
+    add(
         "--range",
         default="auto",
         metavar="LO,HI",
         help="z-scored intensities that become -1 and 1; estimate: from the training cases; sifa: the published ones; "
         "auto: sifa for released slices of ct and mr, else estimate",
     )
-    steps.add_argument(
-        "--assume-spacing",
-        type=_list(float, 3, "1,1,1"),
-        metavar="X,Y,Z",
-        help="voxel size in mm of volumes whose header has no usable geometry",
-    )
-    steps.add_argument(
-        "--fix-geometry", choices=("copy-from-image",), help="trust the image where the geometry of its label differs"
-    )
-    steps.add_argument(
-        "--any-modality", action="store_true", help="take images whose intensities look like those of another modality"
-    )
-    return top
+    add("--any-modality", action="store_true", help="accept images whose intensities look like another modality")
 
 
 def parse(arguments: Sequence[str]) -> PrepareOptions:
     """Options from the command line.
 
     Raises:
-        ConfigError: where a value cannot be carried out.
-        SystemExit: with code 2 for a wrong usage, 0 after ``--help``.
+        ConfigError: a value is out of range.
+        SystemExit: with code 2 for wrong usage, 0 after ``--help``.
     """
     joined: list[str] = []
     for argument in arguments:

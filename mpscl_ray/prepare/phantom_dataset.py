@@ -1,7 +1,7 @@
 """The phantom hearts as a prepared dataset: made once for a storage folder, by the same code as real data.
 
-Commands may start at the same moment: each makes the hearts in a folder of its own, which gets its name when it is
-whole. Who comes second uses what is there. In a bucket both put the same bytes.
+Several commands may start at the same moment: each makes the hearts in its own folder, which is renamed once it is
+complete. The second command uses what is there. In a bucket both upload the same bytes.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ from mpscl_ray.data.phantom.files import FIRST_CASE, make_phantom
 from mpscl_ray.data.volumes.recipe import Recipe
 from mpscl_ray.errors import ConfigError
 from mpscl_ray.prepare.options import PrepareOptions
-from mpscl_ray.prepare.run import prepare, unfinished
+from mpscl_ray.prepare.output_folder import temporary_output_dir, upload
+from mpscl_ray.prepare.run import prepare
 from mpscl_ray.runs.atomic_files import storage_errors, write_atomically
 from mpscl_ray.runs.storage import S3Path, parse_location
 
 PREFIX = "phantom:"
-"""``data.source=phantom:mr`` stands for the dataset that is made here."""
+"""``data.source=phantom:mr`` means the dataset made here."""
 
 MODALITIES = ("mr", "ct")
 
@@ -34,14 +35,14 @@ CASES = {"train": 12, "val": 2, "test": 4}
 """Cases of each modality, by split."""
 
 SEED = 7
-"""Of the hearts; the same for all runs, so that seeds of runs are compared on the same data."""
+"""Seed of the hearts; the same for all runs, so that seeds of runs are compared on the same data."""
 
 RECIPE = Recipe(spacing_mm=(2.4, 2.4, 2.4), crop=(64, 64), crop_depth=44)
 """Coronal slices of 64 x 64 at 2.4 mm, which hold the heart."""
 
 
 def resolve(config: Config) -> Config:
-    """Replace ``phantom:mr`` and ``phantom:ct`` by folders of prepared datasets, making them where they are missing.
+    """Replace ``phantom:mr`` and ``phantom:ct`` by folders of prepared datasets, made first if they are missing.
 
     Raises:
         ConfigError: another word after ``phantom:``.
@@ -64,8 +65,8 @@ def _resolved(config: Config, key: str) -> str:
 def phantom_dataset(storage: Path | S3Path, cases: Mapping[str, int] = CASES) -> Path | S3Path:
     """Folder with the prepared datasets ``mr`` and ``ct`` of the phantom, made on first use.
 
-    The name of the folder carries a hash of everything that decides what it holds, so that another version of the
-    phantom is another dataset.
+    The folder name has a hash of everything that decides its content: another version of the phantom is another
+    dataset.
 
     Args:
         storage: folder, or folder of a bucket, that the dataset is made in.
@@ -74,22 +75,22 @@ def phantom_dataset(storage: Path | S3Path, cases: Mapping[str, int] = CASES) ->
     recipe = json.dumps([*cases.values(), SEED, RECIPE.to_json(), _code_hash()])
     folder = storage / f"phantom-{hashlib.sha256(recipe.encode()).hexdigest()[:8]}"
     prepared = folder / "prepared"
-    if _is_whole(prepared):
+    if _is_complete(prepared):
         return prepared
     print(f"making the phantom hearts in {folder}", flush=True)
-    with unfinished(storage, folder.name) as here:
-        # What lies in this node's cache cannot be prepared on another one.
+    with temporary_output_dir(storage, folder.name) as here:
+        # Other nodes cannot read what is in this node's cache.
         _make(here, str(folder), cases, workers=0 if isinstance(folder, S3Path) else None)
         _publish(here, folder)
     return prepared
 
 
-def _is_whole(prepared: Path | S3Path) -> bool:
+def _is_complete(prepared: Path | S3Path) -> bool:
     return all((prepared / modality / MANIFEST).exists() for modality in MODALITIES)
 
 
 def _make(here: Path, name: str, cases: Mapping[str, int], workers: int | None) -> None:
-    """Make hearts and datasets in a folder that will get another name, which manifests tell already."""
+    """Make hearts and datasets in a folder that will be renamed; manifests have its final name already."""
     count = sum(cases.values())
     raw = here / "nifti"
     make_phantom(raw, count, count, SEED)
@@ -109,26 +110,23 @@ def _make(here: Path, name: str, cases: Mapping[str, int], workers: int | None) 
 
 
 def _publish(here: Path, folder: Path | S3Path) -> None:
-    """Give what is whole its name, unless another command was faster."""
+    """Rename or upload the complete folder, unless another command was faster."""
     if isinstance(folder, S3Path):
         for modality in MODALITIES:
-            files = sorted(path for path in (here / "prepared" / modality).rglob("*") if path.is_file())
-            for file in sorted(files, key=lambda path: path.name == MANIFEST):
-                with file.open("rb") as stream:
-                    (folder / file.relative_to(here)).upload(stream)
+            upload(here / "prepared" / modality, folder / "prepared" / modality)
         return
     with storage_errors(folder):
         try:
             here.rename(folder)
         except OSError:
-            if _is_whole(folder / "prepared"):
+            if _is_complete(folder / "prepared"):
                 return
-            # Half of one, which a killed command of an earlier version left.
+            # An incomplete one, left by a killed command of an earlier version.
             shutil.rmtree(folder, ignore_errors=True)
             here.rename(folder)
 
 
 def _code_hash() -> str:
-    """Hash of the source that makes the hearts: a changed phantom must not be mistaken for the old one."""
+    """Hash of the source that makes the hearts, so that a changed phantom is not mistaken for the old one."""
     sources = [Path(module.__file__ or "").read_bytes() for module in (anatomy, case, shapes, imaging)]
     return hashlib.sha256(b"".join(sources)).hexdigest()

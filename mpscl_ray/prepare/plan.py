@@ -1,4 +1,4 @@
-"""What a run of ``mpscl_ray.prepare`` will do with what it found: label table, recipe, splits, intensity range."""
+"""From options and found cases to what is done: label table, recipe, splits, intensity range, manifest."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from mpscl_ray.prepare.splits import (
     split_listed,
     split_published,
 )
-from mpscl_ray.prepare.staging import Request, Settings, Staged
+from mpscl_ray.prepare.staged_case import Request, Settings, StagedCase
 
 _DEFAULT_FRACTIONS = "0.7,0.1,0.2"
 _LEAK_OF_THE_RELEASE = (
@@ -31,7 +31,7 @@ _LEAK_OF_THE_RELEASE = (
 
 
 def layout_options(options: PrepareOptions) -> LayoutOptions:
-    """What the layout needs to know."""
+    """The options of the layout."""
     return LayoutOptions(
         modality=options.modality,
         image_pattern=options.image_pattern,
@@ -43,10 +43,10 @@ def layout_options(options: PrepareOptions) -> LayoutOptions:
 
 
 def label_table(options: PrepareOptions, implied: LabelTable | None) -> LabelTable | None:
-    """The user's table, else that of the layout; None where there is none.
+    """The user's table, else that of the layout, if any.
 
     Raises:
-        ConfigError: where it is malformed, or there is none to correct.
+        ConfigError: it is malformed, or there is none to correct.
     """
     table = implied
     if options.labels:
@@ -66,9 +66,9 @@ def label_table(options: PrepareOptions, implied: LabelTable | None) -> LabelTab
 
 
 def settings(options: PrepareOptions, table: LabelTable | None) -> Settings:
-    """What is the same for every case.
+    """Settings of every case.
 
-    Where some splits have no labels, all crops are placed without labels, so that they are alike.
+    If some splits have no labels, no crop is placed by labels: all cases are treated the same.
     """
     recipe = options.recipe
     if recipe.centre == "auto" and options.splits_without_labels:
@@ -88,11 +88,11 @@ def settings(options: PrepareOptions, table: LabelTable | None) -> Settings:
 
 
 def split_cases(options: PrepareOptions, modality: str, cases: Sequence[SourceCase]) -> Splitting:
-    """Which case goes into which split.
+    """Assign cases to splits.
 
     Raises:
-        ConfigError: where ``--split`` cannot be understood.
-        DataError: where the cases cannot be split that way.
+        ConfigError: ``--split`` is not understood.
+        DataError: the cases cannot be split that way.
     """
     how = options.split or _default_split(options.layout)
     members = [Member(case.id, case.patient) for case in cases]
@@ -142,7 +142,7 @@ def requests(
     table: LabelTable | None,
     problems: list[str],
 ) -> list[Request]:
-    """One request for each case and split; labels that are missing where they are needed become problems."""
+    """One request for each case and split; missing labels that are needed become problems."""
     by_id = {case.id: case for case in cases}
     found: list[Request] = []
     missing: list[str] = []
@@ -160,18 +160,18 @@ def requests(
             "cases without labels are fine in splits that are named with --unlabelled, e.g. --unlabelled train"
         )
     elif table is None and any(request.keep_labels and request.source.labels for request in found):
-        raise ConfigError("what the label values mean is not known: give --labels, e.g. --labels 1=MYO,2=LV")
+        raise ConfigError("the meaning of the label values is not known: give --labels, e.g. --labels 1=MYO,2=LV")
     return found
 
 
 # --------------------------------------------------------------------------------------------------------- range
 
 
-def scaling(options: PrepareOptions, modality: str, staged: Sequence[Staged]) -> Scaling:
+def scaling(options: PrepareOptions, modality: str, staged: Sequence[StagedCase]) -> Scaling:
     """The given range, else one that covers the training cases: the lowest and the highest of their robust ranges.
 
     Raises:
-        DataError: where there is no training case to estimate it from.
+        DataError: there is no training case to estimate it from.
     """
     given = options.given_range(modality)
     if given is not None:
@@ -192,11 +192,11 @@ def manifest(
     modality: str,
     splitting: Splitting,
     scaling: Scaling,
-    staged: Sequence[Staged],
+    staged: Sequence[StagedCase],
     cases: Sequence[Case],
     notices: Sequence[str],
 ) -> Manifest:
-    """Everything that tells how the dataset was made."""
+    """The manifest of a dataset: how it was made, and its cases."""
     table, recipe = prepared.table, prepared.recipe
     size = (staged[0].shape[1], staged[0].shape[2])
     steps = [f"files of layout {options.layout}"]

@@ -1,4 +1,4 @@
-"""Slices and volumes that someone prepared before: the SIFA / PnP-AdaNet release, and that of the MPSCL authors."""
+"""Reading slices and volumes that were prepared by others: the releases of SIFA / PnP-AdaNet and of MPSCL."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ class ReleasedSlices:
     images: list[NDArray[np.float32]]
     labels: list[NDArray[Any] | None]
     steps: list[str]
-    """What was done to them, here and before."""
+    """What was done to them, by the publisher and here."""
     scaled_by: tuple[float, float] | None = None
-    """The range that they were scaled to [-1, 1] by; None for z-scored ones."""
+    """The intensity range that was scaled to [-1, 1]; None for z-scored slices."""
 
 
 def read_released(source: SourceCase, path: Path, label_path: Path | None, flip: Flip) -> ReleasedSlices:
-    """Slices of one file, raw labels with them where it or its partner has any.
+    """Slices of one file, with raw labels if it or its label file has any.
 
     Args:
         source: the case that the file belongs to.
@@ -43,7 +43,7 @@ def read_released(source: SourceCase, path: Path, label_path: Path | None, flip:
         flip: whether test volumes are flipped along rows and columns; auto: those named like the released test volumes.
 
     Raises:
-        DataError: where the file is damaged or not what the releases hold.
+        DataError: the file is damaged or not in the format of the releases.
     """
     if source.kind == "tfrecord":
         records = read_slices(path)

@@ -1,7 +1,7 @@
-"""Images to a dataset for training: what the prepare command does.
+"""The prepare command: images to a dataset for training.
 
-A run reads and checks every file first and reports all it finds at once; only when nothing is wrong, each modality
-appears as a finished folder. Until then its files are in a hidden folder beside, which no command takes for a dataset.
+It first reads and checks every file and reports all problems at once. Only if there are none, each modality appears as
+a finished folder. Until then its files are in a hidden folder next to it, which no command takes for a dataset.
 """
 
 from __future__ import annotations
@@ -9,53 +9,53 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
-import socket
 import sys
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 from mpscl_ray.data import SPLITS
-from mpscl_ray.data.dataset import MANIFEST, Manifest, Scaling, load_manifest, save_manifest
+from mpscl_ray.data.dataset import Manifest, Scaling, load_manifest, save_manifest
 from mpscl_ray.distributed.parallel_map import map_volumes
 from mpscl_ray.distributed.ray_session import connect
-from mpscl_ray.errors import ConfigError, DataError, StorageError
+from mpscl_ray.errors import DataError
 from mpscl_ray.prepare import plan as prepare_plan
 from mpscl_ray.prepare.checks import check_cases, check_staged, summarise_notices
 from mpscl_ray.prepare.label_table import LabelTable
 from mpscl_ray.prepare.layouts import scan
 from mpscl_ray.prepare.options import PrepareOptions
+from mpscl_ray.prepare.output_folder import check_target, publish, temporary_output_dir
 from mpscl_ray.prepare.source_cases import SourceCase
 from mpscl_ray.prepare.splits import Splitting
-from mpscl_ray.prepare.staging import Request, Settings, Staged, finish_case, stage_case
+from mpscl_ray.prepare.staged_case import Request, Settings, StagedCase
+from mpscl_ray.prepare.staging import finish_case, stage_case
 from mpscl_ray.runs.atomic_files import fsync_directory, storage_errors
 from mpscl_ray.runs.progress import ProgressLine
-from mpscl_ray.runs.storage import S3Path, cache_folder
+from mpscl_ray.runs.storage import S3Path
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 _WORTH_RAY = 500 * 2**20
-"""Bytes of input below which starting Ray takes longer than the work."""
+"""Bytes of input below which starting Ray takes longer than preparing."""
 _LISTED_PROBLEMS = 50
 _SMALL = 128
 
 
 @dataclass
 class _Dataset:
-    """The dataset of one modality in the making."""
+    """The dataset of one modality while it is made."""
 
     modality: str
     folder: Path
-    """Where its files are until it is finished."""
+    """Temporary output folder."""
     splitting: Splitting
     requests: list[Request]
     notices: list[str]
-    staged: list[Staged]
+    staged: list[StagedCase]
 
 
 def prepare(options: PrepareOptions, *, progress: bool = True) -> dict[str, Path | S3Path]:
@@ -66,12 +66,12 @@ def prepare(options: PrepareOptions, *, progress: bool = True) -> dict[str, Path
         progress: whether to show a progress line.
 
     Returns:
-        Modality -> folder of its dataset, here or in a bucket.
+        Modality -> folder of its dataset, local or in a bucket.
 
     Raises:
-        ConfigError: where options are wrong or contradict each other, or a dataset is there already.
-        DataError: listing everything that is wrong with the input; nothing is written then.
-        StorageError: where the output cannot be written.
+        ConfigError: options are wrong or contradict each other, or the dataset exists already.
+        DataError: listing all problems of the input; nothing is written then.
+        StorageError: the output cannot be written.
     """
     found = scan(options.input, options.layout, prepare_plan.layout_options(options))
     table = prepare_plan.label_table(options, found.table)
@@ -79,11 +79,11 @@ def prepare(options: PrepareOptions, *, progress: bool = True) -> dict[str, Path
     problems = list(found.problems)
     modalities = sorted({case.modality for case in found.cases})
     for modality in modalities:
-        _check_place(options.out / modality, options.overwrite)
+        check_target(options.out / modality, options.overwrite)
     with ExitStack() as stack:
         datasets = []
         for modality in modalities:
-            folder = stack.enter_context(unfinished(options.out, modality))
+            folder = stack.enter_context(temporary_output_dir(options.out, modality))
             cases = [case for case in found.cases if case.modality == modality]
             datasets.append(_plan(modality, cases, options, folder, table, problems, found.notices))
         workers = _workers(options, [request for dataset in datasets for request in dataset.requests])
@@ -105,7 +105,10 @@ def prepare(options: PrepareOptions, *, progress: bool = True) -> dict[str, Path
         scalings = [prepare_plan.scaling(options, dataset.modality, dataset.staged) for dataset in datasets]
         for dataset, scaling in zip(datasets, scalings, strict=True):
             save_manifest(dataset.folder, _finish(dataset, scaling, options, settings, workers, progress))
-        return {dataset.modality: _publish(dataset, options) for dataset in datasets}
+        return {
+            dataset.modality: publish(dataset.folder, options.out / dataset.modality, options.overwrite)
+            for dataset in datasets
+        }
 
 
 def _plan(
@@ -120,7 +123,7 @@ def _plan(
     try:
         splitting = prepare_plan.split_cases(options, modality, cases)
     except DataError as error:
-        # The files are still looked at, so that one run finds all that is wrong.
+        # The files are checked all the same, so that one run finds all problems.
         problems.append(str(error))
         splitting = Splitting({"train": tuple(case.id for case in cases), "val": (), "test": ()}, {"method": "none"})
     staging = folder / ".staged"
@@ -133,7 +136,7 @@ def _plan(
 
 
 def _workers(options: PrepareOptions, requests: Sequence[Request]) -> int:
-    """Volumes at a time; 0 where Ray is not worth starting."""
+    """Number of volumes at a time; 0 if starting Ray does not pay off."""
     if options.workers is not None:
         return min(options.workers, len(requests))
     ray = sys.modules.get("ray")
@@ -181,11 +184,11 @@ def _stage(
     wrong: set[str] = set()
     owner = {request.folder: dataset for dataset in datasets for request in dataset.requests}
     for request, result in zip(requests, results, strict=True):
-        if isinstance(result, Staged):
+        if isinstance(result, StagedCase):
             owner[request.folder].staged.append(result)
         else:
             wrong.update(result)
-    # Sorted by file; a file that is in two splits is wrong once.
+    # Sorted by file; a file in two splits is reported once.
     problems += sorted(wrong)
 
 
@@ -234,93 +237,11 @@ def _listed(folder: Path, problems: Sequence[str], notices: Sequence[str]) -> st
     return "\n".join(lines)
 
 
-# ------------------------------------------------------------------------------------------- folders on the disk
-
-
-def _check_place(target: Path | S3Path, overwrite: bool) -> None:
-    """Refuse a place that is taken, before any work is done."""
-    inside = target.files() if isinstance(target, S3Path) else target.is_dir() and any(target.iterdir())
-    if not inside and (isinstance(target, S3Path) or target.is_dir() or not target.exists()):
-        return
-    if not (target / MANIFEST).exists():
-        raise StorageError(f"{target}: there is something else than a dataset; move it away or choose another --out")
-    if not overwrite:
-        raise ConfigError(f"{target}: there is a finished dataset already; give --overwrite to replace it")
-
-
-@contextmanager
-def unfinished(out: Path | S3Path, name: str) -> Iterator[Path]:
-    """A hidden folder of this process beside finished ones, for those in a bucket in the cache folder; gone after the
-    block unless it was given its name. Those that killed processes of this host have left are removed."""
-    if isinstance(out, S3Path):
-        out = cache_folder() / "unfinished"
-    prefix = f".{name}.unfinished-{socket.gethostname()}-"
-    with storage_errors(out):
-        out.mkdir(parents=True, exist_ok=True)
-        for left in out.glob(f"{prefix}*"):
-            process = left.name.removeprefix(prefix).partition("-")[0]
-            if process.isdecimal() and not _is_running(int(process)):
-                shutil.rmtree(left)
-        folder = Path(tempfile.mkdtemp(prefix=f"{prefix}{os.getpid()}-", dir=out))
-        folder.chmod(0o777 & ~_umask())  # mkdtemp lets nobody else in; a dataset is readable like any other folder
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _is_running(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-def _publish(dataset: _Dataset, options: PrepareOptions) -> Path | S3Path:
-    """Give the finished folder its name; an old dataset of the name goes when the new one is in place."""
-    target = options.out / dataset.modality
-    if isinstance(target, S3Path):
-        _upload(dataset.folder, target, options.overwrite)
-        return target
-    assert isinstance(options.out, Path)
-    old = dataset.folder.with_name(dataset.folder.name.replace("unfinished", "replaced"))
-    with storage_errors(target):
-        fsync_directory(dataset.folder)
-        _check_place(target, options.overwrite)
-        if target.exists():
-            target.rename(old)
-        dataset.folder.rename(target)
-        fsync_directory(options.out)
-        shutil.rmtree(old, ignore_errors=True)
-    return target
-
-
-def _upload(folder: Path, target: S3Path, overwrite: bool) -> None:
-    """Put a finished folder into a bucket, the manifest last and that of an old dataset gone first: whatever breaks it
-    off, there is never a manifest of files that are not all there."""
-    _check_place(target, overwrite)
-    (target / MANIFEST).delete()
-    target.delete_folder()
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    for path in sorted(files, key=lambda path: path.name == MANIFEST):
-        with path.open("rb") as stream:
-            (target / path.relative_to(folder)).upload(stream)
-
-
 # ------------------------------------------------------------------------------------------------------ summary
 
 
 def summary(folder: Path | S3Path) -> str:
-    """Text on a finished dataset: its splits, classes, range, and what is worth knowing."""
+    """Text on a finished dataset: splits, classes, range and warnings."""
     manifest = load_manifest(folder)
     lines = [
         f"{manifest.modality}: {folder}",
@@ -352,7 +273,7 @@ def summary(folder: Path | S3Path) -> str:
 
 
 def next_command(folders: dict[str, Path | S3Path]) -> str:
-    """What to type now; the small preset for slices that a CPU can train on."""
+    """The command to give next, with the small preset for slices that a CPU can train on."""
     first = next(iter(folders.values()))
     source, target = (str(folders["mr"]), str(folders["ct"])) if {"ct", "mr"} <= set(folders) else (str(first), "OTHER")
     preset = "small/mpscl" if max(load_manifest(first).size) <= _SMALL else "mr2ct/mpscl"

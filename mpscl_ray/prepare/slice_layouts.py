@@ -22,7 +22,7 @@ _SPLIT_WORDS = {
 
 
 def _words(listing: Listing, path: Path) -> list[str]:
-    """Words of the file name, then those of the folders above it: the nearest word tells modality and split."""
+    """Words of the file name, then those of the folders above it: the nearest word gives modality and split."""
     parts = [path.name, *reversed(path.relative_to(listing.root).parts[:-1]), listing.root.name]
     return [word for part in parts for word in re.split(r"[^a-z0-9]+", part.lower())]
 
@@ -38,7 +38,7 @@ def _slice_case(listing: Listing, options: LayoutOptions, path: Path, stem: str,
 
 
 def _grouped(listing: Listing, cases: list[SourceCase], size: int | None) -> list[SourceCase]:
-    """Cases of ``size`` consecutive slice numbers each, where asked; a case for each file otherwise."""
+    """Cases of ``size`` consecutive slice numbers each; a case for each file without a size."""
     if size is None:
         return cases
     if size < 1:

@@ -1,4 +1,4 @@
-"""A case as files in a folder, and what the user says about the folder."""
+"""The files of a case, and the options of the folder that they are in."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Literal
 from mpscl_ray.prepare.label_table import LabelTable
 
 Flip = Literal["auto", "none", "both"]
-"""Whether released test volumes are flipped along rows and columns; auto: those named like them."""
+"""Whether released test volumes are flipped along rows and columns; auto: those named like the released ones."""
 
 Kind = Literal["nifti", "tfrecord", "npy", "npz", "released_nifti"]
 
@@ -28,14 +28,14 @@ class SourceCase:
     images: tuple[Path, ...]
     labels: tuple[Path, ...] = ()
     split: str | None = None
-    """Where the layout itself says so."""
+    """The split, if the layout defines it."""
     label_hint: str = ""
-    """Where the missing label was looked for."""
+    """Expected path of a missing label, for messages."""
 
 
 @dataclass(frozen=True)
 class LayoutOptions:
-    """What the user says about a folder."""
+    """Options of a folder."""
 
     modality: str | None = None
     image_pattern: str | None = None
@@ -43,12 +43,12 @@ class LayoutOptions:
     patient_pattern: str | None = None
     """Regular expression searched in the case id; its first group (or the whole match) is the patient."""
     group_slices: int | None = None
-    """Slices of one file each that go into one case, by their number."""
+    """Number of consecutive slice files that make one case."""
     channel: int = 0
 
 
 Found = tuple[list[SourceCase], LabelTable | None, set[Path]]
-"""Cases of a layout, the meaning of their raw labels where the layout tells, and the files that are part of it."""
+"""Cases of a layout, the meaning of their raw labels if the layout defines it, and the files that are part of it."""
 
 
 def collect(found: dict[str, list[Path]], case: str, path: Path) -> None:

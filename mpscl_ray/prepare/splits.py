@@ -1,4 +1,4 @@
-"""Which case is for training, validation and test: by patient, and never the same patient twice."""
+"""Assigning cases to training, validation and test by patient: no patient is in two splits."""
 
 from __future__ import annotations
 
@@ -24,15 +24,14 @@ Source: the test lists of the SIFA release.
 """
 
 _VALIDATION_OF_MMWHS = 8
-"""One in so many of the remaining patients validates: 2 of 16, as in the CT half of the release."""
-
+"""One in this many of the remaining patients validates: 2 of 16, as in the CT half of the release."""
 
 _LISTED = 6
 
 
 @dataclass(frozen=True)
 class Member:
-    """A case as far as splitting sees it."""
+    """A case and its patient."""
 
     case: str
     patient: str
@@ -40,7 +39,7 @@ class Member:
 
 @dataclass(frozen=True)
 class Splitting:
-    """Cases of each split, in order, and how that came about (kept in the manifest)."""
+    """Cases of each split, in order, and how they were chosen (recorded in the manifest)."""
 
     cases: dict[str, tuple[str, ...]]
     record: dict[str, Any]
@@ -62,11 +61,11 @@ def _by_patient(members: Sequence[Member], patients: Mapping[str, Iterable[str]]
 def split_published(members: Sequence[Member], modality: str) -> Splitting:
     """The published MM-WHS test volumes; of the rest the last eighth (by id) validates.
 
-    Which patients validate was never published; unlike in the release, whose MR validation slices come from test
-    patients, nobody is in two splits here.
+    Which patients validate was never published. In the release the MR validation slices come from test patients; here
+    no patient is in two splits.
 
     Raises:
-        DataError: where the modality has no published list, or none of its test volumes is there.
+        DataError: the modality has no published list, or none of its test volumes is there.
     """
     if modality not in PUBLISHED_TEST:
         raise DataError(f"--split mmwhs knows ct and mr, not {modality!r}; give fractions or a JSON file")
@@ -90,13 +89,13 @@ def split_published(members: Sequence[Member], modality: str) -> Splitting:
 
 
 def split_fractions(members: Sequence[Member], fractions: Sequence[float], seed: int) -> Splitting:
-    """Patients drawn at random with a seed, ``fractions`` = (train, val, test).
+    """Patients assigned at random with a seed, ``fractions`` = (train, val, test).
 
     Every split with a fraction above 0 gets at least one patient; the rest is rounded by largest remainder.
 
     Raises:
-        ConfigError: where the fractions are not three numbers >= 0 that sum to 1.
-        DataError: where there are fewer patients than splits.
+        ConfigError: the fractions are not three numbers >= 0 that sum to 1.
+        DataError: there are fewer patients than splits.
     """
     if (
         len(fractions) != 3
@@ -137,7 +136,7 @@ def read_split_file(path: Path, modality: str) -> dict[str, list[str]]:
     One file may serve several modalities: ``{"ct": {"train": ...}, "mr": {...}}``.
 
     Raises:
-        ConfigError: where the file is missing or says something else.
+        ConfigError: the file is missing or has another content.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -160,7 +159,7 @@ def read_split_file(path: Path, modality: str) -> dict[str, list[str]]:
 
 
 def split_listed(members: Sequence[Member], listed: Mapping[str, Sequence[str]], origin: str) -> Splitting:
-    """Splits by lists of patient ids, or of case ids where no patient is called so.
+    """Splits by lists of patient ids, or of case ids if no patient has that id.
 
     Raises:
         DataError: naming every listed id that no case has.
@@ -195,14 +194,14 @@ def split_listed(members: Sequence[Member], listed: Mapping[str, Sequence[str]],
 def overlaps(
     entries: Iterable[tuple[str, str, str, str]], *, transductive: bool = False
 ) -> tuple[list[str], list[str]]:
-    """Patients and images that are in two splits.
+    """Find patients and images that are in two splits.
 
     Args:
         entries: (split, case, patient, SHA-256 of the voxels) of each case.
-        transductive: whether target patients may be in train (without their labels) and in val or test.
+        transductive: whether patients may be in train (without their labels) and in val or test.
 
     Returns:
-        Sentences for what must not be, and sentences for copies of an image within one split.
+        Problems, and warnings on copies of an image within one split.
     """
     by_patient: dict[str, dict[str, str]] = {}
     by_content: dict[str, list[tuple[str, str, str]]] = {}

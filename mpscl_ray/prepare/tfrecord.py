@@ -3,7 +3,7 @@
 A TFRecord file is a chain of frames ``u64 length, u32 crc(length), payload, u32 crc(payload)``; each payload here is a
 ``tf.train.Example``, a protocol buffer whose one field maps names to lists of bytes, floats or integers. The records
 of the SIFA / PnP-AdaNet release hold three neighbouring slices each (``data_vol``, ``label_vol``); the middle one is
-the sample and the only one that is labelled.
+the sample and the only labelled one.
 """
 
 from __future__ import annotations
@@ -71,13 +71,13 @@ def _shift_tables(zero_bytes: int) -> tuple[tuple[int, ...], ...]:
             total = [apply(power, column) for column in total]
         power = [apply(power, column) for column in power]
         remaining >>= 1
-    return tuple(tuple(apply(total, byte << (8 * place)) for byte in range(256)) for place in range(4))
+    return tuple(tuple(apply(total, byte << (8 * position)) for byte in range(256)) for position in range(4))
 
 
 def crc32c(data: bytes | memoryview) -> int:
     """CRC-32C of ``data``.
 
-    A CRC is linear, so the buffer is cut into lanes that NumPy advances side by side, and the lanes are joined by the
+    A CRC is linear, so the buffer is cut into lanes that NumPy advances concurrently, and the lanes are joined by the
     map "advance over a lane of zeros": about 100 times faster than a loop over bytes.
 
     Source: RFC 3720, appendix B.4 (the test vectors).
@@ -115,7 +115,7 @@ def read_records(path: Path) -> Iterator[memoryview]:
     """Payload of each record of a file, both checksums verified.
 
     Raises:
-        DataError: where the file is empty, cut short, damaged or no TFRecord file.
+        DataError: the file is empty, cut short, damaged or no TFRecord file.
     """
     data = memoryview(path.read_bytes())
     if not data:
@@ -123,7 +123,7 @@ def read_records(path: Path) -> Iterator[memoryview]:
     start = 0
     while start < len(data):
         if len(data) - start < 12:
-            raise DataError(f"{path}: {len(data) - start} stray bytes after the last record; the file was cut short")
+            raise DataError(f"{path}: {len(data) - start} extra bytes after the last record; the file was cut short")
         header = data[start : start + 8]
         (length,) = struct.unpack("<Q", header)
         (crc,) = struct.unpack("<I", data[start + 8 : start + 12])
@@ -149,7 +149,7 @@ def read_records(path: Path) -> Iterator[memoryview]:
 
 
 def _varint(data: memoryview, at: int) -> tuple[int, int]:
-    """Unsigned integer at ``at`` and the position behind it; 10 bytes at most (a negative int64 takes all ten)."""
+    """Unsigned integer at ``at`` and the position after it; at most 10 bytes (a negative int64 takes all ten)."""
     value = 0
     for count in range(10):
         if at >= len(data):
@@ -179,7 +179,7 @@ def _fields(data: memoryview) -> Iterator[tuple[int, int | memoryview]]:
         elif wire == 5:
             length = 4
         else:
-            raise ValueError(f"wire type {wire} is none of protocol buffers'")
+            raise ValueError(f"protocol buffers have no wire type {wire}")
         if at + length > len(data):
             raise ValueError("a field runs over the end of the message")
         yield number, data[at : at + length]
@@ -188,7 +188,7 @@ def _fields(data: memoryview) -> Iterator[tuple[int, int | memoryview]]:
 
 def _bytes(value: int | memoryview) -> memoryview:
     if isinstance(value, int):
-        raise ValueError("a number where text or a message should be")
+        raise ValueError("a number, expected text or a message")
     return value
 
 
@@ -219,10 +219,10 @@ def _feature(data: memoryview) -> Feature:
 
 
 def parse_example(payload: bytes | memoryview) -> dict[str, Feature]:
-    """Features of a ``tf.train.Example`` by name, whatever their order.
+    """Features of a ``tf.train.Example`` by name.
 
     Raises:
-        ValueError: where the message is malformed.
+        ValueError: the message is malformed.
     """
     features: dict[str, Feature] = {}
     for number, body in _fields(memoryview(payload)):
@@ -270,10 +270,10 @@ def _middle_slice(features: dict[str, Feature], name: str, shape: tuple[int, ...
 
 
 def read_slices(path: Path) -> list[SliceRecord]:
-    """The labelled middle slice of every record of a SIFA / PnP-AdaNet file; extra features are passed over.
+    """The labelled middle slice of every record of a SIFA / PnP-AdaNet file; other features are ignored.
 
     Raises:
-        DataError: where the file is damaged, or a record is no such sample.
+        DataError: the file is damaged, or a record is no such sample.
     """
     slices = []
     for index, payload in enumerate(read_records(path)):

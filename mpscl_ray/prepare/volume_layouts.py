@@ -1,4 +1,4 @@
-"""Layouts with a volume in each file: MM-WHS 2017, nnU-Net, and any folder by patterns of names."""
+"""Layouts with one volume per file: MM-WHS 2017, nnU-Net, and any folder by name patterns."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def mmwhs_cases(listing: Listing, options: LayoutOptions) -> Found:
 
 
 def nnunet_cases(listing: Listing, options: LayoutOptions) -> Found:
-    """``imagesTr labelsTr imagesTs labelsTs dataset.json``; files without a channel suffix are the MSD form of it."""
+    """``imagesTr labelsTr imagesTs labelsTs dataset.json``; files without a channel suffix are its MSD form."""
     path = listing.root / "dataset.json"
     try:
         about = json.loads(path.read_text(encoding="utf-8-sig"))
@@ -155,7 +155,7 @@ def _nnunet_labels(path: Path, about: Mapping[str, Any], notices: list[str]) -> 
 
 
 def folder_cases(listing: Listing, options: LayoutOptions) -> Found:
-    """Any folder, by patterns of paths with ``{case}``."""
+    """Any folder, by path patterns with ``{case}``."""
     if options.image_pattern is None or options.modality is None:
         raise ConfigError(
             "--layout folder needs --modality and --image-pattern, e.g. --modality mr --image-pattern "
@@ -182,7 +182,7 @@ def folder_cases(listing: Listing, options: LayoutOptions) -> Found:
     if 0 < len(maps) < len(images):
         listing.problems.append(
             f"images by --image-pattern that are named like label maps, {len(maps)}: "
-            f"{listing.some([images[case][0] for case in maps])}; tell them apart with --label-pattern, or give a "
+            f"{listing.some([images[case][0] for case in maps])}; give --label-pattern, or a "
             "narrower --image-pattern"
         )
     cases = []

@@ -24,7 +24,7 @@ as far as it is. Give the runs with and without margin together to compare their
 
 def main(arguments: Sequence[str]) -> int:
     """Write the report and say where it is; returns the exit code."""
-    parser = argparse.ArgumentParser(
+    parser = cli.CommandParser(
         prog="python -m mpscl_ray.report",
         description="The paper's figures from finished or running runs, as one HTML page.",
         epilog=f"{_EXAMPLES}\n{cli.EXIT_CODES}",

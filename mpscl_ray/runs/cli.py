@@ -1,21 +1,31 @@
-"""What all commands share: plain errors and documented exit codes."""
+"""What all commands share: the parser, plain errors, and documented exit codes."""
 
 from __future__ import annotations
 
+import argparse
 import atexit
+import functools
 import gc
+import importlib.metadata
 import io
 import os
+import platform
+import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
+from mpscl_ray import __version__
 from mpscl_ray.errors import MpsclError
 
 EXIT_CODES = (
-    "exit codes: 0 done, 2 usage or config, 3 data, 4 cluster or resources, 5 storage, 6 training failed, "
-    "130 interrupted and resumable"
+    "exit codes: 0 done, 2 usage or config, 3 data, 4 cluster or resources, 5 storage,\n"
+    "            6 training failed, 130 interrupted and resumable"
 )
 """Shown at the end of every --help."""
+
+COMPLETION = "_ARGCOMPLETE"
+"""Environment variable by which a shell asks for completions; its value is the position of the program's name."""
 
 
 def run(main: Callable[[list[str]], int], arguments: list[str] | None = None) -> None:
@@ -24,10 +34,10 @@ def run(main: Callable[[list[str]], int], arguments: list[str] | None = None) ->
     An :class:`MpsclError` is printed as one sentence; anything else is a defect and keeps its traceback.
     ``MPSCL_RAY_DEBUG=1`` shows the traceback of the former too.
     """
-    atexit.register(gc.freeze)  # Else Python looks for cycles in all of torch and Ray before it ends, for seconds.
+    atexit.register(gc.freeze)  # Otherwise Python looks for cycles in all of torch and Ray before it ends, for seconds.
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # A name of a file may hold what the terminal cannot show.
+            stream.reconfigure(errors="backslashreplace")  # A file name may hold what the terminal cannot show.
     try:
         code = main(sys.argv[1:] if arguments is None else arguments)
     except MpsclError as error:
@@ -39,3 +49,76 @@ def run(main: Callable[[list[str]], int], arguments: list[str] | None = None) ->
         print("interrupted", file=sys.stderr, flush=True)
         code = 130
     sys.exit(code)
+
+
+def help_width() -> int:
+    """Columns of help: those of the terminal, but at least 80 and at most 100 (also where there is no terminal)."""
+    return min(max(shutil.get_terminal_size((100, 24)).columns, 80), 100)
+
+
+def version() -> str:
+    """Versions of this package and of what decides on its results, without importing them."""
+
+    def installed(name: str) -> str:
+        try:
+            return f"{name} {importlib.metadata.version(name)}"
+        except importlib.metadata.PackageNotFoundError:
+            return f"{name} not installed"
+
+    return f"mpscl_ray {__version__} (Python {platform.python_version()}, {installed('torch')}, {installed('ray')})"
+
+
+class _VersionAction(argparse.Action):
+    """``--version``: read only when asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        print(version())
+        parser.exit()
+
+
+class CommandParser(argparse.ArgumentParser):
+    """Parser of a command: ``--version``, completion in the shell, and help as it was written."""
+
+    def __init__(self, **options: Any) -> None:
+        formatter = functools.partial(argparse.RawDescriptionHelpFormatter, width=help_width())
+        super().__init__(**(options | {"formatter_class": formatter}))
+        none = argparse.SUPPRESS  # It is no attribute of the parsed options.
+        self.add_argument(
+            "--version", action=_VersionAction, nargs=0, dest=none, default=none, help="print the versions and exit"
+        )
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse does, after answering a shell that completes."""
+        self._complete()
+        return super().parse_args(args, namespace)
+
+    def parse_intermixed_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse does, after answering a shell that completes."""
+        self._complete()
+        return super().parse_intermixed_args(args, namespace)
+
+    def parse_settings(self, arguments: Sequence[str]) -> argparse.Namespace:
+        """Parse options and settings in any order; unknown options are an error unless help was asked for.
+
+        For a parser made with ``add_help=False`` and :meth:`add_help_of_settings`.
+        """
+        self._complete()
+        options, unknown = self.parse_known_intermixed_args(list(arguments))
+        if unknown and not (options.help or options.help_all):
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return options
+
+    def add_help_of_settings(self) -> None:
+        """Add ``--help`` and ``--help-all`` as plain flags: what they show depends on the settings beside them."""
+        self.add_argument(
+            "-h", "--help", action="store_true", help="show this help, with the values of the settings given"
+        )
+        self.add_argument("--help-all", action="store_true", help="show every setting as well")
+
+    def _complete(self) -> None:
+        """Answer a shell that completes, and leave: no command may run for that."""
+        if COMPLETION in os.environ:
+            import argcomplete  # Optional: the shell asks only where it is installed.
+
+            argcomplete.autocomplete(self)
+            self.exit(1)

@@ -2,28 +2,37 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from mpscl_ray.config import Config, describe_keys, load_config, preset_names, to_yaml
+from mpscl_ray.config import Config, load_config, preset_names, require_datasets, to_yaml
+from mpscl_ray.config.help import (
+    LEGEND,
+    complete_settings,
+    config_for_help,
+    describe_all,
+    describe_common,
+    list_presets,
+)
 from mpscl_ray.errors import ConfigError
 from mpscl_ray.runs import cli
-from mpscl_ray.runs.storage import is_url
+from mpscl_ray.runs.storage import is_url, parse_location
 
 if TYPE_CHECKING:
     from mpscl_ray.train.ray.launch import Fit
 
+_DEFAULT_PRESET = "phantom"
+
 _EXAMPLES = """\
 examples:
-  python -m mpscl_ray.train                                  the phantom hearts, two CPU workers, a few minutes
+  python -m mpscl_ray.train                             the phantom hearts, two CPU workers, minutes
   python -m mpscl_ray.train mr2ct/mpscl data.source=data/mr data.target=data/ct scaling.workers=2
   python -m mpscl_ray.train small/mpscl data.source=data/bssfp data.target=data/lge run.name=lge
   python -m mpscl_ray.train mr2ct/mpscl method.margin_source=0.3 optim.lr=1e-4 --show
   ray job submit --working-dir . -- python -m mpscl_ray.train mr2ct/mpscl run.storage=/shared/runs
 
-The same command again goes on where the run stopped. Labels of the target's training slices are never read, except by
-data.labelled=target, the supervised bound.
+The same command again resumes a stopped run. Labels of the target's training slices are never read,
+except with data.labelled=target, the supervised bound.
 """
 
 
@@ -35,31 +44,34 @@ def main(arguments: Sequence[str], fit: Fit | None = None) -> int:
         fit: what trains; None is Ray Train.
 
     Returns:
-        The exit code: 0, or 130 when the run was stopped and can go on.
+        The exit code: 0, or 130 when the run was stopped and can be resumed.
     """
-    presets = f"presets: {', '.join(preset_names())}"
-    settings = f"settings, with their defaults:\n{describe_keys()}"
-    parser = argparse.ArgumentParser(
+    parser = cli.CommandParser(
         prog="python -m mpscl_ray.train",
         description="Train a segmenter on a labelled domain and adapt it to an unlabelled one.",
-        epilog=f"{_EXAMPLES}\n{presets}\n\n{settings}\n\n{cli.EXIT_CODES}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        add_help=False,
     )
-    parser.add_argument(
-        "settings", nargs="*", metavar="PRESET | key=value", help="preset (default: phantom) and settings"
-    )
-    parser.add_argument(
-        "--show", action="store_true", help="print the resolved settings as YAML, which train also reads"
-    )
-    parser.add_argument("--dashboard", action="store_true", help="serve the Ray dashboard of a Ray started here")
-    parser.add_argument(
-        "--allow-change", action="store_true", help="go on with a run although settings that matter differ from its own"
-    )
-    options = parser.parse_intermixed_args(list(arguments))
+    add = parser.add_argument
+    words = add("settings", nargs="*", metavar="PRESET | key=value", help="preset (default: phantom) and settings")
+    words.completer = complete_settings(preset_names())  # type: ignore[attr-defined]
+    parser.add_help_of_settings()
+    add("--list-presets", action="store_true", help="list the presets, each with what it is")
+    add("--show", action="store_true", help="print the resolved settings as YAML, which train also reads")
+    add("--dashboard", action="store_true", help="serve the Ray dashboard of a Ray started here")
+    add("--allow-change", action="store_true", help="resume a run although settings that matter differ from its own")
+    options = parser.parse_settings(arguments)
+    if options.help or options.help_all:
+        print(f"{parser.format_help()}\n{_help(options.settings, options.help_all)}\n\n{cli.EXIT_CODES}")
+        return 0
+    if options.list_presets:
+        print(list_presets(cli.help_width()))
+        return 0
     config = config_from_arguments(options.settings)
     if options.show:
         print(to_yaml(config), end="")
         return 0
+    parse_location(config.run.storage)
+    require_datasets(config)
     # Imported here: help and refused arguments need not wait for torch and Ray.
     from mpscl_ray.train.run import train
 
@@ -72,8 +84,24 @@ def config_from_arguments(settings: Sequence[str]) -> Config:
     Raises:
         ConfigError: two presets, or anything wrong with the settings.
     """
+    return load_config(*_preset_and_overrides(settings))
+
+
+def _preset_and_overrides(settings: Sequence[str]) -> tuple[str, list[str]]:
     overrides = [word for word in settings if "=" in word and not is_url(word)]
     presets = [word for word in settings if word not in overrides]
     if len(presets) > 1:
         raise ConfigError(f"{' and '.join(presets)} are two presets, expected one; settings are written key=value")
-    return load_config(presets[0] if presets else "phantom", overrides)
+    return (presets[0] if presets else _DEFAULT_PRESET), overrides
+
+
+def _help(settings: Sequence[str], every: bool) -> str:
+    """Examples and the settings of the chosen preset: the common ones, or every one."""
+    preset, overrides = _preset_and_overrides(settings)
+    config = config_for_help(preset, overrides)
+    describe = describe_all if every else describe_common
+    return (
+        f"{_EXAMPLES}\nsettings of preset {preset} (method {config.method_name}); {LEGEND}\n"
+        f"{describe(config, cli.help_width())}\n\n"
+        "PRESET --help shows those of another preset, --help-all every one, --list-presets the presets."
+    )

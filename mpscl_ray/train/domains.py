@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mpscl_ray import __version__
-from mpscl_ray.config import Config, DiscriminatorConfig, reads_target
+from mpscl_ray.config import Config, DiscriminatorConfig, reads_target, require_datasets
 from mpscl_ray.data import SOURCE_DOMAIN, TARGET_DOMAIN
 from mpscl_ray.data.compatibility import check_pair
 from mpscl_ray.data.dataset import Manifest, load_manifest
@@ -54,12 +54,7 @@ def load_domains(config: Config) -> tuple[Domains, list[str]]:
             run.select needs labels that the target does not have.
         DataError: a dataset is missing, damaged, or does not fit the other one.
     """
-    for key, value in (("data.source", config.data.source), ("data.target", config.data.target)):
-        if not value:
-            raise ConfigError(
-                f"{key} is not set: give the folder of a prepared dataset ({key}=FOLDER); "
-                "python -m mpscl_ray.prepare --help says how to make one"
-            )
+    require_datasets(config)
     source_folder, target_folder = (
         located.absolute() if isinstance(located, Path) else located
         for located in map(parse_location, (config.data.source, config.data.target))

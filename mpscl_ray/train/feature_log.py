@@ -32,7 +32,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mpscl_ray.data.loader import Slices, tensors
+from mpscl_ray.data.loader import Slices, collate
 from mpscl_ray.data.parquet_reader import Arrays
 from mpscl_ray.data.slice_selection import evenly_spaced
 from mpscl_ray.distributed import collectives
@@ -89,7 +89,7 @@ class FeatureRecord:
         counts = _Counts(classifier)
         rank, world_size = collectives.rank(), collectives.world_size()
         for number, (case, arrays) in enumerate(slices.volumes(rank, world_size)):
-            volume = tensors(arrays)
+            volume = collate(arrays)
             for start in range(0, len(volume["image"]), batch_size):
                 counts.add(*(volume[name][start : start + batch_size] for name in ("image", "label") if name in volume))
             if rank == 0 and number == 0:
@@ -112,7 +112,7 @@ class FeatureRecord:
         if not (self.panels / SLICES_FILE).exists():
             kept: dict[str, NDArray[Any]] = {name: array[chosen] for name, array in arrays.items()}
             _save(self.panels / SLICES_FILE, {"case": np.array(case), "slice_index": chosen, **kept})
-        cosine = classifier.cosine(tensors({"image": arrays["image"][chosen]})["image"])
+        cosine = classifier.cosine(collate({"image": arrays["image"][chosen]})["image"])
         nearest, selected = self_paced_pseudo_labels(cosine, classifier.delta_th)
         two = cosine.topk(2, dim=1).values
         content: Arrays = {

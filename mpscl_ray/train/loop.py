@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mpscl_ray.config import Config, is_adaptation, reads_target
 from mpscl_ray.data import TARGET_DOMAIN
-from mpscl_ray.data.loader import Slices, tensors
+from mpscl_ray.data.loader import Slices, collate
 from mpscl_ray.data.slice_selection import evenly_spaced
 from mpscl_ray.distributed import collectives
 from mpscl_ray.methods.base import Batch, Method
@@ -282,7 +282,7 @@ class _Trainer:
     def _show_images(self, method: Method, slices: Slices) -> None:
         """Predict evenly spaced slices of the first volume, the ends left out."""
         _, arrays = next(slices.volumes())
-        volume = tensors(arrays)
+        volume = collate(arrays)
         chosen = torch.from_numpy(evenly_spaced(np.arange(len(volume["image"])), IMAGE_SLICES))
         images = volume["image"][chosen]
         predictions = method.predict(images.to(self.device)).argmax(1).cpu()

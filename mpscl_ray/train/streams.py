@@ -14,8 +14,8 @@ from torch import Tensor
 from mpscl_ray.config import Config, reads_target
 from mpscl_ray.data import SOURCE_DOMAIN, TARGET_DOMAIN
 from mpscl_ray.data.loader import Slices, SliceStream
-from mpscl_ray.data.sampler import share
-from mpscl_ray.data.subset import ChosenSlices
+from mpscl_ray.data.sampler import shard_range
+from mpscl_ray.data.subset import SubsetSlices
 from mpscl_ray.methods.base import Method, TrainingSlices
 from mpscl_ray.networks.pretrained import load_prototypes
 
@@ -73,8 +73,8 @@ def open_streams(
     if method.split is not None:
         split = method.split
         assert data.unlabelled is not None
-        easy = ChosenSlices(data.unlabelled, split.easy.numpy(), split.pseudo_labels.numpy())
-        return stream(EASY, easy), stream(HARD, ChosenSlices(data.unlabelled, split.hard.numpy()))
+        easy = SubsetSlices(data.unlabelled, split.easy.numpy(), split.pseudo_labels.numpy())
+        return stream(EASY, easy), stream(HARD, SubsetSlices(data.unlabelled, split.hard.numpy()))
     source = stream(SOURCE_DOMAIN, data.labelled)
     return source, stream(TARGET_DOMAIN, data.unlabelled) if reads_target(phase) else None
 
@@ -110,7 +110,7 @@ def training_slices(
                 yield stream.next()["image"]
 
     def target() -> Iterator[tuple[Tensor, Tensor]]:
-        rows = torch.as_tensor(share(unlabelled.rows, rank, world_size))
+        rows = torch.as_tensor(shard_range(unlabelled.rows, rank, world_size))
         for start, batch in zip(range(0, len(rows), batch_size), batches(unlabelled), strict=True):
             yield rows[start : start + batch_size], batch["image"]
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mpscl_ray.data import TARGET_DOMAIN
-from mpscl_ray.data.loader import Slices, tensors
+from mpscl_ray.data.loader import Slices, collate
 from mpscl_ray.distributed import collectives
 from mpscl_ray.train import unsupervised_criteria
 
@@ -66,7 +66,7 @@ def validate(
     rank, world_size = collectives.rank(), collectives.world_size()
     own = range(rank, len(slices.files.cases), world_size)
     for index, (_, arrays) in zip(own, slices.volumes(rank, world_size), strict=True):
-        totals.add(index, tensors(arrays), predict, batch_size)
+        totals.add(index, collate(arrays), predict, batch_size)
     return totals.reduce(classes[1:], slices.files.labels)
 
 

@@ -2,34 +2,44 @@
 
 from __future__ import annotations
 
-import argparse
+import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from mpscl_ray.config import describe_keys, preset_names
+from mpscl_ray.config import preset_names, require_datasets
+from mpscl_ray.config.help import (
+    LEGEND,
+    complete_settings,
+    describe_all,
+    describe_long,
+    describe_short,
+    list_presets,
+    listing,
+    section_help,
+)
 from mpscl_ray.errors import ConfigError
 from mpscl_ray.runs import cli
 from mpscl_ray.runs.storage import parse_location
 from mpscl_ray.tune.criteria import CRITERIA, LABEL_FREE
-from mpscl_ray.tune.settings import describe_search
 from mpscl_ray.tune.shared_phases import shared_phases
-from mpscl_ray.tune.space import EXAMPLE, describe_spaces, load_space
+from mpscl_ray.tune.space import EXAMPLE, describe_spaces, load_space, space_names
 
 if TYPE_CHECKING:
     from mpscl_ray.train.ray.launch import Fit
+
+_DEFAULT_SPACE = "phantom"
 
 _EXAMPLES = """\
 examples:
   python -m mpscl_ray.tune                                   a small space on the phantom hearts
   python -m mpscl_ray.tune mpscl data.source=data/mr data.target=data/ct search.trials=32
-  python -m mpscl_ray.tune contrastive preset=small/mpscl data.source=data/bssfp data.target=data/lge
-  python -m mpscl_ray.tune contrastive data.source=data/mr data.target=data/ct --warm-up runs/mr2ct
+  python -m mpscl_ray.tune mpscl preset=small/mpscl data.source=data/bssfp data.target=data/lge
+  python -m mpscl_ray.tune mpscl data.source=data/mr data.target=data/ct --warm-up runs/mr2ct
   python -m mpscl_ray.tune my_space.yaml --metric information --show
   ray job submit --working-dir . -- python -m mpscl_ray.tune mpscl run.storage=/shared/runs
-  python -m mpscl_ray.tune mpscl data.source=s3://hearts/mr data.target=s3://hearts/ct run.storage=s3://hearts/runs
 
-The same command again goes on with a search that was stopped: no trial is run twice. Trials run side by side as far as
-the cluster goes; scaling.workers is what one of them takes.
+The same command again resumes a stopped search: no trial is run twice. Trials run concurrently,
+as many as the cluster has room for; scaling.workers is what one of them takes.
 """
 
 
@@ -41,43 +51,78 @@ def main(arguments: Sequence[str], fit: Fit | None = None) -> int:
         fit: what trains; None is Ray Train.
 
     Returns:
-        The exit code: 0, or 130 when the search was stopped and can go on.
+        The exit code: 0, or 130 when the search was stopped and can be resumed.
     """
-    spaces = "spaces:\n" + "\n".join(f"  {name:14s} {text}" for name, text in describe_spaces())
-    criteria = "\n".join(f"  {name:24s} {text}" for name, text in CRITERIA.items())
-    parser = argparse.ArgumentParser(
+    parser = cli.CommandParser(
         prog="python -m mpscl_ray.tune",
-        description="Search for the settings of a method; the best trials go on, others are stopped (ASHA).",
-        epilog=(
-            f"{_EXAMPLES}\n{spaces}\n\na space is a YAML file such as\n{EXAMPLE}\n"
-            f"criteria (search.metric), larger is better; label-free default: {LABEL_FREE}\n{criteria}\n\n"
-            f"settings of a search, with their defaults:\n{describe_search()}\n\n"
-            f"presets: {', '.join(preset_names())}\n\n"
-            f"settings of the trials, with their defaults:\n{describe_keys()}\n\n{cli.EXIT_CODES}"
-        ),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Search for the settings of a method; the best trials continue, others are stopped (ASHA).",
+        add_help=False,
     )
     add = parser.add_argument
-    add("settings", nargs="*", metavar="SPACE | key=value", help="space (default: phantom), preset=NAME and settings")
+    words = add(
+        "settings", nargs="*", metavar="SPACE | key=value", help="space (default: phantom), preset=NAME and settings"
+    )
+    names = [*space_names(), *(f"preset={name}" for name in preset_names())]
+    words.completer = complete_settings(names)  # type: ignore[attr-defined]
+    parser.add_help_of_settings()
+    add("--list-presets", action="store_true", help="list the presets, each with what it is")
     add("--metric", help="what trials are compared by, short for search.metric")
-    add("--warm-up", metavar="RUN", help="folder, or URL, of a run whose first phases all trials go on from")
+    add("--warm-up", metavar="RUN", help="folder, or URL, of a run whose first phases all trials start from")
     add("--show", action="store_true", help="print the checked search as YAML and what trials share, and stop")
     add("--dashboard", action="store_true", help="serve the Ray dashboard of a Ray started here")
-    options = parser.parse_intermixed_args(list(arguments))
-    words = list(options.settings)
-    spaces_given = [word for word in words if "=" not in word]
-    if len(spaces_given) > 1:
-        raise ConfigError(f"{' and '.join(spaces_given)} are two spaces, expected one; settings are written key=value")
-    overrides = [word for word in words if "=" in word]
+    options = parser.parse_settings(arguments)
+    if options.list_presets:
+        print(list_presets(cli.help_width()))
+        return 0
+    name, overrides = _space_and_overrides(options.settings)
+    if options.help or options.help_all:
+        print(f"{parser.format_help()}\n{_help(name, overrides, options.help_all)}\n\n{cli.EXIT_CODES}")
+        return 0
     if options.metric is not None:
         overrides.append(f"search.metric={options.metric}")
-    space = load_space(spaces_given[0] if spaces_given else "phantom", overrides)
+    space = load_space(name, overrides)
     given = None if options.warm_up is None else parse_location(options.warm_up)
     if options.show:
         shared = ", ".join(name for name, _ in shared_phases(space.base, space.keys)) or "nothing"
         print(f"# shared by all trials: {shared}\n{space.to_yaml(given)}", end="")
         return 0
+    require_datasets(space.base)
     # Imported here: help and refused arguments need not wait for torch and Ray.
     from mpscl_ray.tune.run import search
 
     return search(space, list(arguments), warm_up=given, dashboard=options.dashboard, fit=fit)
+
+
+def _space_and_overrides(words: Sequence[str]) -> tuple[str, list[str]]:
+    spaces = [word for word in words if "=" not in word]
+    if len(spaces) > 1:
+        raise ConfigError(f"{' and '.join(spaces)} are two spaces, expected one; settings are written key=value")
+    return (spaces[0] if spaces else _DEFAULT_SPACE), [word for word in words if "=" in word]
+
+
+def _help(name: str, overrides: Sequence[str], every: bool) -> str:
+    """Examples, spaces, and the settings of the chosen space: the common ones, or every one."""
+    width = cli.help_width()
+    try:
+        space = load_space(name, overrides)
+    except ConfigError:
+        space = load_space(name)  # Help must not fail on wrong overrides.
+    varied = listing(((part.name, f"{part.kind} {list(part.values)}") for part in space.distributions), width)
+    searched = (describe_long if every else describe_short)(section_help(space.search, "search."), width)
+    trials = f":\n{describe_all(space.base, width)}" if every else ": python -m mpscl_ray.train PRESET --help"
+    criteria = (
+        listing(CRITERIA.items(), width)
+        if every
+        else textwrap.fill(", ".join(CRITERIA), width, initial_indent="  ", subsequent_indent="  ")
+    )
+    parts = [
+        _EXAMPLES,
+        f"spaces:\n{listing(describe_spaces(), width)}\n",
+        f"your own space is a YAML file such as\n{EXAMPLE}" if every else "",
+        f"settings that the space {name} varies\n{varied}\n",
+        f"criteria (search.metric), larger is better; label-free default: {LABEL_FREE}\n{criteria}\n",
+        f"settings of the search; {LEGEND}\n" + "\n".join(searched) + "\n",
+        f"settings of the trials (method {space.base.method_name}){trials}\n",
+        "SPACE --help shows those of another space, --help-all every one and how to write a space.",
+    ]
+    return "\n".join(part for part in parts if part)

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from mpscl_ray.config import field_docs
 from mpscl_ray.tune.criteria import CRITERIA
 
 
@@ -37,16 +35,6 @@ class SearchConfig:
     """From each rung the best 1/reduction of the trials go on, at least one in all; rungs are this factor apart."""
     evaluate: Literal["best", "all", "none"] = "best"
     """Trials that are evaluated on the target's test volumes when the search is over; nothing is chosen by that."""
-
-
-def describe_search() -> str:
-    """Every setting of a search with its default and meaning, for ``--help``."""
-    docs = field_docs(SearchConfig)
-    lines: list[str] = []
-    for field in dataclasses.fields(SearchConfig):
-        lines.append(f"  search.{field.name} = {'null' if field.default is None else str(field.default).lower()}")
-        lines.extend(textwrap.wrap(docs[field.name], 106, initial_indent=" " * 6, subsequent_indent=" " * 6))
-    return "\n".join(lines)
 
 
 def search_config(values: Mapping[str, tuple[Any, str]]) -> tuple[SearchConfig, list[str]]:

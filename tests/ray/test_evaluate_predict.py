@@ -395,7 +395,7 @@ def test_predictions_and_tables_in_a_bucket_are_those_on_a_disk(
         with pytest.raises(StorageError, match="there is no bucket nowhere"):
             predict.main([str(run), images[0], "--out", server.url("out", "nowhere")])
         with pytest.raises(
-            ConfigError, match="is in a bucket, and images are read from files; copy it to this machine"
+            ConfigError, match="is in a bucket, but images are read from local files; copy it to this machine"
         ):
             predict.main([str(run), server.url("images/a.nii.gz"), "--out", place])
     assert not [path for path in (tmp_path / "cache").iterdir() if path.name.startswith("out-")], "no image stays here"

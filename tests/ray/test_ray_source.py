@@ -60,7 +60,7 @@ def test_kept_streamed_and_local_slices_give_the_same_batches(folder: Path) -> N
     options = {"rank": 1, "world_size": 2, "augment": AugmentConfig(rotation_deg=10, intensity_mapping=0.5)}
     expected = batches(LocalSlices(folder, "train", labels=True), 30, **options)
     kept = ray_source.open_slices(folder, "train", labels=True, in_memory=True)
-    assert isinstance(kept, ray_source.KeptSlices)
+    assert isinstance(kept, ray_source.ObjectStoreSlices)
     for slices in (kept, streamed(folder)):
         assert_equal_batches(batches(slices, 30, **options), expected)
 
@@ -137,7 +137,7 @@ def test_workers_that_hold_all_cpus_still_get_their_batches(folder: Path) -> Non
 
 
 def test_what_does_not_fit_is_streamed_or_refused(folder: Path) -> None:
-    assert isinstance(ray_source.open_slices(folder, "train", labels=True), ray_source.KeptSlices)
+    assert isinstance(ray_source.open_slices(folder, "train", labels=True), ray_source.ObjectStoreSlices)
     small = ray_source.open_slices(folder, "train", labels=True, capacity=300_000)
     assert isinstance(small, ray_source.StreamedSlices)
     with pytest.raises(ClusterError, match=r"take \d+ MiB .* the smallest node has"):

@@ -1,10 +1,11 @@
-"""Where each prepared voxel lies in the original array, and the way back.
+"""Where each prepared voxel is in the original array, and the way back.
 
 A prepared volume is (D, H, W): D slices of H rows and W columns. Each of its axes runs along one axis of the original
-array, forwards or backwards, in equal steps. That is all there is to invert, and `Geometry` holds it as plain numbers.
+array, forwards or backwards, in equal steps. Only these steps have to be inverted; `Geometry` holds them as plain
+numbers.
 
-How slices lie with ``orientation="canonical"`` (from the affine alone; x, y, z are the patient's right, anterior,
-superior):
+Orientation of slices with ``orientation="canonical"``, from the affine alone (x, y, z are the patient's right,
+anterior, superior):
 
 =========  =========================  ==========================  ==================================
 slices     D, with the slice index    H, from the top row down    W, from the left column on
@@ -14,8 +15,8 @@ axial      inferior to superior       anterior to posterior       patient's righ
 sagittal   left to right              superior to inferior        anterior to posterior
 =========  =========================  ==========================  ==================================
 
-So a coronal slice stands upright with the patient's left on the right of the picture, as radiologists view it.
-With ``orientation="stored"`` nothing is turned: D is the array axis named, H and W are the other two in their order.
+So a coronal slice is upright, with the patient's left on the right of the picture, as radiologists view it.
+With ``orientation="stored"`` nothing is turned: D is the named array axis, H and W are the other two in their order.
 """
 
 from __future__ import annotations
@@ -39,12 +40,12 @@ _LETTERS = (("L", "R"), ("P", "A"), ("I", "S"))
 
 @dataclass(frozen=True)
 class Axis:
-    """One axis of the prepared volume: sample i lies at ``start + step * i``, counted in original voxels along it."""
+    """One axis of the prepared volume: sample i is at ``start + step * i``, in original voxels along it."""
 
     array_axis: int
     """Axis of the original array that it runs along."""
     reverse: bool
-    """Whether it runs against the original index; positions are counted from the end then."""
+    """Whether it runs against the original index. Positions are then counted from the end."""
     length: int
     """Original voxels along it."""
     samples: int
@@ -59,19 +60,19 @@ class Axis:
         return self.start + self.step * np.arange(self.samples, dtype=np.float64)
 
     def inside(self) -> slice:
-        """The samples that lie in the original volume, whose outermost voxels reach from -0.5 to length - 0.5."""
+        """The samples inside the original volume, which reaches from -0.5 to length - 0.5."""
         positions = self.positions()
         (hits,) = np.nonzero((positions >= -0.5) & (positions < self.length - 0.5))
         return slice(int(hits[0]), int(hits[-1]) + 1) if hits.size else slice(0, 0)
 
     def is_plain_crop(self) -> bool:
-        """Whether every sample is an original voxel, so that nothing has to be interpolated."""
+        """Whether every sample is an original voxel: nothing has to be interpolated."""
         return self.step == 1.0 and self.start == round(self.start)
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """How a prepared volume was made from the original array; all plain numbers, so it can be stored as JSON."""
+    """How a prepared volume was made from the original array: plain numbers that can be stored as JSON."""
 
     shape: tuple[int, int, int]
     """Shape of the original array."""
@@ -80,11 +81,11 @@ class Geometry:
     spacing_mm: tuple[float, float, float]
     """Size of a prepared voxel along D, H and W."""
     presentation: str
-    """Which way the slices lie, in words."""
+    """Orientation of the slices, in words."""
     centre: tuple[float, float, float]
     """Voxel coordinate in the original array that the crop is centred on."""
     centre_from: Literal["labels", "image"]
-    """Where the centre was taken from; labels of a target test volume are a mild leak and should be named as one."""
+    """Where the centre was taken from. Labels of a target test volume are a mild leak, to be reported as one."""
     clip_value: float
     """Intensity that brighter voxels were set to."""
     mean: float
@@ -94,7 +95,7 @@ class Geometry:
     pad_value: float
     """Prepared value of samples outside the original volume."""
     steps: tuple[str, ...]
-    """What was done, in order, for a reader."""
+    """What was done, in order, in words."""
 
     @property
     def prepared_shape(self) -> tuple[int, int, int]:
@@ -108,7 +109,7 @@ class Geometry:
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> Geometry:
-        """Inverse of `to_json`, also after a trip through JSON text.
+        """Inverse of `to_json`, also for values read from JSON text.
 
         Raises:
             DataError: A field is missing or unknown.
@@ -133,8 +134,8 @@ def voxel_sizes(affine: FloatArray) -> tuple[float, float, float]:
 def closest_world_axes(affine: FloatArray) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
     """The world axis nearest to each array axis, and its sense, as (world axis, +1 or -1).
 
-    The affine's shear is removed first (polar decomposition); then the array axis with the clearest direction chooses,
-    and so on. These are the letters that viewers print for an image (nibabel's ``aff2axcodes``).
+    The affine's shear is removed first (polar decomposition). Then the array axis with the clearest direction chooses
+    its world axis first, and so on. These are the letters that viewers print for an image (nibabel's ``aff2axcodes``).
 
     Args:
         affine: (4, 4), voxel index to RAS+ millimetres, not singular.
@@ -175,8 +176,8 @@ def oriented_view(array: npt.NDArray[Any], axes: Sequence[Axis]) -> npt.NDArray[
 def interpolation_matrix(positions: npt.NDArray[np.float64], step: float, length: int) -> scipy.sparse.csr_array:
     """Weights of the original voxels for each sample along one axis.
 
-    w_ij proportional to max(0, 1 - abs(j - x_i) / max(1, step)), each row summing to 1: linear interpolation, and where
-    the grid gets coarser the same triangle widened, so that detail below the new spacing is averaged, not aliased.
+    w_ij proportional to max(0, 1 - abs(j - x_i) / max(1, step)), each row summing to 1: linear interpolation. For a
+    coarser grid the triangle is widened, so that detail below the new spacing is averaged, not aliased.
 
     Args:
         positions: Samples x_i in original voxels, each within half a voxel of the volume.
@@ -204,14 +205,14 @@ def _apply_along(matrix: scipy.sparse.csr_array, volume: npt.NDArray[np.float32]
 
 
 def sample_image(image: npt.NDArray[np.float32], axes: Sequence[Axis]) -> npt.NDArray[np.float32]:
-    """The samples of an image that lie inside the volume, interpolated linearly.
+    """The samples of an image inside the volume, interpolated linearly.
 
     Args:
         image: Original array.
         axes: D, H and W.
 
     Returns:
-        The block of samples inside the volume, a fresh contiguous array; bit-identical voxels where the axes are plain
+        The block of samples inside the volume, a new contiguous array; bit-identical voxels if the axes are plain
         crops.
 
     Raises:
@@ -222,7 +223,7 @@ def sample_image(image: npt.NDArray[np.float32], axes: Sequence[Axis]) -> npt.ND
     if any(found.size == 0 for found in positions):
         raise DataError("the crop holds no voxel of the volume; use a larger crop or a larger size")
     for number, axis in enumerate(axes):
-        # Keep only the voxels that the samples draw on before any of them is copied or multiplied.
+        # Cut out the voxels that the samples need before anything is copied or multiplied.
         margin = 0 if axis.is_plain_crop() else int(np.ceil(max(1.0, axis.step)))
         low = max(0, int(np.floor(positions[number][0])) - margin)
         high = min(axis.length, int(np.ceil(positions[number][-1])) + margin + 1)
@@ -247,7 +248,7 @@ def sample_labels(labels: LabelArray, axes: Sequence[Axis]) -> npt.NDArray[np.ui
 
 
 def _positions_in_prepared(axis: Axis) -> tuple[slice, npt.NDArray[np.float64]]:
-    """The original voxels that the prepared samples cover, and where each lies among the samples."""
+    """The original voxels that the prepared samples cover, and the position of each among the samples."""
     positions = (np.arange(axis.length, dtype=np.float64) - axis.start) / axis.step
     (hits,) = np.nonzero((positions >= -0.5) & (positions < axis.samples - 0.5))
     covered = slice(int(hits[0]), int(hits[-1]) + 1) if hits.size else slice(0, 0)
@@ -257,19 +258,19 @@ def _positions_in_prepared(axis: Axis) -> tuple[slice, npt.NDArray[np.float64]]:
 def _check_prepared_shape(found: tuple[int, ...], geometry: Geometry) -> None:
     if found != geometry.prepared_shape:
         raise DataError(
-            f"a prediction of shape {found} cannot be put back: its volume was prepared as {geometry.prepared_shape} "
+            f"a prediction of shape {found} cannot be restored: its volume was prepared as {geometry.prepared_shape} "
             f"slices, rows and columns; predict every slice of the volume"
         )
 
 
 def restore_labels(prediction: npt.NDArray[np.uint8], geometry: Geometry) -> npt.NDArray[np.uint8]:
-    """Labels of the prepared volume put back into the original array: each original voxel takes the nearest sample.
+    """Labels of the prepared volume on the grid of the original array: each original voxel takes the nearest sample.
 
-    Where preparing only turned and cropped the volume this is exact, voxel by voxel. Outside the crop lies background.
+    If preparing only turned and cropped the volume, this is exact, voxel by voxel. Outside the crop is background.
 
     Args:
         prediction: (D, H, W) class indices.
-        geometry: That of the prepared volume.
+        geometry: Geometry of the prepared volume.
 
     Returns:
         Class indices in the shape and order of the original array.
@@ -288,12 +289,12 @@ def restore_labels(prediction: npt.NDArray[np.uint8], geometry: Geometry) -> npt
 def restore_most_probable(probabilities: npt.NDArray[np.float32], geometry: Geometry) -> npt.NDArray[np.uint8]:
     """The most probable class at each original voxel, from probabilities interpolated linearly.
 
-    Smoother outlines than `restore_labels` where the prepared grid is coarser than the original; the same where it is
-    not. Ties go to the lower class. One class is held at a time.
+    Smoother outlines than `restore_labels` if the prepared grid is coarser than the original, otherwise the same. Ties
+    go to the lower class. Only one class is in memory at a time.
 
     Args:
         probabilities: (C, D, H, W).
-        geometry: That of the prepared volume.
+        geometry: Geometry of the prepared volume.
 
     Returns:
         Class indices in the shape and order of the original array; background outside the crop.

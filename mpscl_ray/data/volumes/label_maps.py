@@ -15,7 +15,7 @@ from mpscl_ray.runs.atomic_files import write_atomically
 from mpscl_ray.runs.palette import colour
 
 KNOWN_TYPOS = {421: 420}
-"""Ids that occur in published label maps by mistake, and what they stand for (MM-WHS 2017: left atrium)."""
+"""Ids that occur in published label maps by mistake, and the ids that were meant (MM-WHS 2017: left atrium)."""
 
 _WHOLE_NUMBER_TOLERANCE = 1e-3
 _PIECE = 1 << 22
@@ -24,7 +24,7 @@ _LISTED = 10
 
 
 def whole_ids(values: npt.NDArray[Any]) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_]]:
-    """The whole number nearest to each label value, and whether it is one of 32 bits that lies within 0.001."""
+    """The whole number nearest to each label value, and whether it fits 32 bits and is within 0.001."""
     with np.errstate(invalid="ignore"):
         whole = np.rint(values, dtype=np.float64)
         return whole, (np.abs(values - whole) <= _WHOLE_NUMBER_TOLERANCE) & (np.abs(whole) < 2**31)
@@ -42,16 +42,16 @@ def map_labels(
     Args:
         array: Ids, any shape.
         table: Id to class index, 0..255. The id 0 is background unless the table says otherwise.
-        ignored: Ids of structures that are known and become background without a word.
+        ignored: Ids of known structures that become background without a warning.
         path: File, for messages.
-        unknown: What to do with an id that is in neither: ``background`` and report it, or ``error``.
+        unknown: What becomes of any other id: ``background`` with a warning, or an ``error``.
 
     Returns:
-        Class indices in the shape of the array, and a notice on ids that were not expected or a map without labels.
+        Class indices in the shape of the array, and warnings on unknown ids or a map without labels.
 
     Raises:
         ConfigError: The table names a class index beyond 0..255.
-        DataError: An unknown id, where these are errors.
+        DataError: An unknown id, if these are errors.
     """
     wrong = [index for index in table.values() if not 0 <= index <= 255]
     if wrong:
@@ -67,10 +67,10 @@ def map_labels(
     else:
         ids, counts = np.unique(flat, return_counts=True)
     present = counts > 0
-    stray = {int(i): int(n) for i, n in zip(ids[present], counts[present], strict=True) if int(i) not in known}
+    unknown_ids = {int(i): int(n) for i, n in zip(ids[present], counts[present], strict=True) if int(i) not in known}
     notices = []
-    if stray:
-        message = _stray_sentence(stray, table, ignored)
+    if unknown_ids:
+        message = _describe_unknown(unknown_ids, table, ignored)
         if unknown == "error":
             raise DataError(
                 f"{path} holds {message}; correct the file, or add the id to the label table or the ignored ids"
@@ -87,18 +87,18 @@ def map_labels(
 
 
 def _pieces(flat: npt.NDArray[Any]) -> Iterator[npt.NDArray[Any]]:
-    """Views of a few million elements, so that no temporary gets as large as a volume."""
+    """Views of a few million elements: no temporary array is as large as a volume."""
     return (flat[start : start + _PIECE] for start in range(0, flat.size, _PIECE))
 
 
-def _stray_sentence(stray: Mapping[int, int], table: Mapping[int, int], ignored: AbstractSet[int]) -> str:
-    listed = ", ".join(f"{i} ({n} voxels)" for i, n in sorted(stray.items())[:_LISTED])
-    more = f" and {len(stray) - _LISTED} more" if len(stray) > _LISTED else ""
+def _describe_unknown(unknown_ids: Mapping[int, int], table: Mapping[int, int], ignored: AbstractSet[int]) -> str:
+    listed = ", ".join(f"{i} ({n} voxels)" for i, n in sorted(unknown_ids.items())[:_LISTED])
+    more = f" and {len(unknown_ids) - _LISTED} more" if len(unknown_ids) > _LISTED else ""
     sentence = f"label ids that the label table does not know: {listed}{more}"
     for typo, meant in KNOWN_TYPOS.items():
-        if typo in stray and (meant in table or meant in ignored):
+        if typo in unknown_ids and (meant in table or meant in ignored):
             sentence += (
-                f" ({typo} is known to be written by mistake for {meant}: add {typo} to the table to map it alike)"
+                f" ({typo} is known to be written by mistake for {meant}: to map it likewise, add {typo} to the table)"
             )
     return sentence
 

@@ -1,4 +1,4 @@
-"""Images and label maps from NIfTI files, refused in one sentence where they cannot be trusted."""
+"""Reading images and label maps from NIfTI files; files that cannot be trusted are refused."""
 
 from __future__ import annotations
 
@@ -46,11 +46,11 @@ class Volume:
     """Voxel size along each array axis."""
     path: Path
     sha256: str
-    """Of the file."""
+    """SHA-256 of the file."""
     header: Any
     """nibabel header as stored, for writing a label map of the same geometry."""
     notices: tuple[str, ...]
-    """What a careful reader would want to know; each a sentence without the path."""
+    """Warnings, each a sentence without the path."""
 
 
 def read_image(
@@ -63,8 +63,8 @@ def read_image(
 
     Args:
         path: ``.nii`` or ``.nii.gz``, NIfTI-1 or NIfTI-2.
-        assume_spacing_mm: Voxel size to assume, axes as right, anterior, superior, where the header has no usable one.
-        max_voxels: Largest volume to make room for.
+        assume_spacing_mm: Voxel size to assume, axes as right, anterior, superior, if the header has no usable one.
+        max_voxels: Largest volume that is read.
 
     Returns:
         float32 intensities, slope and intercept applied.
@@ -92,10 +92,7 @@ def read_image(
             f"{opened.index(first)}; expected finite intensities, export it again or set these voxels"
         )
     if low == high:
-        raise DataError(
-            f"{path} has the intensity {low:g} in every voxel, so it shows nothing and cannot be "
-            f"normalised; leave it out"
-        )
+        raise DataError(f"{path} has the intensity {low:g} in every voxel and cannot be normalised; leave it out")
     return opened.volume(flat)
 
 
@@ -109,14 +106,14 @@ def read_label(
 
     Args:
         path: ``.nii`` or ``.nii.gz``, NIfTI-1 or NIfTI-2.
-        assume_spacing_mm: Voxel size to assume, axes as right, anterior, superior, where the header has no usable one.
-        max_voxels: Largest volume to make room for.
+        assume_spacing_mm: Voxel size to assume, axes as right, anterior, superior, if the header has no usable one.
+        max_voxels: Largest volume that is read.
 
     Returns:
         int32 ids, as in the file.
 
     Raises:
-        DataError: As `read_image`, save that one id throughout is allowed; or an id is further than 0.001 from a whole
+        DataError: As `read_image`, but one id throughout is allowed; or an id is further than 0.001 from a whole
             number or beyond 32 bits.
     """
     opened = _open(Path(path), assume_spacing_mm, max_voxels)
@@ -143,7 +140,7 @@ def read_label(
 
 @dataclass(frozen=True)
 class _Opened:
-    """A file whose header has been found good, its voxels still as stored."""
+    """A file with a valid header, its voxels still as stored."""
 
     path: Path
     stored: StoredVolume
@@ -155,7 +152,7 @@ class _Opened:
     notices: tuple[str, ...]
 
     def values(self, start: int) -> npt.NDArray[Any]:
-        """The next `_PIECE` voxels from a position in the file on, slope and intercept applied."""
+        """The next `_PIECE` voxels from a position in the file, slope and intercept applied."""
         raw = self.stored.voxels[start : start + _PIECE]
         if self.slope == 1.0 and self.intercept == 0.0:
             return raw
@@ -191,7 +188,7 @@ def _volume_shape(path: Path, stored: StoredVolume) -> tuple[tuple[int, int, int
     if math.prod(shape[3:]) > 1:
         raise DataError(
             f"{path} has {len(shape)} axes ({text}), expected one volume with three axes; save one time point or "
-            f"channel as a file of its own"
+            f"channel as a separate file"
         )
     if len(shape) > 3:
         notices.append(f"the trailing axes of length 1 of {text} were dropped")
@@ -199,7 +196,7 @@ def _volume_shape(path: Path, stored: StoredVolume) -> tuple[tuple[int, int, int
 
 
 def _slope(path: Path, header: Any, notices: list[str]) -> tuple[float, float]:
-    """Slope and intercept to apply; by the NIfTI rule none where the slope is 0, and none where it is not finite."""
+    """Slope and intercept to apply: none if the slope is 0 (the NIfTI rule) or not finite."""
     slope, intercept = float(header["scl_slope"]), float(header["scl_inter"])
     if slope == 0 or not math.isfinite(slope):
         notices.append(f"intensity slope {slope:g} means that stored values are taken as they are")
@@ -253,7 +250,7 @@ def _geometry(
 
 @np.errstate(over="ignore", invalid="ignore")
 def _stored_affine(header: Any) -> tuple[npt.NDArray[np.float64], str]:
-    """Affine as stored, sform before qform, and what is wrong with it if anything is."""
+    """Affine as stored, sform before qform, and what is wrong with it, if anything."""
     none = np.full((4, 4), np.nan)
     sform, qform = int(header["sform_code"]), int(header["qform_code"])
     if sform <= 0 and qform <= 0:
@@ -282,7 +279,7 @@ def _stored_affine(header: Any) -> tuple[npt.NDArray[np.float64], str]:
 
 @np.errstate(over="ignore", invalid="ignore")
 def _compare_forms(header: Any, shape: tuple[int, int, int], notices: list[str]) -> None:
-    """Notice where the header says two things of the geometry, since programs differ in which of them they use."""
+    """Warn if the header describes the geometry in two ways that differ: programs differ in which one they use."""
     if int(header["sform_code"]) <= 0:
         return
     used = np.sqrt((np.asarray(header.get_sform(), dtype=np.float64)[:3, :3] ** 2).sum(axis=0))
@@ -290,7 +287,7 @@ def _compare_forms(header: Any, shape: tuple[int, int, int], notices: list[str])
     if not np.allclose(used, stated, rtol=0.01):
         sizes = [" x ".join(f"{size:.4g}" for size in three) for three in (stated, used)]
         notices.append(
-            f"the voxel sizes of the header, {sizes[0]}, are not those of its sform, {sizes[1]}, which is used"
+            f"the voxel sizes of the header, {sizes[0]}, differ from those of its sform, {sizes[1]}, which is used"
         )
     if int(header["qform_code"]) <= 0:
         return
@@ -310,7 +307,7 @@ def _largest_shift(first: npt.NDArray[Any], second: npt.NDArray[Any], shape: tup
 
 
 def check_same_geometry(image: Volume, label: Volume, tolerance: float = 1e-3) -> None:
-    """Refuse a label map that does not lie on the grid of its image.
+    """Refuse a label map that is not on the grid of its image.
 
     Args:
         image: The image.
@@ -329,7 +326,7 @@ def check_same_geometry(image: Volume, label: Volume, tolerance: float = 1e-3) -
         shift = _largest_shift(image.affine, label.affine, image.array.shape)
         spacings = " and ".join(" x ".join(f"{s:.4g}" for s in volume.spacing_mm) for volume in (label, image))
         raise DataError(
-            f"{label.path} does not lie on its image {image.path}: corners are up to {shift:.3g} mm apart "
+            f"{label.path} is not on the grid of its image {image.path}: corners are up to {shift:.3g} mm apart "
             f"(voxels {spacings} mm, affines {_rows(label.affine)} and {_rows(image.affine)}); export the label map on "
             f"the image"
         )
@@ -340,10 +337,10 @@ def _rows(affine: npt.NDArray[np.float64]) -> str:
 
 
 def phi_fields(header: Any) -> dict[str, str]:
-    """Header fields that may hold names of people or places, where they are not empty.
+    """Non-empty header fields that may hold names of people or places.
 
     Returns:
-        Field to text; extensions as ``extension 1`` and so on, by their kind and length only.
+        Field to text; extensions as ``extension 1`` and so on, with their code and length only.
     """
     found = {}
     for field in (name for name in _TEXT_FIELDS if name in header):

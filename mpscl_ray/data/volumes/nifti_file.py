@@ -1,7 +1,7 @@
-"""The bytes of a NIfTI file: every byte read and checked, the header looked at before anything is allocated.
+"""The bytes of a NIfTI file: every byte is read and checked, and the header is checked before memory is allocated.
 
-nibabel reads as many bytes as the voxels need and stops, so the checksum at the end of a ``.nii.gz`` is never compared
-and a flipped bit becomes a wrong voxel. Here the whole stream is decompressed, which compares it.
+nibabel stops reading after the last voxel, so the checksum at the end of a ``.nii.gz`` is never compared and a flipped
+bit becomes a wrong voxel. Here the whole stream is decompressed, which compares the checksum.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _CHUNK = 1 << 20
 _DEFLATE_LIMIT = 1040
 """No deflate stream holds more than this many bytes per compressed byte."""
 _TRAILING_LIMIT = 1 << 20
-"""Bytes after the voxels that are passed over; some writers pad their files."""
+"""Largest number of bytes after the voxels that is ignored; some writers pad their files."""
 _EXTENSIONS_LIMIT = 1 << 28
 _SIZE_OF_HEADER = {348: nib.Nifti1Header, 540: nib.Nifti2Header}
 _MAGIC = {348: (344, b"n+1"), 540: (4, b"n+2")}
@@ -57,7 +57,7 @@ _LOOKS_LIKE = (
     (b"PK\x03\x04", "a zip archive"),
     (b"\x89HDF", "an HDF5 file"),
     (b"ObjectType", "a MetaImage file"),
-    (b"version https://git-lfs", "a Git LFS pointer whose file was not fetched"),
+    (b"version https://git-lfs", "a Git LFS pointer whose file was not downloaded"),
     (b"<", "a web page, perhaps of a download that needs a login"),
     (b"\x1f\x8b", "a gzip file"),
 )
@@ -74,7 +74,7 @@ class StoredVolume:
     shape: tuple[int, ...]
     """As in the header."""
     sha256: str
-    """Of the file as it lies on disk."""
+    """SHA-256 of the file on disk."""
     notices: tuple[str, ...]
 
 
@@ -83,7 +83,7 @@ def read_stored(path: Path, max_voxels: int) -> StoredVolume:
 
     Args:
         path: File of a single volume, NIfTI-1 or NIfTI-2, either byte order.
-        max_voxels: Largest volume to make room for.
+        max_voxels: Largest volume that is read.
 
     Raises:
         DataError: The file is missing, truncated, damaged, not NIfTI, not what its name says, or too large.
@@ -147,16 +147,16 @@ def _read(path: Path, file: BinaryIO, size: int, zipped: bool, max_voxels: int) 
     surplus = stream.drain(_TRAILING_LIMIT)
     if surplus > _TRAILING_LIMIT:
         raise DataError(
-            f"{path} goes on for more than {_TRAILING_LIMIT} bytes after its {_times(shape)} {dtype.name} voxels, so "
+            f"{path} continues for more than {_TRAILING_LIMIT} bytes after its {_times(shape)} {dtype.name} voxels, so "
             f"header and data disagree; export it again"
         )
     if surplus:
-        notices.append(f"{surplus} bytes after the voxels were passed over")
+        notices.append(f"{surplus} bytes after the voxels were ignored")
     return StoredVolume(header, voxels.view(dtype), shape, digest.hexdigest(), tuple(notices))
 
 
 class _Stream:
-    """Pieces of bytes, taken in the portions asked for."""
+    """A sequence of byte strings, read like a stream."""
 
     def __init__(self, pieces: Iterator[bytes]) -> None:
         self._pieces = pieces
@@ -188,7 +188,7 @@ class _Stream:
         return done
 
     def drain(self, most: int) -> int:
-        """Read on to the end, or until more than ``most`` bytes have come; returns the number of bytes."""
+        """Read to the end, or until more than ``most`` bytes were read; returns the number of bytes."""
         count = 0
         while count <= most and (part := self._next(_CHUNK)):
             count += len(part)
@@ -236,7 +236,7 @@ def _times(shape: tuple[int, ...]) -> str:
 
 
 def _kind_of(start: bytes) -> tuple[int, str] | None:
-    """Header size and byte order, where the bytes begin like NIfTI-1, Analyze or NIfTI-2."""
+    """Header size and byte order if the bytes begin like NIfTI-1, Analyze or NIfTI-2."""
     for endianness in "<>":
         if len(start) >= 4 and (size := struct.unpack(endianness + "i", start[:4])[0]) in _SIZE_OF_HEADER:
             return size, endianness
@@ -311,16 +311,16 @@ def _check_offset(path: Path, header: Any, header_bytes: int) -> int:
         return header_bytes
     if not (math.isfinite(offset) and header_bytes <= offset <= _EXTENSIONS_LIMIT):
         raise DataError(
-            f"{path} says that its voxels begin at byte {offset:g}; expected {header_bytes} or somewhat more, "
+            f"{path} says that its voxels begin at byte {offset:g}; expected {header_bytes} or a little more, "
             f"export it again"
         )
     return int(offset)
 
 
 def _add_extensions(header: Any, block: bytes, endianness: str) -> str:
-    """Put the extensions between header and voxels into the header, as plain bytes; returns what is wrong with them.
+    """Add the extensions between header and voxels to the header, as plain bytes; returns what is wrong with them.
 
-    They may hold names of people, so they are reported and never written out again.
+    They may hold names of people: they are reported and never written to another file.
     """
     if block[:1] in (b"", b"\0"):
         return ""
@@ -328,7 +328,7 @@ def _add_extensions(header: Any, block: bytes, endianness: str) -> str:
     while len(block) >= 16:
         size, code = struct.unpack(endianness + "2i", block[:8])
         if not 8 <= size <= len(block):
-            return "a header extension of impossible size was passed over"
+            return "a header extension of impossible size was ignored"
         header.extensions.append(nib.nifti1.Nifti1Extension(code, block[8:size]))
         block = block[size:]
     return ""

@@ -1,4 +1,4 @@
-"""Label maps and other whole numbers to NIfTI files, in the geometry of the image that they belong to."""
+"""Writing label maps and other whole numbers to NIfTI files, in the geometry of an image."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _GEOMETRY_FIELDS = (
 
 
 def write_label_map(path: Path, labels: npt.NDArray[np.uint8], like: Volume, classes: Sequence[str]) -> None:
-    """Write class indices as a label map in the geometry of an image, and nothing of its texts.
+    """Write class indices as a label map in the geometry of an image, without its texts.
 
-    Affine, sform and qform with their codes, voxel sizes, units and shape are those of the file that was read. Nothing
-    else is taken over: names of patients hide in text fields and extensions. The file appears whole or not at all.
+    Affine, sform and qform with their codes, voxel sizes, units and shape are copied from the image file. Nothing else
+    is: text fields and extensions may name the patient. The file appears whole or not at all.
 
     Args:
         path: ``.nii.gz`` or ``.nii``.
@@ -33,13 +33,11 @@ def write_label_map(path: Path, labels: npt.NDArray[np.uint8], like: Volume, cla
         classes: Names by class index, background first.
 
     Raises:
-        DataError: The labels have another shape than the image, or an index that is none of the classes.
+        DataError: The labels have another shape than the image, or an index beyond the classes.
         StorageError: The file cannot be written.
     """
     if labels.shape != like.array.shape:
-        raise DataError(
-            f"labels of shape {labels.shape} are not those of {like.path}, which has {like.array.shape} voxels"
-        )
+        raise DataError(f"labels of shape {labels.shape} do not fit {like.path}, which has {like.array.shape} voxels")
     if int(labels.max(initial=0)) >= len(classes):
         raise DataError(
             f"label {int(labels.max())} for {like.path} is none of the {len(classes)} classes {', '.join(classes)}"
@@ -48,13 +46,13 @@ def write_label_map(path: Path, labels: npt.NDArray[np.uint8], like: Volume, cla
 
 
 def write_values(path: Path, values: npt.NDArray[np.generic], like: Volume, slope: float = 1.0) -> None:
-    """Write whole numbers in the geometry of an image, and nothing of its texts.
+    """Write whole numbers in the geometry of an image, without its texts.
 
     Args:
         path: ``.nii.gz`` or ``.nii``.
         values: Shape of the image's array, in a type that NIfTI has.
         like: The image.
-        slope: What a stored number is multiplied by when it is read.
+        slope: Factor that readers multiply stored numbers by.
 
     Raises:
         StorageError: The file cannot be written; it appears whole or not at all.

@@ -1,4 +1,4 @@
-"""From a volume on its own grid to slices for the network: turn, resample, crop, resize, clip, normalise, scale."""
+"""From a volume to slices for the network: turn, resample, crop, resize, clip, normalise, scale."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ __all__ = [
 ]
 
 _SAME_SPACING = 1e-4
-"""Relative difference of spacings that is rounding of a header, not a reason to interpolate."""
+"""Relative difference of spacings that counts as rounding in a header, not as a reason to interpolate."""
 
 _MOST_VOXELS = 2**31
 _LEAST_CONTRAST = 0.05
-"""Standard deviations that all but a few voxels of a crop must spread over."""
+"""Smallest spread of all but a few voxels of a crop, in standard deviations."""
 
 _CENTRE_GRID_MM = 4.0
-"""Coarse grid on which the heart is looked for."""
+"""Spacing of the coarse grid on which the heart is searched."""
 
 _PRESENTATION = {
     "coronal": "coronal slices from posterior to anterior, superior up, patient's left on the right",
@@ -62,12 +62,12 @@ class PreparedVolume:
     image: npt.NDArray[np.float32]
     """(D, H, W), mean 0 and standard deviation 1 over the samples inside the volume."""
     label: npt.NDArray[np.uint8] | None
-    """(D, H, W) class indices, where labels were given."""
+    """(D, H, W) class indices, if labels were given."""
     geometry: Geometry
 
 
 def label_centre(label: LabelArray) -> tuple[float, float, float] | None:
-    """Mean voxel coordinate of everything that is not background; None where there is nothing."""
+    """Mean voxel coordinate of everything that is not background; None if there is nothing."""
     mask = label > 0
     voxels = int(np.count_nonzero(mask))
     if voxels == 0:
@@ -81,20 +81,20 @@ def label_centre(label: LabelArray) -> tuple[float, float, float] | None:
 def label_free_centre(image: FloatArray, spacing_mm: tuple[float, float, float]) -> tuple[float, float, float]:
     """Voxel coordinate of the heart's centre, without labels.
 
-    Scans of the heart are framed on it, and it is the large bright thing near the middle: blood is bright in
-    angiography and in most cardiac MR, lung is dark. So: the centroid of blurred brightness between the median and the
-    98th percentile, weighted by a Gaussian of a fifth of the field of view around the middle.
+    Cardiac scans are framed on the heart, and it is the large bright structure near the middle: blood is bright in
+    angiography and in most cardiac MR, lung is dark. The centre is the centroid of blurred brightness between the
+    median and the 98th percentile, weighted by a Gaussian of a fifth of the field of view around the middle.
 
-    Limits: no anatomy is recognised. On 40 real short-axis stacks of 192 x 192 voxels it lay 7 voxels from the centre
-    of the labels on average and 17 at most; the middle of the image lies 9 and 24. In a scan that runs from neck to
-    pelvis, or with the heart at the edge, it is wrong: choose a large crop, or cut the scan to the heart first.
+    Limits: no anatomy is recognised. On 40 real short-axis stacks of 192 x 192 voxels it was 7 voxels from the centre
+    of the labels on average and 17 at most; the middle of the image was 9 and 24. In a scan from neck to pelvis, or
+    with the heart at the edge, it is wrong: choose a large crop, or cut the scan to the heart first.
 
     Args:
         image: Array order of the file.
         spacing_mm: Voxel size along each array axis.
 
     Returns:
-        Coordinate along each array axis; the middle where the image has no contrast.
+        Coordinate along each array axis; the middle if the image has no contrast.
     """
     stride = [
         max(1, min(round(_CENTRE_GRID_MM / mm), length // 8))
@@ -124,8 +124,8 @@ def prepare_volume(
 ) -> PreparedVolume:
     """Slices of a volume: turned, resampled, cropped, resized, clipped at a percentile, z-scored.
 
-    Resampling, crop and resize are one linear interpolation along each axis (labels: nearest voxel), and none where
-    the volume is only turned and cropped. Statistics are those of the crop without samples beyond the volume's borders;
+    Resampling, crop and resize are one linear interpolation along each axis (labels: nearest voxel), and none if the
+    volume is only turned and cropped. Statistics are those of the crop without samples beyond the volume's borders;
     these become 0, the mean, as in the published MM-WHS slices.
 
     Args:
@@ -239,7 +239,7 @@ def _place_axis(
     start = (length - 1) / 2 - step * (samples - 1) / 2
     if crop is not None:
         position = ((length - 1 - centre if reverse else centre) - start) / step
-        # Half the crop before the centre, crop // 2 where that is a voxel; rounded so that no last digit decides.
+        # Half the crop before the centre (crop // 2 if the centre is a voxel), independent of rounding errors.
         first = int(np.ceil(round(position - crop / 2, 6)))
         last = first + crop
         if keep_inside:
@@ -263,8 +263,8 @@ def _normalise(block: npt.NDArray[np.float32], clip_percentile: float, case: str
     deviation = float(np.sqrt(squares / block.size))
     if not deviation > 1e-6 * max(abs(mean), 1e-30):
         raise DataError(
-            f"the crop of {case} has the one intensity {mean:g} and cannot be normalised; look at the image, or choose "
-            f"another crop"
+            f"the crop of {case} has one intensity throughout, {mean:g}, and cannot be normalised; check the image, "
+            f"or choose another crop"
         )
     block -= np.float32(mean)
     block /= np.float32(deviation)
@@ -274,7 +274,7 @@ def _normalise(block: npt.NDArray[np.float32], clip_percentile: float, case: str
         and _contrast(block) < _LEAST_CONTRAST
     ):
         raise DataError(
-            f"nearly all of the crop of {case} lies within {_LEAST_CONTRAST} standard deviations, drowned by a few "
+            f"nearly all of the crop of {case} lies within {_LEAST_CONTRAST} standard deviations because of a few "
             f"voxels down to {float(block.min()) * deviation + mean:g}; set these to the intensity of the background"
         )
     return clip_value, mean, deviation
@@ -329,10 +329,10 @@ def unscale(image: npt.NDArray[np.float32], low: float, high: float) -> npt.NDAr
 
 
 def intensity_range(image: npt.NDArray[np.float32]) -> tuple[float, float]:
-    """The 0.1th and 99.9th percentile of one prepared volume, so that a few odd voxels set no range.
+    """The 0.1th and 99.9th percentile of one prepared volume, so that a few outliers do not set the range.
 
-    The range of a modality covers those of its training volumes; about 0.1 % of the voxels at either end may fall
-    slightly outside [-1, 1] after `scale`, and nothing is clipped.
+    The range of a modality covers those of its training volumes. About 0.1 % of the voxels at either end may be
+    slightly outside [-1, 1] after `scale`; nothing is clipped.
     """
     low, high = np.percentile(image, (0.1, 99.9))
     return float(low), float(high)

@@ -1,4 +1,4 @@
-"""How volumes are made into slices: what a user may choose, and what was published."""
+"""How volumes become slices: what a user may choose, and what was published."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PLANES: dict[str, tuple[tuple[int, int], tuple[int, int], tuple[int, int]]] = {
     "axial": ((2, +1), (1, -1), (0, -1)),
     "sagittal": ((0, +1), (2, -1), (1, -1)),
 }
-"""For D, H and W of each plane: the world axis (0 right, 1 anterior, 2 superior) and the sense it is walked in."""
+"""For D, H and W of each plane: the world axis (0 right, 1 anterior, 2 superior) and its direction."""
 
 RELEASED_RANGES = {"ct": (-2.8, 3.2), "mr": (-1.8, 4.4)}
 """Intensities that SIFA and MPSCL map to [-1, 1].
@@ -28,7 +28,7 @@ Source: the constants of the released evaluation code.
 
 @dataclass(frozen=True)
 class Recipe:
-    """How volumes are made into slices; the same for every volume of a dataset and for prediction later."""
+    """How volumes become slices: the same for every volume of a dataset and for later predictions."""
 
     orientation: Orientation = "canonical"
     """``canonical``: turned by the affine as :mod:`mpscl_ray.data.volumes.geometry` shows. ``stored``: as acquired."""
@@ -37,9 +37,9 @@ class Recipe:
     spacing_mm: tuple[float | None, float | None, float | None] | None = None
     """Voxel size along D, H and W to resample to; None, as a whole or for one axis, keeps that of the volume."""
     crop: tuple[int, int] | None = (256, 256)
-    """Rows and columns cut out around the centre, in voxels after resampling; None keeps whole slices."""
+    """Rows and columns of the crop around the centre, in voxels after resampling; None keeps whole slices."""
     crop_depth: int | None = None
-    """At most this many slices around the centre; None keeps all."""
+    """Largest number of slices around the centre; None keeps all."""
     centre: Centre = "auto"
     """``labels``: mean coordinate of all labelled voxels. ``image``: found without labels. ``auto``: labels if any."""
     size: tuple[int, int] | None = None
@@ -48,7 +48,7 @@ class Recipe:
     """Intensities above this percentile of the crop are set to it; 100 clips nothing."""
 
     def __post_init__(self) -> None:
-        """Refuse settings that cannot be carried out.
+        """Refuse settings that are out of range.
 
         Raises:
             ConfigError: Naming the key, what it is and what it may be.
@@ -83,10 +83,10 @@ class Recipe:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Recipe:
-        """Inverse of `to_json`, also after a trip through JSON text.
+        """Inverse of `to_json`, also for values read from JSON text.
 
         Raises:
-            ConfigError: A key is unknown, or a value cannot be carried out.
+            ConfigError: A key is unknown, or a value is out of range.
         """
         unknown = sorted(set(values) - {field.name for field in fields(cls)})
         if unknown:

@@ -1,4 +1,4 @@
-"""The systems of the comparison: their presets, their budgets, and the beginnings that they share."""
+"""The systems of the comparison: their presets, their budgets, and the phases that they share."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_what_is_shared_on_the_phantom() -> None:
         phase_fingerprint(mpscl, "supervised")
 
 
-def test_phases_that_a_method_has_not_are_told() -> None:
+def test_phases_that_a_method_does_not_have_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"method.name=sifa has no source-only phase and no warm-up; set phases"):
         load_config("phantom/sifa_v2", ["phases.warm_up=3"])
     with pytest.raises(ConfigError, match=r"method.name=advent has no adaptation; set phases.adaptation=0"):
@@ -85,7 +85,7 @@ def parent(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Config, RunD
 def test_what_configs_say_is_shared_is_the_same_in_weights(
     parent: tuple[Path, Config, RunDirectory], name: str, tmp_path: Path
 ) -> None:
-    """Trained whole or forked from MPSCL's run, a system ends alike; every phase of its run can be evaluated."""
+    """Trained from scratch or forked from MPSCL's run, a system has the same weights; every phase can be evaluated."""
     base, mpscl, begun = parent
     config = short_config(base, name)
     outcome, whole = train(config, tmp_path / "whole")

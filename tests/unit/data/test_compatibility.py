@@ -1,4 +1,4 @@
-"""Do two domains fit together? The faults that users bring are told before training starts."""
+"""Do two domains fit together? Faults of real data are found before training starts."""
 
 from __future__ import annotations
 
@@ -131,11 +131,11 @@ def test_another_crop_is_no_flip() -> None:
     assert orientation_notice([case("a", label=labels())], [case("b", label=moved)], ("one", "two")) is None
 
 
-def test_a_stale_spacing_is_told() -> None:
+def test_a_wrong_spacing_is_reported() -> None:
     source = domain("bssfp", case("a", label=labels(), mm=1.25))
     target = domain("lge", case("b"), case("c", "val", labels(), mm=0.75))
     (notice,) = check_pair(source, target)
-    assert "the spacing of one domain is likely stale" in notice
+    assert "the spacing of one domain is likely wrong" in notice
 
 
 def test_another_scale_is_told() -> None:
@@ -145,8 +145,8 @@ def test_another_scale_is_told() -> None:
     assert "give both the same --spacing-mm, --crop and --size" in notice
 
 
-def test_the_real_pair_with_stale_spacing(reference_data: Path) -> None:
-    """MS-CMRSeg: in pixels the hearts of both domains are alike, by their headers 1.6 times apart."""
+def test_the_real_pair_with_a_wrong_spacing(reference_data: Path) -> None:
+    """MS-CMRSeg: in pixels the hearts of both domains have one size, by their headers they differ 1.6 times."""
     import nibabel as nib
 
     def load(name: str, split: str) -> Case:
@@ -159,4 +159,4 @@ def test_the_real_pair_with_stale_spacing(reference_data: Path) -> None:
     source = domain("bssfp", *(load(f"bssfp/patient{k}_C0_manual.nii.gz", "train") for k in (10, 11, 12)))
     target = domain("lge", case("x"), *(load(f"lge/patient{k}_LGE_manual.nii.gz", "val") for k in (1, 2, 3)))
     (notice,) = check_pair(source, target)
-    assert "stale" in notice
+    assert "likely wrong" in notice

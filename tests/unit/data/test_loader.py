@@ -190,7 +190,7 @@ def test_a_resumed_stream_goes_on_where_the_step_says(local: LocalSlices) -> Non
 
 
 class Slow(Slices):
-    """Counts the batches that are fetched, and fails or waits where it is told to."""
+    """Counts the batches that are read, and fails or waits at a given one."""
 
     def __init__(self, files: SplitFiles, fail_at: int = 10**9) -> None:
         super().__init__(files)

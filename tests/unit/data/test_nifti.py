@@ -395,7 +395,8 @@ def test_voxel_sizes_that_are_not_those_of_the_sform_are_noticed(tmp_path: Path)
     path = save(tmp_path / "v.nii.gz", patch={80: np.array([1.5, 2, 6], "<f4").tobytes(), **forms(0, 1)})
     (notice,) = read_image(path).notices
     assert (
-        notice == "the voxel sizes of the header, 1.5 x 2 x 6, are not those of its sform, 1.5 x 2 x 3, which is used"
+        notice
+        == "the voxel sizes of the header, 1.5 x 2 x 6, differ from those of its sform, 1.5 x 2 x 3, which is used"
     )
 
 

@@ -1,4 +1,4 @@
-"""The phantom hearts: the anatomy is one, the physics is right, and the files are what MM-WHS files are."""
+"""The phantom hearts: plausible anatomy, right physics, and files like those of MM-WHS."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from mpscl_ray.errors import StorageError
 
 SEED = 3
 made = functools.cache(make_case)
-"""Cases that several tests look at; none changes them."""
+"""Cases that several tests read; none changes them."""
 
 # Millilitres: what real hearts have, widened by what 10 % in each diameter does. The aorta and the pulmonary artery are
 # cut where the labels of MM-WHS end.
@@ -90,7 +90,7 @@ def test_anatomy_is_the_right_way_up_once_the_affine_is_followed(cases) -> None:
         position = {structure: middle(label, structure, zooms) for structure in LABEL_IDS}
         right, anterior, superior = 0, 1, 2
         assert position[LVC][right] < position[RA][right] - 30  # the left ventricle is on the patient's left
-        assert position[LAC][anterior] < position[RV][anterior] - 20  # the left atrium lies at the back
+        assert position[LAC][anterior] < position[RV][anterior] - 20  # the left atrium is at the back
         assert position[AA][superior] > position[LVC][superior] + 20  # the aorta leaves upwards
         assert position[PA][superior] > position[RV][superior]
 

@@ -104,7 +104,7 @@ def test_a_crop_without_contrast_is_refused() -> None:
     image = np.zeros((20, 20, 20), np.float32)
     image[0] = 5
     label = ball(image.shape, 3.0, np.ones(3))  # type: ignore[arg-type]
-    with pytest.raises(DataError, match="crop of case 3 has the one intensity 0"):
+    with pytest.raises(DataError, match="crop of case 3 has one intensity throughout, 0"):
         prepare_volume(image, np.eye(4), label, Recipe(crop=(6, 6)), case="case 3")
 
 

@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 
 from mpscl_ray.data.sampler import (
     StepOrder,
+    derive_seed,
     epoch_permutation,
-    hash_integers,
     sample_keys,
     sample_positions,
-    share,
-    stream_key,
+    shard_range,
+    splitmix64,
 )
 from mpscl_ray.errors import ConfigError
 
@@ -80,7 +80,7 @@ def test_order_is_frozen_for_all_time() -> None:
 
 
 def test_permutations_are_uniform() -> None:
-    """Each row is equally likely at each place: 4000 permutations of 5, each cell 800 +- 25 (1 sd)."""
+    """Each row is equally likely at each position: 4000 permutations of 5, each cell 800 +- 25 (1 sd)."""
     table = np.zeros((5, 5), dtype=int)
     for epoch in range(4000):
         table[np.arange(5), epoch_permutation(9, "source", epoch, 5)] += 1
@@ -97,7 +97,7 @@ def test_augmentation_keys_belong_to_the_position_only() -> None:
 
 
 def test_hash_of_two_positions_has_no_visible_correlation() -> None:
-    bits = np.unpackbits(hash_integers(np.arange(4096), stream_key("a")).view(np.uint8).reshape(4096, 8), axis=1)
+    bits = np.unpackbits(splitmix64(np.arange(4096), derive_seed("a")).view(np.uint8).reshape(4096, 8), axis=1)
     assert abs(bits.mean(axis=0) - 0.5).max() < 0.05
     assert abs((bits[1:] ^ bits[:-1]).mean(axis=0) - 0.5).max() < 0.05
 
@@ -111,6 +111,6 @@ def test_batch_that_does_not_divide_is_refused_with_both_numbers() -> None:
 
 @given(count=st.integers(0, 50), world_size=st.integers(1, 9))
 def test_shares_cover_everything_once(count: int, world_size: int) -> None:
-    parts = [share(count, rank, world_size) for rank in range(world_size)]
+    parts = [shard_range(count, rank, world_size) for rank in range(world_size)]
     assert [i for part in parts for i in part] == list(range(count))
     assert max(map(len, parts)) - min(map(len, parts)) <= 1

@@ -21,11 +21,11 @@ from mpscl_ray.predict.image import Job, outputs, predict_image
 from mpscl_ray.predict.model import Checkpoint, Domain, Model, find_checkpoint, read_model
 from mpscl_ray.predict.predictor import (
     Predictor,
+    cached_predictor,
     choose_device,
     keep_largest_component,
     load_segmenter,
-    segmenter_of_worker,
-    volumes_at_a_time,
+    num_inference_workers,
 )
 from mpscl_ray.runs import checkpoint
 from mpscl_ray.runs.run_directory import RunDirectory
@@ -165,10 +165,10 @@ def test_relative_paths_lead_to_the_same_weights_from_another_folder(
         predictor = load_segmenter(Path("runs") / "run", name, device="cpu")
         assert torch.equal(predictor.network.conv1.weight, expected), name
         assert predictor.weights is not None
-        told = dataclasses.replace(predictor.weights, path=folder.relative_to_run(predictor.weights.path))
+        given = dataclasses.replace(predictor.weights, path=folder.relative_to_run(predictor.weights.path))
         with monkeypatch.context() as elsewhere:
             elsewhere.chdir("/")
-            worker = segmenter_of_worker(str(tmp_path / "runs" / "run"), told, number, "cpu")
+            worker = cached_predictor(str(tmp_path / "runs" / "run"), given, number, "cpu")
         assert torch.equal(worker.network.conv1.weight, expected), name
 
 
@@ -229,12 +229,12 @@ def test_what_cannot_be_loaded_is_said_in_a_sentence(tmp_path: Path) -> None:
 def test_the_device_is_checked() -> None:
     assert choose_device("cpu") == torch.device("cpu")
     assert choose_device().type == ("cuda" if torch.cuda.is_available() else "cpu")
-    with pytest.raises(ConfigError, match="GPUs can be used here"):
+    with pytest.raises(ConfigError, match="usable GPUs"):
         choose_device("cuda:99")
     with pytest.raises(ConfigError, match="no device"):
         choose_device("gpu")
-    assert volumes_at_a_time(3, torch.device("cpu")) == 0
-    assert volumes_at_a_time(1000, torch.device("cuda")) == 0
+    assert num_inference_workers(3, torch.device("cpu")) == 0
+    assert num_inference_workers(1000, torch.device("cuda")) == 0
 
 
 def test_only_the_largest_part_of_each_structure_is_kept() -> None:
@@ -251,7 +251,7 @@ def test_only_the_largest_part_of_each_structure_is_kept() -> None:
 
 
 class Levels(nn.Module):
-    """A segmenter that tells three intensities apart, so that what it finds is known beforehand."""
+    """A segmenter that separates three intensities, so that its result is known beforehand."""
 
     num_classes = 3
 

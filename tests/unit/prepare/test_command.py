@@ -14,7 +14,7 @@ import pytest
 import mpscl_ray.prepare.run as prepare_module
 from mpscl_ray.config import preset_names
 from mpscl_ray.data.dataset import load_manifest
-from mpscl_ray.data.parquet_reader import verify
+from mpscl_ray.data.parquet_reader import read_case
 from mpscl_ray.errors import ConfigError, DataError, StorageError
 from mpscl_ray.prepare.command import main
 from mpscl_ray.prepare.run import prepare
@@ -36,7 +36,7 @@ def test_a_finished_dataset_is_not_replaced_unasked(source: Path) -> None:
     assert [path.name for path in (source.parent / "out").iterdir()] == ["ct"]
 
 
-def test_something_else_in_the_place_is_never_touched(source: Path) -> None:
+def test_something_else_in_the_output_folder_is_never_touched(source: Path) -> None:
     precious = source.parent / "out" / "ct" / "thesis.txt"
     precious.parent.mkdir(parents=True)
     precious.write_text("years of work")
@@ -62,7 +62,8 @@ def test_a_failure_while_writing_leaves_the_old_dataset(source: Path, monkeypatc
     assert len(calls) == 4
     assert [path.name for path in folder.parent.iterdir()] == ["ct"]
     assert load_manifest(folder) == first
-    verify(folder, first.cases)
+    for case in first.cases:
+        read_case(folder, case)
 
 
 def test_a_killed_run_leaves_no_dataset_and_the_next_one_cleans_up(source: Path, tmp_path: Path) -> None:
@@ -92,7 +93,7 @@ def test_an_output_that_cannot_be_written(source: Path, tmp_path: Path, place: s
         prepare(options(source, out=tmp_path / place), progress=False)
 
 
-def test_a_full_disk_is_told_and_leaves_nothing(source: Path) -> None:
+def test_a_full_disk_is_reported_and_leaves_nothing(source: Path) -> None:
     script = (
         "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (10000, 10000)); "
         "sys.argv[0] = 'prepare'; runpy.run_module('mpscl_ray.prepare', run_name='__main__')"

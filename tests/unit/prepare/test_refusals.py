@@ -1,4 +1,4 @@
-"""Images that are no dataset: what is refused, and how it is told."""
+"""Images that are no dataset: what is refused, and with which message."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def test_a_ct_image_among_those_of_mr_is_refused_unless_told_otherwise(tmp_path:
     image[:5] = -1000.0  # air
     write(folder / "mr_train_1002_image.nii.gz", np.rint(image).astype(np.int16))
     (problem,) = refusal(folder)
-    assert "mr_train_1002_image.nii.gz: the intensities, from -1000 on, are Hounsfield units" in problem
+    assert "mr_train_1002_image.nii.gz: the intensities, which begin at -1000, are Hounsfield units" in problem
     _, manifest = made(folder, "mr", any_modality=True)
     assert any(notice.startswith("mr_1002: intensities from -1000") for notice in manifest.notices)
 

@@ -205,7 +205,7 @@ def test_every_truncation_is_found(tmp_path: Path) -> None:
     good = path.read_bytes()
     for length in [0, 1, 11, 12, 13, 100, len(good) - 5, len(good) - 1]:
         path.write_bytes(good[:length])
-        with pytest.raises(DataError, match=r"a\.tfrecords: (the file is empty|cut short|\d+ stray bytes)"):
+        with pytest.raises(DataError, match=r"a\.tfrecords: (the file is empty|cut short|\d+ extra bytes)"):
             read_slices(path)
 
 

@@ -23,9 +23,7 @@ from mpscl_ray.runs.run_directory import RunDirectory
 from mpscl_ray.train import command as train
 from mpscl_ray.train import run as train_run
 from mpscl_ray.train.domains import load_domains, model_description
-from mpscl_ray.train.ray import (
-    resources,
-)
+from mpscl_ray.train.ray import resources
 from tests.tiny import CLASSES, SETTINGS, make_dataset, make_pair, tiny_config
 
 ONE_WORKER = ("scaling.workers=1",)
@@ -79,11 +77,28 @@ def only_sentence(error: str) -> str:
 # --------------------------------------------------------------------------------------------------------- shows
 
 
-def test_help_lists_keys_defaults_presets_and_exit_codes(command: Command) -> None:
+def test_help_shows_options_settings_and_exit_codes(command: Command) -> None:
     code, text, _ = command("--help")
     assert code == 0
-    for word in ("method.margin_source = 0.4", "run.restarts", "ct2mr/mpscl", "130 interrupted", "--allow-change"):
+    for word in (
+        "--allow-change",
+        "settings of preset phantom (method mpscl)",
+        "data.source=phantom:ct",
+        "130 interrupted",
+    ):
         assert word in text
+
+
+def test_help_shows_the_settings_that_are_given(command: Command) -> None:
+    _, text, _ = command("mr2ct/mpscl", "run.seed=7", "--help")
+    assert "settings of preset mr2ct/mpscl" in text
+    assert "* run.seed=7 " in text
+    code, text, _ = command("mr2ct/mpscl", "run.sed=7", "--help")
+    assert code == 0, "help does not fail on the setting that one looks for"
+    assert "  run.seed=1 " in text
+    code, _, error = command("mr2ct/mpsl", "--help")
+    assert code == 2
+    assert "did you mean 'mr2ct/mpscl'" in only_sentence(error)
 
 
 def test_help_works_as_a_process(tmp_path: Path) -> None:

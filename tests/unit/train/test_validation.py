@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mpscl_ray.data.loader import LocalSlices, tensors
+from mpscl_ray.data.loader import LocalSlices, collate
 from mpscl_ray.methods.losses import class_counts, weighted_cross_entropy
 from mpscl_ray.train.validation import Validation, selection_score, target_criteria, validate
 from tests.tiny import CLASSES, SIZE, make_dataset
@@ -41,7 +41,7 @@ def test_validation_scores_are_those_of_whole_volumes(tmp_path: Path) -> None:
     assert 0.5 < found.mean_dice < 1
     assert found.entropy == pytest.approx(-(0.8 * math.log(0.8) + 0.2 * math.log(0.1)) / math.log(3), rel=1e-6)
 
-    volumes = [tensors(arrays) for _, arrays in slices.volumes()]
+    volumes = [collate(arrays) for _, arrays in slices.volumes()]
     images, labels = (torch.cat([volume[name] for volume in volumes]) for name in ("image", "label"))
     sums = weighted_cross_entropy(predict(images).log(), labels, class_counts(labels, 3))
     assert found.cross_entropy == pytest.approx(float(sums.numerator / sums.denominator), rel=1e-6)
