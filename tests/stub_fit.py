@@ -12,7 +12,7 @@ from mpscl_ray.config import SOURCE_ONLY, Config, is_adaptation
 from mpscl_ray.runs import checkpoint
 from mpscl_ray.runs.control_files import STOP_FILE
 from mpscl_ray.runs.run_directory import RunDirectory, open_run
-from mpscl_ray.train.loop import newest_checkpoint
+from mpscl_ray.train.checkpointing import newest_checkpoint
 from mpscl_ray.train.phases import build_segmenter, network_arguments
 from mpscl_ray.train.ray.worker import wait_for_decision
 from mpscl_ray.train.streams import TrainingData

@@ -21,12 +21,12 @@ from mpscl_ray.train.loop import Callback, TrainResult
 from tests.tiny import local_data
 
 
-class Watcher(Callback):
+class RecordingCallback(Callback):
     """Remembers what a callback is told."""
 
     def __init__(self) -> None:
         self.starts: list[int] = []
-        self.notices: list[str] = []
+        self.warnings: list[str] = []
         self.batches: list[Batch] = []
         self.validated: list[int] = []
         self.panels: list[tuple[int, Tensor, Tensor, Tensor | None]] = []
@@ -35,7 +35,7 @@ class Watcher(Callback):
         self.starts.append(step)
 
     def on_warning(self, text: str) -> None:
-        self.notices.append(text)
+        self.warnings.append(text)
 
     def on_batch(self, batch: Batch) -> None:
         self.batches.append(batch)
@@ -56,7 +56,7 @@ class Killer(Callback):
     """Kills a run when the metrics of a step have been read, before a checkpoint of that step.
 
     Args:
-        when: asked with each record.
+        when: whether to kill, for each record.
     """
 
     def __init__(self, when: Callable[[Mapping[str, Any]], bool]) -> None:
@@ -103,7 +103,7 @@ def train_and_watch(
     config: Config, run: Path, stop_after: int | None, dtype: torch.dtype
 ) -> tuple[TrainResult, list[list[list[str]]]]:
     """Train; the outcome and, by step and domain, a hash of each slice that was trained on."""
-    watcher = Watcher()
+    watcher = RecordingCallback()
     outcome, _ = train(config, run, stop_after, watcher, dtype)
     return outcome, [hashes(batch) for batch in watcher.batches]
 

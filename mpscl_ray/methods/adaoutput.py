@@ -7,14 +7,14 @@ from torch import Tensor
 from mpscl_ray.config import AdaOutputConfig
 from mpscl_ray.distributed import collectives
 from mpscl_ray.methods import base
-from mpscl_ray.methods.adversarial import Adversary
+from mpscl_ray.methods.adversarial import Adversary, add_weighted_heads
 from mpscl_ray.methods.base import Batch
 from mpscl_ray.methods.losses import class_counts
 from mpscl_ray.methods.segmenter_method import SegmenterMethod
 
 
 class AdaOutput(SegmenterMethod[AdaOutputConfig]):
-    """Make the class probabilities of the target look like those of the source, on both heads.
+    """Align the class probabilities of the target with those of the source, on both heads.
 
     Source: Tsai et al. 2018, L_seg + lambda_adv L_adv on softmax outputs of two levels (their Eq. 5).
     Differs from the released code: weighted cross-entropy and Dice instead of plain cross-entropy.
@@ -38,13 +38,9 @@ class AdaOutput(SegmenterMethod[AdaOutputConfig]):
         # Segmenter, with frozen discriminators.
         segmentation = base.segmentation_loss(source_logits, labels, counts, c.segmentation_aux_weight)
         losses = dict(segmentation.parts)
-        total = segmentation.total
         target_maps = {head: logits.softmax(dim=1) for head, logits in target_logits.items()}
         adversarial = self.adversary.adversarial_loss(target_maps)
-        for head, weight in (("main", c.lambda_main), ("aux", c.lambda_aux)):
-            if head in adversarial:
-                losses[f"loss_adversarial_{head}"] = adversarial[head]
-                total = total + weight * adversarial[head]
+        total = add_weighted_heads(segmentation.total, losses, "adversarial", adversarial, c)
         total.backward()  # type: ignore[no-untyped-call]
 
         # Discriminators, on detached maps.

@@ -8,14 +8,14 @@ from torch import Tensor
 from mpscl_ray.config import AdvEntConfig
 from mpscl_ray.distributed import collectives
 from mpscl_ray.methods import base
-from mpscl_ray.methods.adversarial import Adversary
+from mpscl_ray.methods.adversarial import Adversary, add_weighted_heads
 from mpscl_ray.methods.base import Batch
 from mpscl_ray.methods.losses import class_counts, self_information
 from mpscl_ray.methods.segmenter_method import SegmenterMethod
 
 
 class AdvEnt(SegmenterMethod[AdvEntConfig]):
-    """Make the entropy maps of the target look like those of the source.
+    """Align the entropy maps of the target with those of the source.
 
     Source: Vu et al. 2019, L_adv on I(p) = -p log p (their Eqs. 5 to 7) and L_ent (their Eq. 3); as the warm-up of
     Liu et al. 2022 it is Eq. (11) with beta = gamma = 0.
@@ -40,17 +40,12 @@ class AdvEnt(SegmenterMethod[AdvEntConfig]):
         # Segmenter, with frozen discriminators.
         segmentation = base.segmentation_loss(source_logits, labels, counts, c.segmentation_aux_weight)
         losses = dict(segmentation.parts)
-        total = segmentation.total
         information = {head: self._self_information(logits) for head, logits in target_logits.items()}
         if c.variant == "minent":
-            on_target = {head: x.sum(dim=1).mean() for head, x in information.items()}
+            kind, on_target = "entropy", {head: x.sum(dim=1).mean() for head, x in information.items()}
         else:
-            on_target = self.adversary.adversarial_loss(information)
-        for head, weight in (("main", c.lambda_main), ("aux", c.lambda_aux)):
-            if head in on_target:
-                name = "entropy" if c.variant == "minent" else "adversarial"
-                losses[f"loss_{name}_{head}"] = on_target[head]
-                total = total + weight * on_target[head]
+            kind, on_target = "adversarial", self.adversary.adversarial_loss(information)
+        total = add_weighted_heads(segmentation.total, losses, kind, on_target, c)
         total.backward()  # type: ignore[no-untyped-call]
 
         # Discriminators, on detached maps.

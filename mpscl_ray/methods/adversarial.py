@@ -1,8 +1,7 @@
 """What adversarial methods share: discriminators on a map of the logits, and their part of an iteration.
 
-The order of one iteration is that of AdaptSegNet and its descendants: the segmenter's losses with frozen
-discriminators, its backward pass, the discriminators' losses on detached maps, their backward pass, and only then all
-optimisers.
+An iteration has the order of AdaptSegNet and its descendants: the segmenter's losses with frozen discriminators, its
+backward pass, the discriminators' losses on detached maps, their backward pass, and only then all optimiser steps.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mpscl_ray.config import DiscriminatorConfig, PrecisionConfig
+from mpscl_ray.config.methods import AdversarialConfig
 from mpscl_ray.distributed import collectives
 from mpscl_ray.distributed.batch_norm import PerDomainForward
 from mpscl_ray.methods.losses import SOURCE_LABEL, TARGET_LABEL, domain_loss, least_squares_domain_loss
@@ -66,13 +66,13 @@ class Adversary:
 
     @property
     def networks(self) -> dict[str, nn.Module]:
-        """The discriminators, unwrapped, by the name they have in a method."""
+        """The discriminators, unwrapped, by their names in a method."""
         return {f"discriminator_{head}": network for head, network in self.discriminators.items()}
 
     def adversarial_loss(self, target: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Adversarial loss of each head: frozen discriminators should take the target's maps for the source's.
 
-        The discriminators are called unwrapped, because their gradients are not wanted.
+        The discriminators are called unwrapped, because they need no gradients.
 
         Args:
             target: map (B, channels, H, W) of each head, with gradient.
@@ -81,28 +81,28 @@ class Adversary:
         return {head: self._loss(verdict, SOURCE_LABEL) for head, verdict in verdicts.items()}
 
     def forward_frozen(self, head: str, x: Tensor) -> Tensor:
-        """Output of a discriminator that is not trained by it."""
+        """Output of a discriminator without gradients for its weights."""
         self.discriminators[head].requires_grad_(False)
         with autocast(self._device, self._precision):
             output: Tensor = self.discriminators[head](x)
         return output
 
     def discriminate(self, head: str, source: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Outputs of a discriminator that is trained by them, on maps of both domains without gradient."""
+        """Outputs of a discriminator in training, on detached maps of both domains."""
         self.discriminators[head].requires_grad_(True)
         with autocast(self._device, self._precision):
             on_source, on_target = self._discriminate[head](source.detach(), target.detach())
         return on_source, on_target
 
     def accuracy(self, on_source: Tensor, on_target: Tensor) -> Tensor:
-        """Fraction of a discriminator's outputs that are on the right side."""
+        """Fraction of a discriminator's outputs that name the right domain."""
         correct = [on_source.detach().flatten() < self._border, on_target.detach().flatten() > self._border]
         return torch.cat(correct).to(torch.float32 if on_source.dtype != torch.float64 else torch.float64).mean()
 
     def discriminator_backward(
         self, source: Mapping[str, Tensor], target: Mapping[str, Tensor], halve: bool
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Losses of the discriminators, and their backward pass.
+        """Compute the losses of the discriminators and run their backward pass.
 
         Args:
             source: map (B, channels, H, W) of each head.
@@ -110,7 +110,7 @@ class Adversary:
             halve: halve each loss.
 
         Returns:
-            The losses and the accuracies, by the names they have in the metrics.
+            The losses and the accuracies, by their names in the metrics.
         """
         losses: dict[str, Tensor] = {}
         accuracies: dict[str, Tensor] = {}
@@ -124,3 +124,14 @@ class Adversary:
         if losses:
             total.backward()  # type: ignore[no-untyped-call]
         return losses, accuracies
+
+
+def add_weighted_heads(
+    total: Tensor, losses: dict[str, Tensor], kind: str, terms: Mapping[str, Tensor], config: AdversarialConfig
+) -> Tensor:
+    """The total plus the weighted terms of both heads; adds the terms to the losses as ``loss_KIND_HEAD``."""
+    for head, weight in (("main", config.lambda_main), ("aux", config.lambda_aux)):
+        if head in terms:
+            losses[f"loss_{kind}_{head}"] = terms[head]
+            total = total + weight * terms[head]
+    return total

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from mpscl_ray.config import PrecisionConfig
+from mpscl_ray.config.schema import NetworkConfig
 from mpscl_ray.distributed import collectives
-from mpscl_ray.distributed.batch_norm import PerDomainForward
 from mpscl_ray.errors import DataError
 from mpscl_ray.methods.losses import at_least_float32, soft_dice_loss, weighted_cross_entropy
-from mpscl_ray.methods.optim import Optimisers, autocast
+from mpscl_ray.methods.optim import autocast
+from mpscl_ray.methods.prototypes import PrototypeClassifier
 from mpscl_ray.networks.deeplab import DeepLabV2, SegmenterOutput, network_input, upsample_logits
 
 
@@ -29,40 +30,35 @@ class Batch:
     target_image: Tensor | None = None
     """(B, 1, H, W) in [-1, 1]; None for plain segmentation."""
 
-    def to(self, device: torch.device) -> Batch:
-        """The batch on a device; from pinned memory the copy does not wait."""
-        target = None if self.target_image is None else self.target_image.to(device, non_blocking=True)
-        return Batch(
-            self.source_image.to(device, non_blocking=True), self.source_label.to(device, non_blocking=True), target
-        )
-
 
 @dataclass(frozen=True)
 class TrainingSlices:
-    """The training slices as a method may look at them before its phase, unchanged: this worker's share of them.
+    """This worker's share of the training slices, un-augmented, for a pass over them before a phase.
 
-    In ``labelled`` and ``unlabelled`` each slice comes once, in order; shares may differ in length, so no collective
-    may be in the loop. Where there has to be one, as in batch statistics, there is ``synchronised_source_batches``.
+    ``labelled`` and ``unlabelled`` give each slice once, in order. Shares may differ in length, so the loop must not
+    contain a collective. A loop with one, as for batch statistics, takes ``synchronised_source_batches``.
     """
 
     labelled: Callable[[], Iterable[tuple[Tensor, Tensor]]]
     """Batches of (image (B, 1, H, W), label (B, H, W)) of the labelled domain."""
     synchronised_source_batches: Callable[[], Iterable[Tensor]]
-    """This worker's parts, images (B, 1, H, W), of the global batches of one pass over the labelled domain, shuffled;
-    on every worker equally many of the same size, for which the last batch may repeat slices."""
+    """This worker's parts, images (B, 1, H, W), of the global batches of one shuffled pass over the labelled domain.
+    Every worker gets as many parts of the same size; for that the last batch may repeat slices."""
     unlabelled: Callable[[], Iterable[tuple[Tensor, Tensor]]]
     """Batches of (rows (B,) int64, image (B, 1, H, W)) of the target; a row is the slice's number."""
     target_volumes: tuple[range, ...]
     """Rows of each volume of the target, over all workers, in the order of the volumes' ids."""
     size: tuple[int, int]
     """H and W."""
-    pretrained_weights: Callable[[], dict[str, Tensor]]
-    """The segmenter's weights at the end of the source-only phase, or where that was left out those it began with."""
+    source_only_weights: Callable[[], dict[str, Tensor]]
+    """The segmenter's weights at the end of the source-only phase; the initial ones in a run without that phase."""
+    pretrained_prototypes: Callable[[int, int], Tensor] | None = None
+    """Loads the prototypes (C, d) of network.pretrained_prototypes, from C and d; None where no file is configured."""
 
 
 @dataclass(frozen=True)
 class TargetSplit:
-    """Slices of the target that take both places in the batches: pseudo-labelled ones that of the source."""
+    """A target split in two: pseudo-labelled slices replace the source in the batches."""
 
     easy: Tensor
     """(n,) int64 rows, ascending: they come as source_image, with their pseudo-labels."""
@@ -73,22 +69,33 @@ class TargetSplit:
 
 
 class Method(Protocol):
-    """A published method: owns its networks, optimisers and state, and makes one training step at a time.
+    """A published method: owns its networks, optimisers and state, and runs one training step at a time.
 
-    Methods that segment with a DeepLab are built from (segmenter, config, optim, num_classes, device, precision, seed).
+    It is built from the segmenter with its initial weights, which it trains in place, the settings of the method and
+    of the optimisers, the number of classes (with background), device, precision, and the seed of all that it draws.
     """
 
     networks: dict[str, nn.Module]
-    """The networks that are trained, unwrapped: "segmenter" and what else the method has."""
+    """The trained networks, unwrapped: "segmenter" and those that the method adds."""
 
     split: TargetSplit | None
     """Where not None: which slices the batches of this phase are made of."""
+
+    prototype_classifier: PrototypeClassifier | None
+    """Assigns pseudo-labels by prototypes; None for a method without them. Its angles and labels are logged."""
+
+    @classmethod
+    def network_arguments(cls, network: NetworkConfig, config: Any, num_classes: int) -> dict[str, Any]:
+        """The segmenter that this method trains, as :func:`mpscl_ray.networks.build` takes it."""
 
     def start_phase(self, iterations: int) -> None:
         """Begin a phase of so many iterations with fresh optimisers."""
 
     def prepare(self, slices: TrainingSlices) -> None:
-        """Look at the training slices once, after :meth:`start_phase` and before the first step; not on resume."""
+        """Prepare the phase with a pass over the training slices, between :meth:`start_phase` and the first step.
+
+        Not called when a run resumes within the phase.
+        """
 
     def step(self, batch: Batch, iteration: int) -> dict[str, Tensor]:
         """One training iteration, optimiser steps included, without waiting for the device.
@@ -100,8 +107,8 @@ class Method(Protocol):
 
         Returns:
             Detached 0-dim tensors whose mean over the workers is the global value: read them with
-            ``distributed.reduce_metrics``. ``non_finite`` is 1 from the first step on that was not finite on some
-            worker: from then on nothing moves, and ``non_finite_losses`` tells which loss it was.
+            ``collectives.reduce_metrics``. ``non_finite`` is 1 from the first step on that was not finite on some
+            worker: from then on nothing is updated, and ``non_finite_losses`` has the losses of that step.
         """
 
     def non_finite_losses(self) -> dict[str, Tensor]:
@@ -111,10 +118,14 @@ class Method(Protocol):
         """Class probabilities (B, C, H, W) of slices (B, 1, H, W), in evaluation mode, without gradient."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that training goes on from: nested, of live tensors and plain values."""
+        """Everything that training resumes from: nested, of live tensors and plain values."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what :meth:`state_dict` gave, the phase included."""
+        """Load what :meth:`state_dict` returned, the phase included.
+
+        Raises:
+            DataError: the state is of other networks.
+        """
 
 
 @dataclass(frozen=True)
@@ -138,7 +149,7 @@ def segmentation_loss(logits: dict[str, Tensor], labels: Tensor, counts: Tensor,
 
     Source: the segmentation term of Eq. (2), Liu et al. 2022; auxiliary weight as released.
     """
-    # Sum over all pixels of the weight of their class, which the global counts tell without another collective.
+    # Sum over all pixels of the weight of their class: it follows from the global counts without another collective.
     weights = 1.0 - counts / counts.sum()
     weight_sum = (counts * weights).sum()
     weight_sum = torch.where(weight_sum > 0, weight_sum, counts.sum())
@@ -171,15 +182,6 @@ def heads(segmenter: DeepLabV2) -> tuple[str, ...]:
     return ("main",) if segmenter.layer5 is None else ("main", "aux")
 
 
-def wrap_segmenter(
-    segmenter: DeepLabV2, norm_statistics: Literal["mixture", "target"], device: torch.device
-) -> nn.Module:
-    """The segmenter as a function of source and target input: one wrapped forward for one backward, both domains in
-    it, is what gradient averaging can follow."""
-    moves = None if norm_statistics == "mixture" else (False, True)
-    return collectives.wrap(PerDomainForward(segmenter, moves), device)
-
-
 @torch.no_grad()
 def evaluate(segmenter: DeepLabV2, image: Tensor, precision: PrecisionConfig) -> SegmenterOutput:
     """Run the segmenter in evaluation mode, and leave it in the mode it was in."""
@@ -189,12 +191,6 @@ def evaluate(segmenter: DeepLabV2, image: Tensor, precision: PrecisionConfig) ->
         output: SegmenterOutput = segmenter(to_network(image, segmenter, precision))
     segmenter.train(was_training)
     return output
-
-
-def predict(segmenter: DeepLabV2, image: Tensor, precision: PrecisionConfig) -> Tensor:
-    """Class probabilities (B, C, H, W) of slices (B, 1, H, W)."""
-    logits = segmenter.prediction(evaluate(segmenter, image, precision))
-    return upsample_logits(at_least_float32(logits), image.shape[-2:]).softmax(dim=1)
 
 
 def load_networks(networks: dict[str, nn.Module], state: dict[str, dict[str, Tensor]]) -> None:
@@ -219,26 +215,6 @@ def load_networks(networks: dict[str, nn.Module], state: dict[str, dict[str, Ten
                     "use the network settings that it was trained with"
                 )
         network.load_state_dict(saved)
-
-
-def state_dict(networks: dict[str, nn.Module], optimisers: Optimisers) -> dict[str, Any]:
-    """What every method's state has: networks, optimisers and phase."""
-    return {"networks": {name: network.state_dict() for name, network in networks.items()}, **optimisers.state_dict()}
-
-
-def load_state_dict(
-    networks: dict[str, nn.Module], optimisers: Optimisers, start_phase: Callable[[int], None], state: dict[str, Any]
-) -> None:
-    """Take over what :func:`state_dict` gave, the phase started if it was.
-
-    Raises:
-        DataError: the state is of other networks.
-    """
-    load_networks(networks, state["networks"])
-    optimisers.reset_guard()
-    if state["phase"]["iterations"]:
-        start_phase(state["phase"]["iterations"])
-        optimisers.load_state_dict(state)
 
 
 def metrics(*tables: dict[str, Tensor], non_finite: Tensor) -> dict[str, Tensor]:

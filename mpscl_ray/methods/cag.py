@@ -32,10 +32,9 @@ class CAG(SegmenterMethod[CAGConfig]):
     Source: Zhang et al. 2019, anchors (their Eq. 2), active target samples (Eqs. 3 and 4) and losses (Eqs. 5 to 9).
     Differs from the released code: the network is the DeepLab that all methods here share, with the output of its
     fourth stage as features; the warm-up is AdvEnt; anchors are plain means over all images, where the released running
-    mean forgets after 3000 of them; where the running statistics are the target's alone, which is not so in the
-    released code, anchors are made with statistics of the source, averaged over batches; the distance threshold is a
-    quantile unless it is given; a round's teacher is the last network of the round before, not the best on labels of
-    the target.
+    mean forgets after 3000 of them; with norm_statistics=target, which the released code does not have, anchors are
+    computed with statistics of the source, averaged over batches; the distance threshold is a quantile unless it is
+    set; a round's teacher is the last network of the round before, not the best on labels of the target.
     """
 
     def __init__(self, segmenter: DeepLabV2, *arguments: Any, **named: Any) -> None:
@@ -51,10 +50,10 @@ class CAG(SegmenterMethod[CAGConfig]):
 
     @torch.no_grad()
     def prepare(self, slices: TrainingSlices) -> None:
-        """Begin a round: the student becomes the teacher, whose features on the source make the anchors."""
+        """Begin a round: the student becomes the teacher, and its features on the source give the anchors."""
         self.teacher.load_state_dict(self.segmenter.state_dict())
         if self.config.norm_statistics == "target":
-            self._take_statistics_of_source(slices)
+            self._use_source_statistics(slices)
         sums = torch.zeros(self.anchors.shape, dtype=torch.float64, device=self.device)
         counts = torch.zeros_like(self.anchor_counts)
         for image, label in slices.labelled():
@@ -68,13 +67,12 @@ class CAG(SegmenterMethod[CAGConfig]):
         self.anchors = (sums / counts.clamp(min=1)[:, None]).to(self.anchors.dtype)
         self.anchor_counts = counts
         self.teacher.load_state_dict(self.segmenter.state_dict())
-        self._look_at_gaps(slices)
+        self._measure_gaps(slices)
 
-    def _take_statistics_of_source(self, slices: TrainingSlices) -> None:
-        """Let the teacher see the source as the student does in training, through statistics of the source itself.
+    def _use_source_statistics(self, slices: TrainingSlices) -> None:
+        """Set the teacher's running statistics to those of the source, which the student trains with.
 
-        Where the running statistics are the target's alone, slices of the source that come through them have features
-        that lie elsewhere, and so would the anchors.
+        Running statistics of the target alone would shift the features of the source, and the anchors with them.
         """
         self.teacher.train()
         for number, image in enumerate(slices.synchronised_source_batches(), start=1):
@@ -83,8 +81,8 @@ class CAG(SegmenterMethod[CAGConfig]):
                 self.teacher(base.to_network(image.to(self.device), self.teacher, self.precision))
         self.teacher.eval()
 
-    def _look_at_gaps(self, slices: TrainingSlices) -> None:
-        """Quantiles of the difference between second nearest and nearest anchor over all pixels of the target."""
+    def _measure_gaps(self, slices: TrainingSlices) -> None:
+        """Quantiles, over all pixels of the target, of the distance to the second nearest anchor minus the nearest."""
         number = sum(len(volume) for volume in slices.target_volumes)
         shape = self.segmenter.feature_size(slices.size)
         gaps = torch.zeros(number, *shape, dtype=torch.float64, device=self.device)
@@ -99,7 +97,7 @@ class CAG(SegmenterMethod[CAGConfig]):
             self.threshold = found[-1].to(self.threshold)
 
     def _nearest(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Class of the nearest anchor, and how much nearer it is than the second; both (B, h, w)."""
+        """Class of the nearest anchor, and the gap to the second nearest; both (B, h, w)."""
         known = self.anchor_counts > 0
         gaps_to = distances(at_least_float32(features), self.anchors)
         gaps_to = torch.where(known[:, None, None], gaps_to, torch.full_like(gaps_to, FAR))
@@ -110,7 +108,7 @@ class CAG(SegmenterMethod[CAGConfig]):
     def pseudo_labels(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """Pseudo-labels A and P of the teacher for slices (B, 1, H, W): (B, h, w), IGNORE where a pixel is left out.
 
-        Without two anchors there is no A, because nothing tells how sure it is.
+        With fewer than two anchors there is no A, because its confidence is the gap between two.
         """
         with autocast(self.device, self.precision):
             output: SegmenterOutput = self.teacher(base.to_network(image, self.teacher, self.precision))
@@ -130,7 +128,7 @@ class CAG(SegmenterMethod[CAGConfig]):
         source_logits = base.upsampled(source, labels.shape[-2:])
         by_anchor, by_probability = self.pseudo_labels(batch.target_image)
 
-        # Sums of this worker, then all that is divided by is of the global batch.
+        # Sums of this worker; all denominators are of the global batch.
         labels_small = downsample_labels(labels, (source.main.shape[2], source.main.shape[3]))
         target_logits = at_least_float32(target.main)
         sums = {
@@ -177,7 +175,7 @@ class CAG(SegmenterMethod[CAGConfig]):
     def _distance(self, output: SegmenterOutput, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Ten times the distance of class features to their anchors, summed over images and classes, and their number.
 
-        The gradient of a feature is scaled by twice the part of the image that it is of, as released.
+        The gradient of a feature is scaled by twice the fraction of the image that its class covers, as released.
         """
         vectors, pixels = class_features(at_least_float32(output.features), output.main, labels)
         valid = (pixels >= self.config.min_pixels) & (self.anchor_counts > 0)
@@ -250,6 +248,6 @@ def masked_cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor
 
 
 def power_of_ten_scale(value: Tensor) -> Tensor:
-    """Power of ten that brings a 0-dim loss down to at most 5, as the released code divides it until it is."""
+    """Power of ten that scales a 0-dim loss to at most 5, by which the released code divides it repeatedly."""
     steps = torch.log10(value.clamp(min=1.0) / 5.0).ceil().clamp(min=0.0)
     return torch.pow(10.0, -steps).to(value.dtype)

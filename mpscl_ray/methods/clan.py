@@ -23,9 +23,9 @@ class CLAN(SegmenterMethod[CLANConfig]):
 
     Source: Luo et al. 2019, L_seg + lambda_weight L_weight + lambda_adv L_adv with self-adaptive weights (their Eqs. 3
     to 6).
-    Differs from the released code: the weight map is right for batches of more than one image; damping and preheat go
-    by the length of the phase instead of a constant; the likeness of the heads counts once for all workers; the heads
-    start from a source-only phase with another second head, which is new here.
+    Differs from the released code: the weight map is correct for batches of more than one image; damping and preheat
+    follow the length of the phase instead of a constant; the similarity of the heads counts once for all workers; the
+    segmenter starts from a source-only phase with another second head, so that the second head here starts untrained.
     """
 
     segmenter_arguments: ClassVar[dict[str, Any]] = {"twin_heads": True}
@@ -77,7 +77,7 @@ class CLAN(SegmenterMethod[CLANConfig]):
         return base.metrics(losses, metrics, non_finite=flag)
 
     def _segmentation(self, logits: dict[str, Tensor], labels: Tensor) -> dict[str, Tensor]:
-        """Segmentation losses on both heads, which count alike."""
+        """Segmentation losses on both heads, with equal weight."""
         if self.config.segmentation_loss == "wce_dice":
             counts = collectives.all_reduce_sum(class_counts(labels, self.num_classes))
             return base.segmentation_loss(logits, labels, counts, 1.0).parts
@@ -101,7 +101,7 @@ def disagreement(one: Tensor, other: Tensor) -> Tensor:
         other: the same of the other head.
 
     Returns:
-        (B, 1, H, W), 0 where both say the same.
+        (B, 1, H, W), 0 where both agree.
 
     Source: M(p1, p2) in Luo et al. 2019, Eq. 4; the cosine as released.
     """
@@ -112,7 +112,7 @@ def disagreement(one: Tensor, other: Tensor) -> Tensor:
 def head_weight_similarity(segmenter: DeepLabV2) -> Tensor:
     """L_weight = cos(W1, W2) + 1 of all weights and biases of the two heads, 0-dim.
 
-    It is the same on all workers, so that its mean over them counts it once.
+    It is the same on all workers, so that their mean counts it once.
 
     Source: Luo et al. 2019, Eq. 3.
     """

@@ -1,4 +1,4 @@
-"""Translated images of earlier iterations, which a discriminator sees beside the newest."""
+"""Translated images of earlier iterations, for training a discriminator."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from mpscl_ray.errors import DataError
 class ImagePool:
     """Translated images of earlier iterations, as global batches: the same on every worker.
 
-    Until it is full every batch is kept and given back. From then on, with a chance of one half, the newest takes the
-    place of an earlier one, which is given back instead. All workers draw the same numbers, those of the count alone.
+    Until it is full it keeps and returns every batch. From then on, with a probability of one half, the newest batch
+    replaces an earlier one, which is returned instead. All workers draw the same numbers, from the count alone.
 
     Args:
-        size: batches; 0 always gives back the newest.
-        key: of the numbers drawn.
+        size: batches; 0 always returns the newest.
+        key: of the random numbers.
 
     Source: Shrivastava et al. 2017, as released with SIFA, which keeps batches.
     """
@@ -33,32 +33,32 @@ class ImagePool:
         self.count = 0
 
     def swap(self, newest: Tensor) -> Tensor:
-        """What a discriminator sees for this worker's part (B, ...) of the newest batch, without gradient."""
+        """Images for the discriminator, for this worker's part (B, ...) of the newest batch, without gradient."""
         newest = newest.detach()
         if self.size == 0:
             return newest
-        chance, place = self.draw(self.count)
+        chance, index = self.draw(self.count)
         self.count += 1
         if len(self.batches) < self.size:
             self.batches.append(collectives.gather_batch(newest).clone())
             return newest
         if chance <= 0.5:
             return newest
-        earlier = self.batches[place]
-        self.batches[place] = collectives.gather_batch(newest).clone()
+        earlier = self.batches[index]
+        self.batches[index] = collectives.gather_batch(newest).clone()
         return earlier[len(newest) * collectives.rank() :][: len(newest)]
 
     def draw(self, count: int) -> tuple[float, int]:
-        """A number in [0, 1) and a place in the pool."""
-        chance, place = splitmix64(np.array([2 * count, 2 * count + 1]), self.key).tolist()
-        return chance / 2**64, place % self.size
+        """A number in [0, 1) and an index into the pool."""
+        chance, index = splitmix64(np.array([2 * count, 2 * count + 1]), self.key).tolist()
+        return chance / 2**64, index % self.size
 
     def state_dict(self) -> dict[str, Any]:
-        """Its batches and how often it was asked."""
+        """Its batches and the number of draws."""
         return {"batches": torch.stack(self.batches) if self.batches else torch.zeros(0), "count": self.count}
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
-        """Take over what :meth:`state_dict` gave.
+        """Load what :meth:`state_dict` returned.
 
         Raises:
             DataError: it holds more batches than this pool.

@@ -22,16 +22,16 @@ _EPS = 1e-30
 
 
 class IntraDA(AdvEnt):
-    """Train anew on the target alone: its easy slices with pseudo-labels as the source, its hard ones as the target.
+    """Train from scratch on the target alone: easy slices with pseudo-labels as the source, hard ones as the target.
 
     The first stage is the warm-up, AdvEnt from source to target. Before the second stage its segmenter predicts all
-    slices of the target; the surer half of them gets its predictions as labels, and a new segmenter and new
-    discriminators, which start where those of the first stage did, are trained by AdvEnt between the two halves.
+    slices of the target. The more confident half gets the predictions as labels, and AdvEnt trains a new segmenter and
+    new discriminators, with the initial weights of the first stage, between the two halves.
 
     Source: Pan et al. 2020, ranking by R(x) = mean I(x) and the losses of AdvEnt in both steps (their Eqs. 1 to 6).
-    Differs from the released code: equal scores are ordered by the slices' place in the data; no normaliser for rare
-    classes, which is made for city scenes; the last weights of the first stage are used, not the best on labels of the
-    target; stage losses are those of AdvEnt here.
+    Differs from the released code: equal scores are ordered by the slices' position in the data; no normaliser for
+    rare classes, which is made for city scenes; the last weights of the first stage are used, not the best on labels of
+    the target; both stages use the losses of AdvEnt here.
     """
 
     config: IntraDAConfig
@@ -41,7 +41,7 @@ class IntraDA(AdvEnt):
         self.scores = torch.zeros(0, dtype=torch.float64)
 
     def prepare(self, slices: TrainingSlices) -> None:
-        """Sort the target with the segmenter of the first stage, then start anew.
+        """Sort the target with the segmenter of the first stage, then reset all weights.
 
         Raises:
             DataError: there are too few slices or volumes to sort.
@@ -58,7 +58,7 @@ class IntraDA(AdvEnt):
                 "more volumes"
             )
         self.split = TargetSplit(easy, hard, pseudo_labels[easy])
-        self.networks["segmenter"].load_state_dict(slices.pretrained_weights())
+        self.networks["segmenter"].load_state_dict(slices.source_only_weights())
         for number, (name, network) in enumerate(list(self.networks.items())[1:]):
             assert name.startswith("discriminator_")
             initialise(network, self.seed + number)  # type: ignore[arg-type]

@@ -15,13 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 SOURCE_LABEL = 0
-"""What a discriminator answers on the source domain."""
+"""Label of the source domain for discriminators."""
 
 TARGET_LABEL = 1
-"""What a discriminator answers on the target domain."""
+"""Label of the target domain for discriminators."""
 
 MASK_EPS = 1e-4
-"""Added once to the global number of selected target pixels, so that a batch without any has loss 0."""
+"""Added once to the global number of selected target pixels: a batch without any has loss 0."""
 
 MarginForm = Literal["released", "paper"]
 
@@ -33,14 +33,14 @@ _SQUARED_NORM_FLOOR = 1e-24
 
 
 class RatioTerms(NamedTuple):
-    """A ratio whose parts are still to be added over the workers: value = sum(numerator) / sum(denominator)."""
+    """Terms of a ratio that are added over the workers before the division."""
 
     numerator: Tensor
     denominator: Tensor
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """Return ``x`` in float32, or as it is where it is float64."""
+    """``x`` in float32, or unchanged if it is float64."""
     return x if x.dtype == torch.float64 else x.float()
 
 
@@ -60,10 +60,10 @@ def class_counts(labels: Tensor, num_classes: int) -> Tensor:
 
 
 def weighted_cross_entropy(logits: Tensor, labels: Tensor, counts: Tensor) -> RatioTerms:
-    """Cross-entropy in which a class weighs the less the more pixels it has.
+    """Cross-entropy in which frequent classes weigh less.
 
     w_c = 1 - n_c / sum_k n_k;  value = sum_i w_{y_i} CE_i / sum_i w_{y_i}.
-    A batch of one class alone has w = 0 everywhere; its pixels then all weigh 1, which is the limit of the ratio.
+    In a batch of one class w = 0 everywhere; all pixels then weigh 1, the limit of the ratio.
 
     Args:
         logits: (B, C, H, W).
@@ -127,7 +127,7 @@ def focal_loss(logits: Tensor, labels: Tensor, gamma: float) -> Tensor:
 
 
 def self_information(logits: Tensor, eps: float = 1e-7, normalised: bool = True) -> Tensor:
-    """Weighted self-information map of each class, what the discriminators see.
+    """Weighted self-information map of each class, the input of the discriminators.
 
     I_c = -p_c log(p_c + eps), divided by log C if normalised (the same as log2 / log2 C).
 
@@ -165,7 +165,7 @@ def domain_loss(domain_logits: Tensor, domain: int) -> Tensor:
 
 
 def least_squares_domain_loss(output: Tensor, domain: int) -> Tensor:
-    """Mean squared distance of a discriminator's plain outputs to the number of one domain.
+    """Mean squared distance of a discriminator's plain outputs to the label of one domain.
 
     Args:
         output: Any shape.
@@ -193,8 +193,8 @@ def cosine_to_prototypes(features: Tensor, prototypes: Tensor) -> Tensor:
 
     Source: Eq. (6), Liu et al. 2022.
     """
-    # Autocast and TF32 would round the factors of this product, and near cosine 1 the sine loses what is rounded off.
-    # TF32 is a process-wide switch; a float64 product is the one it never touches.
+    # Autocast and TF32 would round the factors of this product, which the sine near cosine 1 cannot afford. TF32 is a
+    # process-wide switch that does not apply to float64.
     with torch.autocast(features.device.type, enabled=False):
         features = at_least_float32(features)
         directions = at_least_float32(prototypes)
@@ -280,5 +280,5 @@ def _shift_angle(cosine: Tensor, margin: float, squared_sine_floor: float) -> Te
 
 def _released_phi(cosine: Tensor, margin: float) -> Tensor:
     phi = _shift_angle(cosine, margin, _RELEASED_SQUARED_SINE_FLOOR)
-    # Keeps phi monotonic past pi. Never met with features after a ReLU, whose cosines are not negative.
+    # Keeps phi monotonic past pi. Never reached after a ReLU, where cosines are not negative.
     return torch.where(cosine > math.cos(math.pi - margin), phi, cosine - margin * math.sin(math.pi - margin))

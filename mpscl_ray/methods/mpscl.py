@@ -14,7 +14,7 @@ from mpscl_ray.config import MPSCLConfig
 from mpscl_ray.distributed import collectives
 from mpscl_ray.errors import DataError
 from mpscl_ray.methods import base
-from mpscl_ray.methods.adversarial import Adversary
+from mpscl_ray.methods.adversarial import Adversary, add_weighted_heads
 from mpscl_ray.methods.base import Batch, TrainingSlices
 from mpscl_ray.methods.losses import (
     MASK_EPS,
@@ -23,9 +23,16 @@ from mpscl_ray.methods.losses import (
     margin_contrastive_loss,
     self_information,
 )
-from mpscl_ray.methods.prototypes import downsample_labels, initial_prototypes, prototype_sums, update_prototypes
-from mpscl_ray.methods.pseudo_labels import self_paced_pseudo_labels
+from mpscl_ray.methods.prototypes import (
+    PrototypeClassifier,
+    downsample_labels,
+    initial_prototypes,
+    prototype_sums,
+    self_paced_pseudo_labels,
+    update_prototypes,
+)
 from mpscl_ray.methods.segmenter_method import SegmenterMethod
+from mpscl_ray.networks.deeplab import SegmenterOutput
 
 
 class MPSCL(SegmenterMethod[MPSCLConfig]):
@@ -67,30 +74,15 @@ class MPSCL(SegmenterMethod[MPSCLConfig]):
         # Segmenter, with frozen discriminators.
         segmentation = base.segmentation_loss(source_logits, labels, counts, c.segmentation_aux_weight)
         losses = dict(segmentation.parts)
-        total = segmentation.total
+        metrics: dict[str, Tensor] = {"loss_segmentation": segmentation.total}
         information = {head: self._self_information(logits) for head, logits in target_logits.items()}
         adversarial = self.adversary.adversarial_loss(information)
-        for head, weight in (("main", c.lambda_main), ("aux", c.lambda_aux)):
-            if head in adversarial:
-                losses[f"loss_adversarial_{head}"] = adversarial[head]
-                total = total + weight * adversarial[head]
-        metrics: dict[str, Tensor] = {"loss_segmentation": segmentation.total}
+        total = add_weighted_heads(segmentation.total, losses, "adversarial", adversarial, c)
         if self._contrast:
-            cosine = cosine_to_prototypes(source.features, prototypes)
-            contrast = margin_contrastive_loss(
-                cosine, labels_small, c.margin_source, c.temperature_source, c.base_temperature, c.form
-            )
-            losses["loss_contrastive_source"] = contrast.numerator / contrast.denominator
-            cosine = cosine_to_prototypes(target.features, prototypes)
-            pseudo_labels, mask = self_paced_pseudo_labels(cosine, c.delta_th)
-            contrast = margin_contrastive_loss(
-                cosine, pseudo_labels, c.margin_target, c.temperature_target, c.base_temperature, c.form, weights=mask
-            )
-            selected = collectives.all_reduce_sum(contrast.denominator)
-            selected = selected + MASK_EPS if c.form == "released" else selected.clamp(min=1.0)
-            losses["loss_contrastive_target"] = collectives.ddp_ratio(contrast.numerator, selected)
+            contrastive, selected = self._contrastive_losses(source, target, labels_small, prototypes)
+            losses |= contrastive
             total = total + c.gamma * losses["loss_contrastive_source"] + c.beta * losses["loss_contrastive_target"]
-            metrics["selected_fraction"] = mask.to(total.dtype).mean()
+            metrics["selected_fraction"] = selected.to(total.dtype).mean()
             metrics["prototype_angle_min"], metrics["prototype_angle_mean"] = prototype_angles(prototypes)
         total.backward()  # type: ignore[no-untyped-call]
 
@@ -102,17 +94,49 @@ class MPSCL(SegmenterMethod[MPSCLConfig]):
         )
         losses |= learnt
 
-        # Nothing moves unless all of it is finite on all workers.
+        # Nothing is updated unless all of it is finite on all workers.
         flag = self.optimisers.step(losses)
         self.prototypes = torch.where(flag > 0, self.prototypes, prototypes)
         return base.metrics(losses, metrics, accuracies, non_finite=flag)
 
+    def _contrastive_losses(
+        self, source: SegmenterOutput, target: SegmenterOutput, labels_small: Tensor, prototypes: Tensor
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Eq. (8) on all source pixels and on the selected target pixels, and the mask (B, h, w) of these."""
+        c = self.config
+        cosine = cosine_to_prototypes(source.features, prototypes)
+        on_source = margin_contrastive_loss(
+            cosine, labels_small, c.margin_source, c.temperature_source, c.base_temperature, c.form
+        )
+        cosine = cosine_to_prototypes(target.features, prototypes)
+        pseudo_labels, mask = self_paced_pseudo_labels(cosine, c.delta_th)
+        on_target = margin_contrastive_loss(
+            cosine, pseudo_labels, c.margin_target, c.temperature_target, c.base_temperature, c.form, weights=mask
+        )
+        selected = collectives.all_reduce_sum(on_target.denominator)
+        selected = selected + MASK_EPS if c.form == "released" else selected.clamp(min=1.0)
+        losses = {
+            "loss_contrastive_source": on_source.numerator / on_source.denominator,
+            "loss_contrastive_target": collectives.ddp_ratio(on_target.numerator, selected),
+        }
+        return losses, mask
+
     def _self_information(self, logits: Tensor) -> Tensor:
         return self_information(logits, normalised=self.config.normalised_self_information)
 
+    @property
+    def prototype_classifier(self) -> PrototypeClassifier | None:  # type: ignore[override]
+        """Of the current prototypes; None without the contrastive losses, which keep them up to date."""
+        if not self._contrast:
+            return None
+        return PrototypeClassifier(lambda images: self.evaluate(images).features, self.prototypes, self.config.delta_th)
+
     def prepare(self, slices: TrainingSlices) -> None:
-        """Begin with the prototypes of the whole source set."""
-        self.initialise_prototypes(slices.labelled())
+        """Start from the prototypes of the whole source set, or those of a file where one is configured."""
+        if slices.pretrained_prototypes is None:
+            self.initialise_prototypes(slices.labelled())
+        else:
+            self.prototypes = slices.pretrained_prototypes(*self.prototypes.shape).to(self.prototypes)
 
     @torch.no_grad()
     def initialise_prototypes(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:

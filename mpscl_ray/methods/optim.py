@@ -1,4 +1,4 @@
-"""Optimisers, their decay, precision, and the guard that keeps a non-finite step from moving anything."""
+"""Optimisers with their decay, precision, and the guard that lets a non-finite step change nothing."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mpscl_ray.methods.losses import poly_lr
 
 
 def prepare_network(network: nn.Module, device: torch.device, precision: PrecisionConfig) -> None:
-    """Bring a network, in place, to where and how it will be trained.
+    """Move a network to its device, memory format and batch norms, in place, and compile it.
 
     Args:
         network: on any device; keeps its parameters' names.
@@ -41,9 +41,9 @@ def autocast(device: torch.device, precision: PrecisionConfig) -> AbstractContex
 
 
 class Optimiser:
-    """A torch optimiser with its decay, that leaves everything as it is where the non-finite flag is set.
+    """A torch optimiser with its decay, which changes nothing where the non-finite flag is set.
 
-    It is a fused one, which reads the flag on the device: the host waits for nothing.
+    It is fused and reads the flag on the device, so that the host does not wait.
 
     Args:
         optimiser: fused; its groups carry ``base_lr``.
@@ -59,14 +59,14 @@ class Optimiser:
             optimiser.state[parameter].update(self._initial_state(parameter))
 
     def _initial_state(self, parameter: Tensor) -> dict[str, Tensor]:
-        # Explicit zeros instead of the optimiser's own lazy ones, which a flagged first step leaves uninitialised.
+        # Explicit zeros: a flagged first step would leave the optimiser's own lazy ones uninitialised.
         if isinstance(self._optimiser, torch.optim.SGD):
             return {"momentum_buffer": torch.zeros_like(parameter)}
         step = torch.zeros((), dtype=torch.float32, device=parameter.device)
         return {"step": step, "exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
 
     def start_iteration(self, iteration: int, iterations: int, lr_factor: float | None = None) -> None:
-        """Forget the gradients and set the learning rate: by the decay at this iteration, or by a factor."""
+        """Clear the gradients and set the learning rate: by the decay at this iteration, or by a factor."""
         self._optimiser.zero_grad(set_to_none=True)
         for group in self._optimiser.param_groups:
             base = group["base_lr"]
@@ -78,12 +78,12 @@ class Optimiser:
         return [parameter.grad for parameter in self._parameters.values() if parameter.grad is not None]
 
     def step(self, non_finite: Tensor) -> None:
-        """Move the parameters unless ``non_finite`` (0-dim float32 on their device) is 1."""
+        """Update the parameters unless ``non_finite`` (0-dim float32 on their device) is 1."""
         self._optimiser.found_inf = non_finite  # type: ignore[attr-defined]
         self._optimiser.step()
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        """State tensors by kind, then by parameter name. They are the live ones."""
+        """The live state tensors by kind, then by parameter name."""
         state: dict[str, dict[str, Tensor]] = {}
         for name, parameter in self._parameters.items():
             for kind, tensor in self._optimiser.state[parameter].items():
@@ -92,7 +92,7 @@ class Optimiser:
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Take over what :meth:`state_dict` gave.
+        """Load what :meth:`state_dict` returned.
 
         Raises:
             DataError: the state is not of an optimiser of these parameters.
@@ -112,8 +112,8 @@ class Optimiser:
 class SegmenterSGD(Optimiser):
     """SGD with momentum of the segmenter, the heads at their own rate.
 
-    With ``legacy_param_repeats`` a parameter takes r sub-steps on one gradient g, into which every sub-step adds the
-    weight decay anew: g_k = g_{k-1} + wd p_{k-1}; v_k = momentum v_{k-1} + g_k; p_k = p_{k-1} - lr v_k, k = 1..r.
+    With ``legacy_param_repeats`` a parameter takes r sub-steps on one gradient g, to which every sub-step adds the
+    weight decay again: g_k = g_{k-1} + wd p_{k-1}; v_k = momentum v_{k-1} + g_k; p_k = p_{k-1} - lr v_k, k = 1..r.
 
     Source: released code of Liu et al. 2022, run with the SGD of torch 1.3 on lists that hold parameters several times.
     """
@@ -154,7 +154,7 @@ class SegmenterSGD(Optimiser):
 
 
 class NetworkAdam(Optimiser):
-    """Adam of all of one network, as discriminators and image translators are trained."""
+    """Adam of all parameters of a network, for discriminators and image translators."""
 
     def __init__(self, network: nn.Module, lr: float, betas: tuple[float, float], power: float) -> None:
         named = dict(network.named_parameters())
@@ -170,7 +170,7 @@ class DiscriminatorAdam(NetworkAdam):
 
 
 def parameter_kind(name: str) -> ParameterKind:
-    """Where a parameter of the segmenter stands, by its state-dict name."""
+    """Part of the segmenter that a parameter belongs to, by its state-dict name."""
     if name.startswith(("layer5.", "layer6.")):
         return "head"
     if ".downsample." in name:
@@ -179,7 +179,7 @@ def parameter_kind(name: str) -> ParameterKind:
 
 
 class NonFiniteGuard:
-    """Agrees with all workers on whether a step is finite, and remembers the first that was not.
+    """Checks on all workers whether a step is finite, and keeps the losses of the first that was not.
 
     ``flag`` is 0-dim float32 on the device: 0, and 1 from the first non-finite step on.
     """
@@ -191,11 +191,11 @@ class NonFiniteGuard:
 
     @torch.no_grad()
     def update(self, losses: Mapping[str, Tensor], gradients: Sequence[Tensor]) -> None:
-        """Look at a step whose gradients are averaged already. One collective of one number.
+        """Check a step whose gradients are averaged already. One collective of one number.
 
         Args:
             losses: this worker's component losses, 0-dim, by name.
-            gradients: everything that an optimiser is about to use.
+            gradients: all that the optimisers are about to use.
         """
         watched = dict(losses)
         if gradients:
@@ -213,25 +213,25 @@ class NonFiniteGuard:
 
 
 class Snapshot:
-    """Values of tensors at one moment, to go back to where a flag on the device says so."""
+    """A copy of tensors, restored where a flag on the device is set."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         by_dtype: dict[torch.dtype, list[Tensor]] = {}
         for tensor in tensors:
             by_dtype.setdefault(tensor.dtype, []).append(tensor)
-        # One flat copy for each dtype: a handful of kernels where a copy of each tensor would be hundreds.
+        # One flat copy for each dtype: a few kernels instead of hundreds.
         self._groups = [(group, _flat(group)) for group in by_dtype.values()]
 
     @torch.no_grad()
     def restore_where(self, flag: Tensor) -> None:
-        """Bring the values back if ``flag`` (0-dim) is positive."""
+        """Restore the values if ``flag`` (0-dim) is positive."""
         for tensors, before in self._groups:
             values = torch.where(flag > 0, before, _flat(tensors)).split_with_sizes([t.numel() for t in tensors])
             torch._foreach_copy_(tensors, [value.view_as(t) for value, t in zip(values, tensors, strict=True)])
 
 
 class Optimisers:
-    """What moves in a training iteration: all optimisers of a method and the buffers of its networks, or none of it.
+    """All optimisers of a method and the buffers of its networks: an iteration updates all of them or none.
 
     Args:
         networks: of the method, prepared.
@@ -253,11 +253,11 @@ class Optimisers:
             network.train()
 
     def start_iteration(self, iteration: int, lr_factor: float | None = None) -> None:
-        """Begin an iteration: remember the buffers, forget the gradients, set the learning rates.
+        """Begin an iteration: copy the buffers, clear the gradients, set the learning rates.
 
         Args:
             iteration: of the phase, from 0.
-            lr_factor: what the learning rates are of those at the start; None for the polynomial decay.
+            lr_factor: of the initial learning rates; None for the polynomial decay.
         """
         assert self.iterations > 0, "start_phase comes before the first step"
         self._before = Snapshot(self._buffers)
@@ -265,13 +265,13 @@ class Optimisers:
             optimiser.start_iteration(iteration, self.iterations, lr_factor)
 
     def step(self, losses: Mapping[str, Tensor]) -> Tensor:
-        """Move, unless a loss or a gradient is not finite on some worker or was not before.
+        """Update all, unless a loss or a gradient is not finite on some worker, now or before.
 
         Args:
             losses: this worker's component losses, 0-dim, by name.
 
         Returns:
-            The flag: 0-dim, 1 where nothing moved.
+            The flag: 0-dim, 1 where nothing was updated.
         """
         gradients = [gradient for optimiser in self._optimisers.values() for gradient in optimiser.gradients()]
         self.guard.update(losses, gradients)
@@ -281,23 +281,19 @@ class Optimisers:
         return self.guard.flag
 
     def state_dict(self) -> dict[str, Any]:
-        """State of the optimisers by name, and the phase. The tensors are the live ones."""
+        """State of the optimisers by name, in live tensors, and the phase."""
         return {
             "optimisers": {name: optimiser.state_dict() for name, optimiser in self._optimisers.items()},
             "phase": {"iterations": self.iterations},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what :meth:`state_dict` gave, into the optimisers of a phase that was started.
-
-        Raises:
-            DataError: the state is not of these optimisers.
-        """
+        """Load what :meth:`state_dict` returned into the optimisers of a started phase."""
         for name, optimiser in self._optimisers.items():
             optimiser.load_state_dict(state["optimisers"].get(name, {}))
 
     def reset_guard(self) -> None:
-        """Begin anew with a flag that is not set."""
+        """Clear the non-finite flag."""
         self.guard = NonFiniteGuard(self._device)
 
 

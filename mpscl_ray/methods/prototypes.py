@@ -1,14 +1,17 @@
-"""Domain-adaptive category prototypes: the mean feature of each class.
+"""Domain-adaptive category prototypes, the mean feature of each class, and the pseudo-labels they assign.
 
-Sums and counts are float64 and additive, over batches (the whole source set) as over workers.
+Sums and counts are float64, and add up over batches (the whole source set) and over workers.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from mpscl_ray.methods.losses import class_counts
+from mpscl_ray.methods.losses import class_counts, cosine_to_prototypes
 
 
 def downsample_labels(labels: Tensor, size: tuple[int, int]) -> Tensor:
@@ -70,13 +73,13 @@ def initial_prototypes(sums: Tensor, counts: Tensor) -> Tensor:
 def update_prototypes(prototypes: Tensor, sums: Tensor, counts: Tensor, alpha: float) -> Tensor:
     """Moving update of the prototypes by one global batch: c <- alpha c + (1 - alpha) mean.
 
-    A class that does not occur in the batch keeps its prototype. Both are un-normalised.
+    A class that does not occur in the batch keeps its prototype. Prototypes and means are not normalised.
 
     Args:
         prototypes: (C, d).
         sums: (C, d), of the global source batch.
         counts: (C,).
-        alpha: Share of the old prototype that stays.
+        alpha: Weight of the old prototype.
 
     Returns:
         (C, d), a new tensor of the dtype of ``prototypes``.
@@ -86,3 +89,41 @@ def update_prototypes(prototypes: Tensor, sums: Tensor, counts: Tensor, alpha: f
     means = initial_prototypes(sums, counts)
     moved = alpha * prototypes.to(means.dtype) + (1.0 - alpha) * means
     return torch.where(counts[:, None] > 0, moved.to(prototypes.dtype), prototypes)
+
+
+@torch.no_grad()
+def self_paced_pseudo_labels(cosine: Tensor, delta_th: float) -> tuple[Tensor, Tensor]:
+    """Label each pixel by its nearest prototype, and select those that are clearly nearer to it than to the next.
+
+    label = argmax_j cos_j;  mask = cos_(1) - cos_(2) > delta_th, with cos_(k) the k-th largest cosine.
+    All classes compete, background included.
+
+    Args:
+        cosine: (B, C, h, w), see ``losses.cosine_to_prototypes``; C >= 2.
+        delta_th: Threshold on the difference of cosines, 0..2.
+
+    Returns:
+        labels (B, h, w) int64 and mask (B, h, w) bool, both without gradient.
+
+    Source: Eqs. (6) and (7), Liu et al. 2022.
+    """
+    largest, labels = cosine.max(dim=1)
+    is_label = labels[:, None] == torch.arange(cosine.shape[1], device=cosine.device)[:, None, None]
+    second = cosine.masked_fill(is_label, -torch.inf).amax(dim=1)
+    return labels, largest - second > delta_th
+
+
+@dataclass(frozen=True)
+class PrototypeClassifier:
+    """Assigns self-paced pseudo-labels to the pixels of slices, with the prototypes as they are now."""
+
+    features: Callable[[Tensor], Tensor]
+    """Features (B, d, h, w) of slices (B, 1, H, W), in evaluation mode."""
+    prototypes: Tensor
+    """(C, d)."""
+    delta_th: float
+    """Threshold of :func:`self_paced_pseudo_labels`."""
+
+    def cosine(self, images: Tensor) -> Tensor:
+        """Cosine (B, C, h, w) of the features of slices (B, 1, H, W) to the prototypes."""
+        return cosine_to_prototypes(self.features(images), self.prototypes)

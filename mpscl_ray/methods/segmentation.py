@@ -13,7 +13,7 @@ from mpscl_ray.methods.segmenter_method import SegmenterMethod
 
 
 class Segmentation(SegmenterMethod[SegmentationConfig]):
-    """Train a segmenter on the labelled stream alone, which the batch calls source whatever its domain.
+    """Train a segmenter on the labelled stream alone, which the batch calls source even if it is the target.
 
     Source: rows "W/o adaptation" and "Supervised" of Table III, Liu et al. 2022.
     """

@@ -1,18 +1,23 @@
-"""What the methods with a DeepLab have in common: all of a method but its step."""
+"""Base class of the methods that train a DeepLab: all of a method but its step."""
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from mpscl_ray.config import OptimConfig, PrecisionConfig
+from mpscl_ray.config.schema import NetworkConfig
+from mpscl_ray.distributed import collectives
+from mpscl_ray.distributed.batch_norm import PerDomainForward
 from mpscl_ray.methods import base
 from mpscl_ray.methods.adversarial import Adversary
 from mpscl_ray.methods.base import Batch, TargetSplit, TrainingSlices
+from mpscl_ray.methods.losses import at_least_float32
 from mpscl_ray.methods.optim import (
     DiscriminatorAdam,
     Optimiser,
@@ -21,29 +26,33 @@ from mpscl_ray.methods.optim import (
     autocast,
     prepare_network,
 )
-from mpscl_ray.networks.deeplab import DeepLabV2, SegmenterOutput
+from mpscl_ray.methods.prototypes import PrototypeClassifier
+from mpscl_ray.networks.deeplab import DeepLabV2, SegmenterOutput, upsample_logits
 
 Config = TypeVar("Config")
 
 
 class SegmenterMethod(ABC, Generic[Config]):
-    """A segmenter that SGD trains, and the discriminators beside it, each with an Adam: passes, prediction, state.
+    """A segmenter trained by SGD, and discriminators trained by one Adam each: forward passes, prediction, state.
 
-    A method derives from it. Its :meth:`step` computes its losses from what :meth:`forward` returns, between
+    A subclass computes its losses in :meth:`step` from what :meth:`forward` returns, between
     ``optimisers.start_iteration`` and ``optimisers.step``. It builds its discriminators in :meth:`build_adversary`, and
-    adds what it has beside networks to the state.
-
-    Args:
-        segmenter: with its initial weights; trained in place.
-        config: the method's settings.
-        optim: optimisers and decay.
-        num_classes: C, background included.
-        device: where to train.
-        precision: how GPUs compute.
-        seed: of the discriminators' initial weights.
+    adds to the state what it has beside networks.
     """
 
+    segmenter_arguments: ClassVar[dict[str, Any]] = {}
+    """Arguments of the segmenter that this method needs."""
+
     split: TargetSplit | None = None
+    prototype_classifier: PrototypeClassifier | None = None
+
+    @classmethod
+    def network_arguments(cls, network: NetworkConfig, config: Config, num_classes: int) -> dict[str, Any]:
+        """The segmenter, as :func:`mpscl_ray.networks.build` takes it."""
+        arguments = dataclasses.asdict(network)
+        for key in ("pretrained", "pretrained_heads", "pretrained_prototypes"):
+            del arguments[key]
+        return {"kind": "deeplab", "num_classes": num_classes, **arguments, **cls.segmenter_arguments}
 
     def __init__(
         self,
@@ -61,13 +70,14 @@ class SegmenterMethod(ABC, Generic[Config]):
         self.adversary = self.build_adversary()
         self._discriminators = self.adversary.networks
         prepare_network(segmenter, device, precision)
-        # Of two domains both move the running statistics, or the second, the target, alone.
-        self._wrapped = base.wrap_segmenter(segmenter, getattr(config, "norm_statistics", "mixture"), device)
+        # Both domains update the running statistics, or the second, the target, alone.
+        update_running_stats = (False, True) if getattr(config, "norm_statistics", "mixture") == "target" else None
+        self._wrapped = collectives.wrap(PerDomainForward(segmenter, update_running_stats), device)
         self.networks: dict[str, nn.Module] = {"segmenter": segmenter, **self._discriminators}
         self.optimisers = Optimisers(self.networks, device)
 
     def build_adversary(self) -> Adversary:
-        """The discriminators of the method: none, unless it says otherwise."""
+        """The discriminators of the method; none by default."""
         return self.adversary_on(())
 
     def adversary_on(self, heads: Sequence[str], least_squares: bool = False) -> Adversary:
@@ -78,20 +88,22 @@ class SegmenterMethod(ABC, Generic[Config]):
         )
 
     def start_phase(self, iterations: int) -> None:
-        """Begin a phase of so many iterations with fresh optimisers."""
         fresh: dict[str, Optimiser] = {"segmenter": SegmenterSGD(self.segmenter, self._optim)}
         fresh |= {name: DiscriminatorAdam(network, self._optim) for name, network in self._discriminators.items()}
         self.optimisers.start(fresh, iterations)
 
     def prepare(self, slices: TrainingSlices) -> None:
-        """Nothing, unless the method looks at the training slices before its phase."""
+        """Nothing by default: most methods need no pass over the training slices before their phase."""
 
     @abstractmethod
     def step(self, batch: Batch, iteration: int) -> dict[str, Tensor]:
         """One training iteration, see :class:`~mpscl_ray.methods.base.Method`."""
 
     def forward(self, *images: Tensor) -> tuple[SegmenterOutput, ...]:
-        """Outputs for the slices (B, 1, H, W) of each domain, the source first; once for each backward."""
+        """Outputs for the slices (B, 1, H, W) of each domain, the source first.
+
+        One forward of both domains for one backward: gradient averaging allows no more.
+        """
         inputs = [base.to_network(image, self.segmenter, self.precision) for image in images]
         with autocast(self.device, self.precision):
             outputs: tuple[SegmenterOutput, ...] = self._wrapped(*inputs)
@@ -102,21 +114,19 @@ class SegmenterMethod(ABC, Generic[Config]):
         return base.evaluate(self.segmenter, images.to(self.device), self.precision)
 
     def predict(self, images: Tensor) -> Tensor:
-        """Class probabilities (B, C, H, W) of slices (B, 1, H, W), in evaluation mode, without gradient."""
-        return base.predict(self.segmenter, images.to(self.device), self.precision)
+        logits = self.segmenter.prediction(self.evaluate(images))
+        return upsample_logits(at_least_float32(logits), images.shape[-2:]).softmax(dim=1)
 
     def non_finite_losses(self) -> dict[str, Tensor]:
-        """This worker's component losses at the first non-finite step, by name; only if there was one."""
         return self.optimisers.guard.losses()
 
     def state_dict(self) -> dict[str, Any]:
-        """State of networks, optimisers and phase."""
-        return base.state_dict(self.networks, self.optimisers)
+        networks = {name: network.state_dict() for name, network in self.networks.items()}
+        return {"networks": networks, **self.optimisers.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what :meth:`state_dict` gave, the phase started if it was.
-
-        Raises:
-            DataError: the state is of other networks.
-        """
-        base.load_state_dict(self.networks, self.optimisers, self.start_phase, state)
+        base.load_networks(self.networks, state["networks"])
+        self.optimisers.reset_guard()
+        if state["phase"]["iterations"]:
+            self.start_phase(state["phase"]["iterations"])
+            self.optimisers.load_state_dict(state)

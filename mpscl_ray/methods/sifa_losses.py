@@ -10,7 +10,7 @@ from mpscl_ray.methods.losses import at_least_float32
 
 
 def lsgan_generator_loss(verdict: Tensor) -> Tensor:
-    """Least-squares loss of whoever wants a discriminator to take its images for real ones: mean (D - 1)^2."""
+    """Least-squares loss of the network whose images a discriminator should take for real: mean (D - 1)^2."""
     return (at_least_float32(verdict) - 1.0).square().mean()
 
 
@@ -20,7 +20,7 @@ def lsgan_discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
 
 
 def half_squared_norm(module: nn.Module) -> Tensor:
-    """Half the sum of all squared parameters, 0-dim: the same on all workers, whose mean counts it once."""
+    """Half the sum of all squared parameters, 0-dim; the same on all workers, so that their mean counts it once."""
     return 0.5 * torch.stack([parameter.square().sum() for parameter in module.parameters()]).sum()
 
 
@@ -29,7 +29,7 @@ def clipped_cross_entropy(logits: Tensor, labels: Tensor, counts: Tensor) -> Ten
 
     Args:
         logits: (B, C, H, W).
-        labels: (B, H, W) int64; a label outside the classes adds nothing, but its pixel counts in the mean.
+        labels: (B, H, W) int64; a pixel with a label outside the classes adds 0, but counts in the mean.
         counts: (C,) pixels of each class in the global batch.
 
     Source: the released code of Chen et al. 2020, which divides by the number of pixels, not by the sum of weights.
@@ -44,11 +44,11 @@ def clipped_cross_entropy(logits: Tensor, labels: Tensor, counts: Tensor) -> Ten
 def batch_dice_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Dice loss of the global batch: 1 - 1/C sum_c 2 sum pg / (sum p^2 + sum g + 1e-7), sums over all images.
 
-    It is no sum over images, so the three sums of each class are added over the workers before they are divided.
+    It is not a mean over images, so the three sums of each class are added over the workers before the division.
 
     Args:
         logits: (B, C, H, W).
-        labels: (B, H, W) int64; a label outside the classes is no class's truth.
+        labels: (B, H, W) int64; a label outside the classes counts for no class.
 
     Source: the released code of Chen et al. 2020.
     """

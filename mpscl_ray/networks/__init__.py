@@ -1,4 +1,4 @@
-"""Networks, and how they are initialised."""
+"""Networks and their initialisation."""
 
 from mpscl_ray.networks.deeplab import DeepLabV2
 from mpscl_ray.networks.factory import Segmenter, build, initialise

@@ -19,18 +19,18 @@ CAFFE_MEANS = (104.00698793, 116.66876762, 122.67891434)
 
 
 class SegmenterOutput(NamedTuple):
-    """What the segmenter gives, all at feature resolution (h, w)."""
+    """Output of the segmenter, all at feature resolution (h, w)."""
 
     aux: Tensor | None
     """(B, C, h, w) logits of the head on the third stage, or of the first of twin heads; None without multi_level."""
     main: Tensor
     """(B, C, h, w) logits of the head on the fourth stage."""
     features: Tensor
-    """(B, 32 width, h, w) output of the fourth stage, after the ReLU: what prototypes and contrast work on."""
+    """(B, 32 width, h, w) output of the fourth stage, after the ReLU; for prototypes and contrast."""
 
 
 def network_input(image: Tensor, in_channels: int) -> Tensor:
-    """Turn slices in [-1, 1] into what the segmenter was made for.
+    """Transform slices in [-1, 1] into the input of the segmenter.
 
     Args:
         image: (B, 1, H, W) in [-1, 1].
@@ -48,12 +48,12 @@ def network_input(image: Tensor, in_channels: int) -> Tensor:
     if in_channels != 3:
         raise ValueError(f"the segmenter takes 1 or 3 input channels, got in_channels={in_channels}")
     grey = (image + 1.0) * 127.5
-    # Plain numbers, not a tensor of means, which would have to be copied to the device at every call.
+    # Plain numbers: a tensor of means would be copied to the device at every call.
     return torch.cat([grey - mean for mean in CAFFE_MEANS], dim=1)
 
 
 def upsample_logits(logits: Tensor, size: Sequence[int]) -> Tensor:
-    """Bilinear (align_corners) logits at image resolution; always before the softmax.
+    """Upsample logits bilinearly (align_corners) to image resolution; always before the softmax.
 
     Args:
         logits: (B, C, h, w).
@@ -113,10 +113,10 @@ class AtrousHead(nn.Module):
         return out
 
     def _forward_on_cpu(self, x: Tensor) -> Tensor:
-        """The same sum as one matrix product over the channels, whose few outputs are then shifted and added.
+        """The same sum as one matrix product over the channels, with its outputs shifted and added.
 
-        CPU kernels for dilated convolutions with a handful of output channels are 3 to 10 times slower, forward and
-        backward. A rate that reaches over the whole map leaves only its centre tap inside.
+        CPU kernels for dilated convolutions with few output channels are 3 to 10 times slower, forward and backward.
+        Of a rate as large as the map only the centre tap lies inside.
         """
         size = x.shape[-2:]
         rows: list[Tensor] = []
@@ -153,8 +153,8 @@ class DeepLabV2(nn.Module):
             resolution (its stride is dropped, the dilations stay).
         in_channels: Channels of the network's input, 1 or 3, see :func:`network_input`.
         multi_level: With the auxiliary head on the third stage.
-        train_norm_affine: Whether scale and shift of the batch norms are trained. The running statistics move either
-            way when the network is in training mode.
+        train_norm_affine: Whether scale and shift of the batch norms are trained. The running statistics are updated
+            in training mode either way.
         twin_heads: Both heads on the fourth stage, as CLAN has them; the prediction is then the sum of their logits.
 
     Raises:
@@ -229,13 +229,13 @@ class DeepLabV2(nn.Module):
     def feature_size(self, size: Sequence[int]) -> tuple[int, int]:
         """Height and width of the features of an image of so many pixels."""
         halved = [(pixels + 1) // 2 for pixels in size]
-        # The pooling rounds up, so that a kernel that hangs over the edge still gives a pixel.
+        # The pooling rounds up: a kernel over the edge still gives a pixel.
         pooled = [pixels // 2 + 1 for pixels in halved]
         strided = pooled if self.output_stride == 4 else [(pixels + 1) // 2 for pixels in pooled]
         return strided[0], strided[1]
 
     def prediction(self, output: SegmenterOutput) -> Tensor:
-        """Logits (B, C, h, w) that a prediction is made from."""
+        """Logits (B, C, h, w) of the prediction."""
         return output.main + output.aux if self.twin_heads and output.aux is not None else output.main
 
     def logits(self, images: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Discriminators that tell from a self-information map which domain an image is of."""
+"""Discriminators that classify the domain of an image from a map of its prediction."""
 
 from __future__ import annotations
 

@@ -18,11 +18,11 @@ Segmenter = DeepLabV2 | SIFASegmenter
 
 
 def build(description: Mapping[str, Any]) -> Segmenter:
-    """The segmenter that a run describes: ``kind`` (deeplab where it is not said) and the arguments of its class.
+    """The segmenter of a description: ``kind`` (default: deeplab) and the arguments of its class.
 
     Raises:
-        TypeError: An argument that the class has not.
-        ValueError: A kind that is not known, or an argument out of range.
+        TypeError: An argument that the class does not have.
+        ValueError: An unknown kind, or an argument out of range.
     """
     arguments = dict(description)
     kind = arguments.pop("kind", "deeplab")

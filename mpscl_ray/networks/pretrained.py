@@ -1,6 +1,6 @@
-"""Released weights and prototypes, read without ever unpickling an object.
+"""Released weights and prototypes, read without unpickling objects.
 
-Understood are the files of MPSCL, ADVENT and AdaptSegNet (the same keys as ours), ImageNet weights with the caffe key
+It reads the files of MPSCL, ADVENT and AdaptSegNet (the same keys as ours), ImageNet weights with the caffe key
 prefix ``Scale.``, files saved from a wrapped network (prefix ``module.``), and safetensors.
 """
 
@@ -28,7 +28,7 @@ _HEADS = ("layer5.", "layer6.")
 _COUNTER = "num_batches_tracked"
 _SHOWN = 4
 
-# What torch.load raises on a file that is cut off, overwritten or of another kind.
+# What torch.load raises on a file that is truncated, overwritten or of another kind.
 _UNREADABLE = (
     RuntimeError,
     EOFError,
@@ -47,14 +47,14 @@ _UNREADABLE = (
 
 @dataclass(frozen=True)
 class PretrainedReport:
-    """What became of the keys."""
+    """What happened to the keys."""
 
     loaded: tuple[str, ...]
-    """Keys of the network whose value now comes from the file."""
+    """Keys of the network that were loaded from the file."""
     skipped: tuple[str, ...]
-    """Keys of the file that were left out on purpose, as they are spelled there."""
+    """Keys of the file that were left out on purpose, as they are written there."""
     untouched: tuple[str, ...]
-    """Keys of the network that the file has no value for: they stay as they were."""
+    """Keys of the network without a value in the file; they keep theirs."""
 
 
 def load_pretrained(network: nn.Module, path: Path, heads: bool = True) -> PretrainedReport:
@@ -78,7 +78,7 @@ def load_pretrained(network: nn.Module, path: Path, heads: bool = True) -> Pretr
 
 
 def load_tensors(network: nn.Module, weights: Mapping[str, Tensor], path: Path, heads: bool = True) -> PretrainedReport:
-    """Load weights that are read already, as :func:`load_pretrained` does; ``path`` is where they are from."""
+    """Load weights that were read from ``path``, as :func:`load_pretrained` does."""
     own = network.state_dict()
     matched: dict[str, Tensor] = {}
     skipped: list[str] = []

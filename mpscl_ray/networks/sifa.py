@@ -1,6 +1,6 @@
 """The networks of SIFA: image translators, a shared encoder with classifiers, and their discriminators.
 
-Convolutions that a norm follows have no bias, which the norm would take off again; the released code has one.
+Convolutions before a norm have no bias, which the norm would subtract again; the released code has one.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from torch import Tensor, nn
 
 
 class SIFAOutput(NamedTuple):
-    """What the segmenter of SIFA gives."""
+    """Output of SIFA's segmenter."""
 
     main: Tensor
     """(B, C, H, W) logits at image resolution."""
     low: Tensor | None
     """(B, C, H, W) logits from the features before the dilated blocks; None in the first version."""
     features: Tensor
-    """(B, 32 width, h, w) features that the decoder makes an image of."""
+    """(B, 32 width, h, w) features, the input of the decoder."""
 
 
 class GlobalDropout(nn.Module):
-    """Dropout whose mask is drawn for the images of all workers, so that it does not depend on their number.
+    """Dropout with a mask drawn for the images of all workers, so that it does not depend on their number.
 
     Args:
-        rate: part that is dropped; 0 does nothing.
+        rate: fraction that is dropped; 0 does nothing.
     """
 
     def __init__(self, rate: float) -> None:
@@ -47,7 +47,7 @@ class GlobalDropout(nn.Module):
 
 
 class _Residual(nn.Module):
-    """Two 3x3 convolutions beside the input, whose missing channels are zero."""
+    """Two 3x3 convolutions added to the input, which is padded with zero channels."""
 
     def __init__(
         self, in_channels: int, channels: int, norm: type[nn.Module], dilation: int = 1, dropout: float = 0.0
@@ -107,7 +107,7 @@ class SIFASegmenter(nn.Module):
         width: channels of the first convolution; the features have 32 times as many.
         output_stride: image pixels per feature pixel: 8, or 4 for small images, where the third pooling is left out.
         low_level: with a second classifier on the features before the dilated blocks (second version).
-        dropout: part of the encoder's activations that is dropped in training (first version).
+        dropout: fraction of the encoder's activations that is dropped in training (first version).
 
     Source: encoder and pixel-wise classifier of Chen et al. 2020.
     Differs from the released code: one input channel, where the first version repeats the slice three times.
@@ -192,7 +192,7 @@ class SIFADiscriminator(nn.Sequential):
     Args:
         in_channels: 1 for images, C for logits.
         width: channels of the first convolution.
-        outputs: 2 for the source's, which also tells real from reconstructed ones: the auxiliary task.
+        outputs: 2 for the source's, which also separates reconstructed images from real ones, the auxiliary task.
     """
 
     def __init__(self, in_channels: int, width: int = 64, outputs: int = 1) -> None:
@@ -217,7 +217,7 @@ def initialise_sifa(module: nn.Module, seed: int) -> None:
     """Convolutions N(0, 0.02), or N(0, sqrt(2 / fan in)) before a batch norm; biases 0; norms 1 and 0.
 
     Source: the released code has N(0, 0.02) throughout.
-    Differs from the released code: the scale before batch norms, which undo it, is one that does not vanish in depth.
+    Differs from the released code: before batch norms, which undo the scale, one that does not vanish with depth.
     """
     generator = torch.Generator().manual_seed(seed)
     encoder = isinstance(module, SIFASegmenter)

@@ -10,9 +10,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from mpscl_ray.data.volumes.geometry import restore_labels, restore_most_probable
 from mpscl_ray.data.volumes.nifti import read_image
 from mpscl_ray.data.volumes.nifti_output import write_label_map, write_values
-from mpscl_ray.data.volumes.preprocess import prepare_volume, restore_labels, restore_most_probable
+from mpscl_ray.data.volumes.preprocess import prepare_volume
 from mpscl_ray.errors import ConfigError, DataError
 from mpscl_ray.predict import predictor as predictors
 from mpscl_ray.predict.image import output_ids

@@ -1,21 +1,21 @@
-"""How the target's features stand to the prototypes as the adaptation goes on: angles, and self-paced pseudo-labels.
+"""Log of the target's features during the adaptation: angles to the prototypes, and self-paced pseudo-labels.
 
-Looked at on the target's validation volumes, at the start of the adaptation and at each validation, by all workers.
+All workers record it on the target's validation volumes, at the start of the adaptation and at each validation.
 Worker 0 writes into the run folder:
 
 features.jsonl
-    One record a look (:mod:`mpscl_ray.runs.metrics_log`): global_step, phase, iteration, volumes, delta_th and counts
-    of pixels at feature resolution: ``nearest``, ``selected`` and, where the volumes are labelled, ``label`` are
-    histograms, a list for each class with a count for each of 180 degrees, of the angle between a feature and the
-    prototype of its class. That is the nearest prototype's class for all pixels, the same for the pixels that the
-    self-paced mask selects, and the class of the label. ``selected_confusion`` counts selected pixels by the label's
-    class (row) and the pseudo-label (column).
+    One record each time (:mod:`mpscl_ray.runs.metrics_log`): global_step, phase, iteration, volumes, delta_th and
+    counts of pixels at feature resolution. ``nearest``, ``selected`` and, with labels, ``label`` are histograms of the
+    angle between a feature and the prototype of its class: for each class a list with a count for each of 180 degrees.
+    The class is that of the nearest prototype, for all pixels and for those that the self-paced mask selects, or that
+    of the label. ``selected_confusion`` counts selected pixels by the label's class (row) and the pseudo-label
+    (column).
 pseudo_labels/slices.npz
     A few slices of the first validation volume: case, slice_index (K,), image (K, H, W) and, if labelled, label.
 pseudo_labels/step-NNNNNNN.npz
-    What a look saw on these slices: nearest (K, h, w) uint8, difference (K, h, w) float32, selected (K, h, w) bool.
+    Pseudo-labels of these slices: nearest (K, h, w) uint8, difference (K, h, w) float32, selected (K, h, w) bool.
 
-Labels of validation volumes serve these evaluation curves alone; training and the choice of `best` never see them.
+Labels of validation volumes are used for these curves alone, never for training or for the choice of `best`.
 """
 
 from __future__ import annotations
@@ -36,11 +36,8 @@ from mpscl_ray.data.loader import Slices, collate
 from mpscl_ray.data.parquet_reader import Arrays
 from mpscl_ray.data.slice_selection import evenly_spaced
 from mpscl_ray.distributed import collectives
-from mpscl_ray.methods import base
-from mpscl_ray.methods.losses import cosine_to_prototypes
-from mpscl_ray.methods.mpscl import MPSCL
-from mpscl_ray.methods.prototypes import downsample_labels
-from mpscl_ray.methods.pseudo_labels import self_paced_pseudo_labels
+from mpscl_ray.methods.base import Method
+from mpscl_ray.methods.prototypes import PrototypeClassifier, downsample_labels, self_paced_pseudo_labels
 from mpscl_ray.runs.atomic_files import storage_errors, write_atomically
 from mpscl_ray.runs.metrics_log import MetricsLog
 
@@ -55,19 +52,19 @@ SLICES_FILE = "slices.npz"
 
 @dataclass(frozen=True)
 class PseudoLabels:
-    """What one look saw on the slices of the panel; h x w is the resolution of the features."""
+    """Pseudo-labels of the kept slices at one step; h x w is the resolution of the features."""
 
     global_step: int
     nearest: NDArray[np.uint8]
     """(K, h, w): class of the nearest prototype."""
     difference: NDArray[np.float32]
-    """(K, h, w): by how much the nearest prototype's cosine exceeds the second nearest's (Eq. 7)."""
+    """(K, h, w): cosine of the nearest prototype minus that of the second nearest (Eq. 7)."""
     selected: NDArray[np.bool_]
-    """(K, h, w): whether that is above delta_th, so that the pixel trains."""
+    """(K, h, w): whether the difference is above delta_th, so that the pixel is trained on."""
 
 
 class FeatureRecord:
-    """The record of one run, by its folder. Making the object touches no file."""
+    """The log of one run, by its folder. Making the object touches no file."""
 
     def __init__(self, run: Path) -> None:
         self._log = MetricsLog(run / "features.jsonl")
@@ -75,47 +72,48 @@ class FeatureRecord:
 
     # ---- writing ----
 
-    def look(self, method: base.Method, slices: Slices | None, batch_size: int, place: Mapping[str, Any]) -> None:
-        """Look at this worker's share of the validation volumes; worker 0 writes what all have seen.
+    def record(self, method: Method, slices: Slices | None, batch_size: int, position: Mapping[str, Any]) -> None:
+        """Count pixels of this worker's share of the validation volumes; worker 0 writes the sums over all workers.
 
-        Nothing where the method has no prototypes that follow its features.
+        Does nothing for a method without prototypes.
 
         Args:
             method: the same state on every worker.
             slices: validation split of the target; None where there is none.
             batch_size: slices at a time.
-            place: global_step, phase and iteration.
+            position: global_step, phase and iteration.
         """
-        if slices is None or not isinstance(method, MPSCL) or not (method.config.beta or method.config.gamma):
+        classifier = method.prototype_classifier
+        if slices is None or classifier is None:
             return
-        counts = _Counts(method)
+        counts = _Counts(classifier)
         rank, world_size = collectives.rank(), collectives.world_size()
         for number, (case, arrays) in enumerate(slices.volumes(rank, world_size)):
             volume = collate(arrays)
             for start in range(0, len(volume["image"]), batch_size):
                 counts.add(*(volume[name][start : start + batch_size] for name in ("image", "label") if name in volume))
             if rank == 0 and number == 0:
-                self._write_panel(method, case.id, arrays, int(place["global_step"]))
-        record = {**place, "volumes": len(slices.files.cases), **counts.reduced(slices.files.labels)}
+                self._write_panel(classifier, case.id, arrays, int(position["global_step"]))
+        record = {**position, "volumes": len(slices.files.cases), **counts.reduce(slices.files.labels)}
         if rank == 0:
             self._log.append(record)
 
     def rewind(self, global_step: int) -> None:
-        """Drop what was seen after a global step, which a resumed run sees again."""
+        """Drop what was recorded after a global step; a resumed run records it again."""
         self._log.rewind(global_step)
         for step, file in self._panel_files():
             if step > global_step:
                 file.unlink(missing_ok=True)
 
-    def _write_panel(self, method: MPSCL, case: str, arrays: Arrays, global_step: int) -> None:
+    def _write_panel(self, classifier: PrototypeClassifier, case: str, arrays: Arrays, global_step: int) -> None:
         chosen = evenly_spaced(np.arange(len(arrays["image"])), PANEL_SLICES)
         with storage_errors(self.panels):
             self.panels.mkdir(parents=True, exist_ok=True)
         if not (self.panels / SLICES_FILE).exists():
             kept: dict[str, NDArray[Any]] = {name: array[chosen] for name, array in arrays.items()}
             _save(self.panels / SLICES_FILE, {"case": np.array(case), "slice_index": chosen, **kept})
-        cosine = _cosine(method, collate({"image": arrays["image"][chosen]})["image"])
-        nearest, selected = self_paced_pseudo_labels(cosine, method.config.delta_th)
+        cosine = classifier.cosine(collate({"image": arrays["image"][chosen]})["image"])
+        nearest, selected = self_paced_pseudo_labels(cosine, classifier.delta_th)
         two = cosine.topk(2, dim=1).values
         content: Arrays = {
             "nearest": nearest.cpu().numpy().astype(np.uint8),
@@ -136,7 +134,7 @@ class FeatureRecord:
         return dict(np.load(file, allow_pickle=False)) if file.exists() else None
 
     def read_panels(self) -> list[PseudoLabels]:
-        """What each look saw on the slices, in order."""
+        """Pseudo-labels of the kept slices, in the order of the steps."""
         return [PseudoLabels(step, **np.load(file, allow_pickle=False)) for step, file in self._panel_files()]
 
     def _panel_files(self) -> list[tuple[int, Path]]:
@@ -147,42 +145,36 @@ class FeatureRecord:
 class _Counts:
     """Histograms of this worker."""
 
-    def __init__(self, method: MPSCL) -> None:
-        self.method = method
-        number = method.num_classes
-        zeros = torch.zeros(number, DEGREES, dtype=torch.float64, device=method.device)
+    def __init__(self, classifier: PrototypeClassifier) -> None:
+        self.classifier, self.device = classifier, classifier.prototypes.device
+        self.num_classes = number = len(classifier.prototypes)
+        zeros = torch.zeros(number, DEGREES, dtype=torch.float64, device=self.device)
         self.nearest, self.selected, self.label = zeros, zeros.clone(), zeros.clone()
         self.confusion = zeros.new_zeros(number, number)
 
     def add(self, images: Tensor, labels: Tensor | None = None) -> None:
         """Count the pixels of slices (B, 1, H, W) and, where there are any, labels (B, H, W)."""
-        cosine = _cosine(self.method, images)
+        cosine = self.classifier.cosine(images)
         degrees = torch.rad2deg(torch.arccos(cosine.clamp(-1, 1))).long().clamp(0, DEGREES - 1)
-        nearest, mask = self_paced_pseudo_labels(cosine, self.method.config.delta_th)
+        nearest, mask = self_paced_pseudo_labels(cosine, self.classifier.delta_th)
         of_nearest = degrees.gather(1, nearest[:, None])[:, 0]
         self.nearest += self._pairs(nearest, of_nearest, DEGREES)
         self.selected += self._pairs(nearest[mask], of_nearest[mask], DEGREES)
         if labels is not None:
-            small = downsample_labels(labels.to(self.method.device), (cosine.shape[2], cosine.shape[3]))
+            small = downsample_labels(labels.to(self.device), (cosine.shape[2], cosine.shape[3]))
             self.label += self._pairs(small, degrees.gather(1, small[:, None])[:, 0], DEGREES)
-            self.confusion += self._pairs(small[mask], nearest[mask], self.method.num_classes)
+            self.confusion += self._pairs(small[mask], nearest[mask], self.num_classes)
 
     def _pairs(self, rows: Tensor, columns: Tensor, number: int) -> Tensor:
-        size = self.method.num_classes * number
+        size = self.num_classes * number
         return torch.bincount((rows * number + columns).flatten(), minlength=size).view(-1, number)
 
-    def reduced(self, labelled: bool) -> dict[str, Any]:
+    def reduce(self, labelled: bool) -> dict[str, Any]:
         """The counts of all workers, as lists of integers."""
         sums = collectives.all_reduce_sums(self.nearest, self.selected, self.label, self.confusion)
         nearest, selected, label, confusion = (total.long().tolist() for total in sums)
-        found: dict[str, Any] = {"delta_th": self.method.config.delta_th, "nearest": nearest, "selected": selected}
+        found: dict[str, Any] = {"delta_th": self.classifier.delta_th, "nearest": nearest, "selected": selected}
         return found | ({"label": label, "selected_confusion": confusion} if labelled else {})
-
-
-def _cosine(method: MPSCL, images: Tensor) -> Tensor:
-    """Cosine (B, C, h, w) of the features of slices (B, 1, H, W) to the prototypes, in evaluation mode."""
-    features = method.evaluate(images).features
-    return cosine_to_prototypes(features, method.prototypes)
 
 
 def _save(file: Path, arrays: Mapping[str, NDArray[Any]]) -> None:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from mpscl_ray.config import Config, load_config, override, reads_target, to_yaml
+from mpscl_ray.config.titles import phase_title
 from mpscl_ray.data.loader import LocalSlices, Slices
 from mpscl_ray.errors import ConfigError, Interrupted, MpsclError, TrainingError
 from mpscl_ray.evaluate.run import evaluate_phases
@@ -31,9 +32,9 @@ from mpscl_ray.runs.progress import ProgressLine, TensorBoard
 from mpscl_ray.runs.run_directory import RunDirectory
 from mpscl_ray.runs.storage import is_url
 from mpscl_ray.train import loop
+from mpscl_ray.train.domains import open_data
 from mpscl_ray.train.phase_images import draw_phases
-from mpscl_ray.train.ray.launch import open_data
-from mpscl_ray.train.run import MAY_CHANGE, _read_domains
+from mpscl_ray.train.run import MAY_CHANGE, read_domains
 
 log = logging.getLogger(__name__)
 
@@ -132,7 +133,7 @@ def _status_written(folder: RunDirectory) -> Iterator[None]:
 
 def _train_and_evaluate(config: Config, folder: RunDirectory, device: torch.device, progress: bool) -> None:
     config = phantom_dataset.resolve(config, progress=progress)
-    domains, sentences = _read_domains(config, folder)
+    domains, sentences = read_domains(config, folder)
     for sentence in sentences:
         warnings.warn(sentence, stacklevel=3)  # shown at the line that calls train_segmenter
     data = open_data(config, domains, _open_slices)
@@ -230,7 +231,7 @@ class _RunCallback(loop.Callback):
             self.phase = record["phase"]
             self.line = ProgressLine(
                 record["iterations"],
-                self.phase.replace("_", " "),
+                phase_title(self.phase),
                 images_per_iteration=self.batch_size * (2 if reads_target(self.phase) else 1),
                 start=record["iteration"],
             )

@@ -1,4 +1,4 @@
-"""Pictures of what each phase of a run brought: slices of a labelled volume, predicted before and after adaptation."""
+"""Images of a labelled volume with the predictions at the end of each phase of a run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mpscl_ray.runs.plots import panel, save_png
 from mpscl_ray.runs.run_directory import RunDirectory, open_run
 
 SLICES = 4
-"""Rows of a picture."""
+"""Rows of an image."""
 
 
 def draw_phases(run: RunDirectory | Path | str, phases: Sequence[str]) -> Path | None:
@@ -32,24 +32,24 @@ def draw_phases(run: RunDirectory | Path | str, phases: Sequence[str]) -> Path |
         phases: their names, in order.
 
     Returns:
-        The picture; None where the target has no labelled volume.
+        The file; None where the target has no labelled volume.
     """
-    home = open_run(run)
-    model = read_model(home)
-    folder = model.domains["target"].dataset
-    assert folder is not None
-    manifest = load_manifest(folder)
+    folder = open_run(run)
+    model = read_model(folder)
+    dataset = model.domains["target"].dataset
+    assert dataset is not None
+    manifest = load_manifest(dataset)
     case = next((case for split in ("test", "val") for case in manifest.split(split) if case.labelled), None)
     if case is None:
         return None
-    arrays = read_case(folder, case)
+    arrays = read_case(dataset, case)
     chosen = evenly_spaced(labelled_slices(arrays["label"]), SLICES)
     columns: dict[str, NDArray[np.integer]] = {}
     for phase in phases:
-        predictor = load_weights(model, find_checkpoint(home, phase)[0])
+        predictor = load_weights(model, find_checkpoint(folder, phase)[0])
         columns[phase_title(phase)] = predictor.predict_slices(arrays["image"])[chosen]
     columns["label"] = arrays["label"][chosen]
-    picture = home.results / "phases.png"
-    save_png(picture, panel(arrays["image"][chosen], columns, model.classes))
-    home.store.upload(picture)
-    return picture
+    image = folder.results / "phases.png"
+    save_png(image, panel(arrays["image"][chosen], columns, model.classes))
+    folder.store.upload(image)
+    return image

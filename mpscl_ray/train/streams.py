@@ -1,10 +1,12 @@
-"""The slices that a run reads, as streams of batches and as what a method looks at before its phase."""
+"""The slices that a run reads: as streams of batches, and as one pass over all of them before a phase."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -15,26 +17,24 @@ from mpscl_ray.data.loader import Slices, SliceStream
 from mpscl_ray.data.sampler import shard_range
 from mpscl_ray.data.subset import SubsetSlices
 from mpscl_ray.methods.base import Method, TrainingSlices
+from mpscl_ray.networks.pretrained import load_prototypes
 
 EASY, HARD = "easy", "hard"
-"""Names of the streams of a target that a method has sorted."""
+"""Names of the streams of a target that a method has split."""
 
 
 @dataclass(frozen=True)
 class TrainingData:
-    """The slices that one run reads.
-
-    Attributes:
-        classes: names, background first.
-        labelled: slices with labels that train the segmenter.
-        unlabelled: slices of the target, opened without labels; None for plain segmentation.
-        validation: slices by domain, with labels where there are any. Never trained on.
-    """
+    """The slices that one run reads."""
 
     classes: tuple[str, ...]
+    """Names, background first."""
     labelled: Slices
+    """Slices with labels that train the segmenter."""
     unlabelled: Slices | None
+    """Slices of the target, opened without labels; None for plain segmentation."""
     validation: Mapping[str, Slices]
+    """Slices by domain, with labels where there are any. Never trained on."""
 
 
 def open_streams(
@@ -47,24 +47,16 @@ def open_streams(
     rank: int,
     world_size: int,
 ) -> tuple[SliceStream, SliceStream | None]:
-    """This worker's streams of what takes the places of source and target in the batches of a phase.
+    """This worker's streams for source and target in the batches of a phase, from a global step on.
 
-    Args:
-        config: of the run.
-        data: its slices.
-        method: trains the phase; where it has sorted the target, both streams are of the target.
-        phase: its name.
-        start_step: global step of the first batch.
-        device: where the batches go.
-        rank: number of this worker.
-        world_size: number of workers.
+    Where the method has split the target, both streams are of the target.
     """
 
     def stream(name: str, slices: Slices | None) -> SliceStream:
         assert slices is not None
         augmentation = config.data.augmentation
         if name != SOURCE_DOMAIN:
-            # Intensities are remapped in the labelled domain only: the target has to keep the look it is adapted to.
+            # Intensities are remapped in the labelled domain only: the target has to keep its appearance.
             augmentation = dataclasses.replace(augmentation, intensity_mapping=0.0)
         return SliceStream(
             slices,
@@ -91,12 +83,13 @@ def training_slices(
     config: Config,
     data: TrainingData,
     device: torch.device,
-    pretrained_weights: Callable[[], dict[str, Tensor]],
+    source_only_weights: Callable[[], dict[str, Tensor]],
     rank: int,
     world_size: int,
 ) -> TrainingSlices:
-    """This worker's share of all training slices, un-augmented, as a method may look at them before its phase."""
+    """This worker's share of all training slices, un-augmented, for a method to prepare its phase with."""
     unlabelled, batch_size = data.unlabelled, config.data.batch_size
+    path = config.network.pretrained_prototypes
     assert unlabelled is not None
 
     def batches(slices: Slices) -> Iterator[dict[str, Tensor]]:
@@ -127,5 +120,6 @@ def training_slices(
         unlabelled=target,
         target_volumes=tuple(unlabelled.files.case_rows()),
         size=unlabelled.files.size,
-        pretrained_weights=pretrained_weights,
+        source_only_weights=source_only_weights,
+        pretrained_prototypes=None if path is None else functools.partial(load_prototypes, Path(path)),
     )

@@ -1,6 +1,6 @@
-"""How well a segmenter predicts a domain without labels: criteria that need its predictions alone.
+"""Unsupervised validation criteria: scores of a segmenter on a domain without labels, from its predictions alone.
 
-All are better when larger. None is Dice: which of them orders settings as target Dice would has to be measured.
+Larger is better. None is Dice: how well one ranks settings by target Dice has to be measured.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ NEIGHBOUR_TEMPERATURE = 0.05
 
 
 def information(mean_prediction: Tensor, mean_entropy: float) -> float:
-    """Mutual information of pixel and class over log C: confident predictions of which no class has all pixels.
+    """Mutual information of pixel and class over log C: confident predictions, spread over the classes.
 
     Args:
         mean_prediction: (C,), mean probability of each class over all pixels.
@@ -50,7 +50,7 @@ def nuclear_norm(second_moment: Tensor) -> float:
 
 
 def neighbourhood_density(predictions: Tensor, temperature: float = NEIGHBOUR_TEMPERATURE) -> float:
-    """Soft neighbourhood density: how many alike predictions each prediction has about it.
+    """Soft neighbourhood density: how many similar predictions each prediction has.
 
     Args:
         predictions: (N, C), probabilities of a sample of N > 2 pixels.

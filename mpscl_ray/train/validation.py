@@ -15,29 +15,26 @@ from mpscl_ray.distributed import collectives
 from mpscl_ray.train import unsupervised_criteria
 
 _SMALLEST_PROBABILITY = 1e-12
-"""One pixel that is surely wrong has no infinite loss."""
+"""Keeps the loss of a pixel finite that is predicted wrong with certainty."""
 
 
 @dataclass(frozen=True)
 class Validation:
-    """What a domain's validation volumes say of the segmenter.
-
-    Attributes:
-        dice: mean over volumes per foreground structure, in [0, 1]; empty for a domain without labels. A volume that
-            has a structure neither in the label nor in the prediction does not count for it.
-        entropy: mean over pixels of the prediction's entropy over log C, in [0, 1]. Needs no labels.
-        predicted: (C,), mean probability of each class over all pixels, on the CPU.
-        labelled: (C,), share of each class among labelled pixels; None for a domain without labels.
-        criteria: by name, of :mod:`mpscl_ray.train.unsupervised_criteria`; larger is better. They need no labels.
-        cross_entropy: weighted as in training, with the class counts of all validation pixels; NaN without labels.
-    """
+    """Results of the segmenter on the validation volumes of one domain."""
 
     dice: dict[str, float]
+    """Mean over volumes per foreground structure, in [0, 1]; empty for a domain without labels. A volume that has a
+    structure neither in the label nor in the prediction does not count for it."""
     entropy: float
+    """Mean over pixels of the prediction's entropy over log C, in [0, 1]. Needs no labels."""
     predicted: Tensor
+    """(C,), mean probability of each class over all pixels, on the CPU."""
     labelled: Tensor | None
+    """(C,), share of each class among labelled pixels; None for a domain without labels."""
     criteria: dict[str, float]
+    """By name, of :mod:`mpscl_ray.train.unsupervised_criteria`; larger is better. They need no labels."""
     cross_entropy: float = math.nan
+    """Weighted as in training, with the class counts of all validation pixels; NaN without labels."""
 
     @property
     def mean_dice(self) -> float:
@@ -53,11 +50,11 @@ def validate(
     batch_size: int,
     device: torch.device,
 ) -> Validation:
-    """Predict this worker's share of the validation volumes and put the shares together.
+    """Predict this worker's share of the validation volumes, and reduce the results over all workers.
 
     Args:
         predict: images (B, 1, H, W) to probabilities (B, C, H, W).
-        slices: the validation split of one domain; Dice is taken where they are opened with labels.
+        slices: the validation split of one domain; Dice is computed where they are opened with labels.
         classes: names, background first.
         batch_size: slices predicted at once.
         device: where the network is.
@@ -65,58 +62,82 @@ def validate(
     Returns:
         The same values on every worker.
     """
-    num_classes = len(classes)
-    # Overlap, predicted and true pixels.
-    sums = torch.zeros(len(slices.files.cases), num_classes, 3, dtype=torch.float64, device=device)
-    totals = torch.zeros(4, dtype=torch.float64, device=device)  # entropy, pixels, density, volumes
-    moments = torch.zeros(num_classes, num_classes, dtype=torch.float64, device=device)
-    information = torch.zeros(num_classes, 2, dtype=torch.float64, device=device)  # sum of -log p_y, pixels, by class y
+    totals = _Totals(len(slices.files.cases), len(classes), device)
     rank, world_size = collectives.rank(), collectives.world_size()
     own = range(rank, len(slices.files.cases), world_size)
     for index, (_, arrays) in zip(own, slices.volumes(rank, world_size), strict=True):
-        volume = collate(arrays)
+        totals.add(index, collate(arrays), predict, batch_size)
+    return totals.reduce(classes[1:], slices.files.labels)
+
+
+class _Totals:
+    """Sums over the volumes of this worker."""
+
+    def __init__(self, volumes: int, num_classes: int, device: torch.device) -> None:
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(*shape, dtype=torch.float64, device=device)
+
+        self.num_classes, self.device = num_classes, device
+        self.overlap = zeros(volumes, num_classes, 3)  # overlap, predicted and true pixels
+        self.unlabelled = zeros(4)  # entropy, pixels, density, volumes
+        self.moments = zeros(num_classes, num_classes)  # p p^T
+        self.information = zeros(num_classes, 2)  # sum of -log p_y, pixels, by class y
+
+    def add(self, index: int, volume: dict[str, Tensor], predict: Callable[[Tensor], Tensor], batch_size: int) -> None:
+        """Add the volume of this index."""
+        number = self.num_classes
         stride = math.ceil(volume["image"].numel() / unsupervised_criteria.NEIGHBOURS)
         neighbours = []
         for start in range(0, len(volume["image"]), batch_size):
-            images = volume["image"][start : start + batch_size].to(device)
+            images = volume["image"][start : start + batch_size].to(self.device)
             probabilities = predict(images).double()
-            totals[0] += torch.special.entr(probabilities).sum() / math.log(num_classes)
-            totals[1] += images.numel()
-            pixels = probabilities.movedim(1, -1).reshape(-1, num_classes)
-            moments += pixels.T @ pixels
-            # Every stride-th pixel of the volume, however it is cut into batches.
+            self.unlabelled[0] += torch.special.entr(probabilities).sum() / math.log(number)
+            self.unlabelled[1] += images.numel()
+            pixels = probabilities.movedim(1, -1).reshape(-1, number)
+            self.moments += pixels.T @ pixels
+            # Every stride-th pixel of the volume, independent of the batches.
             neighbours.append(pixels[-(start * images[0].numel()) % stride :: stride])
             if "label" in volume:
-                labels = volume["label"][start : start + batch_size].to(device)
-                pairs = (labels * num_classes + probabilities.argmax(1)).flatten()
-                confusion = torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes)
-                sums[index] += torch.stack([confusion.diag(), confusion.sum(0), confusion.sum(1)], dim=1)
-                information += _information(probabilities, labels)
-        totals[2] += unsupervised_criteria.neighbourhood_density(torch.cat(neighbours))
-        totals[3] += 1
-    sums, totals, moments, information = collectives.all_reduce_sums(sums, totals, moments, information)
-    moments = moments.cpu() / float(totals[1])
-    dice: dict[str, float] = {}
-    cross_entropy = math.nan
-    if slices.files.labels:
-        per_case = 2 * sums[..., 0] / (sums[..., 1] + sums[..., 2])  # 0/0 = NaN where a structure is nowhere
-        dice = dict(zip(classes[1:], torch.nanmean(per_case, dim=0)[1:].tolist(), strict=True))
-        cross_entropy = weighted_mean(information)
-    entropy = float(totals[0] / totals[1])
-    predicted = moments.sum(dim=1)  # Probabilities of a pixel sum to one, so rows of p p^T sum to p.
-    pixels_of_class = sums[..., 2].sum(dim=0).cpu()
-    return Validation(
-        dice,
-        entropy,
-        predicted,
-        pixels_of_class / pixels_of_class.sum() if slices.files.labels else None,
-        {
+                labels = volume["label"][start : start + batch_size].to(self.device)
+                pairs = (labels * number + probabilities.argmax(1)).flatten()
+                confusion = torch.bincount(pairs, minlength=number**2).view(number, number)
+                self.overlap[index] += torch.stack([confusion.diag(), confusion.sum(0), confusion.sum(1)], dim=1)
+                self.information += _information(probabilities, labels)
+        self.unlabelled[2] += unsupervised_criteria.neighbourhood_density(torch.cat(neighbours))
+        self.unlabelled[3] += 1
+
+    def reduce(self, structures: Sequence[str], labelled: bool) -> Validation:
+        """The results over all workers."""
+        overlap, totals, moments, information = collectives.all_reduce_sums(
+            self.overlap, self.unlabelled, self.moments, self.information
+        )
+        moments = moments.cpu() / float(totals[1])
+        entropy = float(totals[0] / totals[1])
+        predicted = moments.sum(dim=1)  # probabilities of a pixel sum to one, so rows of p p^T sum to p
+        criteria = {
             "information": unsupervised_criteria.information(predicted, entropy),
             "nuclear_norm": unsupervised_criteria.nuclear_norm(moments),
             "neighbourhood_density": float(totals[2] / totals[3]),
-        },
-        cross_entropy,
-    )
+        }
+        if not labelled:
+            return Validation({}, entropy, predicted, None, criteria)
+        per_case = 2 * overlap[..., 0] / (overlap[..., 1] + overlap[..., 2])  # 0/0 = NaN where a structure is absent
+        dice = dict(zip(structures, torch.nanmean(per_case, dim=0)[1:].tolist(), strict=True))
+        pixels = overlap[..., 2].sum(dim=0).cpu()
+        return Validation(dice, entropy, predicted, pixels / pixels.sum(), criteria, weighted_mean(information))
+
+
+def validation_metrics(results: Mapping[str, Validation], labelled: str) -> dict[str, float]:
+    """Metrics of a validation as they are logged, from the results by domain and the domain trained with labels."""
+    record: dict[str, float] = {}
+    for domain, result in results.items():
+        prefix = "val" if domain == TARGET_DOMAIN else f"val/{domain}"
+        record |= {f"{prefix}/dice/{structure}": value for structure, value in result.dice.items()}
+        if result.dice:
+            record[f"{prefix}/dice/mean"] = result.mean_dice
+            record[f"{prefix}/loss_cross_entropy"] = result.cross_entropy
+        record[f"{prefix}/entropy"] = result.entropy
+    return record | {f"val/label_free/{name}": value for name, value in target_criteria(results, labelled).items()}
 
 
 def _information(probabilities: Tensor, labels: Tensor) -> Tensor:
@@ -128,7 +149,7 @@ def _information(probabilities: Tensor, labels: Tensor) -> Tensor:
 
 
 def weighted_mean(information: Tensor) -> float:
-    """Cross-entropy in which a class weighs the less the more pixels it has.
+    """Cross-entropy in which frequent classes weigh less.
 
     Args:
         information: (C, 2), the sum of -log p of the pixels of each class, and their number.
@@ -144,14 +165,9 @@ def weighted_mean(information: Tensor) -> float:
 
 
 def target_criteria(results: Mapping[str, Validation], labelled: str) -> dict[str, float]:
-    """Label-free criteria of the target's validation volumes; larger is better.
+    """Label-free criteria of the target's validation volumes by name; {} where it has none. Larger is better.
 
-    Args:
-        results: by domain.
-        labelled: domain whose labels are trained on; only its labels are looked at.
-
-    Returns:
-        By name; {} where the target has no validation volumes.
+    They use no labels but those of the domain ``labelled``, which is trained with labels.
     """
     target, own = results.get(TARGET_DOMAIN), results.get(labelled)
     if target is None:
@@ -163,16 +179,13 @@ def target_criteria(results: Mapping[str, Validation], labelled: str) -> dict[st
 
 
 def selection_score(results: Mapping[str, Validation], select: str, labelled: str) -> float | None:
-    """What decides which checkpoint is `best`; larger is better, None where it cannot be told.
+    """Score of a checkpoint; the one with the largest is kept as `best`. None where it cannot be computed.
 
-    - label_free: mean Dice on validation volumes of the labelled domain, less the entropy on those of the target where
-      there are any. Uses no label that training has not.
-    - oracle: mean Dice on validation volumes of the target, which an unlabelled target does not have.
+    - label_free: mean Dice on validation volumes of the labelled domain, minus the entropy on those of the target if
+      there are any. Uses labels of the domain alone that is trained with labels.
+    - oracle: mean Dice on validation volumes of the target; needs their labels.
 
-    Args:
-        results: by domain.
-        select: label_free or oracle.
-        labelled: domain whose labels are trained on.
+    ``labelled`` is the domain that is trained with labels.
     """
     own, target = results.get(labelled), results.get(TARGET_DOMAIN)
     if select == "oracle":

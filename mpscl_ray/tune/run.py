@@ -15,6 +15,7 @@ from mpscl_ray.runs.run_directory import RunDirectory, open_run
 from mpscl_ray.runs.signals import Interruption, signals_end
 from mpscl_ray.runs.storage import S3Path, join_location
 from mpscl_ray.train import run as train_run
+from mpscl_ray.train.domains import load_domains
 from mpscl_ray.train.ray import launch
 from mpscl_ray.train.ray.concurrent import open_shared
 from mpscl_ray.train.ray.placement_groups import release_orphaned_placement_groups
@@ -66,7 +67,7 @@ def search(
         def work() -> None:
             with signals_end("before the search began"):
                 if not any(value.startswith(phantom_dataset.PREFIX) for value in _datasets(space)):
-                    choose_metric(space.search.metric, launch.load_domains(space.base)[0])
+                    choose_metric(space.search.metric, load_domains(space.base)[0])
                 with connect(dashboard=dashboard), release_orphaned_placement_groups(folder):
                     parent = None if warm_up is None else open_run(warm_up)
                     study = _search(space, folder, ledger, parent, fit)

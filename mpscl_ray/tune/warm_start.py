@@ -14,6 +14,7 @@ from mpscl_ray.errors import ConfigError
 from mpscl_ray.runs.run_directory import RunDirectory, open_run
 from mpscl_ray.runs.signals import Interruption
 from mpscl_ray.runs.storage import join_location
+from mpscl_ray.train.domains import Domains, model_description
 from mpscl_ray.train.ray import launch
 from mpscl_ray.train.ray.concurrent import Shared, run_trial
 from mpscl_ray.tune.criteria import LABEL_FREE, ORACLE, WITHOUT_SOURCE
@@ -23,7 +24,7 @@ SHARED_RUN = "shared"
 """Name of the run in the folder of a search that trains the phases that all trials share."""
 
 
-def choose_metric(metric: str, domains: launch.Domains) -> str:
+def choose_metric(metric: str, domains: Domains) -> str:
     """What trials are compared by on these datasets.
 
     Raises:
@@ -137,7 +138,7 @@ def _check_given(run: RunDirectory, config: Config, common: Sequence[str], keys:
         for key, (one, other) in differences(theirs, config).items()
         if (key == "run.seed" or not key.startswith(NO_RESULT)) and acts_on(key, deciding) and key not in keys
     ]
-    model, own = run.read_model(), launch.model_description(config, shared.domains)
+    model, own = run.read_model(), model_description(config, shared.domains)
     for domain in ("source", "target"):
         if model[domain]["fingerprint"] != own[domain]["fingerprint"]:
             wrong.append(f"the {domain} dataset is another one")

@@ -25,6 +25,7 @@ from mpscl_ray.config import Config, load_config
 from mpscl_ray.distributed.ray_session import connect
 from mpscl_ray.runs.run_directory import RunDirectory
 from mpscl_ray.train import loop
+from mpscl_ray.train.domains import load_domains, open_data
 from mpscl_ray.train.ray import launch, resources
 from tests.tiny import local_data, make_dataset
 from tests.worker_processes import on_workers
@@ -38,8 +39,8 @@ def on_ray(config: Config, run: Path) -> None:
     folder = RunDirectory(run)
     folder.create()
     use_gpu = resources.check_cluster(config)
-    domains, _ = launch.load_domains(config)
-    launched = launch.Launch(config, folder, launch.open_data(config, domains), use_gpu)
+    domains, _ = load_domains(config)
+    launched = launch.Launch(config, folder, open_data(config, domains), use_gpu)
     launched.start()
     assert launched.wait(lambda: None).state == "finished"
 

@@ -22,8 +22,7 @@ from mpscl_ray.data.loader import LocalSlices
 from mpscl_ray.methods import MPSCL
 from mpscl_ray.methods.cag import CAG, IGNORE
 from mpscl_ray.methods.losses import cosine_to_prototypes
-from mpscl_ray.methods.prototypes import downsample_labels
-from mpscl_ray.methods.pseudo_labels import self_paced_pseudo_labels
+from mpscl_ray.methods.prototypes import downsample_labels, self_paced_pseudo_labels
 from mpscl_ray.runs import checkpoint
 from mpscl_ray.train.phases import build_method, build_segmenter, transfer_weights
 from mpscl_ray.train.streams import training_slices

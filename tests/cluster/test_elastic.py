@@ -115,7 +115,7 @@ def test_a_lost_node_shrinks_the_run_and_a_new_one_grows_it(pair: Cluster, folde
     for notice in (
         "training with 2 of 1 to 2 workers",
         "training with 1 of 1 to 2 workers",
-        "the workers are replaced and go on",
+        "the workers are replaced and resume",
     ):
         assert notice in text, text
 

@@ -155,7 +155,7 @@ def test_a_job_that_was_stopped_and_then_lost_a_node_succeeds(
     assert [record["global_step"] for record in run.read_metrics()] == list(range(1, STEPS + 1))
     assert (run.results / "phases.csv").is_file()
     assert re.search(r"worker . (was lost|was cut off).*; the workers are replaced", printed)
-    assert printed.count("going on from the checkpoint step-") == 2
+    assert printed.count("resuming from the checkpoint step-") == 2
     assert f"adaptation {PHASE}/{PHASE} (100%)" in printed
     assert "\r" not in printed
     assert "Traceback" not in printed

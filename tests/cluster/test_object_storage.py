@@ -142,7 +142,7 @@ def test_a_run_that_is_cut_off_and_killed_ends_as_on_a_disk(
     assert killed < STEPS
 
     process = start(server, tmp_path / "third", output, *words)
-    wait_for_words("going on from the checkpoint step-", process, output)
+    wait_for_words("resuming from the checkpoint step-", process, output)
     with server.door.shut():
         time.sleep(OUTAGE_S)
         assert process.poll() is None, output.read_text()

@@ -156,7 +156,7 @@ def slices() -> TrainingSlices:
         unlabelled=lambda: target,
         target_volumes=(range(3), range(3, 4), range(4, 7), range(7, 8)),
         size=(SIZE, SIZE),
-        pretrained_weights=lambda: segmenter(7).state_dict(),
+        source_only_weights=lambda: segmenter(7).state_dict(),
     )
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mpscl_ray.methods import losses, prototypes, pseudo_labels
+from mpscl_ray.methods import losses, prototypes
 
 NUM_CLASSES = 5
 
@@ -45,7 +45,7 @@ def test_prototype_update(golden: dict[str, Tensor]) -> None:
 
 def test_pseudo_labels(golden: dict[str, Tensor]) -> None:
     cosine = losses.cosine_to_prototypes(golden["features_target"], golden["prototypes_updated"])
-    labels, mask = pseudo_labels.self_paced_pseudo_labels(cosine, float(golden["delta_th"]))
+    labels, mask = prototypes.self_paced_pseudo_labels(cosine, float(golden["delta_th"]))
     assert torch.equal(labels, golden["pseudo_labels"])
     assert torch.equal(mask.float(), golden["pseudo_mask"])
     assert 0 < mask.sum() < mask.numel()

@@ -1,4 +1,4 @@
-"""What a checkpoint holds of each method: names and shapes as they always were, so that earlier ones go on."""
+"""The state of each method in a checkpoint keeps its names and shapes, so that earlier runs can resume."""
 
 from __future__ import annotations
 

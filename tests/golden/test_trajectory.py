@@ -95,9 +95,9 @@ def test_four_iterations_equal_the_released_code() -> None:
 
     losses: dict[str, list[float]] = {name: [] for name in [*LOSSES.values(), "selected_fraction"]}
     verdicts: dict[str, list[torch.Tensor]] = {"main": [], "aux": []}
-    for head, told in verdicts.items():
+    for head, outputs in verdicts.items():
         discriminator = method.networks[f"discriminator_{head}"]
-        discriminator.register_forward_hook(lambda module, inputs, output, told=told: told.append(output.detach()))
+        discriminator.register_forward_hook(lambda module, inputs, output, kept=outputs: kept.append(output.detach()))
     for iteration in range(len(golden["images_source"])):
         metrics = method.step(
             Batch(
@@ -109,9 +109,9 @@ def test_four_iterations_equal_the_released_code() -> None:
         )
         for name in losses.keys() & metrics.keys():
             losses[name].append(float(metrics[name]))
-    for head, told in verdicts.items():
-        # In each iteration it looks at the target alone, for the segmenter's sake, and then at source and target.
-        on_target = (both.chunk(2)[1] for both in told[1::2])
+    for head, outputs in verdicts.items():
+        # In each iteration it gets the target alone, for the segmenter's loss, and then source and target.
+        on_target = (both.chunk(2)[1] for both in outputs[1::2])
         losses[f"target_half_{head}"] = [float(domain_loss(x, TARGET_LABEL)) / 2 for x in on_target]
 
     for released, ours in LOSSES.items():

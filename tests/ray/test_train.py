@@ -148,8 +148,8 @@ def test_a_run_that_loses_a_worker_and_is_stopped_ends_as_if_it_had_not(
     command.wait_for_steps(run, 3, start=2)
     os.killpg(command.process.pid, signal.SIGINT)  # as a terminal does, to all processes of the command
     assert command.wait() == 130, command.text
-    assert "worker 1 was lost: its process died; the workers are replaced and go on" in command.text
-    assert "going on from the checkpoint step-" in command.text
+    assert "worker 1 was lost: its process died; the workers are replaced and resume" in command.text
+    assert "resuming from the checkpoint step-" in command.text
     assert check_status(run, "interrupted", 130, "stopped by SIGINT at iteration") in command.text
     assert "Traceback" not in command.text
     stopped = run.read_metrics()[-1]["global_step"]

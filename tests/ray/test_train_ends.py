@@ -103,7 +103,7 @@ def test_what_others_take_before_the_workers_start(here: Here, runs: Runs, monke
     words = runs.arguments("taken", "scaling.workers=2", "run.restarts=0")
     code, text = here(train, *words, fit=others_come)
     assert code == ClusterError.exit_code
-    assert "error: the workers found no place any more: 2 workers need 2 CPUs" in text
+    assert "error: the workers found no resources any more: 2 workers need 2 CPUs" in text
     assert "Traceback" not in text
     ray.kill(others[0])
     wait_for_free_cpus()
@@ -180,7 +180,7 @@ def test_a_stopped_run_is_resumable_before_its_checkpoint_is_written(here: Here,
 
     assert here(train, *runs.arguments("middle", "scaling.workers=1"), fit=stopped_in_the_middle)[0] == 130
     assert (seen["state"], seen["exit_code"], seen["global_step"]) == ("interrupted", 130, 12)
-    assert seen["reason"] == "stopped by SIGTERM; goes on from the last complete checkpoint"
+    assert seen["reason"] == "stopped by SIGTERM; resumes from the last complete checkpoint"
 
 
 def test_a_file_in_the_run_folder_stops_a_run_too(here: Here, runs: Runs) -> None:

@@ -14,7 +14,7 @@ import pytest
 from mpscl_ray.config import Config, load_config, to_yaml
 from mpscl_ray.runs import checkpoint
 from mpscl_ray.runs.run_directory import RunDirectory
-from mpscl_ray.train.ray import launch
+from mpscl_ray.train.domains import load_domains, model_description
 from mpscl_ray.tune import command as tune
 from mpscl_ray.tune.space import load_space
 from tests.ray.conftest import Here
@@ -116,7 +116,7 @@ def a_run(config: Config, path: Path) -> str:
     run = RunDirectory(path)
     run.create()
     run.write_config(to_yaml(config))
-    run.write_model(launch.model_description(config, launch.load_domains(config)[0]))
+    run.write_model(model_description(config, load_domains(config)[0]))
     assert fit(config, run, local_data(config), False, run.name)["state"] == "finished"
     return str(path)
 

@@ -1,1 +1,1 @@
-"""A training on Ray: its workers, their resources, their failures, and many trainings side by side."""
+"""Training on Ray: workers, their resources and failures, and concurrent trainings."""

@@ -1,8 +1,8 @@
-"""One of many trainings side by side: the same launch as the train command's, on data that all of them share.
+"""Many trainings at the same time: each runs as the train command runs one, on data that all of them share.
 
-The command that runs them opens the data once (:func:`open_shared`), before it starts any. Each training then has a
-run folder of its own, and :func:`run_trial` may be called in any process of the cluster, such as a task or an actor
-that holds no CPU itself.
+The command that runs them opens the data once (:func:`open_shared`), before it starts any. Each training then has its
+own run folder, and :func:`run_trial` may be called in any process of the cluster, such as a task or an actor that
+reserves no CPU itself.
 """
 
 from __future__ import annotations
@@ -11,51 +11,54 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 from mpscl_ray.config import Config, to_yaml
 from mpscl_ray.distributed.ray_session import enable_state_tracking, state_tracking_enabled
 from mpscl_ray.errors import InsufficientResources, MpsclError, StorageError, TrainingError
 from mpscl_ray.runs.run_directory import RunDirectory
+from mpscl_ray.train.domains import Domains, load_domains, model_description, open_data
 from mpscl_ray.train.loop import TrainResult
-from mpscl_ray.train.ray import launch, resources
+from mpscl_ray.train.ray import resources
+from mpscl_ray.train.ray.launch import Fit, Launch
 from mpscl_ray.train.ray.placement_groups import release
 from mpscl_ray.train.ray.preflight import check_nodes
 from mpscl_ray.train.streams import TrainingData
 
-_LOOK_S = 0.5
+_POLL_INTERVAL_S = 0.5
+
+Poll = Callable[[Launch], None]
+"""Called several times a second while a training runs; ``training.request_stop()`` ends it after a checkpoint."""
 
 
 @dataclass(frozen=True)
 class Shared:
-    """What trainings side by side share. Travels to other processes as references.
+    """What concurrent trainings share. Travels to other processes as references."""
 
-    Attributes:
-        domains: manifests of both datasets.
-        data: slices, opened by the process that runs the trainings; valid as long as that process lives.
-        use_gpu: whether each worker gets a GPU.
-        max_concurrent: how many trainings the cluster has room for at a time.
-        state_tracking: whether Ray's dashboard is told of the trainings.
-        fit: what trains; None is Ray Train.
-    """
-
-    domains: launch.Domains
+    domains: Domains
+    """Manifests of both datasets."""
     data: TrainingData
+    """Slices, opened by the process that runs the trainings; valid as long as that process lives."""
     use_gpu: bool
+    """Whether each worker gets a GPU."""
     max_concurrent: int
+    """How many trainings the cluster has room for at a time."""
     state_tracking: bool
-    fit: launch.Fit | None = None
+    """Whether Ray's dashboard lists the trainings."""
+    fit: Fit | None = None
+    """Trains; None is Ray Train."""
 
 
-def open_shared(config: Config, folder: RunDirectory, fit: launch.Fit | None = None) -> tuple[Shared, list[str]]:
-    """Open the data of trainings that differ in settings which do not decide on what is read.
+def open_shared(config: Config, folder: RunDirectory, fit: Fit | None = None) -> tuple[Shared, list[str]]:
+    """Open the data of trainings whose settings differ in nothing that decides which data is read.
 
     Args:
         config: of any of them; its datasets are folders already (:mod:`mpscl_ray.prepare.phantom_dataset`).
-        folder: of the command, which is there already; the runs will be below it.
-        fit: what trains; None is Ray Train.
+        folder: of the command, which exists already; the runs will be below it.
+        fit: trains; None is Ray Train.
 
     Returns:
-        What the trainings share, and a sentence for each thing that deserves a warning.
+        What the trainings share, and warnings.
 
     Raises:
         ConfigError, DataError: the datasets are missing, damaged, or do not go together.
@@ -63,9 +66,9 @@ def open_shared(config: Config, folder: RunDirectory, fit: launch.Fit | None = N
         StorageError: a node cannot write where the runs will be; names it.
     """
     use_gpu = resources.check_cluster(config)
-    domains, warnings = launch.load_domains(config)
+    domains, warnings = load_domains(config)
     check_nodes(folder.uri, domains.fingerprints())
-    data = launch.open_data(config, domains)
+    data = open_data(config, domains)
     max_concurrent = resources.max_concurrent_trainings(config, use_gpu)
     return Shared(domains, data, use_gpu, max_concurrent, state_tracking_enabled(), fit), warnings
 
@@ -74,35 +77,34 @@ def run_trial(
     config: Config,
     folder: RunDirectory,
     shared: Shared,
-    look: Callable[[launch.Launch], None] = lambda training: None,
+    poll: Poll = lambda training: None,
     *,
     display_name: str | None = None,
     resume_command: str | None = None,
 ) -> TrainResult:
-    """Train in a run folder, from its newest checkpoint if it has one; a run that is finished is left as it is.
+    """Train in a run folder, from its newest checkpoint if it has one; a finished run is left as it is.
 
-    A training that loses its place, with a node or to a training beside it, waits for another one as long as the
+    A training that loses its placement group, with a node or to another training, waits for a new one as long as the
     cluster is large enough, and for ``scaling.wait_s`` where it is not.
 
-    The folder's status.json tells how it went, also where this raises. Nothing of the training is left when this
-    returns: no worker, no reserved place. Where this process is killed meanwhile,
-    :func:`~mpscl_ray.train.ray.placement_groups.release` does the rest.
+    status.json says how it ended, also where this raises. No worker and no placement group is left; if this process is
+    killed, :func:`~mpscl_ray.train.ray.placement_groups.release` releases the latter.
 
     Args:
         config: settings of this training.
         folder: its run folder; may have been forked from another run (:mod:`mpscl_ray.runs.fork`).
         shared: of :func:`open_shared`.
-        look: called several times a second while it trains; ``training.request_stop()`` ends it after a checkpoint.
-        display_name: name in metrics and in Ray's account of trainings; None is the folder's.
-        resume_command: what to give to go on, for status.json.
+        poll: see :data:`Poll`.
+        display_name: name in metrics and on Ray's dashboard; None is the folder's.
+        resume_command: for status.json.
 
     Returns:
-        The outcome: finished or interrupted.
+        The result: finished or interrupted.
 
     Raises:
         InsufficientResources: the cluster has become too small.
-        TrainingError: a loss was not finite, or workers were lost more often than run.restarts allows.
-        MpsclError: whatever else it could not go on with.
+        TrainingError: a loss was not finite, or workers failed more often than run.restarts allows.
+        MpsclError: any other error that ended the training.
     """
     folder.create()
     with folder.lock():
@@ -110,57 +112,53 @@ def run_trial(
         status = folder.read_status()
         if status.get("state") == "finished":
             return TrainResult("finished", status["phase"], status["iteration"], status["global_step"])
-        folder.write_config(to_yaml(config))
-        folder.write_environment()
-        folder.write_model(launch.model_description(config, shared.domains))
+        _write_run_files(config, folder, shared)
         folder.write_status("running", resume_command=resume_command)
-        if shared.state_tracking:
-            enable_state_tracking()
         try:
-            outcome = _train(config, folder, shared, look, display_name)
-            if outcome.state == "non_finite":
-                raise TrainingError(_non_finite(outcome))
+            if shared.state_tracking:
+                enable_state_tracking()
+            result = _train(config, folder, shared, poll, display_name)
+            if result.state == "non_finite":
+                raise TrainingError(f"{result.describe_non_finite()}; try smaller learning rates or weights")
+        except MpsclError as error:
+            folder.write_status("failed", exit_code=error.exit_code, reason=str(error))
+            raise
         except BaseException as error:
-            code, reason = (
-                (error.exit_code, str(error))
-                if isinstance(error, MpsclError)
-                else (1, f"{type(error).__name__}: {error}")
-            )
-            folder.write_status("failed", exit_code=code, reason=reason)
+            folder.write_status("failed", exit_code=1, reason=f"{type(error).__name__}: {error}")
             raise
         finally:
-            with suppress(StorageError):  # then the end of the lock, or the next start, does it
+            with suppress(StorageError):  # the next start releases it, or the end of the lock
                 release(folder)
-        finished = outcome.state == "finished"
-        folder.write_status(
-            "finished" if finished else "interrupted",
-            exit_code=0 if finished else 130,
-            reason="" if finished else "stopped from outside",
-            phase=outcome.phase,
-            iteration=outcome.iteration,
-            global_step=outcome.step,
-        )
-        return outcome
+        _write_end(folder, result)
+        return result
 
 
-def _train(
-    config: Config,
-    folder: RunDirectory,
-    shared: Shared,
-    look: Callable[[launch.Launch], None],
-    display_name: str | None,
-) -> TrainResult:
-    """Train to the end, however often the place has to be found anew."""
-    in_vain = 0
+def _write_run_files(config: Config, folder: RunDirectory, shared: Shared) -> None:
+    folder.write_config(to_yaml(config))
+    folder.write_environment()
+    folder.write_model(model_description(config, shared.domains))
+
+
+def _write_end(folder: RunDirectory, result: TrainResult) -> None:
+    position: dict[str, Any] = {"phase": result.phase, "iteration": result.iteration, "global_step": result.step}
+    if result.state == "interrupted":
+        folder.write_status("interrupted", exit_code=130, reason="stopped from outside", **position)
+    else:
+        folder.write_status("finished", exit_code=0, reason="", **position)
+
+
+def _train(config: Config, folder: RunDirectory, shared: Shared, poll: Poll, display_name: str | None) -> TrainResult:
+    """Train to the end, again after each loss of the placement group."""
+    failed_with_room = 0
     while True:
-        training = launch.Launch(config, folder, shared.data, shared.use_gpu, display_name=display_name, fit=shared.fit)
+        training = Launch(config, folder, shared.data, shared.use_gpu, display_name=display_name, fit=shared.fit)
         training.start()
         try:
-            return _watch(training, look)
+            return _wait(training, poll)
         except InsufficientResources:
             release(folder)
-            in_vain += _has_room(config, shared)
-            if in_vain > config.run.restarts or not _wait_for_room(config, shared, training, look):
+            failed_with_room += _has_room(config, shared)
+            if failed_with_room > config.run.restarts or not _wait_for_room(config, shared, training, poll):
                 raise
         if training.stop_requested:
             last = (folder.read_metrics() or [{"phase": "", "iteration": 0, "global_step": 0}])[-1]
@@ -168,45 +166,34 @@ def _train(
 
 
 def _has_room(config: Config, shared: Shared) -> bool:
-    return (
-        resources.free_worker_slots(resources.worker_resources(config, shared.use_gpu)) >= config.scaling.least_workers
-    )
+    worker = resources.worker_resources(config, shared.use_gpu)
+    return resources.free_worker_slots(worker) >= config.scaling.least_workers
 
 
-def _wait_for_room(
-    config: Config, shared: Shared, training: launch.Launch, look: Callable[[launch.Launch], None]
-) -> bool:
-    """Wait until there is room or ``look`` has asked for the end; False where the cluster is too small for it."""
+def _wait_for_room(config: Config, shared: Shared, training: Launch, poll: Poll) -> bool:
+    """Wait until there is room or ``poll`` has requested a stop; False where the cluster is too small for it."""
     too_small_since = None
-    place = resources.worker_resources(config, shared.use_gpu)
+    worker = resources.worker_resources(config, shared.use_gpu)
     while True:
-        look(training)
+        poll(training)
         if training.stop_requested or _has_room(config, shared):
             return True
-        if resources.worker_slots(place) >= config.scaling.least_workers:
+        if resources.worker_slots(worker) >= config.scaling.least_workers:
             too_small_since = None
         elif too_small_since is None:
             too_small_since = time.monotonic()
         elif time.monotonic() - too_small_since >= config.scaling.wait_s:
             return False
-        time.sleep(_LOOK_S)
+        time.sleep(_POLL_INTERVAL_S)
 
 
-def _watch(training: launch.Launch, look: Callable[[launch.Launch], None]) -> TrainResult:
-    """Watch a training to its end, which comes early where ``look`` raises."""
+def _wait(training: Launch, poll: Poll) -> TrainResult:
+    """Wait for a training to end; stop it where ``poll`` raises."""
     try:
-        return training.wait(lambda: look(training))
+        return training.wait(lambda: poll(training))
     except BaseException:
         if training.running:
             training.request_stop()
             with suppress(MpsclError):
                 training.wait(lambda: None)
         raise
-
-
-def _non_finite(outcome: TrainResult) -> str:
-    losses = ", ".join(f"{name} {value:g}" for name, value in outcome.losses.items())
-    return (
-        f"a loss or gradient was not finite, seen at iteration {outcome.iteration} of the phase {outcome.phase} "
-        f"({losses}); try smaller learning rates or weights"
-    )

@@ -1,6 +1,6 @@
-"""What is said, and counted, when workers of a training were lost.
+"""Worker failures: their causes in words, the warning and the count of each restart.
 
-The controller of Ray Train imports this module before it starts the workers, so it needs little.
+The controller of Ray Train imports this module before it starts the workers, so it imports little.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from mpscl_ray.train.ray.prometheus import count_restart
 
 
 class WorkerFailureCallback(UserCallback):
-    """Counts, and leaves a notice, each time that workers were lost; runs in the controller of Ray Train."""
+    """Counts each worker failure and leaves a warning; runs in the controller of Ray Train."""
 
     def __init__(self, folder: RunDirectory, display_name: str) -> None:
         self.folder, self.display_name = folder, display_name
@@ -27,18 +27,18 @@ class WorkerFailureCallback(UserCallback):
         if not (self.folder.path / FAILURE_FILE).exists():
             count_restart(self.display_name)
             self.folder.add_warning(
-                f"{causes(worker_exceptions)}; the workers are replaced and go on", WORKER_FAILURES_FILE
+                f"{causes(worker_exceptions)}; the workers are replaced and resume", WORKER_FAILURES_FILE
             )
 
 
 _PEER_IS_GONE = re.compile(
     r"Connection (?:reset|closed|refused)|Broken pipe|remote process (?:exited|closed)", re.IGNORECASE
 )
-"""What gloo and NCCL say where one of the processes is there no more, which Ray Train may learn only later."""
+"""Errors of gloo and NCCL when another process is gone, which Ray Train may notice only later."""
 
 
 def causes(worker_exceptions: Mapping[int, BaseException]) -> str:
-    """Which workers failed and how. Where one died, errors of the others are only its consequence."""
+    """Which workers failed and how. Where one died, the errors of the others are its consequence and left out."""
     died = {rank: error for rank, error in worker_exceptions.items() if _is_death(error)}
     lines = []
     for rank, error in sorted((died or worker_exceptions).items()):
@@ -57,7 +57,7 @@ def _is_death(error: BaseException) -> bool:
 
 
 def last_line(error: BaseException) -> str:
-    """The line of an error's text that says most, shortened."""
+    """The most informative line of an error's text, shortened."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    # Of a death for want of memory Ray says so early, and then goes on for a page.
+    # Ray names a lack of memory early, in a text of a page.
     return next((line for line in lines if "low on memory" in line), lines[-1])[:300]

@@ -1,8 +1,8 @@
-"""Places on the cluster that trainings have reserved, given back whoever of those that reserved them was killed.
+"""Placement groups of trainings, released even if the process that reserved them was killed.
 
-Ray Train gives back the placement group of its workers when a training ends. Where its controller is killed, Ray would
-keep the group for as long as the whole job runs. And one that is asked for while the job already ends, because its
-command was killed just then, Ray forgets altogether: it stays reserved until the cluster ends.
+Ray Train releases the placement group of its workers when a training ends. If its controller is killed, Ray keeps the
+group as long as the job runs. A group that is requested while the job already ends, because its command was killed just
+then, stays reserved until the cluster ends.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from mpscl_ray.runs.run_directory import RunDirectory
 
 
 def record_placement_group(run: RunDirectory) -> None:
-    """Leave, for :func:`release`, the name of what this worker and those beside it stand on."""
+    """Record the placement group of the workers of a run, for :func:`release`."""
     group = get_current_placement_group()
     if group is not None:
         write_atomically(run.path / PLACEMENT_GROUP_FILE, group.id.hex().encode())
@@ -33,10 +33,10 @@ def record_placement_group(run: RunDirectory) -> None:
 
 
 def release(folder: RunDirectory) -> None:
-    """Give back the place of a training that does not run any more.
+    """Release the placement group of a training that does not run any more.
 
     Raises:
-        StorageError: its name cannot be read or taken away.
+        StorageError: its record cannot be read or deleted.
     """
     name = folder.control_files.read(PLACEMENT_GROUP_FILE)
     if name is None:
@@ -47,13 +47,13 @@ def release(folder: RunDirectory) -> None:
 
 @contextmanager
 def release_orphaned_placement_groups(folder: RunDirectory) -> Iterator[None]:
-    """Give back what commands that held this folder before have left reserved when they were killed.
+    """Release placement groups that earlier commands of this folder left reserved when they were killed.
 
-    At the beginning of the block, so that there is room, and at the end of it once more, as processes of a command may
-    live on for a while. Until then this command is on record in the folder, with the session of the cluster.
+    Done at the start of the block, to make room, and again at its end, because processes of a killed command may live
+    on for a while. Within the block this command is recorded in the folder, with the session of the cluster.
 
     Args:
-        folder: of the command, which holds it (:meth:`RunDirectory.lock`), so that no other one of it runs.
+        folder: of the command, which holds its lock (:meth:`RunDirectory.lock`): no other command of it runs.
 
     Raises:
         StorageError: the record cannot be read or written.
@@ -62,21 +62,21 @@ def release_orphaned_placement_groups(folder: RunDirectory) -> Iterator[None]:
     session = context.get_session_name()
     own = f"{session} {context.get_job_id()}"
     killed = [line for line in (folder.control_files.read(ACTIVE_JOBS_FILE) or "").splitlines() if line != own]
-    jobs = [job for there, job in (line.split() for line in killed) if there == session]
-    _give_back(jobs)
+    jobs = [job for killed_in, job in (line.split() for line in killed) if killed_in == session]
+    _release_of_jobs(jobs)
     folder.control_files.write(ACTIVE_JOBS_FILE, "".join(f"{line}\n" for line in (*killed, own)))
     try:
         yield
     finally:
-        with suppress(StorageError, RuntimeError, ray.exceptions.RayError):  # the cluster may be gone, then so are they
-            _give_back(jobs)
+        with suppress(StorageError, RuntimeError, ray.exceptions.RayError):  # the cluster may be gone, and they with it
+            _release_of_jobs(jobs)
             folder.control_files.clear(ACTIVE_JOBS_FILE)
 
 
-def _give_back(jobs: list[str]) -> None:
-    """Remove the placement groups of jobs."""
+def _release_of_jobs(jobs: list[str]) -> None:
+    """Release the placement groups of jobs."""
     for name, group in placement_group_table().items() if jobs else ():
-        # The id of a placement group ends in that of the job whose process asked for it.
+        # The id of a placement group ends in the id of the job that requested it.
         if name.endswith(tuple(jobs)) and group["state"] != "REMOVED":
             _remove(name)
 

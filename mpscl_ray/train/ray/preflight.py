@@ -1,8 +1,7 @@
-"""Whether every node of the cluster sees what a run needs, found out before the first step.
+"""Check before the first step that every node of the cluster can reach what a run needs.
 
-A worker, or a task that reads slices, may come to any node. So each node, at the same time, reads a word that the
-command has left where the run is, writes, reads and deletes a file of its own there, and reads the manifests of both
-datasets.
+A worker, or a task that reads slices, may run on any node. So all nodes at once read a random word that the command
+wrote next to the run, write, read and delete their own file there, and read the manifests of both datasets.
 """
 
 from __future__ import annotations
@@ -21,20 +20,20 @@ from mpscl_ray.runs.atomic_files import storage_errors
 from mpscl_ray.runs.storage import S3Path, parse_location
 
 WORD = ".preflight"
-"""Name of the file, in the folder of runs, that tells whether a node sees the same folder as the command."""
+"""Name of the file in the run folder by which a node shows that it sees the same folder as the command."""
 
 PATIENCE_S = 120.0
-"""So long may a node take to answer; starting a process there is most of it."""
+"""Seconds that a node may take to answer; most of it is starting a process there."""
 
 _NAMED = 5
-"""Most nodes that an error names."""
+"""Maximum number of nodes that an error names."""
 
 _KINDS: dict[int, type[MpsclError]] = {kind.exit_code: kind for kind in (ConfigError, DataError, StorageError)}
 
 
 @dataclass(frozen=True)
 class _Needs:
-    """What a node has to see."""
+    """What a node has to reach."""
 
     runs: str
     """Address of the folder of the run."""
@@ -44,15 +43,15 @@ class _Needs:
 
 
 def check_nodes(run: str, datasets: dict[str, str]) -> None:
-    """Let every node try what a worker will do.
+    """Let every node do what a worker will do.
 
     Args:
-        run: address of the run's folder, which is there already.
+        run: address of the run's folder, which exists already.
         datasets: fingerprints of the datasets by their addresses.
 
     Raises:
-        StorageError: naming every node, by its address, that does not see the folder of the run or cannot write there.
-        DataError: naming every node that does not see a dataset.
+        StorageError: names the nodes, by their addresses, that do not see the run's folder or cannot write there.
+        DataError: names the nodes that do not see a dataset.
         ClusterError: a node does not answer.
     """
     needs = _Needs(run, secrets.token_hex(8), datasets)
@@ -65,11 +64,11 @@ def check_nodes(run: str, datasets: dict[str, str]) -> None:
     if failures:
         kind = _KINDS.get(failures[0][1], ClusterError)
         named = "; ".join(f"node {node}: {reason}" for node, _, reason in failures[:_NAMED])
-        raise kind(named + (f"; and {len(failures) - _NAMED} nodes more" if len(failures) > _NAMED else ""))
+        raise kind(named + (f"; and {len(failures) - _NAMED} more nodes" if len(failures) > _NAMED else ""))
 
 
 def _ask_all(needs: _Needs) -> list[tuple[str, int, str]]:
-    """(address of the node, exit code, what is wrong there) of each node on which something is."""
+    """(address, exit code, reason) of each node that failed."""
     listed: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
     nodes = {node["NodeID"]: node["NodeManagerAddress"] for node in listed if node["Alive"]}
     task = ray.remote(num_cpus=0, max_retries=1)(_try_here)
@@ -78,7 +77,7 @@ def _ask_all(needs: _Needs) -> list[tuple[str, int, str]]:
     }
     ready, late = ray.wait(list(answers), num_returns=len(answers), timeout=PATIENCE_S)
     failures = [
-        (answers[answer], ClusterError.exit_code, f"no answer within {PATIENCE_S:g} s; look whether it is overloaded")
+        (answers[answer], ClusterError.exit_code, f"no answer within {PATIENCE_S:g} s; check whether it is overloaded")
         for answer in late
     ]
     for answer in ready:
@@ -92,7 +91,7 @@ def _ask_all(needs: _Needs) -> list[tuple[str, int, str]]:
 
 
 def _try_here(needs: _Needs) -> tuple[int, str] | None:
-    """Exit code and sentence on what this node cannot do."""
+    """Exit code and reason, if this node fails."""
     folder = parse_location(needs.runs)
     try:
         try:

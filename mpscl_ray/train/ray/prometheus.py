@@ -1,28 +1,28 @@
-"""What a training exports through Ray, for Prometheus to collect from the nodes and for Grafana to draw.
+"""Metrics that a training exports through Ray, for Prometheus and Grafana.
 
-Every metric has the tag ``run``, the run's name. Ray puts ``ray_`` before the names, ``_total`` behind that of a
-counter, and tags of its own beside these (SessionName, NodeAddress, WorkerId, ...):
+Every metric has the tag ``run``, the run's name. Ray prefixes the names with ``ray_``, appends ``_total`` to that of a
+counter, and adds its own tags (SessionName, NodeAddress, WorkerId, ...):
 
 ==================================  =================  ===========================================================
 mpscl_step                                             iterations done, over all phases
 mpscl_phase_progress                phase              share of the phase's iterations that are done
 mpscl_loss                          loss               each loss of the step, such as contrastive_target
 mpscl_selected_fraction                                share of the target pixels that the self-paced mask selects
-mpscl_discriminator_accuracy        head               share of the pixels whose domain the discriminator tells
+mpscl_discriminator_accuracy        head               share of the pixels whose domain the discriminator finds
 mpscl_prototype_angle_radians       statistic          smallest (min) and mean angle between prototypes
 mpscl_dice                          domain, structure  Dice on validation slices, and its mean over structures
 mpscl_entropy                       domain             mean self-information of the predictions on the same slices
-mpscl_selection_score                                  the score that decides which checkpoint is the best
+mpscl_selection_score                                  the score by which the best checkpoint is chosen
 mpscl_images_per_second                                training images of both domains, over all workers
 mpscl_data_wait_fraction                               share of the time that the step waits for data
 mpscl_checkpoint_timestamp_seconds                     Unix time of the last checkpoint, or of the start before the
                                                        first; its age, ``time() -`` this, grows when training hangs
 mpscl_peak_memory_bytes             worker, kind       most so far: gpu (reserved by torch), host (resident)
-mpscl_restarts_total                                   counter: times that lost or failed workers were replaced
+mpscl_restarts_total                                   counter: times that failed workers were replaced
 ==================================  =================  ===========================================================
 
-Values are those of metrics.jsonl, set when they are read (run.report_every) or validated; Ray sends them on every ten
-seconds. Where no cluster runs that collects them, nothing happens.
+Values are those of metrics.jsonl, set when they are read (run.report_every) or validated; Ray forwards them every ten
+seconds. Without Prometheus nothing happens.
 """
 
 from __future__ import annotations
@@ -75,12 +75,12 @@ def readings(record: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, str], f
 
 
 class Monitoring:
-    """Exports how a run goes from one of its workers; worker 0 speaks for all but memory.
+    """Exports the metrics of a run from one of its workers: all of them from worker 0, memory from each.
 
     Args:
         run: name of the run.
         worker: rank of this worker.
-        device: that this worker computes on.
+        device: of this worker.
     """
 
     def __init__(self, run: str, worker: int, device: torch.device) -> None:

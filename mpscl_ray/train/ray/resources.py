@@ -1,4 +1,4 @@
-"""Whether this machine or the cluster has room for the workers of a run, and what to ask for where it has not."""
+"""Resources of this machine or the cluster for the workers of a run, and a suggestion where they do not suffice."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from mpscl_ray.config import Config
 from mpscl_ray.errors import ClusterError, InsufficientResources
 
 _SETTLE_S = 5.0
-"""So long may a cluster that is large enough take to free what a run before this one held."""
+"""Seconds that a cluster may take to free the resources of the run before."""
 
 
 def check_machine(config: Config) -> None:
-    """Refuse, before Ray starts, what this machine cannot give to a run of its own.
+    """Check, before Ray starts on this machine, that it has what a run asks for.
 
     Raises:
-        ClusterError: with the numbers, where more CPUs or GPUs are asked for than there are.
+        ClusterError: with the numbers, where it has fewer CPUs or GPUs.
     """
     if os.environ.get("RAY_ADDRESS") or ray.is_initialized():
         return
@@ -33,23 +33,23 @@ def check_machine(config: Config) -> None:
         raise ClusterError(
             f"{scaling.least_workers} workers with {scaling.cpus_per_worker:g} CPUs each need "
             f"{scaling.least_workers * scaling.cpus_per_worker:g} CPUs and this machine has {cpus}; "
-            f"{_offer(config, fits, [])}, or set RAY_ADDRESS to a larger cluster"
+            f"{_suggest(config, fits, [])}, or set RAY_ADDRESS to a larger cluster"
         )
     if scaling.device == "gpu" and scaling.least_workers > gpus:
         raise ClusterError(
-            f"scaling.device=gpu gives each of {scaling.least_workers} workers a GPU and this machine has {gpus} that "
-            f"torch can use; {_offer(config, gpus, ['scaling.device=cpu'])}, or set RAY_ADDRESS to a cluster with GPUs"
+            f"scaling.device=gpu gives each of {scaling.least_workers} workers a GPU and this machine has {gpus} "
+            f"that torch can use; {_suggest(config, gpus, ['scaling.device=cpu'])}, or set RAY_ADDRESS to a cluster "
+            "with GPUs"
         )
 
 
 def check_cluster(config: Config) -> bool:
-    """Try whether the cluster has what a run asks for, so that nobody waits for what will never come.
+    """Check that the cluster has what a run asks for, so that no run waits for ever.
 
-    The workers' places are asked for as training will ask for them, for ``scaling.wait_s`` seconds: a cluster that can
-    grow then does.
+    Requests the workers' resources as training will, for ``scaling.wait_s`` seconds: a cluster that can grow then does.
 
     Returns:
-        Whether workers get a GPU each.
+        Whether each worker gets a GPU.
 
     Raises:
         InsufficientResources: with the numbers, where the cluster is too small or too busy and stays so.
@@ -57,10 +57,10 @@ def check_cluster(config: Config) -> bool:
     scaling = config.scaling
     total: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
     use_gpu = scaling.device == "gpu" or (scaling.device == "auto" and total.get("GPU", 0) > 0)
-    place = worker_resources(config, use_gpu)
-    enough = scaling.least_workers <= worker_slots(place)
+    worker = worker_resources(config, use_gpu)
+    enough = scaling.least_workers <= worker_slots(worker)
     if enough or scaling.wait_s:
-        group = placement_group([place] * scaling.least_workers, strategy="PACK")
+        group = placement_group([worker] * scaling.least_workers, strategy="PACK")
         try:
             if group.wait(max(scaling.wait_s, _SETTLE_S) if enough else scaling.wait_s):
                 return use_gpu
@@ -72,33 +72,33 @@ def check_cluster(config: Config) -> bool:
 def cluster_shortage(config: Config, use_gpu: bool) -> str:
     """A sentence on what a run asks for and what the cluster has."""
     scaling = config.scaling
-    place = worker_resources(config, use_gpu)
+    worker = worker_resources(config, use_gpu)
     total: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
     free: dict[str, float] = ray.available_resources()  # type: ignore[no-untyped-call]
-    asked = " and ".join(f"{amount * scaling.least_workers:g} {name}s" for name, amount in place.items())
-    has = " and ".join(f"{total.get(name, 0):g} {name}s ({free.get(name, 0):g} free)" for name in place)
+    asked = " and ".join(f"{amount * scaling.least_workers:g} {name}s" for name, amount in worker.items())
+    has = " and ".join(f"{total.get(name, 0):g} {name}s ({free.get(name, 0):g} free)" for name in worker)
     nodes = len(_nodes())
     spread = f" on {nodes} nodes" if nodes > 1 else ""
-    fits = free_worker_slots(place)
+    fits = free_worker_slots(worker)
     others = ["scaling.device=cpu"] if use_gpu and total.get("GPU", 0) < scaling.least_workers else []
     others.append("scaling.wait_s=SECONDS to wait for more")
-    offer = _offer(config, fits, others)
+    offer = _suggest(config, fits, others)
     return f"{scaling.least_workers} workers need {asked}, and the cluster has {has}{spread}; {offer}"
 
 
-def worker_slots(place: dict[str, float]) -> int:
-    """Workers that all nodes together have room for, were they idle; a worker cannot be split between nodes."""
-    return sum(min(math.floor(node.get(name, 0) / amount) for name, amount in place.items()) for node in _nodes())
+def worker_slots(worker: dict[str, float]) -> int:
+    """Workers that fit on all nodes together if they are idle; a worker cannot be split between nodes."""
+    return sum(min(math.floor(node.get(name, 0) / amount) for name, amount in worker.items()) for node in _nodes())
 
 
-def free_worker_slots(place: dict[str, float]) -> int:
-    """Workers that there is room for now, about."""
+def free_worker_slots(worker: dict[str, float]) -> int:
+    """Workers that fit now, about."""
     free: dict[str, float] = ray.available_resources()  # type: ignore[no-untyped-call]
-    return min(worker_slots(place), *(int(free.get(name, 0) / amount) for name, amount in place.items()))
+    return min(worker_slots(worker), *(int(free.get(name, 0) / amount) for name, amount in worker.items()))
 
 
 def max_concurrent_trainings(config: Config, use_gpu: bool) -> int:
-    """How many trainings with this config's workers the cluster has room for now, at least one."""
+    """How many trainings of this config fit on the cluster now, at least one."""
     return max(1, free_worker_slots(worker_resources(config, use_gpu)) // config.scaling.most_workers)
 
 
@@ -113,8 +113,8 @@ def _nodes() -> list[dict[str, float]]:
     return [node["Resources"] for node in nodes if node["Alive"]]
 
 
-def _offer(config: Config, fits: int, others: list[str]) -> str:
-    """What to ask for instead: as many workers as fit and can share the batch."""
+def _suggest(config: Config, fits: int, others: list[str]) -> str:
+    """What to use instead: as many workers as fit and divide the batch."""
     workers = next((number for number in range(fits, 0, -1) if config.data.batch_size % number == 0), 0)
     offers = [f"scaling.workers={workers}", *others] if workers else others
     return f"use {' or '.join(offers)}" if offers else "use a larger machine"

@@ -36,16 +36,16 @@ log = logging.getLogger(__name__)
 def run_worker(
     settings: dict[str, Any], *, folder: str, token: str, data: TrainingData, display_name: str
 ) -> dict[str, Any]:
-    """Train on this worker; returns the outcome as plain values, the same on every worker.
+    """Train on this worker; returns the result as plain values, the same on every worker.
 
-    An error that a restart cannot mend (settings, data, storage) is left in the run folder, where the restarted
-    workers find it and end at once: Ray Train restarts on any exception and knows none that is final. Returning
-    instead of raising would leave the other workers waiting for this one.
+    An error that no restart can fix (settings, data, storage) is written into the run folder, where the restarted
+    workers find it and end at once, because Ray Train restarts on any exception. Returning instead of raising would
+    leave the other workers waiting for this one.
 
     Args:
         settings: nested plain values of the config.
         folder: path or URL of the run folder.
-        token: proves that the command that holds the run has sent the worker.
+        token: proves that the command that holds the lock of the run started the worker.
         data: slices, as handles that each worker opens.
         display_name: name of the run in its metrics.
     """
@@ -60,7 +60,7 @@ def run_worker(
     torch.set_num_threads(max(1, int(config.scaling.cpus_per_worker)))
     device = ray.train.torch.get_device()
     callback = _RunCallback(run, data.classes, Monitoring(display_name, rank, device), config.scaling, writes=rank == 0)
-    outcome: loop.TrainResult | None = None
+    result: loop.TrainResult | None = None
 
     def stop_requested() -> bool:
         return (run.path / STOP_FILE).exists() or run.store.sync_error is not None
@@ -69,15 +69,15 @@ def run_worker(
         with run.store.worker_lock(token, rank):
             if rank == 0:
                 record_placement_group(run)
-            outcome = loop.train(config, data, run, device, callback, stop_requested)
+            result = loop.train(config, data, run, device, callback, stop_requested)
             callback.close()
     except MpsclError as error:
         log.error("%s", error)
-        told = {"exit_code": error.exit_code, "reason": str(error)}
-        if outcome is not None and error is run.store.sync_error:
-            # All workers have ended in order, because worker 0 cannot reach the storage; there is no place to say so.
-            return {"state": "failed", **told}
-        write_atomically(failure, json.dumps(told).encode())
+        content = {"exit_code": error.exit_code, "reason": str(error)}
+        if result is not None and error is run.store.sync_error:
+            # All workers ended in order because worker 0 cannot reach the storage, so it cannot write there either.
+            return {"state": "failed", **content}
+        write_atomically(failure, json.dumps(content).encode())
         run.store.upload(failure)
         raise
     except Exception:
@@ -85,51 +85,50 @@ def run_worker(
         raise
     finally:
         callback.close()
-    log.info("worker ends: %s", outcome)
-    return dataclasses.asdict(outcome)
+    log.info("worker ends: %s", result)
+    return dataclasses.asdict(result)
 
 
 STOP_THERE = "stop"
-"""Behind the global step in VALIDATION_GATE_FILE: the run is to end."""
+"""After the global step in VALIDATION_GATE_FILE: the run should stop."""
 
 _DECISION_S = 0.05, 0.5
-"""Time between two looks for a decision, on a disk and in a bucket."""
+"""Poll interval for a decision, on a disk and in a bucket."""
 
 
 def wait_for_decision(folder: RunDirectory, step: int, patience_s: float = 60.0) -> bool:
-    """Wait until it is decided whether a run goes on after a validation; at once where nobody decides.
+    """Wait until the scheduler has decided on a validation; returns at once for a run without a scheduler.
 
-    Without it a run that has fallen behind others would train on until word of it comes. One that is to end finds the
-    wish to stop in its folder when this returns.
+    Without the wait a run that should be stopped would train on until the decision arrives. When this returns, a run
+    that should stop has STOP_FILE in its folder.
 
     Args:
         folder: of the run.
         step: global step of the validation.
-        patience_s: longest wait.
+        patience_s: maximum wait.
 
     Returns:
-        Whether a decision came; False only after the longest wait.
+        Whether a decision arrived; False only after the maximum wait.
     """
     deadline = time.monotonic() + patience_s
     while True:
-        with suppress(StorageError):  # the run goes on while its storage is away
-            told = folder.control_files.read(VALIDATION_GATE_FILE)
-            if told is None:
+        with suppress(StorageError):  # training continues during an outage of the storage
+            decision = folder.control_files.read(VALIDATION_GATE_FILE)
+            if decision is None:
                 return True
-            decided, _, wish = told.partition(" ")
-            if wish == STOP_THERE:
+            decided, _, verdict = decision.partition(" ")
+            if verdict == STOP_THERE:
                 (folder.path / STOP_FILE).touch()
             if int(decided) >= step:
                 return True
-            folder.store.flush()  # who decides must see the validation
+            folder.store.flush()  # the scheduler must see the validation
         if time.monotonic() > deadline:
             return False
         time.sleep(_DECISION_S[folder.store.poll_interval_s > 0])
 
 
 class _RunCallback(loop.Callback):
-    """Exports metrics, and reports validations to Ray Train; worker 0 keeps TensorBoard, curves and notices of the run
-    folder up to date."""
+    """Exports metrics and reports validations to Ray Train; worker 0 writes TensorBoard, curves and warnings."""
 
     def __init__(
         self,
@@ -142,7 +141,7 @@ class _RunCallback(loop.Callback):
         self.folder, self.classes, self.monitoring, self.writes = folder, classes, monitoring, writes
         self.scaling = scaling
         self.waits = False
-        """Whether somebody decides after each validation if the run goes on."""
+        """Whether a scheduler decides after each validation if the run continues."""
         self.board: TensorBoard | None = None
 
     def on_start(self, step: int) -> None:
@@ -150,7 +149,7 @@ class _RunCallback(loop.Callback):
         log.info("training starts at step %d with %d workers", step, workers)
         if self.writes and least < most:
             self.on_warning(f"training with {workers} of {least} to {most} workers")
-        with suppress(StorageError):  # then nothing is waited for
+        with suppress(StorageError):  # then there is no wait
             self.waits = self.writes and self.folder.control_files.read(VALIDATION_GATE_FILE) is not None
         self.monitoring.saved()
         if self.writes:
@@ -167,7 +166,7 @@ class _RunCallback(loop.Callback):
         if validated:
             if self.writes:
                 plot_progress(self.folder.read_metrics(), self.folder.progress_image, self.folder.name)
-            # A report makes all workers wait for the controller: only after a validation.
+            # Only after a validation, because all workers wait for the controller in a report.
             ray.train.report(dict(record))
             if self.waits:
                 self.waits = wait_for_decision(self.folder, record["global_step"])
@@ -189,7 +188,7 @@ class _RunCallback(loop.Callback):
 
 
 def _log_to(file: Path) -> None:
-    """Send this worker's log to a file of the run, with the lines of earlier starts kept."""
+    """Append this worker's log to a file of the run."""
     logger = logging.getLogger("mpscl_ray")
     logger.setLevel(logging.INFO)
     handler = logging.FileHandler(file, encoding="utf-8")

@@ -14,7 +14,7 @@ from mpscl_ray.evaluate.scoring import evaluate_checkpoint
 from mpscl_ray.runs import checkpoint
 from mpscl_ray.runs.fork import fork
 from mpscl_ray.runs.run_directory import RunDirectory
-from mpscl_ray.train.ray import launch
+from mpscl_ray.train.domains import load_domains, model_description
 from tests.tiny import make_pair, tiny_config
 from tests.tiny_runs import train
 
@@ -117,9 +117,9 @@ def test_what_configs_say_is_shared_is_the_same_in_weights(
         assert (forked.phases / last / checkpoint.TENSORS).read_bytes() == (
             whole.phases / last / checkpoint.TENSORS
         ).read_bytes()
-    domains, _ = launch.load_domains(config)
+    domains, _ = load_domains(config)
     whole.write_config(to_yaml(config))
-    whole.write_model(launch.model_description(config, domains))
+    whole.write_model(model_description(config, domains))
     for phase, _ in config.schedule:
         evaluation = evaluate_checkpoint(whole.path, phase, device="cpu", workers=0, progress=False)
         assert evaluation.weights.phase == phase

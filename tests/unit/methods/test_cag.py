@@ -1,4 +1,4 @@
-"""CAG-UDA against its formulas in plain loops: anchors, pseudo-labels, distances, and what is not there."""
+"""CAG-UDA against its formulas in plain loops: anchors, pseudo-labels, distances, absent classes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def nearest_label(label: Tensor) -> Tensor:
 
 
 def trained(**settings: Any) -> tuple[Any, Batch]:
-    """A student that has learnt a little, and the slices of its next round."""
+    """A student after a little training, and the slices of its next round."""
     method = make("cag", **settings)
     method.start_phase(40)
     for step in range(12):
@@ -53,7 +53,7 @@ def slices_of(part: Batch) -> TrainingSlices:
         unlabelled=lambda: [(torch.arange(4), target[:4]), (torch.arange(4, 6), target[4:])],
         target_volumes=(range(2), range(2, 6)),
         size=(SIZE, SIZE),
-        pretrained_weights=dict,
+        source_only_weights=dict,
     )
 
 
@@ -82,8 +82,8 @@ def test_anchors_are_means_over_images_and_classes_of_agreeing_pixels() -> None:
     assert_equal_states(teacher.state_dict(), method.teacher.state_dict())
 
 
-def test_where_the_running_statistics_are_the_targets_anchors_are_made_with_those_of_the_source() -> None:
-    """Three passes in training mode, averaged by torch's own cumulative average; pseudo-labels as ever."""
+def test_with_target_statistics_anchors_use_those_of_the_source() -> None:
+    """Three passes in training mode, averaged by torch's own cumulative average; the same pseudo-labels as before."""
     method, part = trained(norm_statistics="target")
     slices = slices_of(part)
     method.prepare(slices)

@@ -36,7 +36,7 @@ def test_the_weight_map_is_of_each_image_by_itself() -> None:
     torch.testing.assert_close(ours[1:2], disagreement(one[1:2], other[1:2]))
 
 
-def test_the_likeness_of_the_heads_is_over_weights_and_biases() -> None:
+def test_the_similarity_of_the_heads_is_over_weights_and_biases() -> None:
     network = segmenter(0, twin_heads=True)
     assert network.layer5 is not None
     vectors = []
@@ -62,7 +62,7 @@ def test_focal_loss() -> None:
 
 
 def assert_step_is_the_formulas(method: Any, iteration: int, weighted: bool) -> None:
-    """Make a step of 100 and compare losses and gradients with what is written out here."""
+    """One step of 100; losses and gradients against the formulas written out here."""
     c, damping = method.config, 1 - iteration / 100
     networks = copy.deepcopy(method.networks)
     part = batch(3)

@@ -1,4 +1,4 @@
-"""IntraDA: the sorting of the target against plain loops, and what the second stage begins with."""
+"""IntraDA: the sorting of the target against plain loops, and the start of the second stage."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def test_the_sorting_is_part_of_the_state() -> None:
         assert torch.equal(getattr(other.split, field.name), getattr(method.split, field.name))
 
 
-def test_too_little_to_sort_is_told() -> None:
+def test_too_little_to_sort_is_an_error() -> None:
     method: IntraDA = make("intrada", unit="volume", easy_fraction=0.4)
     method.start_phase(10)
     with pytest.raises(DataError, match="2 volumes to train on, too few to sort"):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from mpscl_ray.methods import losses, prototypes, pseudo_labels
+from mpscl_ray.methods import losses, prototypes
 
 C = 4
 
@@ -413,7 +413,7 @@ def test_class_that_occurs_nowhere(generator: torch.Generator, form: losses.Marg
     labels = torch.randint(0, C, (2, 6, 6), generator=generator)
     centres = prototypes.initial_prototypes(*prototypes.prototype_sums(features, labels, C + 1)).float()
     cosine = losses.cosine_to_prototypes(features, centres)
-    chosen, mask = pseudo_labels.self_paced_pseudo_labels(cosine, 0.0)
+    chosen, mask = prototypes.self_paced_pseudo_labels(cosine, 0.0)
     assert not bool((chosen == C).any())
     source = value(losses.margin_contrastive_loss(cosine, labels, 0.4, 1.0, form=form))
     target = losses.margin_contrastive_loss(cosine, chosen, 0.2, 1.0, form=form, weights=mask).numerator
@@ -430,7 +430,7 @@ def everything(features: Tensor, centres: Tensor, logits: Tensor, labels: Tensor
     cosine = losses.cosine_to_prototypes(features, centres)
     small = prototypes.downsample_labels(labels, (features.shape[2], features.shape[3]))
     sums, counts = prototypes.prototype_sums(features, small, C)
-    chosen, selected = pseudo_labels.self_paced_pseudo_labels(cosine, 0.1)
+    chosen, selected = prototypes.self_paced_pseudo_labels(cosine, 0.1)
     cross_entropy = losses.weighted_cross_entropy(logits, labels, losses.class_counts(labels, C))
     return {
         "cosine": cosine,

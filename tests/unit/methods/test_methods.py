@@ -19,8 +19,7 @@ from mpscl_ray.errors import DataError
 from mpscl_ray.methods import METHODS, Batch
 from mpscl_ray.methods.losses import MASK_EPS, cosine_to_prototypes, margin_contrastive_loss
 from mpscl_ray.methods.mpscl import prototype_angles
-from mpscl_ray.methods.prototypes import downsample_labels
-from mpscl_ray.methods.pseudo_labels import self_paced_pseudo_labels
+from mpscl_ray.methods.prototypes import downsample_labels, self_paced_pseudo_labels
 from tests.tiny_methods import (
     CLASSES,
     MAKE,
@@ -126,7 +125,7 @@ class TestContract:
         assert_equal_states({"networks": after["networks"]}, {"networks": before["networks"]})
         assert all(not value.any() for value in leaves(after["optimisers"]).values())
 
-    def test_nothing_moves_from_the_first_non_finite_step_on(self, name: str) -> None:
+    def test_nothing_is_updated_after_a_non_finite_step(self, name: str) -> None:
         method = MAKE[name]()
         method.start_phase(10)
         bad = batch(0)
@@ -143,7 +142,7 @@ class TestContract:
         assert_equal_states(after, before)
         losses = reduce_metrics(method.non_finite_losses())
         assert any(math.isnan(value) for value in losses.values())
-        # Loaded from before it, training goes on.
+        # Training resumes from the state before it.
         method.load_state_dict(saved)
         assert float(method.step(batch(1), 0)["non_finite"]) == 0
         with pytest.raises(AssertionError):
@@ -196,7 +195,7 @@ class TestDeepLab:
 
 @pytest.mark.parametrize("name", ["advent", "mpscl", "sifa"])
 def test_learns_discs(name: str) -> None:
-    """With adversaries, with contrast, with networks of its own; that others learn, ten steps of the contract show."""
+    """With adversaries, with contrast, with its own networks; ten steps of the contract show that the others learn."""
     method = MAKE[name]()
     method.start_phase(30)
     for step in range(30):
@@ -254,7 +253,7 @@ def test_target_loss_is_a_mean_over_selected_pixels(form: str) -> None:
 
 
 def test_the_warm_up_is_mpscl_without_contrast() -> None:
-    """AdvEnt moves the networks as the adaptation with beta = gamma = 0 does, bit for bit."""
+    """AdvEnt updates the networks as the adaptation with beta = gamma = 0 does, bit for bit."""
     warm_up, baseline = make_advent(), make_mpscl(beta=0, gamma=0)
     for method in (warm_up, baseline):
         method.start_phase(10)
@@ -286,7 +285,7 @@ def test_prototypes_start_as_the_mean_feature_over_all_slices() -> None:
 
 
 @pytest.mark.parametrize("domains", ["mixture", "target"])
-def test_whose_passes_move_the_running_statistics(domains: str) -> None:
+def test_which_domains_update_the_running_statistics(domains: str) -> None:
     method = make_mpscl(norm_statistics=domains)
     method.start_phase(10)
     expected = copy.deepcopy(method.segmenter)

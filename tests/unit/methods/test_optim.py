@@ -102,7 +102,7 @@ def test_frozen_norms_are_not_decayed() -> None:
 
 
 @pytest.mark.parametrize("legacy", [None, {"block": 3}])
-def test_a_flagged_step_moves_neither_weights_nor_state(legacy: dict[str, int] | None) -> None:
+def test_a_flagged_step_updates_neither_weights_nor_state(legacy: dict[str, int] | None) -> None:
     module = network()
     config = OptimConfig(legacy_param_repeats=legacy)  # type: ignore[arg-type]
     for optimiser in (SegmenterSGD(module, config), DiscriminatorAdam(module, config)):
@@ -140,7 +140,7 @@ def test_guard_is_sticky_and_keeps_the_first_bad_losses(bad: float, place: str) 
     assert math.isfinite(losses["gradient_norm"]) == (place == "loss")
 
 
-def test_snapshot_goes_back_only_where_flagged() -> None:
+def test_snapshot_restores_only_where_flagged() -> None:
     tensors = [torch.arange(6.0).reshape(2, 3), torch.tensor(3), torch.zeros(2, dtype=torch.float64)]
     before = [tensor.clone() for tensor in tensors]
     for flag, restored in ((FINE, False), (BAD, True)):

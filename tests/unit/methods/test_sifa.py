@@ -65,7 +65,7 @@ def test_losses_and_gradients_of_all_sub_steps() -> None:
     for network in networks.values():
         network.requires_grad_(True).train()
     g, e, de = (networks[name] for name in ("generator", "segmenter", "decoder"))
-    d_a, d_b, d_p, d_pl = (networks[f"critic_{name}"] for name in ("source", "target", "prediction", "low"))
+    d_a, d_b, d_p, d_pl = (networks[f"discriminator_{name}"] for name in ("source", "target", "prediction", "low"))
 
     fake_b = g(a)
     on_fake, on_real = e(fake_b), e(b)
@@ -89,7 +89,7 @@ def test_losses_and_gradients_of_all_sub_steps() -> None:
     squared_norm = sum((p**2).sum() for p in e.parameters())
     totals: dict[str, Any] = {
         "generator": cycle + wants(d_b(fake_b)),
-        "critic_target": tells(d_b(b), d_b(fake_b)),
+        "discriminator_target": tells(d_b(b), d_b(fake_b)),
         "segmenter": segmentation(on_fake.main)
         + 0.1 * segmentation(on_fake.low)
         + 1e-4 * squared_norm / 2
@@ -99,9 +99,9 @@ def test_losses_and_gradients_of_all_sub_steps() -> None:
         + 0.1 * wants(verdict[:, 1]),
         "decoder": to_source,
         # "Real" for the auxiliary task is the reconstructed source, not the source itself.
-        "critic_source": tells(d_a(a)[:, 0], verdict[:, 0]) + tells(d_a(cycle_a)[:, 1], verdict[:, 1]),
-        "critic_prediction": tells(d_p(on_fake.main), d_p(on_real.main)),
-        "critic_low": tells(d_pl(on_fake.low), d_pl(on_real.low)),
+        "discriminator_source": tells(d_a(a)[:, 0], verdict[:, 0]) + tells(d_a(cycle_a)[:, 1], verdict[:, 1]),
+        "discriminator_prediction": tells(d_p(on_fake.main), d_p(on_real.main)),
+        "discriminator_low": tells(d_pl(on_fake.low), d_pl(on_real.low)),
     }
     assert totals.keys() == method.networks.keys()
     for name, total in totals.items():
@@ -112,8 +112,8 @@ def test_losses_and_gradients_of_all_sub_steps() -> None:
     for key, value in {
         "loss_segmentation": segmentation(on_fake.main),
         "loss_cycle": cycle,
-        "loss_discriminator_source": totals["critic_source"],
-        "loss_discriminator_prediction": totals["critic_prediction"],
+        "loss_discriminator_source": totals["discriminator_source"],
+        "loss_discriminator_prediction": totals["discriminator_prediction"],
     }.items():
         assert metrics[key] == pytest.approx(value.item(), rel=1e-3), key
 
@@ -122,7 +122,7 @@ def test_sub_steps_follow_each_other_with_fresh_weights() -> None:
     """With a rate that counts, the segmenter's sub-step sees images that the generator makes after its own."""
     images: list[Tensor] = []
     method = make_sifa(lr_generator=1e-2)
-    method.generator.register_forward_hook(lambda *arguments: images.append(arguments[2].detach()))
+    method.networks["generator"].register_forward_hook(lambda *arguments: images.append(arguments[2].detach()))
     method.start_phase(10)
     method.step(batch(0), 0)
     first, again = images[0], images[2]
@@ -130,7 +130,7 @@ def test_sub_steps_follow_each_other_with_fresh_weights() -> None:
     assert not torch.allclose(first, again, atol=1e-3)
 
 
-def test_running_statistics_move_in_the_segmenters_sub_step_alone() -> None:
+def test_only_the_segmenters_sub_step_updates_running_statistics() -> None:
     method = make_sifa()
     method.start_phase(10)
     norm = method.segmenter.shallow[1]
@@ -139,7 +139,7 @@ def test_running_statistics_move_in_the_segmenters_sub_step_alone() -> None:
     assert int(norm.num_batches_tracked) == 2
 
 
-def test_a_pool_gives_back_earlier_batches() -> None:
+def test_a_pool_returns_earlier_batches() -> None:
     pool, again = ImagePool(2, key=9), ImagePool(2, key=9)
     kept: list[float] = []
     given = []
@@ -173,7 +173,7 @@ def test_a_pool_gives_back_earlier_batches() -> None:
 
 def test_the_first_version() -> None:
     method = make_sifa(version="v1", dropout=0.25, segmenter_decay_every=2, prediction_ramp=(0.2, 0.6))
-    assert "critic_low" not in method.networks
+    assert "discriminator_low" not in method.networks
     method.start_phase(10)
     for iteration in range(5):
         metrics = method.step(batch(iteration), iteration)

@@ -21,8 +21,8 @@ from mpscl_ray.report import command as report
 from mpscl_ray.report import run as report_run
 from mpscl_ray.report.runs import choose_case, load, predict_case, read_runs
 from mpscl_ray.runs.run_directory import RunDirectory
+from mpscl_ray.train.domains import load_domains, model_description
 from mpscl_ray.train.feature_log import FeatureRecord
-from mpscl_ray.train.ray import launch
 from tests.s3 import serve, upload_folder
 from tests.tiny import CLASSES, make_dataset, make_pair, tiny_config
 from tests.tiny_runs import train
@@ -38,7 +38,7 @@ def tiny_run(
     config = tiny_config(source, target, [*overrides, f"run.name={folder.name}"])
     outcome, run = train(config, folder, stop_after)
     run.write_config(to_yaml(config))
-    run.write_model(launch.model_description(config, launch.load_domains(config)[0]))
+    run.write_model(model_description(config, load_domains(config)[0]))
     position = {"phase": outcome.phase, "iteration": outcome.iteration, "global_step": outcome.step}
     run.write_status("finished" if outcome.state == "finished" else "interrupted", exit_code=0, **position)
     return folder

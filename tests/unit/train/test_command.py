@@ -22,10 +22,8 @@ from mpscl_ray.runs import (
 from mpscl_ray.runs.run_directory import RunDirectory
 from mpscl_ray.train import command as train
 from mpscl_ray.train import run as train_run
-from mpscl_ray.train.ray import (
-    launch,
-    resources,
-)
+from mpscl_ray.train.domains import load_domains, model_description
+from mpscl_ray.train.ray import resources
 from tests.tiny import CLASSES, SETTINGS, make_dataset, make_pair, tiny_config
 
 ONE_WORKER = ("scaling.workers=1",)
@@ -163,7 +161,7 @@ def test_settings_that_cannot_be(command: Command, arguments: list[str], expecte
     assert expected in only_sentence(error)
 
 
-def test_all_wrong_settings_are_told_at_once(command: Command) -> None:
+def test_all_wrong_settings_are_reported_together(command: Command) -> None:
     code, _, error = command("small/mpscl", "optim.lrr=1", "data.batch_size=0", "phases.warm_up=x")
     assert code == ConfigError.exit_code
     assert all(key in error for key in ("optim.lrr", "data.batch_size", "phases.warm_up"))
@@ -216,7 +214,7 @@ def test_slices_too_small_for_the_discriminators(command: Command, tmp_path: Pat
     assert "needs slices of at least 32 x 32 pixels, these datasets have 28 x 40" in only_sentence(error)
     for setting in ("method.discriminator=patchgan", "phases.warm_up=0 phases.adaptation=0"):
         config = train.config_from_arguments(tiny(tmp_path, tmp_path / "runs", *setting.split()))
-        assert launch.load_domains(config)[0].source.size == (28, 40)
+        assert load_domains(config)[0].source.size == (28, 40)
 
 
 def test_pretrained_weights_that_do_not_fit(command: Command, tmp_path: Path, pair: Path) -> None:
@@ -263,7 +261,7 @@ def test_gpus_on_a_machine_without(
     assert "scaling.device=cpu" in error
 
 
-# ---------------------------------------------------------------------------------------------------- going on
+# ---------------------------------------------------------------------------------------------------- resuming
 
 
 @pytest.fixture
@@ -286,12 +284,12 @@ def test_settings_that_matter_must_not_change(
     assert load_config(begun.config_file).optim.lr == 0.01
 
     code, text, _ = command(*tiny(pair, tmp_path, "data.target=nowhere", "optim.lr=0.5", "--allow-change"))
-    assert code == DataError.exit_code, "goes on, as far as the dataset that is not there"
+    assert code == DataError.exit_code, "resumes, until the dataset that does not exist"
     assert "changed for the rest of the run: optim.lr: 0.01 in the run, 0.5 now" in text
     assert load_config(begun.config_file).optim.lr == 0.5
 
 
-def test_a_run_without_a_checkpoint_may_begin_anew_with_other_settings(
+def test_a_run_without_a_checkpoint_may_restart_with_other_settings(
     command: Command, pair: Path, tmp_path: Path
 ) -> None:
     command(*tiny(pair, tmp_path, "data.target=nowhere"))
@@ -301,12 +299,12 @@ def test_a_run_without_a_checkpoint_may_begin_anew_with_other_settings(
     assert load_config(tmp_path / "run" / "config.yaml").optim.lr == 0.5
 
 
-def test_a_run_must_go_on_with_the_data_it_began_with(
+def test_a_run_must_resume_with_the_data_it_started_with(
     begun: RunDirectory, command: Command, pair: Path, tmp_path: Path
 ) -> None:
     config = tiny_config(pair / "mr", pair / "ct", ONE_WORKER)
-    domains, _ = launch.load_domains(config)
-    begun.write_model(launch.model_description(config, domains))
+    domains, _ = load_domains(config)
+    begun.write_model(model_description(config, domains))
     changed = make_dataset(tmp_path / "changed", "ct", seed=2)
     code, _, error = command(*tiny(pair, tmp_path, f"data.target={changed}"))
     assert code == ConfigError.exit_code
@@ -343,7 +341,7 @@ def test_interrupted_before_ray_starts(
     def send(*arguments: object) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(launch, "load_domains", send)
+    monkeypatch.setattr("mpscl_ray.train.run.load_domains", send)
     before = signal.getsignal(signal.SIGTERM)
     code, text, _ = command(*tiny(pair, tmp_path))
     assert code == 130

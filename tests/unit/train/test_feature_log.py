@@ -18,7 +18,7 @@ from mpscl_ray.train.feature_log import PANEL_SLICES, FeatureRecord
 from mpscl_ray.train.phases import build_method, build_segmenter
 from tests.tiny import CLASSES, SIZE, make_dataset, tiny_config
 
-PLACE = {"global_step": 8, "phase": "adaptation", "iteration": 0}
+POSITION = {"global_step": 8, "phase": "adaptation", "iteration": 0}
 
 
 def method_of(config: Config, source: Path) -> MPSCL:
@@ -74,9 +74,9 @@ def by_loop(method: MPSCL, slices: LocalSlices) -> dict[str, Any]:
 def test_histograms_count_each_pixel_at_its_angle(method: MPSCL, data: Path, tmp_path: Path) -> None:
     slices = LocalSlices(data / "ct", "val", labels=True)
     record = FeatureRecord(tmp_path)
-    record.look(method, slices, 4, PLACE)
+    record.record(method, slices, 4, POSITION)
     (found,) = record.read()
-    assert {key: found[key] for key in PLACE} == PLACE
+    assert {key: found[key] for key in POSITION} == POSITION
     assert (found["volumes"], found["delta_th"]) == (2, 0.002)
     pixels = 2 * 5 * math.prod(record.read_panels()[0].nearest.shape[1:])
     for name, expected in by_loop(method, slices).items():
@@ -90,7 +90,7 @@ def test_histograms_count_each_pixel_at_its_angle(method: MPSCL, data: Path, tmp
 def test_panel_shows_slices_of_the_first_volume(method: MPSCL, data: Path, tmp_path: Path) -> None:
     slices = LocalSlices(data / "ct", "val", labels=True)
     record = FeatureRecord(tmp_path)
-    record.look(method, slices, 4, PLACE)
+    record.record(method, slices, 4, POSITION)
     shown = record.read_slices()
     assert shown is not None
     case, arrays = next(slices.volumes())
@@ -104,10 +104,10 @@ def test_panel_shows_slices_of_the_first_volume(method: MPSCL, data: Path, tmp_p
     assert (panel.selected == (panel.difference > method.config.delta_th)).all()
 
 
-def test_looking_changes_neither_network_nor_random_numbers(method: MPSCL, data: Path, tmp_path: Path) -> None:
+def test_recording_changes_neither_network_nor_random_numbers(method: MPSCL, data: Path, tmp_path: Path) -> None:
     before = {name: tensor.clone() for name, tensor in method.segmenter.state_dict().items()}
     random = torch.get_rng_state()
-    FeatureRecord(tmp_path).look(method, LocalSlices(data / "ct", "val", labels=True), 4, PLACE)
+    FeatureRecord(tmp_path).record(method, LocalSlices(data / "ct", "val", labels=True), 4, POSITION)
     assert method.segmenter.training
     assert (torch.get_rng_state() == random).all()
     assert all((tensor == before[name]).all() for name, tensor in method.segmenter.state_dict().items())
@@ -115,28 +115,28 @@ def test_looking_changes_neither_network_nor_random_numbers(method: MPSCL, data:
 
 def test_without_labels_there_is_nothing_of_labels(method: MPSCL, data: Path, tmp_path: Path) -> None:
     record = FeatureRecord(tmp_path)
-    record.look(method, LocalSlices(data / "ct", "val", labels=False), 4, PLACE)
+    record.record(method, LocalSlices(data / "ct", "val", labels=False), 4, POSITION)
     assert not {"label", "selected_confusion"} & record.read()[0].keys()
     assert "label" not in (record.read_slices() or {})
 
 
 @pytest.mark.parametrize("overrides", [["method.beta=0", "method.gamma=0"], None], ids=["baseline", "no validation"])
-def test_nothing_is_recorded_where_there_is_nothing_to_look_at(
+def test_nothing_is_recorded_without_contrast_or_validation(
     data: Path, tmp_path: Path, overrides: list[str] | None
 ) -> None:
     method = method_of(tiny_config(data / "mr", data / "ct", overrides or []), data / "mr")
     slices = LocalSlices(data / "ct", "val", labels=True) if overrides else None
     record = FeatureRecord(tmp_path)
-    record.look(method, slices, 4, PLACE)
+    record.record(method, slices, 4, POSITION)
     assert (record.read(), record.read_panels(), record.read_slices()) == ([], [], None)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_rewind_drops_later_looks(method: MPSCL, data: Path, tmp_path: Path) -> None:
+def test_rewind_drops_later_records(method: MPSCL, data: Path, tmp_path: Path) -> None:
     slices = LocalSlices(data / "ct", "val", labels=True)
     record = FeatureRecord(tmp_path)
     for step in (4, 6, 9):
-        record.look(method, slices, 4, PLACE | {"global_step": step})
+        record.record(method, slices, 4, POSITION | {"global_step": step})
     record.rewind(6)
     assert [entry["global_step"] for entry in record.read()] == [4, 6]
     assert [panel.global_step for panel in record.read_panels()] == [4, 6]
@@ -145,4 +145,4 @@ def test_rewind_drops_later_looks(method: MPSCL, data: Path, tmp_path: Path) -> 
 def test_a_folder_that_cannot_be_written_is_a_plain_error(method: MPSCL, data: Path, tmp_path: Path) -> None:
     (tmp_path / "pseudo_labels").write_text("a file in the way")
     with pytest.raises(StorageError, match="pseudo_labels"):
-        FeatureRecord(tmp_path).look(method, LocalSlices(data / "ct", "val", labels=True), 4, PLACE)
+        FeatureRecord(tmp_path).record(method, LocalSlices(data / "ct", "val", labels=True), 4, POSITION)

@@ -1,4 +1,4 @@
-"""A training on Ray before it starts and after it ended: what it opens, and how it says why it ended."""
+"""A training on Ray before it starts and after it ended: the data it opens, and the error it ends with."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from mpscl_ray.data.loader import LocalSlices
 from mpscl_ray.errors import ClusterError, StorageError, TrainingError
 from mpscl_ray.runs.control_files import FAILURE_FILE, STOP_FILE
 from mpscl_ray.runs.run_directory import RunDirectory
+from mpscl_ray.train.domains import load_domains, open_data
 from mpscl_ray.train.ray import launch
 from mpscl_ray.train.ray.failures import causes
 from tests.tiny import local_data, make_dataset, make_pair, tiny_config
@@ -40,7 +41,7 @@ def test_labels_are_opened_for_training_slices_of_one_domain_alone(pair: Path) -
     for preset, training_slices in expected.items():
         del opened[:]
         config = tiny_config(pair / "mr", pair / "ct", preset=preset)
-        data = launch.open_data(config, launch.load_domains(config)[0], open_slices)
+        data = open_data(config, load_domains(config)[0], open_slices)
         assert set(opened) == training_slices | {("mr", "val", True), ("ct", "val", True)}
         assert (data.unlabelled is None) == (preset != "small/mpscl")
 
@@ -51,16 +52,16 @@ def test_validation_slices_are_opened_with_labels_only_if_all_have_them(pair: Pa
 
     target = make_dataset(tmp_path / "ct", "ct", seed=1, labelled=("train",))
     config = tiny_config(pair / "mr", target)
-    domains, warnings = launch.load_domains(config)
-    data = launch.open_data(config, domains, open_slices)
+    domains, warnings = load_domains(config)
+    data = open_data(config, domains, open_slices)
     assert warnings == []
     assert data.validation["source"].files.labels
     assert not data.validation["target"].files.labels
 
     source = make_dataset(tmp_path / "mr", "mr", cases={"train": 2})
     config = tiny_config(source, make_dataset(tmp_path / "bare", "ct", seed=1, labelled=(), cases={"train": 1}))
-    domains, warnings = launch.load_domains(config)
-    assert launch.open_data(config, domains, open_slices).validation == {}
+    domains, warnings = load_domains(config)
+    assert open_data(config, domains, open_slices).validation == {}
     assert any("no labelled validation cases" in warning for warning in warnings)
 
 
@@ -78,15 +79,15 @@ def test_workers_that_fail_too_often_end_the_run_with_their_causes(pair: Path, t
     config = tiny_config(pair / "mr", pair / "ct", ["run.restarts=2"])
     launched = launch.Launch(config, folder, local_data(config), False)
     died = ray.exceptions.ActorDiedError()
-    error = launched._explained(ray.train.WorkerGroupError("text", {1: died}))
+    error = launched._explain(ray.train.WorkerGroupError("text", {1: died}))
     assert isinstance(error, TrainingError)
     assert "workers failed 3 times, which is once more than run.restarts allows" in str(error)
     assert "worker 1 was lost: its process died" in str(error)
-    error = launched._explained(ray.exceptions.RaySystemError("gone"))
+    error = launched._explain(ray.exceptions.RaySystemError("gone"))
     assert isinstance(error, ClusterError)
     assert "Ray ended the training" in str(error)
     defect = KeyError("x")
-    assert launched._explained(defect) is defect
+    assert launched._explain(defect) is defect
 
 
 def launched(pair: Path, folder: RunDirectory, train: Callable[[], dict[str, Any]]) -> launch.Launch:
@@ -95,23 +96,23 @@ def launched(pair: Path, folder: RunDirectory, train: Callable[[], dict[str, Any
     return launch.Launch(config, folder, local_data(config), False, fit=lambda *_: train())
 
 
-def test_what_a_worker_could_not_go_on_with_is_raised_as_what_it_was(pair: Path, tmp_path: Path) -> None:
+def test_the_error_of_a_worker_is_raised_with_its_own_type(pair: Path, tmp_path: Path) -> None:
     failure = tmp_path / FAILURE_FILE
-    told = {"exit_code": StorageError.exit_code, "reason": "no space left"}
+    error = {"exit_code": StorageError.exit_code, "reason": "no space left"}
 
     def fails() -> dict[str, Any]:
-        failure.write_text(json.dumps(told))
-        raise RuntimeError("what Ray makes of it")
+        failure.write_text(json.dumps(error))
+        raise RuntimeError("the error of Ray")
 
-    for train in (fails, lambda: {"state": "failed", **told}):
+    for train in (fails, lambda: {"state": "failed", **error}):
         training = launched(pair, RunDirectory(tmp_path), train)
         training.start()
         with pytest.raises(StorageError, match="no space left"):
             training.wait(lambda: None)
-        assert not failure.exists(), "the next start is not told of it"
+        assert not failure.exists(), "the next start does not see it"
 
 
-def test_a_stop_is_passed_on_and_ends_no_later_start(pair: Path, tmp_path: Path) -> None:
+def test_a_stop_ends_the_training_and_no_later_start(pair: Path, tmp_path: Path) -> None:
     stop = tmp_path / STOP_FILE
 
     def train() -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The training loop without Ray: phases, checkpoints, going on, odd data."""
+"""The training loop without Ray: phases, checkpoints, resuming, unusual data."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from mpscl_ray.errors import ConfigError, DataError
 from mpscl_ray.runs import checkpoint
 from mpscl_ray.runs.run_directory import RunDirectory
 from mpscl_ray.train import loop, timing
+from mpscl_ray.train.checkpointing import newest_checkpoint
 from mpscl_ray.train.feature_log import FeatureRecord
 from tests.tiny import SIZE, local_data, make_dataset, make_pair, tiny_config
-from tests.tiny_runs import Killed, Killer, Watcher, hashes, train
+from tests.tiny_runs import Killed, Killer, RecordingCallback, hashes, train
 
 TEN_STEPS = ("phases.source_only=3", "phases.warm_up=3", "run.report_every=1")
 """Three, three and four iterations."""
@@ -34,7 +35,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def contents(directory: Path) -> dict[str, str]:
-    """SHA-256 of each file: what differs is told in a line, not in a comparison of megabytes."""
+    """SHA-256 of each file: what differs is reported in a line, not in a comparison of megabytes."""
     files = sorted(directory.iterdir())
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
@@ -67,13 +68,13 @@ def assert_same_features(one: RunDirectory, other: RunDirectory) -> None:
             assert (getattr(ours, name) == getattr(theirs, name)).all(), name
 
 
-# ------------------------------------------------------------------------------------------------------ going on
+# ------------------------------------------------------------------------------------------------------ resuming
 
 
 @pytest.fixture(scope="module")
-def straight(pair: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunDirectory, Watcher]:
-    """Ten steps in one go, and what it told."""
-    watcher = Watcher()
+def straight(pair: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunDirectory, RecordingCallback]:
+    """Ten steps in one go, and its callback."""
+    watcher = RecordingCallback()
     outcome, run = train(
         tiny_config(pair / "mr", pair / "ct", TEN_STEPS), tmp_path_factory.mktemp("run"), None, watcher
     )
@@ -82,18 +83,18 @@ def straight(pair: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunD
 
 
 @pytest.mark.parametrize("cut", [1, 3, 5, 6, 8, 10], ids=lambda cut: f"after step {cut}")
-def test_a_run_goes_on_from_any_step_as_if_it_had_not_stopped(
-    pair: Path, straight: tuple[RunDirectory, Watcher], tmp_path: Path, cut: int
+def test_a_run_resumes_from_any_step_as_if_it_had_not_stopped(
+    pair: Path, straight: tuple[RunDirectory, RecordingCallback], tmp_path: Path, cut: int
 ) -> None:
-    """Steps 3, 6 and 10 end a phase; the end is written down after the checkpoint, so it is still to be done."""
+    """Steps 3, 6 and 10 end a phase; the end is saved after the checkpoint, so it is still to be done."""
     config = tiny_config(pair / "mr", pair / "ct", TEN_STEPS)
-    before, after = Watcher(), Watcher()
+    before, after = RecordingCallback(), RecordingCallback()
     outcome, run = train(config, tmp_path, cut, before)
     assert (outcome.state, outcome.step) == ("interrupted", cut)
     outcome, _ = train(config, tmp_path, None, after)
     assert (outcome.state, outcome.step) == ("finished", 10)
     assert after.starts == [cut]
-    assert "going on" in after.notices[0]
+    assert "resuming" in after.warnings[0]
 
     folder, whole = straight
     assert len(before.batches) == cut
@@ -109,13 +110,13 @@ def test_a_run_goes_on_from_any_step_as_if_it_had_not_stopped(
 
 @pytest.mark.parametrize(("killed", "kept"), [(7, 6), (10, 8)], ids=["after a start", "after a validation"])
 def test_a_killed_run_repeats_what_came_after_its_last_checkpoint(
-    pair: Path, straight: tuple[RunDirectory, Watcher], tmp_path: Path, killed: int, kept: int
+    pair: Path, straight: tuple[RunDirectory, RecordingCallback], tmp_path: Path, killed: int, kept: int
 ) -> None:
-    """It has looked at features since: at the start of the adaptation, at its last validation."""
+    """It has recorded features since: at the start of the adaptation, at its last validation."""
     config = tiny_config(pair / "mr", pair / "ct", TEN_STEPS)
     with pytest.raises(Killed):
         train(config, tmp_path, None, Killer(lambda record: record["global_step"] == killed))
-    folder, watcher = RunDirectory(tmp_path), Watcher()
+    folder, watcher = RunDirectory(tmp_path), RecordingCallback()
     assert folder.read_metrics()[-1]["global_step"] == killed
     train(config, tmp_path, None, watcher)
     assert watcher.starts == [kept]
@@ -127,23 +128,23 @@ def test_a_killed_run_repeats_what_came_after_its_last_checkpoint(
     assert_same_features(straight[0], folder)
 
 
-def test_a_damaged_checkpoint_is_passed_over_with_a_notice(
-    pair: Path, straight: tuple[RunDirectory, Watcher], tmp_path: Path
+def test_a_damaged_checkpoint_is_skipped_with_a_warning(
+    pair: Path, straight: tuple[RunDirectory, RecordingCallback], tmp_path: Path
 ) -> None:
     config = tiny_config(pair / "mr", pair / "ct", TEN_STEPS)
     _, run = train(config, tmp_path, stop_after=6)
     older, newest = checkpoint.list_checkpoints(run.checkpoints)
     flip_a_bit(newest / checkpoint.TENSORS)
-    told = Watcher()
-    outcome, _ = train(config, tmp_path, callback=told)
+    callback = RecordingCallback()
+    outcome, _ = train(config, tmp_path, callback=callback)
     assert outcome.step == 10
-    assert told.starts == [checkpoint.step_of(older)]
-    assert newest.name in told.notices[0]
-    assert "damaged" in told.notices[0]
+    assert callback.starts == [checkpoint.step_of(older)]
+    assert newest.name in callback.warnings[0]
+    assert "damaged" in callback.warnings[0]
     assert_same_state(straight[0].phases / "adaptation", run.phases / "adaptation")
 
 
-def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(pair: Path, tmp_path: Path) -> None:
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_restart(pair: Path, tmp_path: Path) -> None:
     config = tiny_config(pair / "mr", pair / "ct", TEN_STEPS)
     _, run = train(config, tmp_path, stop_after=6)
     for directory in checkpoint.list_checkpoints(run.checkpoints):
@@ -180,11 +181,11 @@ def test_pretrained_weights_are_read_at_the_start_alone(pair: Path, tmp_path: Pa
     _, other = train(tiny_config(pair / "mr", pair / "ct", ["run.seed=5", "phases.warm_up=0"]), tmp_path / "other")
     trained = checkpoint.load(other.phases / "source_only")["method"]["networks"]["segmenter"]
     torch.save(trained, weights)
-    told = Watcher()
-    _, run = train(config, tmp_path / "run", stop_after=2, callback=told)
+    callback = RecordingCallback()
+    _, run = train(config, tmp_path / "run", stop_after=2, callback=callback)
     started = checkpoint.load(run.checkpoints / "step-0000002")["method"]["networks"]["segmenter"]
     assert torch.equal(started["conv1.weight"], trained["conv1.weight"])
-    assert told.notices == [f"{len(trained)} tensors loaded from {weights}"]
+    assert callback.warnings == [f"{len(trained)} tensors loaded from {weights}"]
     weights.unlink()
     assert train(config, tmp_path / "run")[0].state == "finished"
 
@@ -198,17 +199,17 @@ def flip_a_bit(file: Path) -> None:
 # ------------------------------------------------------------------------------------------------------- records
 
 
-def test_what_a_run_leaves_and_tells(pair: Path, tmp_path: Path) -> None:
-    told = Watcher()
-    outcome, run = train(tiny_config(pair / "mr", pair / "ct", ["run.keep_checkpoints=3"]), tmp_path, callback=told)
+def test_files_and_callbacks_of_a_run(pair: Path, tmp_path: Path) -> None:
+    callback = RecordingCallback()
+    outcome, run = train(tiny_config(pair / "mr", pair / "ct", ["run.keep_checkpoints=3"]), tmp_path, callback=callback)
     assert outcome == loop.TrainResult("finished", "adaptation", 4, 12)
     records = run.read_metrics()
     assert [record["global_step"] for record in records] == [2, 4, 6, 8, 10, 12]
     assert [record["phase"] for record in records] == ["source_only"] * 2 + ["warm_up"] * 2 + ["adaptation"] * 2
     assert [record["iteration"] for record in records] == [2, 4] * 3
-    assert told.starts == [0]
-    assert told.notices == []
-    assert told.validated == [4, 8, 12]
+    assert callback.starts == [0]
+    assert callback.warnings == []
+    assert callback.validated == [4, 8, 12]
     assert [path.name for path in checkpoint.list_checkpoints(run.checkpoints)] == [
         "step-0000008",
         "step-0000010",
@@ -232,15 +233,15 @@ def test_what_a_run_leaves_and_tells(pair: Path, tmp_path: Path) -> None:
         assert 0 <= record["speed/data_wait_fraction"] <= 1
         assert all(math.isfinite(value) for value in record.values() if isinstance(value, float))
 
-    assert [step for step, *_ in told.panels] == [4, 8, 12]
-    _, images, predictions, labels = told.panels[-1]
+    assert [step for step, *_ in callback.panels] == [4, 8, 12]
+    _, images, predictions, labels = callback.panels[-1]
     assert images.shape == predictions.shape == (4, *SIZE)
     assert labels is not None
     assert labels.shape == (4, *SIZE)
 
 
-def test_each_phase_goes_on_in_the_data_where_the_one_before_ended(
-    pair: Path, straight: tuple[RunDirectory, Watcher]
+def test_each_phase_continues_in_the_data_where_the_one_before_ended(
+    pair: Path, straight: tuple[RunDirectory, RecordingCallback]
 ) -> None:
     config = tiny_config(pair / "mr", pair / "ct", TEN_STEPS)
     source, number = local_data(config).labelled, config.data.batch_size
@@ -252,7 +253,7 @@ def test_each_phase_goes_on_in_the_data_where_the_one_before_ended(
             assert torch.equal(batch.source_image, expected["image"]), step
 
 
-def test_each_phase_begins_with_the_weights_of_the_one_before(pair: Path, tmp_path: Path) -> None:
+def test_each_phase_starts_with_the_weights_of_the_one_before(pair: Path, tmp_path: Path) -> None:
     config = tiny_config(pair / "mr", pair / "ct", ["optim.lr=1e-30", "optim.lr_discriminator=1e-30"])
     _, run = train(config, tmp_path)
     phases = [
@@ -274,7 +275,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_anything_moves(pair: Path
     losses = {"loss_cross_entropy_main", "loss_dice_main", "loss_adversarial_main", "gradient_norm"}
     assert losses <= outcome.losses.keys()
     assert any(not math.isfinite(value) for value in outcome.losses.values())
-    found, notices = loop.newest_checkpoint(run)
+    found, notices = newest_checkpoint(run)
     assert found == run.checkpoints / "step-0000003"
     assert notices == []
     for network in checkpoint.load(found)["method"]["networks"].values():
@@ -287,29 +288,29 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_anything_moves(pair: Path
     assert_same_state(run.phases / "adaptation", other.phases / "adaptation")
 
 
-def test_stop_looks_come_about_twice_a_second() -> None:
+def test_a_stop_is_polled_about_twice_a_second() -> None:
     now = [0.0]
     asked: list[int] = []
     step = 0
-    looks = timing.StopPoller(lambda: bool(asked.append(step)), clock=lambda: now[0])
+    poller = timing.StopPoller(lambda: bool(asked.append(step)), clock=lambda: now[0])
     for step in range(1, 41):
         now[0] += 0.05 if step <= 20 else 5.0
-        looks.should_stop(step)
+        poller.should_stop(step)
     assert asked[:3] == [1, 11, 21]
     assert asked[3:] == list(range(22, 41)), "slow steps: after each"
     asked.clear()
     for step in range(41, 1041):
         now[0] += 1e-4
-        looks.should_stop(step)
+        poller.should_stop(step)
     gaps = [after - before for before, after in itertools.pairwise(asked)]
-    assert max(gaps) == timing.MOST_STEPS_UNSEEN
+    assert max(gaps) == timing.MAX_STEPS_BETWEEN_POLLS
 
 
 # ------------------------------------------------------------------------------------------------- target labels
 
 
 def test_labels_of_target_training_slices_change_nothing(
-    pair: Path, straight: tuple[RunDirectory, Watcher], tmp_path: Path
+    pair: Path, straight: tuple[RunDirectory, RecordingCallback], tmp_path: Path
 ) -> None:
     """Permuted, absent, or damaged bytes in their place: the weights are the same, so they are not even read."""
     run, _ = straight
@@ -361,15 +362,15 @@ def test_the_best_checkpoint_is_chosen_without_target_labels(pair: Path, tmp_pat
 
 def test_a_target_without_validation_labels(pair: Path, tmp_path: Path) -> None:
     target = make_dataset(tmp_path / "ct", "ct", seed=1, labelled=())
-    told = Watcher()
-    outcome, run = train(tiny_config(pair / "mr", target), tmp_path / "run", callback=told)
+    callback = RecordingCallback()
+    outcome, run = train(tiny_config(pair / "mr", target), tmp_path / "run", callback=callback)
     assert outcome.state == "finished"
     record = run.read_metrics()[-1]
     assert "val/entropy" in record
     assert not any(key.startswith("val/dice") for key in record)
     assert record["val/selection"] == pytest.approx(record["val/source/dice/mean"] - record["val/entropy"])
     assert checkpoint.load(run.best)["selected_by"] == "label_free"
-    assert told.panels[-1][3] is None
+    assert callback.panels[-1][3] is None
 
 
 @pytest.mark.parametrize("held_out", ["source", "none"])
@@ -377,19 +378,19 @@ def test_without_validation_splits(pair: Path, tmp_path: Path, held_out: str) ->
     counts = {"train": 2}
     target = make_dataset(tmp_path / "ct", "ct", labelled=(), seed=1, cases=counts)
     source = pair / "mr" if held_out == "source" else make_dataset(tmp_path / "mr", "mr", cases=counts)
-    told = Watcher()
-    outcome, run = train(tiny_config(source, target), tmp_path / "run", callback=told)
+    callback = RecordingCallback()
+    outcome, run = train(tiny_config(source, target), tmp_path / "run", callback=callback)
     assert outcome.state == "finished"
     assert run.best.is_dir() == (held_out == "source")
     record = run.read_metrics()[-1]
     assert ("val/selection" in record) == (held_out == "source")
     assert "val/entropy" not in record
-    assert told.panels == []
+    assert callback.panels == []
 
 
 @pytest.mark.parametrize("preset", ["small/source_only", "small/supervised"])
 def test_the_bounds(pair: Path, tmp_path: Path, preset: str) -> None:
-    watcher = Watcher()
+    watcher = RecordingCallback()
     _, run = train(tiny_config(pair / "mr", pair / "ct", preset=preset), tmp_path, None, watcher)
     phase = preset.partition("/")[2]
     assert [path.name for path in run.phases.iterdir()] == [phase]
@@ -399,7 +400,7 @@ def test_the_bounds(pair: Path, tmp_path: Path, preset: str) -> None:
     assert (brightest > 0.5) == (phase == "source_only"), "ventricles are 0.8 in the source and 0.5 in the target"
 
 
-# ------------------------------------------------------------------------------------------------------ odd data
+# ------------------------------------------------------------------------------------------------------ unusual data
 
 
 @pytest.mark.parametrize(

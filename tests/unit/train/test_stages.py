@@ -1,4 +1,4 @@
-"""Methods with stages: killed within a stage or between two, a run ends as one that was not, without target labels."""
+"""Methods with stages: a run killed within or between stages ends like one that was not. No target labels."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from mpscl_ray.data.dataset import load_manifest
 from mpscl_ray.runs import checkpoint
 from mpscl_ray.runs.run_directory import RunDirectory
 from tests.tiny import STAGES, local_data, make_dataset, tiny_config
-from tests.tiny_runs import Killed, Killer, Watcher, train
+from tests.tiny_runs import Killed, Killer, RecordingCallback, train
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The target has not one label."""
+    """The target has no label."""
     base = tmp_path_factory.mktemp("stages")
     make_dataset(base / "mr", "mr")
     make_dataset(base / "ct", "ct", seed=1, labelled=())
@@ -44,7 +44,7 @@ def straight(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 
 
 @pytest.mark.parametrize(("name", "cut"), [("intrada", 4), ("intrada", 7), ("cag", 5), ("cag", 6)])
-def test_a_run_that_was_stopped_goes_on_bit_for_bit(
+def test_a_stopped_run_resumes_bit_for_bit(
     data: Path, straight: dict[str, dict[str, tuple[bytes, bytes]]], tmp_path: Path, name: str, cut: int
 ) -> None:
     """After step 4 the stages of IntraDA and CAG begin, after 6 and 8 the next rounds of CAG."""
@@ -54,7 +54,7 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_a_run_that_was_killed_goes_on_bit_for_bit(
+def test_a_killed_run_resumes_bit_for_bit(
     data: Path, straight: dict[str, dict[str, tuple[bytes, bytes]]], tmp_path: Path, name: str
 ) -> None:
     """Killed after the first step of a stage, before its first checkpoint: the stage is prepared again."""
@@ -71,7 +71,7 @@ def test_the_second_stage_of_intrada_sees_the_target_alone(data: Path, tmp_path:
         [*STAGES["intrada"], "phases.adaptation=10", *(f"data.augmentation.{change}" for change in NONE)],
         preset="small/intrada",
     )
-    watcher = Watcher()
+    watcher = RecordingCallback()
     _, folder = train(config, tmp_path, None, watcher)
     state = checkpoint.load(folder.phases / "adaptation")["method"]["split"]
     slices = local_data(config).unlabelled
@@ -82,12 +82,12 @@ def test_the_second_stage_of_intrada_sees_the_target_alone(data: Path, tmp_path:
     for batch in watcher.batches[4:]:
         assert batch.target_image is not None
         for image, label in zip(batch.source_image, batch.source_label, strict=True):
-            (place,) = (index for index in range(12) if torch.equal(easy[index], image))
-            assert torch.equal(label.to(torch.uint8), state["pseudo_labels"][place])
+            (row,) = (index for index in range(12) if torch.equal(easy[index], image))
+            assert torch.equal(label.to(torch.uint8), state["pseudo_labels"][row])
         assert all(any(torch.equal(image, other) for other in hard) for image in batch.target_image)
 
 
-def test_each_round_of_cag_has_the_end_of_the_one_before_as_its_teacher(data: Path, tmp_path: Path) -> None:
+def test_the_teacher_of_each_round_of_cag_is_the_end_of_the_round_before(data: Path, tmp_path: Path) -> None:
     _, folder = train(config_of(data, "cag"), tmp_path)
     states = [checkpoint.load(folder.phases / name)["method"] for name in ("warm_up", *ROUNDS)]
     for before, state in itertools.pairwise(states):

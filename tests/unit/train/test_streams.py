@@ -1,17 +1,20 @@
-"""What a method may look at before its phase, over numbers of workers."""
+"""The slices that a method gets before and in its phase, with different numbers of workers."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from mpscl_ray.errors import DataError
 from mpscl_ray.methods.base import TrainingSlices
 from mpscl_ray.train.streams import open_streams, training_slices
 from tests.tiny import local_data, make_pair, tiny_config
-from tests.tiny_methods import make_advent
+from tests.tiny_methods import make_advent, make_mpscl
 
 CPU = torch.device("cpu")
 
@@ -21,9 +24,9 @@ def folder(tmp_path: Path) -> Path:
     return make_pair(tmp_path)
 
 
-def slices_of(folder: Path, rank: int = 0, workers: int = 1) -> TrainingSlices:
-    """What worker ``rank`` of so many sees of 18 slices a domain, four at a time."""
-    config = tiny_config(folder / "mr", folder / "ct")
+def slices_of(folder: Path, rank: int = 0, workers: int = 1, overrides: Sequence[str] = ()) -> TrainingSlices:
+    """What worker ``rank`` of so many gets of 18 slices per domain, four at a time."""
+    config = tiny_config(folder / "mr", folder / "ct", overrides)
     return training_slices(config, local_data(config), CPU, dict, rank, workers)
 
 
@@ -42,7 +45,7 @@ def test_each_slice_comes_once_whatever_the_number_of_workers(folder: Path) -> N
     assert [sum(len(rows) for rows, _ in share.unlabelled()) for share in shares] == [4, 5, 4, 5]
 
 
-def test_in_step_all_workers_have_equal_parts_of_the_same_batches(folder: Path) -> None:
+def test_synchronised_batches_have_equal_parts_on_all_workers(folder: Path) -> None:
     """One pass in five batches of four; the last has two slices of the next pass."""
     alone = slices_of(folder)
     whole = list(alone.synchronised_source_batches())
@@ -56,7 +59,7 @@ def test_in_step_all_workers_have_equal_parts_of_the_same_batches(folder: Path) 
 
 
 def test_intensities_are_remapped_in_the_labelled_domain_alone(folder: Path) -> None:
-    """The target has to keep the look that it is adapted to."""
+    """The target has to keep its appearance."""
     still = ("rotation_deg=0", "scale=[1,1]", "translation=0", "intensity_mapping=1")
     config = tiny_config(folder / "mr", folder / "ct", [f"data.augmentation.{change}" for change in still])
     data = local_data(config)
@@ -68,3 +71,17 @@ def test_intensities_are_remapped_in_the_labelled_domain_alone(folder: Path) -> 
             (whole,) = (batch["image"] for batch in slices.shard(0, 1, slices.rows))
             images = as_set(stream.next()["image"])
             assert images <= as_set(whole) if kept else images.isdisjoint(as_set(whole))
+
+
+def test_the_adaptation_starts_from_the_prototypes_of_a_file(folder: Path) -> None:
+    file = folder / "centres.npy"
+    method = make_mpscl()
+    centres = np.random.default_rng(0).normal(size=(1, *method.prototypes.shape, 1)).astype(np.float32)
+    np.save(file, centres)
+    assert slices_of(folder).pretrained_prototypes is None
+    slices = slices_of(folder, overrides=[f"network.pretrained_prototypes={file}"])
+    method.prepare(slices)
+    assert np.array_equal(method.prototypes.numpy(), centres[0, ..., 0])
+    np.save(file, centres[:, :2])
+    with pytest.raises(DataError, match="class centres"):
+        method.prepare(slices)

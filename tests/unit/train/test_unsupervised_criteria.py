@@ -38,7 +38,7 @@ def test_nuclear_norm_is_that_of_the_matrix_of_predictions() -> None:
     assert criteria.nuclear_norm(moments(predictions)) == pytest.approx(float(expected))
 
 
-def test_neighbourhood_density_counts_alike_predictions() -> None:
+def test_neighbourhood_density_counts_similar_predictions() -> None:
     alike = torch.tensor([[0.3, 0.7]] * 5, dtype=torch.float64)
     assert criteria.neighbourhood_density(alike) == pytest.approx(1)
     # Two pairs: each pixel has one like itself (cosine 1) and two of the other class (cosine 0).

@@ -47,7 +47,7 @@ def test_validation_scores_are_those_of_whole_volumes(tmp_path: Path) -> None:
     assert found.cross_entropy == pytest.approx(float(sums.numerator / sums.denominator), rel=1e-6)
 
 
-def test_a_structure_that_is_nowhere_does_not_count(tmp_path: Path) -> None:
+def test_an_absent_structure_does_not_count(tmp_path: Path) -> None:
     slices = LocalSlices(make_dataset(tmp_path, "mr", shown=(1,)), "val", labels=True)
     background = torch.tensor([1.0, 0.0, 0.0])
     found = validate(lambda images: background.view(1, 3, 1, 1).expand(len(images), 3, *SIZE), slices, CLASSES, 4, CPU)
@@ -62,7 +62,7 @@ def test_a_structure_that_is_nowhere_does_not_count(tmp_path: Path) -> None:
     assert found.criteria == pytest.approx({"information": 0, "nuclear_norm": 3**-0.5, "neighbourhood_density": 1})
 
 
-def test_criteria_of_the_target_look_at_no_label_of_it() -> None:
+def test_criteria_of_the_target_use_no_label_of_it() -> None:
     labels = [SCORES[key] for key in ("target", "unlabelled")]
     one, other = (target_criteria({"source": SCORES["source"], "target": target}, "source") for target in labels)
     assert one == other

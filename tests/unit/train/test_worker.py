@@ -1,4 +1,4 @@
-"""A run that may be stopped for falling behind others waits until that is decided."""
+"""A run that a scheduler may stop waits for the decision after each validation."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mpscl_ray.runs.run_directory import RunDirectory
 from mpscl_ray.train.ray.worker import STOP_THERE, wait_for_decision
 
 
-def test_nobody_decides_on_a_run_of_its_own(tmp_path: Path) -> None:
+def test_a_run_without_a_scheduler_does_not_wait(tmp_path: Path) -> None:
     assert wait_for_decision(RunDirectory(tmp_path), 10)
 
 
@@ -29,7 +29,7 @@ def test_training_waits_until_it_is_decided_on_this_step_or_a_later_one(tmp_path
     assert answers == [True]
 
 
-def test_a_run_that_is_to_end_finds_the_wish_when_its_wait_is_over(tmp_path: Path) -> None:
+def test_a_run_that_should_stop_has_the_stop_file_after_the_wait(tmp_path: Path) -> None:
     (tmp_path / VALIDATION_GATE_FILE).write_text("10")
     assert wait_for_decision(RunDirectory(tmp_path), 10)
     assert not (tmp_path / STOP_FILE).exists()
@@ -38,12 +38,12 @@ def test_a_run_that_is_to_end_finds_the_wish_when_its_wait_is_over(tmp_path: Pat
     assert (tmp_path / STOP_FILE).exists()
 
 
-def test_who_does_not_decide_is_not_waited_for_for_ever(tmp_path: Path) -> None:
+def test_the_wait_for_a_decision_has_a_limit(tmp_path: Path) -> None:
     (tmp_path / VALIDATION_GATE_FILE).write_text("0")
     assert not wait_for_decision(RunDirectory(tmp_path), 1, patience_s=0.1)
 
 
-def test_the_wait_ends_with_the_one_who_decides(tmp_path: Path) -> None:
+def test_the_wait_ends_when_the_scheduler_is_gone(tmp_path: Path) -> None:
     file = tmp_path / VALIDATION_GATE_FILE
     file.write_text("0")
     answers: list[bool] = []

@@ -1,0 +1,122 @@
+"""The checkpoints of a training: what they hold, and from which one a run resumes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mpscl_ray.config import Config
+from mpscl_ray.distributed import collectives
+from mpscl_ray.errors import ConfigError, DataError
+from mpscl_ray.methods.base import Method
+from mpscl_ray.runs import checkpoint
+from mpscl_ray.runs.run_directory import RunDirectory
+from mpscl_ray.train.phases import network_arguments
+
+
+@dataclass
+class TrainerState:
+    """How far a run is: what a resumed run needs beside weights, optimisers and random state."""
+
+    phase: int = 0
+    """Number of the phase in the schedule."""
+    iteration: int = 0
+    """Iterations done in this phase."""
+    step: int = 0
+    """Iterations done in all phases; also the position in the data."""
+    best: float | None = None
+    """Selection score of the best validation of this phase so far; None before the first."""
+
+
+def newest_checkpoint(run: RunDirectory) -> tuple[Path | None, list[str]]:
+    """The checkpoint that a run resumes from, and a sentence for each newer one that is damaged.
+
+    Raises:
+        DataError: there are checkpoints, and all of them are damaged.
+    """
+    found, warnings = run.store.latest_checkpoint()
+    if found is None and warnings:
+        raise DataError(
+            f"every checkpoint in {run.checkpoints} is damaged ({'; '.join(warnings)}); put an intact one back, or "
+            "start from scratch with another run.name"
+        )
+    return found, warnings
+
+
+class Checkpointer:
+    """Saves and loads checkpoints. Every worker calls it at the same steps; worker 0 writes, all read."""
+
+    def __init__(self, config: Config, classes: tuple[str, ...], run: RunDirectory, device: torch.device) -> None:
+        self.config, self.classes, self.folder, self.device = config, classes, run, device
+
+    def save(self, directory: Path, method: Method, phase: str, state: TrainerState) -> None:
+        """Write a checkpoint, after making sure that all workers would write the same."""
+        collectives.assert_same_weights(method.networks)
+        if collectives.rank() == 0:
+            content = {
+                "method": method.state_dict(),
+                "random": _random_state(self.device),
+                "position": dataclasses.asdict(state),
+                "phase": phase,
+                "network": network_arguments(self.config, len(self.classes), phase),
+                "classes": list(self.classes),
+                "selected_by": self.config.run.select if directory == self.folder.best else None,
+            }
+            checkpoint.save(directory, content)
+            if directory.parent == self.folder.checkpoints:
+                checkpoint.prune(self.folder.checkpoints, self.config.run.keep_checkpoints)
+        collectives.barrier()
+
+    def load_newest(self, warn: Callable[[str], None]) -> tuple[dict[str, Any], TrainerState] | None:
+        """The newest intact checkpoint, chosen by worker 0 for all; None for a new run.
+
+        Args:
+            warn: called on worker 0 with a sentence for each damaged checkpoint, and one on what is resumed.
+
+        Raises:
+            ConfigError: it is of a phase that the settings do not have.
+            DataError: all are damaged.
+        """
+        found: Path | None = None
+        if collectives.rank() == 0:
+            found, warnings = newest_checkpoint(self.folder)
+            for warning in warnings:
+                warn(warning)
+        name = collectives.broadcast_object(found.name if found else None)
+        if name is None:
+            return None
+        content = checkpoint.load(self.folder.store.localize(self.folder.checkpoints / name))
+        state = self._state(content, name)
+        if collectives.rank() == 0:
+            warn(f"resuming from the checkpoint {name}: iteration {state.iteration} of the phase {content['phase']}")
+        return content, state
+
+    def restore(self, content: Mapping[str, Any], method: Method, iterations: int) -> None:
+        """Load method and random state of a checkpoint, for a phase that may have become longer or shorter since."""
+        content["method"]["phase"]["iterations"] = iterations
+        method.load_state_dict(content["method"])
+        torch.set_rng_state(content["random"]["torch"])
+        if "cuda" in content["random"] and self.device.type == "cuda":
+            torch.cuda.set_rng_state(content["random"]["cuda"], self.device)
+
+    def _state(self, content: Mapping[str, Any], name: str) -> TrainerState:
+        """State of a checkpoint within the schedule, which may have gained or lost other phases since."""
+        phases = [phase for phase, _ in self.config.schedule]
+        if content["phase"] not in phases:
+            raise ConfigError(
+                f"the checkpoint {name} is of the phase {content['phase']}, and the settings have only "
+                f"{', '.join(phases)}; give that phase its iterations back, or start from scratch with another run.name"
+            )
+        return TrainerState(**{**content["position"], "phase": phases.index(content["phase"])})
+
+
+def _random_state(device: torch.device) -> dict[str, Any]:
+    state: dict[str, Any] = {"torch": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
