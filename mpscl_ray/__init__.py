@@ -29,7 +29,7 @@ if TYPE_CHECKING:  # What _MODULES says, for type checkers and editors.
         weighted_cross_entropy,
     )
     from mpscl_ray.methods.prototypes import downsample_labels, initial_prototypes, prototype_sums, update_prototypes
-    from mpscl_ray.methods.pseudo_labels import self_paced_pseudo_labels
+    from mpscl_ray.methods.prototypes import self_paced_pseudo_labels
     from mpscl_ray.networks.deeplab import DeepLabV2
     from mpscl_ray.networks.discriminators import FCDiscriminator
     from mpscl_ray.predict.segmenter import TrainedSegmenter, load_segmenter
@@ -102,7 +102,7 @@ _MODULES = {
     "prototype_sums": "mpscl_ray.methods.prototypes",
     "score": "mpscl_ray.evaluate.score",
     "self_information": "mpscl_ray.methods.losses",
-    "self_paced_pseudo_labels": "mpscl_ray.methods.pseudo_labels",
+    "self_paced_pseudo_labels": "mpscl_ray.methods.prototypes",
     "soft_dice_loss": "mpscl_ray.methods.losses",
     "train_segmenter": "mpscl_ray.train.in_process",
     "update_prototypes": "mpscl_ray.methods.prototypes",

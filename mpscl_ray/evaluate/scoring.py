@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from mpscl_ray.config.titles import phase_title
 from mpscl_ray.data import SPLITS
 from mpscl_ray.data.dataset import Case, Manifest, Scaling, load_manifest
 from mpscl_ray.data.parquet_reader import read_case
@@ -236,7 +237,7 @@ def _score(
         function = partial(_score_in_worker, options)
     else:
         function = partial(_score_case, predictor, options)
-    label = f"evaluating {options.weights.name.replace('_', ' ')}, volume"
+    label = f"evaluating {phase_title(options.weights.name)}, volume"
     line = ProgressLine(len(cases), label) if progress else None
     with line or nullcontext(), connect(workers) if workers else nullcontext():
         rows = map_volumes(

@@ -12,7 +12,8 @@ import pytest
 import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 
-from mpscl_ray.runs.run_directory import ACTIVE_JOBS_FILE, RunDirectory
+from mpscl_ray.runs.control_files import ACTIVE_JOBS_FILE
+from mpscl_ray.runs.run_directory import RunDirectory
 from mpscl_ray.train.ray.placement_groups import release_orphaned_placement_groups
 from tests.ray.conftest import CPUS
 from tests.ray_commands import environment, reserved
@@ -38,7 +39,7 @@ with folder.lock(), connect(), release_orphaned_placement_groups(folder):
     ray.get(survivor.reserve.remote())
     os.kill(os.getpid(), signal.SIGKILL)
 """
-"""Is killed, and leaves a process that has a place reserved and goes on reserving places."""
+"""Is killed, and leaves a process that has reserved a placement group and keeps reserving more."""
 
 
 def wait_for_free(cpus: float) -> None:
@@ -48,7 +49,7 @@ def wait_for_free(cpus: float) -> None:
         time.sleep(0.1)
 
 
-def test_what_a_killed_command_left_is_given_back_before_the_next_begins_and_after_it_what_came_late(
+def test_placement_groups_of_a_killed_command_are_released_before_and_after_the_next_one(
     cluster: None, tmp_path: Path
 ) -> None:
     own = placement_group([{"CPU": 1}])

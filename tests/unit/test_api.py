@@ -313,7 +313,7 @@ def test_a_run_that_ctrl_c_ends_is_resumed(tiny: Config, tmp_path: Path, capfd: 
     result = train_segmenter(tiny, changes, device="cpu", progress=True)
     assert [record["global_step"] for record in result.history] == list(range(10, 101, 10))
     assert "going on from the checkpoint" in (run / "logs" / "warnings.log").read_text()
-    assert "source only" in capfd.readouterr().err
+    assert "source-only" in capfd.readouterr().err
 
 
 def test_errors_of_training_are_exceptions(tiny: Config, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
