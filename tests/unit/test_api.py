@@ -312,7 +312,7 @@ def test_a_run_that_ctrl_c_ends_is_resumed(tiny: Config, tmp_path: Path, capfd: 
 
     result = train_segmenter(tiny, changes, device="cpu", progress=True)
     assert [record["global_step"] for record in result.history] == list(range(10, 101, 10))
-    assert "going on from the checkpoint" in (run / "logs" / "warnings.log").read_text()
+    assert "resuming from the checkpoint" in (run / "logs" / "warnings.log").read_text()
     assert "source-only" in capfd.readouterr().err
 
 
