@@ -28,8 +28,13 @@ if TYPE_CHECKING:  # What _MODULES says, for type checkers and editors.
         soft_dice_loss,
         weighted_cross_entropy,
     )
-    from mpscl_ray.methods.prototypes import downsample_labels, initial_prototypes, prototype_sums, update_prototypes
-    from mpscl_ray.methods.prototypes import self_paced_pseudo_labels
+    from mpscl_ray.methods.prototypes import (
+        downsample_labels,
+        initial_prototypes,
+        prototype_sums,
+        self_paced_pseudo_labels,
+        update_prototypes,
+    )
     from mpscl_ray.networks.deeplab import DeepLabV2
     from mpscl_ray.networks.discriminators import FCDiscriminator
     from mpscl_ray.predict.segmenter import TrainedSegmenter, load_segmenter

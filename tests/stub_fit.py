@@ -38,7 +38,7 @@ def fit(
     seconds_a_step: float = 0.0,
 ) -> dict[str, Any]:
     """Write metrics, checkpoints and the log of worker 0, from the newest checkpoint to the end or a stop."""
-    run = open_run(folder.uri, "worker-0", 60 * config.run.outage_min)
+    run = open_run(folder.uri, "worker-0", 60 * config.run.storage_retry_minutes)
     run.store.init_worker_dir()
     with run.store.worker_lock(folder.store.fencing_token, 0):
         return _Stub(config, run, data, seconds_a_step).run()
@@ -86,7 +86,7 @@ class _Stub:
         at_end = iteration == iterations
         validating = iteration % run.validate_every == 0 or at_end
         saving = iteration % run.checkpoint_every == 0 or at_end
-        if iteration % run.report_every == 0 or validating or saving:
+        if iteration % run.log_every == 0 or validating or saving:
             self.folder.append_metrics(self.record(name, iterations, validating))
         if validating:
             wait_for_decision(self.folder, self.position["step"])
@@ -111,7 +111,7 @@ class _Stub:
         dice = {
             f"{prefix}/dice/{name}": score for prefix in ("val", "val/source") for name in (*self.classes[1:], "mean")
         }
-        criteria = {f"val/label_free/{name}": score for name in CRITERIA}
+        criteria = {f"val/unsupervised/{name}": score for name in CRITERIA}
         return record | dice | criteria | {"val/entropy": 0.1}
 
     def save(self, phase: str, directory: Path) -> None:

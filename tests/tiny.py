@@ -20,13 +20,13 @@ CLASSES = ("background", "ventricle", "wall")
 SIZE = (32, 32)
 
 SETTINGS = (
-    "network.blocks=[1,1,1,1]",
-    "network.width=4",
+    "network.layers=[1,1,1,1]",
+    "network.base_channels=4",
     "network.output_stride=4",
     "network.in_channels=1",
-    "network.train_norm_affine=true",
+    "network.train_bn_affine=true",
     "method.discriminator_width=4",
-    "data.batch_size=4",
+    "data.global_batch_size=4",
     "phases.source_only=4",
     "phases.warm_up=4",
     "phases.adaptation=4",
@@ -38,7 +38,7 @@ SETTINGS = (
     "method.lambda_aux=2e-5",
     "method.gamma=1",
     "method.beta=0.1",
-    "run.report_every=2",
+    "run.log_every=2",
     "run.validate_every=4",
     "run.checkpoint_every=2",
     "data.augmentation.rotation_deg=10",
@@ -167,7 +167,7 @@ def local_data(config: Config) -> TrainingData:
     adapts = any(reads_target(phase) for phase, _ in config.schedule)
     return TrainingData(
         classes=load_manifest(folders["source"]).classes,
-        labelled=LocalSlices(folders[config.data.labelled], "train", labels=True),
+        labelled=LocalSlices(folders[config.data.labelled_domain], "train", labels=True),
         unlabelled=LocalSlices(folders[TARGET_DOMAIN], "train", labels=False) if adapts else None,
         validation=validation,
     )

@@ -23,7 +23,7 @@ OPTIM = OptimConfig(lr=0.02, head_lr_factor=1.0, lr_discriminator=1e-3)
 
 
 def segmenter(seed: int, *, multi_level: bool = True, **arguments: Any) -> DeepLabV2:
-    arguments = {"width": 4, "output_stride": 4, "in_channels": 1, "train_norm_affine": True, **arguments}
+    arguments = {"base_channels": 4, "output_stride": 4, "in_channels": 1, "train_bn_affine": True, **arguments}
     network = DeepLabV2(CLASSES, (1, 1, 1, 1), multi_level=multi_level, **arguments)
     initialise(network, seed)
     with torch.no_grad():
@@ -73,7 +73,13 @@ def make_adabn(seed: int = 0) -> AdaBN:
 
 
 def make_sifa(seed: int = 0, **settings: Any) -> SIFA:
-    sizes = {"generator_width": 4, "generator_blocks": 1, "decoder_blocks": 1, "encoder_width": 2, "critic_width": 4}
+    sizes = {
+        "generator_width": 4,
+        "generator_blocks": 1,
+        "decoder_blocks": 1,
+        "encoder_width": 2,
+        "discriminator_width": 4,
+    }
     config = SIFAConfig(**{**sizes, "output_stride": 4, "pool_size": 3, "lr_segmenter": 5e-3, **settings})
     network = build({"num_classes": CLASSES, **config.network_arguments()})
     assert isinstance(network, SIFASegmenter)

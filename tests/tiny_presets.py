@@ -22,7 +22,7 @@ def write_presets(folder: Path, phase: int = 4, **changes: dict[str, dict[str, o
     """A family of tiny presets with equal budgets."""
     folder.mkdir(exist_ok=True)
     for system, method in METHOD.items():
-        settings: dict[str, Any] = {"preset": f"small/{system}", "scaling": {"workers": 1}}
+        settings: dict[str, Any] = {"preset": f"small/{system}", "scaling": {"num_workers": 1}}
         for line in tiny_settings(f"small/{system}"):
             key, _, value = line.partition("=")
             section, _, name = key.partition(".")

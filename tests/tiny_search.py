@@ -22,7 +22,7 @@ SHARED_STEPS = 8
 def write_space(data: Path, name: str, distributions: dict[str, Any], **search: Any) -> str:
     """Write the space of a search ``data/runs/NAME`` on the datasets mr and ct in ``data``; returns its path."""
     folders = [f"data.source={data / 'mr'}", f"data.target={data / 'ct'}", f"run.storage={data / 'runs'}"]
-    lengths = [f"phases.adaptation={ITERATIONS}", "run.validate_every=2", "scaling.workers=1"]
+    lengths = [f"phases.adaptation={ITERATIONS}", "run.validate_every=2", "scaling.num_workers=1"]
     base = to_dict(load_config("small/mpscl", [*SETTINGS, *folders, *lengths]))
     base["run"]["name"] = name
     file = data / f"{name}.yaml"

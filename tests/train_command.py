@@ -34,8 +34,8 @@ LONG = (
     f"phases.adaptation={PHASE}",
     f"run.checkpoint_every={EVERY}",
     f"run.validate_every={PHASE}",
-    "run.report_every=1",
-    "scaling.workers=2",
+    "run.log_every=1",
+    "scaling.num_workers=2",
 )
 """A run that is long enough to be hit in the middle."""
 PATIENCE_S = 300
@@ -177,7 +177,7 @@ def assert_same_run(run: RunDirectory, other: RunDirectory) -> None:
         assert contents(run.phases / phase) == contents(other.phases / phase), phase
     assert contents(run.best) == contents(other.best)
     ours, theirs = (
-        [{**r, "speed/images_per_s": 0, "speed/data_wait_fraction": 0} for r in f.read_metrics()] for f in (run, other)
+        [{**r, "perf/images_per_s": 0, "perf/data_stall_fraction": 0} for r in f.read_metrics()] for f in (run, other)
     )
     assert [record for record in ours if record["global_step"] in range(1, STEPS + 1)] == theirs
 

@@ -16,7 +16,7 @@ from mpscl_ray.runs.ledger import LedgerFile
 DIRECTIONS = ("forward", "backward")
 """From data.source to data.target, and from data.target to data.source."""
 
-SET_BY_COMPARISON = ("run.name", "run.seed", "data.labelled", "method.name")
+SET_BY_COMPARISON = ("run.name", "run.seed", "data.labelled_domain", "method.name")
 """Settings that the comparison sets for each cell."""
 
 CellState = Literal["waiting", "running", "finished", "failed", "interrupted"]

@@ -21,7 +21,7 @@ examples:
   python -m mpscl_ray.compare                 all systems, phantom hearts, both directions, 3 seeds
   python -m mpscl_ray.compare source_only mpscl supervised --seeds 1 --directions forward
   python -m mpscl_ray.compare --data data/bssfp data/lge --directions forward --out runs/lge-table
-  python -m mpscl_ray.compare --data data/mr data/ct --presets mr2ct,ct2mr scaling.workers=2
+  python -m mpscl_ray.compare --data data/mr data/ct --presets mr2ct,ct2mr scaling.num_workers=2
   python -m mpscl_ray.compare --data s3://b/mr s3://b/ct --presets small --out s3://b/runs/table
 
 The same command again resumes a stopped comparison, tries failed runs again, and may be given more
@@ -69,7 +69,7 @@ def main(arguments: Sequence[str], fit: Fit | None = None) -> int:
         "(default: phantom; small with --data)",
     )
     add("--out", metavar="DIR", help="folder of the comparison, or its URL (default: RUN.STORAGE/compare)")
-    add("--at-once", type=int, metavar="N", help="runs at a time (default: as many as there is room for)")
+    add("--max-concurrent", type=int, metavar="N", help="runs at a time (default: as many as there is room for)")
     options = parser.parse_intermixed_args(list(arguments))
     plan = _plan(options)
     base = check_presets(plan)
@@ -98,8 +98,8 @@ def _plan(options: argparse.Namespace) -> Plan:
     if len(groups) > 2 or not all(groups):
         raise ConfigError(f"--presets is {options.presets!r}; expected one group of presets, or two: forward,backward")
     directions = DIRECTIONS if options.directions == "both" else (options.directions,)
-    if options.at_once is not None and options.at_once < 1:
-        raise ConfigError(f"--at-once is {options.at_once}; expected 1 or more")
+    if options.max_concurrent is not None and options.max_concurrent < 1:
+        raise ConfigError(f"--max-concurrent is {options.max_concurrent}; expected 1 or more")
     return Plan(
         systems=tuple(system for system in SYSTEMS if system in named or not named),
         seeds=_seeds(options.seeds),
@@ -107,7 +107,7 @@ def _plan(options: argparse.Namespace) -> Plan:
         preset_groups={"forward": groups[0], "backward": groups[-1]},
         overrides=tuple(overrides),
         out=options.out,
-        max_concurrent=options.at_once,
+        max_concurrent=options.max_concurrent,
     )
 
 

@@ -41,7 +41,7 @@ def compare(plan: Plan, base: Config, command: Sequence[str], fit: Fit | None = 
     """
     check_machine(base)
     place = plan.out or join_location(base.run.storage, "compare")
-    folder = open_run(place, "command", 60 * base.run.outage_min, ("cells.json", "comparison.*"))
+    folder = open_run(place, "command", 60 * base.run.storage_retry_minutes, ("cells.json", "comparison.*"))
     folder.create(("cells",))
     resume = shlex.join(command)
     with folder.lock():
@@ -121,12 +121,12 @@ def _open(cells: Sequence[Cell], folder: RunDirectory, fit: Fit | None) -> dict[
     opened: dict[tuple[str, str], Shared] = {}
     # Data opened for a cell that reads the target serves the cells that do not.
     for cell in sorted(cells, key=lambda cell: not any(reads_target(name) for name, _ in cell.config.schedule)):
-        key = (cell.direction, cell.config.data.labelled)
+        key = (cell.direction, cell.config.data.labelled_domain)
         if key not in opened:
             opened[key], warnings = open_shared(cell.config, folder, fit)
             for warning in warnings:
                 print(f"warning: {warning}", flush=True)
-    return {cell.name: opened[cell.direction, cell.config.data.labelled] for cell in cells}
+    return {cell.name: opened[cell.direction, cell.config.data.labelled_domain] for cell in cells}
 
 
 def _summary(

@@ -54,7 +54,7 @@ def run_cell(task: CellTask, shared: Shared) -> dict[str, Any]:
     """
     started = time.monotonic()
     config = config_from_dict(task.config)
-    patience_s = 60 * config.run.outage_min
+    patience_s = 60 * config.run.storage_retry_minutes
     folder, comparison = open_run(task.folder, "command", patience_s), open_run(task.comparison)
     phases = [name for name, _ in config.schedule]
     found: dict[str, Any] = {"phase_seconds": {}}
@@ -227,7 +227,7 @@ class Comparison:
         except ray.exceptions.RayError as error:
             lost = not isinstance(error, ray.exceptions.RayTaskError)
             self.process_failures[cell.name] += lost
-            if lost and self.process_failures[cell.name] <= cell.config.run.restarts:
+            if lost and self.process_failures[cell.name] <= cell.config.run.max_failures:
                 self._line.message(
                     f"{cell.name} lost its process, for example with its node, and will resume from a checkpoint"
                 )

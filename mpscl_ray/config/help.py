@@ -20,7 +20,7 @@ from mpscl_ray.config.schema import Config
 from mpscl_ray.errors import ConfigError
 
 COMMON = tuple(
-    "data.source data.target data.batch_size run.name run.storage run.seed scaling.workers scaling.device "
+    "data.source data.target data.global_batch_size run.name run.storage run.seed scaling.num_workers scaling.device "
     "phases.source_only phases.warm_up phases.adaptation".split()
 )
 """Settings that are changed most often, whatever the method; ``main_settings`` of a method come after them."""

@@ -207,12 +207,12 @@ def _inconsistencies(config: Config) -> list[str]:
     found: list[str] = []
     least, most = config.scaling.least_workers, config.scaling.most_workers
     if least > most:
-        found.append(f"scaling.workers=[{least}, {most}] has no number in it; give the smaller one first")
-    odd = [number for number in range(least, most + 1) if config.data.batch_size % number]
+        found.append(f"scaling.num_workers=[{least}, {most}] has no number in it; give the smaller one first")
+    odd = [number for number in range(least, most + 1) if config.data.global_batch_size % number]
     if odd:
         found.append(
-            f"data.batch_size={config.data.batch_size} slices cannot be shared equally by "
-            f"scaling.workers={', '.join(map(str, odd))}; make the batch a multiple of "
+            f"data.global_batch_size={config.data.global_batch_size} slices cannot be shared equally by "
+            f"scaling.num_workers={', '.join(map(str, odd))}; make the batch a multiple of "
             + ("the workers" if least == most else f"every number of workers from {least} to {most}")
         )
     absent = [phase for phase in (SOURCE_ONLY, WARM_UP, ADAPTATION) if phase not in config.method_phases]
@@ -220,8 +220,8 @@ def _inconsistencies(config: Config) -> list[str]:
         words = " and ".join(f"no {_PHASE_WORDS[phase]}" for phase in absent)
         settings = " ".join(f"phases.{phase}=0" for phase in absent)
         found.append(f"method.name={config.method_name} has {words}; set {settings}")
-    if config.data.labelled == "target" and config.method_phases != (SOURCE_ONLY,):
-        found.append("data.labelled=target is the supervised bound and goes with method.name=segmentation")
+    if config.data.labelled_domain == "target" and config.method_phases != (SOURCE_ONLY,):
+        found.append("data.labelled_domain=target is the supervised bound and goes with method.name=segmentation")
     if not config.schedule:
         found.append("phases: all phases have 0 iterations; give at least one of them some")
     if not config.run.name or config.run.name in (".", "..") or not set(config.run.name) <= _NAME_CHARACTERS:

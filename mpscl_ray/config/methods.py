@@ -47,7 +47,7 @@ class DiscriminatorConfig(SegmentationConfig):
     main_settings: ClassVar[tuple[str, ...]] = (
         *SegmentationConfig.main_settings,
         "method.discriminator",
-        "method.norm_statistics",
+        "method.bn_running_stats",
     )
 
     discriminator: Literal["fc", "patchgan"] = "fc"
@@ -55,7 +55,7 @@ class DiscriminatorConfig(SegmentationConfig):
     in Table III."""
     discriminator_width: Annotated[int, Field(ge=1)] = 64
     """Channels of a discriminator's first convolution."""
-    norm_statistics: Literal["mixture", "target"] = "mixture"
+    bn_running_stats: Literal["mixture", "target"] = "mixture"
     """Domains behind the batch statistics of evaluation: both (mixture, as released) or the target alone."""
 
 
@@ -102,7 +102,7 @@ class MPSCLConfig(AdversarialConfig):
     """Weight of the contrastive loss on source pixels (Eq. 11)."""
     beta: Weight = 0.1
     """Weight of the contrastive loss on selected target pixels (Eq. 11)."""
-    form: Literal["released", "paper"] = "released"
+    margin_form: Literal["released", "paper"] = "released"
     """Form of the margin loss: as released, with two maxima, or Eq. 8."""
     normalised_self_information: bool = True
     """Divide the self-information maps by log C, as released; false is the paper's."""
@@ -150,7 +150,7 @@ class CLANConfig(DiscriminatorConfig):
     """Factor of the disagreement of the heads in a pixel's weight; 40 for GTA5, 10 for SYNTHIA."""
     epsilon: Weight = 0.4
     """Weight of a pixel on which the heads agree."""
-    preheat: Annotated[float, Field(ge=0, le=1)] = 0.05
+    warmup_fraction: Annotated[float, Field(ge=0, le=1)] = 0.05
     """First fraction of the iterations, in which pixels count alike and the learning rate rises from 0."""
     segmentation_loss: Literal["focal", "ce", "wce_dice"] = "wce_dice"
     """Loss of both heads: focal as released, ce as in the paper, or that of MPSCL, which all methods here share."""
@@ -230,7 +230,7 @@ class SIFAConfig:
     """Channels of the first convolution of the encoder."""
     output_stride: Literal[4, 8] = 8
     """Image pixels per pixel of the encoder's features."""
-    critic_width: Width = 64
+    discriminator_width: Width = 64
     """Channels of the first convolution of a discriminator."""
     lr_generator: Rate = 2e-4
     """Learning rate of Adam for translators and discriminators (beta1 0.5)."""
@@ -252,7 +252,10 @@ class SIFAConfig:
     """Weight of the adversarial loss on predictions of the second classifier (v2)."""
     lambda_features: Weight = 0.1
     """Weight of the adversarial loss on features, through the images decoded from them."""
-    prediction_ramp: tuple[Annotated[float, Field(ge=0, le=1)], Annotated[float, Field(ge=0, le=1)]] = (0.0, 0.0)
+    adversarial_prediction_ramp: tuple[Annotated[float, Field(ge=0, le=1)], Annotated[float, Field(ge=0, le=1)]] = (
+        0.0,
+        0.0,
+    )
     """Fractions of the phase between which lambda_prediction grows from 0; v1 grows it from epoch 5 to 7."""
     lambda_l2: Weight = 1e-4
     """Weight of half the squared norm of all parameters of encoder and classifiers."""

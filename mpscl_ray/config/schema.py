@@ -41,11 +41,11 @@ class RunConfig:
     """Name of the run and its folder, by default that of the preset; the same name again resumes the run."""
     storage: str = "runs"
     """Folder of the run folders, shared by all nodes of a cluster; or s3://BUCKET/FOLDER."""
-    outage_min: Annotated[float, Field(ge=0)] = 10
+    storage_retry_minutes: Annotated[float, Field(ge=0)] = 10
     """Minutes that a run in a bucket continues while the bucket does not answer, before it stops (resumable)."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 1
     """Seed of initial weights, order of slices and augmentation."""
-    report_every: Annotated[int, Field(ge=1)] = 20
+    log_every: Annotated[int, Field(ge=1)] = 20
     """Steps between two logs of the losses (progress line, TensorBoard, metrics.jsonl)."""
     validate_every: Annotated[int, Field(ge=1)] = 200
     """Steps between two validations."""
@@ -56,7 +56,7 @@ class RunConfig:
     select: Literal["label_free", "oracle"] = "label_free"
     """What the checkpoint `best` is chosen by: source validation Dice minus target entropy, or target validation Dice
     ("oracle")."""
-    restarts: Annotated[int, Field(ge=0)] = 3
+    max_failures: Annotated[int, Field(ge=0)] = 3
     """Worker failures after which the run restarts by itself; the next one ends it (resumable)."""
 
 
@@ -70,11 +70,11 @@ class AugmentConfig:
     """Smallest and largest magnification of the anatomy; drawn log-uniformly."""
     translation: Annotated[float, Field(ge=0, le=0.5)] = 0.0
     """Largest shift along either side, as a fraction of that side; drawn uniformly from +-translation."""
-    intensity_mapping: Annotated[float, Field(ge=0, le=1)] = 0.0
+    random_conv_probability: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Probability that the intensities of a slice are remapped by a random shallow convolution."""
-    intensity_mapping_strength: Annotated[float, Field(ge=0, le=1)] = 1.0
+    random_conv_strength: Annotated[float, Field(ge=0, le=1)] = 1.0
     """Largest weight of the remapped image in the blend with the original; drawn uniformly from 0 to this."""
-    intensity_mapping_layers: Annotated[int, Field(ge=1, le=3)] = 3
+    random_conv_layers: Annotated[int, Field(ge=1, le=3)] = 3
     """Largest number of convolutions of a mapping; drawn uniformly from 1 to this."""
 
     def __post_init__(self) -> None:
@@ -95,9 +95,9 @@ class DataConfig:
     """Folder or URL of the prepared labelled domain, or phantom:mr / phantom:ct."""
     target: str = ""
     """Folder or URL of the prepared unlabelled domain, or phantom:mr / phantom:ct."""
-    labelled: Literal["source", "target"] = "source"
+    labelled_domain: Literal["source", "target"] = "source"
     """Domain with the labels that train the segmenter; "target" is the supervised upper bound."""
-    batch_size: Annotated[int, Field(ge=1)] = 8
+    global_batch_size: Annotated[int, Field(ge=1)] = 8
     """Slices that a step takes from each domain, all workers together."""
     in_memory: Literal["auto"] | bool = "auto"
     """Keep the decoded slices in shared memory; auto: if they fit."""
@@ -109,15 +109,15 @@ class DataConfig:
 class NetworkConfig:
     """The segmenter, a DeepLabV2 with heads on conv4 and conv5."""
 
-    blocks: tuple[int, int, int, int] = (3, 4, 23, 3)
+    layers: tuple[int, int, int, int] = (3, 4, 23, 3)
     """Bottlenecks per stage; [3, 4, 23, 3] is ResNet-101."""
-    width: Annotated[int, Field(ge=4)] = 64
+    base_channels: Annotated[int, Field(ge=4)] = 64
     """Channels of the stem."""
     output_stride: Literal[4, 8] = 8
     """Input pixels per feature pixel."""
     in_channels: Literal[1, 3] = 3
     """3 repeats the slice three times and subtracts the channel means of the ImageNet weights; 1 takes it as it is."""
-    train_norm_affine: bool = False
+    train_bn_affine: bool = False
     """Train scale and shift of the batch norms, which the released code freezes (with pretrained weights)."""
     pretrained: str | None = None
     """File with weights to start from (ImageNet (caffe), AdaptSegNet, ADVENT or MPSCL), or the folder of a checkpoint
@@ -163,7 +163,7 @@ class OptimConfig:
     """Learning rate of Adam at the start of a phase."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.99)
     """Moment decays of Adam."""
-    power: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.9
+    poly_power: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.9
     """Exponent of the decay lr (1 - i / iterations)^power."""
     legacy_param_repeats: dict[ParameterKind, Annotated[int, Field(ge=1)]] | None = None
     """SGD sub-steps of a parameter in one iteration, by its position: {stem: 1, block: 3, downsample: 4, head: 1} is
@@ -188,14 +188,14 @@ class PrecisionConfig:
 class ScalingConfig:
     """The workers of a run and what each takes of the machine or cluster."""
 
-    workers: Annotated[int, Field(ge=1)] | tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] = 1
+    num_workers: Annotated[int, Field(ge=1)] | tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] = 1
     """Processes that share each batch; the result does not depend on their number. With [least, most] a run continues
     with fewer when a node is lost, and takes more when there is room."""
     device: Literal["auto", "cpu", "gpu"] = "auto"
     """cpu, gpu, or auto: a GPU for each worker if the cluster has any."""
     cpus_per_worker: Annotated[float, Field(gt=0)] = 1
     """CPUs that each worker reserves, and threads that it uses."""
-    wait_s: Annotated[float, Field(ge=0)] = 0
+    resource_timeout_s: Annotated[float, Field(ge=0)] = 0
     """Seconds to wait for resources that the cluster lacks, for example while it grows."""
     resize_check_s: Annotated[float, Field(gt=0)] = 30
     """Seconds between two checks whether an elastic run can have more workers; to take them, all workers restart."""
@@ -203,7 +203,7 @@ class ScalingConfig:
     @property
     def limits(self) -> tuple[int, int]:
         """The smallest number of workers that a run continues with, and the largest."""
-        return (self.workers, self.workers) if isinstance(self.workers, int) else self.workers
+        return (self.num_workers, self.num_workers) if isinstance(self.num_workers, int) else self.num_workers
 
     @property
     def least_workers(self) -> int:
@@ -249,7 +249,7 @@ class Config:
     @property
     def schedule(self) -> list[tuple[str, int]]:
         """Phases that run, in order, with their iterations."""
-        first = SUPERVISED if self.data.labelled == "target" else SOURCE_ONLY
+        first = SUPERVISED if self.data.labelled_domain == "target" else SOURCE_ONLY
         lengths = [(first, self.phases.source_only), (WARM_UP, self.phases.warm_up)]
         rounds = getattr(self.method, "rounds", 1)
         for number in range(rounds):

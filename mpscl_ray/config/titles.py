@@ -26,7 +26,7 @@ def system_of(config: Mapping[str, Any]) -> str:
     method = config.get("method", {})
     name = str(method.get("name", "mpscl"))
     if name == "segmentation":
-        return "supervised" if config.get("data", {}).get("labelled") == "target" else "source_only"
+        return "supervised" if config.get("data", {}).get("labelled_domain") == "target" else "source_only"
     if name == "mpscl":
         if not method.get("beta", 1) and not method.get("gamma", 1):
             return "baseline"

@@ -47,7 +47,7 @@ def augment(image: Tensor, label: Tensor | None, keys: Keys, config: AugmentConf
                 label.unsqueeze(1).float(), grid, mode="nearest", padding_mode="border", align_corners=False
             )
             label = sampled.squeeze(1).to(label.dtype)
-    if config.intensity_mapping > 0:
+    if config.random_conv_probability > 0:
         image = _map_intensities(image, draws[:, _AFFINE_DRAWS:], config)
     return image, label
 
@@ -93,8 +93,8 @@ def _map_intensities(image: Tensor, draws: NDArray[np.float64], config: AugmentC
     (1 - a) u + a v, standardised, times the standard deviation of the image, plus its mean. An image of one intensity
     is not changed.
     """
-    chosen = np.flatnonzero(draws[:, 0] < config.intensity_mapping)
-    layers = 1 + (draws[:, 1] * config.intensity_mapping_layers).astype(np.int64)
+    chosen = np.flatnonzero(draws[:, 0] < config.random_conv_probability)
+    layers = 1 + (draws[:, 1] * config.random_conv_layers).astype(np.int64)
     mapped = image.clone()
     for depth in np.unique(layers[chosen]):
         members = chosen[layers[chosen] == depth]
@@ -102,7 +102,7 @@ def _map_intensities(image: Tensor, draws: NDArray[np.float64], config: AugmentC
         standardised, mean, deviation = _standardise(original)
         weights = torch.from_numpy((2 * draws[members, _MAPPING_DRAWS:] - 1).astype(np.float32))
         convolved, _, _ = _standardise(_random_convolution(standardised, weights, int(depth)))
-        blend = torch.from_numpy((config.intensity_mapping_strength * draws[members, 2]).astype(np.float32))
+        blend = torch.from_numpy((config.random_conv_strength * draws[members, 2]).astype(np.float32))
         blend = blend[:, None, None, None]
         result, _, remaining = _standardise(standardised * (1 - blend) + convolved * blend)
         mapped[members] = torch.where((deviation > 0) & (remaining > 0), result * deviation + mean, original)

@@ -32,7 +32,7 @@ class CAG(SegmenterMethod[CAGConfig]):
     Source: Zhang et al. 2019, anchors (their Eq. 2), active target samples (Eqs. 3 and 4) and losses (Eqs. 5 to 9).
     Differs from the released code: the network is the DeepLab that all methods here share, with the output of its
     fourth stage as features; the warm-up is AdvEnt; anchors are plain means over all images, where the released running
-    mean forgets after 3000 of them; with norm_statistics=target, which the released code does not have, anchors are
+    mean forgets after 3000 of them; with bn_running_stats=target, which the released code does not have, anchors are
     computed with statistics of the source, averaged over batches; the distance threshold is a quantile unless it is
     set; a round's teacher is the last network of the round before, not the best on labels of the target.
     """
@@ -52,7 +52,7 @@ class CAG(SegmenterMethod[CAGConfig]):
     def prepare(self, slices: TrainingSlices) -> None:
         """Begin a round: the student becomes the teacher, and its features on the source give the anchors."""
         self.teacher.load_state_dict(self.segmenter.state_dict())
-        if self.config.norm_statistics == "target":
+        if self.config.bn_running_stats == "target":
             self._use_source_statistics(slices)
         sums = torch.zeros(self.anchors.shape, dtype=torch.float64, device=self.device)
         counts = torch.zeros_like(self.anchor_counts)

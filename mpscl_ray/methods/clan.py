@@ -23,9 +23,10 @@ class CLAN(SegmenterMethod[CLANConfig]):
 
     Source: Luo et al. 2019, L_seg + lambda_weight L_weight + lambda_adv L_adv with self-adaptive weights (their Eqs. 3
     to 6).
-    Differs from the released code: the weight map is correct for batches of more than one image; damping and preheat
-    follow the length of the phase instead of a constant; the similarity of the heads counts once for all workers; the
-    segmenter starts from a source-only phase with another second head, so that the second head here starts untrained.
+    Differs from the released code: the weight map is correct for batches of more than one image; damping and
+    warmup_fraction follow the length of the phase instead of a constant; the similarity of the heads counts once for
+    all workers; the segmenter starts from a source-only phase with another second head, so that
+    the second head here starts untrained.
     """
 
     segmenter_arguments: ClassVar[dict[str, Any]] = {"twin_heads": True}
@@ -39,9 +40,9 @@ class CLAN(SegmenterMethod[CLANConfig]):
         c = self.config
         labels = batch.source_label
         size = labels.shape[-2:]
-        preheat = int(c.preheat * self.optimisers.iterations)
+        warmup_fraction = int(c.warmup_fraction * self.optimisers.iterations)
         damping = 1.0 - iteration / self.optimisers.iterations
-        self.optimisers.start_iteration(iteration, iteration / preheat if iteration < preheat else None)
+        self.optimisers.start_iteration(iteration, iteration / warmup_fraction if iteration < warmup_fraction else None)
 
         source, target = self.forward(batch.source_image, batch.target_image)
         source_logits, target_logits = base.upsampled(source, size), base.upsampled(target, size)
@@ -52,13 +53,13 @@ class CLAN(SegmenterMethod[CLANConfig]):
         weights = disagreement(target_logits["aux"], target_logits["main"])
         source_map = (source_logits["aux"] + source_logits["main"]).softmax(dim=1)
         target_map = (target_logits["aux"] + target_logits["main"]).softmax(dim=1)
-        preheating = iteration <= preheat and preheat > 0
+        preheating = iteration <= warmup_fraction and warmup_fraction > 0
         verdict = upsample_logits(at_least_float32(self.adversary.forward_frozen("main", target_map)), size)
         adaptive = weights.detach() if c.detach_weight_map else weights
         losses["loss_adversarial_main"] = self._adversarial(verdict, SOURCE_LABEL, None if preheating else adaptive)
-        losses["loss_likeness"] = head_weight_similarity(self.segmenter)
+        losses["loss_weight_similarity"] = head_weight_similarity(self.segmenter)
         total = segmentation + c.lambda_adversarial * damping * losses["loss_adversarial_main"]
-        total = total + 2 * c.lambda_weight * damping * losses["loss_likeness"]
+        total = total + 2 * c.lambda_weight * damping * losses["loss_weight_similarity"]
         total.backward()  # type: ignore[no-untyped-call]
 
         # Discriminator, on detached maps, both domains at image size.

@@ -82,7 +82,7 @@ class MPSCL(SegmenterMethod[MPSCLConfig]):
             contrastive, selected = self._contrastive_losses(source, target, labels_small, prototypes)
             losses |= contrastive
             total = total + c.gamma * losses["loss_contrastive_source"] + c.beta * losses["loss_contrastive_target"]
-            metrics["selected_fraction"] = selected.to(total.dtype).mean()
+            metrics["pseudo_label_fraction"] = selected.to(total.dtype).mean()
             metrics["prototype_angle_min"], metrics["prototype_angle_mean"] = prototype_angles(prototypes)
         total.backward()  # type: ignore[no-untyped-call]
 
@@ -106,15 +106,21 @@ class MPSCL(SegmenterMethod[MPSCLConfig]):
         c = self.config
         cosine = cosine_to_prototypes(source.features, prototypes)
         on_source = margin_contrastive_loss(
-            cosine, labels_small, c.margin_source, c.temperature_source, c.base_temperature, c.form
+            cosine, labels_small, c.margin_source, c.temperature_source, c.base_temperature, c.margin_form
         )
         cosine = cosine_to_prototypes(target.features, prototypes)
         pseudo_labels, mask = self_paced_pseudo_labels(cosine, c.delta_th)
         on_target = margin_contrastive_loss(
-            cosine, pseudo_labels, c.margin_target, c.temperature_target, c.base_temperature, c.form, weights=mask
+            cosine,
+            pseudo_labels,
+            c.margin_target,
+            c.temperature_target,
+            c.base_temperature,
+            c.margin_form,
+            weights=mask,
         )
         selected = collectives.all_reduce_sum(on_target.denominator)
-        selected = selected + MASK_EPS if c.form == "released" else selected.clamp(min=1.0)
+        selected = selected + MASK_EPS if c.margin_form == "released" else selected.clamp(min=1.0)
         losses = {
             "loss_contrastive_source": on_source.numerator / on_source.denominator,
             "loss_contrastive_target": collectives.ddp_ratio(on_target.numerator, selected),

@@ -135,7 +135,7 @@ class SegmenterSGD(Optimiser):
             weight_decay=config.weight_decay if repeats is None else 0.0,
             fused=True,
         )
-        super().__init__(sgd, named, config.power)
+        super().__init__(sgd, named, config.poly_power)
         self._weight_decay = config.weight_decay
         self._repeats = None if repeats is None else {name: repeats.get(kind, 1) for name, kind in kinds.items()}
 
@@ -166,7 +166,7 @@ class DiscriminatorAdam(NetworkAdam):
     """Adam of one discriminator."""
 
     def __init__(self, discriminator: nn.Module, config: OptimConfig) -> None:
-        super().__init__(discriminator, config.lr_discriminator, config.betas, config.power)
+        super().__init__(discriminator, config.lr_discriminator, config.betas, config.poly_power)
 
 
 def parameter_kind(name: str) -> ParameterKind:

@@ -234,7 +234,7 @@ class SIFA:
 
     def _ramped(self, iteration: int) -> float:
         """lambda_prediction at an iteration."""
-        start, end = (part * self._iterations for part in self.config.prediction_ramp)
+        start, end = (part * self._iterations for part in self.config.adversarial_prediction_ramp)
         if iteration >= end:
             return self.config.lambda_prediction
         return self.config.lambda_prediction * max(0.0, iteration - start) / (end - start)

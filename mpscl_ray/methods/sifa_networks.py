@@ -35,7 +35,7 @@ class SIFANetworks:
     ) -> None:
         self.segmenter, self.device, self.precision = segmenter, device, precision
         self.dtype = next(segmenter.parameters()).dtype
-        channels, width, discriminator = segmenter.feature_channels, config.generator_width, config.critic_width
+        channels, width, discriminator = segmenter.feature_channels, config.generator_width, config.discriminator_width
         self.decoder = Decoder(channels, width, config.output_stride, config.decoder_blocks)
         self.by_name: dict[str, nn.Module] = {
             "segmenter": segmenter,

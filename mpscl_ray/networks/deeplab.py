@@ -26,7 +26,7 @@ class SegmenterOutput(NamedTuple):
     main: Tensor
     """(B, C, h, w) logits of the head on the fourth stage."""
     features: Tensor
-    """(B, 32 width, h, w) output of the fourth stage, after the ReLU; for prototypes and contrast."""
+    """(B, 32 base_channels, h, w) output of the fourth stage, after the ReLU; for prototypes and contrast."""
 
 
 def network_input(image: Tensor, in_channels: int) -> Tensor:
@@ -146,14 +146,14 @@ class DeepLabV2(nn.Module):
 
     Args:
         num_classes: C, background included.
-        blocks: Bottlenecks in each of the four stages.
-        width: Channels of the stem and inner channels of the first stage (64 in a ResNet); the stages put out
+        layers: Bottlenecks in each of the four stages.
+        base_channels: Channels of the stem and inner channels of the first stage (64 in a ResNet); the stages put out
             4, 8, 16 and 32 times as many.
         output_stride: Image pixels per feature pixel: 8, or 4 for small images, where the second stage keeps its
             resolution (its stride is dropped, the dilations stay).
         in_channels: Channels of the network's input, 1 or 3, see :func:`network_input`.
         multi_level: With the auxiliary head on the third stage.
-        train_norm_affine: Whether scale and shift of the batch norms are trained. The running statistics are updated
+        train_bn_affine: Whether scale and shift of the batch norms are trained. The running statistics are updated
             in training mode either way.
         twin_heads: Both heads on the fourth stage, as CLAN has them; the prediction is then the sum of their logits.
 
@@ -166,21 +166,21 @@ class DeepLabV2(nn.Module):
     def __init__(
         self,
         num_classes: int,
-        blocks: Sequence[int] = (3, 4, 23, 3),
-        width: int = 64,
+        layers: Sequence[int] = (3, 4, 23, 3),
+        base_channels: int = 64,
         output_stride: int = 8,
         in_channels: int = 3,
         multi_level: bool = True,
-        train_norm_affine: bool = False,
+        train_bn_affine: bool = False,
         twin_heads: bool = False,
     ) -> None:
         super().__init__()
         if num_classes < 2:
             raise ValueError(f"a segmenter needs background and at least one structure, got num_classes={num_classes}")
-        if len(blocks) != 4 or min(blocks) < 1:
-            raise ValueError(f"blocks must be four numbers of bottlenecks, each at least 1, got {tuple(blocks)}")
-        if width < 1:
-            raise ValueError(f"width must be at least 1 channel, got {width}")
+        if len(layers) != 4 or min(layers) < 1:
+            raise ValueError(f"layers must be four numbers of bottlenecks, each at least 1, got {tuple(layers)}")
+        if base_channels < 1:
+            raise ValueError(f"base_channels must be at least 1, got {base_channels}")
         if output_stride not in (4, 8):
             raise ValueError(f"output_stride must be 8 or 4, got {output_stride}")
         if in_channels not in (1, 3):
@@ -189,21 +189,21 @@ class DeepLabV2(nn.Module):
         self.in_channels = in_channels
         self.output_stride = output_stride
         self.twin_heads = twin_heads
-        self.feature_channels = 8 * EXPANSION * width
+        self.feature_channels = 8 * EXPANSION * base_channels
 
-        self.conv1 = nn.Conv2d(in_channels, width, 7, stride=2, padding=3, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
+        self.conv1 = nn.Conv2d(in_channels, base_channels, 7, stride=2, padding=3, bias=False)
+        self.bn1 = nn.BatchNorm2d(base_channels)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1, ceil_mode=True)
         second_stride = 2 if output_stride == 8 else 1
-        self.layer1 = _stage(width, width, blocks[0], stride=1, dilation=1)
-        self.layer2 = _stage(4 * width, 2 * width, blocks[1], stride=second_stride, dilation=1)
-        self.layer3 = _stage(8 * width, 4 * width, blocks[2], stride=1, dilation=2)
-        self.layer4 = _stage(16 * width, 8 * width, blocks[3], stride=1, dilation=4)
-        self.layer5 = AtrousHead((32 if twin_heads else 16) * width, num_classes) if multi_level else None
-        self.layer6 = AtrousHead(32 * width, num_classes)
+        self.layer1 = _stage(base_channels, base_channels, layers[0], stride=1, dilation=1)
+        self.layer2 = _stage(4 * base_channels, 2 * base_channels, layers[1], stride=second_stride, dilation=1)
+        self.layer3 = _stage(8 * base_channels, 4 * base_channels, layers[2], stride=1, dilation=2)
+        self.layer4 = _stage(16 * base_channels, 8 * base_channels, layers[3], stride=1, dilation=4)
+        self.layer5 = AtrousHead((32 if twin_heads else 16) * base_channels, num_classes) if multi_level else None
+        self.layer6 = AtrousHead(32 * base_channels, num_classes)
 
-        if not train_norm_affine:
+        if not train_bn_affine:
             for module in self.modules():
                 if isinstance(module, nn.BatchNorm2d):
                     module.weight.requires_grad_(False)

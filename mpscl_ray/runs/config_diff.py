@@ -18,7 +18,7 @@ def check_config_change(run: str, stored: Any, given: Any, may_change: Collectio
         run: Name of the run.
         stored: Nested values of the config that the run was started with.
         given: The same of the config now.
-        may_change: Dotted keys that may differ; ``scaling`` covers ``scaling.workers`` too.
+        may_change: Dotted keys that may differ; ``scaling`` covers ``scaling.num_workers`` too.
 
     Returns:
         A sentence for each key of ``may_change`` that did change.

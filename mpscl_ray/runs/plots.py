@@ -47,7 +47,7 @@ def progress_figure(records: Sequence[Record], title: str = "") -> Figure:
         records: Records of metrics.jsonl, in order.
         title: Name of the run.
     """
-    shares = ("train/selected_fraction", *sorted(_tags(records, "train/discriminator_accuracy")))
+    shares = ("train/pseudo_label_fraction", *sorted(_tags(records, "train/discriminator_accuracy")))
     structures = [tag.removeprefix("val/dice/") for tag in _tags(records, "val/dice/") if not tag.endswith("/mean")]
     dice = [f"val/dice/{name}" for name in (*display_order(structures), "mean")]
     figure = Figure(figsize=(9, 9), dpi=_DPI, layout="constrained")

@@ -4,7 +4,7 @@ Tags, the same in metrics.jsonl and in TensorBoard:
 
 ===============================  ==================================================================================
 train/loss_*                     each loss of the method's step, such as train/loss_contrastive_target
-train/selected_fraction          share of the target pixels that the self-paced mask selects
+train/pseudo_label_fraction          share of the target pixels that the self-paced mask selects
 train/discriminator_accuracy_*   share of the pixels whose domain the discriminator tells, per head
 train/prototype_angle_*          smallest and mean angle between prototypes, radians
 val/dice/<structure> and mean    Dice on the target's validation slices
@@ -12,11 +12,11 @@ val/source/dice/... and mean     the same on the source
 val/entropy, val/source/entropy  mean self-information of the predictions
 val/loss_cross_entropy           weighted cross-entropy on the target's validation slices, where they are labelled
 val/source/loss_cross_entropy    the same on the source
-val/label_free/*                 criteria of the target's predictions, larger is better
+val/unsupervised/*                 criteria of the target's predictions, larger is better
                                  (mpscl_ray.train.unsupervised_criteria)
-val/selection                    the score that decides which checkpoint is the best
-speed/images_per_s               training images of both domains per second, all workers
-speed/data_wait_fraction         share of the time that the step waits for data
+val/selection_score                    the score that decides which checkpoint is the best
+perf/images_per_s               training images of both domains per second, all workers
+perf/data_stall_fraction         share of the time that the step waits for data
 panel/<name>                     an image panel (mpscl_ray.runs.plots)
 ===============================  ==================================================================================
 """

@@ -26,13 +26,13 @@ _DEFAULT_PRESET = "phantom"
 _EXAMPLES = """\
 examples:
   python -m mpscl_ray.train                             the phantom hearts, two CPU workers, minutes
-  python -m mpscl_ray.train mr2ct/mpscl data.source=data/mr data.target=data/ct scaling.workers=2
+  python -m mpscl_ray.train mr2ct/mpscl data.source=data/mr data.target=data/ct scaling.num_workers=2
   python -m mpscl_ray.train small/mpscl data.source=data/bssfp data.target=data/lge run.name=lge
-  python -m mpscl_ray.train mr2ct/mpscl method.margin_source=0.3 optim.lr=1e-4 --show
+  python -m mpscl_ray.train mr2ct/mpscl method.margin_source=0.3 optim.lr=1e-4 --print-config
   ray job submit --working-dir . -- python -m mpscl_ray.train mr2ct/mpscl run.storage=/shared/runs
 
 The same command again resumes a stopped run. Labels of the target's training slices are never read,
-except with data.labelled=target, the supervised bound.
+except with data.labelled_domain=target, the supervised bound.
 """
 
 
@@ -56,7 +56,7 @@ def main(arguments: Sequence[str], fit: Fit | None = None) -> int:
     words.completer = complete_settings(preset_names())  # type: ignore[attr-defined]
     parser.add_help_of_settings()
     add("--list-presets", action="store_true", help="list the presets, each with what it is")
-    add("--show", action="store_true", help="print the resolved settings as YAML, which train also reads")
+    add("--print-config", action="store_true", help="print the resolved settings as YAML, which train also reads")
     add("--dashboard", action="store_true", help="serve the Ray dashboard of a Ray started here")
     add("--allow-change", action="store_true", help="resume a run although settings that matter differ from its own")
     options = parser.parse_settings(arguments)
@@ -67,7 +67,7 @@ def main(arguments: Sequence[str], fit: Fit | None = None) -> int:
         print(list_presets(cli.help_width()))
         return 0
     config = config_from_arguments(options.settings)
-    if options.show:
+    if options.print_config:
         print(to_yaml(config), end="")
         return 0
     parse_location(config.run.storage)

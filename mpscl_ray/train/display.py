@@ -28,14 +28,14 @@ def summary(config: Config, folder: RunDirectory, domains: Domains, data: Traini
         if data.unlabelled
         else "no other slices"
     )
-    labelled = target.modality if config.data.labelled == "target" else source.modality
+    labelled = target.modality if config.data.labelled_domain == "target" else source.modality
     return (
         f"run {folder.name} in {folder.display_path}: {config.method_name}, {source.modality} to {target.modality}, "
         f"structures {', '.join(display_order(domains.classes[1:]))}\n"
         f"  trains on {data.labelled.files.rows} labelled {labelled} slices and {unlabelled}, "
         f"{config.scaling.describe(use_gpu)}\n"
         f"  iterations: {phases}; the target's labels are not used for training"
-        + (" (except here: the supervised bound)" if config.data.labelled == "target" else "")
+        + (" (except here: the supervised bound)" if config.data.labelled_domain == "target" else "")
         + ("; best is chosen with target labels (oracle)" if config.run.select == "oracle" else "")
     )
 
@@ -87,7 +87,7 @@ class ProgressDisplay:
             self.line = ProgressLine(
                 record["iterations"],
                 phase_title(self.phase),
-                images_per_iteration=domains * self.config.data.batch_size,
+                images_per_iteration=domains * self.config.data.global_batch_size,
                 start=record["iteration"],
             )
         self.line.update(record["iteration"], loss=record.get("train/loss_segmentation"))

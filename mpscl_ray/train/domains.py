@@ -68,11 +68,11 @@ def load_domains(config: Config) -> tuple[Domains, list[str]]:
             f"run.select=oracle needs labels of all validation cases of the target {target_folder}, and "
             f"{sum(case.labelled for case in held_out)} of its {len(held_out)} have any; use run.select=label_free"
         )
-    own = (domains.target if config.data.labelled == TARGET_DOMAIN else domains.source).split("val")
+    own = (domains.target if config.data.labelled_domain == TARGET_DOMAIN else domains.source).split("val")
     if config.run.select == "label_free" and not (own and all(case.labelled for case in own)):
         warnings.append(
-            f"the {config.data.labelled} dataset has no labelled validation cases to choose the best checkpoint by; "
-            "the run keeps the last one and the end of each phase"
+            f"the {config.data.labelled_domain} dataset has no labelled validation cases to choose the best checkpoint "
+            "by; the run keeps the last one and the end of each phase"
         )
     return domains, warnings
 
@@ -114,7 +114,7 @@ def model_description(config: Config, domains: Domains) -> dict[str, Any]:
         "source": domain(domains.source, domains.source_folder),
         "target": domain(domains.target, domains.target_folder),
         "phases": [name for name, _ in config.schedule],
-        "labelled": config.data.labelled,
+        "labelled": config.data.labelled_domain,
     }
 
 
@@ -124,7 +124,7 @@ def open_data(config: Config, domains: Domains, open_slices: Callable[..., Slice
     def opened(folder: Path | S3Path, split: str, labels: bool) -> Slices:
         return open_slices(folder, split, labels=labels, in_memory=config.data.in_memory)
 
-    supervised = config.data.labelled == TARGET_DOMAIN
+    supervised = config.data.labelled_domain == TARGET_DOMAIN
     validation: dict[str, Slices] = {}
     for domain, manifest, folder in (
         (SOURCE_DOMAIN, domains.source, domains.source_folder),

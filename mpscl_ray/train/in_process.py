@@ -69,8 +69,8 @@ def train_segmenter(
 ) -> TrainingResult:
     """Train in this process, from the start or from the last checkpoint of the run, and score every phase.
 
-    There is one worker, whatever ``scaling.workers`` says, and the slices of both datasets are held in memory. The same
-    call resumes a run that was interrupted, and returns the result of one that is finished.
+    There is one worker, whatever ``scaling.num_workers`` says, and the slices of both datasets are held in memory.
+    The same call resumes a run that was interrupted, and returns the result of one that is finished.
 
     Args:
         config: settings, or the preset or YAML file that they start from.
@@ -90,7 +90,7 @@ def train_segmenter(
         KeyboardInterrupt: as always; the run can be resumed from its last checkpoint.
     """
     settings = override(config, overrides) if isinstance(config, Config) else load_config(config, overrides)
-    settings = replace(settings, scaling=replace(settings.scaling, workers=1))
+    settings = replace(settings, scaling=replace(settings.scaling, num_workers=1))
     if is_url(settings.run.storage):
         raise ConfigError(
             f"run.storage={settings.run.storage} is a URL; give a folder, or train with python -m mpscl_ray.train"
@@ -137,7 +137,7 @@ def _train_and_evaluate(config: Config, folder: RunDirectory, device: torch.devi
     for sentence in sentences:
         warnings.warn(sentence, stacklevel=3)  # shown at the line that calls train_segmenter
     data = open_data(config, domains, _open_slices)
-    callback = _RunCallback(folder, domains.classes, config.data.batch_size, progress)
+    callback = _RunCallback(folder, domains.classes, config.data.global_batch_size, progress)
     try:
         with folder.store.worker_lock(folder.store.fencing_token, rank=0):
             outcome = loop.train(config, data, folder, device, callback)

@@ -205,7 +205,7 @@ class _Trainer:
                 validating = state.iteration % run.validate_every == 0 or at_end
                 saving = state.iteration % run.checkpoint_every == 0 or at_end
                 stopping = self.stop_poller.should_stop(state.step)
-                if not (state.iteration % run.report_every == 0 or validating or saving or stopping):
+                if not (state.iteration % run.log_every == 0 or validating or saving or stopping):
                     continue
                 record = self._read_metrics(name, iterations, metrics, meter)
                 if record["train/non_finite"]:
@@ -250,24 +250,24 @@ class _Trainer:
         }
         seconds, waited = meter.read(self.state.step)
         domains = 2 if reads_target(name) else 1
-        record["speed/images_per_s"] = domains * self.config.data.batch_size / seconds
-        record["speed/data_wait_fraction"] = waited
+        record["perf/images_per_s"] = domains * self.config.data.global_batch_size / seconds
+        record["perf/data_stall_fraction"] = waited
         return record
 
     def _validate(self, name: str, method: Method) -> dict[str, Any]:
         """Validate on both domains and keep the weights if they are the best of the phase."""
         data = self.config.data
         results = {
-            domain: validate(method.predict, slices, self.data.classes, data.batch_size, self.device)
+            domain: validate(method.predict, slices, self.data.classes, data.global_batch_size, self.device)
             for domain, slices in self.data.validation.items()
         }
-        record = validation_metrics(results, data.labelled)
+        record = validation_metrics(results, data.labelled_domain)
         self._record_features(name, method)
         if self.rank == 0 and TARGET_DOMAIN in self.data.validation:
             self._show_images(method, self.data.validation[TARGET_DOMAIN])
-        score = selection_score(results, self.config.run.select, data.labelled)
+        score = selection_score(results, self.config.run.select, data.labelled_domain)
         if score is not None:
-            record["val/selection"] = score
+            record["val/selection_score"] = score
             if self.state.best is None or score > self.state.best:
                 self.state.best = score
                 self.checkpointer.save(self.folder.best, method, name, self.state)
@@ -277,7 +277,7 @@ class _Trainer:
         if is_adaptation(name):
             position = {"global_step": self.state.step, "phase": name, "iteration": self.state.iteration}
             slices = self.data.validation.get(TARGET_DOMAIN)
-            self.features.record(method, slices, self.config.data.batch_size, position)
+            self.features.record(method, slices, self.config.data.global_batch_size, position)
 
     def _show_images(self, method: Method, slices: Slices) -> None:
         """Predict evenly spaced slices of the first volume, the ends left out."""

@@ -29,13 +29,13 @@ from mpscl_ray.train.ray.preflight import check_nodes
 MAY_CHANGE = (
     "scaling",
     "run.name",
-    "run.report_every",
+    "run.log_every",
     "run.validate_every",
     "run.checkpoint_every",
     "run.keep_checkpoints",
-    "run.restarts",
+    "run.max_failures",
     "run.storage",
-    "run.outage_min",
+    "run.storage_retry_minutes",
     "data.source",
     "data.target",
     "data.in_memory",
@@ -66,7 +66,9 @@ def train(
         fit: what trains; None is Ray Train.
     """
     resources.check_machine(config)
-    folder = open_run(join_location(config.run.storage, config.run.name), "command", 60 * config.run.outage_min)
+    folder = open_run(
+        join_location(config.run.storage, config.run.name), "command", 60 * config.run.storage_retry_minutes
+    )
     folder.create()
     words = ["python", "-m", "mpscl_ray.train", *command]
     with folder.lock():

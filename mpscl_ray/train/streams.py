@@ -57,12 +57,12 @@ def open_streams(
         augmentation = config.data.augmentation
         if name != SOURCE_DOMAIN:
             # Intensities are remapped in the labelled domain only: the target has to keep its appearance.
-            augmentation = dataclasses.replace(augmentation, intensity_mapping=0.0)
+            augmentation = dataclasses.replace(augmentation, random_conv_probability=0.0)
         return SliceStream(
             slices,
             seed=config.run.seed,
             domain=name,
-            global_batch=config.data.batch_size,
+            global_batch=config.data.global_batch_size,
             rank=rank,
             world_size=world_size,
             augment=augmentation,
@@ -88,7 +88,7 @@ def training_slices(
     world_size: int,
 ) -> TrainingSlices:
     """This worker's share of all training slices, un-augmented, for a method to prepare its phase with."""
-    unlabelled, batch_size = data.unlabelled, config.data.batch_size
+    unlabelled, batch_size = data.unlabelled, config.data.global_batch_size
     path = config.network.pretrained_prototypes
     assert unlabelled is not None
 

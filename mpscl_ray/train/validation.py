@@ -137,7 +137,7 @@ def validation_metrics(results: Mapping[str, Validation], labelled: str) -> dict
             record[f"{prefix}/dice/mean"] = result.mean_dice
             record[f"{prefix}/loss_cross_entropy"] = result.cross_entropy
         record[f"{prefix}/entropy"] = result.entropy
-    return record | {f"val/label_free/{name}": value for name, value in target_criteria(results, labelled).items()}
+    return record | {f"val/unsupervised/{name}": value for name, value in target_criteria(results, labelled).items()}
 
 
 def _information(probabilities: Tensor, labels: Tensor) -> Tensor:

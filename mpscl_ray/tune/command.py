@@ -32,14 +32,14 @@ _DEFAULT_SPACE = "phantom"
 _EXAMPLES = """\
 examples:
   python -m mpscl_ray.tune                                   a small space on the phantom hearts
-  python -m mpscl_ray.tune mpscl data.source=data/mr data.target=data/ct search.trials=32
+  python -m mpscl_ray.tune mpscl data.source=data/mr data.target=data/ct search.num_samples=32
   python -m mpscl_ray.tune mpscl preset=small/mpscl data.source=data/bssfp data.target=data/lge
   python -m mpscl_ray.tune mpscl data.source=data/mr data.target=data/ct --warm-up runs/mr2ct
-  python -m mpscl_ray.tune my_space.yaml --metric information --show
+  python -m mpscl_ray.tune my_space.yaml --metric information --print-config
   ray job submit --working-dir . -- python -m mpscl_ray.tune mpscl run.storage=/shared/runs
 
 The same command again resumes a stopped search: no trial is run twice. Trials run concurrently,
-as many as the cluster has room for; scaling.workers is what one of them takes.
+as many as the cluster has room for; scaling.num_workers is what one of them takes.
 """
 
 
@@ -68,7 +68,7 @@ def main(arguments: Sequence[str], fit: Fit | None = None) -> int:
     add("--list-presets", action="store_true", help="list the presets, each with what it is")
     add("--metric", help="what trials are compared by, short for search.metric")
     add("--warm-up", metavar="RUN", help="folder, or URL, of a run whose first phases all trials start from")
-    add("--show", action="store_true", help="print the checked search as YAML and what trials share, and stop")
+    add("--print-config", action="store_true", help="print the checked search as YAML and what trials share, and stop")
     add("--dashboard", action="store_true", help="serve the Ray dashboard of a Ray started here")
     options = parser.parse_settings(arguments)
     if options.list_presets:
@@ -82,7 +82,7 @@ def main(arguments: Sequence[str], fit: Fit | None = None) -> int:
         overrides.append(f"search.metric={options.metric}")
     space = load_space(name, overrides)
     given = None if options.warm_up is None else parse_location(options.warm_up)
-    if options.show:
+    if options.print_config:
         shared = ", ".join(name for name, _ in common_phases(space.base, space.keys)) or "nothing"
         print(f"# shared by all trials: {shared}\n{space.to_yaml(given)}", end="")
         return 0

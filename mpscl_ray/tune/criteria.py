@@ -41,7 +41,7 @@ def score(record: Mapping[str, Any], metric: str) -> float:
         return source
     if metric == "source_dice_less_entropy":
         return source - _number(record, "val/entropy")
-    return _number(record, f"val/label_free/{metric}")
+    return _number(record, f"val/unsupervised/{metric}")
 
 
 def _number(record: Mapping[str, Any], tag: str) -> float:

@@ -101,7 +101,7 @@ def _tuner(study: Study, parent: RunDirectory | None, storage: Path) -> tune.Tun
             name="tune",
             storage_path=str(storage),
             callbacks=[TrialEndCallback(study)],
-            failure_config=tune.FailureConfig(max_failures=study.resolved.run.restarts),
+            failure_config=tune.FailureConfig(max_failures=study.resolved.run.max_failures),
             verbose=0,
         ),
     )

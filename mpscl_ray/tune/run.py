@@ -29,7 +29,11 @@ from mpscl_ray.tune.space import Space
 from mpscl_ray.tune.study import LEDGER, Study
 from mpscl_ray.tune.warm_start import choose_metric, train_shared_phases
 
-MAY_CHANGE = ("search.trials", "search.evaluate", *(key for key in train_run.MAY_CHANGE if key != "run.validate_every"))
+MAY_CHANGE = (
+    "search.num_samples",
+    "search.evaluate",
+    *(key for key in train_run.MAY_CHANGE if key != "run.validate_every"),
+)
 """Keys that may differ when a search resumes: none of them changes what a trial computes or when it is compared."""
 
 SPACE = "search.yaml"
@@ -48,7 +52,7 @@ def search(
     check_machine(space.base)
     run = space.base.run
     own = (SPACE, LEDGER, PRESET, "tensorboard")
-    folder = open_run(join_location(run.storage, run.name), "command", 60 * run.outage_min, own)
+    folder = open_run(join_location(run.storage, run.name), "command", 60 * run.storage_retry_minutes, own)
     if folder.exists:
         raise ConfigError(f"{folder.display_path} is the folder of a training run; give the search another run.name")
     folder.config_file = folder.path / SPACE
@@ -156,6 +160,6 @@ def _summary(study: Study) -> str:
         lines.append(f"  {', '.join(limits)} act before the {last}, so trials share no more phases")
     if study.rungs:
         rungs = ", ".join(f"{rung:g}" for rung in study.rungs)
-        share = f"1/{space.search.reduction:g}"
+        share = f"1/{space.search.reduction_factor:g}"
         lines.append(f"  trials wait at iterations {rungs} of the {last}; the best {share} of those there continue")
     return "\n".join(lines)

@@ -52,7 +52,7 @@ class SeededSampler:
     def __init__(self, space: Space) -> None:
         self._space = space
         self._grid = grid(space) if space.search.method == "grid" else None
-        self.total = len(self._grid) if self._grid is not None else space.search.trials
+        self.total = len(self._grid) if self._grid is not None else space.search.num_samples
 
     def settings(self, number: int) -> dict[str, Any]:
         if self._grid is not None:
@@ -107,7 +107,7 @@ class OptunaSampler:
             ) from error
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         self._optuna, self._space = optuna, space
-        self.total = space.search.trials
+        self.total = space.search.num_samples
         ended = sum(trial.ended for trial in known.values())
         self._study = optuna.create_study(
             direction="maximize",

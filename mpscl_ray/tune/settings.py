@@ -20,7 +20,7 @@ class SearchConfig:
     method: Literal["random", "grid", "optuna"] = "random"
     """random: independent draws; grid: every combination of choices; optuna: draws that learn from trials that ended
     (needs pip install mpscl_ray[optuna])."""
-    trials: Annotated[int, Field(ge=1)] = 12
+    num_samples: Annotated[int, Field(ge=1)] = 12
     """Trials of a random or an Optuna search, the first with the preset's own values; a grid has as many as points."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 1
     """Seed of the draws; the trials' own is run.seed."""
@@ -29,9 +29,9 @@ class SearchConfig:
     target's validation cases are labelled, else the label-free default."""
     early_stopping: bool = True
     """Let trials wait at rungs, and continue the best of them (ASHA); false trains each to its end."""
-    grace: Annotated[int, Field(ge=1)] | None = None
+    grace_period: Annotated[int, Field(ge=1)] | None = None
     """Iterations of the last phase up to the first rung; null: a tenth of the phase."""
-    reduction: Annotated[float, Field(gt=1)] = 4
+    reduction_factor: Annotated[float, Field(gt=1)] = 4
     """From each rung the best 1/reduction of the trials continue, at least one in all; rungs are this factor apart."""
     evaluate: Literal["best", "all", "none"] = "best"
     """Trials that are evaluated on the target's test volumes when the search is over; no choice depends on that."""

@@ -30,14 +30,14 @@ EXAMPLE = """\
   space:
     method.margin_source: {uniform: [0, 0.6]}
     method.gamma: {loguniform: [0.1, 3]}
-    data.batch_size: {integer: [4, 16]}
+    data.global_batch_size: {integer: [4, 16]}
     method.discriminator: {choice: [fc, patchgan]}
     method.temperature_source, method.temperature_target: {uniform: [0.5, 2]}     # one draw for both
 """
 
 KINDS = ("uniform", "loguniform", "integer", "choice")
 
-NO_RESULT = ("run.", "scaling.", "data.source", "data.target", "data.labelled", "data.in_memory", "method.name")
+NO_RESULT = ("run.", "scaling.", "data.source", "data.target", "data.labelled_domain", "data.in_memory", "method.name")
 """Keys that cannot be searched, or how they begin: they say where and how a run works, not how well it learns."""
 
 

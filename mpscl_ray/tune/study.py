@@ -54,7 +54,7 @@ class Study:
         self.sampler: Sampler = make_sampler(self.space, known, {n: self.score(trial) for n, trial in known.items()})
         self.started: dict[int, float] = {}
         """Trials that run now, with the time at which they started."""
-        self.halving = SuccessiveHalving(self.rungs, self.space.search.reduction, self.sampler.total)
+        self.halving = SuccessiveHalving(self.rungs, self.space.search.reduction_factor, self.sampler.total)
         for number, iteration in self.ledger.order:
             self.halving.report(number, iteration, score(known[number].reports[iteration], self.metric))
         self._active: set[int] = set()
@@ -80,7 +80,7 @@ class Study:
         search = self.space.search
         if not search.early_stopping:
             return []
-        return rungs(self.iterations, search.grace or max(1, self.iterations // 10), search.reduction)
+        return rungs(self.iterations, search.grace_period or max(1, self.iterations // 10), search.reduction_factor)
 
     @property
     def shared_phases(self) -> list[tuple[str, int]]:
@@ -103,7 +103,7 @@ class Study:
         """Run folder of a trial."""
         if number not in self._folders:
             place = join_location(self.folder.uri, TRIALS, f"{number:03d}")
-            self._folders[number] = open_run(place, patience_s=60 * self.resolved.run.outage_min)
+            self._folders[number] = open_run(place, patience_s=60 * self.resolved.run.storage_retry_minutes)
         return self._folders[number]
 
     # ------------------------------------------------------------------------------------------------ the next trial
@@ -236,7 +236,7 @@ class Study:
         elif state == "interrupted" or self.stopping:
             self.log(f"trial {number:03d} is interrupted and will resume")
         else:
-            self._record_end(number, "failed", f"its process was lost {self.resolved.run.restarts + 1} times")
+            self._record_end(number, "failed", f"its process was lost {self.resolved.run.max_failures + 1} times")
 
     def _stop_hopeless_trials(self) -> None:
         """Stop trials that wait and can never be promoted, so that no checkpoint is kept without need."""

@@ -56,7 +56,7 @@ def train_trial(settings: dict[str, Any], shared: Shared) -> None:
     """The trainable of Ray Tune. How it ended is in the run's status.json; an MpsclError is not raised."""
     task, number = TrialTask(**json.loads(settings["task"])), settings["number"]
     config = config_from_dict(task.config)
-    patience_s = 60 * config.run.outage_min
+    patience_s = 60 * config.run.storage_retry_minutes
     folder = open_run(task.folder, "command", patience_s)
     reporter = _ValidationReporter(task, config, folder, number)
     try:

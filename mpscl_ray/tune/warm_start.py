@@ -92,7 +92,7 @@ def train_shared_phases(
     if given is not None:
         _check_given(given, config, common, keys, shared)
         return given
-    run = open_run(join_location(folder.uri, SHARED_RUN), "command", 60 * config.run.outage_min)
+    run = open_run(join_location(folder.uri, SHARED_RUN), "command", 60 * config.run.storage_retry_minutes)
     seen = 0
 
     def poll(training: launch.Launch) -> None:
@@ -112,7 +112,7 @@ def train_shared_phases(
 
 def _shared_config(config: Config, common: Sequence[str], folder: RunDirectory, at_once: int) -> Config:
     """Settings of the shared run: as many workers as the cluster has room for and as divide the batch."""
-    batch, room = config.data.batch_size, at_once * config.scaling.most_workers
+    batch, room = config.data.global_batch_size, at_once * config.scaling.most_workers
     workers = next(number for number in range(min(room, batch), 0, -1) if batch % number == 0)
     return dataclasses.replace(
         config,
@@ -120,7 +120,7 @@ def _shared_config(config: Config, common: Sequence[str], folder: RunDirectory, 
         phases=dataclasses.replace(
             config.phases, **{name: 0 for name in (SOURCE_ONLY, WARM_UP, ADAPTATION) if name not in common}
         ),
-        scaling=dataclasses.replace(config.scaling, workers=workers),
+        scaling=dataclasses.replace(config.scaling, num_workers=workers),
     )
 
 

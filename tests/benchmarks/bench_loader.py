@@ -223,7 +223,7 @@ def main() -> None:
 
     image, label = torch.randn(16, 1, options.size, options.size), torch.zeros(16, options.size, options.size).byte()
     affine = AugmentConfig(rotation_deg=15, scale=(0.85, 1.15), translation=0.1)
-    for title, config in (("affine", affine), ("intensity mapping", AugmentConfig(intensity_mapping=1))):
+    for title, config in (("affine", affine), ("intensity mapping", AugmentConfig(random_conv_probability=1))):
         begin = time.perf_counter()
         for step in range(10):
             augment(image, label, sample_keys(0, "source", 16 * step, 16 * step + 16), config)

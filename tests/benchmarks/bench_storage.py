@@ -61,7 +61,7 @@ def main() -> None:
             *(f"phases.{phase}={options.iterations}" for phase in ("source_only", "warm_up", "adaptation")),
             f"run.checkpoint_every={options.checkpoint_every}",
             f"run.validate_every={options.iterations}",
-            f"network.width={options.width}",
+            f"network.base_channels={options.width}",
         ]
         places = {
             "disk": (str(folder), [f"data.source={folder}/data/mr", f"data.target={folder}/data/ct"]),

@@ -55,7 +55,7 @@ def without_ray(config: Config, run: Path) -> None:
 def steps(run: Path, batch: int) -> list[tuple[float, float]]:
     """Milliseconds and share of waiting of each reading of the adaptation phase but the first."""
     records = [record for record in RunDirectory(run).read_metrics() if record["phase"] == "adaptation"][1:]
-    return [(2e3 * batch / r["speed/images_per_s"], r["speed/data_wait_fraction"]) for r in records]
+    return [(2e3 * batch / r["perf/images_per_s"], r["perf/data_stall_fraction"]) for r in records]
 
 
 def main() -> None:
@@ -80,10 +80,10 @@ def main() -> None:
                         f"phases.source_only={WARM}",
                         f"phases.warm_up={WARM}",
                         f"phases.adaptation={options.steps + WARM}",
-                        f"run.report_every={WARM}",
+                        f"run.log_every={WARM}",
                         "run.validate_every=1000000",
                         "run.checkpoint_every=1000000",
-                        f"scaling.workers={workers}",
+                        f"scaling.num_workers={workers}",
                     ],
                 )
                 for way in ("alone", "Ray"):
@@ -92,7 +92,7 @@ def main() -> None:
                         on_ray(config, run)
                     else:
                         on_workers(workers, without_ray, config, run)
-                    measured.setdefault(f"{way} {workers}", []).append(steps(run, config.data.batch_size))
+                    measured.setdefault(f"{way} {workers}", []).append(steps(run, config.data.global_batch_size))
     print("workers   ms/step alone   ms/step Ray   ratio of medians   of best rounds   waiting alone   waiting Ray")
     for workers in (1, 2):
         alone, ray = measured[f"alone {workers}"], measured[f"Ray {workers}"]

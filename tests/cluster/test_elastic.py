@@ -21,7 +21,7 @@ LONG = (
     "phases.source_only=1000000",
     f"run.checkpoint_every={EVERY}",
     "run.validate_every=1000000",
-    "run.report_every=10",
+    "run.log_every=10",
     "optim.lr=1e-4",
     "scaling.resize_check_s=5",
 )
@@ -67,7 +67,7 @@ def test_a_node_that_does_not_see_the_run_folder_is_named_before_the_first_step(
     (tmp_path / "runs").mkdir()
     stray = pair.add(hide=tmp_path / "runs")
     try:
-        one = [*places(tmp_path), "scaling.workers=1"]
+        one = [*places(tmp_path), "scaling.num_workers=1"]
         for name, command in (
             ("stray", words(tmp_path, "stray")),
             ("search", ["mpscl_ray.tune", *SETTINGS, *one, "run.name=search"]),
@@ -93,7 +93,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_lost_node_shrinks_the_run_and_a_new_one_grows_it(pair: Cluster, folder: Path) -> None:
     second = pair.add()
     run, output = RunDirectory(folder / "runs" / "elastic"), folder / "output.txt"
-    process = pair.command(output, *words(folder, "elastic", *LONG, "scaling.workers=[1,2]"))
+    process = pair.command(output, *words(folder, "elastic", *LONG, "scaling.num_workers=[1,2]"))
 
     def wait_until_trained_by(workers: list[int]) -> None:
         deadline = time.monotonic() + PATIENCE_S

@@ -90,7 +90,7 @@ def test_a_flipped_bit_in_slices_that_workers_stream(start: Start, runs: Runs, t
     data = bytearray(file.read_bytes())
     data[len(data) // 3] ^= 16
     file.write_bytes(data)
-    words = runs.arguments("flipped", f"data.target={target}", "data.in_memory=false", "scaling.workers=1")
+    words = runs.arguments("flipped", f"data.target={target}", "data.in_memory=false", "scaling.num_workers=1")
     command = start(words, cluster=True)
     assert command.wait() == DataError.exit_code, command.text
     assert f"error: {file}: damaged" in command.text

@@ -27,9 +27,9 @@ LONG = (
     *(f"phases.{phase}={PHASE}" for phase in ("source_only", "warm_up", "adaptation")),
     f"run.checkpoint_every={EVERY}",
     f"run.validate_every={PHASE}",
-    "run.report_every=1",
-    "scaling.workers=2",
-    "scaling.wait_s=600",
+    "run.log_every=1",
+    "scaling.num_workers=2",
+    "scaling.resource_timeout_s=600",
 )
 BEYOND_THE_LIMIT = 600 * 2**20
 """Ray refuses to upload more than 500 MiB."""
@@ -216,7 +216,8 @@ def test_a_job_that_cannot_run_fails_with_its_sentence(cluster: LocalCluster, tr
     done = cluster.submit("refused", *command)
     assert done.returncode == 1
     assert (
-        "error: 'scaling.worker' on the command line is not a setting; did you mean 'scaling.workers'?" in done.stdout
+        "error: 'scaling.worker' on the command line is not a setting; did you mean 'scaling.num_workers'?"
+        in done.stdout
     )
     assert cluster.job("refused")["status"] == "FAILED"
     assert f"exit code {ConfigError.exit_code}" in cluster.job("refused")["message"]

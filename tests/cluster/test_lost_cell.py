@@ -48,7 +48,7 @@ def test_a_lost_cell_resumes_a_signal_stops_it_after_a_checkpoint_and_the_same_c
 ) -> None:
     data, presets, out = make_pair(tmp_path / "data"), write_presets(tmp_path / "presets", phase=60), tmp_path / "out"
     words = ["--data", str(data / "mr"), str(data / "ct"), "--presets", str(presets), "--out", str(out)]
-    words += ["--seeds", "1", "--directions", "forward", "mpscl", "run.report_every=1"]
+    words += ["--seeds", "1", "--directions", "forward", "mpscl", "run.log_every=1"]
     run = RunDirectory(out / "cells" / "mr2ct-seed1-mpscl")
     log, output = run.logs / "worker-0.log", out.with_suffix(".txt")
     with output.open("w") as stream:

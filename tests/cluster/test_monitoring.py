@@ -35,7 +35,7 @@ def run(cluster: LocalCluster, tmp_path_factory: pytest.TempPathFactory) -> Iter
     """A run that is in its adaptation."""
     data, storage = make_pair(tmp_path_factory.mktemp("data")), tmp_path_factory.mktemp("runs")
     folders = [f"data.source={data / 'mr'}", f"data.target={data / 'ct'}", f"run.storage={storage}"]
-    settings = [*SETTINGS, *folders, *ENDLESS, "run.name=watched", "scaling.workers=1"]
+    settings = [*SETTINGS, *folders, *ENDLESS, "run.name=watched", "scaling.num_workers=1"]
     submitted = cluster.submit("watched", "python", "-m", "mpscl_ray.train", "small/mpscl", *settings, wait=False)
     assert submitted.returncode == 0, submitted.stdout
     folder = RunDirectory(storage / "watched")

@@ -25,9 +25,9 @@ LENGTHS = (
     f"phases.adaptation={OWN}",
     f"run.validate_every={EVERY}",
     f"run.checkpoint_every={EVERY}",
-    "run.report_every=1",
-    "run.restarts=1",
-    "scaling.workers=1",
+    "run.log_every=1",
+    "run.max_failures=1",
+    "scaling.num_workers=1",
 )
 OF_TRAININGS = re.compile(r"ray::(RayTrainWorker|TrainController|ImplicitFunc|run_cell)")
 """Not of them is Ray Train's PlacementGroupCleaner, which holds nothing: one may stay for each controller that was

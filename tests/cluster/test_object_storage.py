@@ -37,8 +37,8 @@ LONG = (
     f"phases.adaptation={PHASE}",
     f"run.checkpoint_every={EVERY}",
     f"run.validate_every={PHASE}",
-    "run.report_every=1",
-    "scaling.workers=2",
+    "run.log_every=1",
+    "scaling.num_workers=2",
 )
 
 
@@ -121,7 +121,7 @@ def test_a_run_that_is_cut_off_and_killed_ends_as_on_a_disk(
     output = tmp_path / "output.txt"
     words = (f"run.storage={server.url('runs')}", "run.name=hard")
 
-    process = start(server, tmp_path / "first", output, *words, "run.outage_min=0.02")
+    process = start(server, tmp_path / "first", output, *words, "run.storage_retry_minutes=0.02")
     wait_for_step(server, "hard", EVERY, process, output)
     with server.door.shut():
         assert wait_for(process, output, PATIENCE_S) == StorageError.exit_code, output.read_text()

@@ -66,10 +66,10 @@ def test_a_killed_search_in_a_bucket_goes_on_and_stops_what_falls_behind(
     server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     place = [f"data.source={server.url('data/mr')}", f"data.target={server.url('data/ct')}"]
-    lengths = [f"phases.adaptation={ITERATIONS}", "run.validate_every=2", "scaling.workers=1"]
+    lengths = [f"phases.adaptation={ITERATIONS}", "run.validate_every=2", "scaling.num_workers=1"]
     base = to_dict(load_config("small/mpscl", [*SETTINGS, *place, *lengths, f"run.storage={server.url('runs')}"]))
     base["run"]["name"] = "search"
-    search = {"method": "grid", "grace": 2, "reduction": 50, "metric": "information", "evaluate": "best"}
+    search = {"method": "grid", "grace_period": 2, "reduction_factor": 50, "metric": "information", "evaluate": "best"}
     file = tmp_path / "space.yaml"
     space = {"method.gamma": {"choice": [10, 1, 0.1]}}
     file.write_text(yaml.safe_dump({**base, "preset": "small/mpscl", "search": search, "space": space}))
@@ -142,7 +142,18 @@ def test_a_killed_comparison_in_a_bucket_goes_on_with_what_is_missing(
         "--presets",
         str(write_presets(tmp_path / "presets")),
     ]
-    words += ["--out", str(out), "--seeds", "1", "--directions", "forward", "--at-once", "1", "baseline", "mpscl"]
+    words += [
+        "--out",
+        str(out),
+        "--seeds",
+        "1",
+        "--directions",
+        "forward",
+        "--max-concurrent",
+        "1",
+        "baseline",
+        "mpscl",
+    ]
 
     def cells() -> dict[str, dict[str, object]]:
         try:

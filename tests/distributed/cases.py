@@ -57,7 +57,7 @@ def my_part(batch: Batch) -> Batch:
 
 def segmenter(seed: int, **arguments: Any) -> DeepLabV2:
     network = DeepLabV2(
-        CLASSES, (1, 1, 1, 1), width=4, output_stride=4, in_channels=1, train_norm_affine=True, **arguments
+        CLASSES, (1, 1, 1, 1), base_channels=4, output_stride=4, in_channels=1, train_bn_affine=True, **arguments
     )
     initialise(network, seed)
     with torch.no_grad():
@@ -131,7 +131,7 @@ def sifa(**settings: Any) -> dict[str, Any]:
         generator_blocks=1,
         decoder_blocks=1,
         encoder_width=1,
-        critic_width=2,
+        discriminator_width=2,
         output_stride=4,
         **settings,
     )
@@ -164,7 +164,7 @@ def source_only_then_adapted() -> dict[str, Any]:
     """Two methods that are wrapped around the same segmenter, one after the other."""
     shared = segmenter(collectives.rank())
     first = Segmentation(shared, SegmentationConfig(), OPTIM, CLASSES, CPU, PrecisionConfig(), 0)
-    config = MPSCLConfig(discriminator_width=4, delta_th=0.1, norm_statistics="target")
+    config = MPSCLConfig(discriminator_width=4, delta_th=0.1, bn_running_stats="target")
     second = MPSCL(shared, config, OPTIM, CLASSES, CPU, PrecisionConfig(), collectives.rank())
     first.start_phase(STEPS)
     results = record(first)
@@ -321,10 +321,12 @@ def objects() -> dict[str, Any]:
 
 
 CASES: dict[str, Callable[[], dict[str, Any]]] = {
-    "fc-released": lambda: parity({"discriminator": "fc", "form": "released"}),
-    "fc-paper": lambda: parity({"discriminator": "fc", "form": "paper"}),
-    "patchgan-released": lambda: parity({"discriminator": "patchgan", "form": "released", "temperature_source": 2.0}),
-    "patchgan-paper": lambda: parity({"discriminator": "patchgan", "form": "paper"}),
+    "fc-released": lambda: parity({"discriminator": "fc", "margin_form": "released"}),
+    "fc-paper": lambda: parity({"discriminator": "fc", "margin_form": "paper"}),
+    "patchgan-released": lambda: parity(
+        {"discriminator": "patchgan", "margin_form": "released", "temperature_source": 2.0}
+    ),
+    "patchgan-paper": lambda: parity({"discriminator": "patchgan", "margin_form": "paper"}),
     "fc-baseline": lambda: parity({"discriminator": "fc", "beta": 0.0, "gamma": 0.0}),
     "segmentation": source_only_then_adapted,
     "advent": lambda: look_and_train("advent", discriminator_width=4, **STRONG),
@@ -335,7 +337,7 @@ CASES: dict[str, Callable[[], dict[str, Any]]] = {
     ),
     "clan": lambda: look_and_train("clan", discriminator_width=4, lambda_adversarial=0.1, lambda_weight=0.1),
     "clan-focal": lambda: look_and_train(
-        "clan", discriminator_width=4, segmentation_loss="focal", lambda_adversarial=0.1, preheat=0.2
+        "clan", discriminator_width=4, segmentation_loss="focal", lambda_adversarial=0.1, warmup_fraction=0.2
     ),
     "intrada": lambda: look_and_train("intrada", discriminator_width=4, **STRONG),
     "intrada-volumes": lambda: look_and_train(
@@ -348,10 +350,10 @@ CASES: dict[str, Callable[[], dict[str, Any]]] = {
         segmentation_loss="ce",
         distance_quantile=None,
         distance_threshold=0.01,
-        norm_statistics="target",
+        bn_running_stats="target",
     ),
     "sifa": lambda: sifa(pool_size=2),
-    "sifa-first": lambda: sifa(version="v1", pool_size=2, dropout=0.25, prediction_ramp=(0.1, 0.4)),
+    "sifa-first": lambda: sifa(version="v1", pool_size=2, dropout=0.25, adversarial_prediction_ramp=(0.1, 0.4)),
     "adabn": lambda: look_and_train("adabn"),
     "non-finite-source": lambda: non_finite("source"),
     "non-finite-target": lambda: non_finite("target"),

@@ -74,7 +74,7 @@ def test_all_ranks_hold_the_same(run: Run, case: str, world_size: int) -> None:
 
 @pytest.mark.parametrize("case", MPSCL_CASES)
 def test_the_batches_are_as_uneven_as_the_claim_needs(run: Run, case: str) -> None:
-    selected = np.stack([ours["local.selected_fraction"] for ours in run(case, 2)])
+    selected = np.stack([ours["local.pseudo_label_fraction"] for ours in run(case, 2)])
     few, many = np.sort(selected.mean(axis=1))
     assert few > 0
     assert many > 2 * few

@@ -32,7 +32,7 @@ def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 def test_stages_do_not_depend_on_the_number_of_workers(name: str, tmp_path: Path) -> None:
     data = make_pair(tmp_path / "data")
     config = tiny_config(data / "mr", data / "ct", STAGES[name], preset=f"phantom/{name}")
-    assert config.method.norm_statistics == "target", "CAG's anchors then need a pass of their own over the source"
+    assert config.method.bn_running_stats == "target", "CAG's anchors then need a pass of their own over the source"
     ends = []
     for workers in (1, 2):
         run = tmp_path / f"{workers}"

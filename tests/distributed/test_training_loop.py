@@ -19,10 +19,10 @@ from tests.tiny import make_pair, tiny_config
 from tests.tiny_runs import train, train_and_watch
 from tests.worker_processes import on_workers
 
-SINGLE = ("phases.source_only=3", "phases.warm_up=2", "phases.adaptation=2", "optim.lr=1e-5", "run.report_every=1")
+SINGLE = ("phases.source_only=3", "phases.warm_up=2", "phases.adaptation=2", "optim.lr=1e-5", "run.log_every=1")
 """Seven steps at a low rate. At a usual one a single rounding in the initial weights changes the third gradient of one
 worker by a third, because ReLUs have kinks: what the loop does can then be compared in double precision only."""
-DOUBLE = ("phases.source_only=3", "phases.warm_up=3", "run.report_every=1")
+DOUBLE = ("phases.source_only=3", "phases.warm_up=3", "run.log_every=1")
 """Ten steps at a high rate."""
 
 RUNS = {
@@ -89,7 +89,7 @@ def test_metrics_and_weights_do_not_depend_on_the_number_of_workers(
     for ours, theirs in zip(run.read_metrics(), reference.read_metrics(), strict=True):
         assert ours.keys() == theirs.keys()
         for key, value in theirs.items():
-            if isinstance(value, float) and not key.startswith("speed/"):
+            if isinstance(value, float) and not key.startswith("perf/"):
                 assert ours[key] == pytest.approx(value, rel=tolerance, abs=tolerance), (key, ours["global_step"])
     for phase in ("source_only", "warm_up", "adaptation"):
         ours, theirs = (checkpoint.load(folder.phases / phase)["method"] for folder in (run, reference))

@@ -26,8 +26,8 @@ HEAD = """\
 <!-- Written by `python -m tests.docs.settings_page` from mpscl_ray/config; edit the docstrings there. -->
 
 Every setting is a word `key=value` on the command line of `train`, `tune` and `compare`, or a key of a YAML preset; the
-value is YAML. A default holds where no preset says otherwise: `python -m mpscl_ray.train PRESET --show` prints what a
-preset resolves to.
+value is YAML. A default holds where no preset says otherwise: `python -m mpscl_ray.train PRESET --print-config`
+prints what a preset resolves to.
 """
 
 SHARED = """\

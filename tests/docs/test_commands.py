@@ -45,7 +45,7 @@ def check(words: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> No
             if word.endswith("best.yaml"):  # which a search leaves
                 (folder / word).parent.mkdir(parents=True, exist_ok=True)
                 (folder / word).write_text(to_yaml(load_config("mr2ct/mpscl")))
-        assert command.main([*arguments, "--show"]) == 0
+        assert command.main([*arguments, "--print-config"]) == 0
         return
     monkeypatch.setitem(sys.modules, f"{package}.run", Accepting(f"{package}.run"))
     # There is no bucket here; that outputs may be in one is tested in tests/cluster/test_object_storage.py.

@@ -77,7 +77,7 @@ def test_state_dict_of_the_discriminators(keys: dict[str, Any]) -> None:
 
 
 def test_segmenter_in_evaluation_then_in_training(golden: dict[str, Tensor]) -> None:
-    network = DeepLabV2(NUM_CLASSES, blocks=(1, 1, 1, 1))
+    network = DeepLabV2(NUM_CLASSES, layers=(1, 1, 1, 1))
     fill_from_keys(network)
     with torch.no_grad():
         out = network.eval()(golden["input"])

@@ -55,7 +55,7 @@ def fill_from_names(module: nn.Module) -> None:
 def test_four_iterations_equal_the_released_code() -> None:
     golden = np.load(Path(__file__).with_name("trajectory_mr2ct.npz"), allow_pickle=False)
     settings = json.loads(str(golden["settings"]))
-    segmenter = DeepLabV2(5, blocks=(1, 1, 1, 1))
+    segmenter = DeepLabV2(5, layers=(1, 1, 1, 1))
     segmenter.in_channels = 1  # The stored images are network inputs already, which are left as they are.
     method = MPSCL(
         segmenter,
@@ -72,7 +72,7 @@ def test_four_iterations_equal_the_released_code() -> None:
             lambda_main=settings["LAMBDA_ADV_MAIN"],
             lambda_aux=settings["LAMBDA_ADV_AUX"],
             segmentation_aux_weight=settings["LAMBDA_SEG_SRC_AUX"],
-            form="released",
+            margin_form="released",
             discriminator="fc",
         ),
         OptimConfig(
@@ -80,7 +80,7 @@ def test_four_iterations_equal_the_released_code() -> None:
             momentum=settings["MOMENTUM"],
             weight_decay=settings["WEIGHT_DECAY"],
             lr_discriminator=settings["LEARNING_RATE_D"],
-            power=settings["POWER"],
+            poly_power=settings["POWER"],
         ),
         5,
         torch.device("cpu"),
@@ -93,7 +93,7 @@ def test_four_iterations_equal_the_released_code() -> None:
     start = {key: tensor.clone() for key, tensor in segmenter.state_dict().items()}
     method.start_phase(settings["MAX_ITERS"])
 
-    losses: dict[str, list[float]] = {name: [] for name in [*LOSSES.values(), "selected_fraction"]}
+    losses: dict[str, list[float]] = {name: [] for name in [*LOSSES.values(), "pseudo_label_fraction"]}
     verdicts: dict[str, list[torch.Tensor]] = {"main": [], "aux": []}
     for head, outputs in verdicts.items():
         discriminator = method.networks[f"discriminator_{head}"]
@@ -116,7 +116,7 @@ def test_four_iterations_equal_the_released_code() -> None:
 
     for released, ours in LOSSES.items():
         np.testing.assert_allclose(losses[ours], golden[f"loss_{released}"], rtol=RELATIVE, err_msg=released)
-    np.testing.assert_allclose(losses["selected_fraction"], golden["selected_fraction"], rtol=RELATIVE)
+    np.testing.assert_allclose(losses["pseudo_label_fraction"], golden["selected_fraction"], rtol=RELATIVE)
     np.testing.assert_allclose(method.prototypes, golden["prototypes_final"], rtol=RELATIVE, atol=1e-4)
     state = segmenter.state_dict()
     tensors = {

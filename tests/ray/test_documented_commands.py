@@ -47,9 +47,9 @@ ELSEWHERE = {
 
 ADDED = {
     "prepare": ["--crop", "24,24", "--size", "32,32", "--workers", "0"],
-    "train": ["scaling.workers=1"],
-    "tune": ["search.trials=1", "scaling.workers=1"],
-    "compare": ["source_only", "mpscl", "--seeds", "1", "scaling.workers=1"],
+    "train": ["scaling.num_workers=1"],
+    "tune": ["search.num_samples=1", "scaling.num_workers=1"],
+    "compare": ["source_only", "mpscl", "--seeds", "1", "scaling.num_workers=1"],
     "evaluate": ["--workers", "0"],
     "predict": ["--workers", "0"],
     "report": [],

@@ -37,7 +37,7 @@ from mpscl_ray.train.phase_images import draw_phases
 from tests.s3 import serve
 
 CLASSES = ("background", "MYO", "LAC", "LVC", "AA")
-NETWORK = {"blocks": [1, 1, 1, 1], "width": 4, "output_stride": 4, "in_channels": 1}
+NETWORK = {"layers": [1, 1, 1, 1], "base_channels": 4, "output_stride": 4, "in_channels": 1}
 RECIPE = Recipe(crop=(32, 32))
 SPACING = (3.0, 1.5, 1.25)
 LABELS = {"values": {"0": "background", "205": "MYO", "420": "LAC", "500": "LVC", "820": "AA"}}

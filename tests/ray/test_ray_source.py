@@ -57,7 +57,7 @@ def flip_a_bit(folder: Path) -> Path:
 
 
 def test_kept_streamed_and_local_slices_give_the_same_batches(folder: Path) -> None:
-    options = {"rank": 1, "world_size": 2, "augment": AugmentConfig(rotation_deg=10, intensity_mapping=0.5)}
+    options = {"rank": 1, "world_size": 2, "augment": AugmentConfig(rotation_deg=10, random_conv_probability=0.5)}
     expected = batches(LocalSlices(folder, "train", labels=True), 30, **options)
     kept = ray_source.open_slices(folder, "train", labels=True, in_memory=True)
     assert isinstance(kept, ray_source.ObjectStoreSlices)

@@ -92,8 +92,8 @@ def test_tensorboard_has_losses_scores_and_panels(calm: tuple[str, RunDirectory]
         for value in event.summary.value:
             tags.setdefault(value.tag, []).append(event.step)
     assert tags["train/loss_segmentation"] == list(range(1, STEPS + 1))
-    assert tags["train/selected_fraction"] == list(range(2 * PHASE + 1, STEPS + 1))
-    for tag in ("train/discriminator_accuracy_main", "train/prototype_angle_min", "speed/images_per_s"):
+    assert tags["train/pseudo_label_fraction"] == list(range(2 * PHASE + 1, STEPS + 1))
+    for tag in ("train/discriminator_accuracy_main", "train/prototype_angle_min", "perf/images_per_s"):
         assert tag in tags
     for tag in ("val/dice/wall", "val/dice/mean", "panel/target"):
         assert tags[tag] == [PHASE, 2 * PHASE, STEPS]

@@ -33,7 +33,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 def test_a_loss_that_is_not_finite_and_a_damaged_checkpoint(here: Here, runs: Runs) -> None:
     """The first phase is sane, the second one is not; then a sane rate, with the newest checkpoint damaged."""
     run = runs["wild"]
-    words = runs.arguments("wild", "phases.source_only_lr=0.01", "run.checkpoint_every=2", "scaling.workers=1")
+    words = runs.arguments("wild", "phases.source_only_lr=0.01", "run.checkpoint_every=2", "scaling.num_workers=1")
     code, text = here(train, *words, "optim.lr=1e30", fit=fit)
     assert code == TrainingError.exit_code
     assert "a loss or gradient was not finite, seen at iteration 1 of the phase warm_up" in text
@@ -57,16 +57,16 @@ def test_a_loss_that_is_not_finite_and_a_damaged_checkpoint(here: Here, runs: Ru
 def test_what_the_cluster_does_not_have(here: Here, runs: Runs) -> None:
     for settings, sentence in (
         (
-            ["scaling.workers=4"],
-            f"4 workers need 4 CPUs, and the cluster has {CPUS} CPUs ({CPUS} free); use scaling.workers=2",
+            ["scaling.num_workers=4"],
+            f"4 workers need 4 CPUs, and the cluster has {CPUS} CPUs ({CPUS} free); use scaling.num_workers=2",
         ),
         (
-            ["scaling.device=gpu", "scaling.workers=1"],
+            ["scaling.device=gpu", "scaling.num_workers=1"],
             f"need 1 CPUs and 1 GPUs, and the cluster has {CPUS} CPUs ({CPUS} free) and 0 GPUs",
         ),
         (["scaling.cpus_per_worker=2"], f"2 workers need 4 CPUs, and the cluster has {CPUS} CPUs"),
     ):
-        words = runs.arguments("refused", "scaling.workers=2", *settings)
+        words = runs.arguments("refused", "scaling.num_workers=2", *settings)
         code, text = here(train, *words)
         assert code == ClusterError.exit_code
         assert sentence in text
@@ -82,9 +82,9 @@ class Other:
 def test_what_the_cluster_has_but_others_use(here: Here, runs: Runs) -> None:
     other = Other.remote()
     ray.get(other.__ray_ready__.remote())
-    code, text = here(train, *runs.arguments("busy", "scaling.workers=2", "scaling.wait_s=1"))
+    code, text = here(train, *runs.arguments("busy", "scaling.num_workers=2", "scaling.resource_timeout_s=1"))
     assert code == ClusterError.exit_code
-    shortage = f"2 workers need 2 CPUs, and the cluster has {CPUS} CPUs (1 free); use scaling.workers=1"
+    shortage = f"2 workers need 2 CPUs, and the cluster has {CPUS} CPUs (1 free); use scaling.num_workers=1"
     assert f"error: {shortage}" in text
     ray.kill(other)
     wait_for_free_cpus()
@@ -100,7 +100,7 @@ def test_what_others_take_before_the_workers_start(here: Here, runs: Runs, monke
         return fit_on_ray(*arguments)
 
     monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "2")
-    words = runs.arguments("taken", "scaling.workers=2", "run.restarts=0")
+    words = runs.arguments("taken", "scaling.num_workers=2", "run.max_failures=0")
     code, text = here(train, *words, fit=others_come)
     assert code == ClusterError.exit_code
     assert "error: the workers found no resources any more: 2 workers need 2 CPUs" in text
@@ -122,7 +122,7 @@ def test_a_dataset_with_a_flipped_bit(here: Here, runs: Runs, tmp_path: Path) ->
 
 
 def test_the_upper_bound(here: Here, runs: Runs) -> None:
-    words = runs.arguments("upper", "run.select=oracle", "scaling.workers=1", preset="small/supervised")
+    words = runs.arguments("upper", "run.select=oracle", "scaling.num_workers=1", preset="small/supervised")
     code, text = here(train, *words, fit=fit)
     assert code == 0, text
     assert "trains on 18 labelled ct slices and no other slices, 1 CPU worker\n" in text
@@ -133,7 +133,7 @@ def test_the_upper_bound(here: Here, runs: Runs) -> None:
 
 def test_a_target_without_any_label(here: Here, runs: Runs, tmp_path: Path) -> None:
     target = make_dataset(tmp_path / "ct", "ct", seed=1, labelled=(), cases={"train": 2})
-    words = runs.arguments("bare", f"data.target={target}", "scaling.workers=1", preset="small/source_only")
+    words = runs.arguments("bare", f"data.target={target}", "scaling.num_workers=1", preset="small/source_only")
     code, text = here(train, *words, fit=fit)
     assert code == 0, text
     assert "no test or validation volume of the target is labelled" in text
@@ -146,14 +146,14 @@ def test_a_stop_that_came_too_late_for_training_is_not_forgotten(here: Here, run
         os.kill(os.getpid(), signal.SIGTERM)
         return outcome
 
-    words = runs.arguments("late", "scaling.workers=1")
+    words = runs.arguments("late", "scaling.num_workers=1")
     code, text = here(train, *words, fit=stopped_at_its_end)
     assert code == Interrupted.exit_code
     assert "stopped by SIGTERM between training, which is done, and its evaluation" in text
 
 
 def test_interrupted_during_the_evaluation(here: Here, runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
-    words = runs.arguments("evaluated", "scaling.workers=1")
+    words = runs.arguments("evaluated", "scaling.num_workers=1")
     with monkeypatch.context() as patch:
         patch.setattr(train_run, "evaluate_phases", lambda *arguments: os.kill(os.getpid(), signal.SIGINT))
         code, text = here(train, *words, fit=fit)
@@ -178,7 +178,7 @@ def test_a_stopped_run_is_resumable_before_its_checkpoint_is_written(here: Here,
         seen.update(folder.read_status())  # whatever stops it may kill it now
         return {"state": "interrupted", "phase": "adaptation", "iteration": 3, "step": 11, "losses": {}}
 
-    assert here(train, *runs.arguments("middle", "scaling.workers=1"), fit=stopped_in_the_middle)[0] == 130
+    assert here(train, *runs.arguments("middle", "scaling.num_workers=1"), fit=stopped_in_the_middle)[0] == 130
     assert (seen["state"], seen["exit_code"], seen["global_step"]) == ("interrupted", 130, 12)
     assert seen["reason"] == "stopped by SIGTERM; resumes from the last complete checkpoint"
 
@@ -188,14 +188,14 @@ def test_a_file_in_the_run_folder_stops_a_run_too(here: Here, runs: Runs) -> Non
         (folder.path / STOP_FILE).touch()
         return fit(config, folder, *more)
 
-    code, text = here(train, *runs.arguments("asked", "scaling.workers=1"), fit=asked_to_stop)
+    code, text = here(train, *runs.arguments("asked", "scaling.num_workers=1"), fit=asked_to_stop)
     assert code == Interrupted.exit_code
     assert "stopped by the file stop-requested in the run folder at iteration 1 of the phase source_only" in text
 
 
 def test_results_in_the_working_directory_of_a_job_are_warned_of(here: Here, runs: Runs, tmp_path: Path) -> None:
     job = tmp_path / "_ray_pkg_0123456789abcdef"
-    words = runs.arguments("job", "scaling.workers=1", "phases.warm_up=0", "phases.adaptation=0")
+    words = runs.arguments("job", "scaling.num_workers=1", "phases.warm_up=0", "phases.adaptation=0")
     assert "warning" not in here(train, *words, fit=fit)[1]
     code, text = here(train, *words, f"run.storage={job}", fit=fit)
     assert code == 0
@@ -207,12 +207,12 @@ def test_a_defect_keeps_its_traceback_and_is_in_the_status(here: Here, runs: Run
         raise ZeroDivisionError("division by zero")
 
     with pytest.raises(ZeroDivisionError):
-        here(train, *runs.arguments("defect", "scaling.workers=1"), fit=defective)
+        here(train, *runs.arguments("defect", "scaling.num_workers=1"), fit=defective)
     check_status(runs["defect"], "failed", 1, "ZeroDivisionError: division by zero")
 
 
 def test_a_run_with_longer_phases_resumes_although_it_was_finished(here: Here, runs: Runs) -> None:
-    words = runs.arguments("longer", "scaling.workers=1")
+    words = runs.arguments("longer", "scaling.num_workers=1")
     assert here(train, *words, fit=fit)[0] == 0
     longer = [*words, "phases.adaptation=8"]
     assert here(train, *longer, fit=fit)[0] == ConfigError.exit_code

@@ -35,7 +35,14 @@ def test_a_search_stops_what_falls_behind_records_what_fails_and_leaves_a_preset
     """The larger the weight, the better the stub; beyond what it takes, its loss is not finite."""
     weights = {"method.gamma": {"choice": [10, 1.0e39, 1, 0.1]}}
     file = write_space(
-        data, "whole", weights, method="grid", grace=2, reduction=50, metric="information", evaluate="none"
+        data,
+        "whole",
+        weights,
+        method="grid",
+        grace_period=2,
+        reduction_factor=50,
+        metric="information",
+        evaluate="none",
     )
     code, text = here(tune, file, fit=fit)
     assert code == 0, text
@@ -124,7 +131,7 @@ def a_run(config: Config, path: Path) -> str:
 def test_a_target_without_labels_is_searched_by_a_label_free_criterion_from_a_run_that_is_given(
     here: Here, data: Path
 ) -> None:
-    file = write_space(data, "free", {"method.delta_th": {"uniform": [0, 0.5]}}, trials=1, evaluate="none")
+    file = write_space(data, "free", {"method.delta_th": {"uniform": [0, 0.5]}}, num_samples=1, evaluate="none")
     given = a_run(load_space(file).base, data / "runs" / "given")
     target = f"data.target={data / 'unlabelled'}"
     code, text = here(tune, file, target, "--metric", "oracle", fit=fit)

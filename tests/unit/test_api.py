@@ -53,7 +53,7 @@ DOCUMENT = ROOT / "docs" / "python-api.md"
 NAMES = [name for name in mpscl_ray.__all__ if name != "__version__"]
 AFFINE = np.diag([1.5, 1.5, 2.0, 1.0])
 
-TINY = [*tiny_settings("phantom"), "scaling.workers=2"]
+TINY = [*tiny_settings("phantom"), "scaling.num_workers=2"]
 """Settings that make the preset phantom tiny."""
 
 
@@ -187,7 +187,7 @@ def test_the_document_runs(hearts: Path, tmp_path: Path, monkeypatch: pytest.Mon
     for folder in ("scans", "runs/phantom-tiny/nifti"):
         Path(folder).parent.mkdir(parents=True, exist_ok=True)
         Path(folder).symlink_to(hearts / "scans")
-    settings: dict[str, Any] = {"preset": "phantom", "data": {"batch_size": 4}}
+    settings: dict[str, Any] = {"preset": "phantom", "data": {"global_batch_size": 4}}
     for line in TINY:
         key, _, value = line.partition("=")
         *sections, last = key.split(".")
@@ -216,12 +216,12 @@ def test_the_document_runs(hearts: Path, tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_overrides_are_words_or_a_mapping() -> None:
-    words = load_config("phantom", ["optim.lr=0.5", "network.blocks=[1,1,1,1]", "data.source=here"])
+    words = load_config("phantom", ["optim.lr=0.5", "network.layers=[1,1,1,1]", "data.source=here"])
     mapping = load_config(
-        "phantom", {"optim.lr": 0.5, "network": {"blocks": (1, 1, 1, 1)}, "data.source": Path("here")}
+        "phantom", {"optim.lr": 0.5, "network": {"layers": (1, 1, 1, 1)}, "data.source": Path("here")}
     )
     assert words == mapping
-    assert set(differences(load_config("phantom"), words)) == {"optim.lr", "network.blocks", "data.source"}
+    assert set(differences(load_config("phantom"), words)) == {"optim.lr", "network.layers", "data.source"}
 
 
 def test_wrong_overrides_are_named() -> None:
@@ -251,7 +251,7 @@ def test_training_leaves_what_the_command_leaves(
     assert (result.run / "status.json").exists()
     status = json.loads((result.run / "status.json").read_text())
     assert (status["state"], status["exit_code"], status["phase"]) == ("finished", 0, "adaptation")
-    assert differences(load_config(result.run / "config.yaml"), tiny).keys() == {"scaling.workers"}
+    assert differences(load_config(result.run / "config.yaml"), tiny).keys() == {"scaling.num_workers"}
     assert list(result.scores) == ["source_only", "warm_up", "adaptation"]
     assert set(result.scores["adaptation"]) == {"mean", "MYO", "LAC", "LVC", "AA"}
     assert 0 <= result.scores["adaptation"]["MYO"]["dice"] <= 1
@@ -263,7 +263,7 @@ def test_training_leaves_what_the_command_leaves(
     # The loop as tests run it on data that they open themselves.
     _, folder = train_locally(tiny, tmp_path / "run")
     without_speed = [
-        [{key: value for key, value in record.items() if not key.startswith("speed/")} for record in records]
+        [{key: value for key, value in record.items() if not key.startswith("perf/")} for record in records]
         for records in (result.history, folder.read_metrics())
     ]
     assert without_speed[0] == without_speed[1]
@@ -286,7 +286,7 @@ def test_the_random_state_of_the_caller_stays(tiny: Config, tmp_path: Path) -> N
 
 
 def test_a_run_that_ctrl_c_ends_is_resumed(tiny: Config, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    every = {"run.report_every": 10, "run.checkpoint_every": 10, "run.validate_every": 1000}
+    every = {"run.log_every": 10, "run.checkpoint_every": 10, "run.validate_every": 1000}
     phases = {"phases.source_only": 100, "phases.warm_up": 0, "phases.adaptation": 0}
     changes = {"run.storage": tmp_path, **phases, **every}
     run = tmp_path / "phantom"
@@ -318,7 +318,7 @@ def test_a_run_that_ctrl_c_ends_is_resumed(tiny: Config, tmp_path: Path, capfd: 
 
 def test_errors_of_training_are_exceptions(tiny: Config, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(TrainingError, match="not finite at iteration 2 of the phase source_only"):
-        train_segmenter(tiny, {"run.storage": tmp_path, "optim.lr": 1e30, "run.report_every": 1}, device="cpu")
+        train_segmenter(tiny, {"run.storage": tmp_path, "optim.lr": 1e30, "run.log_every": 1}, device="cpu")
     status = json.loads((tmp_path / "phantom" / "status.json").read_text())
     assert (status["state"], status["exit_code"]) == ("failed", TrainingError.exit_code)
     with pytest.raises(DataError, match="nowhere"):

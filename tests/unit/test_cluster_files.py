@@ -130,7 +130,7 @@ def test_what_the_files_name_exists() -> None:
     for name in RAY_FILES:
         assert f"ray=={cluster_spec(name)['rayVersion']}\n" in constraints
     _, _, _, preset, *overrides = read("kubernetes/rayjob.yaml")["spec"]["entrypoint"].split()
-    assert load_config(preset, overrides).scaling.workers == 2
+    assert load_config(preset, overrides).scaling.num_workers == 2
     claims = {
         volume["persistentVolumeClaim"]["claimName"]
         for name in RAY_FILES
@@ -258,7 +258,7 @@ def test_the_batch_file_starts_ray_once_a_node_and_ends_as_the_training(slurm: d
     words = log[3].split()
     assert words[:3] == ["python", "-m", "mpscl_ray.train"]
     config = load_config(words[3], words[4:])
-    assert (config.scaling.workers, config.run.storage) == (4, slurm["MPSCL_STORAGE"])
+    assert (config.scaling.num_workers, config.run.storage) == (4, slurm["MPSCL_STORAGE"])
     assert log[4:] == ["joins node-a:22345 in mode token"], "and no requeue"
     assert not list(Path(slurm["HOME"]).glob(".ray/*")), "the token is gone"
 

@@ -85,7 +85,7 @@ def run_trial(
     """Train in a run folder, from its newest checkpoint if it has one; a finished run is left as it is.
 
     A training that loses its placement group, with a node or to another training, waits for a new one as long as the
-    cluster is large enough, and for ``scaling.wait_s`` where it is not.
+    cluster is large enough, and for ``scaling.resource_timeout_s`` where it is not.
 
     status.json says how it ended, also where this raises. No worker and no placement group is left; if this process is
     killed, :func:`~mpscl_ray.train.ray.placement_groups.release` releases the latter.
@@ -103,7 +103,7 @@ def run_trial(
 
     Raises:
         InsufficientResources: the cluster has become too small.
-        TrainingError: a loss was not finite, or workers failed more often than run.restarts allows.
+        TrainingError: a loss was not finite, or workers failed more often than run.max_failures allows.
         MpsclError: any other error that ended the training.
     """
     folder.create()
@@ -158,7 +158,7 @@ def _train(config: Config, folder: RunDirectory, shared: Shared, poll: Poll, dis
         except InsufficientResources:
             release(folder)
             failed_with_room += _has_room(config, shared)
-            if failed_with_room > config.run.restarts or not _wait_for_room(config, shared, training, poll):
+            if failed_with_room > config.run.max_failures or not _wait_for_room(config, shared, training, poll):
                 raise
         if training.stop_requested:
             last = (folder.read_metrics() or [{"phase": "", "iteration": 0, "global_step": 0}])[-1]
@@ -182,7 +182,7 @@ def _wait_for_room(config: Config, shared: Shared, training: Launch, poll: Poll)
             too_small_since = None
         elif too_small_since is None:
             too_small_since = time.monotonic()
-        elif time.monotonic() - too_small_since >= config.scaling.wait_s:
+        elif time.monotonic() - too_small_since >= config.scaling.resource_timeout_s:
             return False
         time.sleep(_POLL_INTERVAL_S)
 

@@ -62,13 +62,13 @@ def fit_on_ray(
     """Train with Ray Train, and return what worker 0 returned.
 
     Raises:
-        ray.train.TrainingFailedError: workers failed more often than run.restarts allows, or found no resources.
+        ray.train.TrainingFailedError: workers failed more often than run.max_failures allows, or found no resources.
     """
     storage = folder.path.absolute() / RAY_FOLDER
     shutil.rmtree(storage, ignore_errors=True)
     for name, value in _RAY_TRAIN_SETTINGS.items():
         os.environ.setdefault(name, value)
-    patience = math.ceil(config.scaling.wait_s / _START_TIMEOUT_S)
+    patience = math.ceil(config.scaling.resource_timeout_s / _START_TIMEOUT_S)
     trainer = ray.train.torch.TorchTrainer(
         # Only the settings are Ray's train_loop_config, which the dashboard shows to everybody.
         functools.partial(  # type: ignore[arg-type]
@@ -76,7 +76,7 @@ def fit_on_ray(
         ),
         train_loop_config=to_dict(config),
         scaling_config=ScalingConfig(  # type: ignore[call-arg]  # the types are those of the former Ray Train
-            num_workers=config.scaling.workers,  # type: ignore[arg-type]
+            num_workers=config.scaling.num_workers,  # type: ignore[arg-type]
             use_gpu=use_gpu,
             resources_per_worker=worker_resources(config, use_gpu),
             elastic_resize_monitor_interval_s=config.scaling.resize_check_s,
@@ -86,9 +86,9 @@ def fit_on_ray(
             name=f"{display_name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",
             storage_path=str(storage),
             failure_config=FailureConfig(  # type: ignore[call-arg]
-                max_failures=config.run.restarts,
+                max_failures=config.run.max_failures,
                 # Without a limit Ray Train waits for ever for resources that do not exist any more.
-                controller_failure_limit=max(config.run.restarts, patience),
+                controller_failure_limit=max(config.run.max_failures, patience),
             ),
             callbacks=[WorkerFailureCallback(RunDirectory(folder.path.absolute()), display_name)],  # type: ignore[list-item]
         ),
@@ -158,7 +158,7 @@ class Launch:
 
         Raises:
             MpsclError: the error of a worker that no restart can fix.
-            TrainingError: workers failed more often than run.restarts allows.
+            TrainingError: workers failed more often than run.max_failures allows.
             InsufficientResources: the cluster has no room for the workers any more.
         """
         while self.running:
@@ -193,8 +193,8 @@ class Launch:
             if final:
                 return final[0]
             return TrainingError(
-                f"workers failed {self.config.run.restarts + 1} times, which is once more than run.restarts allows "
-                f"({causes(error.worker_failures)}); {logs}"
+                f"workers failed {self.config.run.max_failures + 1} times, which is once more than run.max_failures "
+                f"allows ({causes(error.worker_failures)}); {logs}"
             )
         if isinstance(error, ray.train.ControllerError):
             return InsufficientResources(

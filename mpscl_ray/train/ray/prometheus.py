@@ -7,21 +7,21 @@ counter, and adds its own tags (SessionName, NodeAddress, WorkerId, ...):
 mpscl_step                                             iterations done, over all phases
 mpscl_phase_progress                phase              share of the phase's iterations that are done
 mpscl_loss                          loss               each loss of the step, such as contrastive_target
-mpscl_selected_fraction                                share of the target pixels that the self-paced mask selects
+mpscl_pseudo_label_fraction                                share of the target pixels that the self-paced mask selects
 mpscl_discriminator_accuracy        head               share of the pixels whose domain the discriminator finds
 mpscl_prototype_angle_radians       statistic          smallest (min) and mean angle between prototypes
 mpscl_dice                          domain, structure  Dice on validation slices, and its mean over structures
 mpscl_entropy                       domain             mean self-information of the predictions on the same slices
 mpscl_selection_score                                  the score by which the best checkpoint is chosen
 mpscl_images_per_second                                training images of both domains, over all workers
-mpscl_data_wait_fraction                               share of the time that the step waits for data
+mpscl_data_stall_fraction                               share of the time that the step waits for data
 mpscl_checkpoint_timestamp_seconds                     Unix time of the last checkpoint, or of the start before the
                                                        first; its age, ``time() -`` this, grows when training hangs
 mpscl_peak_memory_bytes             worker, kind       most so far: gpu (reserved by torch), host (resident)
 mpscl_restarts_total                                   counter: times that failed workers were replaced
 ==================================  =================  ===========================================================
 
-Values are those of metrics.jsonl, set when they are read (run.report_every) or validated; Ray forwards them every ten
+Values are those of metrics.jsonl, set when they are read (run.log_every) or validated; Ray forwards them every ten
 seconds. Without Prometheus nothing happens.
 """
 
@@ -42,14 +42,14 @@ from ray.util.metrics import Counter, Gauge
 _OF_RECORDS: tuple[tuple[str, str], ...] = (
     (r"global_step", "mpscl_step"),
     (r"train/loss_(?P<loss>.+)", "mpscl_loss"),
-    (r"train/selected_fraction", "mpscl_selected_fraction"),
+    (r"train/pseudo_label_fraction", "mpscl_pseudo_label_fraction"),
     (r"train/discriminator_accuracy_(?P<head>.+)", "mpscl_discriminator_accuracy"),
     (r"train/prototype_angle_(?P<statistic>.+)", "mpscl_prototype_angle_radians"),
     (r"val/(?:(?P<domain>source)/)?dice/(?P<structure>.+)", "mpscl_dice"),
     (r"val/(?:(?P<domain>source)/)?entropy", "mpscl_entropy"),
-    (r"val/selection", "mpscl_selection_score"),
-    (r"speed/images_per_s", "mpscl_images_per_second"),
-    (r"speed/data_wait_fraction", "mpscl_data_wait_fraction"),
+    (r"val/selection_score", "mpscl_selection_score"),
+    (r"perf/images_per_s", "mpscl_images_per_second"),
+    (r"perf/data_stall_fraction", "mpscl_data_stall_fraction"),
 )
 """Patterns of a record's keys, whose groups become tags, and the gauges they are exported as."""
 

@@ -46,7 +46,8 @@ def check_machine(config: Config) -> None:
 def check_cluster(config: Config) -> bool:
     """Check that the cluster has what a run asks for, so that no run waits for ever.
 
-    Requests the workers' resources as training will, for ``scaling.wait_s`` seconds: a cluster that can grow then does.
+    Requests the workers' resources as training will, for ``scaling.resource_timeout_s`` seconds: a cluster that can
+    grow then does.
 
     Returns:
         Whether each worker gets a GPU.
@@ -59,10 +60,10 @@ def check_cluster(config: Config) -> bool:
     use_gpu = scaling.device == "gpu" or (scaling.device == "auto" and total.get("GPU", 0) > 0)
     worker = worker_resources(config, use_gpu)
     enough = scaling.least_workers <= worker_slots(worker)
-    if enough or scaling.wait_s:
+    if enough or scaling.resource_timeout_s:
         group = placement_group([worker] * scaling.least_workers, strategy="PACK")
         try:
-            if group.wait(max(scaling.wait_s, _SETTLE_S) if enough else scaling.wait_s):
+            if group.wait(max(scaling.resource_timeout_s, _SETTLE_S) if enough else scaling.resource_timeout_s):
                 return use_gpu
         finally:
             remove_placement_group(group)
@@ -81,7 +82,7 @@ def cluster_shortage(config: Config, use_gpu: bool) -> str:
     spread = f" on {nodes} nodes" if nodes > 1 else ""
     fits = free_worker_slots(worker)
     others = ["scaling.device=cpu"] if use_gpu and total.get("GPU", 0) < scaling.least_workers else []
-    others.append("scaling.wait_s=SECONDS to wait for more")
+    others.append("scaling.resource_timeout_s=SECONDS to wait for more")
     offer = _suggest(config, fits, others)
     return f"{scaling.least_workers} workers need {asked}, and the cluster has {has}{spread}; {offer}"
 
@@ -115,6 +116,6 @@ def _nodes() -> list[dict[str, float]]:
 
 def _suggest(config: Config, fits: int, others: list[str]) -> str:
     """What to use instead: as many workers as fit and divide the batch."""
-    workers = next((number for number in range(fits, 0, -1) if config.data.batch_size % number == 0), 0)
-    offers = [f"scaling.workers={workers}", *others] if workers else others
+    workers = next((number for number in range(fits, 0, -1) if config.data.global_batch_size % number == 0), 0)
+    offers = [f"scaling.num_workers={workers}", *others] if workers else others
     return f"use {' or '.join(offers)}" if offers else "use a larger machine"

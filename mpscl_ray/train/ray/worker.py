@@ -51,7 +51,7 @@ def run_worker(
     """
     rank = ray.train.get_context().get_world_rank()
     config = config_from_dict(settings)
-    run = open_run(folder, f"worker-{rank}", 60 * config.run.outage_min)
+    run = open_run(folder, f"worker-{rank}", 60 * config.run.storage_retry_minutes)
     run.store.init_worker_dir()
     failure = run.path / FAILURE_FILE
     if failure.exists():

@@ -43,7 +43,7 @@ def test_presets_ship_for_both_directions_with_bounds() -> None:
 
 def test_paper_and_released_numbers() -> None:
     released, paper = load_config("mr2ct/mpscl_released"), load_config("mr2ct/mpscl_paper")
-    assert (released.method.form, paper.method.form) == ("released", "paper")
+    assert (released.method.margin_form, paper.method.margin_form) == ("released", "paper")
     assert (released.optim.weight_decay, paper.optim.weight_decay) == (5e-4, 1e-4)
     assert (released.method.lambda_aux, paper.method.lambda_aux) == (2e-5, 6e-4)
     assert released.optim.legacy_param_repeats == {"stem": 1, "block": 3, "downsample": 4, "head": 1}
@@ -54,16 +54,16 @@ def test_paper_and_released_numbers() -> None:
 
 def test_overrides_have_the_types_of_their_fields() -> None:
     config = load_config(
-        "phantom", ["optim.lr=1e-4", "run.name=2024", "network.blocks=[1,2,3,4]", "data.in_memory=false"]
+        "phantom", ["optim.lr=1e-4", "run.name=2024", "network.layers=[1,2,3,4]", "data.in_memory=false"]
     )
     assert config.optim.lr == 1e-4
     assert config.run.name == "2024"
-    assert config.network.blocks == (1, 2, 3, 4)
+    assert config.network.layers == (1, 2, 3, 4)
     assert config.data.in_memory is False
     assert differences(config, load_config("phantom")).keys() == {
         "optim.lr",
         "run.name",
-        "network.blocks",
+        "network.layers",
         "data.in_memory",
     }
 
@@ -78,16 +78,16 @@ def test_overrides_have_the_types_of_their_fields() -> None:
         ("method.temperature_source=0", "greater than 0"),
         ("method.alpha=1.5", "less than or equal to 1"),
         ("method.delta_th=nan", "method.delta_th"),
-        ("data.batch_size=0", "greater than or equal to 1"),
+        ("data.global_batch_size=0", "greater than or equal to 1"),
         ("optim.lr=nan", "finite"),
         ("optim.lr=fast", "valid number"),
-        ("scaling.workers=3", "scaling.workers=3"),
-        ("scaling.workers=two", "valid integer"),
-        ("scaling.workers=[2, 1]", "the smaller one first"),
-        ("scaling.workers=[1, 3]", "every number of workers from 1 to 3"),
-        ("network.blocks=1,1,1,1", "a list, such as [1, 2]"),
+        ("scaling.num_workers=3", "scaling.num_workers=3"),
+        ("scaling.num_workers=two", "valid integer"),
+        ("scaling.num_workers=[2, 1]", "the smaller one first"),
+        ("scaling.num_workers=[1, 3]", "every number of workers from 1 to 3"),
+        ("network.layers=1,1,1,1", "a list, such as [1, 2]"),
         ("network.output_stride=16", "4 or 8"),
-        ("data.labelled=target", "supervised"),
+        ("data.labelled_domain=target", "supervised"),
         ("method.name=mpslc", "mpscl, segmentation"),
         ("run.name=../elsewhere", "letters, digits"),
         ("nonsense", "not key=value"),
@@ -104,11 +104,11 @@ def test_wrong_settings_are_reported_plainly(override: str, sentence: str) -> No
 
 def test_values_just_beyond_their_limits_are_refused() -> None:
     wrong = (
-        "run.report_every=0 run.validate_every=0 run.checkpoint_every=0 run.keep_checkpoints=0 run.restarts=-1 "
-        "run.outage_min=-1 run.seed=-1 run.seed=2147483648 data.augmentation.translation=0.51 "
-        "data.augmentation.intensity_mapping=1.01 network.width=3 phases.adaptation=-1 phases.source_only_lr=0 "
-        "optim.lr=0 optim.momentum=1 optim.betas=[0.9,1] optim.weight_decay=-1 optim.power=-1 "
-        "scaling.workers=0 scaling.cpus_per_worker=0 scaling.wait_s=-1 scaling.resize_check_s=0"
+        "run.log_every=0 run.validate_every=0 run.checkpoint_every=0 run.keep_checkpoints=0 run.max_failures=-1 "
+        "run.storage_retry_minutes=-1 run.seed=-1 run.seed=2147483648 data.augmentation.translation=0.51 "
+        "data.augmentation.random_conv_probability=1.01 network.base_channels=3 phases.adaptation=-1 "
+        "phases.source_only_lr=0 optim.lr=0 optim.momentum=1 optim.betas=[0.9,1] "
+        "optim.weight_decay=-1 optim.poly_power=-1 scaling.num_workers=0 scaling.cpus_per_worker=0 scaling.resource_timeout_s=-1 scaling.resize_check_s=0"
     ).split()
     for setting in wrong:
         with pytest.raises(
@@ -121,11 +121,11 @@ def test_all_errors_are_reported_at_once_with_file_and_line(tmp_path: Path) -> N
     file = tmp_path / "mine.yaml"
     file.write_text("preset: small/mpscl\noptim:\n  lr: -1\nmethd:\n  margin_source: 0.1\n", encoding="utf-8")
     with pytest.raises(ConfigError) as error:
-        load_config(file, ["data.batch_size=0"])
+        load_config(file, ["data.global_batch_size=0"])
     text = str(error.value)
     assert "optim.lr=-1 in mine.yaml:3" in text
     assert "'methd.margin_source' in mine.yaml:5" in text
-    assert "data.batch_size=0 on the command line" in text
+    assert "data.global_batch_size=0 on the command line" in text
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,7 @@ def test_only_settings_of_the_method_are_shown() -> None:
 
 def test_a_section_alone() -> None:
     (first, *_) = section_help(load_config("phantom").scaling, "scaling.")
-    assert (first.key, first.value, first.default, first.changed) == ("scaling.workers", 2, 1, True)
+    assert (first.key, first.value, first.default, first.changed) == ("scaling.num_workers", 2, 1, True)
 
 
 def test_help_does_not_fail_on_wrong_settings() -> None:

@@ -18,7 +18,9 @@ from mpscl_ray.train.domains import load_domains, model_description
 from tests.tiny import make_pair, tiny_config
 from tests.tiny_runs import train
 
-TINY_SIFA = [f"method.{width}=1" for width in ("generator_width", "generator_blocks", "encoder_width", "critic_width")]
+TINY_SIFA = [
+    f"method.{width}=1" for width in ("generator_width", "generator_blocks", "encoder_width", "discriminator_width")
+]
 
 
 @pytest.mark.parametrize("folder", ["phantom", "small", "mr2ct", "ct2mr"])
@@ -29,7 +31,7 @@ def test_every_system_has_a_preset_with_the_same_budget(folder: str) -> None:
         phases = [(phase, length) for phase, length in config.schedule if name != "adabn" or phase != "adaptation"]
         budgets[name] = sum(length for _, length in phases)
         if "sifa" not in name:
-            assert config.data.batch_size == load_config(f"{folder}/mpscl").data.batch_size
+            assert config.data.global_batch_size == load_config(f"{folder}/mpscl").data.global_batch_size
     assert budgets["mpscl"] > 0
     # The bounds have the iterations of the adaptation alone, SIFA those of its release.
     own = {"source_only", "supervised", "adabn", "sifa_v1", "sifa_v2"}
@@ -46,12 +48,12 @@ def test_what_is_shared_on_the_phantom() -> None:
     assert {name for name in SYSTEMS if shared[name] == "warm_up"} == warmed_up
     assert {name for name in SYSTEMS if shared[name] == "source_only"} == {"adaoutput", "advent", "minent", "clan"}
     assert shared_phase(load_config("phantom/adabn"), load_config("phantom/source_only")) == "source_only"
-    for change in ("run.seed=2", "optim.momentum=0.5", "data.source=phantom:mr", "network.width=8"):
+    for change in ("run.seed=2", "optim.momentum=0.5", "data.source=phantom:mr", "network.base_channels=8"):
         assert shared_phase(load_config("phantom/mpscl", [change]), mpscl) is None, change
     for change in ("method.lambda_main=0.1", "phases.warm_up=99", "optim.lr_discriminator=1e-5"):
         other = load_config("phantom/mpscl", [change])
         assert phase_fingerprint(other, "warm_up") != phase_fingerprint(mpscl, "warm_up"), change
-    for change in ("method.beta=0", "run.name=other", "scaling.workers=1", "phases.adaptation=1"):
+    for change in ("method.beta=0", "run.name=other", "scaling.num_workers=1", "phases.adaptation=1"):
         assert shared_phase(load_config("phantom/mpscl", [change]), mpscl) == "warm_up", change
     with pytest.raises(ValueError, match="no phase"):
         phase_fingerprint(mpscl, "supervised")
@@ -76,8 +78,8 @@ def test_phases_that_a_method_does_not_have_are_refused() -> None:
         load_config("phantom/sifa_v2", ["phases.warm_up=3"])
     with pytest.raises(ConfigError, match=r"method.name=advent has no adaptation; set phases.adaptation=0"):
         load_config("phantom/advent", ["phases.adaptation=1"])
-    with pytest.raises(ConfigError, match=r"data.labelled=target .* goes with method.name=segmentation"):
-        load_config("phantom/clan", ["data.labelled=target"])
+    with pytest.raises(ConfigError, match=r"data.labelled_domain=target .* goes with method.name=segmentation"):
+        load_config("phantom/clan", ["data.labelled_domain=target"])
 
 
 def short_config(base: Path, name: str) -> Config:

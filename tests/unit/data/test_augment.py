@@ -11,8 +11,8 @@ from mpscl_ray.data.augment import AugmentConfig, augment
 from mpscl_ray.data.sampler import sample_keys
 
 KEYS = sample_keys(0, "source", 0, 64)
-MAPPING = AugmentConfig(intensity_mapping=1)
-EVERYTHING = AugmentConfig(rotation_deg=30, scale=(0.7, 1.4), translation=0.2, intensity_mapping=0.5)
+MAPPING = AugmentConfig(random_conv_probability=1)
+EVERYTHING = AugmentConfig(rotation_deg=30, scale=(0.7, 1.4), translation=0.2, random_conv_probability=0.5)
 
 
 def slices(count: int, size: tuple[int, int] = (37, 53), seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -146,14 +146,14 @@ def test_intensity_mapping_reorders_tissues() -> None:
 def test_intensity_mapping_happens_with_its_probability() -> None:
     image, _ = slices(1, (16, 16))
     keys = sample_keys(1, "source", 0, 600)
-    mapped, _ = augment(image.expand(600, 1, 16, 16), None, keys, AugmentConfig(intensity_mapping=0.3))
+    mapped, _ = augment(image.expand(600, 1, 16, 16), None, keys, AugmentConfig(random_conv_probability=0.3))
     changed = (mapped != image).flatten(1).any(dim=1)
     assert 0.22 < changed.double().mean() < 0.38
 
 
 def test_weak_mapping_stays_close_to_the_image() -> None:
     image, _ = slices(16)
-    weak, _ = augment(image, None, KEYS[:16], AugmentConfig(intensity_mapping=1, intensity_mapping_strength=0.02))
+    weak, _ = augment(image, None, KEYS[:16], AugmentConfig(random_conv_probability=1, random_conv_strength=0.02))
     assert (weak - image).abs().max() < 0.2
 
 
@@ -171,9 +171,9 @@ def test_image_of_one_intensity_is_not_blown_up() -> None:
         ("scale", (0, 1)),
         ("scale", (1.2, 0.8)),
         ("translation", 0.6),
-        ("intensity_mapping", 1.5),
-        ("intensity_mapping_strength", -0.1),
-        ("intensity_mapping_layers", 4),
+        ("random_conv_probability", 1.5),
+        ("random_conv_strength", -0.1),
+        ("random_conv_layers", 4),
         ("rotation_deg", float("nan")),
     ],
 )

@@ -174,7 +174,7 @@ def test_batches_follow_the_order(local: LocalSlices, images: np.ndarray) -> Non
 
 
 def test_augmented_batches_do_not_depend_on_the_number_of_workers(local: LocalSlices) -> None:
-    options = {"augment": AugmentConfig(rotation_deg=20, scale=(0.8, 1.2), intensity_mapping=0.5)}
+    options = {"augment": AugmentConfig(rotation_deg=20, scale=(0.8, 1.2), random_conv_probability=0.5)}
     whole = batches(local, 25, **options)
     for world_size in (2, 4):
         ranks = [batches(local, 25, rank=rank, world_size=world_size, **options) for rank in range(world_size)]
@@ -185,7 +185,7 @@ def test_augmented_batches_do_not_depend_on_the_number_of_workers(local: LocalSl
 
 
 def test_a_resumed_stream_continues_at_its_step(local: LocalSlices) -> None:
-    options = {"augment": AugmentConfig(rotation_deg=20, intensity_mapping=0.5)}
+    options = {"augment": AugmentConfig(rotation_deg=20, random_conv_probability=0.5)}
     assert_equal_batches(batches(local, 26, **options)[20:], batches(local, 6, start_step=20, **options))
 
 

@@ -84,7 +84,7 @@ def test_anchors_are_means_over_images_and_classes_of_agreeing_pixels() -> None:
 
 def test_with_target_statistics_anchors_use_those_of_the_source() -> None:
     """Three passes in training mode, averaged by torch's own cumulative average; the same pseudo-labels as before."""
-    method, part = trained(norm_statistics="target")
+    method, part = trained(bn_running_stats="target")
     slices = slices_of(part)
     method.prepare(slices)
     reference = copy.deepcopy(method.segmenter)

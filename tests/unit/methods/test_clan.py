@@ -121,7 +121,7 @@ def test_a_step_is_that_of_the_formulas(iteration: int, weighted: bool) -> None:
 def test_a_detached_weight_map_changes_the_gradient_alone() -> None:
     steps = []
     for detached in (False, True):
-        method = make("clan", detach_weight_map=detached, lambda_adversarial=0.5, preheat=0.0)
+        method = make("clan", detach_weight_map=detached, lambda_adversarial=0.5, warmup_fraction=0.0)
         method.start_phase(10)
         metrics = method.step(batch(0), 0)
         steps.append((float(metrics["loss_adversarial_main"]), method.networks["segmenter"].conv1.weight.grad))

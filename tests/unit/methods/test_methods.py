@@ -213,7 +213,7 @@ def test_learns_discs(name: str) -> None:
 @pytest.mark.parametrize("form", ["released", "paper"])
 @pytest.mark.parametrize("discriminator", ["fc", "patchgan"])
 def test_a_class_that_is_nowhere_and_a_batch_of_one_class_are_finite(form: str, discriminator: str) -> None:
-    method = make_mpscl(form=form, discriminator=discriminator)
+    method = make_mpscl(margin_form=form, discriminator=discriminator)
     method.start_phase(10)
     for step in range(4):
         part = batch(step)
@@ -226,17 +226,17 @@ def test_a_class_that_is_nowhere_and_a_batch_of_one_class_are_finite(form: str, 
 
 @pytest.mark.parametrize("form", ["released", "paper"])
 def test_no_selected_pixel_is_no_loss(form: str) -> None:
-    method = make_mpscl(form=form, delta_th=2.0)
+    method = make_mpscl(margin_form=form, delta_th=2.0)
     method.start_phase(10)
     metrics = method.step(batch(0), 0)
-    assert float(metrics["selected_fraction"]) == 0
+    assert float(metrics["pseudo_label_fraction"]) == 0
     assert float(metrics["loss_contrastive_target"]) == 0
     assert float(metrics["non_finite"]) == 0
 
 
 @pytest.mark.parametrize("form", ["released", "paper"])
 def test_target_loss_is_a_mean_over_selected_pixels(form: str) -> None:
-    method = make_mpscl(form=form)
+    method = make_mpscl(margin_form=form)
     method.start_phase(10)
     network, c = copy.deepcopy(method.segmenter), method.config
     metrics = method.step(batch(0), 0)
@@ -244,12 +244,12 @@ def test_target_loss_is_a_mean_over_selected_pixels(form: str) -> None:
         cosine = cosine_to_prototypes(network(batch(0).target_image).features, method.prototypes)
     nearest, mask = self_paced_pseudo_labels(cosine, c.delta_th)
     scale = (c.temperature_target, c.base_temperature)
-    sums = margin_contrastive_loss(cosine, nearest, c.margin_target, *scale, c.form, weights=mask)
+    sums = margin_contrastive_loss(cosine, nearest, c.margin_target, *scale, c.margin_form, weights=mask)
     numerator, denominator = float(sums.numerator), float(sums.denominator)
     assert 0 < denominator < 4 * 9 * 9
     expected = numerator / (denominator + (MASK_EPS if form == "released" else 0))
     assert float(metrics["loss_contrastive_target"]) == pytest.approx(expected, rel=1e-6)
-    assert float(metrics["selected_fraction"]) == pytest.approx(denominator / (4 * 9 * 9))
+    assert float(metrics["pseudo_label_fraction"]) == pytest.approx(denominator / (4 * 9 * 9))
 
 
 def test_the_warm_up_is_mpscl_without_contrast() -> None:
@@ -286,7 +286,7 @@ def test_prototypes_start_as_the_mean_feature_over_all_slices() -> None:
 
 @pytest.mark.parametrize("domains", ["mixture", "target"])
 def test_which_domains_update_the_running_statistics(domains: str) -> None:
-    method = make_mpscl(norm_statistics=domains)
+    method = make_mpscl(bn_running_stats=domains)
     method.start_phase(10)
     expected = copy.deepcopy(method.segmenter)
     part = batch(0)
@@ -378,7 +378,7 @@ def test_prototype_angles() -> None:
         (MPSCLConfig, {"gamma": math.nan}),
         (MPSCLConfig, {"beta": math.inf}),
         (MPSCLConfig, {"margin_source": math.nan}),
-        (MPSCLConfig, {"form": "published"}),
+        (MPSCLConfig, {"margin_form": "published"}),
         (OptimConfig, {"lr": 0.0}),
         (OptimConfig, {"momentum": 1.0}),
         (OptimConfig, {"betas": [0.9, 1.0]}),

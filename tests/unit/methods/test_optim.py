@@ -24,7 +24,7 @@ BAD = torch.ones(())
 
 
 def network(*, affine: bool = False) -> DeepLabV2:
-    module = DeepLabV2(3, (1, 2, 1, 1), width=4, in_channels=1, train_norm_affine=affine).double()
+    module = DeepLabV2(3, (1, 2, 1, 1), base_channels=4, in_channels=1, train_bn_affine=affine).double()
     initialise(module, 0)
     return module
 

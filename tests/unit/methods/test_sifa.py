@@ -172,7 +172,7 @@ def test_a_pool_returns_earlier_batches() -> None:
 
 
 def test_the_first_version() -> None:
-    method = make_sifa(version="v1", dropout=0.25, segmenter_decay_every=2, prediction_ramp=(0.2, 0.6))
+    method = make_sifa(version="v1", dropout=0.25, segmenter_decay_every=2, adversarial_prediction_ramp=(0.2, 0.6))
     assert "discriminator_low" not in method.networks
     method.start_phase(10)
     for iteration in range(5):

@@ -17,7 +17,7 @@ SMALL = (1, 1, 2, 1)
 
 @pytest.fixture
 def small_segmenter() -> DeepLabV2:
-    network = DeepLabV2(5, blocks=SMALL, width=4, output_stride=4, in_channels=1)
+    network = DeepLabV2(5, layers=SMALL, base_channels=4, output_stride=4, in_channels=1)
     initialise(network, seed=0)
     return network
 
@@ -28,7 +28,7 @@ def small_segmenter() -> DeepLabV2:
 )
 @pytest.mark.parametrize("in_channels", [1, 3])
 def test_output_sizes(output_stride: int, size: tuple[int, int], expected: tuple[int, int], in_channels: int) -> None:
-    network = DeepLabV2(4, blocks=SMALL, width=2, output_stride=output_stride, in_channels=in_channels).eval()
+    network = DeepLabV2(4, layers=SMALL, base_channels=2, output_stride=output_stride, in_channels=in_channels).eval()
     with torch.no_grad():
         out = network(network_input(torch.zeros(2, 1, *size), in_channels))
     assert out.aux is not None
@@ -39,7 +39,7 @@ def test_output_sizes(output_stride: int, size: tuple[int, int], expected: tuple
 
 
 def test_without_the_auxiliary_head() -> None:
-    network = DeepLabV2(3, blocks=SMALL, width=2, multi_level=False).eval()
+    network = DeepLabV2(3, layers=SMALL, base_channels=2, multi_level=False).eval()
     assert not [key for key in network.state_dict() if key.startswith("layer5")]
     assert network(torch.zeros(1, 3, 32, 32)).aux is None
 
@@ -57,7 +57,7 @@ def test_every_trainable_parameter_gets_a_gradient_and_norms_are_frozen(small_se
 
 
 def test_train_norm_affine() -> None:
-    network = DeepLabV2(3, blocks=SMALL, width=2, train_norm_affine=True)
+    network = DeepLabV2(3, layers=SMALL, base_channels=2, train_bn_affine=True)
     assert all(parameter.requires_grad for parameter in network.parameters())
 
 
@@ -65,16 +65,16 @@ def test_train_norm_affine() -> None:
     ("arguments", "message"),
     [
         ({"num_classes": 1}, "num_classes=1"),
-        ({"blocks": (1, 1, 1)}, "four"),
-        ({"blocks": (1, 0, 1, 1)}, "at least 1"),
-        ({"width": 0}, "width"),
+        ({"layers": (1, 1, 1)}, "four"),
+        ({"layers": (1, 0, 1, 1)}, "at least 1"),
+        ({"base_channels": 0}, "base_channels"),
         ({"output_stride": 16}, "8 or 4"),
         ({"in_channels": 2}, "1 or 3"),
     ],
 )
 def test_arguments_out_of_range(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        DeepLabV2(**({"num_classes": 3, "blocks": SMALL, "width": 2} | arguments))  # type: ignore[arg-type]
+        DeepLabV2(**({"num_classes": 3, "layers": SMALL, "base_channels": 2} | arguments))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("size", [(3, 3), (9, 9), (17, 17), (13, 30), (33, 33)])
@@ -137,7 +137,7 @@ def test_discriminator_refuses_images_that_leave_no_patch(kind: type[nn.Module],
 
 
 def networks() -> list[DeepLabV2 | FCDiscriminator | PatchGANDiscriminator]:
-    return [DeepLabV2(5, blocks=SMALL, width=8), FCDiscriminator(5, width=8), PatchGANDiscriminator(5, width=8)]
+    return [DeepLabV2(5, layers=SMALL, base_channels=8), FCDiscriminator(5, width=8), PatchGANDiscriminator(5, width=8)]
 
 
 def equal(a: nn.Module, b: nn.Module) -> bool:

@@ -20,8 +20,10 @@ from mpscl_ray.networks.discriminators import PatchGANDiscriminator
 from mpscl_ray.networks.pretrained import load_pretrained, load_prototypes
 
 
-def segmenter(num_classes: int = 4, seed: int = 0, width: int = 2, blocks: tuple[int, ...] = (1, 1, 1, 1)) -> DeepLabV2:
-    network = DeepLabV2(num_classes, blocks=blocks, width=width)
+def segmenter(
+    num_classes: int = 4, seed: int = 0, base_channels: int = 2, layers: tuple[int, ...] = (1, 1, 1, 1)
+) -> DeepLabV2:
+    network = DeepLabV2(num_classes, layers=layers, base_channels=base_channels)
     initialise(network, seed)
     return network
 
@@ -109,8 +111,8 @@ def test_other_number_of_classes_names_the_shapes_and_changes_nothing(tmp_path: 
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        (segmenter(width=3), r"shape of conv1.weight \[3, 3, 7, 7\] \(network: \[2, 3, 7, 7\]\)"),
-        (segmenter(blocks=(2, 1, 1, 1)), r"holds layer1.1.conv1.weight.* and 14 more, which the network has not"),
+        (segmenter(base_channels=3), r"shape of conv1.weight \[3, 3, 7, 7\] \(network: \[2, 3, 7, 7\]\)"),
+        (segmenter(layers=(2, 1, 1, 1)), r"holds layer1.1.conv1.weight.* and 14 more, which the network has not"),
         (PatchGANDiscriminator(4, width=2), r"lacks conv1.weight.* and holds model.0.weight"),
     ],
 )

@@ -32,7 +32,7 @@ from mpscl_ray.runs import checkpoint
 from mpscl_ray.runs.run_directory import RunDirectory
 
 CLASSES = ("background", "LV", "RV")
-NETWORK = {"blocks": [1, 1, 1, 1], "width": 4, "output_stride": 4, "in_channels": 1}
+NETWORK = {"layers": [1, 1, 1, 1], "base_channels": 4, "output_stride": 4, "in_channels": 1}
 
 
 def segmenter(seed: int = 0) -> DeepLabV2:
@@ -211,7 +211,7 @@ def test_errors_of_loading_are_one_sentence(tmp_path: Path) -> None:
     save(folder.checkpoints / "step-0000100", segmenter())
     with pytest.raises(ConfigError, match="it has last, step-0000100"):
         load_segmenter(folder.path, "sourceonly")
-    other = DeepLabV2(num_classes=3, blocks=(1, 1, 1, 1), width=8, output_stride=4, in_channels=1)
+    other = DeepLabV2(num_classes=3, layers=(1, 1, 1, 1), base_channels=8, output_stride=4, in_channels=1)
     save(folder.checkpoints / "step-0000200", other)
     with pytest.raises(DataError, match="does not fit the network"):
         load_segmenter(folder.path)

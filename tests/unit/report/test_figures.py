@@ -170,7 +170,7 @@ def test_the_plane_holds_features_that_lie_in_one() -> None:
     ],
 )
 def test_systems_have_the_names_of_the_paper(method: dict[str, object], labelled: str, system: str) -> None:
-    assert system_of({"method": method, "data": {"labelled": labelled}}) == system
+    assert system_of({"method": method, "data": {"labelled_domain": labelled}}) == system
 
 
 def test_legends_and_panels_have_the_order_of_the_tables() -> None:

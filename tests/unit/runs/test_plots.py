@@ -134,7 +134,7 @@ def test_progress_draws_each_curve_and_boundary() -> None:
         if phase == "adaptation":
             records[-1] |= {
                 "train/loss_contrastive_target": math.nan if step == 600 else 2.0,
-                "train/selected_fraction": 0.4,
+                "train/pseudo_label_fraction": 0.4,
             }
         if step % 300 == 0:
             records[-1] |= {"val/dice/MYO": 0.5, "val/dice/mean": 0.6, "val/source/dice/mean": 0.9}
@@ -143,7 +143,7 @@ def test_progress_draws_each_curve_and_boundary() -> None:
     assert list(curves["segmentation"].get_xdata()) == list(range(20, 901, 20))
     assert 600 not in curves["contrastive target"].get_xdata()
     assert list(curves["mean"].get_ydata()) == [0.6] * 3
-    assert {"MYO", "source mean", "selected fraction"} <= set(curves)
+    assert {"MYO", "source mean", "pseudo label fraction"} <= set(curves)
     assert "non finite" not in curves
     for axes in (losses, shares, dice):
         boundaries = [line.get_xdata()[0] for line in axes.get_lines() if str(line.get_label()).startswith("_")]

@@ -261,19 +261,19 @@ def test_records_arrive_under_their_tags_at_once(tmp_path: Path) -> None:
         "phase": "adaptation",
         "iteration": 5,
         "train/loss_segmentation": 0.5,
-        "train/selected_fraction": torch.tensor(0.25),
+        "train/pseudo_label_fraction": torch.tensor(0.25),
         "val/dice/LVC": np.float64(0.75),
         "val/dice/AA": math.nan,
         "val/source/dice/mean": 1,
-        "speed/images_per_s": math.inf,
+        "perf/images_per_s": math.inf,
     }
     board.record(record)
     assert scalars_of(tmp_path / "tensorboard") == {
         "train/loss_segmentation": [(20, 0.5)],
-        "train/selected_fraction": [(20, 0.25)],
+        "train/pseudo_label_fraction": [(20, 0.25)],
         "val/dice/LVC": [(20, 0.75)],
         "val/source/dice/mean": [(20, 1.0)],
-        "speed/images_per_s": [(20, math.inf)],
+        "perf/images_per_s": [(20, math.inf)],
     }
     board.close()
     board.close()
@@ -338,7 +338,9 @@ def test_unwritable_folder_is_said_at_the_start(tmp_path: Path) -> None:
 
 def test_hyperparameters_are_what_tensorboard_compares_runs_by(tmp_path: Path) -> None:
     with TensorBoard(tmp_path) as board:
-        board.hyperparameters({"method.gamma": 0.3, "method.form": "paper", "data.in_memory": True}, ["search/score"])
+        board.hyperparameters(
+            {"method.gamma": 0.3, "method.margin_form": "paper", "data.in_memory": True}, ["search/score"]
+        )
     plugins = [
         HParamsPluginData.FromString(value.metadata.plugin_data.content)
         for event in events_of(tmp_path)
@@ -346,7 +348,7 @@ def test_hyperparameters_are_what_tensorboard_compares_runs_by(tmp_path: Path) -
     ]
     session = next(plugin.session_start_info for plugin in plugins if plugin.HasField("session_start_info"))
     assert session.hparams["method.gamma"].number_value == 0.3
-    assert session.hparams["method.form"].string_value == "paper"
+    assert session.hparams["method.margin_form"].string_value == "paper"
     assert session.hparams["data.in_memory"].bool_value or session.hparams["data.in_memory"].number_value == 1
     experiment = next(plugin.experiment for plugin in plugins if plugin.HasField("experiment"))
     assert [info.name.tag for info in experiment.metric_infos] == ["search/score"]

@@ -32,7 +32,7 @@ method:
   margin_source: 0.3
   betas: [0.9, 0.99]
 scaling:
-  workers: 2
+  num_workers: 2
   device: auto
 """
 
@@ -113,7 +113,7 @@ def test_reading_a_run_that_is_not_there(run: RunDirectory) -> None:
 def test_same_config_goes_on(run: RunDirectory) -> None:
     run.write_config(CONFIG)
     assert run.check_config(CONFIG) == []
-    assert run.check_config("# reordered\nscaling: {device: auto, workers: 2}\n" + CONFIG.split("scaling")[0]) == []
+    assert run.check_config("# reordered\nscaling: {device: auto, num_workers: 2}\n" + CONFIG.split("scaling")[0]) == []
 
 
 def test_changed_config_is_refused_with_all_keys(run: RunDirectory) -> None:
@@ -121,25 +121,25 @@ def test_changed_config_is_refused_with_all_keys(run: RunDirectory) -> None:
     now = (
         CONFIG.replace("0.3", "0.4")
         .replace("0.99", "0.999")
-        .replace("workers: 2", "workers: 4")
+        .replace("num_workers: 2", "num_workers: 4")
         .replace("  device: auto\n", "")
     )
     with pytest.raises(ConfigError) as caught:
-        run.check_config(now, may_change=["scaling.workers", "run"])
+        run.check_config(now, may_change=["scaling.num_workers", "run"])
     message = str(caught.value)
     assert "the run demo was started with another config" in message
     assert "method.margin_source: 0.3 in the run, 0.4 now" in message
     assert "method.betas: [0.9, 0.99] in the run, [0.9, 0.999] now" in message
     assert 'scaling.device: "auto" in the run, absent now' in message
-    assert "scaling.workers:" not in message
+    assert "scaling.num_workers:" not in message
     assert "another run.name" in message
-    assert "only these may change: run, scaling.workers" in message
+    assert "only these may change: run, scaling.num_workers" in message
 
 
 def test_allowed_changes_are_told(run: RunDirectory) -> None:
     run.write_config(CONFIG)
-    now = CONFIG.replace("workers: 2", "workers: 4")
-    assert run.check_config(now, may_change=["scaling"]) == ["scaling.workers: 2 in the run, 4 now"]
+    now = CONFIG.replace("num_workers: 2", "num_workers: 4")
+    assert run.check_config(now, may_change=["scaling"]) == ["scaling.num_workers: 2 in the run, 4 now"]
     with pytest.raises(ConfigError):
         run.check_config(now, may_change=["scal"])
 

@@ -26,7 +26,7 @@ from mpscl_ray.train.domains import load_domains, model_description
 from mpscl_ray.train.ray import resources
 from tests.tiny import CLASSES, SETTINGS, make_dataset, make_pair, tiny_config
 
-ONE_WORKER = ("scaling.workers=1",)
+ONE_WORKER = ("scaling.num_workers=1",)
 
 
 @pytest.fixture(scope="module")
@@ -116,20 +116,20 @@ def test_help_works_as_a_process(tmp_path: Path) -> None:
 
 
 def test_what_show_prints_is_a_preset_with_the_same_settings(command: Command, tmp_path: Path) -> None:
-    overrides = ["method.margin_source=0.3", "optim.lr=1e-4", "network.blocks=[1,1,1,1]", "run.name=2024"]
-    code, text, _ = command("mr2ct/mpscl", *overrides, "--show")
+    overrides = ["method.margin_source=0.3", "optim.lr=1e-4", "network.layers=[1,1,1,1]", "run.name=2024"]
+    code, text, _ = command("mr2ct/mpscl", *overrides, "--print-config")
     assert code == 0
     file, again = tmp_path / "file.yaml", tmp_path / "again.yaml"
     file.write_text(text)
     assert load_config(file) == load_config("mr2ct/mpscl", overrides)
-    code, text, _ = command("--show", str(file), "optim.lr=0.5")
+    code, text, _ = command("--print-config", str(file), "optim.lr=0.5")
     assert code == 0
     again.write_text(text)
     assert load_config(again) == load_config("mr2ct/mpscl", [*overrides, "optim.lr=0.5"])
 
 
 def test_show_makes_no_folder(command: Command, tmp_path: Path) -> None:
-    command("phantom", f"run.storage={tmp_path / 'runs'}", "--show")
+    command("phantom", f"run.storage={tmp_path / 'runs'}", "--print-config")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -144,11 +144,14 @@ def test_show_makes_no_folder(command: Command, tmp_path: Path) -> None:
         (["small/mpscl", "optim.lrr=1"], "did you mean 'optim.lr'"),
         (["small/mpscl", "phantom"], "small/mpscl and phantom are two presets"),
         (["small/mpscl", "method.margin_source=4"], "method.margin_source=4"),
-        (["small/mpscl", "data.batch_size=0"], "data.batch_size=0"),
+        (["small/mpscl", "data.global_batch_size=0"], "data.global_batch_size=0"),
         (["small/mpscl", "optim.lr=nan"], "optim.lr"),
-        (["small/mpscl", "data.batch_size=5", "scaling.workers=2"], "cannot be shared equally"),
-        (["small/mpscl", "data.batch_size=12", "scaling.workers=[4,7]"], "scaling.workers=5, 7; make the batch a"),
-        (["small/mpscl", "scaling.workers=[2,1]"], "scaling.workers=[2, 1] has no number in it"),
+        (["small/mpscl", "data.global_batch_size=5", "scaling.num_workers=2"], "cannot be shared equally"),
+        (
+            ["small/mpscl", "data.global_batch_size=12", "scaling.num_workers=[4,7]"],
+            "scaling.num_workers=5, 7; make the batch a",
+        ),
+        (["small/mpscl", "scaling.num_workers=[2,1]"], "scaling.num_workers=[2, 1] has no number in it"),
         (["small/mpscl", "run.name=a/b"], "run.name"),
         (["small/mpscl", "run.storage=gs://bucket/runs"], "gs:// is not a storage that can be used directly"),
         (["small/mpscl", *ONE_WORKER], "data.source is not set"),
@@ -162,9 +165,9 @@ def test_settings_that_cannot_be(command: Command, arguments: list[str], expecte
 
 
 def test_all_wrong_settings_are_reported_together(command: Command) -> None:
-    code, _, error = command("small/mpscl", "optim.lrr=1", "data.batch_size=0", "phases.warm_up=x")
+    code, _, error = command("small/mpscl", "optim.lrr=1", "data.global_batch_size=0", "phases.warm_up=x")
     assert code == ConfigError.exit_code
-    assert all(key in error for key in ("optim.lrr", "data.batch_size", "phases.warm_up"))
+    assert all(key in error for key in ("optim.lrr", "data.global_batch_size", "phases.warm_up"))
     assert "Traceback" not in error
 
 
@@ -242,12 +245,12 @@ def test_a_run_that_another_process_holds(command: Command, tmp_path: Path, pair
 
 
 def test_more_workers_than_the_machine_has(command: Command, tmp_path: Path, pair: Path) -> None:
-    settings = ["data.batch_size=1000", "scaling.workers=1000"]
+    settings = ["data.global_batch_size=1000", "scaling.num_workers=1000"]
     code, _, error = command(*tiny(pair, tmp_path, *settings))
     assert code == ClusterError.exit_code
     cpus = len(os.sched_getaffinity(0))
     assert f"1000 workers with 1 CPUs each need 1000 CPUs and this machine has {cpus}" in only_sentence(error)
-    assert "use scaling.workers=" in error
+    assert "use scaling.num_workers=" in error
     assert list(tmp_path.iterdir()) == []
 
 

@@ -76,12 +76,12 @@ def test_causes_name_the_worker_that_died_not_those_that_noticed() -> None:
 
 def test_workers_that_fail_too_often_end_the_run_with_their_causes(pair: Path, tmp_path: Path) -> None:
     folder = RunDirectory(tmp_path)
-    config = tiny_config(pair / "mr", pair / "ct", ["run.restarts=2"])
+    config = tiny_config(pair / "mr", pair / "ct", ["run.max_failures=2"])
     launched = launch.Launch(config, folder, local_data(config), False)
     died = ray.exceptions.ActorDiedError()
     error = launched._explain(ray.train.WorkerGroupError("text", {1: died}))
     assert isinstance(error, TrainingError)
-    assert "workers failed 3 times, which is once more than run.restarts allows" in str(error)
+    assert "workers failed 3 times, which is once more than run.max_failures allows" in str(error)
     assert "worker 1 was lost: its process died" in str(error)
     error = launched._explain(ray.exceptions.RaySystemError("gone"))
     assert isinstance(error, ClusterError)

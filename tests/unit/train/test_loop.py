@@ -22,9 +22,9 @@ from mpscl_ray.train.feature_log import FeatureRecord
 from tests.tiny import SIZE, local_data, make_dataset, make_pair, tiny_config
 from tests.tiny_runs import Killed, Killer, RecordingCallback, hashes, train
 
-TEN_STEPS = ("phases.source_only=3", "phases.warm_up=3", "run.report_every=1")
+TEN_STEPS = ("phases.source_only=3", "phases.warm_up=3", "run.log_every=1")
 """Three, three and four iterations."""
-SIX_STEPS = ("phases.source_only=2", "phases.warm_up=2", "phases.adaptation=2", "run.report_every=1")
+SIX_STEPS = ("phases.source_only=2", "phases.warm_up=2", "phases.adaptation=2", "run.log_every=1")
 """Two iterations a phase."""
 
 
@@ -55,7 +55,7 @@ def assert_same_state(one: Path, other: Path) -> None:
 
 def comparable(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Records without the speed, which no two runs share."""
-    return [{key: value for key, value in record.items() if not key.startswith("speed/")} for record in records]
+    return [{key: value for key, value in record.items() if not key.startswith("perf/")} for record in records]
 
 
 def assert_same_features(one: RunDirectory, other: RunDirectory) -> None:
@@ -176,7 +176,7 @@ def test_a_phase_that_was_dropped_while_in_it_is_an_error(pair: Path, tmp_path: 
 def test_pretrained_weights_are_read_at_the_start_alone(pair: Path, tmp_path: Path) -> None:
     weights = tmp_path / "weights.pth"
     config = tiny_config(
-        pair / "mr", pair / "ct", ["optim.lr=1e-30", "data.batch_size=2", f"network.pretrained={weights}"]
+        pair / "mr", pair / "ct", ["optim.lr=1e-30", "data.global_batch_size=2", f"network.pretrained={weights}"]
     )
     _, other = train(tiny_config(pair / "mr", pair / "ct", ["run.seed=5", "phases.warm_up=0"]), tmp_path / "other")
     trained = checkpoint.load(other.phases / "source_only")["method"]["networks"]["segmenter"]
@@ -220,17 +220,17 @@ def test_files_and_callbacks_of_a_run(pair: Path, tmp_path: Path) -> None:
     assert contents(run.phases / "adaptation") == contents(run.checkpoints / "step-0000012")
 
     adversarial = {"train/loss_adversarial_main", "train/loss_discriminator_aux", "train/discriminator_accuracy_main"}
-    adapting = {"train/loss_contrastive_source", "train/loss_contrastive_target", "train/selected_fraction"}
+    adapting = {"train/loss_contrastive_source", "train/loss_contrastive_target", "train/pseudo_label_fraction"}
     assert not (adversarial | adapting) & records[1].keys()
     assert adversarial <= records[3].keys()
     assert not adapting & records[3].keys()
     assert adversarial | adapting | {"train/prototype_angle_min"} <= records[5].keys()
     for record in records[1::2]:
         assert {"val/dice/wall", "val/dice/mean", "val/source/dice/ventricle", "val/entropy"} <= record.keys()
-        assert record["val/selection"] == pytest.approx(record["val/source/dice/mean"] - record["val/entropy"])
+        assert record["val/selection_score"] == pytest.approx(record["val/source/dice/mean"] - record["val/entropy"])
     for record in records:
-        assert record["speed/images_per_s"] > 0
-        assert 0 <= record["speed/data_wait_fraction"] <= 1
+        assert record["perf/images_per_s"] > 0
+        assert 0 <= record["perf/data_stall_fraction"] <= 1
         assert all(math.isfinite(value) for value in record.values() if isinstance(value, float))
 
     assert [step for step, *_ in callback.panels] == [4, 8, 12]
@@ -244,7 +244,7 @@ def test_each_phase_continues_in_the_data_where_the_one_before_ended(
     pair: Path, straight: tuple[RunDirectory, RecordingCallback]
 ) -> None:
     config = tiny_config(pair / "mr", pair / "ct", TEN_STEPS)
-    source, number = local_data(config).labelled, config.data.batch_size
+    source, number = local_data(config).labelled, config.data.global_batch_size
     augmentation = config.data.augmentation
     with SliceStream(
         source, seed=config.run.seed, domain="source", global_batch=number, augment=augmentation
@@ -352,7 +352,7 @@ def test_the_best_checkpoint_is_chosen_without_target_labels(pair: Path, tmp_pat
             _, run = train(config, tmp_path / f"{select}-{target.name}")
             state = checkpoint.load(run.best)
             assert state["selected_by"] == select
-            scores = [record["val/selection"] for record in run.read_metrics() if "val/selection" in record]
+            scores = [record["val/selection_score"] for record in run.read_metrics() if "val/selection_score" in record]
             assert state["position"]["step"] == 1 + scores.index(max(scores))
             assert state["position"]["best"] == max(scores)
             chosen[select, target.name] = scores
@@ -368,7 +368,7 @@ def test_a_target_without_validation_labels(pair: Path, tmp_path: Path) -> None:
     record = run.read_metrics()[-1]
     assert "val/entropy" in record
     assert not any(key.startswith("val/dice") for key in record)
-    assert record["val/selection"] == pytest.approx(record["val/source/dice/mean"] - record["val/entropy"])
+    assert record["val/selection_score"] == pytest.approx(record["val/source/dice/mean"] - record["val/entropy"])
     assert checkpoint.load(run.best)["selected_by"] == "label_free"
     assert callback.panels[-1][3] is None
 
@@ -383,7 +383,7 @@ def test_without_validation_splits(pair: Path, tmp_path: Path, held_out: str) ->
     assert outcome.state == "finished"
     assert run.best.is_dir() == (held_out == "source")
     record = run.read_metrics()[-1]
-    assert ("val/selection" in record) == (held_out == "source")
+    assert ("val/selection_score" in record) == (held_out == "source")
     assert "val/entropy" not in record
     assert callback.panels == []
 
@@ -408,8 +408,8 @@ def test_the_bounds(pair: Path, tmp_path: Path, preset: str) -> None:
     [
         ("a class that no label has", {"shown": (1,)}, []),
         ("batches of one class", {"shown": ()}, []),
-        ("batches of one slice", {}, ["data.batch_size=1", "scaling.workers=1"]),
-        ("fewer slices than a batch", {"slices": 1, "cases": {"train": 1, "val": 1}}, ["data.batch_size=8"]),
+        ("batches of one slice", {}, ["data.global_batch_size=1", "scaling.num_workers=1"]),
+        ("fewer slices than a batch", {"slices": 1, "cases": {"train": 1, "val": 1}}, ["data.global_batch_size=8"]),
         ("volumes of one slice", {"slices": 1}, []),
         ("more classes than are seen", {"classes": ("background", "a", "b", "c", "d")}, []),
     ],

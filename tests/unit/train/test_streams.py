@@ -60,7 +60,7 @@ def test_synchronised_batches_have_equal_parts_on_all_workers(folder: Path) -> N
 
 def test_intensities_are_remapped_in_the_labelled_domain_alone(folder: Path) -> None:
     """The target has to keep its appearance."""
-    still = ("rotation_deg=0", "scale=[1,1]", "translation=0", "intensity_mapping=1")
+    still = ("rotation_deg=0", "scale=[1,1]", "translation=0", "random_conv_probability=1")
     config = tiny_config(folder / "mr", folder / "ct", [f"data.augmentation.{change}" for change in still])
     data = local_data(config)
     assert data.unlabelled is not None

@@ -16,11 +16,11 @@ class Terminal(io.StringIO):
 
 def test_rows_name_state_iteration_score_and_settings() -> None:
     trials = [
-        Trial(1, {"method.gamma": 0.25, "method.form": "paper"}, {10: {"score": 0.5}}, "finished"),
-        Trial(2, {"method.gamma": 12.5, "method.form": "released"}, {10: {"score": math.nan}}),
-        Trial(3, {"method.gamma": 1e-5, "method.form": "paper"}),
+        Trial(1, {"method.gamma": 0.25, "method.margin_form": "paper"}, {10: {"score": 0.5}}, "finished"),
+        Trial(2, {"method.gamma": 12.5, "method.margin_form": "released"}, {10: {"score": math.nan}}),
+        Trial(3, {"method.gamma": 1e-5, "method.margin_form": "paper"}),
     ]
-    columns = {"method.gamma": "gamma", "method.form": "form"}
+    columns = {"method.gamma": "gamma", "method.margin_form": "form"}
     lines = trial_rows(trials, columns, {2: 0.0}, 5, 60, lambda t: t.last.get("score"), "oracle")
     assert [line.split() for line in lines] == [
         ["trial", "state", "iteration", "oracle", "gamma", "form"],

@@ -150,7 +150,7 @@ def test_rank_correlation_by_hand() -> None:
 
 
 def test_scores_and_agreement_of_a_criterion() -> None:
-    record = {DICE: 0.5, "val/source/dice/mean": 0.8, "val/entropy": 0.1, "val/label_free/information": 0.3}
+    record = {DICE: 0.5, "val/source/dice/mean": 0.8, "val/entropy": 0.1, "val/unsupervised/information": 0.3}
     assert [score(record, m) for m in ("oracle", "source_dice", "source_dice_less_entropy", "information")] == [
         0.5,
         0.8,
@@ -175,7 +175,7 @@ def some_trials(draw: Callable[[], float]) -> list[Trial]:
         reports = {}
         for iteration in range(12, length + 1, 12):
             values = {name: draw() for name in ("information", "nuclear_norm")}
-            reports[iteration] = {f"val/label_free/{name}": value for name, value in values.items()}
+            reports[iteration] = {f"val/unsupervised/{name}": value for name, value in values.items()}
             reports[iteration] |= {DICE: 0.6 + 0.01 * number, "val/source/dice/mean": draw(), "val/entropy": draw()}
         trials.append(Trial(number, settings, reports, state, "a loss | was NaN" if number == 6 else ""))  # type: ignore[arg-type]
     return trials
@@ -244,7 +244,7 @@ def test_figures_are_drawn_from_many_trials_one_and_none(tmp_path: Path) -> None
 
 
 def test_optuna_learns_from_trials_and_from_those_of_the_ledger(tmp_path: Path) -> None:
-    space = load_space("phantom", ["search.method=optuna", "search.trials=40"])
+    space = load_space("phantom", ["search.method=optuna", "search.num_samples=40"])
     found = make_sampler(space, {}, {})
     trials: dict[int, Trial] = {}
     values: dict[int, float | None] = {}

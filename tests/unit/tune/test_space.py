@@ -60,7 +60,7 @@ def test_all_problems_are_named_at_once_with_their_lines(tmp_path: Path) -> None
     text = """\
 preset: phantom
 phases: {adaptatoin: 3}
-search: {methid: grid, trials: 0}
+search: {methid: grid, num_samples: 0}
 space:
   method.margin_sorce: {uniform: [0, 0.6]}
   method.margin_target: {uniform: [0, 3.6]}
@@ -74,7 +74,7 @@ space:
     message = refusal(tmp_path, text, "optim.lrr=1", "search.metric=dice")
     for sentence in (
         "'search.methid' in own.yaml:3 is not a setting of a search; did you mean 'search.method'?",
-        "search.trials=0 in own.yaml:3: input should be greater than or equal to 1",
+        "search.num_samples=0 in own.yaml:3: input should be greater than or equal to 1",
         "'phases.adaptatoin' in own.yaml is not a setting; did you mean 'phases.adaptation'?",
         "'method.margin_sorce' in own.yaml:5 is not a setting; did you mean 'method.margin_source'?",
         "method.margin_target=3.6 in own.yaml:6: input should be less than or equal to 1.57",
@@ -102,7 +102,7 @@ space:
         ),
         ("space: {method.alpha: {choice: [0, 0]}}", [], "a choice is given twice"),
         ("space: {method.alpha: {uniform: [0.5, 0.1]}}", [], "the lower one first"),
-        ("space: {data.batch_size: {integer: [1.5, 4]}}", [], "expected whole numbers"),
+        ("space: {data.global_batch_size: {integer: [1.5, 4]}}", [], "expected whole numbers"),
         (f"space: {{method.alpha: {{choice: [0]}}, '{BOTH}, method.alpha': {{choice: [0]}}}}", [], "already"),
         ("space: {method.alpha: {uniform: [0, 1]}}", ["search.method=grid"], "a grid has only choices"),
         ("space: [1]", [], "'space' in own.yaml:1 has the value [1], expected keys"),
@@ -123,9 +123,9 @@ def test_an_unknown_space_is_refused_with_the_nearest_name() -> None:
 
 def test_the_file_overrides_the_preset_and_the_command_line_both(tmp_path: Path) -> None:
     text = "preset: phantom\nphases: {adaptation: 9, warm_up: 8}\nspace: {method.alpha: {choice: [0.5]}}"
-    space = space_of(tmp_path, text, "phases.warm_up=7", "run.name=mine", "search.trials=3", "preset=small/mpscl")
+    space = space_of(tmp_path, text, "phases.warm_up=7", "run.name=mine", "search.num_samples=3", "preset=small/mpscl")
     assert (space.base.phases.source_only, space.base.phases.warm_up, space.base.phases.adaptation) == (450, 7, 9)
-    assert (space.base.run.name, space.search.trials) == ("mine", 3)
+    assert (space.base.run.name, space.search.num_samples) == ("mine", 3)
     assert space.config({"method.alpha": 0.5}).method.alpha == 0.5  # type: ignore[union-attr]
 
 
@@ -134,18 +134,19 @@ def test_random_trials_depend_on_the_seed_and_their_number_alone(tmp_path: Path)
 space:
   {BOTH}: {{uniform: [0.3, 0.6]}}
   method.gamma: {{loguniform: [0.01, 100]}}
-  data.batch_size: {{integer: [4, 6]}}
-  method.form: {{choice: [released, paper]}}
+  data.global_batch_size: {{integer: [4, 6]}}
+  method.margin_form: {{choice: [released, paper]}}
 """
     few, many, other = (
-        make_sampler(space_of(tmp_path, text, s), {}, {}) for s in ("run.seed=1", "search.trials=400", "search.seed=2")
+        make_sampler(space_of(tmp_path, text, s), {}, {})
+        for s in ("run.seed=1", "search.num_samples=400", "search.seed=2")
     )
     assert few.settings(7) == many.settings(7) != other.settings(7)
     drawn = [many.settings(number) for number in range(1, 401)]
     assert all(trial["method.margin_source"] == trial["method.margin_target"] for trial in drawn)
     assert all(0.3 <= trial["method.margin_source"] <= 0.6 for trial in drawn)
-    assert {trial["data.batch_size"] for trial in drawn} == {4, 5, 6}
-    assert {trial["method.form"] for trial in drawn} == {"released", "paper"}
+    assert {trial["data.global_batch_size"] for trial in drawn} == {4, 5, 6}
+    assert {trial["method.margin_form"] for trial in drawn} == {"released", "paper"}
     assert 0.4 < sum(trial["method.gamma"] < 1 for trial in drawn) / 400 < 0.6
 
 
@@ -157,7 +158,7 @@ def test_the_first_random_trial_has_the_values_of_the_preset_if_they_lie_in_the_
 
 
 def test_a_grid_has_every_combination_once(tmp_path: Path) -> None:
-    text = f"space: {{{BOTH}: {{choice: [0, 0.2]}}, method.form: {{choice: [released, paper]}}}}".replace(
+    text = f"space: {{{BOTH}: {{choice: [0, 0.2]}}, method.margin_form: {{choice: [released, paper]}}}}".replace(
         BOTH, f"'{BOTH}'"
     )
     found = make_sampler(space_of(tmp_path, text, "search.method=grid"), {}, {})
@@ -174,7 +175,7 @@ def test_a_grid_has_every_combination_once(tmp_path: Path) -> None:
         (["method.discriminator"], ["source_only"], ["method.discriminator"]),
         (["optim.lr"], ["source_only"], ["optim.lr"]),
         (["method.segmentation_aux_weight"], [], ["method.segmentation_aux_weight"]),
-        (["data.batch_size"], [], ["data.batch_size"]),
+        (["data.global_batch_size"], [], ["data.global_batch_size"]),
         (["run.seed"], [], ["run.seed"]),
     ],
 )
@@ -193,7 +194,7 @@ def test_the_learning_rate_acts_in_the_first_phase_unless_that_has_its_own(tmp_p
 
 def test_settings_of_the_adaptation_change_no_weight_before_it(tmp_path: Path) -> None:
     make_pair(tmp_path)
-    values = {"form": "paper", "alpha": 0.7, "delta_th": 0.4, "gamma": 0, "beta": 3, "base_temperature": 2}
+    values = {"margin_form": "paper", "alpha": 0.7, "delta_th": 0.4, "gamma": 0, "beta": 3, "base_temperature": 2}
     values |= {f"{kind}_{domain}": 1.3 for kind in ("margin", "temperature") for domain in ("source", "target")}
     config = tiny_config(tmp_path / "mr", tmp_path / "ct")
     names = [field.name for field in dataclasses.fields(config.method)]

@@ -126,10 +126,10 @@ def test_one_trial_at_least_is_trained_in_full(tmp_path: Path) -> None:
 
 def test_settings_that_contradict_each_other_end_a_trial_before_it_starts(tmp_path: Path) -> None:
     study = study_in(tmp_path)
-    study.ledger.add(2, {**study.sampler.settings(2), "data.batch_size": 3, "scaling.workers": 2})
+    study.ledger.add(2, {**study.sampler.settings(2), "data.global_batch_size": 3, "scaling.num_workers": 2})
     assert study.next_task(2, None) is None
     assert study.ledger.trials[2].state == "failed"
-    assert "data.batch_size=3" in study.ledger.trials[2].reason
+    assert "data.global_batch_size=3" in study.ledger.trials[2].reason
     study.trial_folder(1).control_files.write(PAUSE, "waits at iteration 6")
     task = study.next_task(1, None)
     assert task is not None
