@@ -30,7 +30,7 @@ from mpscl_ray.config.methods import (
     SIFAConfig,
     method_name,
 )
-from mpscl_ray.config.overrides import flatten, read_file, read_overrides
+from mpscl_ray.config.overrides import read_file, read_overrides
 from mpscl_ray.config.schema import (
     AugmentConfig,
     Config,
@@ -42,6 +42,7 @@ from mpscl_ray.config.schema import (
     reads_target,
     settings_of_phase,
 )
+from mpscl_ray.runs.config_diff import flatten
 
 __all__ = [
     "ADAPTATION",

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import difflib
 import functools
 import inspect
 import itertools
@@ -25,9 +24,11 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from mpscl_ray.config.methods import ADAPTATION, METHOD_CONFIGS, SOURCE_ONLY, WARM_UP
-from mpscl_ray.config.overrides import Setting, flatten, read_file, read_overrides
+from mpscl_ray.config.overrides import Setting, read_file, read_overrides
 from mpscl_ray.config.schema import Config
 from mpscl_ray.errors import ConfigError
+from mpscl_ray.runs.cli import did_you_mean
+from mpscl_ray.runs.config_diff import flatten
 from mpscl_ray.runs.storage import S3Path, cache_folder, is_url, parse_location
 
 PRESETS = Path(__file__).parents[1] / "presets"
@@ -110,9 +111,8 @@ def _preset_path(preset: str | Path) -> Path:
         if path.is_file():
             return path
         raise ConfigError(f"there is no preset file {path}; give the path of a YAML file or one of {_listing()}")
-    near = difflib.get_close_matches(str(preset), preset_names(), n=1, cutoff=0.4)
-    hint = f"did you mean '{near[0]}'? " if near else ""
-    raise ConfigError(f"there is no preset '{preset}'; {hint}The presets are {_listing()}")
+    hint = did_you_mean(str(preset), preset_names(), cutoff=0.4)
+    raise ConfigError(f"there is no preset '{preset}'; {hint}{' ' if hint else ''}The presets are {_listing()}")
 
 
 def _listing() -> str:
@@ -145,8 +145,7 @@ def _build(settings: dict[str, Setting], problems: list[str]) -> Config:
         if key not in known and not any(key.startswith(f"{name}.") for name in free):
             if key in of_any_method and "command line" not in setting.origin:
                 continue  # a key of another method, inherited from the preset this one builds on
-            near = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.5)
-            hint = f"did you mean '{near[0]}'?" if near else "see --help for all keys"
+            hint = did_you_mean(key, sorted(known)) or "see --help for all keys"
             problems.append(f"'{key}' {setting.origin} is not a setting; {hint}")
             continue
         *parents, last = key.split(".")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
 
 from mpscl_ray.errors import ConfigError
+from mpscl_ray.runs.config_diff import flatten
 
 
 class Setting(NamedTuple):
@@ -77,12 +78,3 @@ def read_overrides(overrides: Sequence[str]) -> tuple[dict[str, Setting], list[s
             value = text
         found |= {name: Setting(part, "on the command line") for name, part in flatten({key: value})}
     return found, problems
-
-
-def flatten(nested: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted keys and values of nested settings; an empty mapping is a value."""
-    for key, value in nested.items():
-        if isinstance(value, Mapping) and value:
-            yield from flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value

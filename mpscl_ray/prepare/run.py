@@ -33,6 +33,7 @@ from mpscl_ray.prepare.source_cases import SourceCase
 from mpscl_ray.prepare.splits import Splitting
 from mpscl_ray.prepare.staging import Request, Settings, Staged, finish_case, stage_case
 from mpscl_ray.runs.atomic_files import fsync_directory, storage_errors
+from mpscl_ray.runs.lock import process_alive
 from mpscl_ray.runs.progress import ProgressLine
 from mpscl_ray.runs.storage import S3Path, cache_folder
 
@@ -259,7 +260,7 @@ def unfinished(out: Path | S3Path, name: str) -> Iterator[Path]:
         out.mkdir(parents=True, exist_ok=True)
         for left in out.glob(f"{prefix}*"):
             process = left.name.removeprefix(prefix).partition("-")[0]
-            if process.isdecimal() and not _is_running(int(process)):
+            if process.isdecimal() and not process_alive(process):
                 shutil.rmtree(left)
         folder = Path(tempfile.mkdtemp(prefix=f"{prefix}{os.getpid()}-", dir=out))
         folder.chmod(0o777 & ~_umask())  # mkdtemp lets nobody else in; a dataset is readable like any other folder
@@ -273,16 +274,6 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
-
-
-def _is_running(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def _publish(dataset: _Dataset, options: PrepareOptions) -> Path | S3Path:

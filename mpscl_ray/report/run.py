@@ -8,12 +8,13 @@ from pathlib import Path
 import yaml
 
 from mpscl_ray.predict.predictor import choose_device
-from mpscl_ray.report.figures.style import DPI, class_colour
+from mpscl_ray.report.figures.style import DPI
 from mpscl_ray.report.groups import group_runs, look_at_group
 from mpscl_ray.report.html import page
 from mpscl_ray.report.runs import read_runs
 from mpscl_ray.report.sections import overview, sections
 from mpscl_ray.runs.atomic_files import storage_errors, write_atomically
+from mpscl_ray.runs.palette import hex_colour
 
 
 def report(
@@ -55,7 +56,7 @@ def report(
     print("drawing", flush=True)
     directions = list(dict.fromkeys(run.direction for run in found))
     names = ", ".join(f"{run.title} ({run.folder.name}, {run.state})" for run in found)
-    structures = {name: class_colour(index) for group in groups for index, name in enumerate(group.classes) if index}
+    structures = {name: hex_colour(index) for group in groups for index, name in enumerate(group.classes) if index}
     text = page(
         title=f"Adaptation {' and '.join(directions)}",
         summary=f"{len(found)} run{'s' * (len(found) > 1)}: {names}.",

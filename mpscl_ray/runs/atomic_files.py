@@ -1,4 +1,4 @@
-"""Files that survive a kill, a crash and a full disk: written aside, synced, renamed; failures said in one sentence."""
+"""Files that survive a kill, a crash and a full disk: written aside, synced, renamed; failures in one sentence."""
 
 from __future__ import annotations
 
@@ -81,21 +81,32 @@ def fsync_directory(folder: Path) -> None:
         os.close(descriptor)
 
 
+def partial_path(path: Path) -> Path:
+    """Where this process writes a file or a folder that gets the name ``path`` when it is complete."""
+    return path.with_name(f".{path.name}.partial-{os.getpid()}")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path to write a file to, which replaces ``path`` when the block ends, and is removed where the block raises."""
+    partial = partial_path(path)
+    try:
+        yield partial
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
 def write_atomically(path: Path, data: bytes) -> None:
     """Replace a file as a whole: a reader, or a restart after a crash, finds the old contents or the new.
 
     Raises:
         StorageError: The file cannot be written; the old one is intact.
     """
-    aside = path.with_name(f".{path.name}.partial-{os.getpid()}")
     with storage_errors(path, len(data)):
-        try:
-            with open(aside, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(aside, path)
-        except BaseException:
-            aside.unlink(missing_ok=True)
-            raise
+        with replacing(path) as partial, open(partial, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
         fsync_directory(path.parent)

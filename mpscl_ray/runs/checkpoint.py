@@ -30,7 +30,7 @@ import safetensors.torch
 import torch
 
 from mpscl_ray.errors import DataError, StorageError
-from mpscl_ray.runs.atomic_files import disk_full, free_bytes, fsync_directory, storage_errors
+from mpscl_ray.runs.atomic_files import disk_full, free_bytes, fsync_directory, partial_path, storage_errors
 from mpscl_ray.runs.checkpoint_format import decode, encode, safetensors_chunks, safetensors_layout
 
 FORMAT = "mpscl_ray checkpoint"
@@ -77,7 +77,7 @@ def save(directory: Path, state: Mapping[str, Any]) -> Path:
     needed = len(header) + sum(tensor.nbytes for tensor in ordered) + len(document) + _SLACK
 
     parent = directory.parent
-    partial = parent / f".{directory.name}.partial-{os.getpid()}"
+    partial = partial_path(directory)
     with storage_errors(directory, needed):
         parent.mkdir(parents=True, exist_ok=True)
         if directory.exists() and not directory.is_dir():

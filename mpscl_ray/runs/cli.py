@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import atexit
+import difflib
 import gc
 import io
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from mpscl_ray.errors import MpsclError
 
@@ -16,6 +17,19 @@ EXIT_CODES = (
     "130 interrupted and resumable"
 )
 """Shown at the end of every --help."""
+
+
+def did_you_mean(word: str, candidates: Iterable[str], cutoff: float = 0.5, prefix: str = "") -> str:
+    """``did you mean 'WORD'?`` with the nearest candidate, or nothing where none is near.
+
+    Args:
+        word: what was given.
+        candidates: what it could have been.
+        cutoff: least similarity of the two, 0 to 1.
+        prefix: put in front of the candidate.
+    """
+    nearest = difflib.get_close_matches(word, list(candidates), n=1, cutoff=cutoff)
+    return f"did you mean '{prefix}{nearest[0]}'?" if nearest else ""
 
 
 def run(main: Callable[[list[str]], int], arguments: list[str] | None = None) -> None:

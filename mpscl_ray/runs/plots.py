@@ -17,10 +17,10 @@ from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
 from mpscl_ray.runs.atomic_files import write_atomically
-from mpscl_ray.runs.palette import COLOURS, colour
+from mpscl_ray.runs.palette import COLOURS, colour, hex_colour
 
-_CURVES = tuple("#{:02x}{:02x}{:02x}".format(*rgb) for rgb in COLOURS[1:-1])
-"""The colours of the classes, less the last, yellow, which is too pale for a line on white."""
+_CURVES = tuple(hex_colour(index) for index in range(1, len(COLOURS) - 1))
+"""The colours of the classes without the last, yellow, which is too pale for a line on white."""
 
 _LINES = ("-", "--", "-.", ":")
 _GREY = "#666666"
@@ -35,8 +35,13 @@ Record = Mapping[str, Any]
 
 def plot_progress(records: Sequence[Record], path: Path, title: str = "") -> None:
     """Write :func:`progress_figure` as a PNG; an older file is replaced as a whole. Raises StorageError."""
+    save_figure(path, progress_figure(records, title))
+
+
+def save_figure(path: Path, figure: Figure) -> None:
+    """Write a figure as PNG; an older file is replaced as a whole. Raises StorageError."""
     buffer = io.BytesIO()
-    FigureCanvasAgg(progress_figure(records, title)).print_png(buffer)  # type: ignore[no-untyped-call]
+    FigureCanvasAgg(figure).print_png(buffer)  # type: ignore[no-untyped-call]
     write_atomically(path, buffer.getvalue())
 
 
@@ -193,11 +198,7 @@ def _titles(titles: Sequence[str], tile: int, width: int) -> NDArray[np.uint8]:
 
 def _legend(classes: Sequence[str], width: int) -> NDArray[np.uint8]:
     """Colour and name of each class but the background, in as many rows as the width asks for."""
-    handles = [
-        Patch(facecolor="#{:02x}{:02x}{:02x}".format(*colour(index)), label=name)
-        for index, name in enumerate(classes)
-        if index > 0
-    ]
+    handles = [Patch(facecolor=hex_colour(index), label=name) for index, name in enumerate(classes) if index > 0]
     longest = max((len(name) for name in classes[1:]), default=1)
     in_a_row = max(1, min(len(handles), width // (7 * longest + 45)))
     figure = _strip(width, _HEADER * max(1, math.ceil(len(handles) / in_a_row)))

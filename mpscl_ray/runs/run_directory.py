@@ -178,11 +178,14 @@ class RunDirectory:
         """Compare a resolved config, as YAML, with the one of this run (:func:`check_config_change`)."""
         return check_config_change(self.name, self._parse(self.read_config()), self._parse(text), may_change)
 
-    def _parse(self, text: str) -> Any:
+    def _parse(self, text: str) -> dict[str, Any]:
         try:
-            return yaml.safe_load(text)
+            content = yaml.safe_load(text)
         except yaml.YAMLError as error:
             raise DataError(f"{self.config_file} is damaged, it does not read as YAML: {error}") from error
+        if not isinstance(content, dict):
+            raise DataError(f"{self.config_file} is damaged: expected a mapping of settings")
+        return content
 
     def write_model(self, model: Mapping[str, Any]) -> None:
         """Keep what a prediction needs besides the weights, as JSON."""

@@ -19,6 +19,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from mpscl_ray.errors import StorageError
+from mpscl_ray.runs.atomic_files import partial_path
 from mpscl_ray.runs.checkpoint import STATE, SUMS, TENSORS
 from mpscl_ray.runs.storage import S3Path
 
@@ -232,7 +233,7 @@ def upload_path(path: Path, remote: S3Path) -> bool:
     """Upload a file or a checkpoint; False where it is gone, or was replaced meanwhile.
 
     Raises:
-        StorageError: it is not there, or not complete, as whoever reads it will see.
+        StorageError: the upload failed; the checkpoint in the bucket is missing or recognisably incomplete.
     """
     with ExitStack() as stack:
         try:
@@ -263,21 +264,18 @@ def delete_path(remote: S3Path) -> None:
 
 
 def download_checkpoint(remote: S3Path, target: Path) -> bool:
-    """Download a checkpoint, unless the same one is here; False where there is no complete one.
-
-    Its hashes are verified by whoever loads it.
-    """
+    """Download a checkpoint, unless the same one is here; False where there is no complete one. Verifies no hash."""
     try:
         sums = (remote / SUMS).read_bytes()
         if (target / SUMS).is_file() and (target / SUMS).read_bytes() == sums:
             return True
-        aside = target.with_name(f".{target.name}.partial-{os.getpid()}")
-        shutil.rmtree(aside, ignore_errors=True)
+        partial = partial_path(target)
+        shutil.rmtree(partial, ignore_errors=True)
         for name in (STATE, TENSORS):
-            (remote / name).download(aside / name)
-        (aside / SUMS).write_bytes(sums)
+            (remote / name).download(partial / name)
+        (partial / SUMS).write_bytes(sums)
     except FileNotFoundError:
         return False
     shutil.rmtree(target, ignore_errors=True)
-    os.rename(aside, target)
+    os.rename(partial, target)
     return True

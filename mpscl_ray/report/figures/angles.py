@@ -10,7 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from mpscl_ray.report.figures.style import GREY, RUN_COLOURS, RUN_LINES, class_colour
+from mpscl_ray.report.figures.style import GREY, RUN_COLOURS, RUN_LINES
+from mpscl_ray.runs.palette import hex_colour
 
 ROWS = (
     ("nearest", "all pixels,\nby pseudo-label"),
@@ -43,7 +44,7 @@ def over_training(records: Sequence[Record], classes: Sequence[str]) -> Figure:
             place = axes[row, index - 1]
             for number, record in enumerate(looks):
                 depth = 0.2 + 0.8 * (number + 1) / len(looks)
-                shade = _mixed(class_colour(index), depth)
+                shade = _mixed(hex_colour(index), depth)
                 last = number == len(looks) - 1
                 drawn = _line(
                     place, record[key][index], color=shade, linewidth=2.0 if last else 1.1, label=_when(record)

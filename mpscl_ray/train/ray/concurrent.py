@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from mpscl_ray.config import Config, to_yaml
 from mpscl_ray.distributed.ray_session import keep_account, keeps_account
 from mpscl_ray.errors import MpsclError, NoRoom, StorageError, TrainingError
+from mpscl_ray.runs.lifecycle import record_failure
 from mpscl_ray.runs.run_directory import RunDirectory
 from mpscl_ray.train.loop import Outcome
 from mpscl_ray.train.ray import launch, resources
@@ -117,17 +118,10 @@ def run_trial(
         if shared.account:
             keep_account()
         try:
-            outcome = _train(config, folder, shared, look, display_name)
-            if outcome.state == "non_finite":
-                raise TrainingError(_non_finite(outcome))
-        except BaseException as error:
-            code, reason = (
-                (error.exit_code, str(error))
-                if isinstance(error, MpsclError)
-                else (1, f"{type(error).__name__}: {error}")
-            )
-            folder.write_status("failed", exit_code=code, reason=reason)
-            raise
+            with record_failure(folder):
+                outcome = _train(config, folder, shared, look, display_name)
+                if outcome.state == "non_finite":
+                    raise TrainingError(_non_finite(outcome))
         finally:
             with suppress(StorageError):  # then the end of the lock, or the next start, does it
                 release(folder)
