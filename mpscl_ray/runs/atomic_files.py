@@ -22,7 +22,7 @@ def megabytes(size: int) -> str:
 
 
 def free_bytes(folder: Path) -> int | None:
-    """Bytes that may still be written to the file system of an existing folder; None where it does not say."""
+    """Bytes that may still be written to the file system of an existing folder; None where it reports none."""
     usage = shutil.disk_usage(folder)
     return usage.free if usage.total > 0 else None
 
@@ -34,7 +34,7 @@ def disk_full(path: Path, needed: int | None, free: int | None) -> StorageError:
     ]
     return StorageError(
         f"cannot write {path}: no space left{': ' if numbers else ''}{', '.join(numbers)}; "
-        f"free some space or choose another folder, then give the same command again to go on"
+        f"free some space or choose another folder, then give the same command again to resume"
     )
 
 
@@ -47,7 +47,7 @@ def storage_errors(path: Path, needed: int | None = None) -> Iterator[None]:
         needed: Bytes that this takes, for the message of a full disk.
 
     Raises:
-        StorageError: In place of any OSError.
+        StorageError: Instead of any OSError.
     """
     try:
         yield

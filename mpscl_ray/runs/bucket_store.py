@@ -1,6 +1,6 @@
 """A run directory in a bucket: a working copy on this node, and what keeps the bucket up to date with it.
 
-Command and workers may be on different nodes, so each has a copy of its own (below the cache folder, see
+Command and workers may be on different nodes, so each has its own copy (below the cache folder, see
 :mod:`mpscl_ray.runs.storage`) and uploads what it writes: the command config, model, environment, status and results;
 worker 0 metrics, checkpoints, TensorBoard events, curves and its log; every other worker its log. They share only the
 bucket. Its layout is that of :mod:`mpscl_ray.runs.run_directory`, with ``.lease`` (:mod:`mpscl_ray.runs.lease`) for
@@ -162,7 +162,7 @@ class BucketStore:
             shutil.rmtree(self.path, ignore_errors=True)
 
     def lock_owner(self) -> int | None:
-        """Pid of the owner of the lease on its own host; None where nobody has it."""
+        """Pid of the owner of the lease on its own host; None where it has none."""
         return self._lease.owner()
 
     @contextmanager

@@ -1,4 +1,4 @@
-"""What all commands share: plain errors and documented exit codes."""
+"""What all commands share: errors as one sentence, documented exit codes, hints for misspelt names."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ def did_you_mean(word: str, candidates: Iterable[str], cutoff: float = 0.5, pref
 
 
 def run(main: Callable[[list[str]], int], arguments: list[str] | None = None) -> None:
-    """Run a command's ``main(arguments)``, by default with those of the process, and leave with its exit code.
+    """Run a command's ``main(arguments)``, by default with those of the process, and exit with its code.
 
     An :class:`MpsclError` is printed as one sentence; anything else is a defect and keeps its traceback.
     ``MPSCL_RAY_DEBUG=1`` shows the traceback of the former too.
     """
-    atexit.register(gc.freeze)  # Else Python looks for cycles in all of torch and Ray before it ends, for seconds.
+    atexit.register(gc.freeze)  # Otherwise Python collects garbage in all of torch and Ray at exit, for seconds.
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # A name of a file may hold what the terminal cannot show.
+            stream.reconfigure(errors="backslashreplace")  # File names may have characters that the terminal lacks.
     try:
         code = main(sys.argv[1:] if arguments is None else arguments)
     except MpsclError as error:

@@ -72,7 +72,7 @@ class Lease:
         if there.get("token") != self.token:
             raise ClusterError(
                 f"the run {self.run} was taken over by process {there.get('pid', '?')} on {there.get('host', '?')}; "
-                "this one stops and has left everything up to then in place"
+                "this one stops, and all that it wrote before is kept"
             )
 
     def renew(self) -> None:
@@ -93,8 +93,8 @@ class Lease:
 
     def _watch(self, found: dict[str, Any]) -> None:
         print(
-            f"the run {self.run} was left by process {found.get('pid')} on {found.get('host')}, or is in use: looking "
-            f"for a sign of life for up to {self._dead_after_s:g} s",
+            f"the run {self.run} was left by process {found.get('pid')} on {found.get('host')}, or is in use: waiting "
+            f"for a renewal for up to {self._dead_after_s:g} s",
             file=sys.stderr,
             flush=True,
         )

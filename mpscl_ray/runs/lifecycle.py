@@ -37,7 +37,7 @@ def carry_out(run: RunDirectory, resume_command: str, work: Callable[[], None], 
             name = "SIGINT" if isinstance(stop, KeyboardInterrupt) else "SIGTERM"
             reason = str(stop) if isinstance(stop, Interrupted) else f"stopped by {name} while Ray started or ended"
             run.write_status("interrupted", exit_code=Interrupted.exit_code, reason=reason, **details())
-            print(f"{reason}; to go on:\n  {resume_command}", flush=True)
+            print(f"{reason}; to resume:\n  {resume_command}", flush=True)
             return Interrupted.exit_code
     run.write_status("finished", exit_code=0, **details())
     return 0

@@ -1,4 +1,4 @@
-"""Pictures of a run: its curves, and panels of slices with label maps. Colours stay apart for colour-blind eyes."""
+"""Pictures of a run: its curves, and panels of slices with label maps, in colours for colour-blind eyes."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def save_figure(path: Path, figure: Figure) -> None:
 
 
 def progress_figure(records: Sequence[Record], title: str = "") -> Figure:
-    """Losses, shares and validation Dice over the iterations of a run, phases apart.
+    """Losses, shares and validation Dice over the iterations of a run, with a line between phases.
 
     Args:
         records: Records of metrics.jsonl, in order.
@@ -83,8 +83,8 @@ def panel(
     """Rows of slices; columns: the image, then the image under each label map. Titles above, classes below.
 
     Args:
-        images: (N, H, W), in any unit: grey runs from the 1st to the 99th percentile of all of them.
-        label_maps: Title -> (N, H, W) with values 0..C-1, such as source only, adapted, label. 0 is left clear.
+        images: (N, H, W), in any unit: grey runs from their 1st to their 99th percentile.
+        label_maps: Title -> (N, H, W) with values 0..C-1, such as source-only, adaptation, label. 0 stays clear.
         classes: Names, background first.
 
     Returns:
@@ -139,7 +139,7 @@ def _phases(records: Sequence[Record]) -> list[tuple[int, str]]:
 
 
 def _curves(axes: Axes, records: Sequence[Record], tags: Sequence[str], prefix: str, label: str) -> None:
-    """One line a tag: colour and dash both differ, so that neither is needed alone."""
+    """One line for each tag, with its own colour and dash: either suffices."""
     drawn = 0
     for tag in tags:
         points = [(record["global_step"], float(record[tag])) for record in records if tag in record]
@@ -166,14 +166,14 @@ def _curves(axes: Axes, records: Sequence[Record], tags: Sequence[str], prefix: 
 
 
 def grey_slices(images: NDArray[np.floating[Any]]) -> NDArray[np.uint8]:
-    """(N, H, W) intensities as (N, H, W, 3) grey, which runs from the 1st to the 99th percentile of all of them."""
+    """(N, H, W) intensities as (N, H, W, 3) grey, from their 1st to their 99th percentile."""
     low, high = np.percentile(images, (1, 99))
     scaled = np.clip((images - low) / max(float(high - low), 1e-12), 0, 1)
     return np.repeat((255 * scaled).round().astype(np.uint8)[..., None], 3, axis=-1)
 
 
 def overlay(grey: NDArray[np.uint8], labels: NDArray[np.integer[Any]]) -> NDArray[np.uint8]:
-    """Grey slices (N, H, W, 3) under the colours of a label map (N, H, W); class 0 is left clear."""
+    """Grey slices (N, H, W, 3) under the colours of a label map (N, H, W); class 0 stays clear."""
     colours = np.array([(0, 0, 0), *(colour(index) for index in range(1, int(labels.max()) + 1))])
     mixed = (1 - _OPACITY) * grey + _OPACITY * colours[labels]
     return np.where(labels[..., None] > 0, mixed.round(), grey).astype(np.uint8)
@@ -197,7 +197,7 @@ def _titles(titles: Sequence[str], tile: int, width: int) -> NDArray[np.uint8]:
 
 
 def _legend(classes: Sequence[str], width: int) -> NDArray[np.uint8]:
-    """Colour and name of each class but the background, in as many rows as the width asks for."""
+    """Colour and name of each class but the background, in as many rows as the width needs."""
     handles = [Patch(facecolor=hex_colour(index), label=name) for index, name in enumerate(classes) if index > 0]
     longest = max((len(name) for name in classes[1:]), default=1)
     in_a_row = max(1, min(len(handles), width // (7 * longest + 45)))

@@ -7,7 +7,7 @@ Layout::
         model.json         what a prediction needs besides the weights: classes, scaling, recipe, network
         environment.json   versions, platform, GPUs, commit, command line of the newest start (logs/ has older ones)
         metrics.jsonl      one record a line (mpscl_ray.runs.metrics_log): global_step, phase, iteration and tags of
-                           mpscl_ray.runs.progress
+                           mpscl_ray.runs.tensorboard
         status.json        state (running, finished, failed, interrupted), exit_code, reason, resume_command, phase,
                            iteration, global_step, pid, updated
         progress.png       curves of the run so far

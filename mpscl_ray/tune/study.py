@@ -22,10 +22,10 @@ from ray.tune.search import Searcher
 
 from mpscl_ray.config import Config, to_dict
 from mpscl_ray.errors import ClusterError, ConfigError, Interrupted, MpsclError, StorageError
-from mpscl_ray.runs.progress import TensorBoard
 from mpscl_ray.runs.run_directory import RunDirectory, open_run
 from mpscl_ray.runs.signals import Interruption
 from mpscl_ray.runs.storage import join_location
+from mpscl_ray.runs.tensorboard import TensorBoard
 from mpscl_ray.train.ray.concurrent import Shared
 from mpscl_ray.train.ray.placement_groups import release
 from mpscl_ray.tune.asha import Halving, InThisProcess, Listener, rungs
@@ -265,7 +265,7 @@ class Study:
         self.started.setdefault(number, time.monotonic())
         if number not in self.boards:
             trial = self.ledger.trials[number]
-            self.boards[number] = TensorBoard(self.folder.path / "tensorboard" / f"{number:03d}", notice=self.say)
+            self.boards[number] = TensorBoard(self.folder.path / "tensorboard" / f"{number:03d}", warn=self.say)
             self.boards[number].hyperparameters(trial.settings, ["search/score", "val/dice/mean"])
 
     def _report(self, number: int, iteration: int, value: float, values: dict[str, float]) -> None:
