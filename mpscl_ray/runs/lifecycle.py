@@ -49,7 +49,8 @@ def record_failure(run: RunDirectory, details: Details = dict) -> Iterator[None]
     try:
         yield
     except BaseException as error:
-        known = isinstance(error, MpsclError)
-        reason = str(error) if known else f"{type(error).__name__}: {error}"
-        run.write_status("failed", exit_code=error.exit_code if known else 1, reason=reason, **details())
+        code, reason = 1, f"{type(error).__name__}: {error}"
+        if isinstance(error, MpsclError):
+            code, reason = error.exit_code, str(error)
+        run.write_status("failed", exit_code=code, reason=reason, **details())
         raise

@@ -7,7 +7,6 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable
-from types import TracebackType
 from typing import Self, TextIO
 
 _WINDOW_S = 30.0
@@ -91,9 +90,7 @@ class ProgressLine:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
     def _rate(self) -> float:
@@ -125,7 +122,7 @@ class ProgressLine:
         if rate > 0:
             parts.append(f"ETA {_duration((self._total - self._iteration) / rate)}")
             if self._images:
-                parts.append(f"{rate * self._images:.1f} images/s")
+                parts.append(f"{self.images_per_s:.1f} images/s")
         if self._loss is not None:
             parts.append(f"loss {self._loss:.4f}")
         return parts

@@ -123,20 +123,11 @@ class RunDirectory:
         return self.store.has(self.config_file)
 
     def create(self, parts: Collection[str] = PARTS) -> None:
-        """Make the directory and its parts, and check that it is writable.
-
-        Raises:
-            StorageError: A file is in the way, or there is no permission or no space.
-        """
+        """Make the directory and its parts. Raises StorageError where it cannot be written."""
         self.store.create(parts)
 
     def lock(self) -> AbstractContextManager[None]:
-        """Hold the run for this process while the block runs.
-
-        Raises:
-            ConfigError: Another process holds it; names its pid.
-            StorageError: The storage cannot be written.
-        """
+        """Hold the run for this process while the block runs. Raises ConfigError where another process holds it."""
         return self.store.lock()
 
     def require(self) -> None:
@@ -218,12 +209,7 @@ class RunDirectory:
     ) -> None:
         """Replace status.json; resume_command, phase, iteration and global_step keep their values unless given."""
         kept = _lenient(self.status_file)
-        given = {
-            "resume_command": resume_command,
-            "phase": phase,
-            "iteration": iteration,
-            "global_step": global_step,
-        }
+        given = {"resume_command": resume_command, "phase": phase, "iteration": iteration, "global_step": global_step}
         status = {
             "state": state,
             "exit_code": exit_code,

@@ -17,7 +17,7 @@ import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -164,19 +164,13 @@ class S3Path:
 
     def delete(self) -> None:
         """Remove the object, if there is one."""
-        try:
-            with self._errors("delete"):
-                self._fs.delete_file(self.key)
-        except FileNotFoundError:
-            return
+        with suppress(FileNotFoundError), self._errors("delete"):
+            self._fs.delete_file(self.key)
 
     def delete_folder(self) -> None:
         """Remove all objects below, if there are any."""
-        try:
-            with self._errors("delete"):
-                self._fs.delete_dir(self.key)
-        except FileNotFoundError:
-            return
+        with suppress(FileNotFoundError), self._errors("delete"):
+            self._fs.delete_dir(self.key)
 
     def version_stamp(self) -> tuple[int, int] | None:
         """Size and time of the object, which differ when it was replaced; None where there is none."""

@@ -291,7 +291,7 @@ def elsewhere(remote: S3Path) -> None:
 
 def test_a_run_has_one_writer(remote: S3Path) -> None:
     first, second = (
-        bucket_run(remote, role, lease=Lease(remote / LEASE, remote.name, renew_s=0.2)) for role in ("command", "other")
+        bucket_run(remote, role, lease=Lease(remote / LEASE, renew_s=0.2)) for role in ("command", "other")
     )
     first.create()
     second.create()
@@ -305,10 +305,10 @@ def test_a_run_has_one_writer(remote: S3Path) -> None:
 
 
 def test_the_lease_of_a_dead_owner_on_another_host_can_be_acquired(remote: S3Path) -> None:
-    dead = Lease(remote / LEASE, "demo")
+    dead = Lease(remote / LEASE)
     dead.acquire()
     elsewhere(remote)
-    new = Lease(remote / LEASE, "demo", dead_after_s=2.0)
+    new = Lease(remote / LEASE, dead_after_s=2.0)
     new.acquire()
     new.check()
     with pytest.raises(ClusterError, match=f"was taken over by process {os.getpid()} on"):
@@ -318,7 +318,7 @@ def test_the_lease_of_a_dead_owner_on_another_host_can_be_acquired(remote: S3Pat
 def test_the_lease_of_a_killed_process_of_this_host_is_free_at_once(remote: S3Path) -> None:
     script = (
         "import sys; from mpscl_ray.runs.lease import Lease; from mpscl_ray.runs.storage import S3Path\n"
-        "Lease(S3Path.parse(sys.argv[1]) / '.lease', 'demo').acquire(); print('mine', flush=True); sys.stdin.read()"
+        "Lease(S3Path.parse(sys.argv[1]) / '.lease').acquire(); print('mine', flush=True); sys.stdin.read()"
     )
     with subprocess.Popen(
         [sys.executable, "-c", script, str(remote)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -326,7 +326,7 @@ def test_the_lease_of_a_killed_process_of_this_host_is_free_at_once(remote: S3Pa
         assert owner.stdout is not None
         assert owner.stdout.readline() == "mine\n"
         owner.kill()
-    Lease(remote / LEASE, "demo").acquire()
+    Lease(remote / LEASE).acquire()
 
 
 def test_a_process_that_lost_the_lease_uploads_nothing_more(remote: S3Path) -> None:
@@ -336,7 +336,7 @@ def test_a_process_that_lost_the_lease_uploads_nothing_more(remote: S3Path) -> N
     def train() -> None:
         worker.store.init_worker_dir()
         with worker.store.worker_lock(command.store.fencing_token, 0):
-            Lease(remote / LEASE, "demo")._write()
+            Lease(remote / LEASE)._write()
             checkpoint.save(worker.checkpoints / "step-0000001", state(1))
             wait_until(lambda: worker.store.sync_error is not None)
 
