@@ -156,7 +156,9 @@ def test_a_killed_comparison_in_a_bucket_goes_on_with_what_is_missing(
     assert compare.main(words) == 0
     assert_nothing_is_reserved()
     assert {cell["state"] for cell in cells().values()} == {"finished"}
-    assert (out / "cells" / "mr2ct-seed1-baseline" / "metrics.jsonl").version_stamp() == trained, "it is not trained again"
+    assert (out / "cells" / "mr2ct-seed1-baseline" / "metrics.jsonl").version_stamp() == trained, (
+        "it is not trained again"
+    )
     mpscl = open_run(out / "cells" / "mr2ct-seed1-mpscl")
     mpscl.require()
     assert [record["global_step"] for record in mpscl.read_metrics()] == [10, 12], "it trains its own phase alone"
