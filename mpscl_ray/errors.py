@@ -13,7 +13,7 @@ class MpsclError(Exception):
 
 
 class ConfigError(MpsclError):
-    """A setting, an option or a command line that cannot be carried out."""
+    """A setting, an option or a command line that is invalid."""
 
     exit_code = 2
 
@@ -25,13 +25,13 @@ class DataError(MpsclError):
 
 
 class ClusterError(MpsclError):
-    """The Ray cluster cannot give what was asked of it."""
+    """The Ray cluster cannot provide what was asked for."""
 
     exit_code = 4
 
 
 class InsufficientResources(ClusterError):
-    """It has no place for workers, which another time it may have."""
+    """The cluster has no room for workers now, but may have it later."""
 
 
 class StorageError(MpsclError):
@@ -41,12 +41,12 @@ class StorageError(MpsclError):
 
 
 class TrainingError(MpsclError):
-    """Training cannot go on: a non-finite loss, or workers that keep failing."""
+    """Training failed: a non-finite loss, or workers that keep failing."""
 
     exit_code = 6
 
 
 class Interrupted(MpsclError):
-    """Stopped from outside; the same command goes on from the last checkpoint."""
+    """Stopped from outside; the same command resumes from the last checkpoint."""
 
     exit_code = 130

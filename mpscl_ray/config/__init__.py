@@ -31,7 +31,7 @@ from mpscl_ray.config.methods import (
     SIFAConfig,
     method_name,
 )
-from mpscl_ray.config.overrides import flatten, read_file, read_overrides
+from mpscl_ray.config.overrides import read_file, read_overrides
 from mpscl_ray.config.schema import (
     AugmentConfig,
     Config,
@@ -43,6 +43,7 @@ from mpscl_ray.config.schema import (
     method_of_phase,
     reads_target,
 )
+from mpscl_ray.runs.config_diff import flatten
 
 __all__ = [
     "ADAPTATION",

@@ -20,9 +20,11 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from mpscl_ray.config.methods import ADAPTATION, METHOD_CONFIGS, SOURCE_ONLY, WARM_UP
-from mpscl_ray.config.overrides import GIVEN, Setting, flatten, read_file, read_overrides
+from mpscl_ray.config.overrides import GIVEN, Setting, read_file, read_overrides
 from mpscl_ray.config.schema import Config
 from mpscl_ray.errors import ConfigError
+from mpscl_ray.runs.cli import did_you_mean
+from mpscl_ray.runs.config_diff import flatten
 from mpscl_ray.runs.storage import S3Path, cache_folder, is_url, parse_location
 
 PRESETS = Path(__file__).parents[1] / "presets"
@@ -178,8 +180,7 @@ def _nest(settings: Mapping[str, Setting], method: type, problems: list[str]) ->
         if key not in known and not any(key.startswith(f"{name}.") for name in free):
             if key in of_any_method and setting.origin not in GIVEN:
                 continue  # A key of another method, inherited from the preset that this one builds on.
-            near = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.5)
-            hint = f"did you mean '{near[0]}'?" if near else "--help-all lists all keys"
+            hint = did_you_mean(key, sorted(known)) or "--help-all lists all keys"
             problems.append(f"'{key}' {setting.origin} is not a setting; {hint}")
             continue
         *parents, last = key.split(".")

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from mpscl_ray.errors import ConfigError
+from mpscl_ray.runs.config_diff import flatten
 
 
 class Setting(NamedTuple):
@@ -87,12 +88,3 @@ def read_overrides(overrides: Sequence[str] | Mapping[str, Any]) -> tuple[dict[s
             value = text
         found |= {name: Setting(part, ON_COMMAND_LINE) for name, part in flatten({key: value})}
     return found, problems
-
-
-def flatten(nested: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted keys and values of nested settings; an empty mapping is a value."""
-    for key, value in nested.items():
-        if isinstance(value, Mapping) and value:
-            yield from flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value

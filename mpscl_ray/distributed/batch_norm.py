@@ -1,4 +1,4 @@
-"""Batch normalisation with the statistics of all workers' images, and of each domain's by itself."""
+"""Batch normalisation over the images of all workers, and with separate statistics for each domain."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from mpscl_ray.distributed.collectives import all_reduce_sums, world_size
 
 
 def batch_norms(network: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
-    """The batch normalisations of a network, those over workers too."""
+    """The batch normalisation layers of a network, those over workers included."""
     return [layer for layer in network.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
 
 
 def set_cumulative_average(network: nn.Module, number: int) -> None:
-    """Let the next pass in training mode count as the number-th, from 1, whose statistics the running ones average."""
+    """Let the running statistics average over passes; the next one in training mode is number ``number``, from 1."""
     for layer in batch_norms(network):
         layer.momentum = 1.0 / number
 
@@ -26,7 +26,7 @@ def convert_batch_norm(module: nn.Module, device: torch.device) -> nn.Module:
     """Make batch normalisation use the statistics of all workers' images together.
 
     Parameters, buffers and state-dict keys stay the same. On GPUs the layers become SyncBatchNorm, elsewhere
-    :class:`WorkersBatchNorm2d`; in one process nothing changes. Calling it twice does no harm.
+    :class:`WorkersBatchNorm2d`; in one process nothing changes. Calling it twice is harmless.
 
     Args:
         module: with any number of nn.BatchNorm2d.
@@ -73,8 +73,8 @@ class WorkersBatchNorm2d(nn.BatchNorm2d):
     """
 
     parts: Sequence[bool] = (True,)
-    """The batch is that many equal parts, normalised as if they came one after the other; whether each one moves the
-    running statistics."""
+    """The batch consists of ``len(parts)`` equal parts, normalised as if each came in a forward of its own; each entry
+    says whether its part updates the running statistics."""
 
     def forward(self, input: Tensor) -> Tensor:
         if not self.training:
@@ -86,8 +86,8 @@ class WorkersBatchNorm2d(nn.BatchNorm2d):
         )
         if self.track_running_stats and self.running_mean is not None and self.running_var is not None:
             with torch.no_grad():
-                for moves, mean, variance, count in zip(self.parts, means, variances, counts, strict=True):
-                    if moves:
+                for updates, mean, variance, count in zip(self.parts, means, variances, counts, strict=True):
+                    if updates:
                         unbiased = variance * (count / (count - 1))
                         self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
                         self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
@@ -101,7 +101,7 @@ class _WorkersNorm(torch.autograd.Function):
 
     With ``g`` the gradient of y, ``h = (x - mean) / sqrt(variance + eps)`` and means over all workers:
     ``dx = weight / sqrt(variance + eps) * (g - mean(g) - h * mean(g h))``, ``dweight = sum g h``, ``dbias = sum g``
-    (these two over the own images: whoever averages gradients adds the others').
+    (these two over this worker's images; averaging the gradients over workers adds the others).
     """
 
     @staticmethod
@@ -132,7 +132,7 @@ class _WorkersNorm(torch.autograd.Function):
         x, weight, means, variances, count = ctx.saved_tensors
         scale = torch.ones_like(means[0]) if weight is None else weight
         parts = len(means)
-        # In evaluation mode this kernel gives sum(g h) and sum(g) for the mean and variance that it is handed.
+        # In evaluation mode this kernel gives sum(g h) and sum(g) for the given mean and variance.
         local = [
             torch.ops.aten.native_batch_norm_backward(
                 g, part, scale, means[i], variances[i], None, None, False, ctx.eps, [False, True, True]
@@ -164,14 +164,15 @@ class _WorkersNorm(torch.autograd.Function):
 
 
 class PerDomainForward(nn.Module):
-    """Run a network on several inputs in one forward, with batch statistics of each input by itself.
+    """Run a network on several inputs in one forward, with separate batch statistics for each input.
 
-    A wrapped network may be run forward once per backward. Inputs of the same shape go through the network as one batch
-    where its normalisation can tell them apart, which halves the collectives of two inputs; else one after the other.
+    DistributedDataParallel allows one forward per backward. Inputs of the same shape pass through the network as one
+    batch if all its normalisation layers can separate them, which halves the collectives for two inputs; otherwise they
+    pass one after the other.
 
     Args:
         network: takes one input; gives a tensor, or a named tuple of tensors and None, with the batch in front.
-        update_running_stats: for each input, whether its pass moves the running statistics. None: all do.
+        update_running_stats: for each input, whether it updates the running statistics. None: all do.
     """
 
     def __init__(self, network: nn.Module, update_running_stats: Sequence[bool] | None = None) -> None:
@@ -181,21 +182,21 @@ class PerDomainForward(nn.Module):
         self._norms = batch_norms(network)
 
     def forward(self, *inputs: Tensor) -> tuple[Any, ...]:
-        moves = self.update_running_stats or (True,) * len(inputs)
-        tell_apart = all(isinstance(layer, WorkersBatchNorm2d) for layer in self._norms)
-        if tell_apart and len({x.shape for x in inputs}) == 1:
+        updates = self.update_running_stats or (True,) * len(inputs)
+        separable = all(isinstance(layer, WorkersBatchNorm2d) for layer in self._norms)
+        if separable and len({x.shape for x in inputs}) == 1:
             for layer in self._norms:
-                layer.parts = moves  # type: ignore[assignment]
+                layer.parts = updates  # type: ignore[assignment]
             try:
                 return _split(self.network(torch.cat(inputs)), len(inputs))
             finally:
                 for layer in self._norms:
                     layer.parts = (True,)  # type: ignore[assignment]
         outputs = []
-        for x, tracked in zip(inputs, moves, strict=True):
-            # With the attribute off, a pass in training mode leaves the running statistics alone.
+        for x, update in zip(inputs, updates, strict=True):
+            # Without the attribute, a forward in training mode does not update the running statistics.
             for layer in self._norms:
-                layer.track_running_stats = tracked
+                layer.track_running_stats = update
             try:
                 outputs.append(self.network(x))
             finally:
@@ -205,7 +206,7 @@ class PerDomainForward(nn.Module):
 
 
 def _split(output: Any, number: int) -> tuple[Any, ...]:
-    """Cut what a network gave for inputs that went in as one batch."""
+    """Split the output for several inputs that passed as one batch."""
     if output is None:
         return (None,) * number
     if isinstance(output, Tensor):

@@ -1,7 +1,7 @@
-"""The seam to the other workers: every collective of the product is called from here.
+"""Communication between workers: every collective of the product is called from here.
 
-In one process, with or without a process group, each function is the identity, so that no other module asks how many
-workers there are. Objects travel as JSON and tensors as they are; nothing is pickled.
+In one process, with or without a process group, each function is the identity, so no other module depends on the
+number of workers. Objects travel as JSON and tensors as they are; nothing is pickled.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def rank() -> int:
 
 
 def barrier() -> None:
-    """Wait until every worker is here."""
+    """Wait until every worker has come to this point."""
     if world_size() > 1:
         dist.barrier()
 
@@ -56,7 +56,7 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
 def all_reduce_sums(*tensors: Tensor) -> list[Tensor]:
     """Sum several tensors over the workers in ONE collective.
 
-    They travel as float64, in which counts are exact and sums of float32 lose nothing that matters.
+    They travel as float64, in which counts are exact and sums of float32 lose no relevant digit.
 
     Args:
         tensors: same shapes on every worker.
@@ -89,7 +89,7 @@ def all_reduce_mean(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def reduce_metrics(values: Mapping[str, Tensor]) -> dict[str, float]:
     """Global values of what ``Method.step`` returned: mean over the workers, read on the host.
 
-    Every worker calls it, at the report interval: this is the one place where the host waits for the device.
+    Every worker calls it at the log interval. Only here does the host wait for the device.
     """
     means = all_reduce_mean(values)
     numbers: list[float] = torch.stack(list(means.values())).tolist() if means else []
@@ -124,7 +124,7 @@ def broadcast_object(value: T) -> T:
 
 
 def gather_objects(value: T) -> list[T]:
-    """The values of all workers, in the order of their ranks, on every worker.
+    """The values of all workers, in rank order, on every worker.
 
     Args:
         value: of JSON types (tuples come back as lists).
@@ -144,7 +144,7 @@ def gather_objects(value: T) -> list[T]:
 
 
 def _device_of_collectives() -> torch.device:
-    """NCCL alone moves GPU memory only; every other set-up takes CPU tensors."""
+    """Pure NCCL can send GPU memory only; every other backend takes CPU tensors."""
     if dist.get_backend_config() in ("nccl", "cuda:nccl"):
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
@@ -153,8 +153,9 @@ def _device_of_collectives() -> torch.device:
 def wrap(module: nn.Module, device: torch.device) -> nn.Module:
     """Average the gradients of a module over the workers, which start from the weights of worker 0.
 
-    Wrap while every parameter that will ever be trained requires a gradient: one that is frozen here is never averaged.
-    Buffers are averaged nowhere: the batch normalisation of :mod:`mpscl_ray.distributed.batch_norm` keeps them equal.
+    Wrap while every parameter that will ever be trained requires a gradient: the gradient of one that is frozen now is
+    never averaged. Buffers are not averaged: batch normalisation keeps them equal
+    (:mod:`mpscl_ray.distributed.batch_norm`).
 
     Args:
         module: on ``device`` already.
@@ -201,7 +202,7 @@ def sum_with_gradient(tensor: Tensor) -> Tensor:
 
 
 def gather_batch(tensor: Tensor) -> Tensor:
-    """The parts (B, ...) of all workers as one batch (W B, ...), in the order of their ranks, without gradient."""
+    """The parts (B, ...) of all workers as one batch (W B, ...), in rank order, without gradient."""
     if world_size() == 1:
         return tensor.detach()
     parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(world_size())]

@@ -11,7 +11,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 _TASKS_PER_WORKER = 32
-"""So many tasks a worker, where there are far more items: tiny items are not worth a task each."""
+"""Number of tasks for each worker if there are far more items: tiny items are not worth a task each."""
 
 
 def map_volumes(
@@ -28,14 +28,14 @@ def map_volumes(
     Args:
         function: what to do; importable by workers, its results small.
         items: one for each volume.
-        workers: volumes at a time, in a Ray that is connected already; 0 works in this process.
+        workers: number of Ray tasks at a time (Ray must be connected); 0 runs in this process.
         name: what an item is called in an error.
-        done: told the number of finished items, whenever it grows.
+        done: called with the number of finished items whenever it grows.
         here: whether tasks must stay on this node, because they write to its disk.
 
     Raises:
         MpsclError: the first that the function raised.
-        ClusterError: where a worker died.
+        ClusterError: a worker died.
         Exception: any other error of the function, with the item's name as a note.
     """
     if workers == 0:
@@ -52,7 +52,7 @@ def map_volumes(
 
 
 def _batch(function: Callable[[Any], Any], items: Sequence[Any], names: Sequence[str]) -> list[Any] | MpsclError:
-    """What one task does. An error for the user travels as a value: Ray would wrap it in its own traceback."""
+    """Body of a task. An MpsclError is returned, not raised: Ray would wrap it in its own traceback."""
     results = []
     for item, name in zip(items, names, strict=True):
         try:
@@ -102,7 +102,7 @@ def _in_tasks(
                 raise RuntimeError(f"a defect while working on {names}: {error}") from error
             except ray.exceptions.RayError as error:
                 raise ClusterError(
-                    f"the worker that had {names} died ({type(error).__name__}), most often for want of memory; give "
+                    f"the worker that had {names} died ({type(error).__name__}), most often for lack of memory; give "
                     "fewer --workers"
                 ) from error
             if isinstance(result, MpsclError):

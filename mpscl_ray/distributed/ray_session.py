@@ -1,4 +1,4 @@
-"""Being connected to Ray for as long as a command needs it."""
+"""The connection of a command to Ray: a running cluster, or a private one that ends with the command."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from typing import Any
 from mpscl_ray.errors import ClusterError, MpsclError
 
 _QUIET = {
-    # Nothing is reported to anyone; the rest keeps Ray's own chatter off the terminal.
+    # No usage reports; the rest keeps Ray's own output off the terminal.
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -32,17 +32,17 @@ _LONGEST_TEMP_DIR = 40
 """Ray's socket paths add about 60 characters to it, and the system allows 107."""
 
 _PREEMPTION = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
-"""For each training, a process that looks for nodes which will be taken away. A private cluster has its machine alone,
-which stays as long as the command does."""
+"""Makes Ray Train start a process for each training that watches for nodes about to be preempted. A private cluster
+runs on this machine alone, so it needs none."""
 
-_KNOCK_S = 10.0
+_PORT_TIMEOUT_S = 10.0
 
 START_ATTEMPTS = 3
-"""Starts of a private cluster before it is given up. Ray allows 30 seconds for each, which a busy machine exceeds."""
+"""Attempts to start a private cluster. Ray allows 30 seconds for each, which a busy machine exceeds."""
 
-_ACCOUNT = "RAY_TRAIN_ENABLE_STATE_TRACKING"
-"""With it Ray Train tells the dashboard of its trainings, in a process which is for nothing where there is none. It is
-read by the process that starts a training, and the processes of a cluster do not have the environment of a command."""
+_STATE_TRACKING = "RAY_TRAIN_ENABLE_STATE_TRACKING"
+"""Makes Ray Train report its trainings to the dashboard, in a process that is useless without one. It is read by the
+process that starts a training, and the processes of a cluster do not have the environment of a command."""
 
 
 @contextmanager
@@ -53,20 +53,20 @@ def connect(
     log_to_driver: bool = False,
     object_store_memory: int | None = None,
 ) -> Iterator[None]:
-    """Ray inside the block: the cluster this process is on already, the one ``RAY_ADDRESS`` names, or a private one.
+    """Ray inside the block: the cluster this process is connected to, the one ``RAY_ADDRESS`` names, or a private one.
 
-    A private cluster obeys this process and its workers only (a fresh token guards it, and never leaves the machine),
+    A private cluster accepts this process and its workers only (a fresh token guards it, and never leaves the machine),
     logs into a short temporary folder, and is stopped with all it started when the block ends. A cluster that was
-    there before is left running, and keeps its own size; if it lets in whoever has no token, a warning says so.
+    running before keeps running and keeps its size; if it accepts processes without a token, a warning says so.
 
     Args:
         num_cpus: CPUs of a private cluster; None is all there are. May be more than there are: it only counts.
         dashboard: Whether a private cluster serves its dashboard on 127.0.0.1.
-        log_to_driver: Whether what workers print is shown here.
+        log_to_driver: Whether the output of workers is shown here.
         object_store_memory: Bytes of shared memory of a private cluster; None leaves it to Ray.
 
     Raises:
-        ClusterError: where Ray cannot be reached, or cannot be started after several attempts.
+        ClusterError: Ray cannot be reached, or cannot be started.
     """
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
@@ -77,43 +77,110 @@ def connect(
         return
     address = os.environ.get("RAY_ADDRESS")
     if address or dashboard:
-        os.environ.setdefault(_ACCOUNT, "1")
-    if address:
-        try:
-            _knock(address)
-            context = ray.init(log_to_driver=log_to_driver, logging_level=logging.ERROR)
-        except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-            raise ClusterError(
-                f"the Ray cluster at RAY_ADDRESS={address} cannot be reached: {_first_line(error)}; check that it "
-                "runs, that RAY_AUTH_MODE=token is set and the token is that of the cluster (ray get-auth-token), or "
-                "unset RAY_ADDRESS to use this machine alone"
-            ) from error
-        try:
-            if _is_open(context.dashboard_url):
-                print(_OPEN_DOOR.format(address=address), file=sys.stderr, flush=True)
-            yield
-        finally:
-            ray.shutdown()
-        return
-    restore = {_PREEMPTION: os.environ.get(_PREEMPTION)} | _guard_by_token()
-    os.environ.setdefault(_PREEMPTION, "0")
-    folder: Path | None = None
-    try:
-        folder = _start(
+        os.environ.setdefault(_STATE_TRACKING, "1")
+    session = (
+        _running_cluster(address, log_to_driver)
+        if address
+        else _private_cluster(
             num_cpus=num_cpus,
             include_dashboard=dashboard,
             dashboard_host="127.0.0.1",
             log_to_driver=log_to_driver,
             object_store_memory=object_store_memory,
         )
+    )
+    with session:
+        yield
+
+
+def state_tracking_enabled() -> bool:
+    """Whether the trainings that this process starts are reported to the dashboard."""
+    return os.environ.get(_STATE_TRACKING) == "1"
+
+
+def enable_state_tracking() -> None:
+    """Report the trainings that this process starts to the dashboard, as its command does."""
+    os.environ[_STATE_TRACKING] = "1"
+
+
+# ---- a running cluster ----
+
+
+@contextmanager
+def _running_cluster(address: str, log_to_driver: bool) -> Iterator[None]:
+    """Join the cluster at ``RAY_ADDRESS``. Raises ClusterError where it cannot be reached."""
+    import ray
+
+    try:
+        _check_port(address)
+        context = ray.init(log_to_driver=log_to_driver, logging_level=logging.ERROR)
+    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        raise ClusterError(
+            f"the Ray cluster at RAY_ADDRESS={address} cannot be reached: {_first_line(error)}; check that it "
+            "runs, that RAY_AUTH_MODE=token is set and the token is that of the cluster (ray get-auth-token), or "
+            "unset RAY_ADDRESS to use this machine alone"
+        ) from error
+    try:
+        if _is_unauthenticated(context.dashboard_url):
+            print(_UNAUTHENTICATED_WARNING.format(address=address), file=sys.stderr, flush=True)
         yield
     finally:
         ray.shutdown()
-        for name, before in restore.items():
-            if before is None:
+
+
+def _check_port(address: str) -> None:
+    """Raises OSError where nothing listens at an address; Ray itself would try for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_PORT_TIMEOUT_S).close()
+
+
+_UNAUTHENTICATED_WARNING = (
+    "warning: the Ray cluster at {address} accepts anyone who can reach its ports, which listen beyond this machine: "
+    "they can run code on it, and read and change data and runs; start it with RAY_AUTH_MODE=token and a "
+    "token (ray get-auth-token --generate), as the files in cluster/ do"
+)
+
+
+def _is_unauthenticated(dashboard: str | None) -> bool:
+    """Whether a cluster accepts processes without a token.
+
+    Asks its dashboard without one. If the dashboard does not answer, only this is known: this process was accepted, so
+    no token is needed unless the process is in token mode.
+    """
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with direct.open(f"http://{dashboard}/api/version", timeout=_PORT_TIMEOUT_S):
+            return True
+    except urllib.error.HTTPError as error:
+        if error.code in (401, 403):
+            return False
+    except (OSError, ValueError):
+        pass
+    return os.environ.get("RAY_AUTH_MODE", "").lower() != "token"
+
+
+# ---- a private cluster ----
+
+
+@contextmanager
+def _private_cluster(**options: Any) -> Iterator[None]:
+    """Start a cluster with these options of ``ray.init``, and restore the environment when it has ended."""
+    import ray
+
+    environment = {_PREEMPTION: os.environ.get(_PREEMPTION)} | _guard_by_token()
+    os.environ.setdefault(_PREEMPTION, "0")
+    folder: Path | None = None
+    try:
+        folder = _start(**options)
+        yield
+    finally:
+        ray.shutdown()
+        for name, value in environment.items():
+            if value is None:
                 os.environ.pop(name, None)
             else:
-                os.environ[name] = before
+                os.environ[name] = value
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -122,7 +189,7 @@ def _start(**options: Any) -> Path:
     """Start a private cluster and return its temporary folder.
 
     Raises:
-        ClusterError: every attempt failed.
+        ClusterError: Ray refused the start, or every attempt failed.
     """
     import ray
 
@@ -135,9 +202,14 @@ def _start(**options: Any) -> Path:
             ray.shutdown()
             _kill_processes_with(folder)
             shutil.rmtree(folder, ignore_errors=True)
-            # Ray raises a bare Exception where a node is too slow to start. Ctrl-C and SIGTERM are not tried again.
+            # Ray raises a bare Exception where a node is too slow to start. Ctrl-C and SIGTERM are not retried.
             if isinstance(error, MpsclError) or not isinstance(error, Exception):
                 raise
+            if isinstance(error, ValueError):
+                raise ClusterError(
+                    f"Ray refuses to start on this machine: {_first_line(error)}; correct the value that it names, "
+                    "such as an environment variable RAY_*, or set RAY_ADDRESS to a running cluster"
+                ) from error
             failure = error
             if attempt < START_ATTEMPTS:
                 print(f"warning: Ray did not start ({_first_line(error)}); trying again", file=sys.stderr, flush=True)
@@ -150,55 +222,9 @@ def _start(**options: Any) -> Path:
 def _kill_processes_with(folder: Path) -> None:
     """Kill the processes of a failed start, which have its folder in their command line; Ray leaves them running."""
     for process in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):  # ended meanwhile, or not ours
+        with suppress(OSError):  # ended meanwhile, or of another user
             if f"{folder}/".encode() in (process / "cmdline").read_bytes():
                 os.kill(int(process.name), signal.SIGKILL)
-
-
-def state_tracking_enabled() -> bool:
-    """Whether the cluster keeps account of the trainings that this process starts."""
-    return os.environ.get(_ACCOUNT) == "1"
-
-
-def enable_state_tracking() -> None:
-    """Let the cluster keep account of those that this process starts, because it does of the command's it works for."""
-    os.environ[_ACCOUNT] = "1"
-
-
-def _knock(address: str) -> None:
-    """Whether anything listens there: Ray itself would try for minutes.
-
-    Raises:
-        OSError: where nothing does.
-    """
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if host and port.isdecimal():
-        socket.create_connection((host.strip("[]"), int(port)), timeout=_KNOCK_S).close()
-
-
-_OPEN_DOOR = (
-    "warning: the Ray cluster at {address} lets in whoever can reach its ports, which listen beyond this machine: "
-    "anyone there can run code on it, and read and change data and runs; start it with RAY_AUTH_MODE=token and a "
-    "token (ray get-auth-token --generate), as the files in cluster/ do"
-)
-
-
-def _is_open(dashboard: str | None) -> bool:
-    """Whether a cluster works for those who have no token.
-
-    Its dashboard is asked without one, as a stranger would. Where it cannot be asked, only this is known: a process
-    that is not in token mode, and was let in, needed none.
-    """
-    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    try:
-        with direct.open(f"http://{dashboard}/api/version", timeout=_KNOCK_S):
-            return True
-    except urllib.error.HTTPError as error:
-        if error.code in (401, 403):
-            return False
-    except (OSError, ValueError):
-        pass
-    return os.environ.get("RAY_AUTH_MODE", "").lower() != "token"
 
 
 def _first_line(error: BaseException) -> str:
@@ -214,13 +240,13 @@ def _short_temp_dir() -> Path:
 
 
 def _guard_by_token() -> dict[str, str | None]:
-    """Let the cluster that is about to start be entered only with a token of this process.
+    """Make the cluster that is about to start accept only processes that have a token of this one.
 
     Its ports are open to the network, whatever the dashboard binds to. ``RAY_AUTH_MODE`` stays unset: Ray then turns
-    tokens on by itself, also where it was imported before, and would write one into the user's home if it found none.
+    tokens on by itself, even if it was imported before, and would write one into the user's home if it found none.
 
     Returns:
-        Environment variables as they were.
+        Values of the environment variables before.
     """
     names = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
     before = {name: os.environ.get(name) for name in names}
@@ -231,7 +257,7 @@ def _guard_by_token() -> dict[str, str | None]:
 
 @cache
 def _token_file() -> Path:
-    """One token for the life of the process: Ray reads it once."""
+    """File with one token for the life of the process: Ray reads it once."""
     folder = Path(tempfile.mkdtemp(prefix="ray-token-"))  # only its owner may enter
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     path = folder / "token"

@@ -8,13 +8,13 @@ from pathlib import Path
 import yaml
 
 from mpscl_ray.predict.predictor import choose_device
-from mpscl_ray.report.figures.style import DPI, class_colour
+from mpscl_ray.report.figures.style import DPI
 from mpscl_ray.report.groups import group_runs, predict_group
 from mpscl_ray.report.html import page
 from mpscl_ray.report.runs import read_runs
 from mpscl_ray.report.sections import overview, sections
 from mpscl_ray.runs.atomic_files import storage_errors, write_atomically
-from mpscl_ray.runs.palette import display_indices
+from mpscl_ray.runs.palette import display_indices, hex_colour
 
 
 def report(
@@ -56,7 +56,7 @@ def report(
     print("drawing", flush=True)
     directions = list(dict.fromkeys(run.direction for run in found))
     names = ", ".join(f"{run.title} ({run.folder.name}, {run.state})" for run in found)
-    structures = {group.classes[i]: class_colour(i) for group in groups for i in display_indices(group.classes)}
+    structures = {group.classes[i]: hex_colour(i) for group in groups for i in display_indices(group.classes)}
     text = page(
         title=f"Adaptation {' and '.join(directions)}",
         summary=f"{len(found)} run{'s' * (len(found) > 1)}: {names}.",

@@ -1,4 +1,4 @@
-"""Files that survive a kill, a crash and a full disk: written aside, synced, renamed; failures said in one sentence."""
+"""Files that survive a kill, a crash and a full disk: written aside, synced, renamed; failures in one sentence."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def megabytes(size: int) -> str:
 
 
 def free_bytes(folder: Path) -> int | None:
-    """Bytes that may still be written to the file system of an existing folder; None where it does not say."""
+    """Bytes that may still be written to the file system of an existing folder; None where it reports none."""
     usage = shutil.disk_usage(folder)
     return usage.free if usage.total > 0 else None
 
@@ -34,7 +34,7 @@ def disk_full(path: Path, needed: int | None, free: int | None) -> StorageError:
     ]
     return StorageError(
         f"cannot write {path}: no space left{': ' if numbers else ''}{', '.join(numbers)}; "
-        f"free some space or choose another folder, then give the same command again to go on"
+        f"free some space or choose another folder, then give the same command again to resume"
     )
 
 
@@ -47,7 +47,7 @@ def storage_errors(path: Path, needed: int | None = None) -> Iterator[None]:
         needed: Bytes that this takes, for the message of a full disk.
 
     Raises:
-        StorageError: In place of any OSError.
+        StorageError: Instead of any OSError.
     """
     try:
         yield
@@ -81,21 +81,32 @@ def fsync_directory(folder: Path) -> None:
         os.close(descriptor)
 
 
+def partial_path(path: Path) -> Path:
+    """Where this process writes a file or a folder that gets the name ``path`` when it is complete."""
+    return path.with_name(f".{path.name}.partial-{os.getpid()}")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path to write a file to, which replaces ``path`` when the block ends, and is removed where the block raises."""
+    partial = partial_path(path)
+    try:
+        yield partial
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
 def write_atomically(path: Path, data: bytes) -> None:
     """Replace a file as a whole: a reader, or a restart after a crash, finds the old contents or the new.
 
     Raises:
         StorageError: The file cannot be written; the old one is intact.
     """
-    aside = path.with_name(f".{path.name}.partial-{os.getpid()}")
     with storage_errors(path, len(data)):
-        try:
-            with open(aside, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(aside, path)
-        except BaseException:
-            aside.unlink(missing_ok=True)
-            raise
+        with replacing(path) as partial, open(partial, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
         fsync_directory(path.parent)

@@ -1,6 +1,6 @@
 """A run directory in a bucket: a working copy on this node, and what keeps the bucket up to date with it.
 
-Command and workers may be on different nodes, so each has a copy of its own (below the cache folder, see
+Command and workers may be on different nodes, so each has its own copy (below the cache folder, see
 :mod:`mpscl_ray.runs.storage`) and uploads what it writes: the command config, model, environment, status and results;
 worker 0 metrics, checkpoints, TensorBoard events, curves and its log; every other worker its log. They share only the
 bucket. Its layout is that of :mod:`mpscl_ray.runs.run_directory`, with ``.lease`` (:mod:`mpscl_ray.runs.lease`) for
@@ -21,9 +21,10 @@ import platform
 import re
 import shutil
 import sys
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from mpscl_ray.errors import DataError, StorageError
 from mpscl_ray.runs import checkpoint
@@ -80,7 +81,7 @@ class BucketStore:
         self.name = remote.name
         self.control_files = BucketControlFiles(remote, patience_s)
         self._remote, self._role, self._patience_s, self._uploads = remote, role, patience_s, uploads
-        self._lease = lease or Lease(remote / LEASE, remote.name)
+        self._lease = lease or Lease(remote / LEASE)
         self._synchronizer: Synchronizer | None = None
         self._downloaded = False
 
@@ -89,10 +90,7 @@ class BucketStore:
         """The URL."""
         return str(self._remote)
 
-    @property
-    def uri(self) -> str:
-        """The URL."""
-        return str(self._remote)
+    uri = display_path
 
     @property
     def fencing_token(self) -> str:
@@ -146,11 +144,11 @@ class BucketStore:
             self.control_files.clear(name)
         self._download_small_files()
         synchronizer = self._start(
-            (*_COMMAND_UPLOADS, f"logs/{WORKER_FAILURES_FILE}", "logs/environment-*.json", *self._uploads),
-            ("metrics.jsonl", FAILURE_FILE, PLACEMENT_GROUP_FILE, f"logs/{WARNINGS_FILE}"),
-            self._lease.renew,
-            max(_FINAL_UPLOAD_S, self._patience_s),
-            lambda text: print(text, file=sys.stderr, flush=True),
+            outgoing=(*_COMMAND_UPLOADS, f"logs/{WORKER_FAILURES_FILE}", "logs/environment-*.json", *self._uploads),
+            incoming=("metrics.jsonl", FAILURE_FILE, PLACEMENT_GROUP_FILE, f"logs/{WARNINGS_FILE}"),
+            check=self._lease.renew,
+            patience_s=max(_FINAL_UPLOAD_S, self._patience_s),
+            warn=lambda text: print(text, file=sys.stderr, flush=True),
         )
         try:
             yield
@@ -162,7 +160,7 @@ class BucketStore:
             shutil.rmtree(self.path, ignore_errors=True)
 
     def lock_owner(self) -> int | None:
-        """Pid of the owner of the lease on its own host; None where nobody has it."""
+        """Pid of the owner of the lease on its own host; None where it has none."""
         return self._lease.owner()
 
     @contextmanager
@@ -174,7 +172,13 @@ class BucketStore:
             retry(self._lease.check, self._patience_s)
             uploads = [*_WORKER_0_UPLOADS, f"logs/{WARNINGS_FILE}", *uploads]
             retry(self._download_checkpoints, self._patience_s)
-        synchronizer = self._start(uploads, (STOP_FILE,), self._lease.check, self._patience_s, log.warning)
+        synchronizer = self._start(
+            outgoing=uploads,
+            incoming=(STOP_FILE,),
+            check=self._lease.check,
+            patience_s=self._patience_s,
+            warn=log.warning,
+        )
         try:
             yield
         finally:
@@ -279,23 +283,8 @@ class BucketStore:
             if name not in complete or not download_checkpoint(remote, self.path / "checkpoints" / name):
                 remote.delete_folder()
 
-    def _start(
-        self,
-        outgoing: Sequence[str],
-        incoming: Sequence[str],
-        check: Callable[[], None],
-        patience_s: float,
-        warn: Callable[[str], None],
-    ) -> Synchronizer:
-        self._synchronizer = Synchronizer(
-            self.path,
-            self._remote,
-            outgoing=outgoing,
-            incoming=incoming,
-            check=check,
-            patience_s=patience_s,
-            warn=warn,
-        )
+    def _start(self, **options: Any) -> Synchronizer:
+        self._synchronizer = Synchronizer(self.path, self._remote, **options)
         self._synchronizer.mark_synced()
         self._synchronizer.start()
         return self._synchronizer

@@ -30,7 +30,7 @@ import safetensors.torch
 import torch
 
 from mpscl_ray.errors import DataError, StorageError
-from mpscl_ray.runs.atomic_files import disk_full, free_bytes, fsync_directory, storage_errors
+from mpscl_ray.runs.atomic_files import disk_full, free_bytes, fsync_directory, partial_path, storage_errors
 from mpscl_ray.runs.checkpoint_format import decode, encode, safetensors_chunks, safetensors_layout
 
 FORMAT = "mpscl_ray checkpoint"
@@ -77,7 +77,7 @@ def save(directory: Path, state: Mapping[str, Any]) -> Path:
     needed = len(header) + sum(tensor.nbytes for tensor in ordered) + len(document) + _SLACK
 
     parent = directory.parent
-    partial = parent / f".{directory.name}.partial-{os.getpid()}"
+    partial = partial_path(directory)
     with storage_errors(directory, needed):
         parent.mkdir(parents=True, exist_ok=True)
         if directory.exists() and not directory.is_dir():
@@ -95,7 +95,7 @@ def save(directory: Path, state: Mapping[str, Any]) -> Path:
             ]
             _write(partial / SUMS, [memoryview(_sums_text(sums))])
             fsync_directory(partial)
-            _publish(partial, directory)
+            _rename(partial, directory)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             _recover(parent)
@@ -150,23 +150,23 @@ def latest(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint whose hashes verify.
 
     Returns:
-        The checkpoint, or None where there is none, and a sentence for each newer one that is damaged and was skipped.
+        The checkpoint, or None where there is none, and a sentence for each newer one that is damaged and skipped.
 
     Raises:
-        DataError: The newest intact checkpoint is of another format or version: going on from an older one would
-            throw good work away.
+        DataError: The newest intact checkpoint is of another format or version: resuming from an older one
+            would lose good work.
     """
     if folder.is_dir():
         _recover(folder)
-    notices: list[str] = []
+    warnings: list[str] = []
     for directory in reversed(list_checkpoints(folder)):
         try:
             verify(directory)
         except CheckpointDamaged as damage:
-            notices.append(f"skipped: {damage}")
+            warnings.append(f"skipped: {damage}")
         else:
-            return directory, notices
-    return None, notices
+            return directory, warnings
+    return None, warnings
 
 
 def prune(folder: Path, keep: int, protect: Collection[Path] = ()) -> list[Path]:
@@ -214,8 +214,8 @@ def _sums_text(hashes: Sequence[tuple[str, str]]) -> bytes:
     return "".join(f"{digest}  {name}\n" for name, digest in hashes).encode("ascii")
 
 
-def _publish(partial: Path, directory: Path) -> None:
-    """Give a complete checkpoint its name. Folders cannot replace each other, so an old one steps aside first."""
+def _rename(partial: Path, directory: Path) -> None:
+    """Give a complete checkpoint its name. A folder cannot replace another, so an old one is renamed first."""
     aside = directory.with_name(f".{directory.name}.replaced-{os.getpid()}")
     for attempt in range(3):
         if directory.exists():
@@ -223,7 +223,7 @@ def _publish(partial: Path, directory: Path) -> None:
         try:
             os.rename(partial, directory)
         except OSError:
-            # A reader that looked between the two renames has put the old one back (_recover).
+            # A reader that came between the two renames has put the old one back (_recover).
             if attempt == 2 or not directory.exists():
                 raise
         else:
@@ -233,7 +233,7 @@ def _publish(partial: Path, directory: Path) -> None:
 
 
 def _leftovers(parent: Path) -> Iterator[tuple[Path, str, Path]]:
-    """(leftover, kind, the checkpoint it belongs to) for what interrupted saves and removals have left."""
+    """(leftover, kind, its checkpoint) for what interrupted saves and removals have left."""
     for entry in list(parent.iterdir()):
         match = _LEFTOVER.fullmatch(entry.name)
         if match and entry.is_dir():
@@ -241,13 +241,13 @@ def _leftovers(parent: Path) -> Iterator[tuple[Path, str, Path]]:
 
 
 def _recover(parent: Path, name: str | None = None) -> None:
-    """Give back its name to a checkpoint whose replacement was interrupted between two renames."""
+    """Restore the name of a checkpoint whose replacement was interrupted between two renames."""
     try:
         for entry, kind, target in _leftovers(parent):
             if kind == "replaced" and not target.exists() and name in (None, target.name):
                 os.rename(entry, target)
     except OSError:
-        # A reader without write permission, or another process was faster. Reading then says what is missing.
+        # No write permission, or another process was faster. Reading then says what is missing.
         return
 
 

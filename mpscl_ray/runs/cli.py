@@ -1,9 +1,10 @@
-"""What all commands share: the parser, plain errors, and documented exit codes."""
+"""What all commands share: the parser, errors as one sentence, documented exit codes, hints for misspelt names."""
 
 from __future__ import annotations
 
 import argparse
 import atexit
+import difflib
 import functools
 import gc
 import importlib.metadata
@@ -12,7 +13,7 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from mpscl_ray import __version__
@@ -28,16 +29,29 @@ COMPLETION = "_ARGCOMPLETE"
 """Environment variable by which a shell asks for completions; its value is the position of the program's name."""
 
 
+def did_you_mean(word: str, candidates: Iterable[str], cutoff: float = 0.5, prefix: str = "") -> str:
+    """``did you mean 'WORD'?`` with the nearest candidate, or nothing where none is near.
+
+    Args:
+        word: what was given.
+        candidates: what it could have been.
+        cutoff: least similarity of the two, 0 to 1.
+        prefix: put in front of the candidate.
+    """
+    nearest = difflib.get_close_matches(word, list(candidates), n=1, cutoff=cutoff)
+    return f"did you mean '{prefix}{nearest[0]}'?" if nearest else ""
+
+
 def run(main: Callable[[list[str]], int], arguments: list[str] | None = None) -> None:
-    """Run a command's ``main(arguments)``, by default with those of the process, and leave with its exit code.
+    """Run a command's ``main(arguments)``, by default with those of the process, and exit with its code.
 
     An :class:`MpsclError` is printed as one sentence; anything else is a defect and keeps its traceback.
     ``MPSCL_RAY_DEBUG=1`` shows the traceback of the former too.
     """
-    atexit.register(gc.freeze)  # Otherwise Python looks for cycles in all of torch and Ray before it ends, for seconds.
+    atexit.register(gc.freeze)  # Otherwise Python collects garbage in all of torch and Ray at exit, for seconds.
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # A file name may hold what the terminal cannot show.
+            stream.reconfigure(errors="backslashreplace")  # File names may have characters that the terminal lacks.
     try:
         code = main(sys.argv[1:] if arguments is None else arguments)
     except MpsclError as error:

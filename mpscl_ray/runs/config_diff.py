@@ -1,9 +1,9 @@
-"""Comparison of the config of a resumed run with the one that it was started with."""
+"""Configs by dotted keys, and the comparison of a resumed run's config with the one that it was started with."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from mpscl_ray.errors import ConfigError
@@ -11,7 +11,9 @@ from mpscl_ray.errors import ConfigError
 _ABSENT = object()
 
 
-def check_config_change(run: str, stored: Any, given: Any, may_change: Collection[str]) -> list[str]:
+def check_config_change(
+    run: str, stored: Mapping[str, Any], given: Mapping[str, Any], may_change: Collection[str]
+) -> list[str]:
     """Refuse a config that changes what must stay.
 
     Args:
@@ -26,7 +28,7 @@ def check_config_change(run: str, stored: Any, given: Any, may_change: Collectio
     Raises:
         ConfigError: Lists every other key that differs, with both values.
     """
-    old, new = flatten(stored), flatten(given)
+    old, new = dict(flatten(stored)), dict(flatten(given))
     changed: list[str] = []
     refused: list[str] = []
     for key in sorted(old.keys() | new.keys()):
@@ -46,14 +48,13 @@ def check_config_change(run: str, stored: Any, given: Any, may_change: Collectio
     return changed
 
 
-def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one mapping by dotted keys."""
-    if not isinstance(value, dict) or not value:
-        return {prefix: value}
-    flat: dict[str, Any] = {}
-    for key, item in value.items():
-        flat.update(flatten(item, f"{prefix}.{key}" if prefix else str(key)))
-    return flat
+def flatten(nested: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and values of nested settings; an empty mapping is a value."""
+    for key, value in nested.items():
+        if isinstance(value, Mapping) and value:
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def _format(value: Any) -> str:

@@ -22,12 +22,12 @@ def environment(command: Sequence[str] | None = None) -> dict[str, Any]:
     """Describe the present process and machine as JSON values.
 
     Args:
-        command: Command line to record; ``sys.argv`` without it. What looks like a credential in it is blanked.
+        command: Command line to record; ``sys.argv`` without it. Its credentials are blanked.
 
     Returns:
         Keys started, mpscl_ray, commit, command, python, platform, cpus, torch, gpus, gpu_driver, packages.
     """
-    import torch  # Whoever wants the time alone, below, does without the seconds that this takes.
+    import torch  # It takes seconds, and callers of now() do not need it.
 
     return {
         "started": now(),
@@ -66,7 +66,7 @@ def _cpus() -> str:
 
 
 def _gpus(driver: Path) -> dict[str, Any]:
-    """GPU names and driver as the kernel tells them: asking CUDA would open a context on a GPU the run needs."""
+    """GPU names and driver as the kernel reports them: asking CUDA would open a context on a GPU the run needs."""
     try:
         cards = [file.read_text() for file in sorted(driver.glob("gpus/*/information"))]
         version = re.search(r"\s(\d+\.\d+(?:\.\d+)?)\s", (driver / "version").read_text())

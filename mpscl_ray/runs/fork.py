@@ -1,4 +1,4 @@
-"""Runs that share their beginning: a new run that goes on from the end of a phase of another one."""
+"""Runs with common first phases: a new run that starts from the end of a phase of another run."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from mpscl_ray.runs.run_directory import RunDirectory
 
 
 def fork(run: RunDirectory, parent: RunDirectory, phase: str) -> Path:
-    """Make a new run begin where a phase of ``parent`` ended, as if it had trained up to there itself.
+    """Let a new run start where a phase of ``parent`` ended, as if it had trained that phase itself.
 
-    The new run goes on from there when it is trained: weights, random state and position in the data are those of the
-    parent, so that it ends as a run that trained all phases would, provided the settings of the phases up to the fork
-    are the same. Earlier phases' ends come along for the table of results. A run that has checkpoints already is left
-    as it is: it was forked before.
+    Training resumes from there: weights, random state and position in the data are those of the parent. If the settings
+    of the phases up to the fork are the same, the run ends as a run that trained all phases would. The last checkpoints
+    of earlier phases are copied for the table of results. A run that already has checkpoints was forked before and is
+    not changed.
 
     Args:
-        run: the new run; its folder is made.
-        parent: the run that has finished the phase.
+        run: the new run; its directory is made.
+        parent: a run that has finished the phase.
         phase: name of the phase, such as ``warm_up``.
 
     Returns:
-        The checkpoint that the new run begins with.
+        The checkpoint that the new run starts from.
 
     Raises:
         ConfigError: the parent has not finished that phase; names those it has.
         DataError: the parent's checkpoint is damaged.
-        StorageError: the new folder cannot be written.
+        StorageError: the new directory cannot be written.
     """
     run.create()
     existing = run.store.step_checkpoints()
@@ -38,7 +38,7 @@ def fork(run: RunDirectory, parent: RunDirectory, phase: str) -> Path:
     finished = parent.store.finished_phases()
     if phase not in finished:
         raise ConfigError(
-            f"the run {parent.display_path} has no end of the phase {phase} to begin from; it has finished "
+            f"the run {parent.display_path} has not finished the phase {phase}; it has finished "
             f"{', '.join(finished) or 'no phase yet'}: train it first, or name one of these"
         )
     state = checkpoint.load(parent.store.localize(parent.phases / phase))
@@ -47,7 +47,7 @@ def fork(run: RunDirectory, parent: RunDirectory, phase: str) -> Path:
         if before["position"]["phase"] <= state["position"]["phase"]:
             shutil.rmtree(run.phases / earlier, ignore_errors=True)
             run.store.upload(checkpoint.save(run.phases / earlier, before))
-    # Last, because it is what tells that the fork is complete.
+    # Last, because its presence means that the fork is complete.
     first = checkpoint.save(run.checkpoints / checkpoint.checkpoint_name(state["position"]["step"]), state)
     run.store.upload(first)
     return first

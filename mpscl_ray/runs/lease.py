@@ -22,11 +22,7 @@ from mpscl_ray.runs.environment import now
 from mpscl_ray.runs.lock import process_alive
 from mpscl_ray.runs.storage import S3Path
 
-RENEW_S = 10.0
-"""Seconds between two renewals, by default."""
-DEAD_AFTER_S = 60.0
-"""Seconds without a renewal after which the owner counts as dead, by default."""
-SETTLE_S = 1.0
+_SETTLE_S = 1.0
 """Time between writing a token and reading it back; longer than a small request takes."""
 _POLL_INTERVAL_S = 1.0
 
@@ -35,19 +31,16 @@ class Lease:
     """The lease object of one run.
 
     Args:
-        remote: where it is.
-        run: name of the run.
-        token: of the owner; a new one by default.
+        remote: where it is, in the folder of the run.
         renew_s: seconds between two renewals.
         dead_after_s: seconds without a renewal after which the owner counts as dead.
     """
 
-    def __init__(
-        self, remote: S3Path, run: str, token: str = "", *, renew_s: float = RENEW_S, dead_after_s: float = DEAD_AFTER_S
-    ) -> None:
-        self.remote, self.run = remote, run
+    def __init__(self, remote: S3Path, *, renew_s: float = 10.0, dead_after_s: float = 60.0) -> None:
+        self._remote, self._run = remote, remote.parent.name
         self._renew_s, self._dead_after_s = renew_s, dead_after_s
-        self.token = token or secrets.token_hex(8)
+        self.token = secrets.token_hex(8)
+        """Of the owner; a worker sets that of its command."""
         self._count = 0
         self._renewed = 0.0
 
@@ -61,7 +54,7 @@ class Lease:
         if found and not self._dead_here(found):
             self._watch(found)
         self._write()
-        time.sleep(SETTLE_S)
+        time.sleep(_SETTLE_S)
         there = self._read()
         if there.get("token") != self.token:
             raise self._in_use(there)
@@ -71,8 +64,8 @@ class Lease:
         there = self._read()
         if there.get("token") != self.token:
             raise ClusterError(
-                f"the run {self.run} was taken over by process {there.get('pid', '?')} on {there.get('host', '?')}; "
-                "this one stops and has left everything up to then in place"
+                f"the run {self._run} was taken over by process {there.get('pid', '?')} on {there.get('host', '?')}; "
+                "this one stops, and all that it wrote before is kept"
             )
 
     def renew(self) -> None:
@@ -84,7 +77,7 @@ class Lease:
     def release(self) -> None:
         """Delete the lease."""
         self.check()
-        self.remote.delete()
+        self._remote.delete()
 
     def owner(self) -> int | None:
         """Pid of the owner on its own host; None where the run has no owner."""
@@ -93,8 +86,8 @@ class Lease:
 
     def _watch(self, found: dict[str, Any]) -> None:
         print(
-            f"the run {self.run} was left by process {found.get('pid')} on {found.get('host')}, or is in use: looking "
-            f"for a sign of life for up to {self._dead_after_s:g} s",
+            f"the run {self._run} was left by process {found.get('pid')} on {found.get('host')}, or is in use: waiting "
+            f"for a renewal for up to {self._dead_after_s:g} s",
             file=sys.stderr,
             flush=True,
         )
@@ -109,8 +102,9 @@ class Lease:
 
     def _in_use(self, there: dict[str, Any]) -> ConfigError:
         return ConfigError(
-            f"the run {self.run} is in use by process {there.get('pid', '?')} on {there.get('host', '?')} since "
-            f"{there.get('since', '?')} ({self.remote.parent}); wait for it, stop it, or give this one another run.name"
+            f"the run {self._run} is in use by process {there.get('pid', '?')} on {there.get('host', '?')} since "
+            f"{there.get('since', '?')} ({self._remote.parent}); wait for it, stop it, or give this one another "
+            "run.name"
         )
 
     def _dead_here(self, found: dict[str, Any]) -> bool:
@@ -118,7 +112,7 @@ class Lease:
 
     def _read(self) -> dict[str, Any]:
         try:
-            content = json.loads(self.remote.read_bytes())
+            content = json.loads(self._remote.read_bytes())
         except (FileNotFoundError, ValueError):
             return {}
         return content if isinstance(content, dict) else {}
@@ -126,7 +120,7 @@ class Lease:
     def _write(self) -> None:
         self._count += 1
         owner = {"token": self.token, "pid": os.getpid(), "host": platform.node(), "since": _STARTED}
-        self.remote.write_bytes(json.dumps({**owner, "count": self._count}).encode())
+        self._remote.write_bytes(json.dumps({**owner, "count": self._count}).encode())
         self._renewed = time.monotonic()
 
 

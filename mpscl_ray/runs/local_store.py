@@ -82,7 +82,7 @@ class LocalStore:
             yield
 
     def lock_owner(self) -> int | None:
-        """Pid of the process that holds the run now; None when nobody does."""
+        """Pid of the process that holds the run now; None when none does."""
         return lock_owner(self.path)
 
     @contextmanager

@@ -17,14 +17,19 @@ COLOURS: tuple[tuple[int, int, int], ...] = (
     (213, 94, 0),
     (240, 228, 66),
 )
-"""RGB of each class index, background first: the palette of Okabe and Ito, told apart with any colour vision.
+"""RGB of each class index, background first: the palette of Okabe and Ito, distinct with any colour vision.
 
-Further classes begin again after the background."""
+Further classes repeat the colours after the background."""
 
 
 def colour(index: int) -> tuple[int, int, int]:
     """RGB of a class index."""
     return COLOURS[index] if index < len(COLOURS) else COLOURS[1 + (index - 1) % (len(COLOURS) - 1)]
+
+
+def hex_colour(index: int) -> str:
+    """Colour of a class index as ``#rrggbb``."""
+    return "#{:02x}{:02x}{:02x}".format(*colour(index))
 
 
 def display_order(structures: Sequence[str]) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Pictures of a run: its curves, and panels of slices with label maps. Colours stay apart for colour-blind eyes."""
+"""Pictures of a run: its curves, and panels of slices with label maps, in colours for colour-blind eyes."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
 from mpscl_ray.runs.atomic_files import write_atomically
-from mpscl_ray.runs.palette import COLOURS, colour, display_indices, display_order
+from mpscl_ray.runs.palette import COLOURS, colour, display_indices, display_order, hex_colour
 
-_CURVES = tuple("#{:02x}{:02x}{:02x}".format(*rgb) for rgb in COLOURS[1:-1])
-"""The colours of the classes, less the last, yellow, which is too pale for a line on white."""
+_CURVES = tuple(hex_colour(index) for index in range(1, len(COLOURS) - 1))
+"""The colours of the classes without the last, yellow, which is too pale for a line on white."""
 
 _LINES = ("-", "--", "-.", ":")
 _GREY = "#666666"
@@ -35,13 +35,18 @@ Record = Mapping[str, Any]
 
 def plot_progress(records: Sequence[Record], path: Path, title: str = "") -> None:
     """Write :func:`progress_figure` as a PNG; an older file is replaced as a whole. Raises StorageError."""
+    save_figure(path, progress_figure(records, title))
+
+
+def save_figure(path: Path, figure: Figure) -> None:
+    """Write a figure as PNG; an older file is replaced as a whole. Raises StorageError."""
     buffer = io.BytesIO()
-    FigureCanvasAgg(progress_figure(records, title)).print_png(buffer)  # type: ignore[no-untyped-call]
+    FigureCanvasAgg(figure).print_png(buffer)  # type: ignore[no-untyped-call]
     write_atomically(path, buffer.getvalue())
 
 
 def progress_figure(records: Sequence[Record], title: str = "") -> Figure:
-    """Losses, shares and validation Dice over the iterations of a run, phases apart.
+    """Losses, shares and validation Dice over the iterations of a run, with a line between phases.
 
     Args:
         records: Records of metrics.jsonl, in order.
@@ -77,8 +82,8 @@ def panel(
     """Rows of slices; columns: the image, then the image under each label map. Titles above, classes below.
 
     Args:
-        images: (N, H, W), in any unit: grey runs from the 1st to the 99th percentile of all of them.
-        label_maps: Title -> (N, H, W) with values 0..C-1, such as source-only, adaptation, label. 0 is left clear.
+        images: (N, H, W), in any unit: grey runs from their 1st to their 99th percentile.
+        label_maps: Title -> (N, H, W) with values 0..C-1, such as source-only, adaptation, label. 0 stays clear.
         classes: Names, background first.
 
     Returns:
@@ -133,7 +138,7 @@ def _phases(records: Sequence[Record]) -> list[tuple[int, str]]:
 
 
 def _curves(axes: Axes, records: Sequence[Record], tags: Sequence[str], prefix: str, label: str) -> None:
-    """One line a tag: colour and dash both differ, so that neither is needed alone."""
+    """One line for each tag, with its own colour and dash: either suffices."""
     drawn = 0
     for tag in tags:
         points = [(record["global_step"], float(record[tag])) for record in records if tag in record]
@@ -160,14 +165,14 @@ def _curves(axes: Axes, records: Sequence[Record], tags: Sequence[str], prefix: 
 
 
 def grey_slices(images: NDArray[np.floating[Any]]) -> NDArray[np.uint8]:
-    """(N, H, W) intensities as (N, H, W, 3) grey, which runs from the 1st to the 99th percentile of all of them."""
+    """(N, H, W) intensities as (N, H, W, 3) grey, from their 1st to their 99th percentile."""
     low, high = np.percentile(images, (1, 99))
     scaled = np.clip((images - low) / max(float(high - low), 1e-12), 0, 1)
     return np.repeat((255 * scaled).round().astype(np.uint8)[..., None], 3, axis=-1)
 
 
 def overlay(grey: NDArray[np.uint8], labels: NDArray[np.integer[Any]]) -> NDArray[np.uint8]:
-    """Grey slices (N, H, W, 3) under the colours of a label map (N, H, W); class 0 is left clear."""
+    """Grey slices (N, H, W, 3) under the colours of a label map (N, H, W); class 0 stays clear."""
     colours = np.array([(0, 0, 0), *(colour(index) for index in range(1, int(labels.max()) + 1))])
     mixed = (1 - _OPACITY) * grey + _OPACITY * colours[labels]
     return np.where(labels[..., None] > 0, mixed.round(), grey).astype(np.uint8)
@@ -191,11 +196,8 @@ def _titles(titles: Sequence[str], tile: int, width: int) -> NDArray[np.uint8]:
 
 
 def _legend(classes: Sequence[str], width: int) -> NDArray[np.uint8]:
-    """Colour and name of each class but the background, in as many rows as the width asks for."""
-    handles = [
-        Patch(facecolor="#{:02x}{:02x}{:02x}".format(*colour(index)), label=classes[index])
-        for index in display_indices(classes)
-    ]
+    """Colour and name of each class but the background, in as many rows as the width needs."""
+    handles = [Patch(facecolor=hex_colour(index), label=classes[index]) for index in display_indices(classes)]
     longest = max((len(name) for name in classes[1:]), default=1)
     in_a_row = max(1, min(len(handles), width // (7 * longest + 45)))
     figure = _strip(width, _HEADER * max(1, math.ceil(len(handles) / in_a_row)))

@@ -7,7 +7,7 @@ Layout::
         model.json         what a prediction needs besides the weights: classes, scaling, recipe, network
         environment.json   versions, platform, GPUs, commit, command line of the newest start (logs/ has older ones)
         metrics.jsonl      one record a line (mpscl_ray.runs.metrics_log): global_step, phase, iteration and tags of
-                           mpscl_ray.runs.progress
+                           mpscl_ray.runs.tensorboard
         status.json        state (running, finished, failed, interrupted), exit_code, reason, resume_command, phase,
                            iteration, global_step, pid, updated
         progress.png       curves of the run so far
@@ -123,20 +123,11 @@ class RunDirectory:
         return self.store.has(self.config_file)
 
     def create(self, parts: Collection[str] = PARTS) -> None:
-        """Make the directory and its parts, and check that it is writable.
-
-        Raises:
-            StorageError: A file is in the way, or there is no permission or no space.
-        """
+        """Make the directory and its parts. Raises StorageError where it cannot be written."""
         self.store.create(parts)
 
     def lock(self) -> AbstractContextManager[None]:
-        """Hold the run for this process while the block runs.
-
-        Raises:
-            ConfigError: Another process holds it; names its pid.
-            StorageError: The storage cannot be written.
-        """
+        """Hold the run for this process while the block runs. Raises ConfigError where another process holds it."""
         return self.store.lock()
 
     def require(self) -> None:
@@ -178,11 +169,14 @@ class RunDirectory:
         """Compare a resolved config, as YAML, with the one of this run (:func:`check_config_change`)."""
         return check_config_change(self.name, self._parse(self.read_config()), self._parse(text), may_change)
 
-    def _parse(self, text: str) -> Any:
+    def _parse(self, text: str) -> dict[str, Any]:
         try:
-            return yaml.safe_load(text)
+            content = yaml.safe_load(text)
         except yaml.YAMLError as error:
             raise DataError(f"{self.config_file} is damaged, it does not read as YAML: {error}") from error
+        if not isinstance(content, dict):
+            raise DataError(f"{self.config_file} is damaged: expected a mapping of settings")
+        return content
 
     def write_model(self, model: Mapping[str, Any]) -> None:
         """Keep what a prediction needs besides the weights, as JSON."""
@@ -215,12 +209,7 @@ class RunDirectory:
     ) -> None:
         """Replace status.json; resume_command, phase, iteration and global_step keep their values unless given."""
         kept = _lenient(self.status_file)
-        given = {
-            "resume_command": resume_command,
-            "phase": phase,
-            "iteration": iteration,
-            "global_step": global_step,
-        }
+        given = {"resume_command": resume_command, "phase": phase, "iteration": iteration, "global_step": global_step}
         status = {
             "state": state,
             "exit_code": exit_code,

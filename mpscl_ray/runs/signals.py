@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the first asks the loop to stop after its step, the second stops at once."""
+"""Ctrl-C and SIGTERM: the first asks the loop to stop after its step, the second ends the process at once."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Self
 
 from mpscl_ray.errors import Interrupted
@@ -26,16 +26,15 @@ class Interruption:
                     save_checkpoint()
                     raise Interrupted(...)      # exit code 130
 
-    The second signal leaves the process at once with exit code 130 and no clean-up: whoever sends it does not want to
-    wait for a checkpoint. Handlers can be set in the main thread alone (Python's rule); elsewhere entering the block
-    raises, and the flag must come from outside through :meth:`request`.
+    The second signal ends the process at once with exit code 130, without a checkpoint and without clean-up. Python
+    allows handlers in the main thread only; elsewhere entering the block raises, and :meth:`request` sets the flag.
     """
 
     def __init__(self) -> None:
         self._event = threading.Event()
         self._previous: dict[signal.Signals, object] = {}
         self.signal_name = ""
-        """What asked for the stop: SIGINT, SIGTERM or the word given to :meth:`request`; empty before that."""
+        """What asked for the stop: SIGINT, SIGTERM or the name given to :meth:`request`; empty before."""
 
     @property
     def requested(self) -> bool:
@@ -48,7 +47,7 @@ class Interruption:
         self._event.set()
 
     def wait(self, seconds: float) -> bool:
-        """Sleep, but not beyond a request; returns :attr:`requested`."""
+        """Sleep until a request, at most so many seconds; returns :attr:`requested`."""
         return self._event.wait(seconds)
 
     def __enter__(self) -> Self:
@@ -56,11 +55,9 @@ class Interruption:
             self._previous[number] = signal.signal(number, self._handle)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         for number, handler in self._previous.items():
-            # None stands for a handler that was not set from Python and cannot be put back.
+            # None means a handler that was not set from Python and cannot be restored.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)  # type: ignore[arg-type]
         self._previous.clear()
 
@@ -75,10 +72,10 @@ class Interruption:
 
 @contextmanager
 def signals_end(when: str) -> Iterator[None]:
-    """Inside the block Ctrl-C and SIGTERM end the command at once, but in order: nothing has to be saved.
+    """Inside the block Ctrl-C and SIGTERM raise an error at once: there is nothing to save.
 
     Raises:
-        Interrupted: where one comes; says ``when``.
+        Interrupted: on a signal; says ``when``.
     """
 
     def end(number: int, frame: FrameType | None) -> None:
@@ -93,7 +90,7 @@ def signals_end(when: str) -> Iterator[None]:
 
 
 def _say(text: str) -> None:
-    """Write to standard error from a handler, where buffered streams may be in use and must not be entered again."""
+    """Write to standard error from a handler, where buffered streams are not safe to use."""
     try:
         os.write(2, text.encode())
     except OSError:

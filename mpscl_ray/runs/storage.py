@@ -17,7 +17,7 @@ import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -25,7 +25,7 @@ from typing import IO, TYPE_CHECKING, Literal
 from urllib.parse import parse_qsl, urlsplit
 
 from mpscl_ray.errors import ConfigError, DataError, StorageError
-from mpscl_ray.runs.atomic_files import storage_errors
+from mpscl_ray.runs.atomic_files import replacing, storage_errors
 
 if TYPE_CHECKING:
     from pyarrow import NativeFile, fs
@@ -145,20 +145,16 @@ class S3Path:
 
     def download(self, target: Path) -> None:
         """Copy the object into a file, which appears when it is whole. Raises FileNotFoundError where there is none."""
-        aside = target.with_name(f".{target.name}.partial-{os.getpid()}")
         with storage_errors(target.parent):
             target.parent.mkdir(parents=True, exist_ok=True)
-        try:
+        with replacing(target) as partial:
             with storage_errors(target):
-                file = aside.open("wb")
+                file = partial.open("wb")
             with file, self._errors("read"), self._fs.open_input_file(self.key) as stream:
                 while data := stream.read(_CHUNK):
                     with storage_errors(target):
                         file.write(data)
                         file.flush()
-            os.replace(aside, target)
-        finally:
-            aside.unlink(missing_ok=True)
 
     def upload(self, source: IO[bytes]) -> None:
         """Make or replace the object with the rest of an open file."""
@@ -168,19 +164,13 @@ class S3Path:
 
     def delete(self) -> None:
         """Remove the object, if there is one."""
-        try:
-            with self._errors("delete"):
-                self._fs.delete_file(self.key)
-        except FileNotFoundError:
-            return
+        with suppress(FileNotFoundError), self._errors("delete"):
+            self._fs.delete_file(self.key)
 
     def delete_folder(self) -> None:
         """Remove all objects below, if there are any."""
-        try:
-            with self._errors("delete"):
-                self._fs.delete_dir(self.key)
-        except FileNotFoundError:
-            return
+        with suppress(FileNotFoundError), self._errors("delete"):
+            self._fs.delete_dir(self.key)
 
     def version_stamp(self) -> tuple[int, int] | None:
         """Size and time of the object, which differ when it was replaced; None where there is none."""
@@ -298,18 +288,14 @@ def cached_file(remote: S3Path, sha256: str, size: int) -> Path:
     path = cache_folder() / "cases" / sha256[:2] / f"{sha256}{Path(remote.name).suffix}"
     if path.is_file() and path.stat().st_size == size:
         return path
-    aside = path.with_name(f"{path.name}.partial-{os.getpid()}")
-    try:
-        remote.download(aside)
-        with aside.open("rb") as file:
+    with replacing(path) as partial:
+        remote.download(partial)
+        with partial.open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
         if found != sha256:
             raise DataError(
                 f"{remote}: damaged or replaced: its SHA-256 is not the manifest's; prepare the dataset again"
             )
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
     return path
 
 

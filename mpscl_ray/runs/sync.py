@@ -19,6 +19,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from mpscl_ray.errors import StorageError
+from mpscl_ray.runs.atomic_files import partial_path
 from mpscl_ray.runs.checkpoint import STATE, SUMS, TENSORS
 from mpscl_ray.runs.storage import S3Path
 
@@ -39,9 +40,9 @@ class Synchronizer:
         local: folder here.
         remote: folder in the bucket.
         outgoing: patterns of files and folders in the local one that are uploaded when they change and deleted
-            there when they vanish here.
-        incoming: files that others write, which are downloaded when they change.
-        check: called before each round; raises an error other than StorageError to end it all.
+            there when they are deleted here.
+        incoming: files of other processes, which are downloaded when they change.
+        check: called before each round; an error other than StorageError ends the synchronization.
         patience_s: how long the storage may fail to answer.
         warn: called with a sentence once when it does not answer, and once when it does again.
     """
@@ -76,7 +77,7 @@ class Synchronizer:
         self._sent = dict(self._here())
 
     def start(self) -> None:
-        """Begin."""
+        """Start the thread."""
         self._thread.start()
 
     def flush(self) -> bool:
@@ -89,7 +90,7 @@ class Synchronizer:
             return self._done >= wanted
 
     def close(self) -> None:
-        """Upload what is left, as long as patience allows, and end; raises :attr:`error` if there is one."""
+        """Upload the rest for at most ``patience_s``, and end; raises :attr:`error` if there is one."""
         with self._changed:
             self._close_by = time.monotonic() + self._patience_s
             self._changed.notify_all()
@@ -111,7 +112,7 @@ class Synchronizer:
                 wait = min(2 * wait, _MAX_INTERVAL_S) if self._failing_since else INTERVAL_S / 2
                 if self._failed(error):
                     return
-            except Exception as error:  # noqa: BLE001 - a training that waits for this thread must hear of it
+            except Exception as error:  # noqa: BLE001 - a training that waits for this thread must see it
                 self._give_up(error)
                 return
             else:
@@ -121,11 +122,11 @@ class Synchronizer:
                     return
 
     def _wake_up(self) -> bool:
-        """Whether there is a reason not to wait for the next round; none while the storage fails."""
+        """Whether the next round must start now; never while the storage fails."""
         return not self._failing_since and (self._close_by is not None or self._wanted > self._done)
 
     def _failed(self, error: StorageError) -> bool:
-        """Note a failure; True where patience has come to its end."""
+        """Record a failure; True where it has lasted longer than patience."""
         first = self._failing_since is None
         if self._failing_since is None:
             self._failing_since = time.monotonic()
@@ -133,7 +134,7 @@ class Synchronizer:
             self._changed.notify_all()
         if first:
             self._warn(
-                f"{error}; meanwhile the run goes on, is kept on this node, and uploads are tried again for "
+                f"{error}; meanwhile the run continues, its files stay on this node, and uploads are retried for "
                 f"{self._patience_s / 60:g} min"
             )
         since = time.monotonic() - self._failing_since
@@ -193,7 +194,7 @@ class Synchronizer:
                 yield from _walk(path)
 
     def _here(self) -> Iterator[tuple[str, _Signature]]:
-        """What is to be uploaded, with what tells whether it changed: files first, then checkpoints, oldest first."""
+        """Paths to upload, each with a signature that changes with it: files first, then checkpoints, oldest first."""
         checkpoints: list[tuple[int, str, _Signature]] = []
         for path in self._outgoing_paths():
             try:
@@ -217,7 +218,7 @@ _FILE = 2
 
 
 def _walk(path: Path) -> Iterator[Path]:
-    """Files and checkpoints below a path, or itself; what is being written aside has a name with a dot."""
+    """The path itself or the files and checkpoints below it, without partial ones, whose names start with a dot."""
     if path.name.startswith("."):
         return
     if not path.is_dir() or (path / SUMS).exists():
@@ -229,10 +230,10 @@ def _walk(path: Path) -> Iterator[Path]:
 
 
 def upload_path(path: Path, remote: S3Path) -> bool:
-    """Upload a file or a checkpoint; False where it is gone, or was replaced meanwhile.
+    """Upload a file or a checkpoint; False where it was deleted or replaced meanwhile.
 
     Raises:
-        StorageError: it is not there, or not complete, as whoever reads it will see.
+        StorageError: the upload failed; the checkpoint in the bucket is missing or recognisably incomplete.
     """
     with ExitStack() as stack:
         try:
@@ -245,7 +246,7 @@ def upload_path(path: Path, remote: S3Path) -> bool:
                 return False
         except FileNotFoundError:
             return False
-        # Open files stay those of one checkpoint, whatever becomes of the folder's name from here on.
+        # From here on the open files are those of one checkpoint, even if the folder is renamed or replaced.
         (remote / SUMS).delete()
         for name, file in files.items():
             (remote / name).upload(file)
@@ -263,21 +264,18 @@ def delete_path(remote: S3Path) -> None:
 
 
 def download_checkpoint(remote: S3Path, target: Path) -> bool:
-    """Download a checkpoint, unless the same one is here; False where there is no complete one.
-
-    Its hashes are verified by whoever loads it.
-    """
+    """Download a checkpoint, unless the same one is here; False where there is no complete one. Verifies no hash."""
     try:
         sums = (remote / SUMS).read_bytes()
         if (target / SUMS).is_file() and (target / SUMS).read_bytes() == sums:
             return True
-        aside = target.with_name(f".{target.name}.partial-{os.getpid()}")
-        shutil.rmtree(aside, ignore_errors=True)
+        partial = partial_path(target)
+        shutil.rmtree(partial, ignore_errors=True)
         for name in (STATE, TENSORS):
-            (remote / name).download(aside / name)
-        (aside / SUMS).write_bytes(sums)
+            (remote / name).download(partial / name)
+        (partial / SUMS).write_bytes(sums)
     except FileNotFoundError:
         return False
     shutil.rmtree(target, ignore_errors=True)
-    os.rename(aside, target)
+    os.rename(partial, target)
     return True

@@ -28,9 +28,10 @@ from mpscl_ray.predict.predictor import choose_device
 from mpscl_ray.prepare import phantom_dataset
 from mpscl_ray.runs import checkpoint
 from mpscl_ray.runs.plots import panel, plot_progress
-from mpscl_ray.runs.progress import ProgressLine, TensorBoard
+from mpscl_ray.runs.progress import ProgressLine
 from mpscl_ray.runs.run_directory import RunDirectory
 from mpscl_ray.runs.storage import is_url
+from mpscl_ray.runs.tensorboard import TensorBoard
 from mpscl_ray.train import loop
 from mpscl_ray.train.domains import open_data
 from mpscl_ray.train.phase_images import draw_phases
@@ -196,7 +197,7 @@ class _RunCallback(loop.Callback):
         self.phase = ""
 
     def on_start(self, step: int) -> None:
-        self.board = TensorBoard(self.folder.tensorboard, resume_step=step, notice=self.on_warning)
+        self.board = TensorBoard(self.folder.tensorboard, resume_step=step, warn=self.on_warning)
 
     def on_warning(self, text: str) -> None:
         log.info("%s", text)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,11 +10,10 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
-from mpscl_ray.runs.atomic_files import write_atomically
+from mpscl_ray.runs.plots import save_figure
 from mpscl_ray.tune.agreement import rank_correlation
 from mpscl_ray.tune.criteria import score
 from mpscl_ray.tune.ledger import Trial
@@ -76,7 +74,7 @@ def curves(trials: Sequence[Trial], metric: str, rungs: Sequence[float], best: i
     axes.set_xlabel("iteration of the last phase (dotted: rungs)" if rungs else "iteration of the last phase")
     axes.set_ylabel(axis_name(metric))
     axes.grid(alpha=0.3)
-    _save(figure, path)
+    save_figure(path, figure)
 
 
 def parallel_coordinates(trials: Sequence[Trial], space: Sequence[Distribution], metric: str, path: Path) -> None:
@@ -114,7 +112,7 @@ def parallel_coordinates(trials: Sequence[Trial], space: Sequence[Distribution],
     for side in ("top", "left", "right", "bottom"):
         axes.spines[side].set_visible(False)
     axes.set_title("solid: trained in full; dashed: stopped early, score where it stopped", fontsize=9, color=_GREY)
-    _save(figure, path)
+    save_figure(path, figure)
 
 
 def effects(trials: Sequence[Trial], space: Sequence[Distribution], metric: str, path: Path) -> None:
@@ -132,7 +130,7 @@ def effects(trials: Sequence[Trial], space: Sequence[Distribution], metric: str,
     figure.suptitle(
         "filled: trained in full; crosses: stopped early, score where they stopped", fontsize=9, color=_GREY
     )
-    _save(figure, path)
+    save_figure(path, figure)
 
 
 def _effect(axes: Axes, scored: Sequence[tuple[Trial, float]], entry: Distribution) -> None:
@@ -194,9 +192,3 @@ def _ticks(entry: Distribution) -> list[tuple[float, str]]:
     if entry.kind == "choice":
         return [(_height(entry, value), str(value)) for value in entry.values]
     return [(0.0, f"{entry.values[0]:g}"), (1.0, f"{entry.values[1]:g}")]
-
-
-def _save(figure: Figure, path: Path) -> None:
-    buffer = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(buffer)  # type: ignore[no-untyped-call]
-    write_atomically(path, buffer.getvalue())

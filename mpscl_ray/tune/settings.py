@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError
 
+from mpscl_ray.runs.cli import did_you_mean
 from mpscl_ray.tune.criteria import CRITERIA
 
 
@@ -53,8 +53,7 @@ def search_config(values: Mapping[str, tuple[Any, str]]) -> tuple[SearchConfig, 
         if name in names:
             known[name] = value
             continue
-        near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-        hint = f"did you mean 'search.{near[0]}'?" if near else f"there are {', '.join(names)}"
+        hint = did_you_mean(name, names, prefix="search.") or f"there are {', '.join(names)}"
         problems.append(f"'search.{name}' {origin} is not a setting of a search; {hint}")
     try:
         config = TypeAdapter(SearchConfig).validate_python(known)

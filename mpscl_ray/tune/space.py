@@ -5,7 +5,6 @@ A space is checked before the search starts, with the settings at both limits of
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import yaml
 
 from mpscl_ray.config import Config, config_from_dict, flatten, load_config, read_file, read_overrides, to_dict
 from mpscl_ray.errors import ConfigError
+from mpscl_ray.runs.cli import did_you_mean
 from mpscl_ray.runs.storage import S3Path
 from mpscl_ray.tune.settings import SearchConfig, search_config
 
@@ -210,10 +210,10 @@ def _path(space: str | Path) -> Path:
         if path.is_file():
             return path
         raise ConfigError(f"there is no space file {path}; give the path of a YAML file or one of {_listing()}")
-    near = difflib.get_close_matches(str(space), space_names(), n=1, cutoff=0.4)
-    hint = f"did you mean '{near[0]}'? " if near else ""
+    hint = did_you_mean(str(space), space_names(), cutoff=0.4)
     raise ConfigError(
-        f"there is no space '{space}'; {hint}The spaces are {_listing()}; your own is given by its path, with .yaml"
+        f"there is no space '{space}'; {hint}{' ' if hint else ''}The spaces are {_listing()}; your own is given by "
+        "its path, with .yaml"
     )
 
 
@@ -249,9 +249,9 @@ def _distributions(entries: Mapping[str, tuple[Any, str]], base: Config) -> tupl
 
 
 def _no_distribution(path: str, kind: str, values: Any, origin: str) -> str:
-    near = difflib.get_close_matches(kind, KINDS, n=1, cutoff=0.6)
-    if near:
-        return f"'{kind}' {origin} is not a distribution; did you mean '{near[0]}'?"
+    hint = did_you_mean(kind, KINDS, cutoff=0.6)
+    if hint:
+        return f"'{kind}' {origin} is not a distribution; {hint}"
     return (
         f"{path} {origin} has the value {values!r}, expected a distribution such as {{uniform: [0, 1]}} "
         f"({', '.join(KINDS)}); a setting with one value goes outside 'space'"

@@ -11,9 +11,9 @@ from typing import Any
 from mpscl_ray.config import Config, to_dict
 from mpscl_ray.config.systems import common_phases
 from mpscl_ray.errors import ClusterError, ConfigError, MpsclError, StorageError
-from mpscl_ray.runs.progress import TensorBoard
 from mpscl_ray.runs.run_directory import RunDirectory, open_run
 from mpscl_ray.runs.storage import join_location
+from mpscl_ray.runs.tensorboard import TensorBoard
 from mpscl_ray.train.ray.concurrent import Shared
 from mpscl_ray.train.ray.placement_groups import release
 from mpscl_ray.tune.asha import SuccessiveHalving, rungs
@@ -169,7 +169,7 @@ class Study:
         self.started.setdefault(number, time.monotonic())
         if number not in self._boards:
             trial = self.ledger.trials[number]
-            self._boards[number] = TensorBoard(self.folder.path / "tensorboard" / f"{number:03d}", notice=self.log)
+            self._boards[number] = TensorBoard(self.folder.path / "tensorboard" / f"{number:03d}", warn=self.log)
             self._boards[number].hyperparameters(trial.settings, ["search/score", "val/dice/mean"])
 
     def report(self, number: int, iteration: int, value: float, values: dict[str, float]) -> None:

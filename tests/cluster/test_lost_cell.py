@@ -72,7 +72,7 @@ def test_a_lost_cell_resumes_a_signal_stops_it_after_a_checkpoint_and_the_same_c
         finally:
             process.kill()
     assert 3 <= run.read_metrics()[-1]["global_step"] < 180
-    assert "to go on" in output.read_text()
+    assert "to resume" in output.read_text()
     assert json.loads((out / "status.json").read_text())["state"] == "interrupted"
     assert compare.main(words) == 0
     assert [record["global_step"] for record in run.read_metrics()] == list(range(1, 181))

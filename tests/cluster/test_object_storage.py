@@ -148,7 +148,7 @@ def test_a_run_that_is_cut_off_and_killed_ends_as_on_a_disk(
         assert process.poll() is None, output.read_text()
     assert wait_for(process, output, PATIENCE_S) == 0, output.read_text()
     text = output.read_text()
-    assert text.count("meanwhile the run goes on") == 1, text
+    assert text.count("meanwhile the run continues") == 1, text
     assert text.count("answers again") == 1, text
     assert "Traceback" not in text
     assert_same_ends(server, "hard", undisturbed)

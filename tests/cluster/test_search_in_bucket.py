@@ -124,10 +124,10 @@ def test_a_killed_search_in_a_bucket_goes_on_and_stops_what_falls_behind(
     assert f"python -m mpscl_ray.predict {server.url(trial)}" in text
 
     table = server.folder(trial) / "results" / "adaptation_test" / "summary.json"
-    evaluated = table.stamp()
+    evaluated = table.version_stamp()
     assert tune.main(words[1:]) == 0
     assert count(folder, "end") == 3
-    assert table.stamp() == evaluated, "what is evaluated is not evaluated again"
+    assert table.version_stamp() == evaluated, "what is evaluated is not evaluated again"
     assert "by which nothing was chosen" in capsys.readouterr().out
 
 
@@ -163,11 +163,13 @@ def test_a_killed_comparison_in_a_bucket_goes_on_with_what_is_missing(
         return found
 
     run_until_killed(["mpscl_ray.compare", *words], lambda: "finished" in [cell["state"] for cell in cells().values()])
-    trained = (out / "cells" / "mr2ct-seed1-baseline" / "metrics.jsonl").stamp()
+    trained = (out / "cells" / "mr2ct-seed1-baseline" / "metrics.jsonl").version_stamp()
     assert compare.main(words) == 0
     assert_nothing_is_reserved()
     assert {cell["state"] for cell in cells().values()} == {"finished"}
-    assert (out / "cells" / "mr2ct-seed1-baseline" / "metrics.jsonl").stamp() == trained, "it is not trained again"
+    assert (out / "cells" / "mr2ct-seed1-baseline" / "metrics.jsonl").version_stamp() == trained, (
+        "it is not trained again"
+    )
     mpscl = open_run(out / "cells" / "mr2ct-seed1-mpscl")
     mpscl.require()
     assert [record["global_step"] for record in mpscl.read_metrics()] == [10, 12], "it trains its own phase alone"

@@ -87,7 +87,7 @@ def test_a_cluster_that_lets_in_whoever_comes_is_told_of(tmp_path: Path) -> None
     warnings = [line for line in printed.splitlines() if line.startswith("warning: the Ray cluster at ")]
     assert len(warnings) == 2, printed
     for warning in warnings:
-        assert "lets in whoever can reach its ports, which listen beyond this machine" in warning
+        assert "accepts anyone who can reach its ports, which listen beyond this machine" in warning
         assert "start it with RAY_AUTH_MODE=token" in warning
 
 

@@ -158,7 +158,7 @@ def test_interrupted_during_the_evaluation(here: Here, runs: Runs, monkeypatch: 
         patch.setattr(train_run, "evaluate_phases", lambda *arguments: os.kill(os.getpid(), signal.SIGINT))
         code, text = here(train, *words, fit=fit)
     assert code == Interrupted.exit_code
-    assert "stopped by SIGINT during the evaluation; to go on:" in text
+    assert "stopped by SIGINT during the evaluation; to resume:" in text
     status = runs["evaluated"].read_status()
     assert (status["state"], status["phase"], status["global_step"]) == ("interrupted", "adaptation", 12)
     assert here(train, *words, fit=fit)[0] == 0

@@ -10,8 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from mpscl_ray.report.figures.style import GREY, RUN_COLOURS, RUN_LINES, class_colour
-from mpscl_ray.runs.palette import display_indices
+from mpscl_ray.report.figures.style import GREY, RUN_COLOURS, RUN_LINES
+from mpscl_ray.runs.palette import display_indices, hex_colour
 
 ROWS = (
     ("nearest", "all pixels,\nby pseudo-label"),
@@ -45,7 +45,7 @@ def over_training(records: Sequence[Record], classes: Sequence[str]) -> Figure:
         for panel, index in zip(axes[row], display_indices(classes), strict=True):
             for number, record in enumerate(drawn):
                 depth = 0.2 + 0.8 * (number + 1) / len(drawn)
-                shade = _mixed(class_colour(index), depth)
+                shade = _mixed(hex_colour(index), depth)
                 last = number == len(drawn) - 1
                 mean = _line(
                     panel, record[key][index], color=shade, linewidth=2.0 if last else 1.1, label=_when(record)

@@ -10,7 +10,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
-from mpscl_ray.report.figures.style import GREY, bare, class_colour, class_legend
+from mpscl_ray.report.figures.style import GREY, bare, class_legend
+from mpscl_ray.runs.palette import hex_colour
 
 PER_CLASS = 120
 """Pixels drawn of each class and domain, so that background does not hide the rest."""
@@ -76,12 +77,12 @@ def feature_space(samples: Mapping[str, FeatureSample], classes: Sequence[str]) 
             if domain not in points:
                 continue
             order = np.random.default_rng(1).permutation(len(points[domain]))
-            colours = [class_colour(int(index)) if index else GREY for index in sample.labels[domain][order]]
+            colours = [hex_colour(int(index)) if index else GREY for index in sample.labels[domain][order]]
             style = {"facecolors": "none", "edgecolors": colours} if marker == "o" else {"c": colours}
             panel.scatter(*points[domain][order].T, s=size, marker=marker, linewidths=0.7, alpha=0.75, **style)
         for index, point in enumerate(prototypes):
             if sample.prototypes[index].any():
-                shade = class_colour(index) if index else GREY
+                shade = hex_colour(index) if index else GREY
                 panel.scatter(*point, s=190, marker="*", c=shade, edgecolors="black", linewidths=0.9, zorder=5)
         panel.set_title(f"{title}\n{100 * share:.0f} % of the variance", fontsize=8)
         bare(panel)

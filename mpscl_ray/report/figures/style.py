@@ -20,7 +20,7 @@ from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
 from mpscl_ray.runs.atomic_files import write_atomically
-from mpscl_ray.runs.palette import colour, display_indices
+from mpscl_ray.runs.palette import colour, display_indices, hex_colour
 
 DPI = 160
 """Default resolution of a figure, pixels per inch."""
@@ -68,11 +68,6 @@ def house_style() -> Iterator[None]:
         yield
 
 
-def class_colour(index: int) -> str:
-    """Colour of a class as ``#rrggbb``."""
-    return "#{:02x}{:02x}{:02x}".format(*colour(index))
-
-
 def class_colours(number: int) -> NDArray[np.uint8]:
     """(C, 3) RGB of the first classes."""
     return np.array([colour(index) for index in range(number)], dtype=np.uint8)
@@ -80,7 +75,7 @@ def class_colours(number: int) -> NDArray[np.uint8]:
 
 def class_legend(figure: Figure, classes: Sequence[str]) -> None:
     """Names and colours of the structures below a figure, in display order."""
-    handles = [Patch(facecolor=class_colour(i), label=classes[i]) for i in display_indices(classes)]
+    handles = [Patch(facecolor=hex_colour(i), label=classes[i]) for i in display_indices(classes)]
     figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 8), handlelength=1.2)
 
 

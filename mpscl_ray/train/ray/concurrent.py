@@ -16,6 +16,7 @@ from typing import Any
 from mpscl_ray.config import Config, to_yaml
 from mpscl_ray.distributed.ray_session import enable_state_tracking, state_tracking_enabled
 from mpscl_ray.errors import InsufficientResources, MpsclError, StorageError, TrainingError
+from mpscl_ray.runs.lifecycle import record_failure
 from mpscl_ray.runs.run_directory import RunDirectory
 from mpscl_ray.train.domains import Domains, load_domains, model_description, open_data
 from mpscl_ray.train.loop import TrainResult
@@ -117,15 +118,10 @@ def run_trial(
         try:
             if shared.state_tracking:
                 enable_state_tracking()
-            result = _train(config, folder, shared, poll, display_name)
-            if result.state == "non_finite":
-                raise TrainingError(f"{result.describe_non_finite()}; try smaller learning rates or weights")
-        except MpsclError as error:
-            folder.write_status("failed", exit_code=error.exit_code, reason=str(error))
-            raise
-        except BaseException as error:
-            folder.write_status("failed", exit_code=1, reason=f"{type(error).__name__}: {error}")
-            raise
+            with record_failure(folder):
+                result = _train(config, folder, shared, poll, display_name)
+                if result.state == "non_finite":
+                    raise TrainingError(f"{result.describe_non_finite()}; try smaller learning rates or weights")
         finally:
             with suppress(StorageError):  # the next start releases it, or the end of the lock
                 release(folder)

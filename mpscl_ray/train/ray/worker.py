@@ -23,8 +23,8 @@ from mpscl_ray.errors import MpsclError, StorageError
 from mpscl_ray.runs.atomic_files import write_atomically
 from mpscl_ray.runs.control_files import FAILURE_FILE, STOP_FILE, VALIDATION_GATE_FILE
 from mpscl_ray.runs.plots import panel, plot_progress
-from mpscl_ray.runs.progress import TensorBoard
 from mpscl_ray.runs.run_directory import RunDirectory, open_run
+from mpscl_ray.runs.tensorboard import TensorBoard
 from mpscl_ray.train import loop
 from mpscl_ray.train.ray.placement_groups import record_placement_group
 from mpscl_ray.train.ray.prometheus import Monitoring
@@ -153,7 +153,7 @@ class _RunCallback(loop.Callback):
             self.waits = self.writes and self.folder.control_files.read(VALIDATION_GATE_FILE) is not None
         self.monitoring.saved()
         if self.writes:
-            self.board = TensorBoard(self.folder.tensorboard, resume_step=step, notice=self.on_warning)
+            self.board = TensorBoard(self.folder.tensorboard, resume_step=step, warn=self.on_warning)
 
     def on_warning(self, text: str) -> None:
         log.warning("%s", text)

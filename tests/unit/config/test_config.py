@@ -108,7 +108,8 @@ def test_values_just_beyond_their_limits_are_refused() -> None:
         "run.storage_retry_minutes=-1 run.seed=-1 run.seed=2147483648 data.augmentation.translation=0.51 "
         "data.augmentation.random_conv_probability=1.01 network.base_channels=3 phases.adaptation=-1 "
         "phases.source_only_lr=0 optim.lr=0 optim.momentum=1 optim.betas=[0.9,1] "
-        "optim.weight_decay=-1 optim.poly_power=-1 scaling.num_workers=0 scaling.cpus_per_worker=0 scaling.resource_timeout_s=-1 scaling.resize_check_s=0"
+        "optim.weight_decay=-1 optim.poly_power=-1 scaling.num_workers=0 scaling.cpus_per_worker=0 "
+        "scaling.resource_timeout_s=-1 scaling.resize_check_s=0"
     ).split()
     for setting in wrong:
         with pytest.raises(

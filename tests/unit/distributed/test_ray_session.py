@@ -1,4 +1,4 @@
-"""Starting Ray on a machine that is too busy for it: what is tried again, what is left, what is said."""
+"""Start of Ray on a busy machine: what is retried, what is left behind, what is said."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TOO_SLOW = "The current node timed out during startup. This could happen because
 
 
 class Starts:
-    """``ray.init`` on a machine where so many starts fail, each with a process that lives on."""
+    """``ray.init`` on a machine where the first ``failing`` starts fail, each with a process that stays alive."""
 
     def __init__(self, failing: int, error: BaseException | None = None) -> None:
         self.failing = failing
@@ -54,7 +54,7 @@ def test_a_start_that_fails_is_tried_again(
     monkeypatch.setattr(ray, "init", starts)
     with connect(1):
         *failed, started = starts.processes
-        assert [process.wait(10) for process in failed] == [-9] * (START_ATTEMPTS - 1), "nothing of them lives on"
+        assert [process.wait(10) for process in failed] == [-9] * (START_ATTEMPTS - 1), "no process of them is left"
         assert started.poll() is None
         assert len(list(temporary.iterdir())) == 1
     assert list(temporary.iterdir()) == []
@@ -88,6 +88,18 @@ def test_starts_that_all_fail_end_in_one_sentence(temporary: Path, monkeypatch: 
     assert [process.wait(10) for process in starts.processes] == [-9] * START_ATTEMPTS
     assert list(temporary.iterdir()) == []
     assert ClusterError.exit_code == 4
+
+
+def test_a_start_that_ray_refuses_for_a_wrong_value_is_not_tried_again(
+    temporary: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    starts = Starts(failing=START_ATTEMPTS, error=ValueError("num_cpus must be positive"))
+    monkeypatch.setattr(ray, "init", starts)
+    with pytest.raises(ClusterError, match="refuses to start on this machine: num_cpus must be positive"), connect(1):
+        pytest.fail("there is no Ray")
+    (process,) = starts.processes
+    assert process.wait(10) == -9
+    assert list(temporary.iterdir()) == []
 
 
 @pytest.mark.parametrize("error", [Interrupted("stopped by SIGINT"), KeyboardInterrupt(), SystemExit(15)])

@@ -180,7 +180,7 @@ def test_legends_and_panels_have_the_order_of_the_tables() -> None:
     legend = figure.legends[0]
     assert [text.get_text() for text in legend.get_texts()] == ["AA", "LAC", "LVC", "MYO"]
     colours = [to_hex(patch.get_facecolor()) for patch in legend.get_patches()]
-    assert colours == [class_colour(index) for index in (4, 2, 3, 1)], "a structure keeps the colour of its index"
+    assert colours == [hex_colour(index) for index in (4, 2, 3, 1)], "a structure keeps the colour of its index"
     record = {"iteration": 0, "nearest": [[0] * at + [1] + [0] * (179 - at) for at in range(5)]}
     panels = angles.between_runs({"run": record}, classes).axes
     means = {panel.get_title(): panel.lines[-1].get_xdata()[0] for panel in panels}

@@ -1,6 +1,6 @@
-"""Kills processes that write checkpoints and looks at what is left; prints a report as JSON.
+"""Kill processes that write checkpoints, check what is left, and print a report as JSON.
 
-Run by test_checkpoint.py in a process of its own, which loads torch once and forks the writers.
+Run by test_checkpoint.py in its own process, which loads torch once and forks the writers.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def kill_at_call(number: int) -> None:
 
 
 def run_and_kill(folder: Path, mode: str, size: int, *, seconds: float | None = None, call: int = 0) -> int:
-    """Fork a writer and kill it; returns the last step that it told to be complete."""
+    """Fork a writer and kill it; returns the last step that it reported as complete."""
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
@@ -79,20 +79,20 @@ def run_and_kill(folder: Path, mode: str, size: int, *, seconds: float | None = 
         time.sleep(seconds)
         os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
-    assert os.WIFSIGNALED(status), f"the writer ended by itself: {status}"
+    assert os.WIFSIGNALED(status), f"the writer ended without a kill: {status}"
     assert os.WTERMSIG(status) == signal.SIGKILL
     with os.fdopen(reading, "rb") as pipe:
-        told = pipe.read()
-    return int.from_bytes(told[-4:], "little")
+        reported = pipe.read()
+    return int.from_bytes(reported[-4:], "little")
 
 
 def judge(folder: Path, size: int, acknowledged: int) -> tuple[str | None, bool]:
     """What was lost, if anything, and whether the kill hit a save or a removal half-way."""
     entries = os.listdir(folder) if folder.exists() else []
     half_way = any(name.startswith(".") for name in entries)
-    found, notices = checkpoint.latest(folder)
-    if notices:
-        return f"damaged: {notices}", half_way
+    found, warnings = checkpoint.latest(folder)
+    if warnings:
+        return f"damaged: {warnings}", half_way
     for path in checkpoint.list_checkpoints(folder):
         checkpoint.verify(path)
     if found is None:
@@ -104,7 +104,7 @@ def judge(folder: Path, size: int, acknowledged: int) -> tuple[str | None, bool]
     expected = state(step, size)
     if not torch.equal(loaded["tensor"], expected["tensor"]) or loaded["text"] != expected["text"]:
         return f"wrong contents of step {step}", half_way
-    # The next save finds its way and leaves nothing behind.
+    # The next save works and removes all leftovers.
     checkpoint.save(folder / checkpoint.checkpoint_name(99), state(99, SMALL))
     if left := [name for name in os.listdir(folder) if name.startswith(".")]:
         return f"left behind: {left}", half_way

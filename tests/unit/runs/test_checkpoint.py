@@ -211,13 +211,13 @@ def test_damaged_ones_are_skipped_and_said(tmp_path: Path) -> None:
     tensors = tmp_path / checkpoint_name(400) / "tensors.safetensors"
     tensors.write_bytes(tensors.read_bytes()[:-1])
     (tmp_path / checkpoint_name(300) / "SHA256SUMS").unlink()
-    path, notices = checkpoint.latest(tmp_path)
+    path, warnings = checkpoint.latest(tmp_path)
     assert path == tmp_path / checkpoint_name(200)
-    assert len(notices) == 2
-    assert "step-0000400" in notices[0]
-    assert "tensors.safetensors has the SHA-256" in notices[0]
-    assert "step-0000300" in notices[1]
-    assert "SHA256SUMS is missing" in notices[1]
+    assert len(warnings) == 2
+    assert "step-0000400" in warnings[0]
+    assert "tensors.safetensors has the SHA-256" in warnings[0]
+    assert "step-0000300" in warnings[1]
+    assert "SHA256SUMS is missing" in warnings[1]
 
 
 def test_prune_never_removes_the_last_valid_one(tmp_path: Path) -> None:
@@ -307,7 +307,7 @@ def test_full_disk_is_refused_before_writing(tmp_path: Path, monkeypatch: pytest
 
 
 def test_disk_that_fills_while_writing(tmp_path: Path) -> None:
-    """A limit on the size of files makes the system itself refuse the bytes, in a process of its own."""
+    """A limit on the size of files makes the system itself refuse the bytes, in its own process."""
     old = checkpoint.save(tmp_path / checkpoint_name(100), small_state(100))
     script = """
 import resource, sys, torch

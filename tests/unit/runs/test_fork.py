@@ -74,5 +74,7 @@ def test_a_second_fork_leaves_a_run_as_it_is(parent: tuple[Path, RunDirectory]) 
 
 def test_a_phase_that_is_not_finished_is_named(parent: tuple[Path, RunDirectory]) -> None:
     base, begun = parent
-    with pytest.raises(ConfigError, match=r"no end of the phase adaptation.*it has finished source_only, warm_up"):
+    with pytest.raises(
+        ConfigError, match=r"has not finished the phase adaptation.*it has finished source_only, warm_up"
+    ):
         fork(RunDirectory(base / "none"), begun, "adaptation")

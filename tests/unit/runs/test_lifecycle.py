@@ -1,4 +1,4 @@
-"""What status.json tells of a command, however it ends."""
+"""What status.json says of a command, however it ends."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ def folder(tmp_path: Path) -> RunDirectory:
     return run
 
 
-def place() -> dict[str, Any]:
+def position() -> dict[str, Any]:
     return {"phase": "warm_up", "iteration": 3, "global_step": 7}
 
 
 def test_work_that_is_done(folder: RunDirectory) -> None:
     states = []
-    assert carry_out(folder, RESUME, lambda: states.append(folder.read_status()["state"]), place) == 0
+    assert carry_out(folder, RESUME, lambda: states.append(folder.read_status()["state"]), position) == 0
     assert states == ["running"]
     status = folder.read_status()
     assert (status["state"], status["exit_code"], status["resume_command"]) == ("finished", 0, RESUME)
@@ -53,11 +53,11 @@ def test_work_that_is_done(folder: RunDirectory) -> None:
 def test_work_that_is_interrupted_says_how_to_resume(
     folder: RunDirectory, capsys: pytest.CaptureFixture[str], error: BaseException, reason: str
 ) -> None:
-    assert carry_out(folder, RESUME, raising(error), place) == 130
+    assert carry_out(folder, RESUME, raising(error), position) == 130
     status = folder.read_status()
     assert (status["state"], status["exit_code"], status["reason"]) == ("interrupted", 130, reason)
     assert status["global_step"] == 7
-    assert capsys.readouterr().out == f"{reason}; to go on:\n  {RESUME}\n"
+    assert capsys.readouterr().out == f"{reason}; to resume:\n  {RESUME}\n"
 
 
 @pytest.mark.parametrize(
@@ -68,6 +68,6 @@ def test_work_that_fails_is_written_down_and_raised(
     folder: RunDirectory, error: Exception, code: int, reason: str
 ) -> None:
     with pytest.raises(type(error)):
-        carry_out(folder, RESUME, raising(error), place)
+        carry_out(folder, RESUME, raising(error), position)
     status = folder.read_status()
     assert (status["state"], status["exit_code"], status["reason"]) == ("failed", code, reason)

@@ -32,7 +32,7 @@ DEFICIENCIES = {
 
 
 def lab(linear: np.ndarray) -> np.ndarray:
-    """CIE L*a*b* of linear sRGB: distances in it are what eyes tell apart."""
+    """CIE L*a*b* of linear sRGB: distances in it are those that eyes perceive."""
     to_xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
     x, y, z = np.cbrt(np.maximum(to_xyz @ np.clip(linear, 0, 1) / np.array([0.9505, 1.0, 1.089]), 0.008856))
     return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])

@@ -19,8 +19,7 @@ import pytest
 import torch
 
 from mpscl_ray.errors import ConfigError, DataError, StorageError
-from mpscl_ray.runs import environment, run_directory
-from mpscl_ray.runs import lock as run_lock
+from mpscl_ray.runs import environment, lock, run_directory
 from mpscl_ray.runs.run_directory import RunDirectory
 
 CONFIG = """\
@@ -136,7 +135,7 @@ def test_changed_config_is_refused_with_all_keys(run: RunDirectory) -> None:
     assert "only these may change: run, scaling.num_workers" in message
 
 
-def test_allowed_changes_are_told(run: RunDirectory) -> None:
+def test_allowed_changes_are_returned(run: RunDirectory) -> None:
     run.write_config(CONFIG)
     now = CONFIG.replace("num_workers: 2", "num_workers: 4")
     assert run.check_config(now, may_change=["scaling"]) == ["scaling.num_workers: 2 in the run, 4 now"]
@@ -404,7 +403,7 @@ def test_without_flock_the_pid_decides(run: RunDirectory, monkeypatch: pytest.Mo
     def unsupported(descriptor: int, operation: int) -> None:
         raise OSError(38, "Function not implemented")
 
-    monkeypatch.setattr(run_lock.fcntl, "flock", unsupported)
+    monkeypatch.setattr(lock.fcntl, "flock", unsupported)
     with run.lock(), pytest.raises(ConfigError, match=f"in use by process {os.getpid()} "), run.lock():
         pass
     with subprocess.Popen(["true"]) as ended:

@@ -1,4 +1,4 @@
-"""Signals: the first asks, the second leaves."""
+"""Signals: the first asks for a stop, the second ends the process."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_first_signal_lets_the_loop_finish(number: signal.Signals) -> None:
 
 
 @pytest.mark.parametrize(("first", "second"), [(signal.SIGINT, signal.SIGINT), (signal.SIGTERM, signal.SIGINT)])
-def test_second_signal_leaves_at_once(first: signal.Signals, second: signal.Signals) -> None:
+def test_second_signal_ends_the_process_at_once(first: signal.Signals, second: signal.Signals) -> None:
     process = start(obedient=False)
     process.send_signal(first)
     assert process.stderr is not None

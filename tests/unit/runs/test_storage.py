@@ -42,20 +42,20 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 @pytest.fixture
-def place(server: Server, request: pytest.FixtureRequest) -> S3Path:
-    """A folder of the bucket that is this test's own."""
+def remote(server: Server, request: pytest.FixtureRequest) -> S3Path:
+    """A folder of the bucket for this test alone."""
     return server.folder(request.node.name.replace("[", "-").replace("]", ""))
 
 
-def bucket_run(place: S3Path, role: str, patience_s: float = 0.0, lease: Lease | None = None) -> RunDirectory:
-    store = BucketStore(place, role, patience_s, lease=lease)
+def bucket_run(remote: S3Path, role: str, patience_s: float = 0.0, lease: Lease | None = None) -> RunDirectory:
+    store = BucketStore(remote, role, patience_s, lease=lease)
     return RunDirectory(store.path, store)
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + PATIENCE_S
     while not condition():
-        assert time.monotonic() < deadline, "it did not happen"
+        assert time.monotonic() < deadline, "the condition did not become true"
         time.sleep(0.05)
 
 
@@ -103,8 +103,8 @@ def test_a_server_that_does_not_run(server: Server) -> None:
         open_run(server.url("runs/a"), "command").create()
 
 
-def test_credentials_that_are_refused_and_the_secret_is_not_told(tmp_path: Path) -> None:
-    """One action is free of credentials: making the bucket. The ones of the tests belong to nobody."""
+def test_refused_credentials_are_an_error_without_the_secret(tmp_path: Path) -> None:
+    """The server allows one action without credentials: making the bucket. Those of the tests belong to no user."""
     with serve(tmp_path, INITIAL_NO_AUTH_ACTION_COUNT="2") as guarded:
         run = open_run(guarded.url("runs/a"), "command")
         with pytest.raises(StorageError) as refused:
@@ -117,49 +117,49 @@ def test_credentials_that_are_refused_and_the_secret_is_not_told(tmp_path: Path)
 # --------------------------------------------------------------------------------------------------- datasets
 
 
-def test_a_dataset_reads_as_on_disk_and_is_fetched_once(place: S3Path, tmp_path: Path) -> None:
+def test_a_dataset_reads_as_on_disk_and_is_downloaded_once(remote: S3Path, tmp_path: Path) -> None:
     folder = make_dataset(tmp_path / "mr", "mr")
-    upload_folder(folder, place)
-    manifest = load_manifest(str(place))
+    upload_folder(folder, remote)
+    manifest = load_manifest(str(remote))
     assert manifest == load_manifest(folder)
     case = manifest.split("train")[1]
-    for name, array in read_case(place, case).items():
+    for name, array in read_case(remote, case).items():
         np.testing.assert_array_equal(array, read_case(folder, case)[name])
-    (place / case.file).delete()
+    (remote / case.file).delete()
     rows = np.array([7, 0, 11])
-    here, there = (SplitFiles.find(where, "train", labels=True) for where in (folder, str(place)))
+    here, there = (SplitFiles.find(where, "train", labels=True) for where in (folder, str(remote)))
     for name in ("image", "label"):
         first = np.array([6, 7])  # of the case that is gone in the bucket
         np.testing.assert_array_equal(there.read(first)[name], here.read(first)[name])
         np.testing.assert_array_equal(there.read(rows)[name], here.read(rows)[name])
 
 
-def test_a_dataset_that_is_damaged_or_missing(place: S3Path, tmp_path: Path) -> None:
+def test_a_dataset_that_is_damaged_or_missing(remote: S3Path, tmp_path: Path) -> None:
     folder = make_dataset(tmp_path / "mr", "mr", seed=5)
-    upload_folder(folder, place)
-    missing, damaged, _ = load_manifest(place).split("train")
-    (place / missing.file).delete()
-    data = bytearray((place / damaged.file).read_bytes())
+    upload_folder(folder, remote)
+    missing, damaged, _ = load_manifest(remote).split("train")
+    (remote / missing.file).delete()
+    data = bytearray((remote / damaged.file).read_bytes())
     data[len(data) // 2] ^= 1
-    (place / damaged.file).write_bytes(bytes(data))
+    (remote / damaged.file).write_bytes(bytes(data))
     with pytest.raises(DataError, match=rf"{missing.file}\?.*: missing, though the manifest lists it"):
-        read_case(place, missing)
+        read_case(remote, missing)
     with pytest.raises(DataError, match=rf"{damaged.file}\?.*: damaged or replaced: its SHA-256"):
-        SplitFiles.find(place, "train", labels=False).read(np.array([6]))
+        SplitFiles.find(remote, "train", labels=False).read(np.array([6]))
     with pytest.raises(DataError, match=r"it has no manifest.json\); it holds the datasets .*give one of them"):
-        load_manifest(place.parent)
+        load_manifest(remote.parent)
 
 
 # ------------------------------------------------------------------------------------------------ checkpoints
 
 
-def test_a_checkpoint_whose_upload_breaks_off_is_none(server: Server, place: S3Path, tmp_path: Path) -> None:
+def test_a_checkpoint_is_incomplete_until_its_upload_ends(server: Server, remote: S3Path, tmp_path: Path) -> None:
     old, new = (checkpoint.save(tmp_path / name, state(step, 3_000_000)) for step, name in ((1, "a"), (2, "b")))
-    assert upload_path(old, place / "best")
-    assert download_checkpoint(place / "best", tmp_path / "got")
+    assert upload_path(old, remote / "best")
+    assert download_checkpoint(remote / "best", tmp_path / "got")
 
     def cut() -> None:
-        wait_until(lambda: not (place / "best" / checkpoint.SUMS).exists())
+        wait_until(lambda: not (remote / "best" / checkpoint.SUMS).exists())
         with server.door.shut():
             broken.wait(PATIENCE_S)
 
@@ -167,13 +167,13 @@ def test_a_checkpoint_whose_upload_breaks_off_is_none(server: Server, place: S3P
     cutter = threading.Thread(target=cut)
     cutter.start()
     with pytest.raises(StorageError):
-        _send_while(cutter, new, place / "best")
+        _send_while(cutter, new, remote / "best")
     broken.set()
     cutter.join()
-    assert not download_checkpoint(place / "best", tmp_path / "got"), "not complete"
-    assert checkpoint.load(tmp_path / "got")["step"] == 1, "what was here is untouched"
-    assert upload_path(new, place / "best")
-    assert download_checkpoint(place / "best", tmp_path / "got")
+    assert not download_checkpoint(remote / "best", tmp_path / "got"), "not complete"
+    assert checkpoint.load(tmp_path / "got")["step"] == 1, "the local checkpoint is untouched"
+    assert upload_path(new, remote / "best")
+    assert download_checkpoint(remote / "best", tmp_path / "got")
     assert checkpoint.load(tmp_path / "got")["step"] == 2
 
 
@@ -185,40 +185,40 @@ def _send_while(cutter: threading.Thread, path: Path, remote: S3Path) -> None:
 
 @dataclass(frozen=True)
 class Recorded(S3Path):
-    """Takes down what is asked of a bucket."""
+    """Records the requests to a bucket."""
 
-    asked: list[str] = field(default_factory=list)
+    requests: list[str] = field(default_factory=list)
 
     def upload(self, source: IO[bytes]) -> None:
-        self.asked.append(f"put {self.name}")
+        self.requests.append(f"put {self.name}")
 
     def delete(self) -> None:
-        self.asked.append(f"delete {self.name}")
+        self.requests.append(f"delete {self.name}")
 
     def delete_folder(self) -> None:
-        self.asked.append(f"delete all of {self.name}")
+        self.requests.append(f"delete all of {self.name}")
 
     def files(self) -> list[str]:
         return [checkpoint.STATE, checkpoint.SUMS, checkpoint.TENSORS]
 
 
-def test_what_makes_a_checkpoint_complete_is_put_there_last_and_goes_first(tmp_path: Path) -> None:
+def test_the_sums_of_a_checkpoint_are_uploaded_last_and_deleted_first(tmp_path: Path) -> None:
     remote = Recorded("bucket/best")
     assert upload_path(checkpoint.save(tmp_path / "best", state(1)), remote)
-    assert remote.asked == ["delete SHA256SUMS", "put state.json", "put tensors.safetensors", "put SHA256SUMS"]
-    del remote.asked[:]
+    assert remote.requests == ["delete SHA256SUMS", "put state.json", "put tensors.safetensors", "put SHA256SUMS"]
+    del remote.requests[:]
     delete_path(remote)
-    assert remote.asked == ["delete SHA256SUMS", "delete all of best"]
+    assert remote.requests == ["delete SHA256SUMS", "delete all of best"]
 
 
-# ----------------------------------------------------------------------------------------------------- synchronizer
+# ----------------------------------------------------------------------------------------------- synchronizer
 
 
-def test_a_storage_that_fails_and_comes_back_gets_everything(server: Server, place: S3Path, tmp_path: Path) -> None:
+def test_after_an_outage_everything_is_uploaded(server: Server, remote: S3Path, tmp_path: Path) -> None:
     said: list[str] = []
     synchronizer = Synchronizer(
         tmp_path,
-        place,
+        remote,
         outgoing=("checkpoints", "*.jsonl"),
         incoming=("word",),
         check=lambda: None,
@@ -230,43 +230,49 @@ def test_a_storage_that_fails_and_comes_back_gets_everything(server: Server, pla
     log.write_text("1\n")
     checkpoint.save(tmp_path / "checkpoints" / "step-0000001", state(1))
     assert synchronizer.flush()
-    assert (place / "metrics.jsonl").read_bytes() == b"1\n"
+    assert (remote / "metrics.jsonl").read_bytes() == b"1\n"
     with server.door.shut():
         log.write_text("1\n2\n")
         checkpoint.save(tmp_path / "checkpoints" / "step-0000002", state(2))
         checkpoint.prune(tmp_path / "checkpoints", 1)
-        assert not synchronizer.flush(), "nobody waits for it"
+        assert not synchronizer.flush(), "flush does not wait for a failing storage"
         wait_until(lambda: len(said) == 1)
         assert not synchronizer.flush()
-    (place / "word").write_bytes(b"hello")
+    (remote / "word").write_bytes(b"hello")
     wait_until((tmp_path / "word").exists)
     wait_until(lambda: len(said) == 2)
     assert synchronizer.flush()
     synchronizer.close()
     assert "no answer from" in said[0]
     assert "answers again" in said[1]
-    assert (place / "metrics.jsonl").read_bytes() == b"1\n2\n"
-    assert {name.split("/")[1] for name in place.files() if "checkpoints" in name} == {"step-0000002"}
-    assert download_checkpoint(place / "checkpoints" / "step-0000002", tmp_path / "back")
+    assert (remote / "metrics.jsonl").read_bytes() == b"1\n2\n"
+    assert {name.split("/")[1] for name in remote.files() if "checkpoints" in name} == {"step-0000002"}
+    assert download_checkpoint(remote / "checkpoints" / "step-0000002", tmp_path / "back")
     assert checkpoint.load(tmp_path / "back")["step"] == 2
 
 
-def test_who_waits_for_the_mirror_finds_large_files_whole_too(place: S3Path, tmp_path: Path) -> None:
+def test_flush_uploads_large_files_too(remote: S3Path, tmp_path: Path) -> None:
     synchronizer = Synchronizer(
-        tmp_path, place, outgoing=("*",), incoming=(), check=lambda: None, patience_s=PATIENCE_S, warn=lambda text: None
+        tmp_path,
+        remote,
+        outgoing=("*",),
+        incoming=(),
+        check=lambda: None,
+        patience_s=PATIENCE_S,
+        warn=lambda text: None,
     )
     synchronizer.start()
     for size in (LARGE_BYTES + 1, LARGE_BYTES + 2):
         (tmp_path / "events").write_bytes(bytes(size))
         assert synchronizer.flush()
-        assert len((place / "events").read_bytes()) == size
+        assert len((remote / "events").read_bytes()) == size
     synchronizer.close()
 
 
-def test_patience_has_an_end(server: Server, place: S3Path, tmp_path: Path) -> None:
+def test_an_outage_longer_than_patience_is_an_error(server: Server, remote: S3Path, tmp_path: Path) -> None:
     with server.door.shut():
         synchronizer = Synchronizer(
-            tmp_path, place, outgoing=("*",), incoming=(), check=lambda: None, patience_s=0.5, warn=lambda text: None
+            tmp_path, remote, outgoing=("*",), incoming=(), check=lambda: None, patience_s=0.5, warn=lambda text: None
         )
         (tmp_path / "file").write_text("x")
         synchronizer.start()
@@ -279,13 +285,13 @@ def test_patience_has_an_end(server: Server, place: S3Path, tmp_path: Path) -> N
 
 
 def elsewhere(remote: S3Path) -> None:
-    """Make the owner of a lease one of another host, of which only the lease can tell whether it lives."""
+    """Move the owner of a lease to another host, so that only renewals show that it is alive."""
     (remote / LEASE).write_bytes(json.dumps(json.loads((remote / LEASE).read_bytes()) | {"host": "x"}).encode())
 
 
-def test_a_run_has_one_writer(place: S3Path) -> None:
+def test_a_run_has_one_writer(remote: S3Path) -> None:
     first, second = (
-        bucket_run(place, role, lease=Lease(place / LEASE, place.name, renew_s=0.2)) for role in ("command", "other")
+        bucket_run(remote, role, lease=Lease(remote / LEASE, renew_s=0.2)) for role in ("command", "other")
     )
     first.create()
     second.create()
@@ -298,39 +304,39 @@ def test_a_run_has_one_writer(place: S3Path) -> None:
         pass
 
 
-def test_a_dead_owner_on_another_host_is_followed(place: S3Path) -> None:
-    dead = Lease(place / LEASE, "demo")
+def test_the_lease_of_a_dead_owner_on_another_host_can_be_acquired(remote: S3Path) -> None:
+    dead = Lease(remote / LEASE)
     dead.acquire()
-    elsewhere(place)
-    new = Lease(place / LEASE, "demo", dead_after_s=2.0)
+    elsewhere(remote)
+    new = Lease(remote / LEASE, dead_after_s=2.0)
     new.acquire()
     new.check()
     with pytest.raises(ClusterError, match=f"was taken over by process {os.getpid()} on"):
         dead.renew()
 
 
-def test_the_lease_of_a_killed_process_of_this_host_is_free_at_once(place: S3Path) -> None:
+def test_the_lease_of_a_killed_process_of_this_host_is_free_at_once(remote: S3Path) -> None:
     script = (
         "import sys; from mpscl_ray.runs.lease import Lease; from mpscl_ray.runs.storage import S3Path\n"
-        "Lease(S3Path.parse(sys.argv[1]) / '.lease', 'demo').acquire(); print('mine', flush=True); sys.stdin.read()"
+        "Lease(S3Path.parse(sys.argv[1]) / '.lease').acquire(); print('mine', flush=True); sys.stdin.read()"
     )
     with subprocess.Popen(
-        [sys.executable, "-c", script, str(place)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", script, str(remote)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as owner:
         assert owner.stdout is not None
         assert owner.stdout.readline() == "mine\n"
         owner.kill()
-    Lease(place / LEASE, "demo").acquire()
+    Lease(remote / LEASE).acquire()
 
 
-def test_who_lost_the_run_uploads_nothing_more(place: S3Path) -> None:
-    command, worker = bucket_run(place, "command"), bucket_run(place, "worker-0", PATIENCE_S)
+def test_a_process_that_lost_the_lease_uploads_nothing_more(remote: S3Path) -> None:
+    command, worker = bucket_run(remote, "command"), bucket_run(remote, "worker-0", PATIENCE_S)
     command.create()
 
     def train() -> None:
         worker.store.init_worker_dir()
         with worker.store.worker_lock(command.store.fencing_token, 0):
-            Lease(place / LEASE, "demo")._write()
+            Lease(remote / LEASE)._write()
             checkpoint.save(worker.checkpoints / "step-0000001", state(1))
             wait_until(lambda: worker.store.sync_error is not None)
 
@@ -345,20 +351,20 @@ def test_who_lost_the_run_uploads_nothing_more(place: S3Path) -> None:
 
     with pytest.raises(ClusterError, match="was taken over"):
         run()
-    assert (place / "config.yaml").read_bytes() == b"a: 1\n"
-    assert open_run(str(place)).store.step_checkpoints() == []
+    assert (remote / "config.yaml").read_bytes() == b"a: 1\n"
+    assert open_run(str(remote)).store.step_checkpoints() == []
 
 
 # -------------------------------------------------------------------------------------------------------- run
 
 
-def test_command_and_worker_meet_in_the_bucket_and_a_fresh_node_goes_on(place: S3Path) -> None:
-    command = bucket_run(place, "command")
+def test_command_and_worker_share_a_run_and_a_fresh_node_resumes(remote: S3Path) -> None:
+    command = bucket_run(remote, "command")
     command.create()
     with command.lock():
         command.write_config("a: 1\n")
         command.write_status("running")
-        worker = bucket_run(place, "worker-0", PATIENCE_S)
+        worker = bucket_run(remote, "worker-0", PATIENCE_S)
         worker.store.init_worker_dir()
         with worker.store.worker_lock(command.store.fencing_token, 0):
             for step in (1, 2, 3):
@@ -366,14 +372,14 @@ def test_command_and_worker_meet_in_the_bucket_and_a_fresh_node_goes_on(place: S
                 checkpoint.save(worker.checkpoints / checkpoint.checkpoint_name(step), state(step))
                 checkpoint.prune(worker.checkpoints, 2)
                 worker.store.flush()
-                assert open_run(str(place)).store.step_checkpoints()[-1] == f"step-000000{step}", (
+                assert open_run(str(remote)).store.step_checkpoints()[-1] == f"step-000000{step}", (
                     "there when it returns"
                 )
             checkpoint.save(worker.phases / "warm_up", state(3))
             wait_until(lambda: len(command.read_metrics()) == 3)
             (command.path / STOP_FILE).touch()
             wait_until((worker.path / STOP_FILE).exists)
-    fresh = open_run(str(place))
+    fresh = open_run(str(remote))
     fresh.require()
     assert fresh.store.checkpoint_names() == ["step-0000002", "step-0000003", "warm_up"]
     assert [record["global_step"] for record in fresh.read_metrics()] == [1, 2, 3]
@@ -382,23 +388,23 @@ def test_command_and_worker_meet_in_the_bucket_and_a_fresh_node_goes_on(place: S
     assert newest is not None
     assert (checkpoint.load(newest)["step"], warnings) == (3, [])
 
-    data = bytearray((place / "checkpoints/step-0000003" / checkpoint.TENSORS).read_bytes())
+    data = bytearray((remote / "checkpoints/step-0000003" / checkpoint.TENSORS).read_bytes())
     data[-1] ^= 1
-    (place / "checkpoints/step-0000003" / checkpoint.TENSORS).write_bytes(bytes(data))
-    other = bucket_run(place, "other")
+    (remote / "checkpoints/step-0000003" / checkpoint.TENSORS).write_bytes(bytes(data))
+    other = bucket_run(remote, "other")
     newest, warnings = other.store.latest_checkpoint()
     assert newest is not None
     assert newest.name == "step-0000002"
     assert "step-0000003 is damaged" in warnings[0]
-    assert not command.path.exists(), "what was only a copy is gone"
+    assert not command.path.exists(), "the copy is deleted"
     assert not worker.path.exists()
 
 
-def test_who_does_not_hold_a_run_sees_what_others_leave_and_tells_them(place: S3Path, server: Server) -> None:
-    command, worker, other = (open_run(place, role) for role in ("command", "worker-0", "reader"))
+def test_a_process_without_the_lock_reads_status_and_control_files(remote: S3Path, server: Server) -> None:
+    command, worker, other = (open_run(remote, role) for role in ("command", "worker-0", "reader"))
     command.create()
     assert worker.control_files.read(VALIDATION_GATE_FILE) is None
-    assert wait_for_decision(worker, 10), "nobody decides"
+    assert wait_for_decision(worker, 10), "no gate"
     with command.lock():
         command.write_status("running")
         command.store.flush()
@@ -415,14 +421,14 @@ def test_who_does_not_hold_a_run_sees_what_others_leave_and_tells_them(place: S3
                 other.control_files.read(VALIDATION_GATE_FILE)
         other.control_files.clear(VALIDATION_GATE_FILE)
         assert worker.control_files.read(VALIDATION_GATE_FILE) is None
-    other.write_status("failed", exit_code=5, reason="told by one who does not hold it")
-    assert open_run(place).read_status()["reason"] == "told by one who does not hold it"
+    other.write_status("failed", exit_code=5, reason="written without the lock")
+    assert open_run(remote).read_status()["reason"] == "written without the lock"
 
 
-def test_a_search_fetches_and_uploads_its_own_files_and_none_of_its_trials(place: S3Path) -> None:
-    (place / "trials" / "001" / "config.yaml").write_bytes(b"a: 1")
-    (place / "ledger.jsonl").write_bytes(b"{}\n")
-    search = open_run(place, "command", uploads=("ledger.jsonl", "tensorboard"))
+def test_a_search_downloads_and_uploads_its_own_files_and_none_of_its_trials(remote: S3Path) -> None:
+    (remote / "trials" / "001" / "config.yaml").write_bytes(b"a: 1")
+    (remote / "ledger.jsonl").write_bytes(b"{}\n")
+    search = open_run(remote, "command", uploads=("ledger.jsonl", "tensorboard"))
     search.create()
     with search.lock():
         assert (search.path / "ledger.jsonl").read_bytes() == b"{}\n"
@@ -431,15 +437,15 @@ def test_a_search_fetches_and_uploads_its_own_files_and_none_of_its_trials(place
         (search.path / "tensorboard" / "001").mkdir()
         (search.path / "tensorboard" / "001" / "events").write_bytes(b"events")
         search.store.flush()
-        assert (place / "ledger.jsonl").read_bytes() == b"{}\n{}\n", "it is there before anything is decided by it"
-        assert (place / "tensorboard" / "001" / "events").read_bytes() == b"events"
+        assert (remote / "ledger.jsonl").read_bytes() == b"{}\n{}\n", "uploaded before anything is decided by it"
+        assert (remote / "tensorboard" / "001" / "events").read_bytes() == b"events"
         for part in ("checkpoints", "phases", "best"):
-            (place / part / "x").write_bytes(b"x")
+            (remote / part / "x").write_bytes(b"x")
         search.store.delete_checkpoints()
-        assert not [name for name in place.files() if name.startswith(("checkpoints", "phases", "best"))]
+        assert not [name for name in remote.files() if name.startswith(("checkpoints", "phases", "best"))]
 
 
-def test_a_name_that_ends_in_gz_keeps_its_contents(place: S3Path) -> None:
-    (place / "a.nii.gz").write_bytes(b"as it was written")
-    (place / "b.nii.gz").upload(io.BytesIO(b"as it was written"))
-    assert {(place / name).read_bytes() for name in place.files()} == {b"as it was written"}
+def test_a_name_that_ends_in_gz_keeps_its_contents(remote: S3Path) -> None:
+    (remote / "a.nii.gz").write_bytes(b"as it was written")
+    (remote / "b.nii.gz").upload(io.BytesIO(b"as it was written"))
+    assert {(remote / name).read_bytes() for name in remote.files()} == {b"as it was written"}
