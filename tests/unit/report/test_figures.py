@@ -20,7 +20,8 @@ from mpscl_ray.report.figures.segmentations import (
     overconfident,
     side_by_side,
 )
-from mpscl_ray.report.figures.style import class_colour, class_legend, house_style, png, wrapped
+from mpscl_ray.report.figures.style import class_legend, house_style, png, wrapped
+from mpscl_ray.runs.palette import hex_colour
 
 CLASSES = ("background", "LVC", "MYO")
 
