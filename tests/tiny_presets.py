@@ -32,7 +32,7 @@ def write_presets(folder: Path, phase: int = 4, **changes: dict[str, dict[str, o
         settings["phases"] |= dict(zip(("source_only", "warm_up", "adaptation"), lengths, strict=True))
         if method:
             settings["method"] |= method
-        settings["data"] = {"batch_size": settings["data"]["batch_size"]}
+        settings["data"] = {"global_batch_size": settings["data"]["global_batch_size"]}
         for section, values in changes.get(system, {}).items():
             settings[section] = {**settings[section], **values}
         (folder / f"{system}.yaml").write_text(yaml.safe_dump(settings))
