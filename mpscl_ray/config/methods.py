@@ -55,8 +55,8 @@ class DiscriminatorConfig(SegmentationConfig):
     in Table III."""
     discriminator_width: Annotated[int, Field(ge=1)] = 64
     """Channels of a discriminator's first convolution."""
-    bn_running_stats: Literal["mixture", "target"] = "mixture"
-    """Domains behind the batch statistics of evaluation: both (mixture, as released) or the target alone."""
+    bn_running_stats: Literal["both", "target"] = "both"
+    """Domains behind the batch statistics of evaluation: both (as released) or the target alone."""
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,7 @@ class SegmenterMethod(ABC, Generic[Config]):
         self._discriminators = self.adversary.networks
         prepare_network(segmenter, device, precision)
         # Both domains update the running statistics, or the second, the target, alone.
-        update_running_stats = (False, True) if getattr(config, "bn_running_stats", "mixture") == "target" else None
+        update_running_stats = (False, True) if getattr(config, "bn_running_stats", "both") == "target" else None
         self._wrapped = collectives.wrap(PerDomainForward(segmenter, update_running_stats), device)
         self.networks: dict[str, nn.Module] = {"segmenter": segmenter, **self._discriminators}
         self.optimisers = Optimisers(self.networks, device)

@@ -284,7 +284,7 @@ def test_prototypes_start_as_the_mean_feature_over_all_slices() -> None:
         torch.testing.assert_close(method.prototypes[number], expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("domains", ["mixture", "target"])
+@pytest.mark.parametrize("domains", ["both", "target"])
 def test_which_domains_update_the_running_statistics(domains: str) -> None:
     method = make_mpscl(bn_running_stats=domains)
     method.start_phase(10)
@@ -293,7 +293,7 @@ def test_which_domains_update_the_running_statistics(domains: str) -> None:
     assert part.target_image is not None
     method.step(part, 0)
     with torch.no_grad():
-        if domains == "mixture":
+        if domains == "both":
             expected(part.source_image)
         expected(part.target_image)
     for (key, ours), reference in zip(method.segmenter.named_buffers(), expected.buffers(), strict=True):
