@@ -58,7 +58,7 @@ class CAG(SegmenterMethod[CAGConfig]):
         counts = torch.zeros_like(self.anchor_counts)
         for image, label in slices.labelled():
             output = base.evaluate(self.teacher, image.to(self.device), self.precision)
-            labels_small = downsample_labels(label.to(self.device), (output.main.shape[2], output.main.shape[3]))
+            labels_small = downsample_labels(label.to(self.device), output.main.shape[2:])
             vectors, pixels = class_features(output.features.double(), output.main, labels_small)
             valid = pixels >= self.config.min_pixels
             sums += (vectors * valid[..., None]).sum(dim=0)
@@ -119,17 +119,15 @@ class CAG(SegmenterMethod[CAGConfig]):
         return by_anchor, torch.where(largest > self.config.probability_threshold, likely, IGNORE)
 
     def step(self, batch: Batch, iteration: int) -> dict[str, Tensor]:
-        assert batch.target_image is not None, "CAG needs slices of the target domain"
         c = self.config
         labels = batch.source_label
         self.optimisers.start_iteration(iteration)
-
-        source, target = self.forward(batch.source_image, batch.target_image)
+        source, target = self.forward(*batch.images)
         source_logits = base.upsampled(source, labels.shape[-2:])
-        by_anchor, by_probability = self.pseudo_labels(batch.target_image)
+        by_anchor, by_probability = self.pseudo_labels(batch.images[1])
 
         # Sums of this worker; all denominators are of the global batch.
-        labels_small = downsample_labels(labels, (source.main.shape[2], source.main.shape[3]))
+        labels_small = downsample_labels(labels, source.main.shape[2:])
         target_logits = at_least_float32(target.main)
         sums = {
             "loss_pseudo_anchor": masked_cross_entropy(target_logits, by_anchor),
@@ -167,7 +165,7 @@ class CAG(SegmenterMethod[CAGConfig]):
 
     def _segmentation(self, logits: dict[str, Tensor], labels: Tensor, counts: Tensor) -> base.SegmentationLoss:
         if self.config.segmentation_loss == "wce_dice":
-            return base.segmentation_loss(logits, labels, counts, self.config.segmentation_aux_weight)
+            return self.segmentation_loss(logits, labels, counts)
         parts = {f"loss_cross_entropy_{head}": focal_loss(x, labels, gamma=0.0) for head, x in logits.items()}
         main, *aux = parts.values()
         return base.SegmentationLoss(sum((self.config.segmentation_aux_weight * x for x in aux), main), parts)

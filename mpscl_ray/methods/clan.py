@@ -11,14 +11,13 @@ from torch import Tensor
 from mpscl_ray.config import CLANConfig
 from mpscl_ray.distributed import collectives
 from mpscl_ray.methods import base
-from mpscl_ray.methods.adversarial import Adversary
+from mpscl_ray.methods.adversarial import AdversarialMethod
 from mpscl_ray.methods.base import Batch
 from mpscl_ray.methods.losses import SOURCE_LABEL, TARGET_LABEL, at_least_float32, class_counts, domain_loss, focal_loss
-from mpscl_ray.methods.segmenter_method import SegmenterMethod
 from mpscl_ray.networks.deeplab import DeepLabV2, upsample_logits
 
 
-class CLAN(SegmenterMethod[CLANConfig]):
+class CLAN(AdversarialMethod[CLANConfig]):
     """Align the target more where two heads on the same features disagree.
 
     Source: Luo et al. 2019, L_seg + lambda_weight L_weight + lambda_adv L_adv with self-adaptive weights (their Eqs. 3
@@ -30,13 +29,9 @@ class CLAN(SegmenterMethod[CLANConfig]):
     """
 
     segmenter_arguments: ClassVar[dict[str, Any]] = {"twin_heads": True}
-
-    def build_adversary(self) -> Adversary:
-        assert self.segmenter.twin_heads
-        return self.adversary_on(("main",))
+    discriminated_heads = ("main",)
 
     def step(self, batch: Batch, iteration: int) -> dict[str, Tensor]:
-        assert batch.target_image is not None, "CLAN needs slices of the target domain"
         c = self.config
         labels = batch.source_label
         size = labels.shape[-2:]
@@ -44,8 +39,7 @@ class CLAN(SegmenterMethod[CLANConfig]):
         damping = 1.0 - iteration / self.optimisers.iterations
         self.optimisers.start_iteration(iteration, iteration / warmup_fraction if iteration < warmup_fraction else None)
 
-        source, target = self.forward(batch.source_image, batch.target_image)
-        source_logits, target_logits = base.upsampled(source, size), base.upsampled(target, size)
+        source_logits, target_logits = self.forward_logits(*batch.images)
 
         # Segmenter, with a frozen discriminator.
         losses = self._segmentation(source_logits, labels)
@@ -54,7 +48,7 @@ class CLAN(SegmenterMethod[CLANConfig]):
         source_map = (source_logits["aux"] + source_logits["main"]).softmax(dim=1)
         target_map = (target_logits["aux"] + target_logits["main"]).softmax(dim=1)
         preheating = iteration <= warmup_fraction and warmup_fraction > 0
-        verdict = upsample_logits(at_least_float32(self.adversary.forward_frozen("main", target_map)), size)
+        verdict = upsample_logits(at_least_float32(self.discriminate_frozen("main", target_map)), size)
         adaptive = weights.detach() if c.detach_weight_map else weights
         losses["loss_adversarial_main"] = self._adversarial(verdict, SOURCE_LABEL, None if preheating else adaptive)
         losses["loss_weight_similarity"] = head_weight_similarity(self.segmenter)
@@ -63,10 +57,8 @@ class CLAN(SegmenterMethod[CLANConfig]):
         total.backward()  # type: ignore[no-untyped-call]
 
         # Discriminator, on detached maps, both domains at image size.
-        on_source, on_target = (
-            upsample_logits(at_least_float32(x), size)
-            for x in self.adversary.discriminate("main", source_map, target_map)
-        )
+        outputs = self.discriminate("main", source_map, target_map)
+        on_source, on_target = (upsample_logits(at_least_float32(x), size) for x in outputs)
         loss = domain_loss(on_source, SOURCE_LABEL)
         loss = loss + self._adversarial(on_target, TARGET_LABEL, None if preheating else weights.detach())
         losses["loss_discriminator_main"] = loss
@@ -74,7 +66,7 @@ class CLAN(SegmenterMethod[CLANConfig]):
 
         flag = self.optimisers.step(losses)
         metrics = {"loss_segmentation": segmentation, "disagreement": weights.mean()}
-        metrics["discriminator_accuracy_main"] = self.adversary.accuracy(on_source, on_target)
+        metrics["discriminator_accuracy_main"] = self.accuracy(on_source, on_target)
         return base.metrics(losses, metrics, non_finite=flag)
 
     def _segmentation(self, logits: dict[str, Tensor], labels: Tensor) -> dict[str, Tensor]:

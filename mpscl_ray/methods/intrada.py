@@ -59,10 +59,9 @@ class IntraDA(AdvEnt):
             )
         self.split = TargetSplit(easy, hard, pseudo_labels[easy])
         self.networks["segmenter"].load_state_dict(slices.source_only_weights())
-        for number, (name, network) in enumerate(list(self.networks.items())[1:]):
-            assert name.startswith("discriminator_")
-            initialise(network, self.seed + number)  # type: ignore[arg-type]
-            collectives.broadcast_parameters(network)
+        for number, discriminator in enumerate(self.discriminators.values()):
+            initialise(discriminator, self.seed + number)
+            collectives.broadcast_parameters(discriminator)
 
     def _predict_all(self, slices: TrainingSlices) -> tuple[Tensor, Tensor]:
         """Score (N,) float64 and label (N, H, W) uint8 of every slice of the target, on every worker."""

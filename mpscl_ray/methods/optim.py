@@ -162,13 +162,6 @@ class NetworkAdam(Optimiser):
         super().__init__(adam, named, power)
 
 
-class DiscriminatorAdam(NetworkAdam):
-    """Adam of one discriminator."""
-
-    def __init__(self, discriminator: nn.Module, config: OptimConfig) -> None:
-        super().__init__(discriminator, config.lr_discriminator, config.betas, config.poly_power)
-
-
 def parameter_kind(name: str) -> ParameterKind:
     """Part of the segmenter that a parameter belongs to, by its state-dict name."""
     if name.startswith(("layer5.", "layer6.")):
@@ -239,8 +232,8 @@ class Optimisers:
     """
 
     def __init__(self, networks: Mapping[str, nn.Module], device: torch.device) -> None:
-        self._networks, self._device = networks, device
-        self._buffers = [buffer for network in networks.values() for buffer in network.buffers()]
+        self._networks = networks
+        self._buffers: list[Tensor] = []
         self._before = Snapshot([])
         self._optimisers: dict[str, Optimiser] = {}
         self.guard = NonFiniteGuard(device)
@@ -249,6 +242,7 @@ class Optimisers:
     def start(self, optimisers: Mapping[str, Optimiser], iterations: int) -> None:
         """Begin a phase of so many iterations with fresh optimisers, the networks in training mode."""
         self._optimisers, self.iterations = dict(optimisers), iterations
+        self._buffers = [buffer for network in self._networks.values() for buffer in network.buffers()]
         for network in self._networks.values():
             network.train()
 
@@ -291,10 +285,6 @@ class Optimisers:
         """Load what :meth:`state_dict` returned into the optimisers of a started phase."""
         for name, optimiser in self._optimisers.items():
             optimiser.load_state_dict(state["optimisers"].get(name, {}))
-
-    def reset_guard(self) -> None:
-        """Clear the non-finite flag."""
-        self.guard = NonFiniteGuard(self._device)
 
 
 def _flat(tensors: Sequence[Tensor]) -> Tensor:

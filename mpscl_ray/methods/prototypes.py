@@ -5,7 +5,7 @@ Sums and counts are float64, and add up over batches (the whole source set) and 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from mpscl_ray.methods.losses import class_counts, cosine_to_prototypes
 
 
-def downsample_labels(labels: Tensor, size: tuple[int, int]) -> Tensor:
+def downsample_labels(labels: Tensor, size: Sequence[int]) -> Tensor:
     """Nearest-neighbour labels at feature resolution: out[k] = in[floor(k H / h)] along each axis.
 
     Args:

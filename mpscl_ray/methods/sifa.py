@@ -8,16 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpscl_ray.config import OptimConfig, PrecisionConfig, SIFAConfig
+from mpscl_ray.config import SIFAConfig
 from mpscl_ray.config.schema import NetworkConfig
 from mpscl_ray.data.sampler import derive_seed
 from mpscl_ray.distributed import collectives
 from mpscl_ray.methods import base
-from mpscl_ray.methods.base import Batch, TargetSplit, TrainingSlices
+from mpscl_ray.methods.base import Batch, Method
 from mpscl_ray.methods.image_pool import ImagePool
 from mpscl_ray.methods.losses import at_least_float32, class_counts
 from mpscl_ray.methods.optim import NetworkAdam, NonFiniteGuard, Snapshot, autocast
-from mpscl_ray.methods.prototypes import PrototypeClassifier
 from mpscl_ray.methods.sifa_losses import (
     batch_dice_loss,
     clipped_cross_entropy,
@@ -29,7 +28,7 @@ from mpscl_ray.methods.sifa_networks import SIFANetworks
 from mpscl_ray.networks.sifa import SIFAOutput, SIFASegmenter
 
 
-class SIFA:
+class SIFA(Method):
     """Translate source images into the appearance of the target and segment them, with one encoder for both tasks.
 
     Names of the paper: A is the source, B the target; ``generator`` g_A, ``segmenter`` encoder e_B with classifiers
@@ -50,28 +49,17 @@ class SIFA:
     occur in the released files, count for no class, as there.
     """
 
-    split: TargetSplit | None = None
-    prototype_classifier: PrototypeClassifier | None = None
+    segmenter: SIFASegmenter
+    config: SIFAConfig
 
     @classmethod
-    def network_arguments(cls, network: NetworkConfig, config: SIFAConfig, num_classes: int) -> dict[str, Any]:
+    def network_arguments(cls, network: NetworkConfig, config: Any, num_classes: int) -> dict[str, Any]:
         return {"num_classes": num_classes, **config.network_arguments()}
 
-    def __init__(
-        self,
-        segmenter: SIFASegmenter,
-        config: SIFAConfig,
-        optim: OptimConfig,
-        num_classes: int,
-        device: torch.device,
-        precision: PrecisionConfig,
-        seed: int,
-    ) -> None:
-        self.config, self.num_classes, self.seed = config, num_classes, seed
-        self.device, self.precision = device, precision
-        self.segmenter = segmenter
-        self._nets = SIFANetworks(segmenter, config, num_classes, device, precision, seed)
-        self.networks = self._nets.by_name
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        nets = SIFANetworks(self.segmenter, self.config, self.num_classes, self.device, self.precision, self.seed)
+        self._nets, self.networks = nets, nets.by_name
         self._iterations = 0
         self._optimisers: dict[str, NetworkAdam] = {}
         self._reset()
@@ -97,10 +85,9 @@ class SIFA:
             network.train()
 
     def step(self, batch: Batch, iteration: int) -> dict[str, Tensor]:
-        assert batch.target_image is not None, "SIFA needs slices of the target domain"
         assert self._iterations > 0, "start_phase comes before the first step"
         c, nets = self.config, self._nets
-        a, b = (image.to(nets.dtype) for image in (batch.source_image, batch.target_image))
+        a, b = (image.to(self.dtype) for image in batch.images)
         decay = 0.9 ** (iteration // c.segmenter_decay_every) if c.segmenter_decay_every else 1.0
         for name, optimiser in self._optimisers.items():
             optimiser.start_iteration(iteration, self._iterations, decay if name == "segmenter" else 1.0)
@@ -251,12 +238,9 @@ class SIFA:
         was_training = self.segmenter.training
         self.segmenter.eval()
         with autocast(self.device, self.precision):
-            output: SIFAOutput = self.segmenter(images.to(self.device, self._nets.dtype))
+            output: SIFAOutput = self.segmenter(images.to(self.device, self.dtype))
         self.segmenter.train(was_training)
         return at_least_float32(output.main).softmax(dim=1)
-
-    def prepare(self, slices: TrainingSlices) -> None:
-        """Not needed."""
 
     def state_dict(self) -> dict[str, Any]:
         return {

@@ -34,7 +34,7 @@ class SIFANetworks:
         seed: int,
     ) -> None:
         self.segmenter, self.device, self.precision = segmenter, device, precision
-        self.dtype = next(segmenter.parameters()).dtype
+        dtype = next(segmenter.parameters()).dtype
         channels, width, discriminator = segmenter.feature_channels, config.generator_width, config.discriminator_width
         self.decoder = Decoder(channels, width, config.output_stride, config.decoder_blocks)
         self.by_name: dict[str, nn.Module] = {
@@ -50,7 +50,7 @@ class SIFANetworks:
         for number, network in enumerate(self.by_name.values()):
             if network is not segmenter:
                 initialise_sifa(network, seed + number)
-            prepare_network(collectives.broadcast_parameters(network.to(device, self.dtype)), device, precision)
+            prepare_network(collectives.broadcast_parameters(network.to(device, dtype)), device, precision)
         self.dropout = torch.Generator(device)
         """Draws the masks of the segmenter's dropout."""
         for layer in segmenter.modules():
