@@ -176,7 +176,7 @@ def segmentation_loss(logits: dict[str, Tensor], labels: Tensor, counts: Tensor,
     """L_seg = CE_main + Dice_main + w_aux (CE_aux + Dice_aux).
 
     Args:
-        logits: "main" and perhaps "aux": (B, C, H, W) at image resolution.
+        logits: by head, "main" and perhaps "aux": (B, C, H, W) at image resolution.
         labels: (B, H, W) int64.
         counts: (C,) pixels of each class in the global batch.
         aux_weight: w_aux.

@@ -91,17 +91,10 @@ class IntraDA(AdvEnt):
 
 
 def uncertainty(probabilities: Tensor, foreground: bool) -> Tensor:
-    """Mean normalised self-information of each image.
+    """Mean normalised self-information (B,) of each image, from probabilities (B, C, H, W).
 
-    R = mean over pixels of sum_c -p_c log(p_c + 1e-30) / (C log C); with ``foreground`` over the pixels predicted as
-    a structure, and 1 / C, the most there can be, where there is none.
-
-    Args:
-        probabilities: (B, C, H, W).
-        foreground: see above.
-
-    Returns:
-        (B,).
+    R = mean over pixels of sum_c -p_c log(p_c + 1e-30) / (C log C). With ``foreground`` the mean is over the pixels
+    predicted as a structure, and 1 / C, the largest possible value, where there is none.
 
     Source: R(X_t) of Pan et al. 2020, Eq. 4; the mean over channels too, as released.
     """
@@ -131,7 +124,8 @@ def sort_units(scores: Tensor, units: Sequence[range], easy_fraction: float) -> 
     means = [float(scores[unit.start : unit.stop].mean()) for unit in units]
     order = sorted(range(len(units)), key=lambda index: (means[index], index))
     number = math.floor(Fraction(str(easy_fraction)) * len(units))
-    parts = []
-    for chosen in (order[:number], order[number:]):
-        parts.append(torch.tensor(sorted(row for index in chosen for row in units[index]), dtype=torch.int64))
-    return parts[0], parts[1]
+    easy, hard = (
+        torch.tensor(sorted(row for index in chosen for row in units[index]), dtype=torch.int64)
+        for chosen in (order[:number], order[number:])
+    )
+    return easy, hard

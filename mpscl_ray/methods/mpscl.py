@@ -129,10 +129,8 @@ class MPSCL(AlignmentMethod[MPSCLConfig]):
     def initialise_prototypes(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
         """Set the prototypes to the mean feature of each class over all source slices of all workers (Eq. 4).
 
-        The segmenter is in evaluation mode. A class that occurs nowhere gets the zero prototype.
-
-        Args:
-            batches: this worker's share of (image (B, 1, H, W), label (B, H, W)); shares may differ in length.
+        The segmenter is in evaluation mode. A class that occurs nowhere gets the zero prototype. ``batches`` are this
+        worker's share of (image (B, 1, H, W), label (B, H, W)); shares may differ in length.
 
         Source: Eq. (4), Liu et al. 2022.
         """
@@ -163,13 +161,9 @@ class MPSCL(AlignmentMethod[MPSCLConfig]):
 
 @torch.no_grad()
 def prototype_angles(prototypes: Tensor) -> tuple[Tensor, Tensor]:
-    """Smallest and mean angle between two prototypes, radians; zero prototypes are left out.
+    """Smallest and mean angle between two of the prototypes (C, d), in radians; 0 where there are no two.
 
-    Args:
-        prototypes: (C, d).
-
-    Returns:
-        Two 0-dim tensors; 0 where there are no two prototypes.
+    Zero prototypes are left out.
     """
     directions = F.normalize(prototypes, dim=1)
     angles = torch.arccos((directions @ directions.T).clamp(-1.0, 1.0))

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+Norm = type[nn.BatchNorm2d | nn.InstanceNorm2d]
+
 
 class SIFAOutput(NamedTuple):
     """Output of SIFA's segmenter."""
@@ -50,17 +52,17 @@ class _Residual(nn.Module):
     """Two 3x3 convolutions added to the input, which is padded with zero channels."""
 
     def __init__(
-        self, in_channels: int, channels: int, norm: type[nn.Module], dilation: int = 1, dropout: float = 0.0
+        self, in_channels: int, channels: int, norm: Norm = nn.InstanceNorm2d, dilation: int = 1, dropout: float = 0.0
     ) -> None:
         super().__init__()
         self.added = channels - in_channels
         self.body = nn.Sequential(
             _conv(in_channels, channels, 3, dilation=dilation, bias=False),
-            _norm(norm, channels),
+            norm(channels, affine=True),
             nn.ReLU(inplace=True),
             GlobalDropout(dropout),
             _conv(channels, channels, 3, dilation=dilation, bias=False),
-            _norm(norm, channels),
+            norm(channels, affine=True),
             GlobalDropout(dropout),
         )
 
@@ -82,21 +84,19 @@ class Translator(nn.Module):
 
     def __init__(self, width: int = 32, blocks: int = 9) -> None:
         super().__init__()
-        norm = nn.InstanceNorm2d
         self.body = nn.Sequential(
-            *_block(1, width, 7, norm, padding_mode="reflect"),
-            *_block(width, 2 * width, 3, norm, stride=2),
-            *_block(2 * width, 4 * width, 3, norm, stride=2),
-            *(_Residual(4 * width, 4 * width, norm) for _ in range(blocks)),
-            *_double(4 * width, 2 * width, norm),
-            *_double(2 * width, width, norm),
+            *_block(1, width, 7, padding_mode="reflect"),
+            *_block(width, 2 * width, 3, stride=2),
+            *_block(2 * width, 4 * width, 3, stride=2),
+            *(_Residual(4 * width, 4 * width) for _ in range(blocks)),
+            *_double(4 * width, 2 * width),
+            *_double(2 * width, width),
             _conv(width, 1, 7),
         )
 
     def forward(self, image: Tensor) -> Tensor:
         """An image (B, 1, H, W) for an image (B, 1, H, W)."""
-        change: Tensor = self.body(image)
-        return torch.tanh(image + change[..., : image.shape[2], : image.shape[3]])
+        return _changed(image, self.body(image))
 
 
 class SIFASegmenter(nn.Module):
@@ -170,20 +170,18 @@ class Decoder(nn.Module):
 
     def __init__(self, in_channels: int, width: int = 32, output_stride: int = 8, blocks: int = 4) -> None:
         super().__init__()
-        norm = nn.InstanceNorm2d
         self.body = nn.Sequential(
-            *_block(in_channels, 4 * width, 3, norm),
-            *(_Residual(4 * width, 4 * width, norm) for _ in range(blocks)),
-            *_double(4 * width, 2 * width, norm),
-            *(_double(2 * width, 2 * width, norm) if output_stride == 8 else []),
-            *_double(2 * width, width, norm),
+            *_block(in_channels, 4 * width, 3),
+            *(_Residual(4 * width, 4 * width) for _ in range(blocks)),
+            *_double(4 * width, 2 * width),
+            *(_double(2 * width, 2 * width) if output_stride == 8 else []),
+            *_double(2 * width, width),
             _conv(width, 1, 7),
         )
 
     def forward(self, features: Tensor, image: Tensor) -> Tensor:
         """An image (B, 1, H, W) from features (B, d, h, w) of the image (B, 1, H, W)."""
-        change: Tensor = self.body(features)
-        return torch.tanh(image + change[..., : image.shape[2], : image.shape[3]])
+        return _changed(image, self.body(features))
 
 
 class SIFADiscriminator(nn.Sequential):
@@ -196,11 +194,10 @@ class SIFADiscriminator(nn.Sequential):
     """
 
     def __init__(self, in_channels: int, width: int = 64, outputs: int = 1) -> None:
-        norm = nn.InstanceNorm2d
 
         def block(before: int, after: int, stride: int) -> list[nn.Module]:
             conv = nn.Conv2d(before, after, 4, stride=stride, padding=2, bias=False)
-            return [conv, _norm(norm, after), nn.LeakyReLU(0.2)]
+            return [conv, nn.InstanceNorm2d(after, affine=True), nn.LeakyReLU(0.2)]
 
         super().__init__(
             nn.Conv2d(in_channels, width, 4, stride=2, padding=2),
@@ -241,18 +238,21 @@ def _conv(before: int, after: int, kernel: int, **arguments: int | str) -> nn.Co
     return nn.Conv2d(before, after, kernel, padding=dilation * (kernel // 2), **arguments)  # type: ignore[arg-type]
 
 
-def _norm(norm: type[nn.Module], channels: int) -> nn.Module:
-    return norm(channels, affine=True)
+def _block(
+    before: int, after: int, kernel: int, norm: Norm = nn.InstanceNorm2d, **arguments: int | str
+) -> list[nn.Module]:
+    return [_conv(before, after, kernel, bias=False, **arguments), norm(after, affine=True), nn.ReLU(inplace=True)]
 
 
-def _block(before: int, after: int, kernel: int, norm: type[nn.Module], **arguments: int | str) -> list[nn.Module]:
-    return [_conv(before, after, kernel, bias=False, **arguments), _norm(norm, after), nn.ReLU(inplace=True)]
-
-
-def _double(before: int, after: int, norm: type[nn.Module]) -> list[nn.Module]:
+def _double(before: int, after: int) -> list[nn.Module]:
     """Twice the resolution."""
     conv = nn.ConvTranspose2d(before, after, 3, stride=2, padding=1, output_padding=1, bias=False)
-    return [conv, _norm(norm, after), nn.ReLU(inplace=True)]
+    return [conv, nn.InstanceNorm2d(after, affine=True), nn.ReLU(inplace=True)]
+
+
+def _changed(image: Tensor, change: Tensor) -> Tensor:
+    """tanh(image + change), the change cropped to the size of the image."""
+    return torch.tanh(image + change[..., : image.shape[2], : image.shape[3]])
 
 
 def _resize(logits: Tensor, size: Sequence[int]) -> Tensor:
