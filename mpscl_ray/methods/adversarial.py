@@ -17,7 +17,7 @@ from mpscl_ray.config import DiscriminatorConfig
 from mpscl_ray.config.methods import AdversarialConfig
 from mpscl_ray.distributed import collectives
 from mpscl_ray.distributed.batch_norm import PerDomainForward
-from mpscl_ray.methods.losses import SOURCE_LABEL, TARGET_LABEL, domain_loss
+from mpscl_ray.methods.losses import SOURCE_LABEL, TARGET_LABEL, at_least_float32, domain_loss
 from mpscl_ray.methods.optim import autocast, prepare_network
 from mpscl_ray.methods.segmenter_method import SegmenterMethod
 from mpscl_ray.networks import initialise
@@ -72,7 +72,7 @@ class AdversarialMethod(SegmenterMethod[DiscriminatorSettings]):
     def accuracy(self, on_source: Tensor, on_target: Tensor) -> Tensor:
         """Fraction of a discriminator's outputs that name the right domain."""
         correct = [on_source.detach().flatten() < self.border, on_target.detach().flatten() > self.border]
-        return torch.cat(correct).to(torch.float32 if on_source.dtype != torch.float64 else torch.float64).mean()
+        return torch.cat(correct).to(at_least_float32(on_source).dtype).mean()
 
 
 class AlignmentMethod(AdversarialMethod[AdversarialSettings]):
@@ -106,15 +106,9 @@ class AlignmentMethod(AdversarialMethod[AdversarialSettings]):
     def discriminator_backward(
         self, source: Mapping[str, Tensor], target: Mapping[str, Tensor], losses: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Backward pass of the discriminators.
+        """Backward pass of the discriminators on source logits and target maps, by head; returns their accuracies.
 
-        Args:
-            source: logits (B, C, H, W) of each head.
-            target: maps of the target, see :meth:`maps`.
-            losses: the discriminators' losses are added to them.
-
-        Returns:
-            The discriminators' accuracies by their names in the metrics.
+        Adds their losses to ``losses``.
         """
         accuracies: dict[str, Tensor] = {}
         total = torch.zeros((), device=self.device)

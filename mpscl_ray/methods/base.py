@@ -78,14 +78,8 @@ class TargetSplit:
 class Method(ABC):
     """A published method: owns its networks, optimisers and state, and runs one training step at a time.
 
-    Args:
-        segmenter: with its initial weights; trained in place.
-        config: settings of the method.
-        optim: settings of the optimisers.
-        num_classes: C, background included.
-        device: where to train.
-        precision: how GPUs compute.
-        seed: of all that the method draws.
+    It is built from a segmenter with its initial weights, which it trains in place, the settings of the method and of
+    the optimisers, the number of classes (with background), device, precision, and the seed of all random numbers.
     """
 
     networks: dict[str, nn.Module]
@@ -175,11 +169,8 @@ class SegmentationLoss:
 def segmentation_loss(logits: dict[str, Tensor], labels: Tensor, counts: Tensor, aux_weight: float) -> SegmentationLoss:
     """L_seg = CE_main + Dice_main + w_aux (CE_aux + Dice_aux).
 
-    Args:
-        logits: by head, "main" and perhaps "aux": (B, C, H, W) at image resolution.
-        labels: (B, H, W) int64.
-        counts: (C,) pixels of each class in the global batch.
-        aux_weight: w_aux.
+    From logits (B, C, H, W) by head, "main" and perhaps "aux", labels (B, H, W) int64, and the counts (C,) of each
+    class's pixels in the global batch.
 
     Source: the segmentation term of Eq. (2), Liu et al. 2022; auxiliary weight as released.
     """

@@ -171,12 +171,7 @@ class NonFiniteGuard:
 
     @torch.no_grad()
     def update(self, losses: Mapping[str, Tensor], gradients: Sequence[Tensor]) -> None:
-        """Check a step whose gradients are averaged already. One collective of one number.
-
-        Args:
-            losses: this worker's component losses, 0-dim, by name.
-            gradients: all that the optimisers are about to use.
-        """
+        """Check this worker's component losses (0-dim, by name) and the averaged gradients; one small collective."""
         watched = dict(losses)
         if gradients:
             watched["gradient_norm"] = torch.nn.utils.get_total_norm(gradients)
@@ -241,11 +236,7 @@ class Optimisers:
     def step(self, losses: Mapping[str, Tensor]) -> Tensor:
         """Update all, unless this or an earlier step had a loss or gradient that was not finite on some worker.
 
-        Args:
-            losses: this worker's component losses, 0-dim, by name.
-
-        Returns:
-            The flag: 0-dim, 1 where nothing was updated.
+        ``losses`` are this worker's component losses, 0-dim, by name. Returns the flag: 1 where nothing was updated.
         """
         gradients = [gradient for optimiser in self._optimisers.values() for gradient in optimiser.gradients()]
         self.guard.update(losses, gradients)

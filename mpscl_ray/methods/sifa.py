@@ -12,6 +12,7 @@ from mpscl_ray.config import SIFAConfig
 from mpscl_ray.config.schema import NetworkConfig
 from mpscl_ray.data.sampler import derive_seed
 from mpscl_ray.distributed import collectives
+from mpscl_ray.distributed.batch_norm import batch_norms
 from mpscl_ray.methods import base
 from mpscl_ray.methods.base import Batch, Method
 from mpscl_ray.methods.image_pool import ImagePool
@@ -34,19 +35,19 @@ class SIFA(Method):
     Names of the paper: A is the source, B the target; ``generator`` g_A, ``segmenter`` encoder e_B with classifiers
     s_B, ``decoder`` de_B, ``discriminator_source`` d_A (with auxiliary output), ``discriminator_target`` d_B,
     ``discriminator_prediction`` d_P, ``discriminator_low`` its second one. An iteration has seven sub-steps, in the
-    order of the release: g_A, d_B, e_B with s_B, de_B, d_A, d_P and its second one. Each uses the weights that the ones
-    before it have updated, its own Adam and its own check that all is finite.
+    order of the release: g_A, d_B, e_B with s_B, de_B, d_A, d_P and its second one. Each uses the weights that the
+    sub-steps before it have updated, its own Adam and its own check that everything is finite.
 
-    After a sub-step that is not finite nothing is updated any more; what earlier sub-steps of that iteration updated
-    stays updated, and the pools keep counting. A run ends there without a checkpoint, so no run resumes from half an
+    After a sub-step that is not finite nothing is updated any more. What earlier sub-steps of that iteration updated
+    stays updated, and the pools keep counting; the run ends there without a checkpoint, so none resumes from half an
     iteration. Copies of all weights and Adam states to undo it took 7 to 10 % of an iteration's CPU time.
 
     The settings of the optimisers are unused: SIFA has its own.
 
     Source: Chen et al. 2020 and 2019.
     Differs from the released code: each network has an Adam with its own step count, where six losses of the release
-    share one; only its own sub-step updates the running statistics of the encoder; labels outside the classes, which
-    occur in the released files, count for no class, as there.
+    share one; the encoder's running statistics are updated in its own sub-step alone. As there, labels outside the
+    classes, which occur in the released files, count for no class.
     """
 
     segmenter: SIFASegmenter
@@ -95,7 +96,7 @@ class SIFA(Method):
         counts = collectives.all_reduce_sum(class_counts(batch.source_label, self.num_classes))
 
         fake_b, losses = self._step_generator(a, b)
-        losses |= self._step_discriminator_target(b, fake_b)
+        losses |= self._step_discriminator("target", b, self._pools["target"].swap(fake_b))
         with torch.no_grad():
             fake_b = nets.translate(a)
         losses |= self._step_segmenter(a, b, fake_b, batch.source_label, counts, iteration)
@@ -104,9 +105,9 @@ class SIFA(Method):
         fake_a, decoder_losses = self._step_decoder(a, b, fake_b, on_fake, on_real)
         losses |= decoder_losses
         losses |= self._step_discriminator_source(a, fake_a, fake_b, on_fake)
-        losses |= self._step_discriminator_prediction("prediction", on_fake.main, on_real.main)
+        losses |= self._step_discriminator("prediction", on_fake.main, on_real.main)
         if on_fake.low is not None and on_real.low is not None:
-            losses |= self._step_discriminator_prediction("low", on_fake.low, on_real.low)
+            losses |= self._step_discriminator("low", on_fake.low, on_real.low)
         return base.metrics(losses, non_finite=self._flag)
 
     def _step_generator(self, a: Tensor, b: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -124,23 +125,13 @@ class SIFA(Method):
         }
         return fake_b, self._update("generator", losses["loss_cycle"] + losses["loss_adversarial_target"], losses)
 
-    def _step_discriminator_target(self, b: Tensor, fake_b: Tensor) -> dict[str, Tensor]:
-        """d_B."""
-        nets = self._nets
-        nets.train_only("discriminator_target")
-        earlier_b = self._pools["target"].swap(fake_b)
-        loss = lsgan_discriminator_loss(
-            nets.call("discriminator_target", b), nets.call("discriminator_target", earlier_b)
-        )
-        return self._update("discriminator_target", loss, {"loss_discriminator_target": loss})
-
     def _step_segmenter(
         self, a: Tensor, b: Tensor, fake_b: Tensor, labels: Tensor, counts: Tensor, iteration: int
     ) -> dict[str, Tensor]:
         """e_B and s_B."""
         c, nets = self.config, self._nets
         nets.train_only("segmenter")
-        before = Snapshot(nets.running_stats())
+        before = Snapshot([buffer for layer in batch_norms(self.segmenter) for buffer in layer.buffers()])
         on_fake = nets.segment(fake_b, update_running_stats=True)
         on_real = nets.segment(b, update_running_stats=True)
         fake_a = nets.decode(on_real.features, b)
@@ -188,8 +179,8 @@ class SIFA(Method):
         loss = loss + lsgan_discriminator_loss(on_cycle[:, 1:], on_earlier[:, 1:])
         return self._update("discriminator_source", loss, {"loss_discriminator_source": loss})
 
-    def _step_discriminator_prediction(self, which: str, real: Tensor, fake: Tensor) -> dict[str, Tensor]:
-        """d_P, or its second one, on the logits of translated source ("real") and of target images ("fake")."""
+    def _step_discriminator(self, which: str, real: Tensor, fake: Tensor) -> dict[str, Tensor]:
+        """d_B on images, d_P or its second one on the logits of translated source ("real") and of target ("fake")."""
         name = f"discriminator_{which}"
         self._nets.train_only(name)
         loss = lsgan_discriminator_loss(self._nets.call(name, real), self._nets.call(name, fake))

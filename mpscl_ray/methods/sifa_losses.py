@@ -44,11 +44,8 @@ def clipped_cross_entropy(logits: Tensor, labels: Tensor, counts: Tensor) -> Ten
 def batch_dice_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Dice loss of the global batch: 1 - 1/C sum_c 2 sum pg / (sum p^2 + sum g + 1e-7), sums over all images.
 
-    It is not a mean over images, so the three sums of each class are added over the workers before the division.
-
-    Args:
-        logits: (B, C, H, W).
-        labels: (B, H, W) int64; a label outside the classes counts for no class.
+    It is not a mean over images, so the three sums of each class are added over the workers before the division. Logits
+    are (B, C, H, W), labels (B, H, W) int64; one outside the classes counts for no class.
 
     Source: the released code of Chen et al. 2020.
     """

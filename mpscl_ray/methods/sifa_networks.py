@@ -36,11 +36,10 @@ class SIFANetworks:
         self.segmenter, self.device, self.precision = segmenter, device, precision
         dtype = next(segmenter.parameters()).dtype
         channels, width, discriminator = segmenter.feature_channels, config.generator_width, config.discriminator_width
-        self.decoder = Decoder(channels, width, config.output_stride, config.decoder_blocks)
         self.by_name: dict[str, nn.Module] = {
             "segmenter": segmenter,
             "generator": Translator(width, config.generator_blocks),
-            "decoder": self.decoder,
+            "decoder": Decoder(channels, width, config.output_stride, config.decoder_blocks),
             "discriminator_source": SIFADiscriminator(1, discriminator, outputs=2),
             "discriminator_target": SIFADiscriminator(1, discriminator),
             "discriminator_prediction": SIFADiscriminator(num_classes, discriminator),
@@ -64,18 +63,13 @@ class SIFANetworks:
         for other, network in self.by_name.items():
             network.requires_grad_(other == name)
 
-    def running_stats(self) -> list[Tensor]:
-        """Buffers of the segmenter's batch norms."""
-        return [buffer for layer in self._norms for buffer in layer.buffers()]
-
     def translate(self, image: Tensor) -> Tensor:
         """An image with the appearance of the target (g_A) from one of the source."""
         return self.call("generator", image)
 
     def decode(self, features: Tensor, image: Tensor) -> Tensor:
         """An image with the appearance of the source (de_B) from the features of one of the target."""
-        with autocast(self.device, self.precision):
-            return at_least_float32(self.decoder(features, image))
+        return self.call("decoder", features, image)
 
     def segment(self, image: Tensor, update_running_stats: bool = False) -> SIFAOutput:
         """Logits and features (e_B, s_B) of an image of the target."""
@@ -89,7 +83,7 @@ class SIFANetworks:
                 layer.track_running_stats = True
         return SIFAOutput(*(None if x is None else at_least_float32(x) for x in output))  # type: ignore[arg-type]
 
-    def call(self, name: str, x: Tensor) -> Tensor:
-        """Output of a network with one input and one output."""
+    def call(self, name: str, *inputs: Tensor) -> Tensor:
+        """Output of a network with one output."""
         with autocast(self.device, self.precision):
-            return at_least_float32(self.by_name[name](x))
+            return at_least_float32(self.by_name[name](*inputs))

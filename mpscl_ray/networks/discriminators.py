@@ -8,9 +8,7 @@ from torch import Tensor, nn
 class FCDiscriminator(nn.Sequential):
     """Five 4x4 convolutions of stride 2: one logit per 32x32 pixels.
 
-    Args:
-        num_classes: C, channels of the self-information map.
-        width: channels of the first convolution; doubled by each of the next three.
+    The first has ``width`` channels; each of the next three doubles them.
 
     Source: the discriminator of AdaptSegNet, which section IV.B, Liu et al. 2022 takes for MR to CT.
     """
@@ -32,15 +30,14 @@ class FCDiscriminator(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
         """Domain logits (B, 1, H // 32, W // 32) of maps (B, C, H, W); ValueError for maps under 32x32 pixels."""
         _check_size(x, self.minimum_size, "FC")
-        return super().forward(x)  # type: ignore[no-any-return]
+        logits: Tensor = super().forward(x)  # type: ignore[no-untyped-call]
+        return logits
 
 
 class PatchGANDiscriminator(nn.Module):
     """Three 4x4 convolutions of stride 2 and two of stride 1, with batch norm on the inner three.
 
-    Args:
-        num_classes: C, channels of the self-information map.
-        width: channels of the first convolution; doubled by each of the next three.
+    The first has ``width`` channels; each of the next three doubles them.
 
     Source: PatchGAN of pix2pix, which section IV.B, Liu et al. 2022 takes for CT to MR.
     """

@@ -44,7 +44,7 @@ def initialise(module: Segmenter | FCDiscriminator | PatchGANDiscriminator, seed
     The values depend on the seed and the architecture alone: not on the global random state, device or dtype.
 
     Raises:
-        TypeError: the module is none of these networks; a wrapped one is not.
+        TypeError: the module is none of these networks, or it is wrapped.
     """
     if isinstance(module, SIFASegmenter):
         initialise_sifa(module, seed)

@@ -109,7 +109,6 @@ def load_prototypes(path: Path, num_classes: int, channels: int) -> Tensor:
     """Read released class centres (C, d) float32, from an npy file that may have more axes of length one.
 
     Args:
-        path: of the file.
         num_classes: C.
         channels: d, ``feature_channels`` of the segmenter.
 

@@ -28,11 +28,7 @@ class SIFAOutput(NamedTuple):
 
 
 class GlobalDropout(nn.Module):
-    """Dropout with a mask drawn for the images of all workers, so that it does not depend on their number.
-
-    Args:
-        rate: fraction that is dropped; 0 does nothing.
-    """
+    """Dropout of a fraction, with a mask drawn for the images of all workers, so that their number does not matter."""
 
     def __init__(self, rate: float) -> None:
         super().__init__()
@@ -75,9 +71,7 @@ class _Residual(nn.Module):
 class Translator(nn.Module):
     """From an image of one domain to one of the other: tanh(x + f(x)).
 
-    Args:
-        width: channels of the first convolution.
-        blocks: residual blocks at a quarter of the resolution.
+    ``width`` is the channels of the first convolution; ``blocks`` are residual, at a quarter of the resolution.
 
     Source: generator of Chen et al. 2020, the residual network of CycleGAN with instance norms.
     """
@@ -161,11 +155,7 @@ class SIFASegmenter(nn.Module):
 class Decoder(nn.Module):
     """From the encoder's features of a target-like image to one like the source: tanh(x + f(features)).
 
-    Args:
-        in_channels: of the features.
-        width: channels of the last convolution but one.
-        output_stride: of the encoder.
-        blocks: residual blocks.
+    ``width`` is the channels of the last convolution but one, ``output_stride`` that of the encoder.
     """
 
     def __init__(self, in_channels: int, width: int = 32, output_stride: int = 8, blocks: int = 4) -> None:
@@ -187,10 +177,8 @@ class Decoder(nn.Module):
 class SIFADiscriminator(nn.Sequential):
     """PatchGAN with instance norms and no sigmoid: three 4x4 convolutions of stride 2 and two of stride 1.
 
-    Args:
-        in_channels: 1 for images, C for logits.
-        width: channels of the first convolution.
-        outputs: 2 for the source's, which also separates reconstructed images from real ones, the auxiliary task.
+    It takes images (1 channel) or logits (C channels). That of the source has two outputs: the second is for its
+    auxiliary task, to separate reconstructed images from real ones.
     """
 
     def __init__(self, in_channels: int, width: int = 64, outputs: int = 1) -> None:
@@ -213,8 +201,8 @@ class SIFADiscriminator(nn.Sequential):
 def initialise_sifa(module: nn.Module, seed: int) -> None:
     """Convolutions N(0, 0.02), or N(0, sqrt(2 / fan in)) before a batch norm; biases 0; norms 1 and 0.
 
-    Source: the released code has N(0, 0.02) throughout.
-    Differs from the released code: before batch norms, which undo the scale, one that does not vanish with depth.
+    Differs from the released code, which has N(0, 0.02) throughout: batch norms undo the scale, and with theirs the
+    activations do not vanish with depth.
     """
     generator = torch.Generator().manual_seed(seed)
     encoder = isinstance(module, SIFASegmenter)

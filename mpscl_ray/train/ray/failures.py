@@ -45,7 +45,7 @@ def causes(worker_exceptions: Mapping[int, BaseException]) -> str:
         if _is_death(error):
             lines.append(f"worker {rank} was lost: its process died")
         elif _PEER_IS_GONE.search(str(error)):
-            lines.append(f"worker {rank} was cut off: a process or a node that it spoke to was lost")
+            lines.append(f"worker {rank} was cut off: a process or a node that it communicated with was lost")
         else:
             lines.append(f"worker {rank} failed: {last_line(error)}")
     return "; ".join(lines)

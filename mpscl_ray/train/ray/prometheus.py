@@ -75,13 +75,7 @@ def readings(record: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, str], f
 
 
 class Monitoring:
-    """Exports the metrics of a run from one of its workers: all of them from worker 0, memory from each.
-
-    Args:
-        run: name of the run.
-        worker: rank of this worker.
-        device: of this worker.
-    """
+    """Exports the metrics of a run from one of its workers: all of them from worker 0, memory from each."""
 
     def __init__(self, run: str, worker: int, device: torch.device) -> None:
         self.run, self.worker, self.device = run, worker, device
