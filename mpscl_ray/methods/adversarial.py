@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mpscl_ray.config import DiscriminatorConfig
 from mpscl_ray.config.methods import AdversarialConfig
@@ -34,21 +34,19 @@ class AdversarialMethod(SegmenterMethod[DiscriminatorSettings]):
     """A method with discriminators: one for each of :attr:`discriminated_heads`, trained by Adam."""
 
     border = 0.0
-    """A discriminator's output below it names the source, one above it the target."""
+    """An output of a discriminator below this names the source, one above it the target."""
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
         self.discriminators: dict[str, Discriminator] = {}
+        self._wrapped_discriminators: dict[str, nn.Module] = {}
         for number, head in enumerate(self.discriminated_heads):
             kind = DISCRIMINATORS[self.config.discriminator]
             discriminator = kind(self.num_classes, self.config.discriminator_width)
             initialise(discriminator, self.seed + number)
             prepare_network(discriminator.to(self.dtype), self.device, self.precision)
             self.discriminators[head] = self.networks[f"discriminator_{head}"] = discriminator
-        self._wrapped_discriminators = {
-            head: collectives.wrap(PerDomainForward(network), self.device)
-            for head, network in self.discriminators.items()
-        }
+            self._wrapped_discriminators[head] = collectives.wrap(PerDomainForward(discriminator), self.device)
 
     @property
     def discriminated_heads(self) -> tuple[str, ...]:
@@ -90,7 +88,7 @@ class AlignmentMethod(AdversarialMethod[AdversarialSettings]):
         return {head: self.discriminated_map(x) for head, x in logits.items()}
 
     def adversarial_losses(self, target: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Loss of each head: frozen discriminators should take the target's maps, given with gradient, for source's."""
+        """Loss of each head on the target's maps, which frozen discriminators should take for maps of the source."""
         return {
             head: self.domain_loss(self.discriminate_frozen(head, target[head]), SOURCE_LABEL)
             for head in self.discriminators

@@ -210,15 +210,10 @@ FAR = 1e6
 
 
 def class_features(features: Tensor, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean feature of each class in each image, over pixels where the label is also the most likely class.
+    """Mean feature (B, C, d) of each class in each image, over pixels where the label is also the most likely class.
 
-    Args:
-        features: (B, d, h, w).
-        logits: (B, C, h, w).
-        labels: (B, h, w) int64; IGNORE counts nowhere.
-
-    Returns:
-        Means (B, C, d), zero where there is no such pixel, and numbers of pixels (B, C) float64 without gradient.
+    From features (B, d, h, w), logits (B, C, h, w) and labels (B, h, w), of which IGNORE counts nowhere. A mean over no
+    pixels is zero. Returns also the numbers of pixels (B, C), float64 without gradient.
     """
     with torch.autocast(features.device.type, enabled=False):
         classes = torch.arange(logits.shape[1], device=labels.device)

@@ -76,11 +76,8 @@ class IntraDA(AdvEnt):
         return collectives.all_reduce_sum(scores).cpu(), collectives.all_reduce_sum(labels).cpu()
 
     def state_dict(self) -> dict[str, Any]:
-        state = super().state_dict()
-        if self.split is None:
-            return state
-        split = {"easy": self.split.easy, "hard": self.split.hard, "pseudo_labels": self.split.pseudo_labels}
-        return {**state, "split": {**split, "scores": self.scores}}
+        split = {} if self.split is None else {"split": {**vars(self.split), "scores": self.scores}}
+        return {**super().state_dict(), **split}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
@@ -113,13 +110,7 @@ def sort_units(scores: Tensor, units: Sequence[range], easy_fraction: float) -> 
 
     Units of equal score stay in their order. The fraction is taken as it is written: 0.29 of 100 units are 29.
 
-    Args:
-        scores: (rows,) float64.
-        units: rows of each of the N units, none of them empty.
-        easy_fraction: in (0, 1).
-
-    Returns:
-        Easy and hard rows, (n,) and (m,) int64, both ascending.
+    Scores are (rows,) float64, and no unit is empty. Returns easy and hard rows, (n,) and (m,) int64, both ascending.
     """
     means = [float(scores[unit.start : unit.stop].mean()) for unit in units]
     order = sorted(range(len(units)), key=lambda index: (means[index], index))

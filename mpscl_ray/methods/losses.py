@@ -14,11 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-SOURCE_LABEL = 0
-"""Label of the source domain for discriminators."""
-
-TARGET_LABEL = 1
-"""Label of the target domain for discriminators."""
+SOURCE_LABEL, TARGET_LABEL = 0, 1
+"""Labels of the domains for discriminators."""
 
 MASK_EPS = 1e-4
 """Added once to the global number of selected target pixels: a batch without any has loss 0."""
@@ -138,11 +135,8 @@ def least_squares_domain_loss(output: Tensor, domain: int) -> Tensor:
 def cosine_to_prototypes(features: Tensor, prototypes: Tensor) -> Tensor:
     """Cosine between every pixel's feature and every class's prototype.
 
-    Features (B, d, h, w) and prototypes (C, d) are normalised here. One of norm zero has cosine 0 with everything, and
-    a finite gradient.
-
-    Returns:
-        (B, C, h, w), float32 or float64.
+    From raw features (B, d, h, w) and prototypes (C, d), which are normalised here: (B, C, h, w), float32 or float64. A
+    vector of norm zero has cosine 0 with everything, and a finite gradient.
 
     Source: Eq. (6), Liu et al. 2022.
     """
@@ -182,7 +176,7 @@ def margin_contrastive_loss(
         labels: (B, h, w) int64.
         margin: m, radians in [0, pi/2].
         temperature: t.
-        base_temperature: Only in the released form.
+        base_temperature: only in the released form.
         form: ``released`` or ``paper``.
         weights: (B, h, w), bool or float: the self-paced mask. None counts every pixel.
 

@@ -25,14 +25,9 @@ def downsample_labels(labels: Tensor, size: Sequence[int]) -> Tensor:
 
 @torch.no_grad()
 def prototype_sums(features: Tensor, labels_small: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
-    """Sum of the raw features of each class, and its number of pixels.
+    """Sum (C, d) of the raw features (B, d, h, w) of each class, and its number of pixels (C,), both float64.
 
-    Args:
-        features: (B, d, h, w).
-        labels_small: (B, h, w) int64, see :func:`downsample_labels`.
-
-    Returns:
-        sums (C, d) and counts (C,), float64, zero for a class that does not occur.
+    Labels (B, h, w) are those of :func:`downsample_labels`. A class that does not occur has zeros.
 
     Source: numerator and denominator of Eqs. (4) and (5), Liu et al. 2022.
     """

@@ -14,15 +14,7 @@ from mpscl_ray.distributed.batch_norm import PerDomainForward
 from mpscl_ray.methods import base
 from mpscl_ray.methods.base import Method
 from mpscl_ray.methods.losses import at_least_float32, class_counts
-from mpscl_ray.methods.optim import (
-    NetworkAdam,
-    NonFiniteGuard,
-    Optimiser,
-    Optimisers,
-    SegmenterSGD,
-    autocast,
-    prepare_network,
-)
+from mpscl_ray.methods.optim import NetworkAdam, Optimiser, Optimisers, SegmenterSGD, autocast, prepare_network
 from mpscl_ray.networks.deeplab import DeepLabV2, SegmenterOutput, upsample_logits
 
 Config = TypeVar("Config", bound=SegmentationConfig)
@@ -85,7 +77,7 @@ class SegmenterMethod(Method, Generic[Config]):
     def segmentation_loss(
         self, logits: dict[str, Tensor], labels: Tensor, counts: Tensor | None = None
     ) -> base.SegmentationLoss:
-        """:func:`~mpscl_ray.methods.base.segmentation_loss`; without the global class counts they are computed."""
+        """L_seg, see :func:`~mpscl_ray.methods.base.segmentation_loss`; ``counts`` are computed where they are None."""
         if counts is None:
             counts = collectives.all_reduce_sum(class_counts(labels, self.num_classes))
         return base.segmentation_loss(logits, labels, counts, self.config.segmentation_aux_weight)
@@ -107,7 +99,7 @@ class SegmenterMethod(Method, Generic[Config]):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         base.load_networks(self.networks, state["networks"])
-        self.optimisers.guard = NonFiniteGuard(self.device)
+        self.optimisers = Optimisers(self.networks, self.device)
         if state["phase"]["iterations"]:
             self.start_phase(state["phase"]["iterations"])
             self.optimisers.load_state_dict(state)

@@ -8,13 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpscl_ray.config import SIFAConfig
 from mpscl_ray.config.schema import NetworkConfig
 from mpscl_ray.data.sampler import derive_seed
 from mpscl_ray.distributed import collectives
-from mpscl_ray.distributed.batch_norm import batch_norms
 from mpscl_ray.methods import base
-from mpscl_ray.methods.base import Batch, Method
+from mpscl_ray.methods.base import Batch
 from mpscl_ray.methods.image_pool import ImagePool
 from mpscl_ray.methods.losses import at_least_float32, class_counts
 from mpscl_ray.methods.optim import NetworkAdam, NonFiniteGuard, Snapshot, autocast
@@ -26,10 +24,10 @@ from mpscl_ray.methods.sifa_losses import (
     lsgan_generator_loss,
 )
 from mpscl_ray.methods.sifa_networks import SIFANetworks
-from mpscl_ray.networks.sifa import SIFAOutput, SIFASegmenter
+from mpscl_ray.networks.sifa import SIFAOutput
 
 
-class SIFA(Method):
+class SIFA(SIFANetworks):
     """Translate source images into the appearance of the target and segment them, with one encoder for both tasks.
 
     Names of the paper: A is the source, B the target; ``generator`` g_A, ``segmenter`` encoder e_B with classifiers
@@ -50,17 +48,12 @@ class SIFA(Method):
     classes, which occur in the released files, count for no class.
     """
 
-    segmenter: SIFASegmenter
-    config: SIFAConfig
-
     @classmethod
     def network_arguments(cls, network: NetworkConfig, config: Any, num_classes: int) -> dict[str, Any]:
         return {"num_classes": num_classes, **config.network_arguments()}
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
-        nets = SIFANetworks(self.segmenter, self.config, self.num_classes, self.device, self.precision, self.seed)
-        self._nets, self.networks = nets, nets.by_name
         self._iterations = 0
         self._optimisers: dict[str, NetworkAdam] = {}
         self._reset()
@@ -87,21 +80,21 @@ class SIFA(Method):
 
     def step(self, batch: Batch, iteration: int) -> dict[str, Tensor]:
         assert self._iterations > 0, "start_phase comes before the first step"
-        c, nets = self.config, self._nets
+        c = self.config
         a, b = (image.to(self.dtype) for image in batch.images)
         decay = 0.9 ** (iteration // c.segmenter_decay_every) if c.segmenter_decay_every else 1.0
         for name, optimiser in self._optimisers.items():
             optimiser.start_iteration(iteration, self._iterations, decay if name == "segmenter" else 1.0)
-        nets.dropout.manual_seed(derive_seed(self.seed, "dropout", iteration) % 2**63)
+        self.dropout.manual_seed(derive_seed(self.seed, "dropout", iteration) % 2**63)
         counts = collectives.all_reduce_sum(class_counts(batch.source_label, self.num_classes))
 
         fake_b, losses = self._step_generator(a, b)
         losses |= self._step_discriminator("target", b, self._pools["target"].swap(fake_b))
         with torch.no_grad():
-            fake_b = nets.translate(a)
+            fake_b = self.translate(a)
         losses |= self._step_segmenter(a, b, fake_b, batch.source_label, counts, iteration)
         with torch.no_grad():
-            on_fake, on_real = nets.segment(fake_b), nets.segment(b)
+            on_fake, on_real = self.segment(fake_b), self.segment(b)
         fake_a, decoder_losses = self._step_decoder(a, b, fake_b, on_fake, on_real)
         losses |= decoder_losses
         losses |= self._step_discriminator_source(a, fake_a, fake_b, on_fake)
@@ -112,16 +105,15 @@ class SIFA(Method):
 
     def _step_generator(self, a: Tensor, b: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """g_A. Returns its images of a, from before its update, and its losses."""
-        nets = self._nets
-        nets.train_only("generator")
+        self.train_only("generator")
         with torch.no_grad():
-            fake_a = nets.decode(nets.segment(b).features, b)
-        fake_b = nets.translate(a)
-        cycle_b = nets.translate(fake_a)
-        cycle_a = nets.decode(nets.segment(fake_b).features, fake_b)
+            fake_a = self.decode(self.segment(b).features, b)
+        fake_b = self.translate(a)
+        cycle_b = self.translate(fake_a)
+        cycle_a = self.decode(self.segment(fake_b).features, fake_b)
         losses = {
             "loss_cycle": self._cycle(a, cycle_a, b, cycle_b),
-            "loss_adversarial_target": lsgan_generator_loss(nets.call("discriminator_target", fake_b)),
+            "loss_adversarial_target": lsgan_generator_loss(self.call("discriminator_target", fake_b)),
         }
         return fake_b, self._update("generator", losses["loss_cycle"] + losses["loss_adversarial_target"], losses)
 
@@ -129,16 +121,16 @@ class SIFA(Method):
         self, a: Tensor, b: Tensor, fake_b: Tensor, labels: Tensor, counts: Tensor, iteration: int
     ) -> dict[str, Tensor]:
         """e_B and s_B."""
-        c, nets = self.config, self._nets
-        nets.train_only("segmenter")
-        before = Snapshot([buffer for layer in batch_norms(self.segmenter) for buffer in layer.buffers()])
-        on_fake = nets.segment(fake_b, update_running_stats=True)
-        on_real = nets.segment(b, update_running_stats=True)
-        fake_a = nets.decode(on_real.features, b)
-        cycle_a, cycle_b = nets.decode(on_fake.features, fake_b), nets.translate(fake_a)
-        verdict = nets.call("discriminator_source", fake_a)
+        c = self.config
+        self.train_only("segmenter")
+        before = Snapshot([buffer for layer in self.norms for buffer in layer.buffers()])
+        on_fake = self.segment(fake_b, update_running_stats=True)
+        on_real = self.segment(b, update_running_stats=True)
+        fake_a = self.decode(on_real.features, b)
+        cycle_a, cycle_b = self.decode(on_fake.features, fake_b), self.translate(fake_a)
+        verdict = self.call("discriminator_source", fake_a)
         losses = self._segmentation(on_fake, labels, counts)
-        losses["loss_prediction"] = lsgan_generator_loss(nets.call("discriminator_prediction", on_real.main))
+        losses["loss_prediction"] = lsgan_generator_loss(self.call("discriminator_prediction", on_real.main))
         losses["loss_features"] = lsgan_generator_loss(verdict[:, 1:])
         losses["loss_decoder"] = self._cycle(a, cycle_a, b, cycle_b) + lsgan_generator_loss(verdict[:, :1])
         segmentation = losses["loss_cross_entropy_main"] + losses["loss_dice_main"]
@@ -146,7 +138,7 @@ class SIFA(Method):
         total = total + self._ramped(iteration) * losses["loss_prediction"]
         total = total + c.lambda_features * losses["loss_features"] + c.lambda_decoder * losses["loss_decoder"]
         if on_real.low is not None:
-            losses["loss_prediction_low"] = lsgan_generator_loss(nets.call("discriminator_low", on_real.low))
+            losses["loss_prediction_low"] = lsgan_generator_loss(self.call("discriminator_low", on_real.low))
             total = total + c.lambda_low * (losses["loss_cross_entropy_low"] + losses["loss_dice_low"])
             total = total + c.lambda_prediction_low * losses["loss_prediction_low"]
         metrics = {"loss_segmentation": segmentation.detach()} | self._update("segmenter", total, losses)
@@ -157,24 +149,22 @@ class SIFA(Method):
         self, a: Tensor, b: Tensor, fake_b: Tensor, on_fake: SIFAOutput, on_real: SIFAOutput
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """de_B. Returns its images of b, from before its update, and its losses."""
-        nets = self._nets
-        nets.train_only("decoder")
-        fake_a = nets.decode(on_real.features, b)
-        cycle_a, cycle_b = nets.decode(on_fake.features, fake_b), nets.translate(fake_a)
+        self.train_only("decoder")
+        fake_a = self.decode(on_real.features, b)
+        cycle_a, cycle_b = self.decode(on_fake.features, fake_b), self.translate(fake_a)
         loss = self._cycle(a, cycle_a, b, cycle_b)
-        loss = loss + lsgan_generator_loss(nets.call("discriminator_source", fake_a)[:, :1])
+        loss = loss + lsgan_generator_loss(self.call("discriminator_source", fake_a)[:, :1])
         return fake_a, self._update("decoder", loss, {"loss_translation_to_source": loss})
 
     def _step_discriminator_source(
         self, a: Tensor, fake_a: Tensor, fake_b: Tensor, on_fake: SIFAOutput
     ) -> dict[str, Tensor]:
         """d_A: its second output separates images decoded from target features from those of translated source."""
-        nets = self._nets
-        nets.train_only("discriminator_source")
+        self.train_only("discriminator_source")
         with torch.no_grad():
-            cycle_a = nets.decode(on_fake.features, fake_b)
+            cycle_a = self.decode(on_fake.features, fake_b)
         earlier_a = self._pools["source"].swap(fake_a)
-        on_image, on_earlier, on_cycle = (nets.call("discriminator_source", image) for image in (a, earlier_a, cycle_a))
+        on_image, on_earlier, on_cycle = (self.call("discriminator_source", image) for image in (a, earlier_a, cycle_a))
         loss = lsgan_discriminator_loss(on_image[:, :1], on_earlier[:, :1])
         loss = loss + lsgan_discriminator_loss(on_cycle[:, 1:], on_earlier[:, 1:])
         return self._update("discriminator_source", loss, {"loss_discriminator_source": loss})
@@ -182,12 +172,12 @@ class SIFA(Method):
     def _step_discriminator(self, which: str, real: Tensor, fake: Tensor) -> dict[str, Tensor]:
         """d_B on images, d_P or its second one on the logits of translated source ("real") and of target ("fake")."""
         name = f"discriminator_{which}"
-        self._nets.train_only(name)
-        loss = lsgan_discriminator_loss(self._nets.call(name, real), self._nets.call(name, fake))
+        self.train_only(name)
+        loss = lsgan_discriminator_loss(self.call(name, real), self.call(name, fake))
         return self._update(name, loss, {f"loss_{name}": loss})
 
     def _update(self, name: str, loss: Tensor, losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Update the network of a sub-step, unless something was not finite on some worker, now or before."""
+        """Update the network of a sub-step, unless this or an earlier one was not finite on some worker."""
         loss.backward()  # type: ignore[no-untyped-call]
         gradients = self._optimisers[name].gradients()
         collectives.average_gradients(gradients)

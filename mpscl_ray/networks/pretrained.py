@@ -61,22 +61,18 @@ def load_tensors(network: nn.Module, weights: Mapping[str, Tensor], path: Path, 
     matched: dict[str, Tensor] = {}
     skipped: list[str] = []
     is_caffe = any(key.removeprefix(_WRAPPER_PREFIX).startswith(_CAFFE_PREFIX) for key in weights)
+    left_out = _HEADS if is_caffe or not heads else ()
     for stored, value in weights.items():
         key = stored.removeprefix(_WRAPPER_PREFIX).removeprefix(_CAFFE_PREFIX)
-        if key.startswith(_HEADS) and (is_caffe or not heads):
+        if key.startswith(left_out):
             skipped.append(stored)
         elif key in matched:
             raise DataError(f"{path} holds {key!r} twice, with and without a prefix; keep one of the two")
         else:
             matched[key] = value
 
-    missing = [
-        key
-        for key in own
-        if key not in matched
-        and not key.endswith(_COUNTER)
-        and not (key.startswith(_HEADS) and (is_caffe or not heads))
-    ]
+    untouched = tuple(key for key in own if key not in matched)
+    missing = [key for key in untouched if not key.endswith(_COUNTER) and not key.startswith(left_out)]
     unexpected = [key for key in matched if key not in own]
     wrong = [key for key in matched if key in own and matched[key].shape != own[key].shape]
     if wrong:
@@ -101,16 +97,11 @@ def load_tensors(network: nn.Module, weights: Mapping[str, Tensor], path: Path, 
     with torch.no_grad():
         for key, value in matched.items():
             own[key].copy_(value)
-    untouched = tuple(key for key in own if key not in matched)
     return PretrainedReport(tuple(key for key in own if key in matched), tuple(skipped), untouched)
 
 
 def load_prototypes(path: Path, num_classes: int, channels: int) -> Tensor:
     """Read released class centres (C, d) float32, from an npy file that may have more axes of length one.
-
-    Args:
-        num_classes: C.
-        channels: d, ``feature_channels`` of the segmenter.
 
     Raises:
         DataError: the file is missing, no plain array of numbers, not finite, or of another shape.

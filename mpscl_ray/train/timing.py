@@ -39,10 +39,7 @@ class ThroughputMeter:
 class StopPoller:
     """Polls, at the same steps on all workers, whether the run should stop.
 
-    Args:
-        stop_requested: called on worker 0.
-        interval_s: approximate seconds between two polls; 0 polls after each step.
-        clock: returns seconds.
+    Worker 0 calls ``stop_requested`` about every ``interval_s`` seconds; 0 means after each step.
     """
 
     def __init__(

@@ -52,14 +52,8 @@ def validate(
 ) -> Validation:
     """Predict this worker's share of the validation volumes, and reduce the results over all workers.
 
-    Args:
-        predict: images (B, 1, H, W) to probabilities (B, C, H, W).
-        slices: the validation split of one domain; Dice is computed where they are opened with labels.
-        classes: names, background first.
-        batch_size: slices predicted at once.
-
-    Returns:
-        The same values on every worker.
+    ``predict`` maps images (B, 1, H, W) to probabilities (B, C, H, W), ``batch_size`` of them at once; ``slices`` are
+    the validation split of one domain. Dice is computed where they are opened with labels.
     """
     totals = _Totals(len(slices.files.cases), len(classes), device)
     rank, world_size = collectives.rank(), collectives.world_size()

@@ -31,11 +31,7 @@ _KINDS: dict[int, type[MpsclError]] = {kind.exit_code: kind for kind in (ConfigE
 
 
 def check_nodes(run: str, datasets: dict[str, str]) -> None:
-    """Let every node do what a worker will do.
-
-    Args:
-        run: address of the run's folder, which exists already.
-        datasets: fingerprints of the datasets by their addresses.
+    """Let every node do what a worker will do, with the addresses of the run's folder and the datasets (fingerprints).
 
     Raises:
         StorageError: names the nodes, by their addresses, that do not see the run's folder or cannot write there.
