@@ -50,7 +50,7 @@ class TrainingSlices:
     """Batches of (image (B, 1, H, W), label (B, H, W)) of the labelled domain."""
     synchronised_source_batches: Callable[[], Iterable[Tensor]]
     """This worker's parts, images (B, 1, H, W), of the global batches of one shuffled pass over the labelled domain.
-    Every worker gets as many parts of the same size; for that the last batch may repeat slices."""
+    Every worker gets the same number of parts of the same size, so the last batch may repeat slices."""
     unlabelled: Callable[[], Iterable[tuple[Tensor, Tensor]]]
     """Batches of (rows (B,) int64, image (B, 1, H, W)) of the target; a row is the slice's number."""
     target_volumes: tuple[range, ...]

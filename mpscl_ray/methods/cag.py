@@ -70,9 +70,9 @@ class CAG(SegmenterMethod[CAGConfig]):
         self._measure_gaps(slices)
 
     def _use_source_statistics(self, slices: TrainingSlices) -> None:
-        """Set the teacher's running statistics to those of the source, which the student trains with.
+        """Set the teacher's running statistics to those of the source.
 
-        Running statistics of the target alone would shift the features of the source, and the anchors with them.
+        Those of the target alone would shift the features of the source, and the anchors with them.
         """
         self.teacher.train()
         for number, image in enumerate(slices.synchronised_source_batches(), start=1):
@@ -241,6 +241,6 @@ def masked_cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor
 
 
 def power_of_ten_scale(value: Tensor) -> Tensor:
-    """Power of ten that scales a 0-dim loss to at most 5, by which the released code divides it repeatedly."""
+    """Power of ten that scales a 0-dim loss to at most 5; the released code divides by ten until it is."""
     steps = torch.log10(value.clamp(min=1.0) / 5.0).ceil().clamp(min=0.0)
     return torch.pow(10.0, -steps).to(value.dtype)

@@ -120,7 +120,7 @@ def domain_loss(domain_logits: Tensor, domain: int) -> Tensor:
     Differs from the paper: source is 0 and target 1, as released; the loss is symmetric in the choice.
     """
     domain_logits = at_least_float32(domain_logits)
-    # log(1 + e^x) is the loss against 0; against 1 the sign of x turns.
+    # log(1 + e^x) is the loss against 0, log(1 + e^-x) against 1.
     return F.softplus(-domain_logits if domain == TARGET_LABEL else domain_logits).mean()
 
 

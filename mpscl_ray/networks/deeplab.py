@@ -98,7 +98,7 @@ class AtrousHead(nn.Module):
         """The same sum as one matrix product over the channels, with its outputs shifted and added.
 
         CPU kernels for dilated convolutions with few output channels are 3 to 10 times slower, forward and backward.
-        Of a rate as large as the map only the centre tap lies inside.
+        For a rate as large as the map, only the centre tap lies inside it.
         """
         size = x.shape[-2:]
         rows: list[Tensor] = []

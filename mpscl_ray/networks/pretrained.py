@@ -46,7 +46,7 @@ def load_pretrained(network: nn.Module, path: Path, heads: bool = True) -> Pretr
         path: ``.safetensors``, or a file that ``torch.save`` wrote, holding a state dict or a dict with one under
             ``state_dict``.
         heads: False leaves the segmentation heads ``layer5`` and ``layer6`` as they are, for a file made for other
-            classes. In a file with the caffe prefix they are always left, since it comes from a classifier.
+            classes. In a file with the caffe prefix they are always left out, since it comes from a classifier.
 
     Raises:
         DataError: the file is missing, damaged, holds anything but plain weights, or does not fit the network. The

@@ -15,7 +15,7 @@ from mpscl_ray.distributed import collectives
 from mpscl_ray.train import unsupervised_criteria
 
 _SMALLEST_PROBABILITY = 1e-12
-"""Keeps the loss of a pixel finite that is predicted wrong with certainty."""
+"""Keeps the loss of a certain but wrong prediction finite."""
 
 
 @dataclass(frozen=True)

@@ -59,5 +59,5 @@ def _is_death(error: BaseException) -> bool:
 def last_line(error: BaseException) -> str:
     """The most informative line of an error's text, shortened."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    # Ray names a lack of memory early, in a text of a page.
+    # Ray names a lack of memory early in a page of text.
     return next((line for line in lines if "low on memory" in line), lines[-1])[:300]

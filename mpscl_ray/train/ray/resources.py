@@ -14,7 +14,7 @@ from mpscl_ray.config import Config
 from mpscl_ray.errors import ClusterError, InsufficientResources
 
 _SETTLE_S = 5.0
-"""Seconds that a cluster may take to free the resources of the run before."""
+"""Seconds that a cluster may take to free the resources of the previous run."""
 
 
 def check_machine(config: Config) -> None:
