@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from mpscl_ray.methods.adabn import AdaBN
 from mpscl_ray.methods.adaoutput import AdaOutput
 from mpscl_ray.methods.advent import AdvEnt
@@ -15,7 +13,7 @@ from mpscl_ray.methods.mpscl import MPSCL
 from mpscl_ray.methods.segmentation import Segmentation
 from mpscl_ray.methods.sifa import SIFA
 
-METHODS: dict[str, Any] = {
+METHODS: dict[str, type[Method]] = {
     "mpscl": MPSCL,
     "segmentation": Segmentation,
     "adabn": AdaBN,

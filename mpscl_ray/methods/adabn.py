@@ -29,11 +29,11 @@ class AdaBN(SegmenterMethod[AdaBNConfig]):
 
     @torch.no_grad()
     def step(self, batch: Batch, iteration: int) -> dict[str, Tensor]:
-        assert batch.target_image is not None, "AdaBN needs slices of the target domain"
+        _, target = batch.images
         self.optimisers.start_iteration(iteration)
         set_cumulative_average(self.segmenter, iteration + 1)
         with autocast(self.device, self.precision):
-            output = self.segmenter(base.to_network(batch.target_image, self.segmenter, self.precision))
+            output = self.segmenter(base.to_network(target, self.segmenter, self.precision))
         probabilities = at_least_float32(output.main).softmax(dim=1)
         entropy = torch.special.entr(probabilities).sum(dim=1).mean()
         flag = self.optimisers.step({"target_entropy": entropy})

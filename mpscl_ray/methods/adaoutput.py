@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from mpscl_ray.config import AdaOutputConfig
-from mpscl_ray.distributed import collectives
 from mpscl_ray.methods import base
-from mpscl_ray.methods.adversarial import Adversary, add_weighted_heads
+from mpscl_ray.methods.adversarial import AlignmentMethod
 from mpscl_ray.methods.base import Batch
-from mpscl_ray.methods.losses import class_counts
-from mpscl_ray.methods.segmenter_method import SegmenterMethod
+from mpscl_ray.methods.losses import SOURCE_LABEL, TARGET_LABEL, least_squares_domain_loss
 
 
-class AdaOutput(SegmenterMethod[AdaOutputConfig]):
+class AdaOutput(AlignmentMethod[AdaOutputConfig]):
     """Align the class probabilities of the target with those of the source, on both heads.
 
     Source: Tsai et al. 2018, L_seg + lambda_adv L_adv on softmax outputs of two levels (their Eq. 5).
@@ -21,32 +21,27 @@ class AdaOutput(SegmenterMethod[AdaOutputConfig]):
     Differs from the paper: the discriminators' outputs are not brought to image size, as released.
     """
 
-    def build_adversary(self) -> Adversary:
-        return self.adversary_on(base.heads(self.segmenter), self.config.adversarial_loss == "least_squares")
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        if self.config.adversarial_loss == "least_squares":
+            self.domain_loss, self.border = least_squares_domain_loss, (SOURCE_LABEL + TARGET_LABEL) / 2
+
+    def discriminated_map(self, logits: Tensor) -> Tensor:
+        return logits.softmax(dim=1)
 
     def step(self, batch: Batch, iteration: int) -> dict[str, Tensor]:
-        assert batch.target_image is not None, "AdaOutput needs slices of the target domain"
-        c = self.config
-        labels = batch.source_label
         self.optimisers.start_iteration(iteration)
-
-        source, target = self.forward(batch.source_image, batch.target_image)
-        source_logits = base.upsampled(source, labels.shape[-2:])
-        target_logits = base.upsampled(target, labels.shape[-2:])
-        counts = collectives.all_reduce_sum(class_counts(labels, self.num_classes))
+        source, target = self.forward_logits(*batch.images)
 
         # Segmenter, with frozen discriminators.
-        segmentation = base.segmentation_loss(source_logits, labels, counts, c.segmentation_aux_weight)
+        segmentation = self.segmentation_loss(source, batch.source_label)
         losses = dict(segmentation.parts)
-        target_maps = {head: logits.softmax(dim=1) for head, logits in target_logits.items()}
-        adversarial = self.adversary.adversarial_loss(target_maps)
-        total = add_weighted_heads(segmentation.total, losses, "adversarial", adversarial, c)
+        maps = self.maps(target)
+        total = self.add_weighted(segmentation.total, losses, "adversarial", self.adversarial_losses(maps))
         total.backward()  # type: ignore[no-untyped-call]
 
         # Discriminators, on detached maps.
-        source_maps = {head: logits.detach().softmax(dim=1) for head, logits in source_logits.items()}
-        learnt, accuracies = self.adversary.discriminator_backward(source_maps, target_maps, c.halve_discriminator_loss)
-        losses |= learnt
+        accuracies = self.discriminator_backward(source, maps, losses)
 
         flag = self.optimisers.step(losses)
         return base.metrics(losses, {"loss_segmentation": segmentation.total}, accuracies, non_finite=flag)

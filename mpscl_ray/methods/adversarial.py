@@ -6,132 +6,118 @@ backward pass, the discriminators' losses on detached maps, their backward pass,
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from mpscl_ray.config import DiscriminatorConfig, PrecisionConfig
+from mpscl_ray.config import DiscriminatorConfig
 from mpscl_ray.config.methods import AdversarialConfig
 from mpscl_ray.distributed import collectives
 from mpscl_ray.distributed.batch_norm import PerDomainForward
-from mpscl_ray.methods.losses import SOURCE_LABEL, TARGET_LABEL, domain_loss, least_squares_domain_loss
+from mpscl_ray.methods.losses import SOURCE_LABEL, TARGET_LABEL, at_least_float32, domain_loss
 from mpscl_ray.methods.optim import autocast, prepare_network
+from mpscl_ray.methods.segmenter_method import SegmenterMethod
 from mpscl_ray.networks import initialise
 from mpscl_ray.networks.discriminators import FCDiscriminator, PatchGANDiscriminator
 
-DISCRIMINATORS: dict[str, type[FCDiscriminator] | type[PatchGANDiscriminator]] = {
-    "fc": FCDiscriminator,
-    "patchgan": PatchGANDiscriminator,
-}
+Discriminator = FCDiscriminator | PatchGANDiscriminator
+DISCRIMINATORS: dict[str, type[Discriminator]] = {"fc": FCDiscriminator, "patchgan": PatchGANDiscriminator}
+
+DiscriminatorSettings = TypeVar("DiscriminatorSettings", bound=DiscriminatorConfig)
+AdversarialSettings = TypeVar("AdversarialSettings", bound=AdversarialConfig)
 
 
-class Adversary:
-    """One discriminator for each head of the segmenter.
+class AdversarialMethod(SegmenterMethod[DiscriminatorSettings]):
+    """A method with discriminators: one for each of :attr:`discriminated_heads`, trained by Adam."""
 
-    Args:
-        config: kind and width of the discriminators.
-        heads: names of the heads.
-        channels: of the maps.
-        dtype: of the weights.
-        seed: of the initial weights; head number n gets ``seed + n``.
-        device: where to train.
-        precision: how GPUs compute.
-        least_squares: least squares on the plain outputs instead of cross-entropy.
-    """
+    border = 0.0
+    """An output of a discriminator below this names the source, one above it the target."""
 
-    def __init__(
-        self,
-        config: DiscriminatorConfig,
-        heads: Sequence[str],
-        channels: int,
-        dtype: torch.dtype,
-        seed: int,
-        device: torch.device,
-        precision: PrecisionConfig,
-        least_squares: bool = False,
-    ) -> None:
-        self.discriminators: dict[str, nn.Module] = {}
-        for number, head in enumerate(heads):
-            discriminator = DISCRIMINATORS[config.discriminator](channels, config.discriminator_width)
-            initialise(discriminator, seed + number)
-            self.discriminators[head] = discriminator.to(dtype)
-            prepare_network(discriminator, device, precision)
-        self._discriminate = {
-            head: collectives.wrap(PerDomainForward(network), device) for head, network in self.discriminators.items()
-        }
-        self._device, self._precision = device, precision
-        self._loss = least_squares_domain_loss if least_squares else domain_loss
-        self._border = (SOURCE_LABEL + TARGET_LABEL) / 2 if least_squares else 0.0
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self.discriminators: dict[str, Discriminator] = {}
+        self._wrapped_discriminators: dict[str, nn.Module] = {}
+        for number, head in enumerate(self.discriminated_heads):
+            kind = DISCRIMINATORS[self.config.discriminator]
+            discriminator = kind(self.num_classes, self.config.discriminator_width)
+            initialise(discriminator, self.seed + number)
+            prepare_network(discriminator.to(self.dtype), self.device, self.precision)
+            self.discriminators[head] = self.networks[f"discriminator_{head}"] = discriminator
+            self._wrapped_discriminators[head] = collectives.wrap(PerDomainForward(discriminator), self.device)
 
     @property
-    def networks(self) -> dict[str, nn.Module]:
-        """The discriminators, unwrapped, by their names in a method."""
-        return {f"discriminator_{head}": network for head, network in self.discriminators.items()}
+    def discriminated_heads(self) -> tuple[str, ...]:
+        """Heads of the segmenter that have a discriminator: all by default."""
+        return ("main",) if self.segmenter.layer5 is None else ("main", "aux")
 
-    def adversarial_loss(self, target: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Adversarial loss of each head: frozen discriminators should take the target's maps for the source's.
-
-        The discriminators are called unwrapped, because they need no gradients.
-
-        Args:
-            target: map (B, channels, H, W) of each head, with gradient.
-        """
-        verdicts = {head: self.forward_frozen(head, x) for head, x in target.items() if head in self.discriminators}
-        return {head: self._loss(verdict, SOURCE_LABEL) for head, verdict in verdicts.items()}
-
-    def forward_frozen(self, head: str, x: Tensor) -> Tensor:
-        """Output of a discriminator without gradients for its weights."""
+    def discriminate_frozen(self, head: str, maps: Tensor) -> Tensor:
+        """Output of a discriminator, called unwrapped because its weights need no gradients."""
         self.discriminators[head].requires_grad_(False)
-        with autocast(self._device, self._precision):
-            output: Tensor = self.discriminators[head](x)
+        with autocast(self.device, self.precision):
+            output: Tensor = self.discriminators[head](maps)
         return output
 
     def discriminate(self, head: str, source: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """Outputs of a discriminator in training, on detached maps of both domains."""
         self.discriminators[head].requires_grad_(True)
-        with autocast(self._device, self._precision):
-            on_source, on_target = self._discriminate[head](source.detach(), target.detach())
+        with autocast(self.device, self.precision):
+            on_source, on_target = self._wrapped_discriminators[head](source.detach(), target.detach())
         return on_source, on_target
 
     def accuracy(self, on_source: Tensor, on_target: Tensor) -> Tensor:
         """Fraction of a discriminator's outputs that name the right domain."""
-        correct = [on_source.detach().flatten() < self._border, on_target.detach().flatten() > self._border]
-        return torch.cat(correct).to(torch.float32 if on_source.dtype != torch.float64 else torch.float64).mean()
+        correct = [on_source.detach().flatten() < self.border, on_target.detach().flatten() > self.border]
+        return torch.cat(correct).to(at_least_float32(on_source).dtype).mean()
+
+
+class AlignmentMethod(AdversarialMethod[AdversarialSettings]):
+    """A method that aligns a map of each head's logits with one adversarial loss for each head."""
+
+    domain_loss: Callable[[Tensor, int], Tensor] = staticmethod(domain_loss)
+    """Loss of a discriminator's output against the label of a domain."""
+
+    @abstractmethod
+    def discriminated_map(self, logits: Tensor) -> Tensor:
+        """The map (B, C, H, W) of logits (B, C, H, W) whose domain a discriminator should find."""
+
+    def maps(self, logits: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The map of each head."""
+        return {head: self.discriminated_map(x) for head, x in logits.items()}
+
+    def adversarial_losses(self, target: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Loss of each head on the target's maps, which frozen discriminators should take for maps of the source."""
+        return {
+            head: self.domain_loss(self.discriminate_frozen(head, target[head]), SOURCE_LABEL)
+            for head in self.discriminators
+        }
+
+    def add_weighted(self, total: Tensor, losses: dict[str, Tensor], kind: str, terms: Mapping[str, Tensor]) -> Tensor:
+        """The total plus the weighted terms of the heads, which are also added to ``losses`` as ``loss_KIND_HEAD``."""
+        for head, term in terms.items():
+            losses[f"loss_{kind}_{head}"] = term
+            total = total + (self.config.lambda_main if head == "main" else self.config.lambda_aux) * term
+        return total
 
     def discriminator_backward(
-        self, source: Mapping[str, Tensor], target: Mapping[str, Tensor], halve: bool
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Compute the losses of the discriminators and run their backward pass.
+        self, source: Mapping[str, Tensor], target: Mapping[str, Tensor], losses: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Backward pass of the discriminators on source logits and target maps, by head; returns their accuracies.
 
-        Args:
-            source: map (B, channels, H, W) of each head.
-            target: the same of the target.
-            halve: halve each loss.
-
-        Returns:
-            The losses and the accuracies, by their names in the metrics.
+        Adds their losses to ``losses``.
         """
-        losses: dict[str, Tensor] = {}
         accuracies: dict[str, Tensor] = {}
-        total = torch.zeros((), device=self._device)
+        total = torch.zeros((), device=self.device)
         for head in self.discriminators:
-            on_source, on_target = self.discriminate(head, source[head], target[head])
-            loss = self._loss(on_source, SOURCE_LABEL) + self._loss(on_target, TARGET_LABEL)
-            losses[f"loss_discriminator_{head}"] = loss / 2 if halve else loss
+            with torch.no_grad():
+                source_map = self.discriminated_map(source[head])
+            on_source, on_target = self.discriminate(head, source_map, target[head])
+            loss = self.domain_loss(on_source, SOURCE_LABEL) + self.domain_loss(on_target, TARGET_LABEL)
+            losses[f"loss_discriminator_{head}"] = loss / 2 if self.config.halve_discriminator_loss else loss
             total = total + losses[f"loss_discriminator_{head}"]
             accuracies[f"discriminator_accuracy_{head}"] = self.accuracy(on_source, on_target)
-        if losses:
+        if accuracies:
             total.backward()  # type: ignore[no-untyped-call]
-        return losses, accuracies
-
-
-def add_weighted_heads(
-    total: Tensor, losses: dict[str, Tensor], kind: str, terms: Mapping[str, Tensor], config: AdversarialConfig
-) -> Tensor:
-    """The total plus the weighted terms of both heads; adds the terms to the losses as ``loss_KIND_HEAD``."""
-    for head, weight in (("main", config.lambda_main), ("aux", config.lambda_aux)):
-        if head in terms:
-            losses[f"loss_{kind}_{head}"] = terms[head]
-            total = total + weight * terms[head]
-    return total
+        return accuracies

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mpscl_ray.config import PrecisionConfig
+from mpscl_ray.config import OptimConfig, PrecisionConfig
 from mpscl_ray.config.schema import NetworkConfig
 from mpscl_ray.distributed import collectives
 from mpscl_ray.errors import DataError
@@ -30,6 +31,12 @@ class Batch:
     target_image: Tensor | None = None
     """(B, 1, H, W) in [-1, 1]; None for plain segmentation."""
 
+    @property
+    def images(self) -> tuple[Tensor, Tensor]:
+        """Slices of source and target, for a method that needs both."""
+        assert self.target_image is not None, "the method needs slices of the target domain"
+        return self.source_image, self.target_image
+
 
 @dataclass(frozen=True)
 class TrainingSlices:
@@ -43,7 +50,7 @@ class TrainingSlices:
     """Batches of (image (B, 1, H, W), label (B, H, W)) of the labelled domain."""
     synchronised_source_batches: Callable[[], Iterable[Tensor]]
     """This worker's parts, images (B, 1, H, W), of the global batches of one shuffled pass over the labelled domain.
-    Every worker gets as many parts of the same size; for that the last batch may repeat slices."""
+    Every worker gets the same number of parts of the same size, so the last batch may repeat slices."""
     unlabelled: Callable[[], Iterable[tuple[Tensor, Tensor]]]
     """Batches of (rows (B,) int64, image (B, 1, H, W)) of the target; a row is the slice's number."""
     target_volumes: tuple[range, ...]
@@ -68,35 +75,52 @@ class TargetSplit:
     """(n, H, W) uint8, of the easy rows."""
 
 
-class Method(Protocol):
+class Method(ABC):
     """A published method: owns its networks, optimisers and state, and runs one training step at a time.
 
-    It is built from the segmenter with its initial weights, which it trains in place, the settings of the method and
-    of the optimisers, the number of classes (with background), device, precision, and the seed of all that it draws.
+    It is built from a segmenter with its initial weights, which it trains in place, the settings of the method and of
+    the optimisers, the number of classes (with background), device, precision, and the seed of all random numbers.
     """
 
     networks: dict[str, nn.Module]
     """The trained networks, unwrapped: "segmenter" and those that the method adds."""
 
-    split: TargetSplit | None
+    split: TargetSplit | None = None
     """Where not None: which slices the batches of this phase are made of."""
 
-    prototype_classifier: PrototypeClassifier | None
+    prototype_classifier: PrototypeClassifier | None = None
     """Assigns pseudo-labels by prototypes; None for a method without them. Its angles and labels are logged."""
 
+    def __init__(
+        self,
+        segmenter: Any,
+        config: Any,
+        optim: OptimConfig,
+        num_classes: int,
+        device: torch.device,
+        precision: PrecisionConfig,
+        seed: int,
+    ) -> None:
+        self.segmenter, self.config, self.optim, self.num_classes = segmenter, config, optim, num_classes
+        self.device, self.precision, self.seed = device, precision, seed
+        self.dtype = next(segmenter.parameters()).dtype
+
     @classmethod
+    @abstractmethod
     def network_arguments(cls, network: NetworkConfig, config: Any, num_classes: int) -> dict[str, Any]:
         """The segmenter that this method trains, as :func:`mpscl_ray.networks.build` takes it."""
 
+    @abstractmethod
     def start_phase(self, iterations: int) -> None:
         """Begin a phase of so many iterations with fresh optimisers."""
 
-    def prepare(self, slices: TrainingSlices) -> None:
-        """Prepare the phase with a pass over the training slices, between :meth:`start_phase` and the first step.
+    def prepare(self, slices: TrainingSlices) -> None:  # noqa: B027 - most methods need none
+        """Prepare the phase with a pass over the training slices; by default nothing is needed.
 
-        Not called when a run resumes within the phase.
+        Called between :meth:`start_phase` and the first step, but not when a run resumes within the phase.
         """
 
+    @abstractmethod
     def step(self, batch: Batch, iteration: int) -> dict[str, Tensor]:
         """One training iteration, optimiser steps included, without waiting for the device.
 
@@ -111,15 +135,19 @@ class Method(Protocol):
             worker: from then on nothing is updated, and ``non_finite_losses`` has the losses of that step.
         """
 
+    @abstractmethod
     def non_finite_losses(self) -> dict[str, Tensor]:
         """This worker's component losses at the first non-finite step, by name; only if there was one."""
 
+    @abstractmethod
     def predict(self, images: Tensor) -> Tensor:
         """Class probabilities (B, C, H, W) of slices (B, 1, H, W), in evaluation mode, without gradient."""
 
+    @abstractmethod
     def state_dict(self) -> dict[str, Any]:
         """Everything that training resumes from: nested, of live tensors and plain values."""
 
+    @abstractmethod
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load what :meth:`state_dict` returned, the phase included.
 
@@ -141,11 +169,8 @@ class SegmentationLoss:
 def segmentation_loss(logits: dict[str, Tensor], labels: Tensor, counts: Tensor, aux_weight: float) -> SegmentationLoss:
     """L_seg = CE_main + Dice_main + w_aux (CE_aux + Dice_aux).
 
-    Args:
-        logits: "main" and perhaps "aux": (B, C, H, W) at image resolution.
-        labels: (B, H, W) int64.
-        counts: (C,) pixels of each class in the global batch.
-        aux_weight: w_aux.
+    From logits (B, C, H, W) by head, "main" and perhaps "aux", labels (B, H, W) int64, and the counts (C,) of each
+    class's pixels in the global batch.
 
     Source: the segmentation term of Eq. (2), Liu et al. 2022; auxiliary weight as released.
     """
@@ -175,11 +200,6 @@ def to_network(image: Tensor, segmenter: DeepLabV2, precision: PrecisionConfig) 
     """Slices as the segmenter takes them, in the dtype of its weights."""
     x = network_input(image.to(segmenter.conv1.weight.dtype), segmenter.in_channels)
     return x.contiguous(memory_format=torch.channels_last) if precision.channels_last else x
-
-
-def heads(segmenter: DeepLabV2) -> tuple[str, ...]:
-    """Names of the segmenter's heads."""
-    return ("main",) if segmenter.layer5 is None else ("main", "aux")
 
 
 @torch.no_grad()

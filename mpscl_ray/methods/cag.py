@@ -58,7 +58,7 @@ class CAG(SegmenterMethod[CAGConfig]):
         counts = torch.zeros_like(self.anchor_counts)
         for image, label in slices.labelled():
             output = base.evaluate(self.teacher, image.to(self.device), self.precision)
-            labels_small = downsample_labels(label.to(self.device), (output.main.shape[2], output.main.shape[3]))
+            labels_small = downsample_labels(label.to(self.device), output.main.shape[2:])
             vectors, pixels = class_features(output.features.double(), output.main, labels_small)
             valid = pixels >= self.config.min_pixels
             sums += (vectors * valid[..., None]).sum(dim=0)
@@ -70,9 +70,9 @@ class CAG(SegmenterMethod[CAGConfig]):
         self._measure_gaps(slices)
 
     def _use_source_statistics(self, slices: TrainingSlices) -> None:
-        """Set the teacher's running statistics to those of the source, which the student trains with.
+        """Set the teacher's running statistics to those of the source.
 
-        Running statistics of the target alone would shift the features of the source, and the anchors with them.
+        Those of the target alone would shift the features of the source, and the anchors with them.
         """
         self.teacher.train()
         for number, image in enumerate(slices.synchronised_source_batches(), start=1):
@@ -119,17 +119,15 @@ class CAG(SegmenterMethod[CAGConfig]):
         return by_anchor, torch.where(largest > self.config.probability_threshold, likely, IGNORE)
 
     def step(self, batch: Batch, iteration: int) -> dict[str, Tensor]:
-        assert batch.target_image is not None, "CAG needs slices of the target domain"
         c = self.config
         labels = batch.source_label
         self.optimisers.start_iteration(iteration)
-
-        source, target = self.forward(batch.source_image, batch.target_image)
+        source, target = self.forward(*batch.images)
         source_logits = base.upsampled(source, labels.shape[-2:])
-        by_anchor, by_probability = self.pseudo_labels(batch.target_image)
+        by_anchor, by_probability = self.pseudo_labels(batch.images[1])
 
         # Sums of this worker; all denominators are of the global batch.
-        labels_small = downsample_labels(labels, (source.main.shape[2], source.main.shape[3]))
+        labels_small = downsample_labels(labels, source.main.shape[2:])
         target_logits = at_least_float32(target.main)
         sums = {
             "loss_pseudo_anchor": masked_cross_entropy(target_logits, by_anchor),
@@ -167,7 +165,7 @@ class CAG(SegmenterMethod[CAGConfig]):
 
     def _segmentation(self, logits: dict[str, Tensor], labels: Tensor, counts: Tensor) -> base.SegmentationLoss:
         if self.config.segmentation_loss == "wce_dice":
-            return base.segmentation_loss(logits, labels, counts, self.config.segmentation_aux_weight)
+            return self.segmentation_loss(logits, labels, counts)
         parts = {f"loss_cross_entropy_{head}": focal_loss(x, labels, gamma=0.0) for head, x in logits.items()}
         main, *aux = parts.values()
         return base.SegmentationLoss(sum((self.config.segmentation_aux_weight * x for x in aux), main), parts)
@@ -212,15 +210,10 @@ FAR = 1e6
 
 
 def class_features(features: Tensor, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean feature of each class in each image, over pixels where the label is also the most likely class.
+    """Mean feature (B, C, d) of each class in each image, over pixels where the label is also the most likely class.
 
-    Args:
-        features: (B, d, h, w).
-        logits: (B, C, h, w).
-        labels: (B, h, w) int64; IGNORE counts nowhere.
-
-    Returns:
-        Means (B, C, d), zero where there is no such pixel, and numbers of pixels (B, C) float64 without gradient.
+    From features (B, d, h, w), logits (B, C, h, w) and labels (B, h, w), of which IGNORE counts nowhere. A mean over no
+    pixels is zero. Returns also the numbers of pixels (B, C), float64 without gradient.
     """
     with torch.autocast(features.device.type, enabled=False):
         classes = torch.arange(logits.shape[1], device=labels.device)
@@ -248,6 +241,6 @@ def masked_cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor
 
 
 def power_of_ten_scale(value: Tensor) -> Tensor:
-    """Power of ten that scales a 0-dim loss to at most 5, by which the released code divides it repeatedly."""
+    """Power of ten that scales a 0-dim loss to at most 5; the released code divides by ten until it is."""
     steps = torch.log10(value.clamp(min=1.0) / 5.0).ceil().clamp(min=0.0)
     return torch.pow(10.0, -steps).to(value.dtype)

@@ -11,41 +11,34 @@ from torch import Tensor
 from mpscl_ray.config import CLANConfig
 from mpscl_ray.distributed import collectives
 from mpscl_ray.methods import base
-from mpscl_ray.methods.adversarial import Adversary
+from mpscl_ray.methods.adversarial import AdversarialMethod
 from mpscl_ray.methods.base import Batch
 from mpscl_ray.methods.losses import SOURCE_LABEL, TARGET_LABEL, at_least_float32, class_counts, domain_loss, focal_loss
-from mpscl_ray.methods.segmenter_method import SegmenterMethod
 from mpscl_ray.networks.deeplab import DeepLabV2, upsample_logits
 
 
-class CLAN(SegmenterMethod[CLANConfig]):
+class CLAN(AdversarialMethod[CLANConfig]):
     """Align the target more where two heads on the same features disagree.
 
     Source: Luo et al. 2019, L_seg + lambda_weight L_weight + lambda_adv L_adv with self-adaptive weights (their Eqs. 3
     to 6).
     Differs from the released code: the weight map is correct for batches of more than one image; damping and
     warmup_fraction follow the length of the phase instead of a constant; the similarity of the heads counts once for
-    all workers; the segmenter starts from a source-only phase with another second head, so that
-    the second head here starts untrained.
+    all workers; the second head starts untrained, because the source-only phase has another one.
     """
 
     segmenter_arguments: ClassVar[dict[str, Any]] = {"twin_heads": True}
-
-    def build_adversary(self) -> Adversary:
-        assert self.segmenter.twin_heads
-        return self.adversary_on(("main",))
+    discriminated_heads = ("main",)
 
     def step(self, batch: Batch, iteration: int) -> dict[str, Tensor]:
-        assert batch.target_image is not None, "CLAN needs slices of the target domain"
         c = self.config
         labels = batch.source_label
         size = labels.shape[-2:]
-        warmup_fraction = int(c.warmup_fraction * self.optimisers.iterations)
+        warm_up = int(c.warmup_fraction * self.optimisers.iterations)
         damping = 1.0 - iteration / self.optimisers.iterations
-        self.optimisers.start_iteration(iteration, iteration / warmup_fraction if iteration < warmup_fraction else None)
+        self.optimisers.start_iteration(iteration, iteration / warm_up if iteration < warm_up else None)
 
-        source, target = self.forward(batch.source_image, batch.target_image)
-        source_logits, target_logits = base.upsampled(source, size), base.upsampled(target, size)
+        source_logits, target_logits = self.forward_logits(*batch.images)
 
         # Segmenter, with a frozen discriminator.
         losses = self._segmentation(source_logits, labels)
@@ -53,28 +46,26 @@ class CLAN(SegmenterMethod[CLANConfig]):
         weights = disagreement(target_logits["aux"], target_logits["main"])
         source_map = (source_logits["aux"] + source_logits["main"]).softmax(dim=1)
         target_map = (target_logits["aux"] + target_logits["main"]).softmax(dim=1)
-        preheating = iteration <= warmup_fraction and warmup_fraction > 0
-        verdict = upsample_logits(at_least_float32(self.adversary.forward_frozen("main", target_map)), size)
+        warming_up = iteration <= warm_up and warm_up > 0
+        verdict = upsample_logits(at_least_float32(self.discriminate_frozen("main", target_map)), size)
         adaptive = weights.detach() if c.detach_weight_map else weights
-        losses["loss_adversarial_main"] = self._adversarial(verdict, SOURCE_LABEL, None if preheating else adaptive)
+        losses["loss_adversarial_main"] = self._adversarial(verdict, SOURCE_LABEL, None if warming_up else adaptive)
         losses["loss_weight_similarity"] = head_weight_similarity(self.segmenter)
         total = segmentation + c.lambda_adversarial * damping * losses["loss_adversarial_main"]
         total = total + 2 * c.lambda_weight * damping * losses["loss_weight_similarity"]
         total.backward()  # type: ignore[no-untyped-call]
 
         # Discriminator, on detached maps, both domains at image size.
-        on_source, on_target = (
-            upsample_logits(at_least_float32(x), size)
-            for x in self.adversary.discriminate("main", source_map, target_map)
-        )
+        outputs = self.discriminate("main", source_map, target_map)
+        on_source, on_target = (upsample_logits(at_least_float32(x), size) for x in outputs)
         loss = domain_loss(on_source, SOURCE_LABEL)
-        loss = loss + self._adversarial(on_target, TARGET_LABEL, None if preheating else weights.detach())
+        loss = loss + self._adversarial(on_target, TARGET_LABEL, None if warming_up else weights.detach())
         losses["loss_discriminator_main"] = loss
         loss.backward()  # type: ignore[no-untyped-call]
 
         flag = self.optimisers.step(losses)
         metrics = {"loss_segmentation": segmentation, "disagreement": weights.mean()}
-        metrics["discriminator_accuracy_main"] = self.adversary.accuracy(on_source, on_target)
+        metrics["discriminator_accuracy_main"] = self.accuracy(on_source, on_target)
         return base.metrics(losses, metrics, non_finite=flag)
 
     def _segmentation(self, logits: dict[str, Tensor], labels: Tensor) -> dict[str, Tensor]:
@@ -95,14 +86,9 @@ class CLAN(SegmenterMethod[CLANConfig]):
 
 
 def disagreement(one: Tensor, other: Tensor) -> Tensor:
-    """Map of the disagreement of two heads: 1 - cos(softmax one, softmax other) of each pixel, over the classes.
+    """Map (B, 1, H, W) of the disagreement of two heads, from their logits (B, C, H, W); 0 where they agree.
 
-    Args:
-        one: logits (B, C, H, W).
-        other: the same of the other head.
-
-    Returns:
-        (B, 1, H, W), 0 where both agree.
+    It is 1 - cos(softmax one, softmax other) of each pixel, over the classes.
 
     Source: M(p1, p2) in Luo et al. 2019, Eq. 4; the cosine as released.
     """

@@ -17,12 +17,9 @@ from mpscl_ray.errors import DataError
 class ImagePool:
     """Translated images of earlier iterations, as global batches: the same on every worker.
 
-    Until it is full it keeps and returns every batch. From then on, with a probability of one half, the newest batch
-    replaces an earlier one, which is returned instead. All workers draw the same numbers, from the count alone.
-
-    Args:
-        size: batches; 0 always returns the newest.
-        key: of the random numbers.
+    Until it has ``size`` batches it keeps and returns every batch. From then on, with a probability of one half, the
+    newest batch replaces an earlier one, which is returned instead. All workers draw the same numbers, from the count
+    and ``key`` alone. A pool of size 0 always returns the newest batch.
 
     Source: Shrivastava et al. 2017, as released with SIFA, which keeps batches.
     """

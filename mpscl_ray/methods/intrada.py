@@ -59,10 +59,9 @@ class IntraDA(AdvEnt):
             )
         self.split = TargetSplit(easy, hard, pseudo_labels[easy])
         self.networks["segmenter"].load_state_dict(slices.source_only_weights())
-        for number, (name, network) in enumerate(list(self.networks.items())[1:]):
-            assert name.startswith("discriminator_")
-            initialise(network, self.seed + number)  # type: ignore[arg-type]
-            collectives.broadcast_parameters(network)
+        for number, discriminator in enumerate(self.discriminators.values()):
+            initialise(discriminator, self.seed + number)
+            collectives.broadcast_parameters(discriminator)
 
     def _predict_all(self, slices: TrainingSlices) -> tuple[Tensor, Tensor]:
         """Score (N,) float64 and label (N, H, W) uint8 of every slice of the target, on every worker."""
@@ -77,11 +76,8 @@ class IntraDA(AdvEnt):
         return collectives.all_reduce_sum(scores).cpu(), collectives.all_reduce_sum(labels).cpu()
 
     def state_dict(self) -> dict[str, Any]:
-        state = super().state_dict()
-        if self.split is None:
-            return state
-        split = {"easy": self.split.easy, "hard": self.split.hard, "pseudo_labels": self.split.pseudo_labels}
-        return {**state, "split": {**split, "scores": self.scores}}
+        split = {} if self.split is None else {"split": {**vars(self.split), "scores": self.scores}}
+        return {**super().state_dict(), **split}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
@@ -92,17 +88,10 @@ class IntraDA(AdvEnt):
 
 
 def uncertainty(probabilities: Tensor, foreground: bool) -> Tensor:
-    """Mean normalised self-information of each image.
+    """Mean normalised self-information (B,) of each image, from probabilities (B, C, H, W).
 
-    R = mean over pixels of sum_c -p_c log(p_c + 1e-30) / (C log C); with ``foreground`` over the pixels predicted as
-    a structure, and 1 / C, the most there can be, where there is none.
-
-    Args:
-        probabilities: (B, C, H, W).
-        foreground: see above.
-
-    Returns:
-        (B,).
+    R = mean over pixels of sum_c -p_c log(p_c + 1e-30) / (C log C). With ``foreground`` the mean is over the pixels
+    predicted as a structure, and 1 / C, the largest possible value, where there is none.
 
     Source: R(X_t) of Pan et al. 2020, Eq. 4; the mean over channels too, as released.
     """
@@ -121,18 +110,13 @@ def sort_units(scores: Tensor, units: Sequence[range], easy_fraction: float) -> 
 
     Units of equal score stay in their order. The fraction is taken as it is written: 0.29 of 100 units are 29.
 
-    Args:
-        scores: (rows,) float64.
-        units: rows of each of the N units, none of them empty.
-        easy_fraction: in (0, 1).
-
-    Returns:
-        Easy and hard rows, (n,) and (m,) int64, both ascending.
+    Scores are (rows,) float64, and no unit is empty. Returns easy and hard rows, (n,) and (m,) int64, both ascending.
     """
     means = [float(scores[unit.start : unit.stop].mean()) for unit in units]
     order = sorted(range(len(units)), key=lambda index: (means[index], index))
     number = math.floor(Fraction(str(easy_fraction)) * len(units))
-    parts = []
-    for chosen in (order[:number], order[number:]):
-        parts.append(torch.tensor(sorted(row for index in chosen for row in units[index]), dtype=torch.int64))
-    return parts[0], parts[1]
+    easy, hard = (
+        torch.tensor(sorted(row for index in chosen for row in units[index]), dtype=torch.int64)
+        for chosen in (order[:number], order[number:])
+    )
+    return easy, hard

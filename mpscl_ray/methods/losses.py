@@ -14,11 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-SOURCE_LABEL = 0
-"""Label of the source domain for discriminators."""
-
-TARGET_LABEL = 1
-"""Label of the target domain for discriminators."""
+SOURCE_LABEL, TARGET_LABEL = 0, 1
+"""Labels of the domains for discriminators."""
 
 MASK_EPS = 1e-4
 """Added once to the global number of selected target pixels: a batch without any has loss 0."""
@@ -45,15 +42,7 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 
 def class_counts(labels: Tensor, num_classes: int) -> Tensor:
-    """Count the pixels of each class.
-
-    Args:
-        labels: (...) int64, classes 0..num_classes-1.
-        num_classes: C.
-
-    Returns:
-        (C,) float64, exact, ready to be added over workers.
-    """
+    """Pixels of each class in labels (...) int64: (C,) float64, exact, ready to be added over workers."""
     # A comparison instead of torch.bincount, which reads the largest label back from the device.
     classes = torch.arange(num_classes, device=labels.device)
     return (labels.reshape(1, -1) == classes[:, None]).sum(dim=1).double()
@@ -69,9 +58,6 @@ def weighted_cross_entropy(logits: Tensor, labels: Tensor, counts: Tensor) -> Ra
         logits: (B, C, H, W).
         labels: (B, H, W) int64.
         counts: (C,) pixels of each class in the global batch, see :func:`class_counts`.
-
-    Returns:
-        The sums over the pixels given.
 
     Source: the segmentation term of Eq. (2), Liu et al. 2022, which names no weights; weights as released.
     Differs from the released code: a batch of one class is the plain cross-entropy instead of NaN.
@@ -89,13 +75,7 @@ def soft_dice_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
     d_{b,c} = 2 sum_i p g / (sum_i p^2 + sum_i g^2 + 1e-5);  value = 1 - mean_{b,c} d_{b,c}.
     It is a plain mean over images: with equal local batches the mean over workers is the value of the global batch.
-
-    Args:
-        logits: (B, C, H, W).
-        labels: (B, H, W) int64.
-
-    Returns:
-        0-dim loss.
+    Logits are (B, C, H, W), labels (B, H, W) int64.
 
     Source: the Dice term of Eq. (2), Liu et al. 2022; squares and constant as released.
     """
@@ -110,13 +90,7 @@ def soft_dice_loss(logits: Tensor, labels: Tensor) -> Tensor:
 def focal_loss(logits: Tensor, labels: Tensor, gamma: float) -> Tensor:
     """Mean over pixels of (1 - p_y)^gamma (-log p_y), p_y kept within [1e-9, 1 - 1e-9]; cross-entropy for gamma = 0.
 
-    Args:
-        logits: (B, C, H, W).
-        labels: (B, H, W) int64.
-        gamma: exponent.
-
-    Returns:
-        0-dim loss.
+    Logits are (B, C, H, W), labels (B, H, W) int64.
 
     Source: the segmentation loss of the released code of Luo et al. 2019 (CLAN), with gamma = 2; the paper has
     cross-entropy.
@@ -129,15 +103,8 @@ def focal_loss(logits: Tensor, labels: Tensor, gamma: float) -> Tensor:
 def self_information(logits: Tensor, eps: float = 1e-7, normalised: bool = True) -> Tensor:
     """Weighted self-information map of each class, the input of the discriminators.
 
-    I_c = -p_c log(p_c + eps), divided by log C if normalised (the same as log2 / log2 C).
-
-    Args:
-        logits: (B, C, H, W).
-        eps: Keeps the logarithm finite.
-        normalised: The released form; False is the paper's, in nats.
-
-    Returns:
-        (B, C, H, W), float32 or float64.
+    I_c = -p_c log(p_c + eps), in the released form (``normalised``) divided by log C, in the paper's in nats.
+    Logits and map are (B, C, H, W), the map float32 or float64.
 
     Source: text above Eq. (1), Liu et al. 2022.
     """
@@ -147,32 +114,18 @@ def self_information(logits: Tensor, eps: float = 1e-7, normalised: bool = True)
 
 
 def domain_loss(domain_logits: Tensor, domain: int) -> Tensor:
-    """Binary cross-entropy of a discriminator's logits against one domain, mean over patches and batch.
-
-    Args:
-        domain_logits: Any shape.
-        domain: ``SOURCE_LABEL`` or ``TARGET_LABEL``.
-
-    Returns:
-        0-dim loss.
+    """Binary cross-entropy of a discriminator's logits against the label of one domain, mean over patches and batch.
 
     Source: Eqs. (1) and (2), Liu et al. 2022.
     Differs from the paper: source is 0 and target 1, as released; the loss is symmetric in the choice.
     """
     domain_logits = at_least_float32(domain_logits)
-    # log(1 + e^x) is the loss against 0; against 1 the sign of x turns.
+    # log(1 + e^x) is the loss against 0, log(1 + e^-x) against 1.
     return F.softplus(-domain_logits if domain == TARGET_LABEL else domain_logits).mean()
 
 
 def least_squares_domain_loss(output: Tensor, domain: int) -> Tensor:
     """Mean squared distance of a discriminator's plain outputs to the label of one domain.
-
-    Args:
-        output: Any shape.
-        domain: ``SOURCE_LABEL`` or ``TARGET_LABEL``.
-
-    Returns:
-        0-dim loss.
 
     Source: the least-squares variant of the released code of Tsai et al. 2018 (AdaptSegNet).
     """
@@ -182,14 +135,8 @@ def least_squares_domain_loss(output: Tensor, domain: int) -> Tensor:
 def cosine_to_prototypes(features: Tensor, prototypes: Tensor) -> Tensor:
     """Cosine between every pixel's feature and every class's prototype.
 
-    A feature or prototype of norm zero has cosine 0 with everything, and a finite gradient.
-
-    Args:
-        features: (B, d, h, w), raw; normalised here.
-        prototypes: (C, d), raw; normalised here.
-
-    Returns:
-        (B, C, h, w), float32 or float64.
+    From raw features (B, d, h, w) and prototypes (C, d), which are normalised here: (B, C, h, w), float32 or float64. A
+    vector of norm zero has cosine 0 with everything, and a finite gradient.
 
     Source: Eq. (6), Liu et al. 2022.
     """
@@ -198,10 +145,10 @@ def cosine_to_prototypes(features: Tensor, prototypes: Tensor) -> Tensor:
     with torch.autocast(features.device.type, enabled=False):
         features = at_least_float32(features)
         directions = at_least_float32(prototypes)
-        directions = (directions * _inverse_norm(directions, dim=1)).to(features.dtype)
+        directions = (directions * _inverse_norm(directions)).to(features.dtype)
         exact = torch.float64 if features.is_cuda else features.dtype
         product = torch.matmul(directions.to(exact), features.flatten(2).to(exact)).to(features.dtype)
-        return product.reshape(*product.shape[:2], *features.shape[2:]) * _inverse_norm(features, dim=1)
+        return product.reshape(*product.shape[:2], *features.shape[2:]) * _inverse_norm(features)
 
 
 def margin_contrastive_loss(
@@ -229,7 +176,7 @@ def margin_contrastive_loss(
         labels: (B, h, w) int64.
         margin: m, radians in [0, pi/2].
         temperature: t.
-        base_temperature: Only in the released form.
+        base_temperature: only in the released form.
         form: ``released`` or ``paper``.
         weights: (B, h, w), bool or float: the self-paced mask. None counts every pixel.
 
@@ -266,9 +213,9 @@ def poly_lr(base: float, iteration: int, max_iterations: int, power: float = 0.9
     return float(base * max(0.0, 1.0 - iteration / max_iterations) ** power)
 
 
-def _inverse_norm(x: Tensor, dim: int) -> Tensor:
-    """1 / |x| along ``dim`` (kept), and 1 with zero gradient where |x| is zero."""
-    squared = x.square().sum(dim=dim, keepdim=True)
+def _inverse_norm(x: Tensor) -> Tensor:
+    """1 / |x| along dimension 1 (kept), and 1 with zero gradient where |x| is zero."""
+    squared = x.square().sum(dim=1, keepdim=True)
     return torch.where(squared > _SQUARED_NORM_FLOOR, squared, torch.ones_like(squared)).rsqrt()
 
 

@@ -14,7 +14,7 @@ from mpscl_ray.config import MPSCLConfig
 from mpscl_ray.distributed import collectives
 from mpscl_ray.errors import DataError
 from mpscl_ray.methods import base
-from mpscl_ray.methods.adversarial import Adversary, add_weighted_heads
+from mpscl_ray.methods.adversarial import AlignmentMethod
 from mpscl_ray.methods.base import Batch, TrainingSlices
 from mpscl_ray.methods.losses import (
     MASK_EPS,
@@ -31,11 +31,10 @@ from mpscl_ray.methods.prototypes import (
     self_paced_pseudo_labels,
     update_prototypes,
 )
-from mpscl_ray.methods.segmenter_method import SegmenterMethod
 from mpscl_ray.networks.deeplab import SegmenterOutput
 
 
-class MPSCL(SegmenterMethod[MPSCLConfig]):
+class MPSCL(AlignmentMethod[MPSCLConfig]):
     """Adapt a segmenter from a labelled source to an unlabelled target domain.
 
     Source: Liu et al. 2022; total loss Eq. (11).
@@ -47,24 +46,21 @@ class MPSCL(SegmenterMethod[MPSCLConfig]):
         self.prototypes = torch.zeros(shape, dtype=self.dtype, device=self.device)
         self._contrast = self.config.beta > 0 or self.config.gamma > 0
 
-    def build_adversary(self) -> Adversary:
-        return self.adversary_on(base.heads(self.segmenter))
+    def discriminated_map(self, logits: Tensor) -> Tensor:
+        return self_information(logits, normalised=self.config.normalised_self_information)
 
     def step(self, batch: Batch, iteration: int) -> dict[str, Tensor]:
-        assert batch.target_image is not None, "MPSCL needs slices of the target domain"
         c = self.config
         labels = batch.source_label
         self.optimisers.start_iteration(iteration)
-
-        source, target = self.forward(batch.source_image, batch.target_image)
-        source_logits = base.upsampled(source, labels.shape[-2:])
-        target_logits = base.upsampled(target, labels.shape[-2:])
+        source, target = self.forward(*batch.images)
+        source_logits, target_logits = (base.upsampled(output, labels.shape[-2:]) for output in (source, target))
 
         # Statistics of the global source batch, and with them the prototypes (Eq. 5), before any loss.
         counts = class_counts(labels, self.num_classes)
         prototypes = self.prototypes
         if self._contrast:
-            labels_small = downsample_labels(labels, (source.features.shape[2], source.features.shape[3]))
+            labels_small = downsample_labels(labels, source.features.shape[2:])
             sums, pixels = prototype_sums(source.features, labels_small, self.num_classes)
             counts, sums, pixels = collectives.all_reduce_sums(counts, sums, pixels)
             prototypes = update_prototypes(self.prototypes, sums, pixels, c.alpha)
@@ -72,12 +68,11 @@ class MPSCL(SegmenterMethod[MPSCLConfig]):
             counts = collectives.all_reduce_sum(counts)
 
         # Segmenter, with frozen discriminators.
-        segmentation = base.segmentation_loss(source_logits, labels, counts, c.segmentation_aux_weight)
+        segmentation = self.segmentation_loss(source_logits, labels, counts)
         losses = dict(segmentation.parts)
         metrics: dict[str, Tensor] = {"loss_segmentation": segmentation.total}
-        information = {head: self._self_information(logits) for head, logits in target_logits.items()}
-        adversarial = self.adversary.adversarial_loss(information)
-        total = add_weighted_heads(segmentation.total, losses, "adversarial", adversarial, c)
+        information = self.maps(target_logits)
+        total = self.add_weighted(segmentation.total, losses, "adversarial", self.adversarial_losses(information))
         if self._contrast:
             contrastive, selected = self._contrastive_losses(source, target, labels_small, prototypes)
             losses |= contrastive
@@ -87,12 +82,7 @@ class MPSCL(SegmenterMethod[MPSCLConfig]):
         total.backward()  # type: ignore[no-untyped-call]
 
         # Discriminators, on detached maps.
-        with torch.no_grad():
-            source_information = {head: self._self_information(logits) for head, logits in source_logits.items()}
-        learnt, accuracies = self.adversary.discriminator_backward(
-            source_information, information, c.halve_discriminator_loss
-        )
-        losses |= learnt
+        accuracies = self.discriminator_backward(source_logits, information, losses)
 
         # Nothing is updated unless all of it is finite on all workers.
         flag = self.optimisers.step(losses)
@@ -109,15 +99,9 @@ class MPSCL(SegmenterMethod[MPSCLConfig]):
             cosine, labels_small, c.margin_source, c.temperature_source, c.base_temperature, c.margin_form
         )
         cosine = cosine_to_prototypes(target.features, prototypes)
-        pseudo_labels, mask = self_paced_pseudo_labels(cosine, c.delta_th)
+        labels, mask = self_paced_pseudo_labels(cosine, c.delta_th)
         on_target = margin_contrastive_loss(
-            cosine,
-            pseudo_labels,
-            c.margin_target,
-            c.temperature_target,
-            c.base_temperature,
-            c.margin_form,
-            weights=mask,
+            cosine, labels, c.margin_target, c.temperature_target, c.base_temperature, c.margin_form, weights=mask
         )
         selected = collectives.all_reduce_sum(on_target.denominator)
         selected = selected + MASK_EPS if c.margin_form == "released" else selected.clamp(min=1.0)
@@ -126,9 +110,6 @@ class MPSCL(SegmenterMethod[MPSCLConfig]):
             "loss_contrastive_target": collectives.ddp_ratio(on_target.numerator, selected),
         }
         return losses, mask
-
-    def _self_information(self, logits: Tensor) -> Tensor:
-        return self_information(logits, normalised=self.config.normalised_self_information)
 
     @property
     def prototype_classifier(self) -> PrototypeClassifier | None:  # type: ignore[override]
@@ -148,10 +129,8 @@ class MPSCL(SegmenterMethod[MPSCLConfig]):
     def initialise_prototypes(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
         """Set the prototypes to the mean feature of each class over all source slices of all workers (Eq. 4).
 
-        The segmenter is in evaluation mode. A class that occurs nowhere gets the zero prototype.
-
-        Args:
-            batches: this worker's share of (image (B, 1, H, W), label (B, H, W)); shares may differ in length.
+        The segmenter is in evaluation mode. A class that occurs nowhere gets the zero prototype. ``batches`` are this
+        worker's share of (image (B, 1, H, W), label (B, H, W)); shares may differ in length.
 
         Source: Eq. (4), Liu et al. 2022.
         """
@@ -159,7 +138,7 @@ class MPSCL(SegmenterMethod[MPSCLConfig]):
         counts = sums.new_zeros(self.num_classes)
         for image, label in batches:
             features = self.evaluate(image).features
-            labels_small = downsample_labels(label.to(self.device), (features.shape[2], features.shape[3]))
+            labels_small = downsample_labels(label.to(self.device), features.shape[2:])
             batch_sums, batch_counts = prototype_sums(features, labels_small, self.num_classes)
             sums += batch_sums
             counts += batch_counts
@@ -182,13 +161,9 @@ class MPSCL(SegmenterMethod[MPSCLConfig]):
 
 @torch.no_grad()
 def prototype_angles(prototypes: Tensor) -> tuple[Tensor, Tensor]:
-    """Smallest and mean angle between two prototypes, radians; zero prototypes are left out.
+    """Smallest and mean angle between two of the prototypes (C, d), in radians; 0 where there are no two.
 
-    Args:
-        prototypes: (C, d).
-
-    Returns:
-        Two 0-dim tensors; 0 where there are no two prototypes.
+    Zero prototypes are left out.
     """
     directions = F.normalize(prototypes, dim=1)
     angles = torch.arccos((directions @ directions.T).clamp(-1.0, 1.0))

@@ -17,13 +17,7 @@ from mpscl_ray.methods.losses import poly_lr
 
 
 def prepare_network(network: nn.Module, device: torch.device, precision: PrecisionConfig) -> None:
-    """Move a network to its device, memory format and batch norms, in place, and compile it.
-
-    Args:
-        network: on any device; keeps its parameters' names.
-        device: where it goes.
-        precision: memory format and compilation.
-    """
+    """Move a network to its device, memory format and batch norms, in place, and compile it; names stay."""
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high" if precision.tf32 else "highest")
         torch.backends.cudnn.allow_tf32 = precision.tf32
@@ -43,10 +37,8 @@ def autocast(device: torch.device, precision: PrecisionConfig) -> AbstractContex
 class Optimiser:
     """A torch optimiser with its decay, which changes nothing where the non-finite flag is set.
 
-    It is fused and reads the flag on the device, so that the host does not wait.
-
     Args:
-        optimiser: fused; its groups carry ``base_lr``.
+        optimiser: fused, so that it reads the flag on the device and the host does not wait; groups have ``base_lr``.
         parameters: what it trains, by name.
         power: exponent of the decay.
     """
@@ -92,11 +84,7 @@ class Optimiser:
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Load what :meth:`state_dict` returned.
-
-        Raises:
-            DataError: the state is not of an optimiser of these parameters.
-        """
+        """Load what :meth:`state_dict` returned; DataError if the state is not of an optimiser of these parameters."""
         for name, parameter in self._parameters.items():
             for kind, tensor in self._optimiser.state[parameter].items():
                 saved = state.get(kind, {}).get(name)
@@ -123,12 +111,11 @@ class SegmenterSGD(Optimiser):
         kinds = {name: parameter_kind(name) for name in named}
         backbone = [p for name, p in named.items() if kinds[name] != "head"]
         heads = [p for name, p in named.items() if kinds[name] == "head"]
-        head_lr = config.lr * config.head_lr_factor
         repeats = config.legacy_param_repeats
         sgd = torch.optim.SGD(
             [
                 {"params": backbone, "base_lr": config.lr},
-                {"params": heads, "base_lr": head_lr},
+                {"params": heads, "base_lr": config.lr * config.head_lr_factor},
             ],
             lr=config.lr,
             momentum=config.momentum,
@@ -162,13 +149,6 @@ class NetworkAdam(Optimiser):
         super().__init__(adam, named, power)
 
 
-class DiscriminatorAdam(NetworkAdam):
-    """Adam of one discriminator."""
-
-    def __init__(self, discriminator: nn.Module, config: OptimConfig) -> None:
-        super().__init__(discriminator, config.lr_discriminator, config.betas, config.poly_power)
-
-
 def parameter_kind(name: str) -> ParameterKind:
     """Part of the segmenter that a parameter belongs to, by its state-dict name."""
     if name.startswith(("layer5.", "layer6.")):
@@ -191,12 +171,7 @@ class NonFiniteGuard:
 
     @torch.no_grad()
     def update(self, losses: Mapping[str, Tensor], gradients: Sequence[Tensor]) -> None:
-        """Check a step whose gradients are averaged already. One collective of one number.
-
-        Args:
-            losses: this worker's component losses, 0-dim, by name.
-            gradients: all that the optimisers are about to use.
-        """
+        """Check this worker's component losses (0-dim, by name) and the averaged gradients; one small collective."""
         watched = dict(losses)
         if gradients:
             watched["gradient_norm"] = torch.nn.utils.get_total_norm(gradients)
@@ -231,16 +206,11 @@ class Snapshot:
 
 
 class Optimisers:
-    """All optimisers of a method and the buffers of its networks: an iteration updates all of them or none.
-
-    Args:
-        networks: of the method, prepared.
-        device: where they are.
-    """
+    """All optimisers of a method and the buffers of its networks: an iteration updates all of them or none."""
 
     def __init__(self, networks: Mapping[str, nn.Module], device: torch.device) -> None:
-        self._networks, self._device = networks, device
-        self._buffers = [buffer for network in networks.values() for buffer in network.buffers()]
+        self._networks = networks
+        self._buffers: list[Tensor] = []
         self._before = Snapshot([])
         self._optimisers: dict[str, Optimiser] = {}
         self.guard = NonFiniteGuard(device)
@@ -249,15 +219,14 @@ class Optimisers:
     def start(self, optimisers: Mapping[str, Optimiser], iterations: int) -> None:
         """Begin a phase of so many iterations with fresh optimisers, the networks in training mode."""
         self._optimisers, self.iterations = dict(optimisers), iterations
+        self._buffers = [buffer for network in self._networks.values() for buffer in network.buffers()]
         for network in self._networks.values():
             network.train()
 
     def start_iteration(self, iteration: int, lr_factor: float | None = None) -> None:
         """Begin an iteration: copy the buffers, clear the gradients, set the learning rates.
 
-        Args:
-            iteration: of the phase, from 0.
-            lr_factor: of the initial learning rates; None for the polynomial decay.
+        They are the initial ones times ``lr_factor``; None is the polynomial decay at this iteration, from 0.
         """
         assert self.iterations > 0, "start_phase comes before the first step"
         self._before = Snapshot(self._buffers)
@@ -265,13 +234,9 @@ class Optimisers:
             optimiser.start_iteration(iteration, self.iterations, lr_factor)
 
     def step(self, losses: Mapping[str, Tensor]) -> Tensor:
-        """Update all, unless a loss or a gradient is not finite on some worker, now or before.
+        """Update all, unless this or an earlier step had a loss or gradient that was not finite on some worker.
 
-        Args:
-            losses: this worker's component losses, 0-dim, by name.
-
-        Returns:
-            The flag: 0-dim, 1 where nothing was updated.
+        ``losses`` are this worker's component losses, 0-dim, by name. Returns the flag: 1 where nothing was updated.
         """
         gradients = [gradient for optimiser in self._optimisers.values() for gradient in optimiser.gradients()]
         self.guard.update(losses, gradients)
@@ -291,10 +256,6 @@ class Optimisers:
         """Load what :meth:`state_dict` returned into the optimisers of a started phase."""
         for name, optimiser in self._optimisers.items():
             optimiser.load_state_dict(state["optimisers"].get(name, {}))
-
-    def reset_guard(self) -> None:
-        """Clear the non-finite flag."""
-        self.guard = NonFiniteGuard(self._device)
 
 
 def _flat(tensors: Sequence[Tensor]) -> Tensor:

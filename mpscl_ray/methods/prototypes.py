@@ -5,7 +5,7 @@ Sums and counts are float64, and add up over batches (the whole source set) and 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,16 +14,8 @@ from torch import Tensor
 from mpscl_ray.methods.losses import class_counts, cosine_to_prototypes
 
 
-def downsample_labels(labels: Tensor, size: tuple[int, int]) -> Tensor:
-    """Nearest-neighbour labels at feature resolution: out[k] = in[floor(k H / h)] along each axis.
-
-    Args:
-        labels: (B, H, W) int64.
-        size: (h, w).
-
-    Returns:
-        (B, h, w) int64.
-    """
+def downsample_labels(labels: Tensor, size: Sequence[int]) -> Tensor:
+    """Nearest-neighbour labels (B, h, w) of labels (B, H, W), int64: out[k] = in[floor(k H / h)] along each axis."""
     rows, columns = (
         torch.arange(small, device=labels.device) * large // small
         for small, large in zip(size, labels.shape[1:], strict=True)
@@ -33,15 +25,9 @@ def downsample_labels(labels: Tensor, size: tuple[int, int]) -> Tensor:
 
 @torch.no_grad()
 def prototype_sums(features: Tensor, labels_small: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
-    """Sum of the raw features of each class, and its number of pixels.
+    """Sum (C, d) of the raw features (B, d, h, w) of each class, and its number of pixels (C,), both float64.
 
-    Args:
-        features: (B, d, h, w).
-        labels_small: (B, h, w) int64, see :func:`downsample_labels`.
-        num_classes: C.
-
-    Returns:
-        sums (C, d) and counts (C,), float64, zero for a class that does not occur.
+    Labels (B, h, w) are those of :func:`downsample_labels`. A class that does not occur has zeros.
 
     Source: numerator and denominator of Eqs. (4) and (5), Liu et al. 2022.
     """
@@ -54,14 +40,9 @@ def prototype_sums(features: Tensor, labels_small: Tensor, num_classes: int) -> 
 
 @torch.no_grad()
 def initial_prototypes(sums: Tensor, counts: Tensor) -> Tensor:
-    """Mean feature of each class over all that was summed.
+    """Mean feature (C, d) of each class from the sums (C, d) and counts (C,) of the whole source set.
 
-    Args:
-        sums: (C, d), over the whole source set and all workers.
-        counts: (C,).
-
-    Returns:
-        (C, d), dtype of ``sums``. A class without a pixel gets the zero prototype: cosine 0 with every feature.
+    A class without a pixel gets the zero prototype: cosine 0 with every feature.
 
     Source: Eq. (4), Liu et al. 2022.
     Differs from the released code: it loads these from a file that came without the routine that made it.
@@ -78,11 +59,8 @@ def update_prototypes(prototypes: Tensor, sums: Tensor, counts: Tensor, alpha: f
     Args:
         prototypes: (C, d).
         sums: (C, d), of the global source batch.
-        counts: (C,).
-        alpha: Weight of the old prototype.
-
-    Returns:
-        (C, d), a new tensor of the dtype of ``prototypes``.
+        counts: (C,), pixels of each class in it.
+        alpha: weight of the old prototypes.
 
     Source: Eq. (5), Liu et al. 2022.
     """
@@ -99,11 +77,11 @@ def self_paced_pseudo_labels(cosine: Tensor, delta_th: float) -> tuple[Tensor, T
     All classes compete, background included.
 
     Args:
-        cosine: (B, C, h, w), see ``losses.cosine_to_prototypes``; C >= 2.
-        delta_th: Threshold on the difference of cosines, 0..2.
+        cosine: (B, C, h, w), see :func:`~mpscl_ray.methods.losses.cosine_to_prototypes`; C >= 2.
+        delta_th: threshold on the difference of cosines, 0 to 2.
 
     Returns:
-        labels (B, h, w) int64 and mask (B, h, w) bool, both without gradient.
+        Labels (B, h, w) int64 and mask (B, h, w) bool, both without gradient.
 
     Source: Eqs. (6) and (7), Liu et al. 2022.
     """

@@ -8,16 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpscl_ray.config import OptimConfig, PrecisionConfig, SIFAConfig
 from mpscl_ray.config.schema import NetworkConfig
 from mpscl_ray.data.sampler import derive_seed
 from mpscl_ray.distributed import collectives
 from mpscl_ray.methods import base
-from mpscl_ray.methods.base import Batch, TargetSplit, TrainingSlices
+from mpscl_ray.methods.base import Batch
 from mpscl_ray.methods.image_pool import ImagePool
 from mpscl_ray.methods.losses import at_least_float32, class_counts
 from mpscl_ray.methods.optim import NetworkAdam, NonFiniteGuard, Snapshot, autocast
-from mpscl_ray.methods.prototypes import PrototypeClassifier
 from mpscl_ray.methods.sifa_losses import (
     batch_dice_loss,
     clipped_cross_entropy,
@@ -26,52 +24,36 @@ from mpscl_ray.methods.sifa_losses import (
     lsgan_generator_loss,
 )
 from mpscl_ray.methods.sifa_networks import SIFANetworks
-from mpscl_ray.networks.sifa import SIFAOutput, SIFASegmenter
+from mpscl_ray.networks.sifa import SIFAOutput
 
 
-class SIFA:
+class SIFA(SIFANetworks):
     """Translate source images into the appearance of the target and segment them, with one encoder for both tasks.
 
     Names of the paper: A is the source, B the target; ``generator`` g_A, ``segmenter`` encoder e_B with classifiers
     s_B, ``decoder`` de_B, ``discriminator_source`` d_A (with auxiliary output), ``discriminator_target`` d_B,
     ``discriminator_prediction`` d_P, ``discriminator_low`` its second one. An iteration has seven sub-steps, in the
-    order of the release: g_A, d_B, e_B with s_B, de_B, d_A, d_P and its second one. Each uses the weights that the ones
-    before it have updated, its own Adam and its own check that all is finite.
+    order of the release: g_A, d_B, e_B with s_B, de_B, d_A, d_P and its second one. Each uses the weights that the
+    sub-steps before it have updated, its own Adam and its own check that everything is finite.
 
-    After a sub-step that is not finite nothing is updated any more; what earlier sub-steps of that iteration updated
-    stays updated, and the pools keep counting. A run ends there without a checkpoint, so no run resumes from half an
+    After a sub-step that is not finite nothing is updated any more. What earlier sub-steps of that iteration updated
+    stays updated, and the pools keep counting; the run ends there without a checkpoint, so none resumes from half an
     iteration. Copies of all weights and Adam states to undo it took 7 to 10 % of an iteration's CPU time.
 
     The settings of the optimisers are unused: SIFA has its own.
 
     Source: Chen et al. 2020 and 2019.
     Differs from the released code: each network has an Adam with its own step count, where six losses of the release
-    share one; only its own sub-step updates the running statistics of the encoder; labels outside the classes, which
-    occur in the released files, count for no class, as there.
+    share one; the encoder's running statistics are updated in its own sub-step alone. As there, labels outside the
+    classes, which occur in the released files, count for no class.
     """
 
-    split: TargetSplit | None = None
-    prototype_classifier: PrototypeClassifier | None = None
-
     @classmethod
-    def network_arguments(cls, network: NetworkConfig, config: SIFAConfig, num_classes: int) -> dict[str, Any]:
+    def network_arguments(cls, network: NetworkConfig, config: Any, num_classes: int) -> dict[str, Any]:
         return {"num_classes": num_classes, **config.network_arguments()}
 
-    def __init__(
-        self,
-        segmenter: SIFASegmenter,
-        config: SIFAConfig,
-        optim: OptimConfig,
-        num_classes: int,
-        device: torch.device,
-        precision: PrecisionConfig,
-        seed: int,
-    ) -> None:
-        self.config, self.num_classes, self.seed = config, num_classes, seed
-        self.device, self.precision = device, precision
-        self.segmenter = segmenter
-        self._nets = SIFANetworks(segmenter, config, num_classes, device, precision, seed)
-        self.networks = self._nets.by_name
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
         self._iterations = 0
         self._optimisers: dict[str, NetworkAdam] = {}
         self._reset()
@@ -97,70 +79,58 @@ class SIFA:
             network.train()
 
     def step(self, batch: Batch, iteration: int) -> dict[str, Tensor]:
-        assert batch.target_image is not None, "SIFA needs slices of the target domain"
         assert self._iterations > 0, "start_phase comes before the first step"
-        c, nets = self.config, self._nets
-        a, b = (image.to(nets.dtype) for image in (batch.source_image, batch.target_image))
+        c = self.config
+        a, b = (image.to(self.dtype) for image in batch.images)
         decay = 0.9 ** (iteration // c.segmenter_decay_every) if c.segmenter_decay_every else 1.0
         for name, optimiser in self._optimisers.items():
             optimiser.start_iteration(iteration, self._iterations, decay if name == "segmenter" else 1.0)
-        nets.dropout.manual_seed(derive_seed(self.seed, "dropout", iteration) % 2**63)
+        self.dropout.manual_seed(derive_seed(self.seed, "dropout", iteration) % 2**63)
         counts = collectives.all_reduce_sum(class_counts(batch.source_label, self.num_classes))
 
         fake_b, losses = self._step_generator(a, b)
-        losses |= self._step_discriminator_target(b, fake_b)
+        losses |= self._step_discriminator("target", b, self._pools["target"].swap(fake_b))
         with torch.no_grad():
-            fake_b = nets.translate(a)
+            fake_b = self.translate(a)
         losses |= self._step_segmenter(a, b, fake_b, batch.source_label, counts, iteration)
         with torch.no_grad():
-            on_fake, on_real = nets.segment(fake_b), nets.segment(b)
+            on_fake, on_real = self.segment(fake_b), self.segment(b)
         fake_a, decoder_losses = self._step_decoder(a, b, fake_b, on_fake, on_real)
         losses |= decoder_losses
         losses |= self._step_discriminator_source(a, fake_a, fake_b, on_fake)
-        losses |= self._step_discriminator_prediction("prediction", on_fake.main, on_real.main)
+        losses |= self._step_discriminator("prediction", on_fake.main, on_real.main)
         if on_fake.low is not None and on_real.low is not None:
-            losses |= self._step_discriminator_prediction("low", on_fake.low, on_real.low)
+            losses |= self._step_discriminator("low", on_fake.low, on_real.low)
         return base.metrics(losses, non_finite=self._flag)
 
     def _step_generator(self, a: Tensor, b: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """g_A. Returns its images of a, from before its update, and its losses."""
-        nets = self._nets
-        nets.train_only("generator")
+        self.train_only("generator")
         with torch.no_grad():
-            fake_a = nets.decode(nets.segment(b).features, b)
-        fake_b = nets.translate(a)
-        cycle_b = nets.translate(fake_a)
-        cycle_a = nets.decode(nets.segment(fake_b).features, fake_b)
+            fake_a = self.decode(self.segment(b).features, b)
+        fake_b = self.translate(a)
+        cycle_b = self.translate(fake_a)
+        cycle_a = self.decode(self.segment(fake_b).features, fake_b)
         losses = {
             "loss_cycle": self._cycle(a, cycle_a, b, cycle_b),
-            "loss_adversarial_target": lsgan_generator_loss(nets.call("discriminator_target", fake_b)),
+            "loss_adversarial_target": lsgan_generator_loss(self.call("discriminator_target", fake_b)),
         }
         return fake_b, self._update("generator", losses["loss_cycle"] + losses["loss_adversarial_target"], losses)
-
-    def _step_discriminator_target(self, b: Tensor, fake_b: Tensor) -> dict[str, Tensor]:
-        """d_B."""
-        nets = self._nets
-        nets.train_only("discriminator_target")
-        earlier_b = self._pools["target"].swap(fake_b)
-        loss = lsgan_discriminator_loss(
-            nets.call("discriminator_target", b), nets.call("discriminator_target", earlier_b)
-        )
-        return self._update("discriminator_target", loss, {"loss_discriminator_target": loss})
 
     def _step_segmenter(
         self, a: Tensor, b: Tensor, fake_b: Tensor, labels: Tensor, counts: Tensor, iteration: int
     ) -> dict[str, Tensor]:
         """e_B and s_B."""
-        c, nets = self.config, self._nets
-        nets.train_only("segmenter")
-        before = Snapshot(nets.running_stats())
-        on_fake = nets.segment(fake_b, update_running_stats=True)
-        on_real = nets.segment(b, update_running_stats=True)
-        fake_a = nets.decode(on_real.features, b)
-        cycle_a, cycle_b = nets.decode(on_fake.features, fake_b), nets.translate(fake_a)
-        verdict = nets.call("discriminator_source", fake_a)
+        c = self.config
+        self.train_only("segmenter")
+        before = Snapshot([buffer for layer in self.norms for buffer in layer.buffers()])
+        on_fake = self.segment(fake_b, update_running_stats=True)
+        on_real = self.segment(b, update_running_stats=True)
+        fake_a = self.decode(on_real.features, b)
+        cycle_a, cycle_b = self.decode(on_fake.features, fake_b), self.translate(fake_a)
+        verdict = self.call("discriminator_source", fake_a)
         losses = self._segmentation(on_fake, labels, counts)
-        losses["loss_prediction"] = lsgan_generator_loss(nets.call("discriminator_prediction", on_real.main))
+        losses["loss_prediction"] = lsgan_generator_loss(self.call("discriminator_prediction", on_real.main))
         losses["loss_features"] = lsgan_generator_loss(verdict[:, 1:])
         losses["loss_decoder"] = self._cycle(a, cycle_a, b, cycle_b) + lsgan_generator_loss(verdict[:, :1])
         segmentation = losses["loss_cross_entropy_main"] + losses["loss_dice_main"]
@@ -168,7 +138,7 @@ class SIFA:
         total = total + self._ramped(iteration) * losses["loss_prediction"]
         total = total + c.lambda_features * losses["loss_features"] + c.lambda_decoder * losses["loss_decoder"]
         if on_real.low is not None:
-            losses["loss_prediction_low"] = lsgan_generator_loss(nets.call("discriminator_low", on_real.low))
+            losses["loss_prediction_low"] = lsgan_generator_loss(self.call("discriminator_low", on_real.low))
             total = total + c.lambda_low * (losses["loss_cross_entropy_low"] + losses["loss_dice_low"])
             total = total + c.lambda_prediction_low * losses["loss_prediction_low"]
         metrics = {"loss_segmentation": segmentation.detach()} | self._update("segmenter", total, losses)
@@ -179,37 +149,35 @@ class SIFA:
         self, a: Tensor, b: Tensor, fake_b: Tensor, on_fake: SIFAOutput, on_real: SIFAOutput
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """de_B. Returns its images of b, from before its update, and its losses."""
-        nets = self._nets
-        nets.train_only("decoder")
-        fake_a = nets.decode(on_real.features, b)
-        cycle_a, cycle_b = nets.decode(on_fake.features, fake_b), nets.translate(fake_a)
+        self.train_only("decoder")
+        fake_a = self.decode(on_real.features, b)
+        cycle_a, cycle_b = self.decode(on_fake.features, fake_b), self.translate(fake_a)
         loss = self._cycle(a, cycle_a, b, cycle_b)
-        loss = loss + lsgan_generator_loss(nets.call("discriminator_source", fake_a)[:, :1])
+        loss = loss + lsgan_generator_loss(self.call("discriminator_source", fake_a)[:, :1])
         return fake_a, self._update("decoder", loss, {"loss_translation_to_source": loss})
 
     def _step_discriminator_source(
         self, a: Tensor, fake_a: Tensor, fake_b: Tensor, on_fake: SIFAOutput
     ) -> dict[str, Tensor]:
         """d_A: its second output separates images decoded from target features from those of translated source."""
-        nets = self._nets
-        nets.train_only("discriminator_source")
+        self.train_only("discriminator_source")
         with torch.no_grad():
-            cycle_a = nets.decode(on_fake.features, fake_b)
+            cycle_a = self.decode(on_fake.features, fake_b)
         earlier_a = self._pools["source"].swap(fake_a)
-        on_image, on_earlier, on_cycle = (nets.call("discriminator_source", image) for image in (a, earlier_a, cycle_a))
+        on_image, on_earlier, on_cycle = (self.call("discriminator_source", image) for image in (a, earlier_a, cycle_a))
         loss = lsgan_discriminator_loss(on_image[:, :1], on_earlier[:, :1])
         loss = loss + lsgan_discriminator_loss(on_cycle[:, 1:], on_earlier[:, 1:])
         return self._update("discriminator_source", loss, {"loss_discriminator_source": loss})
 
-    def _step_discriminator_prediction(self, which: str, real: Tensor, fake: Tensor) -> dict[str, Tensor]:
-        """d_P, or its second one, on the logits of translated source ("real") and of target images ("fake")."""
+    def _step_discriminator(self, which: str, real: Tensor, fake: Tensor) -> dict[str, Tensor]:
+        """d_B on images, d_P or its second one on the logits of translated source ("real") and of target ("fake")."""
         name = f"discriminator_{which}"
-        self._nets.train_only(name)
-        loss = lsgan_discriminator_loss(self._nets.call(name, real), self._nets.call(name, fake))
+        self.train_only(name)
+        loss = lsgan_discriminator_loss(self.call(name, real), self.call(name, fake))
         return self._update(name, loss, {f"loss_{name}": loss})
 
     def _update(self, name: str, loss: Tensor, losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Update the network of a sub-step, unless something was not finite on some worker, now or before."""
+        """Update the network of a sub-step, unless this or an earlier one was not finite on some worker."""
         loss.backward()  # type: ignore[no-untyped-call]
         gradients = self._optimisers[name].gradients()
         collectives.average_gradients(gradients)
@@ -251,12 +219,9 @@ class SIFA:
         was_training = self.segmenter.training
         self.segmenter.eval()
         with autocast(self.device, self.precision):
-            output: SIFAOutput = self.segmenter(images.to(self.device, self._nets.dtype))
+            output: SIFAOutput = self.segmenter(images.to(self.device, self.dtype))
         self.segmenter.train(was_training)
         return at_least_float32(output.main).softmax(dim=1)
-
-    def prepare(self, slices: TrainingSlices) -> None:
-        """Not needed."""
 
     def state_dict(self) -> dict[str, Any]:
         return {

@@ -27,10 +27,8 @@ def half_squared_norm(module: nn.Module) -> Tensor:
 def clipped_cross_entropy(logits: Tensor, labels: Tensor, counts: Tensor) -> Tensor:
     """Weighted cross-entropy, mean over all pixels of -w_y log clip(p_y, 0.005, 1), with w_c = 1 - n_c / sum n.
 
-    Args:
-        logits: (B, C, H, W).
-        labels: (B, H, W) int64; a pixel with a label outside the classes adds 0, but counts in the mean.
-        counts: (C,) pixels of each class in the global batch.
+    Logits are (B, C, H, W), labels (B, H, W) int64, ``counts`` the pixels (C,) of each class in the global batch. A
+    pixel with a label outside the classes adds 0, but counts in the mean.
 
     Source: the released code of Chen et al. 2020, which divides by the number of pixels, not by the sum of weights.
     """
@@ -44,11 +42,8 @@ def clipped_cross_entropy(logits: Tensor, labels: Tensor, counts: Tensor) -> Ten
 def batch_dice_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Dice loss of the global batch: 1 - 1/C sum_c 2 sum pg / (sum p^2 + sum g + 1e-7), sums over all images.
 
-    It is not a mean over images, so the three sums of each class are added over the workers before the division.
-
-    Args:
-        logits: (B, C, H, W).
-        labels: (B, H, W) int64; a label outside the classes counts for no class.
+    It is not a mean over images, so the three sums of each class are added over the workers before the division. Logits
+    are (B, C, H, W), labels (B, H, W) int64; one outside the classes counts for no class.
 
     Source: the released code of Chen et al. 2020.
     """

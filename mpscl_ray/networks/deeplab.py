@@ -30,38 +30,20 @@ class SegmenterOutput(NamedTuple):
 
 
 def network_input(image: Tensor, in_channels: int) -> Tensor:
-    """Transform slices in [-1, 1] into the input of the segmenter.
+    """Input (B, in_channels, H, W) of the segmenter from slices (B, 1, H, W) in [-1, 1].
 
-    Args:
-        image: (B, 1, H, W) in [-1, 1].
-        in_channels: 3 for the released transform, (x + 1) 127.5 in three equal channels less the caffe means;
-            1 for the slices as they are.
-
-    Returns:
-        (B, in_channels, H, W).
-
-    Raises:
-        ValueError: in_channels is neither 1 nor 3.
+    With 3 channels it is the released transform: (x + 1) 127.5 in three equal channels less the caffe means; with 1
+    channel it is the slices as they are.
     """
     if in_channels == 1:
         return image
-    if in_channels != 3:
-        raise ValueError(f"the segmenter takes 1 or 3 input channels, got in_channels={in_channels}")
     grey = (image + 1.0) * 127.5
     # Plain numbers: a tensor of means would be copied to the device at every call.
     return torch.cat([grey - mean for mean in CAFFE_MEANS], dim=1)
 
 
 def upsample_logits(logits: Tensor, size: Sequence[int]) -> Tensor:
-    """Upsample logits bilinearly (align_corners) to image resolution; always before the softmax.
-
-    Args:
-        logits: (B, C, h, w).
-        size: (H, W).
-
-    Returns:
-        (B, C, H, W).
-    """
+    """Upsample logits (B, C, h, w) bilinearly (align_corners) to size (H, W); always before the softmax."""
     return F.interpolate(logits, size=tuple(size), mode="bilinear", align_corners=True)
 
 
@@ -116,7 +98,7 @@ class AtrousHead(nn.Module):
         """The same sum as one matrix product over the channels, with its outputs shifted and added.
 
         CPU kernels for dilated convolutions with few output channels are 3 to 10 times slower, forward and backward.
-        Of a rate as large as the map only the centre tap lies inside.
+        For a rate as large as the map, only the centre tap lies inside it.
         """
         size = x.shape[-2:]
         rows: list[Tensor] = []
@@ -146,19 +128,19 @@ class DeepLabV2(nn.Module):
 
     Args:
         num_classes: C, background included.
-        layers: Bottlenecks in each of the four stages.
-        base_channels: Channels of the stem and inner channels of the first stage (64 in a ResNet); the stages put out
+        layers: bottlenecks in each of the four stages.
+        base_channels: channels of the stem and inner channels of the first stage (64 in a ResNet); the stages put out
             4, 8, 16 and 32 times as many.
-        output_stride: Image pixels per feature pixel: 8, or 4 for small images, where the second stage keeps its
+        output_stride: image pixels per feature pixel: 8, or 4 for small images, where the second stage keeps its
             resolution (its stride is dropped, the dilations stay).
-        in_channels: Channels of the network's input, 1 or 3, see :func:`network_input`.
-        multi_level: With the auxiliary head on the third stage.
-        train_bn_affine: Whether scale and shift of the batch norms are trained. The running statistics are updated
+        in_channels: channels of the network's input, 1 or 3, see :func:`network_input`.
+        multi_level: with the auxiliary head on the third stage.
+        train_bn_affine: whether scale and shift of the batch norms are trained. The running statistics are updated
             in training mode either way.
-        twin_heads: Both heads on the fourth stage, as CLAN has them; the prediction is then the sum of their logits.
+        twin_heads: both heads on the fourth stage, as CLAN has them; the prediction is then the sum of their logits.
 
     Raises:
-        ValueError: An argument is out of range.
+        ValueError: an argument is out of range.
 
     Source: section IV.B, Liu et al. 2022 ("DeepLabV2 ... multi-level outputs from conv4 and conv5").
     """
@@ -185,10 +167,8 @@ class DeepLabV2(nn.Module):
             raise ValueError(f"output_stride must be 8 or 4, got {output_stride}")
         if in_channels not in (1, 3):
             raise ValueError(f"in_channels must be 1 or 3, got {in_channels}")
-        self.num_classes = num_classes
-        self.in_channels = in_channels
-        self.output_stride = output_stride
-        self.twin_heads = twin_heads
+        self.num_classes, self.in_channels = num_classes, in_channels
+        self.output_stride, self.twin_heads = output_stride, twin_heads
         self.feature_channels = 8 * EXPANSION * base_channels
 
         self.conv1 = nn.Conv2d(in_channels, base_channels, 7, stride=2, padding=3, bias=False)
@@ -210,14 +190,7 @@ class DeepLabV2(nn.Module):
                     module.bias.requires_grad_(False)
 
     def forward(self, x: Tensor) -> SegmenterOutput:
-        """Segment.
-
-        Args:
-            x: (B, in_channels, H, W), see :func:`network_input`.
-
-        Returns:
-            Logits and features at feature resolution.
-        """
+        """Logits and features, at feature resolution, of an input (B, in_channels, H, W) from :func:`network_input`."""
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
         third: Tensor = self.layer3(self.layer2(self.layer1(x)))
         aux = None if self.layer5 is None or self.twin_heads else self.layer5(third)

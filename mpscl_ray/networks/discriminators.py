@@ -8,9 +8,7 @@ from torch import Tensor, nn
 class FCDiscriminator(nn.Sequential):
     """Five 4x4 convolutions of stride 2: one logit per 32x32 pixels.
 
-    Args:
-        num_classes: C, channels of the self-information map.
-        width: Channels of the first convolution; doubled by each of the next three.
+    The first has ``width`` channels; each of the next three doubles them.
 
     Source: the discriminator of AdaptSegNet, which section IV.B, Liu et al. 2022 takes for MR to CT.
     """
@@ -18,36 +16,28 @@ class FCDiscriminator(nn.Sequential):
     minimum_size = 32
 
     def __init__(self, num_classes: int, width: int = 64) -> None:
+        def block(before: int, after: int) -> list[nn.Module]:
+            return [nn.Conv2d(before, after, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+
         super().__init__(
-            nn.Conv2d(num_classes, width, 4, stride=2, padding=1),
-            nn.LeakyReLU(0.2),
-            nn.Conv2d(width, 2 * width, 4, stride=2, padding=1),
-            nn.LeakyReLU(0.2),
-            nn.Conv2d(2 * width, 4 * width, 4, stride=2, padding=1),
-            nn.LeakyReLU(0.2),
-            nn.Conv2d(4 * width, 8 * width, 4, stride=2, padding=1),
-            nn.LeakyReLU(0.2),
+            *block(num_classes, width),
+            *block(width, 2 * width),
+            *block(2 * width, 4 * width),
+            *block(4 * width, 8 * width),
             nn.Conv2d(8 * width, 1, 4, stride=2, padding=1),
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Domain logits (B, 1, H // 32, W // 32) of self-information maps (B, C, H, W).
-
-        Raises:
-            ValueError: The maps are smaller than 32x32 pixels.
-        """
+        """Domain logits (B, 1, H // 32, W // 32) of maps (B, C, H, W); ValueError for maps under 32x32 pixels."""
         _check_size(x, self.minimum_size, "FC")
-        for layer in self:
-            x = layer(x)
-        return x
+        logits: Tensor = super().forward(x)  # type: ignore[no-untyped-call]
+        return logits
 
 
 class PatchGANDiscriminator(nn.Module):
     """Three 4x4 convolutions of stride 2 and two of stride 1, with batch norm on the inner three.
 
-    Args:
-        num_classes: C, channels of the self-information map.
-        width: Channels of the first convolution; doubled by each of the next three.
+    The first has ``width`` channels; each of the next three doubles them.
 
     Source: PatchGAN of pix2pix, which section IV.B, Liu et al. 2022 takes for CT to MR.
     """
@@ -55,28 +45,22 @@ class PatchGANDiscriminator(nn.Module):
     minimum_size = 24
 
     def __init__(self, num_classes: int, width: int = 64) -> None:
+        def block(before: int, after: int, stride: int) -> list[nn.Module]:
+            conv = nn.Conv2d(before, after, 4, stride=stride, padding=1, bias=False)
+            return [conv, nn.BatchNorm2d(after), nn.LeakyReLU(0.2)]
+
         super().__init__()
         self.model = nn.Sequential(
             nn.Conv2d(num_classes, width, 4, stride=2, padding=1),
             nn.LeakyReLU(0.2),
-            nn.Conv2d(width, 2 * width, 4, stride=2, padding=1, bias=False),
-            nn.BatchNorm2d(2 * width),
-            nn.LeakyReLU(0.2),
-            nn.Conv2d(2 * width, 4 * width, 4, stride=2, padding=1, bias=False),
-            nn.BatchNorm2d(4 * width),
-            nn.LeakyReLU(0.2),
-            nn.Conv2d(4 * width, 8 * width, 4, stride=1, padding=1, bias=False),
-            nn.BatchNorm2d(8 * width),
-            nn.LeakyReLU(0.2),
+            *block(width, 2 * width, stride=2),
+            *block(2 * width, 4 * width, stride=2),
+            *block(4 * width, 8 * width, stride=1),
             nn.Conv2d(8 * width, 1, 4, stride=1, padding=1),
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Domain logits (B, 1, H // 8 - 2, W // 8 - 2) of self-information maps (B, C, H, W).
-
-        Raises:
-            ValueError: The maps are smaller than 24x24 pixels.
-        """
+        """Domain logits (B, 1, H // 8 - 2, W // 8 - 2) of maps (B, C, H, W); ValueError for maps under 24x24 pixels."""
         _check_size(x, self.minimum_size, "PatchGAN")
         logits: Tensor = self.model(x)
         return logits

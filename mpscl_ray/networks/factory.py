@@ -21,8 +21,8 @@ def build(description: Mapping[str, Any]) -> Segmenter:
     """The segmenter of a description: ``kind`` (default: deeplab) and the arguments of its class.
 
     Raises:
-        TypeError: An argument that the class does not have.
-        ValueError: An unknown kind, or an argument out of range.
+        TypeError: an argument that the class does not have.
+        ValueError: an unknown kind, or an argument out of range.
     """
     arguments = dict(description)
     kind = arguments.pop("kind", "deeplab")
@@ -34,21 +34,17 @@ def build(description: Mapping[str, Any]) -> Segmenter:
 
 @torch.no_grad()
 def initialise(module: Segmenter | FCDiscriminator | PatchGANDiscriminator, seed: int) -> None:
-    """Set every parameter and running statistic to the start that the released code gives it; SIFA's segmenter as
-    :func:`initialise_sifa` has it.
+    """Set every parameter and running statistic to the initial value that the released code gives it.
 
-    - segmenter: convolution weights N(0, 0.01), batch norms 1 and 0, biases of the heads uniform as torch has them;
+    - SIFA's segmenter: see :func:`initialise_sifa`;
+    - DeepLab: convolution weights N(0, 0.01), batch norms 1 and 0, biases of the heads uniform as torch has them;
     - FC discriminator: uniform within 1/sqrt(fan in), as torch has it;
     - PatchGAN: convolution weights N(0, 0.02), biases 0; batch norms N(1, 0.02) and 0.
 
     The values depend on the seed and the architecture alone: not on the global random state, device or dtype.
 
-    Args:
-        module: A network that has not been wrapped.
-        seed: Any integer that torch takes.
-
     Raises:
-        TypeError: The module is none of the three networks.
+        TypeError: the module is none of these networks, or it is wrapped.
     """
     if isinstance(module, SIFASegmenter):
         initialise_sifa(module, seed)

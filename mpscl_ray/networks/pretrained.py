@@ -7,16 +7,13 @@ prefix ``Scale.``, files saved from a wrapped network (prefix ``module.``), and 
 from __future__ import annotations
 
 import pickle
-import struct
 import warnings
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -27,22 +24,6 @@ _CAFFE_PREFIX = "Scale."
 _HEADS = ("layer5.", "layer6.")
 _COUNTER = "num_batches_tracked"
 _SHOWN = 4
-
-# What torch.load raises on a file that is truncated, overwritten or of another kind.
-_UNREADABLE = (
-    RuntimeError,
-    EOFError,
-    OSError,
-    ValueError,
-    KeyError,
-    IndexError,
-    AttributeError,
-    TypeError,
-    AssertionError,
-    OverflowError,
-    struct.error,
-    zipfile.BadZipFile,
-)
 
 
 @dataclass(frozen=True)
@@ -61,17 +42,14 @@ def load_pretrained(network: nn.Module, path: Path, heads: bool = True) -> Pretr
     """Load released weights into a network, all or nothing.
 
     Args:
-        network: Unwrapped segmenter or discriminator.
+        network: unwrapped segmenter or discriminator.
         path: ``.safetensors``, or a file that ``torch.save`` wrote, holding a state dict or a dict with one under
             ``state_dict``.
         heads: False leaves the segmentation heads ``layer5`` and ``layer6`` as they are, for a file made for other
-            classes. In a file with the caffe prefix they are always left, since it comes from a classifier.
-
-    Returns:
-        Which keys were loaded and which not.
+            classes. In a file with the caffe prefix they are always left out, since it comes from a classifier.
 
     Raises:
-        DataError: The file is missing, damaged, holds anything but plain weights, or does not fit the network. The
+        DataError: the file is missing, damaged, holds anything but plain weights, or does not fit the network. The
             network is then as it was.
     """
     return load_tensors(network, _read_state_dict(path), path, heads)
@@ -83,22 +61,18 @@ def load_tensors(network: nn.Module, weights: Mapping[str, Tensor], path: Path, 
     matched: dict[str, Tensor] = {}
     skipped: list[str] = []
     is_caffe = any(key.removeprefix(_WRAPPER_PREFIX).startswith(_CAFFE_PREFIX) for key in weights)
+    left_out = _HEADS if is_caffe or not heads else ()
     for stored, value in weights.items():
         key = stored.removeprefix(_WRAPPER_PREFIX).removeprefix(_CAFFE_PREFIX)
-        if key.startswith(_HEADS) and (is_caffe or not heads):
+        if key.startswith(left_out):
             skipped.append(stored)
         elif key in matched:
             raise DataError(f"{path} holds {key!r} twice, with and without a prefix; keep one of the two")
         else:
             matched[key] = value
 
-    missing = [
-        key
-        for key in own
-        if key not in matched
-        and not key.endswith(_COUNTER)
-        and not (key.startswith(_HEADS) and (is_caffe or not heads))
-    ]
+    untouched = tuple(key for key in own if key not in matched)
+    missing = [key for key in untouched if not key.endswith(_COUNTER) and not key.startswith(left_out)]
     unexpected = [key for key in matched if key not in own]
     wrong = [key for key in matched if key in own and matched[key].shape != own[key].shape]
     if wrong:
@@ -111,7 +85,7 @@ def load_tensors(network: nn.Module, weights: Mapping[str, Tensor], path: Path, 
         raise DataError(f"{path} does not fit the network in the shape of {shown}; {advice}")
     if missing or unexpected:
         parts = [f"lacks {_list(missing)}"] if missing else []
-        parts += [f"holds {_list(unexpected)}, which the network has not"] if unexpected else []
+        parts += [f"holds {_list(unexpected)}, which the network does not have"] if unexpected else []
         raise DataError(
             f"{path} is not a state dict of this network: it {' and '.join(parts)}; "
             "set blocks and multi_level as in the file, or choose a file of the same network"
@@ -123,23 +97,14 @@ def load_tensors(network: nn.Module, weights: Mapping[str, Tensor], path: Path, 
     with torch.no_grad():
         for key, value in matched.items():
             own[key].copy_(value)
-    untouched = tuple(key for key in own if key not in matched)
     return PretrainedReport(tuple(key for key in own if key in matched), tuple(skipped), untouched)
 
 
 def load_prototypes(path: Path, num_classes: int, channels: int) -> Tensor:
-    """Read released class centres, an npy file of (C, d) with any axes of length one.
-
-    Args:
-        path: npy file.
-        num_classes: C.
-        channels: d, ``feature_channels`` of the segmenter.
-
-    Returns:
-        (C, d) float32.
+    """Read released class centres (C, d) float32, from an npy file that may have more axes of length one.
 
     Raises:
-        DataError: The file is missing, no plain array of numbers, not finite, or of another shape.
+        DataError: the file is missing, no plain array of numbers, not finite, or of another shape.
     """
     try:
         array = np.load(path, allow_pickle=False)
@@ -173,7 +138,7 @@ def _read_state_dict(path: Path) -> dict[str, Tensor]:
             f"{path} is damaged or holds Python objects besides weights, which could run code and are refused; "
             "save its state dict alone, best as .safetensors"
         ) from error
-    except (SafetensorError, *_UNREADABLE) as error:
+    except Exception as error:  # a file that is truncated, overwritten or of another kind raises nearly anything
         raise DataError(f"{path} cannot be read as a file of weights ({_first_line(error)}); get it again") from error
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+Norm = type[nn.BatchNorm2d | nn.InstanceNorm2d]
+
 
 class SIFAOutput(NamedTuple):
     """Output of SIFA's segmenter."""
@@ -26,11 +28,7 @@ class SIFAOutput(NamedTuple):
 
 
 class GlobalDropout(nn.Module):
-    """Dropout with a mask drawn for the images of all workers, so that it does not depend on their number.
-
-    Args:
-        rate: fraction that is dropped; 0 does nothing.
-    """
+    """Dropout of a fraction, with a mask drawn for the images of all workers, so that their number does not matter."""
 
     def __init__(self, rate: float) -> None:
         super().__init__()
@@ -50,17 +48,17 @@ class _Residual(nn.Module):
     """Two 3x3 convolutions added to the input, which is padded with zero channels."""
 
     def __init__(
-        self, in_channels: int, channels: int, norm: type[nn.Module], dilation: int = 1, dropout: float = 0.0
+        self, in_channels: int, channels: int, norm: Norm = nn.InstanceNorm2d, dilation: int = 1, dropout: float = 0.0
     ) -> None:
         super().__init__()
         self.added = channels - in_channels
         self.body = nn.Sequential(
             _conv(in_channels, channels, 3, dilation=dilation, bias=False),
-            _norm(norm, channels),
+            norm(channels, affine=True),
             nn.ReLU(inplace=True),
             GlobalDropout(dropout),
             _conv(channels, channels, 3, dilation=dilation, bias=False),
-            _norm(norm, channels),
+            norm(channels, affine=True),
             GlobalDropout(dropout),
         )
 
@@ -73,30 +71,26 @@ class _Residual(nn.Module):
 class Translator(nn.Module):
     """From an image of one domain to one of the other: tanh(x + f(x)).
 
-    Args:
-        width: channels of the first convolution.
-        blocks: residual blocks at a quarter of the resolution.
+    ``width`` is the channels of the first convolution; ``blocks`` are residual, at a quarter of the resolution.
 
     Source: generator of Chen et al. 2020, the residual network of CycleGAN with instance norms.
     """
 
     def __init__(self, width: int = 32, blocks: int = 9) -> None:
         super().__init__()
-        norm = nn.InstanceNorm2d
         self.body = nn.Sequential(
-            *_block(1, width, 7, norm, padding_mode="reflect"),
-            *_block(width, 2 * width, 3, norm, stride=2),
-            *_block(2 * width, 4 * width, 3, norm, stride=2),
-            *(_Residual(4 * width, 4 * width, norm) for _ in range(blocks)),
-            *_double(4 * width, 2 * width, norm),
-            *_double(2 * width, width, norm),
+            *_block(1, width, 7, padding_mode="reflect"),
+            *_block(width, 2 * width, 3, stride=2),
+            *_block(2 * width, 4 * width, 3, stride=2),
+            *(_Residual(4 * width, 4 * width) for _ in range(blocks)),
+            *_double(4 * width, 2 * width),
+            *_double(2 * width, width),
             _conv(width, 1, 7),
         )
 
     def forward(self, image: Tensor) -> Tensor:
         """An image (B, 1, H, W) for an image (B, 1, H, W)."""
-        change: Tensor = self.body(image)
-        return torch.tanh(image + change[..., : image.shape[2], : image.shape[3]])
+        return _changed(image, self.body(image))
 
 
 class SIFASegmenter(nn.Module):
@@ -161,46 +155,37 @@ class SIFASegmenter(nn.Module):
 class Decoder(nn.Module):
     """From the encoder's features of a target-like image to one like the source: tanh(x + f(features)).
 
-    Args:
-        in_channels: of the features.
-        width: channels of the last convolution but one.
-        output_stride: of the encoder.
-        blocks: residual blocks.
+    ``width`` is the channels of the last convolution but one, ``output_stride`` that of the encoder.
     """
 
     def __init__(self, in_channels: int, width: int = 32, output_stride: int = 8, blocks: int = 4) -> None:
         super().__init__()
-        norm = nn.InstanceNorm2d
         self.body = nn.Sequential(
-            *_block(in_channels, 4 * width, 3, norm),
-            *(_Residual(4 * width, 4 * width, norm) for _ in range(blocks)),
-            *_double(4 * width, 2 * width, norm),
-            *(_double(2 * width, 2 * width, norm) if output_stride == 8 else []),
-            *_double(2 * width, width, norm),
+            *_block(in_channels, 4 * width, 3),
+            *(_Residual(4 * width, 4 * width) for _ in range(blocks)),
+            *_double(4 * width, 2 * width),
+            *(_double(2 * width, 2 * width) if output_stride == 8 else []),
+            *_double(2 * width, width),
             _conv(width, 1, 7),
         )
 
     def forward(self, features: Tensor, image: Tensor) -> Tensor:
         """An image (B, 1, H, W) from features (B, d, h, w) of the image (B, 1, H, W)."""
-        change: Tensor = self.body(features)
-        return torch.tanh(image + change[..., : image.shape[2], : image.shape[3]])
+        return _changed(image, self.body(features))
 
 
 class SIFADiscriminator(nn.Sequential):
     """PatchGAN with instance norms and no sigmoid: three 4x4 convolutions of stride 2 and two of stride 1.
 
-    Args:
-        in_channels: 1 for images, C for logits.
-        width: channels of the first convolution.
-        outputs: 2 for the source's, which also separates reconstructed images from real ones, the auxiliary task.
+    It takes images (1 channel) or logits (C channels). That of the source has two outputs: the second is for its
+    auxiliary task, to separate reconstructed images from real ones.
     """
 
     def __init__(self, in_channels: int, width: int = 64, outputs: int = 1) -> None:
-        norm = nn.InstanceNorm2d
 
         def block(before: int, after: int, stride: int) -> list[nn.Module]:
             conv = nn.Conv2d(before, after, 4, stride=stride, padding=2, bias=False)
-            return [conv, _norm(norm, after), nn.LeakyReLU(0.2)]
+            return [conv, nn.InstanceNorm2d(after, affine=True), nn.LeakyReLU(0.2)]
 
         super().__init__(
             nn.Conv2d(in_channels, width, 4, stride=2, padding=2),
@@ -216,8 +201,8 @@ class SIFADiscriminator(nn.Sequential):
 def initialise_sifa(module: nn.Module, seed: int) -> None:
     """Convolutions N(0, 0.02), or N(0, sqrt(2 / fan in)) before a batch norm; biases 0; norms 1 and 0.
 
-    Source: the released code has N(0, 0.02) throughout.
-    Differs from the released code: before batch norms, which undo the scale, one that does not vanish with depth.
+    Differs from the released code, which has N(0, 0.02) throughout: batch norms undo the scale, and with theirs the
+    activations do not vanish with depth.
     """
     generator = torch.Generator().manual_seed(seed)
     encoder = isinstance(module, SIFASegmenter)
@@ -241,18 +226,21 @@ def _conv(before: int, after: int, kernel: int, **arguments: int | str) -> nn.Co
     return nn.Conv2d(before, after, kernel, padding=dilation * (kernel // 2), **arguments)  # type: ignore[arg-type]
 
 
-def _norm(norm: type[nn.Module], channels: int) -> nn.Module:
-    return norm(channels, affine=True)
+def _block(
+    before: int, after: int, kernel: int, norm: Norm = nn.InstanceNorm2d, **arguments: int | str
+) -> list[nn.Module]:
+    return [_conv(before, after, kernel, bias=False, **arguments), norm(after, affine=True), nn.ReLU(inplace=True)]
 
 
-def _block(before: int, after: int, kernel: int, norm: type[nn.Module], **arguments: int | str) -> list[nn.Module]:
-    return [_conv(before, after, kernel, bias=False, **arguments), _norm(norm, after), nn.ReLU(inplace=True)]
-
-
-def _double(before: int, after: int, norm: type[nn.Module]) -> list[nn.Module]:
+def _double(before: int, after: int) -> list[nn.Module]:
     """Twice the resolution."""
     conv = nn.ConvTranspose2d(before, after, 3, stride=2, padding=1, output_padding=1, bias=False)
-    return [conv, _norm(norm, after), nn.ReLU(inplace=True)]
+    return [conv, nn.InstanceNorm2d(after, affine=True), nn.ReLU(inplace=True)]
+
+
+def _changed(image: Tensor, change: Tensor) -> Tensor:
+    """tanh(image + change), the change cropped to the size of the image."""
+    return torch.tanh(image + change[..., : image.shape[2], : image.shape[3]])
 
 
 def _resize(logits: Tensor, size: Sequence[int]) -> Tensor:

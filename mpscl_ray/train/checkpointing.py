@@ -75,8 +75,7 @@ class Checkpointer:
     def load_newest(self, warn: Callable[[str], None]) -> tuple[dict[str, Any], TrainerState] | None:
         """The newest intact checkpoint, chosen by worker 0 for all; None for a new run.
 
-        Args:
-            warn: called on worker 0 with a sentence for each damaged checkpoint, and one on what is resumed.
+        Worker 0 calls ``warn`` with a sentence for each damaged checkpoint, and with one on what is resumed.
 
         Raises:
             ConfigError: it is of a phase that the settings do not have.

@@ -37,10 +37,7 @@ class Domains:
 
     def fingerprints(self) -> dict[str, str]:
         """Fingerprint of each dataset by its address."""
-        return {
-            str(self.source_folder): self.source.fingerprint,
-            str(self.target_folder): self.target.fingerprint,
-        }
+        return {str(self.source_folder): self.source.fingerprint, str(self.target_folder): self.target.fingerprint}
 
 
 def load_domains(config: Config) -> tuple[Domains, list[str]]:

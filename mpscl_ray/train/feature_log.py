@@ -64,7 +64,7 @@ class PseudoLabels:
 
 
 class FeatureRecord:
-    """The log of one run, by its folder. Making the object touches no file."""
+    """The log of one run, by its folder. The constructor touches no file."""
 
     def __init__(self, run: Path) -> None:
         self._log = MetricsLog(run / "features.jsonl")
@@ -73,15 +73,10 @@ class FeatureRecord:
     # ---- writing ----
 
     def record(self, method: Method, slices: Slices | None, batch_size: int, position: Mapping[str, Any]) -> None:
-        """Count pixels of this worker's share of the validation volumes; worker 0 writes the sums over all workers.
+        """Count pixels of this worker's share of the target's validation slices; worker 0 writes the sums over workers.
 
-        Does nothing for a method without prototypes.
-
-        Args:
-            method: the same state on every worker.
-            slices: validation split of the target; None where there is none.
-            batch_size: slices at a time.
-            position: global_step, phase and iteration.
+        Does nothing for a method without prototypes or a target without such slices. ``position`` is global_step, phase
+        and iteration.
         """
         classifier = method.prototype_classifier
         if slices is None or classifier is None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -44,11 +45,11 @@ class TrainResult:
     """How training ended."""
 
     state: Literal["finished", "interrupted", "non_finite"]
-    """interrupted can be resumed; non_finite can be resumed from the checkpoint before."""
+    """interrupted can be resumed, and non_finite from the checkpoint before it."""
     phase: str
     """Phase it ended in."""
     iteration: int
-    """Iterations done in this phase; for non_finite, when it was noticed."""
+    """Iterations done in this phase; for non_finite, when it was detected."""
     step: int
     """Iterations done in all phases."""
     losses: dict[str, float] = field(default_factory=dict)
@@ -100,12 +101,9 @@ def train(
 
     Args:
         config: the settings; the batch is divided among the workers of the process group.
-        data: slices; the same on every worker.
         run: folder on a file system that all workers share; worker 0 writes, all read.
-        device: of this worker.
-        callback: gets batches, metrics, images and warnings.
         stop_requested: polled on worker 0; True ends training after a checkpoint.
-        poll_interval_s: seconds, about, between two polls; 0 polls after each step.
+        poll_interval_s: approximate seconds between two polls; 0 polls after each step.
         dtype: of the weights, and so of what is computed from the images, which stay in single precision.
 
     Raises:
@@ -117,27 +115,25 @@ def train(
     return _Trainer(config, data, run, device, callback or Callback(), poller, dtype).run()
 
 
+@dataclass
 class _Trainer:
     """State of one call of :func:`train`."""
 
-    def __init__(
-        self,
-        config: Config,
-        data: TrainingData,
-        run: RunDirectory,
-        device: torch.device,
-        callback: Callback,
-        stop_poller: StopPoller,
-        dtype: torch.dtype,
-    ) -> None:
-        self.config, self.data, self.folder, self.device = config, data, run, device
-        self.callback, self.stop_poller, self.dtype = callback, stop_poller, dtype
-        self.checkpointer = Checkpointer(config, data.classes, run, device)
-        self.features = FeatureRecord(run.path)
+    config: Config
+    data: TrainingData
+    folder: RunDirectory
+    device: torch.device
+    callback: Callback
+    stop_poller: StopPoller
+    dtype: torch.dtype
+
+    def __post_init__(self) -> None:
+        self.checkpointer = Checkpointer(self.config, self.data.classes, self.folder, self.device)
+        self.features = FeatureRecord(self.folder.path)
         self.rank, self.world_size = collectives.rank(), collectives.world_size()
-        self.num_classes = len(data.classes)
+        self.num_classes = len(self.data.classes)
         self.state = TrainerState()
-        torch.manual_seed(config.run.seed)
+        torch.manual_seed(self.config.run.seed)
 
     def run(self) -> TrainResult:
         resumed = self._load_newest()
@@ -193,7 +189,7 @@ class _Trainer:
             self.config, self.data, method, name, state.step, self.device, self.rank, self.world_size
         )
         meter = ThroughputMeter(state.step, source, target)
-        try:
+        with source, target or nullcontext():
             while state.iteration < iterations:
                 labelled = source.next()
                 batch = Batch(labelled["image"], labelled["label"], target.next()["image"] if target else None)
@@ -226,10 +222,6 @@ class _Trainer:
                     return TrainResult("interrupted", name, state.iteration, state.step)
                 if saving or validating:
                     meter.restart(state.step)
-        finally:
-            source.close()
-            if target:
-                target.close()
         return None
 
     def _warn(self, text: str | None) -> None:

@@ -24,12 +24,8 @@ SLICES = 4
 def draw_phases(run: RunDirectory | Path | str, phases: Sequence[str]) -> Path | None:
     """Write ``results/phases.png``: image, prediction at the end of each phase, label.
 
-    The slices are the evenly spaced ones among those that show a structure, of the first labelled test volume of the
-    target (validation volume where no test volume is labelled).
-
-    Args:
-        run: folder, or URL, of a run whose phases are finished.
-        phases: their names, in order.
+    The slices are evenly spaced among those that show a structure, of the first labelled test volume of the target
+    (validation volume where no test volume is labelled). The phases are finished.
 
     Returns:
         The file; None where the target has no labelled volume.

@@ -22,8 +22,7 @@ from mpscl_ray.runs.run_directory import RunDirectory
 def network_arguments(config: Config, num_classes: int, phase: str | None = None) -> dict[str, Any]:
     """What :func:`mpscl_ray.networks.build` makes the segmenter of a phase from; None for the last one."""
     settings = method_of_phase(config, config.schedule[-1][0] if phase is None else phase)
-    arguments: dict[str, Any] = METHODS[method_name(settings)].network_arguments(config.network, settings, num_classes)
-    return arguments
+    return METHODS[method_name(settings)].network_arguments(config.network, settings, num_classes)
 
 
 def build_segmenter(config: Config, num_classes: int, phase: str | None = None) -> Segmenter:
@@ -79,5 +78,4 @@ def build_method(config: Config, phase: str, segmenter: Segmenter, num_classes: 
     if not reads_target(phase) and config.phases.source_only_lr is not None:
         optim = dataclasses.replace(optim, lr=config.phases.source_only_lr)
     kind = METHODS[method_name(settings)]
-    method: Method = kind(segmenter, settings, optim, num_classes, device, config.precision, config.run.seed)
-    return method
+    return kind(segmenter, settings, optim, num_classes, device, config.precision, config.run.seed)

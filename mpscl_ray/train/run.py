@@ -59,10 +59,9 @@ def train(
     """Run a training in its folder, from the start or from its last checkpoint; returns the exit code.
 
     Args:
-        config: settings.
         command: words of the command line, for the line that resumes.
         dashboard: whether a Ray that is started here serves its dashboard.
-        allow_change: whether a run resumes although settings that matter differ from its own.
+        allow_change: whether a run resumes although settings that change what is computed differ from its own.
         fit: what trains; None is Ray Train.
     """
     resources.check_machine(config)
@@ -74,7 +73,8 @@ def train(
     with folder.lock():
         # A run without a checkpoint starts from scratch, with any settings.
         if folder.exists and folder.store.step_checkpoints():
-            changes = _check_resume(folder, config, allow_change)
+            every_section = tuple(section.name for section in dataclasses.fields(Config))
+            changes = folder.check_config(to_yaml(config), every_section if allow_change else MAY_CHANGE)
             if folder.read_status().get("state") == "finished" and not (changes and allow_change):
                 print(f"the run {folder.name} is finished; for another one give it a name with run.name=NAME")
                 print_results(folder)
@@ -108,32 +108,23 @@ def warn_of_storage(folder: RunDirectory) -> None:
         )
 
 
-def _check_resume(folder: RunDirectory, config: Config, allow_change: bool) -> list[str]:
-    """A sentence for each setting that differs from the run's own; ConfigError where one must not."""
-    every_section = tuple(section.name for section in dataclasses.fields(Config))
-    return folder.check_config(to_yaml(config), every_section if allow_change else MAY_CHANGE)
-
-
 def _progress(folder: RunDirectory) -> dict[str, Any]:
     """Phase, iteration and global_step of the last record of metrics."""
     try:
         records = folder.read_metrics()
     except MpsclError:
-        return {}  # the status has a more important error to report
+        return {}  # the status reports a more important error
     return {key: records[-1][key] for key in ("phase", "iteration", "global_step")} if records else {}
 
 
 def _check_before_ray(config: Config, folder: RunDirectory) -> None:
     """Find errors in datasets, checkpoints and pretrained weights before Ray takes its time to start."""
     found, _ = newest_checkpoint(folder)
-    if not _wants_phantom(config):
-        domains, _ = read_domains(config, folder)
-        if found is None:
-            load_pretrained_weights(build_segmenter(config, len(domains.classes), config.schedule[0][0]), config)
-
-
-def _wants_phantom(config: Config) -> bool:
-    return any(value.startswith(phantom_dataset.PREFIX) for value in (config.data.source, config.data.target))
+    if any(value.startswith(phantom_dataset.PREFIX) for value in (config.data.source, config.data.target)):
+        return  # that dataset is not made yet
+    domains, _ = read_domains(config, folder)
+    if found is None:
+        load_pretrained_weights(build_segmenter(config, len(domains.classes), config.schedule[0][0]), config)
 
 
 def _train_and_evaluate(config: Config, folder: RunDirectory, fit: launch.Fit | None) -> None:
@@ -196,7 +187,7 @@ def _non_finite(config: Config, folder: RunDirectory, result: TrainResult) -> st
 
 
 def read_domains(config: Config, folder: RunDirectory) -> tuple[Domains, list[str]]:
-    """Both datasets, described in model.json for evaluation and prediction; a resumed run must have the same ones."""
+    """Read both datasets and describe them in model.json; a resumed run must have the same ones."""
     domains, warnings = load_domains(config)
     description = model_description(config, domains)
     if folder.model_file.exists() and folder.store.step_checkpoints():

@@ -52,23 +52,15 @@ def open_streams(
     Where the method has split the target, both streams are of the target.
     """
 
+    opened = _stream_of(config, device, rank, world_size)
+
     def stream(name: str, slices: Slices | None) -> SliceStream:
         assert slices is not None
         augmentation = config.data.augmentation
         if name != SOURCE_DOMAIN:
             # Intensities are remapped in the labelled domain only: the target has to keep its appearance.
             augmentation = dataclasses.replace(augmentation, random_conv_probability=0.0)
-        return SliceStream(
-            slices,
-            seed=config.run.seed,
-            domain=name,
-            global_batch=config.data.global_batch_size,
-            rank=rank,
-            world_size=world_size,
-            augment=augmentation,
-            start_step=start_step,
-            device=device,
-        )
+        return opened(slices, domain=name, augment=augmentation, start_step=start_step)
 
     if method.split is not None:
         split = method.split
@@ -77,6 +69,13 @@ def open_streams(
         return stream(EASY, easy), stream(HARD, SubsetSlices(data.unlabelled, split.hard.numpy()))
     source = stream(SOURCE_DOMAIN, data.labelled)
     return source, stream(TARGET_DOMAIN, data.unlabelled) if reads_target(phase) else None
+
+
+def _stream_of(config: Config, device: torch.device, rank: int, world_size: int) -> Callable[..., SliceStream]:
+    batch_size = config.data.global_batch_size
+    return functools.partial(
+        SliceStream, seed=config.run.seed, global_batch=batch_size, rank=rank, world_size=world_size, device=device
+    )
 
 
 def training_slices(
@@ -96,16 +95,8 @@ def training_slices(
         for batch in slices.shard(rank, world_size, batch_size):
             yield {name: tensor.to(device) for name, tensor in batch.items()}
 
-    def in_step() -> Iterator[Tensor]:
-        with SliceStream(
-            data.labelled,
-            seed=config.run.seed,
-            domain=SOURCE_DOMAIN,
-            global_batch=batch_size,
-            rank=rank,
-            world_size=world_size,
-            device=device,
-        ) as stream:
+    def synchronised() -> Iterator[Tensor]:
+        with _stream_of(config, device, rank, world_size)(data.labelled, domain=SOURCE_DOMAIN) as stream:
             for _ in range(-(-data.labelled.rows // batch_size)):
                 yield stream.next()["image"]
 
@@ -116,7 +107,7 @@ def training_slices(
 
     return TrainingSlices(
         labelled=lambda: ((batch["image"], batch["label"]) for batch in batches(data.labelled)),
-        synchronised_source_batches=in_step,
+        synchronised_source_batches=synchronised,
         unlabelled=target,
         target_volumes=tuple(unlabelled.files.case_rows()),
         size=unlabelled.files.size,

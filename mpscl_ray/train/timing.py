@@ -9,18 +9,13 @@ from mpscl_ray.data.loader import SliceStream
 from mpscl_ray.distributed import collectives
 
 POLL_INTERVAL_S = 0.5
-"""Seconds, about, between two polls whether the run was asked to stop, by default."""
+"""Default of the approximate seconds between two polls whether the run should stop."""
 
 MAX_STEPS_BETWEEN_POLLS = 50
 
 
 class ThroughputMeter:
-    """Seconds per step, and the share of them spent waiting for data, since the last reading.
-
-    Args:
-        step: at which it starts.
-        streams: whose waiting counts; None for one that a phase does not have.
-    """
+    """Seconds per step, and the share of them spent waiting for data, since the last reading."""
 
     def __init__(self, step: int, *streams: SliceStream | None) -> None:
         self._streams = [stream for stream in streams if stream is not None]
@@ -44,10 +39,7 @@ class ThroughputMeter:
 class StopPoller:
     """Polls, at the same steps on all workers, whether the run should stop.
 
-    Args:
-        stop_requested: called on worker 0.
-        interval_s: seconds, about, between two polls; 0 polls after each step.
-        clock: returns seconds.
+    Worker 0 calls ``stop_requested`` about every ``interval_s`` seconds; 0 means after each step.
     """
 
     def __init__(
@@ -61,7 +53,7 @@ class StopPoller:
         self._last_poll = (clock(), 0)
 
     def poll_soon(self) -> None:
-        """Poll after the next step, whenever that is; all workers call this at the same step."""
+        """Poll after the next step; all workers call this at the same step."""
         self._next = 0
 
     def should_stop(self, step: int) -> bool:

@@ -21,12 +21,8 @@ NEIGHBOUR_TEMPERATURE = 0.05
 def information(mean_prediction: Tensor, mean_entropy: float) -> float:
     """Mutual information of pixel and class over log C: confident predictions, spread over the classes.
 
-    Args:
-        mean_prediction: (C,), mean probability of each class over all pixels.
-        mean_entropy: mean over pixels of the prediction's entropy over log C, in [0, 1].
-
-    Returns:
-        In [0, 1]; 0 where every pixel has the same prediction.
+    From the mean probability (C,) of each class over all pixels, and the mean of the prediction's entropy over log C.
+    In [0, 1]; 0 where every pixel has the same prediction.
 
     Source: Krause et al. 2010, "Discriminative clustering by regularized information maximization", Eq. (1).
     """
@@ -37,11 +33,8 @@ def information(mean_prediction: Tensor, mean_entropy: float) -> float:
 def nuclear_norm(second_moment: Tensor) -> float:
     """Nuclear norm of the matrix of all predictions (N, C) over its largest value: confident and diverse at once.
 
-    Args:
-        second_moment: (C, C), mean over pixels of p p^T. Its eigenvalues are the squared singular values over N.
-
-    Returns:
-        In (0, 1]; 1 where the classes are certain and equally frequent.
+    From the mean (C, C) over pixels of p p^T, whose eigenvalues are the squared singular values over N. In (0, 1]; 1
+    where the classes are certain and equally frequent.
 
     Source: Cui et al. 2020, "Towards discriminability and diversity: batch nuclear-norm maximization", Eq. (9), over
     the whole set instead of a batch.
@@ -52,12 +45,8 @@ def nuclear_norm(second_moment: Tensor) -> float:
 def neighbourhood_density(predictions: Tensor, temperature: float = NEIGHBOUR_TEMPERATURE) -> float:
     """Soft neighbourhood density: how many similar predictions each prediction has.
 
-    Args:
-        predictions: (N, C), probabilities of a sample of N > 2 pixels.
-        temperature: of the softmax over cosines.
-
-    Returns:
-        Mean entropy of each pixel's distribution over all other pixels, over log(N - 1), in [0, 1].
+    Mean entropy of each pixel's distribution over all other pixels (softmax over cosines), over log(N - 1), in [0, 1];
+    from the probabilities (N, C) of a sample of N > 2 pixels.
 
     Source: Saito et al. 2021, "Tune it the right way: unsupervised validation of domain adaptation via soft
     neighborhood density", Eqs. (1) to (3).
@@ -72,12 +61,7 @@ def neighbourhood_density(predictions: Tensor, temperature: float = NEIGHBOUR_TE
 def class_ratio_agreement(expected: Tensor, mean_prediction: Tensor) -> float:
     """Minus the Kullback-Leibler divergence of the classes' predicted shares of pixels from the expected ones.
 
-    Args:
-        expected: (C,), shares of the classes among labelled pixels of the other domain; sums to 1.
-        mean_prediction: (C,), mean probability of each class over all pixels; sums to 1.
-
-    Returns:
-        At most 0; 0 where all shares agree.
+    At most 0; 0 where all shares agree. ``expected`` are the shares (C,) among labelled pixels of the other domain.
 
     Source: Bateson et al. 2020, "Source-relaxed domain adaptation for image segmentation", Eq. (2), the class-ratio
     prior, taken over a domain instead of a slice.

@@ -15,7 +15,7 @@ from mpscl_ray.distributed import collectives
 from mpscl_ray.train import unsupervised_criteria
 
 _SMALLEST_PROBABILITY = 1e-12
-"""Keeps the loss of a pixel finite that is predicted wrong with certainty."""
+"""Keeps the loss of a certain but wrong prediction finite."""
 
 
 @dataclass(frozen=True)
@@ -52,15 +52,8 @@ def validate(
 ) -> Validation:
     """Predict this worker's share of the validation volumes, and reduce the results over all workers.
 
-    Args:
-        predict: images (B, 1, H, W) to probabilities (B, C, H, W).
-        slices: the validation split of one domain; Dice is computed where they are opened with labels.
-        classes: names, background first.
-        batch_size: slices predicted at once.
-        device: where the network is.
-
-    Returns:
-        The same values on every worker.
+    ``predict`` maps images (B, 1, H, W) to probabilities (B, C, H, W), ``batch_size`` of them at once; ``slices`` are
+    the validation split of one domain. Dice is computed where they are opened with labels.
     """
     totals = _Totals(len(slices.files.cases), len(classes), device)
     rank, world_size = collectives.rank(), collectives.world_size()
@@ -84,7 +77,6 @@ class _Totals:
         self.information = zeros(num_classes, 2)  # sum of -log p_y, pixels, by class y
 
     def add(self, index: int, volume: dict[str, Tensor], predict: Callable[[Tensor], Tensor], batch_size: int) -> None:
-        """Add the volume of this index."""
         number = self.num_classes
         stride = math.ceil(volume["image"].numel() / unsupervised_criteria.NEIGHBOURS)
         neighbours = []
@@ -107,7 +99,6 @@ class _Totals:
         self.unlabelled[3] += 1
 
     def reduce(self, structures: Sequence[str], labelled: bool) -> Validation:
-        """The results over all workers."""
         overlap, totals, moments, information = collectives.all_reduce_sums(
             self.overlap, self.unlabelled, self.moments, self.information
         )
@@ -149,13 +140,9 @@ def _information(probabilities: Tensor, labels: Tensor) -> Tensor:
 
 
 def weighted_mean(information: Tensor) -> float:
-    """Cross-entropy in which frequent classes weigh less.
+    """Cross-entropy in which frequent classes weigh less, from sum of -log p and number of each class's pixels (C, 2).
 
-    Args:
-        information: (C, 2), the sum of -log p of the pixels of each class, and their number.
-
-    Returns:
-        As :func:`mpscl_ray.methods.losses.weighted_cross_entropy` of all these pixels at once.
+    It equals :func:`mpscl_ray.methods.losses.weighted_cross_entropy` of all these pixels at once.
     """
     loss, pixels = information.unbind(1)
     weights = 1.0 - pixels / pixels.sum()
@@ -167,7 +154,7 @@ def weighted_mean(information: Tensor) -> float:
 def target_criteria(results: Mapping[str, Validation], labelled: str) -> dict[str, float]:
     """Label-free criteria of the target's validation volumes by name; {} where it has none. Larger is better.
 
-    They use no labels but those of the domain ``labelled``, which is trained with labels.
+    The only labels they use are those of ``labelled``, the domain that is trained with labels.
     """
     target, own = results.get(TARGET_DOMAIN), results.get(labelled)
     if target is None:
@@ -181,11 +168,9 @@ def target_criteria(results: Mapping[str, Validation], labelled: str) -> dict[st
 def selection_score(results: Mapping[str, Validation], select: str, labelled: str) -> float | None:
     """Score of a checkpoint; the one with the largest is kept as `best`. None where it cannot be computed.
 
-    - label_free: mean Dice on validation volumes of the labelled domain, minus the entropy on those of the target if
-      there are any. Uses labels of the domain alone that is trained with labels.
+    - label_free: mean Dice on validation volumes of ``labelled``, the domain that is trained with labels, minus the
+      entropy on those of the target if there are any. No other labels are used.
     - oracle: mean Dice on validation volumes of the target; needs their labels.
-
-    ``labelled`` is the domain that is trained with labels.
     """
     own, target = results.get(labelled), results.get(TARGET_DOMAIN)
     if select == "oracle":

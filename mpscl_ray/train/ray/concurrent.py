@@ -34,7 +34,7 @@ Poll = Callable[[Launch], None]
 
 @dataclass(frozen=True)
 class Shared:
-    """What concurrent trainings share. Travels to other processes as references."""
+    """What concurrent trainings share. It travels to other processes as references."""
 
     domains: Domains
     """Manifests of both datasets."""
@@ -56,7 +56,6 @@ def open_shared(config: Config, folder: RunDirectory, fit: Fit | None = None) ->
     Args:
         config: of any of them; its datasets are folders already (:mod:`mpscl_ray.prepare.phantom_dataset`).
         folder: of the command, which exists already; the runs will be below it.
-        fit: trains; None is Ray Train.
 
     Returns:
         What the trainings share, and warnings.
@@ -89,13 +88,10 @@ def run_trial(
     cluster is large enough, and for ``scaling.resource_timeout_s`` where it is not.
 
     status.json says how it ended, also where this raises. No worker and no placement group is left; if this process is
-    killed, :func:`~mpscl_ray.train.ray.placement_groups.release` releases the latter.
+    killed, :func:`~mpscl_ray.train.ray.placement_groups.release` releases the placement group.
 
     Args:
-        config: settings of this training.
-        folder: its run folder; may have been forked from another run (:mod:`mpscl_ray.runs.fork`).
-        shared: of :func:`open_shared`.
-        poll: see :data:`Poll`.
+        folder: the run folder of this training; may have been forked from another run (:mod:`mpscl_ray.runs.fork`).
         display_name: name in metrics and on Ray's dashboard; None is the folder's.
         resume_command: for status.json.
 
@@ -113,7 +109,9 @@ def run_trial(
         status = folder.read_status()
         if status.get("state") == "finished":
             return TrainResult("finished", status["phase"], status["iteration"], status["global_step"])
-        _write_run_files(config, folder, shared)
+        folder.write_config(to_yaml(config))
+        folder.write_environment()
+        folder.write_model(model_description(config, shared.domains))
         folder.write_status("running", resume_command=resume_command)
         try:
             if shared.state_tracking:
@@ -125,22 +123,10 @@ def run_trial(
         finally:
             with suppress(StorageError):  # the next start releases it, or the end of the lock
                 release(folder)
-        _write_end(folder, result)
+        code, reason = (130, "stopped from outside") if result.state == "interrupted" else (0, "")
+        position: dict[str, Any] = {"phase": result.phase, "iteration": result.iteration, "global_step": result.step}
+        folder.write_status(result.state, exit_code=code, reason=reason, **position)
         return result
-
-
-def _write_run_files(config: Config, folder: RunDirectory, shared: Shared) -> None:
-    folder.write_config(to_yaml(config))
-    folder.write_environment()
-    folder.write_model(model_description(config, shared.domains))
-
-
-def _write_end(folder: RunDirectory, result: TrainResult) -> None:
-    position: dict[str, Any] = {"phase": result.phase, "iteration": result.iteration, "global_step": result.step}
-    if result.state == "interrupted":
-        folder.write_status("interrupted", exit_code=130, reason="stopped from outside", **position)
-    else:
-        folder.write_status("finished", exit_code=0, reason="", **position)
 
 
 def _train(config: Config, folder: RunDirectory, shared: Shared, poll: Poll, display_name: str | None) -> TrainResult:

@@ -45,7 +45,7 @@ def causes(worker_exceptions: Mapping[int, BaseException]) -> str:
         if _is_death(error):
             lines.append(f"worker {rank} was lost: its process died")
         elif _PEER_IS_GONE.search(str(error)):
-            lines.append(f"worker {rank} was cut off: a process or a node that it spoke to was lost")
+            lines.append(f"worker {rank} was cut off: a process or a node that it communicated with was lost")
         else:
             lines.append(f"worker {rank} failed: {last_line(error)}")
     return "; ".join(lines)
@@ -59,5 +59,5 @@ def _is_death(error: BaseException) -> bool:
 def last_line(error: BaseException) -> str:
     """The most informative line of an error's text, shortened."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    # Ray names a lack of memory early, in a text of a page.
+    # Ray names a lack of memory early in a page of text.
     return next((line for line in lines if "low on memory" in line), lines[-1])[:300]

@@ -102,21 +102,14 @@ def fit_on_ray(
 
 Fit = Callable[[Config, RunDirectory, TrainingData, bool, str], dict[str, Any]]
 """Trains in a run folder and returns the fields of a :class:`TrainResult`, or ``state="failed"`` with ``exit_code`` and
-``reason``. It stops after a checkpoint when STOP_FILE appears in the folder. :func:`fit_on_ray` is the one there is."""
+``reason``. It stops after a checkpoint when STOP_FILE appears in the folder. :func:`fit_on_ray` is the default."""
 
 
 class Launch:
     """One training in the background: started by :meth:`start`, ended when :attr:`running` is False.
 
-    ``fit`` runs in a thread, so that the main thread is free for signals and for the progress display.
-
-    Args:
-        config: settings.
-        folder: of the run.
-        data: its slices.
-        use_gpu: whether each worker gets a GPU.
-        display_name: name in the metrics and on Ray's dashboard; None is the run's.
-        fit: trains; None is Ray Train.
+    ``fit`` (None: Ray Train) runs in a thread, so that the main thread is free for signals and progress.
+    ``display_name`` is the name in the metrics and on Ray's dashboard; None is the run's.
     """
 
     def __init__(
@@ -131,7 +124,7 @@ class Launch:
     ) -> None:
         self.config, self.folder, self.use_gpu = config, folder, use_gpu
         self.stop_requested = False
-        """Whether :meth:`request_stop` was called; without a running worker, nothing else shows it."""
+        """Whether :meth:`request_stop` was called."""
         self._result: dict[str, Any] = {}
         self._error: BaseException | None = None
         for name in (STOP_FILE, FAILURE_FILE):

@@ -39,21 +39,18 @@ def release(folder: RunDirectory) -> None:
         StorageError: its record cannot be read or deleted.
     """
     name = folder.control_files.read(PLACEMENT_GROUP_FILE)
-    if name is None:
-        return
-    _remove(name)
-    folder.control_files.clear(PLACEMENT_GROUP_FILE)
+    if name is not None:
+        _remove(name)
+        folder.control_files.clear(PLACEMENT_GROUP_FILE)
 
 
 @contextmanager
 def release_orphaned_placement_groups(folder: RunDirectory) -> Iterator[None]:
     """Release placement groups that earlier commands of this folder left reserved when they were killed.
 
-    Done at the start of the block, to make room, and again at its end, because processes of a killed command may live
-    on for a while. Within the block this command is recorded in the folder, with the session of the cluster.
-
-    Args:
-        folder: of the command, which holds its lock (:meth:`RunDirectory.lock`): no other command of it runs.
+    This happens at the start of the block, to make room, and again at its end, because processes of a killed command
+    may still run for a while. Within the block this command is recorded in the folder, with the session of the cluster.
+    The command holds the lock of the folder (:meth:`RunDirectory.lock`), so that no other command of it runs.
 
     Raises:
         StorageError: the record cannot be read or written.
@@ -68,13 +65,13 @@ def release_orphaned_placement_groups(folder: RunDirectory) -> Iterator[None]:
     try:
         yield
     finally:
-        with suppress(StorageError, RuntimeError, ray.exceptions.RayError):  # the cluster may be gone, and they with it
+        # The cluster may be gone, and the groups with it.
+        with suppress(StorageError, RuntimeError, ray.exceptions.RayError):
             _release_of_jobs(jobs)
             folder.control_files.clear(ACTIVE_JOBS_FILE)
 
 
 def _release_of_jobs(jobs: list[str]) -> None:
-    """Release the placement groups of jobs."""
     for name, group in placement_group_table().items() if jobs else ():
         # The id of a placement group ends in the id of the job that requested it.
         if name.endswith(tuple(jobs)) and group["state"] != "REMOVED":

@@ -1,14 +1,13 @@
 """Check before the first step that every node of the cluster can reach what a run needs.
 
 A worker, or a task that reads slices, may run on any node. So all nodes at once read a random word that the command
-wrote next to the run, write, read and delete their own file there, and read the manifests of both datasets.
+wrote into the folder of the run, write, read and delete their own file there, and read the manifests of both datasets.
 """
 
 from __future__ import annotations
 
 import os
 import secrets
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,49 +30,35 @@ _NAMED = 5
 _KINDS: dict[int, type[MpsclError]] = {kind.exit_code: kind for kind in (ConfigError, DataError, StorageError)}
 
 
-@dataclass(frozen=True)
-class _Needs:
-    """What a node has to reach."""
-
-    runs: str
-    """Address of the folder of the run."""
-    word: str
-    datasets: dict[str, str]
-    """Fingerprint of each dataset by its address."""
-
-
 def check_nodes(run: str, datasets: dict[str, str]) -> None:
-    """Let every node do what a worker will do.
-
-    Args:
-        run: address of the run's folder, which exists already.
-        datasets: fingerprints of the datasets by their addresses.
+    """Let every node do what a worker will do, with the addresses of the run's folder and the datasets (fingerprints).
 
     Raises:
         StorageError: names the nodes, by their addresses, that do not see the run's folder or cannot write there.
         DataError: names the nodes that do not see a dataset.
         ClusterError: a node does not answer.
     """
-    needs = _Needs(run, secrets.token_hex(8), datasets)
-    word = parse_location(run) / f"{WORD}-{needs.word}"
-    _write(word, needs.word.encode())
+    word = secrets.token_hex(8)
+    file = parse_location(run) / f"{WORD}-{word}"
+    _write(file, word.encode())
     try:
-        failures = _ask_all(needs)
+        failures = _ask_all(run, word, datasets)
     finally:
-        word.delete() if isinstance(word, S3Path) else word.unlink(missing_ok=True)
+        _delete(file)
     if failures:
         kind = _KINDS.get(failures[0][1], ClusterError)
         named = "; ".join(f"node {node}: {reason}" for node, _, reason in failures[:_NAMED])
         raise kind(named + (f"; and {len(failures) - _NAMED} more nodes" if len(failures) > _NAMED else ""))
 
 
-def _ask_all(needs: _Needs) -> list[tuple[str, int, str]]:
+def _ask_all(run: str, word: str, datasets: dict[str, str]) -> list[tuple[str, int, str]]:
     """(address, exit code, reason) of each node that failed."""
     listed: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
     nodes = {node["NodeID"]: node["NodeManagerAddress"] for node in listed if node["Alive"]}
     task = ray.remote(num_cpus=0, max_retries=1)(_try_here)
     answers = {
-        task.options(label_selector={"ray.io/node-id": node}).remote(needs): name for node, name in nodes.items()
+        task.options(label_selector={"ray.io/node-id": node}).remote(run, word, datasets): name
+        for node, name in nodes.items()
     }
     ready, late = ray.wait(list(answers), num_returns=len(answers), timeout=PATIENCE_S)
     failures = [
@@ -90,12 +75,12 @@ def _ask_all(needs: _Needs) -> list[tuple[str, int, str]]:
     return failures
 
 
-def _try_here(needs: _Needs) -> tuple[int, str] | None:
+def _try_here(run: str, word: str, datasets: dict[str, str]) -> tuple[int, str] | None:
     """Exit code and reason, if this node fails."""
-    folder = parse_location(needs.runs)
+    folder = parse_location(run)
     try:
         try:
-            shared = (folder / f"{WORD}-{needs.word}").read_bytes() == needs.word.encode()
+            shared = (folder / f"{WORD}-{word}").read_bytes() == word.encode()
         except FileNotFoundError:
             shared = False
         except OSError as error:
@@ -105,8 +90,8 @@ def _try_here(needs: _Needs) -> tuple[int, str] | None:
                 f"{folder} is another folder there than where the command runs, or none; mount one that all nodes "
                 "share and name it in run.storage, or use a bucket"
             )
-        _try_file(folder / f"{WORD}-{needs.word}-{os.uname().nodename}-{os.getpid()}")
-        for dataset, fingerprint in needs.datasets.items():
+        _try_file(folder / f"{WORD}-{word}-{os.uname().nodename}-{os.getpid()}")
+        for dataset, fingerprint in datasets.items():
             if load_manifest(dataset).fingerprint != fingerprint:
                 raise DataError(f"{dataset} is another dataset there than where the command runs; use a shared one")
     except MpsclError as error:
@@ -124,7 +109,14 @@ def _try_file(file: Path | S3Path) -> None:
         raise StorageError(f"{file} was written and is not there; check the storage") from None
     finally:
         with storage_errors(Path(str(file))):
-            file.delete() if isinstance(file, S3Path) else file.unlink(missing_ok=True)
+            _delete(file)
+
+
+def _delete(file: Path | S3Path) -> None:
+    if isinstance(file, S3Path):
+        file.delete()
+    else:
+        file.unlink(missing_ok=True)
 
 
 def _write(file: Path | S3Path, data: bytes) -> None:

@@ -1,25 +1,7 @@
 """Metrics that a training exports through Ray, for Prometheus and Grafana.
 
-Every metric has the tag ``run``, the run's name. Ray prefixes the names with ``ray_``, appends ``_total`` to that of a
-counter, and adds its own tags (SessionName, NodeAddress, WorkerId, ...):
-
-==================================  =================  ===========================================================
-mpscl_step                                             iterations done, over all phases
-mpscl_phase_progress                phase              share of the phase's iterations that are done
-mpscl_loss                          loss               each loss of the step, such as contrastive_target
-mpscl_pseudo_label_fraction                                share of the target pixels that the self-paced mask selects
-mpscl_discriminator_accuracy        head               share of the pixels whose domain the discriminator finds
-mpscl_prototype_angle_radians       statistic          smallest (min) and mean angle between prototypes
-mpscl_dice                          domain, structure  Dice on validation slices, and its mean over structures
-mpscl_entropy                       domain             mean self-information of the predictions on the same slices
-mpscl_selection_score                                  the score by which the best checkpoint is chosen
-mpscl_images_per_second                                training images of both domains, over all workers
-mpscl_data_stall_fraction                               share of the time that the step waits for data
-mpscl_checkpoint_timestamp_seconds                     Unix time of the last checkpoint, or of the start before the
-                                                       first; its age, ``time() -`` this, grows when training hangs
-mpscl_peak_memory_bytes             worker, kind       most so far: gpu (reserved by torch), host (resident)
-mpscl_restarts_total                                   counter: times that failed workers were replaced
-==================================  =================  ===========================================================
+Every metric has the tag ``run``, the run's name; ``cluster/README.md`` says what each one is. Ray prefixes the names
+with ``ray_``, appends ``_total`` to that of a counter, and adds its own tags (SessionName, NodeAddress, WorkerId, ...).
 
 Values are those of metrics.jsonl, set when they are read (run.log_every) or validated; Ray forwards them every ten
 seconds. Without Prometheus nothing happens.
@@ -75,13 +57,7 @@ def readings(record: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, str], f
 
 
 class Monitoring:
-    """Exports the metrics of a run from one of its workers: all of them from worker 0, memory from each.
-
-    Args:
-        run: name of the run.
-        worker: rank of this worker.
-        device: of this worker.
-    """
+    """Exports the metrics of a run from one of its workers: all of them from worker 0, memory from each."""
 
     def __init__(self, run: str, worker: int, device: torch.device) -> None:
         self.run, self.worker, self.device = run, worker, device

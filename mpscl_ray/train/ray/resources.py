@@ -14,7 +14,7 @@ from mpscl_ray.config import Config
 from mpscl_ray.errors import ClusterError, InsufficientResources
 
 _SETTLE_S = 5.0
-"""Seconds that a cluster may take to free the resources of the run before."""
+"""Seconds that a cluster may take to free the resources of the previous run."""
 
 
 def check_machine(config: Config) -> None:
@@ -88,12 +88,12 @@ def cluster_shortage(config: Config, use_gpu: bool) -> str:
 
 
 def worker_slots(worker: dict[str, float]) -> int:
-    """Workers that fit on all nodes together if they are idle; a worker cannot be split between nodes."""
+    """Workers that fit on all nodes together if these are idle; a worker cannot be split between nodes."""
     return sum(min(math.floor(node.get(name, 0) / amount) for name, amount in worker.items()) for node in _nodes())
 
 
 def free_worker_slots(worker: dict[str, float]) -> int:
-    """Workers that fit now, about."""
+    """Approximate number of workers that fit now."""
     free: dict[str, float] = ray.available_resources()  # type: ignore[no-untyped-call]
     return min(worker_slots(worker), *(int(free.get(name, 0) / amount) for name, amount in worker.items()))
 

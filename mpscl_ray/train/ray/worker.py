@@ -43,9 +43,8 @@ def run_worker(
     leave the other workers waiting for this one.
 
     Args:
-        settings: nested plain values of the config.
         folder: path or URL of the run folder.
-        token: proves that the command that holds the lock of the run started the worker.
+        token: proves that the command with the lock of the run started the worker.
         data: slices, as handles that each worker opens.
         display_name: name of the run in its metrics.
     """
@@ -100,15 +99,10 @@ def wait_for_decision(folder: RunDirectory, step: int, patience_s: float = 60.0)
     """Wait until the scheduler has decided on a validation; returns at once for a run without a scheduler.
 
     Without the wait a run that should be stopped would train on until the decision arrives. When this returns, a run
-    that should stop has STOP_FILE in its folder.
-
-    Args:
-        folder: of the run.
-        step: global step of the validation.
-        patience_s: maximum wait.
+    that should stop has STOP_FILE in its folder. ``step`` is the global step of the validation.
 
     Returns:
-        Whether a decision arrived; False only after the maximum wait.
+        Whether a decision arrived; False only after ``patience_s``.
     """
     deadline = time.monotonic() + patience_s
     while True:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mpscl_ray.methods.optim import (
-    DiscriminatorAdam,
+    NetworkAdam,
     NonFiniteGuard,
     OptimConfig,
     SegmenterSGD,
@@ -105,7 +105,10 @@ def test_frozen_norms_are_not_decayed() -> None:
 def test_a_flagged_step_updates_neither_weights_nor_state(legacy: dict[str, int] | None) -> None:
     module = network()
     config = OptimConfig(legacy_param_repeats=legacy)  # type: ignore[arg-type]
-    for optimiser in (SegmenterSGD(module, config), DiscriminatorAdam(module, config)):
+    for optimiser in (
+        SegmenterSGD(module, config),
+        NetworkAdam(module, config.lr_discriminator, config.betas, config.poly_power),
+    ):
         for flag in (BAD, FINE, BAD):
             weights = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
             state = {k: {n: t.clone() for n, t in v.items()} for k, v in optimiser.state_dict().items()}

@@ -112,7 +112,7 @@ def test_other_number_of_classes_names_the_shapes_and_changes_nothing(tmp_path: 
     ("other", "message"),
     [
         (segmenter(base_channels=3), r"shape of conv1.weight \[3, 3, 7, 7\] \(network: \[2, 3, 7, 7\]\)"),
-        (segmenter(layers=(2, 1, 1, 1)), r"holds layer1.1.conv1.weight.* and 14 more, which the network has not"),
+        (segmenter(layers=(2, 1, 1, 1)), r"holds layer1.1.conv1.weight.* and 14 more, which the network does not have"),
         (PatchGANDiscriminator(4, width=2), r"lacks conv1.weight.* and holds model.0.weight"),
     ],
 )

@@ -69,7 +69,7 @@ def test_causes_name_the_worker_that_died_not_those_that_noticed() -> None:
     died = ray.exceptions.ActorDiedError()
     noticed = RuntimeError("Connection closed by peer")
     assert causes({0: noticed, 1: died}) == "worker 1 was lost: its process died"
-    gone = "worker 0 was cut off: a process or a node that it spoke to was lost"
+    gone = "worker 0 was cut off: a process or a node that it communicated with was lost"
     assert causes({0: noticed}) == gone
     assert causes({0: RuntimeError("of its own")}) == "worker 0 failed: of its own"
 
