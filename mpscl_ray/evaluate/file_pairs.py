@@ -69,7 +69,6 @@ def find_pairs(
     for stem, path in by_label.items():
         for name in _names(stem, () if label_pattern else LABEL_ENDINGS):
             label_names.setdefault(name, []).append(path)
-        label_names[stem].sort(key=lambda other, path=path: other != path)  # type: ignore[misc]  # its own name first
     pairs: dict[Path, Pair] = {}
     alone: list[Path] = []
     for stem, path in by_prediction.items():
@@ -78,9 +77,11 @@ def find_pairs(
         if case is None:
             alone.append(path)
             continue
-        label, *others = label_names[case]
-        if others and case not in by_label:
-            raise DataError(f"{path} belongs to {label} and {others[0]} alike; give --label-pattern")
+        label = by_label.get(case, label_names[case][0])
+        if len(label_names[case]) > 1 and case not in by_label:
+            raise DataError(f"{path} belongs to {label} and {label_names[case][1]} alike; give --label-pattern")
+        if label.samefile(path):
+            raise DataError(f"{path} is prediction and label at once; give two folders, or patterns")
         if label in pairs:
             raise DataError(f"{label} belongs to {pairs[label].prediction} and {path} alike; give --prediction-pattern")
         pairs[label] = Pair(case, path, label)

@@ -17,7 +17,7 @@ examples:
   python -m mpscl_ray.score nnunet_predictions Dataset042_Heart/labelsTs            names from both dataset.json
   python -m mpscl_ray.score predictions MMWHS --labels 205=MYO,500=LVC --prediction-labels 1=MYO,2=LVC \\
       --prediction-pattern '{case}_image_prediction.nii.gz' --label-pattern '{case}_label.nii.gz'
-  python -m mpscl_ray.score totalsegmentator labels --labels 1=LVC --prediction-labels totalsegmentator/labels.json \\
+  python -m mpscl_ray.score totalsegmentator labels --labels 1=MYO,2=LV --prediction-labels 1=MYO,3=LV \\
       --prediction-pattern '{case}/segmentation.nii.gz' --resample nearest --cross-check medpy
 
 Files are paired by name without .nii, .nii.gz and endings such as _seg, _label, _gt, _pred. Without --labels the names

@@ -25,7 +25,7 @@ from mpscl_ray.evaluate.score_files import PairScores, ScoreOptions, present_ids
 from mpscl_ray.evaluate.table_files import json_text, score_json, write_tables
 from mpscl_ray.evaluate.tables import LEGEND, Summary, default_measures, format_table, scores_csv, summarise
 from mpscl_ray.runs.progress import ProgressLine
-from mpscl_ray.runs.storage import output_directory, parse_location
+from mpscl_ray.runs.storage import S3Path, output_directory, parse_location
 
 CROSS_CHECK_FAILED = TrainingError.exit_code
 """Exit code where a measure differs from medpy's by more than rounding."""
@@ -110,8 +110,10 @@ def score_label_maps(options: argparse.Namespace) -> int:
     label_names, prediction_names = _names(options, pairs)
     chosen = _score_options(options, label_names, prediction_names)
     out = None if options.out is None else parse_location(options.out)
-    if isinstance(out, Path):
-        with output_directory(out):  # Find out before the work whether it can be written.
+    if isinstance(out, S3Path):  # Find out before the work whether it can be written.
+        out.require_bucket()
+    elif out is not None:
+        with output_directory(out):
             pass
     results = _score(chosen, pairs, options.workers)
     _check_ids("label", results, chosen.label_index, chosen.ignored, label_names)

@@ -287,6 +287,11 @@ def test_what_has_no_clear_pair_is_refused(predictions: str, labels: str, messag
         pairs(tmp_path, predictions, labels)
 
 
+def test_a_folder_is_not_scored_against_itself(cohort: Path) -> None:
+    with pytest.raises(DataError, match=r"c0.nii.gz is prediction and label at once"):
+        main([str(cohort / "pred"), str(cohort / "pred"), *NAMES])
+
+
 def test_extra_files_are_left_out_only_when_asked(cohort: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save(cohort / "pred/more.nii.gz", hearts(5)[0])
     (cohort / "truth/c2.nii.gz").unlink()
