@@ -116,11 +116,12 @@ def _files(listing: Listing, pattern: str | None, option: str) -> dict[str, Path
     found: dict[str, Path] = {}
     expression = None if pattern is None else case_pattern(pattern, option)
     for path in listing.files:
-        name: str | None = None
-        if expression is None:
-            name = stem_before(path.name, _NIFTI) if path.parent == listing.root else None
-        elif match := expression.fullmatch(listing.relative(path)):
-            name = match["case"]
+        name = stem_before(path.name, _NIFTI)
+        if expression is not None and name is not None:
+            match = expression.fullmatch(listing.relative(path))
+            name = match["case"] if match else None
+        elif path.parent != listing.root:
+            name = None
         if name is None:
             continue
         if name in found:

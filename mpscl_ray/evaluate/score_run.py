@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -32,7 +33,7 @@ CROSS_CHECK_FAILED = TrainingError.exit_code
 _PAIRS_PER_WORKER = 8
 """Number of pairs for which starting a worker pays off."""
 _LISTED = 10
-"""Number of files, ids or warnings that a message names."""
+"""Number of files or ids that a message names."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,7 @@ class FolderScores:
                     "spacing_mm": list(result.spacing_mm),
                     "resampled": result.resampled,
                     "ignored_voxels": result.ignored_voxels,
+                    "notices": list(result.notices),
                     "scores": [score_json(score) for score in result.scores],
                 }
                 for case, result in self.results.items()
@@ -264,12 +266,12 @@ def _notices(
     ):
         if alone:
             yield f"{what}, left out: {_listed(path.name for path in alone)}"
-    texts = Counter(notice for result in results.values() for notice in result.notices)
-    for text, count in texts.most_common(_LISTED):
-        case = next(case for case, result in results.items() if text in result.notices)
-        yield f"label of {case}" + (f" and {count - 1} more" if count > 1 else "") + f": {text}"
-    if len(texts) > _LISTED:
-        yield f"{len(texts) - _LISTED} more warnings on labels of this kind"
+    alike: dict[str, list[tuple[str, str]]] = {}  # warnings that differ in their numbers are one
+    for case, result in results.items():
+        for text in result.notices:
+            alike.setdefault(re.sub(r"[\d.]+", "", text), []).append((case, text))
+    for (case, text), *others in alike.values():
+        yield f"label of {case}" + (f", and {len(others)} more likewise" if others else "") + f": {text}"
 
 
 def _report_differences(scored: FolderScores) -> int:

@@ -256,14 +256,14 @@ def test_pairs_by_name(predictions: str, labels: str, expected: dict[str, tuple[
 
 
 def test_pairs_by_pattern(tmp_path: Path) -> None:
-    files = "x/seg.nii.gz y/seg.nii.gz", "truth-x.nii.gz truth-y.nii.gz image-x.nii.gz"
-    patterns = {"prediction_pattern": "{case}/s*.nii.gz", "label_pattern": "truth-{case}.nii.gz"}
+    files = "x/seg.nii.gz x/seg.png y/seg.nii.gz", "truth-x.nii.gz truth-y.nii.gz image-x.nii.gz"
+    patterns = {"prediction_pattern": "{case}/s*", "label_pattern": "truth-{case}.nii.gz"}
     assert pairs(tmp_path, *files, **patterns) == {
         case: (f"{case}/seg.nii.gz", f"truth-{case}.nii.gz") for case in ("x", "y")
     }
     with pytest.raises(DataError, match=r"below it: x/seg.nii.gz, y/seg.nii.gz; give --prediction-pattern"):
         find_pairs(tmp_path / "p", tmp_path / "t")
-    with pytest.raises(DataError, match=r"none of 2 files matches --prediction-pattern '\{case\}.nii'"):
+    with pytest.raises(DataError, match=r"none of 3 files matches --prediction-pattern '\{case\}.nii'"):
         find_pairs(tmp_path / "p", tmp_path / "t", "{case}.nii")
     with pytest.raises(ConfigError, match=r"--label-pattern 'a': must contain \{case\}"):
         find_pairs(tmp_path / "p", tmp_path / "t", "{case}/seg.nii.gz", "a")
@@ -301,6 +301,16 @@ def test_extra_files_are_left_out_only_when_asked(cohort: Path, capsys: pytest.C
     assert "note: predictions without a label, left out: c2.nii.gz, more.nii.gz" in capsys.readouterr().out
     about = json.loads((cohort / "out/summary.json").read_text())
     assert [Path(path).name for path in about["predictions_without_label"]] == ["c2.nii.gz", "more.nii.gz"]
+
+
+def test_warnings_on_labels_are_one_line_for_each_kind(cohort: Path) -> None:
+    for side, array in zip(("pred", "truth"), hearts(2), strict=True):
+        save(cohort / side / "c2.nii.gz", array, rotated(40.0))
+    scored(cohort, *NAMES)
+    about = json.loads((cohort / "out/summary.json").read_text())
+    (notice,) = about["notices"]
+    assert notice.startswith("label of c1, and 1 more likewise: the volume is oblique: its axes are up to 25 degrees")
+    assert "up to 40 degrees" in about["volumes"]["c2"]["notices"][0]
 
 
 def test_two_files(cohort: Path) -> None:
