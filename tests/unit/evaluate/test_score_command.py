@@ -131,13 +131,16 @@ def test_missed_invented_and_absent_structures(tmp_path: Path, capsys: pytest.Ca
     prediction, label = hearts(1)
     save(tmp_path / "pred/a.nii.gz", np.where(prediction == 2, 0, prediction).astype(np.uint8))
     save(tmp_path / "truth/a.nii.gz", np.where(label == 1, 0, label).astype(np.uint8))
-    rows = scored(tmp_path, "--labels", "1=MYO,2=LV,3=RV")
+    rows = scored(tmp_path, "--labels", "1=MYO,2=LV,3=RV", "--cross-check", "medpy")
     assert [rows["a", name]["case_kind"] for name in ("MYO", "LV", "RV")] == ["false_alarm", "missed", "absent"]
     assert [rows["a", name]["dice"] for name in ("MYO", "LV", "RV")] == ["0.0", "0.0", ""]
     diagonal = np.linalg.norm(np.array(SHAPE) * [1.25, 1.5, 4.0])
     assert float(rows["a", "LV"]["asd_mm_worst_case"]) == pytest.approx(diagonal)
     assert rows["a", "LV"]["asd_mm"] == ""
-    assert "(1m)" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "(1m)" in printed
+    assert "dice: 0.0e+00 in 2 comparisons" in printed
+    assert "hd95_mm: nothing to compare" in printed
 
 
 @pytest.mark.parametrize("worse", [False, True])
@@ -210,11 +213,13 @@ def test_resampling_turns_and_leaves_background_outside() -> None:
     affine[:, 3] = AFFINE @ [SHAPE[0] - 1, 0, 0, 1]
     affine[:3, 1] *= -1
     assert np.array_equal(resample_nearest(turned, affine, SHAPE, AFFINE), labels)
-    shifted = AFFINE.copy()
-    shifted[:3, 3] += 5 * AFFINE[:3, 0]
-    expected = np.zeros_like(labels)
-    expected[:-5] = labels[5:]
-    assert np.array_equal(resample_nearest(labels, AFFINE, SHAPE, shifted), expected)
+    full = np.maximum(labels, 1)
+    for step, there, here in ((5, slice(None, -5), slice(5, None)), (-5, slice(5, None), slice(None, -5))):
+        shifted = AFFINE.copy()
+        shifted[:3, 3] += step * AFFINE[:3, 0]
+        expected = np.zeros_like(labels)
+        expected[there] = full[here]
+        assert np.array_equal(resample_nearest(full, AFFINE, SHAPE, shifted), expected)
 
 
 # ---------------------------------------------------------------------------------------------------------- pairs
@@ -348,7 +353,7 @@ def test_names_from_files_beside_the_maps(cohort: Path) -> None:
     assert scored(cohort) == before
     renumber(cohort, "pred", lambda array: np.array([0, 205, 500], np.int16)[array])
     (cohort / "pred/slicer_labels.ctbl").write_text(
-        "# by predict\n0 background 0 0 0 0\n205 MYO 1 2 3 255\n500 LV 1 2 3 4\n"
+        "# by predict\n0 background 0 0 0 0\n0 RV 1 2 3 4\n205 MYO 1 2 3 255\n500 LV 1 2 3 4\n"
     )
     assert scored(cohort) == before
     assert scored(cohort, "--labels", str(cohort / "truth/labels.json")) == before
@@ -362,6 +367,8 @@ def test_nnunets_table_and_its_ignore_label(cohort: Path) -> None:
     array = read_label(path).array.astype(np.uint8)
     array[:10] = 3
     save(path, array)
+    (cohort / "pred/dataset.json").write_text(json.dumps(about))
+    renumber(cohort, "pred", lambda array: np.where(array == 0, 3, array).astype(np.uint8))
     assert main([str(cohort / "pred"), str(cohort / "labelsTr"), "--out", str(cohort / "out"), "--workers", "0"]) == 0
     summary = json.loads((cohort / "out/summary.json").read_text())
     assert (summary["ignore_label"], summary["volumes"]["c0"]["ignored_voxels"]) == (3, 10 * 18 * 12)
@@ -384,6 +391,7 @@ def test_ids_without_a_name_are_named(cohort: Path, capsys: pytest.CaptureFixtur
 
 def test_structures_of_the_predictions_alone_are_named(cohort: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = scored(cohort, *NAMES)
+    renumber(cohort, "pred", lambda array: np.where(array == 0, 7, array).astype(np.uint8))
     assert scored(cohort, *NAMES, "--prediction-labels", "1=MYO,2=LV,7=RV") == before
     assert "not scored, as --labels has no such structure: RV" in capsys.readouterr().out
 
