@@ -14,11 +14,15 @@ COMMANDS = {
     "train": "train a method, on this machine or on a Ray cluster",
     "evaluate": "score a trained segmenter on labelled volumes",
     "predict": "write label maps for new images",
+    "score": "score any folder of label maps against labels",
     "tune": "search for the settings of a method",
     "compare": "train and score a table of methods, seeds and directions",
     "report": "draw the figures of runs on one page",
 }
-"""Packages with a command, in the order in which one uses them."""
+"""Commands, in the order in which one uses them."""
+
+MODULES = {name: f"mpscl_ray.{name}.command" for name in COMMANDS} | {"score": "mpscl_ray.evaluate.score_command"}
+"""Where each has its arguments: in a package of its name, but for ``score``, which shares that of ``evaluate``."""
 
 
 def main() -> None:
@@ -36,7 +40,7 @@ def dispatch(arguments: Sequence[str]) -> int:
         if words[:1]:
             os.environ[cli.COMPLETION] = "2"  # The command's name takes the position of the program's.
     if words and words[0] in COMMANDS:
-        command = importlib.import_module(f"mpscl_ray.{words[0]}.command")
+        command = importlib.import_module(MODULES[words[0]])
         return int(command.main(words[1:]))
     width = max(map(len, COMMANDS))
     listing = "\n".join(f"  {name:{width}s}  {text}" for name, text in COMMANDS.items())

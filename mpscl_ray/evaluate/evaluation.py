@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from mpscl_ray import __version__
 from mpscl_ray.evaluate.metrics import StructureScore
+from mpscl_ray.evaluate.table_files import json_text, score_json, write_tables
 from mpscl_ray.evaluate.tables import (
     LEGEND,
     Style,
@@ -20,7 +20,6 @@ from mpscl_ray.evaluate.tables import (
     summary_csv,
 )
 from mpscl_ray.predict.model import Checkpoint
-from mpscl_ray.runs.atomic_files import storage_errors, write_atomically
 from mpscl_ray.runs.storage import S3Path
 
 RELEASED_PROTOCOL = (
@@ -86,7 +85,7 @@ class Evaluation:
             "notices": list(self.notices),
             "summary": self.summary.to_json(),
             "volumes": {
-                case: {"slices": self.slices[case], "scores": [_without_nan(asdict(score)) for score in rows]}
+                case: {"slices": self.slices[case], "scores": [score_json(score) for score in rows]}
                 for case, rows in self.scores.items()
             },
         }
@@ -112,20 +111,3 @@ def write_evaluation(evaluation: Evaluation, folder: Path) -> None:
             "summary.json": json_text(evaluation.to_json()),
         },
     )
-
-
-def write_tables(folder: Path, files: Mapping[str, str]) -> None:
-    """Write texts into a folder, by file name."""
-    with storage_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    for name, text in files.items():
-        write_atomically(folder / name, text.encode())
-
-
-def json_text(value: Any) -> str:
-    """JSON with a newline at its end; refuses NaN."""
-    return json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def _without_nan(values: dict[str, Any]) -> dict[str, Any]:
-    return {name: None if value != value else value for name, value in values.items()}

@@ -6,8 +6,9 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from mpscl_ray.evaluate.evaluation import Evaluation, json_text, write_tables
+from mpscl_ray.evaluate.evaluation import Evaluation
 from mpscl_ray.evaluate.scoring import evaluate_checkpoint, find_dataset
+from mpscl_ray.evaluate.table_files import json_text, write_tables
 from mpscl_ray.evaluate.tables import default_measures, format_table, summary_csv
 from mpscl_ray.predict.model import read_model
 from mpscl_ray.predict.predictor import choose_device

@@ -9,12 +9,13 @@ import numpy as np
 import numpy.typing as npt
 
 from mpscl_ray.data.volumes.label_maps import whole_ids
-from mpscl_ray.data.volumes.nifti import read_label
+from mpscl_ray.data.volumes.nifti import Volume, read_label
 from mpscl_ray.errors import ConfigError, DataError
 from mpscl_ray.evaluate.metrics import StructureScore, volume_scores
 
 _MOST_LABELS = 255
-_AFFINE_TOLERANCE_MM = 1e-3
+_GRID_TOLERANCE = 0.01
+"""Largest distance between the corners of two equal grids, as part of the smallest voxel size."""
 
 
 def score(
@@ -70,6 +71,15 @@ def score(
     return {row.structure: row for row in volume_scores(predicted, true, class_names, sizes)}
 
 
+def same_grid(first: Volume, second: Volume) -> bool:
+    """Whether two volumes have the same shape, and the same place in space but for the noise of stored numbers."""
+    if first.array.shape != second.array.shape:
+        return False
+    corners = np.array(np.meshgrid(*([0.0, n - 1.0] for n in first.array.shape), [1.0])).reshape(4, -1)
+    moved = np.linalg.norm(((first.affine - second.affine) @ corners)[:3], axis=0).max()
+    return bool(moved <= _GRID_TOLERANCE * min(second.spacing_mm))
+
+
 def _read(
     prediction: Path, label: Path
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], tuple[float, float, float]]:
@@ -78,7 +88,7 @@ def _read(
         raise DataError(
             f"{prediction} has shape {predicted.array.shape} and {label} {true.array.shape}; expected the same grid"
         )
-    if np.abs(predicted.affine - true.affine).max() > _AFFINE_TOLERANCE_MM:
+    if not same_grid(predicted, true):
         raise DataError(
             f"the affines of {prediction} and {label} differ by up to "
             f"{np.abs(predicted.affine - true.affine).max():.3g} mm; expected the same grid, resample one to the other"

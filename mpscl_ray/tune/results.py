@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from mpscl_ray.config import to_yaml
-from mpscl_ray.evaluate.evaluation import json_text, write_tables
 from mpscl_ray.evaluate.run import evaluate_phases
+from mpscl_ray.evaluate.table_files import json_text, write_tables
 from mpscl_ray.evaluate.tables import Summary, format_table, summary_csv
 from mpscl_ray.runs.atomic_files import write_atomically
 from mpscl_ray.runs.storage import join_location

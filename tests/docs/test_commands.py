@@ -13,6 +13,7 @@ from unittest.mock import MagicMock
 import pytest
 from ray.dashboard.modules.job.cli import submit
 
+from mpscl_ray.__main__ import MODULES
 from mpscl_ray.config import load_config, to_yaml
 from tests.docs.markdown import GUIDES, ROOT, Command, commands
 
@@ -38,8 +39,8 @@ def check(words: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> No
         words = ["python", "-m", f"mpscl_ray.{words[1]}", *words[2:]]
     assert words[:2] == ["python", "-m"], words
     package, *arguments = words[2:]
-    command = importlib.import_module(f"{package}.command")
-    name = package.rpartition(".")[2]
+    name = package.removeprefix("mpscl_ray.")
+    command = importlib.import_module(MODULES[name])
     if name in ("train", "tune"):
         for word in arguments:
             if word.endswith("best.yaml"):  # which a search leaves
@@ -47,7 +48,8 @@ def check(words: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> No
                 (folder / word).write_text(to_yaml(load_config("mr2ct/mpscl")))
         assert command.main([*arguments, "--print-config"]) == 0
         return
-    monkeypatch.setitem(sys.modules, f"{package}.run", Accepting(f"{package}.run"))
+    work = MODULES[name].removesuffix("command") + "run"
+    monkeypatch.setitem(sys.modules, work, Accepting(work))
     # There is no bucket here; that outputs may be in one is tested in tests/cluster/test_object_storage.py.
     command.main([word.replace("s3://", "") if name == "predict" else word for word in arguments])
 
@@ -67,6 +69,7 @@ def test_the_command_line_takes_it(
         ("python -m mpscl_ray.train optim.lrr=1", "optim.lrr"),
         ("python -m mpscl_ray.tune nothing", "nothing"),
         ("python -m mpscl_ray.compare nothing", "nothing"),
+        ("python -m mpscl_ray.score a b --labels nothing", "nothing"),
         ("ray job submit --nothing -- python -m mpscl_ray.train", "--nothing"),
         ("ray job submit -- python -m mpscl_ray.train mr2ct/nothing", "mr2ct/nothing"),
     ],

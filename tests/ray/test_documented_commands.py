@@ -17,6 +17,7 @@ import pytest
 import yaml
 
 import mpscl_ray
+from mpscl_ray.__main__ import MODULES
 from mpscl_ray.config import load_config, preset_names, to_dict
 from mpscl_ray.config.systems import SYSTEMS
 from mpscl_ray.runs.run_directory import RunDirectory
@@ -41,6 +42,9 @@ ELSEWHERE = {
         "tests/cluster/test_search_in_bucket.py::test_a_killed_search_in_a_bucket_goes_on_and_stops_what_falls_behind"
     ),
     "python -m mpscl_ray.predict s3://*": BUCKET,
+    "python -m mpscl_ray.score totalsegmentator *": (
+        "tests/unit/evaluate/test_score_command.py::test_swapped_ids_are_told_apart_by_the_tables"
+    ),
     "ray job submit *": JOB,
 }
 """Patterns of commands that are not run here, and what runs such a command."""
@@ -52,6 +56,7 @@ ADDED = {
     "compare": ["source_only", "mpscl", "--seeds", "1", "scaling.num_workers=1"],
     "evaluate": ["--workers", "0"],
     "predict": ["--workers", "0"],
+    "score": ["--workers", "0"],
     "report": [],
 }
 """Words that make a command short, by its name."""
@@ -63,7 +68,7 @@ HERE = [text for text in ALL if not any(fnmatchcase(text, pattern) for pattern i
 
 def test_what_is_run_elsewhere_is_run_there() -> None:
     names = {text.split()[2].removeprefix("mpscl_ray.") for text in HERE}
-    assert names == {"prepare", "train", "evaluate", "predict", "compare", "report", "tune"}
+    assert names == {"prepare", "train", "evaluate", "predict", "score", "compare", "report", "tune"}
     for pattern, test in ELSEWHERE.items():
         assert any(fnmatchcase(text, pattern) for text in ALL), f"{pattern} is in no document any more"
         file, _, name = test.partition("::")
@@ -140,7 +145,7 @@ def test_the_commands_fit_together(here: Here, workplace: Path, monkeypatch: pyt
     for text in HERE:
         name, words = tiny_words(text, workplace / "presets")
         options = {"fit": fit} if name in ("train", "tune", "compare") else {}
-        code, output = here(importlib.import_module(f"mpscl_ray.{name}.command"), *words, **options)
+        code, output = here(importlib.import_module(MODULES[name]), *words, **options)
         assert code == 0, f"{text}\n{output}"
     for run in ("hospital", "mr2ct", "tune-contrastive/trials/001"):
         assert RunDirectory(Path("runs") / run).read_status()["state"] == "finished"
@@ -150,6 +155,7 @@ def test_the_commands_fit_together(here: Here, workplace: Path, monkeypatch: pyt
         "runs/compare/comparison.md",
         "runs/tune-contrastive/best.yaml",
         "report/index.html",
+        "scores/scores.csv",
     ):
         assert Path(file).is_file(), file
     assert len(list(Path("predictions").glob("b*_prediction.nii.gz"))) == 5

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from mpscl_ray.__main__ import MODULES
+
 ROOT = Path(__file__).resolve().parents[2]
 
 HEAVY = "torch ray numpy scipy pandas pyarrow matplotlib tensorboardX safetensors nibabel".split()
@@ -100,6 +102,18 @@ CASES = {
         ("run image.nii --out out --workers -1", 2, "error: --workers is -1"),
         ("run s3://bucket/image.nii --out out", 2, "error: s3://bucket/image.nii is in a bucket"),
     ],
+    "score": [
+        ("--help", 0, "names from both dataset.json"),
+        ("--version", 0, "torch"),
+        ("predictions labels --shwo", 2, "unrecognized arguments: --shwo"),
+        ("predictions labels --workers -1", 2, "error: --workers is -1"),
+        ("predictions labels --labels MYO", 2, "error: --labels: 'MYO' is not ID=NAME"),
+        ("predictions labels --labels 1=MYO --prediction-labels 1", 2, "error: --prediction-labels: '1' is not ID"),
+        ("predictions labels --labels nothing.json", 3, "error: nothing.json: cannot be read"),
+        ("predictions labels --ignore-label x", 2, "invalid int value: 'x'"),
+        ("predictions labels --out gs://bucket", 2, "error: gs:// is not a storage that can be used directly"),
+        ("s3://bucket/predictions labels", 2, "error: s3://bucket/predictions is in a bucket"),
+    ],
     "report": [
         ("--help", 0, "one run, phase by phase"),
         ("--version", 0, "torch"),
@@ -114,7 +128,7 @@ CASES = {
 def test_help_and_what_is_refused_need_nothing_that_computes(command: str, tmp_path: Path) -> None:
     words = json.dumps([arguments.split() for arguments, _, _ in CASES[command]])
     done = subprocess.run(
-        [sys.executable, "-c", ONE_AFTER_THE_OTHER, f"mpscl_ray.{command}.command", words],
+        [sys.executable, "-c", ONE_AFTER_THE_OTHER, MODULES[command], words],
         cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,

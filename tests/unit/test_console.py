@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from mpscl_ray.__main__ import COMMANDS, dispatch
+from mpscl_ray.__main__ import COMMANDS, MODULES, dispatch
+from tests.unit.test_layers import COMMANDS_ALONE
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -25,10 +26,14 @@ def run(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_every_command_is_there() -> None:
-    assert set(COMMANDS) == {path.parent.name for path in (ROOT / "mpscl_ray").glob("*/__main__.py")}
+    packages = {path.parent.name for path in (ROOT / "mpscl_ray").glob("*/__main__.py")}
+    assert set(COMMANDS) == packages | set(COMMANDS_ALONE)
+    assert all((ROOT / f"{module.replace('.', '/')}.py").is_file() for module in MODULES.values())
 
 
-@pytest.mark.parametrize("words", [["train", "--list-presets"], ["train", "nothing"], ["compare", "--shwo"]])
+@pytest.mark.parametrize(
+    "words", [["train", "--list-presets"], ["train", "nothing"], ["compare", "--shwo"], ["score", "a", "s3://b"]]
+)
 def test_it_is_the_command_itself(words: list[str]) -> None:
     command, *rest = words
     ours, own = run("mpscl_ray", *words), run(f"mpscl_ray.{command}", *rest)
@@ -59,6 +64,7 @@ def test_what_it_says_itself(words: list[str], code: int, capsys: pytest.Capture
         ("mpscl-ray tune table_v preset=small/mps", ["small/mpscl "]),
         ("mpscl-ray compare --seeds 1 mps", ["mpscl "]),
         ("mpscl-ray evaluate --spl", ["--split "]),
+        ("mpscl-ray score --ign", ["--ignore-label "]),
     ],
 )
 def test_completion_in_a_shell(line: str, expected: list[str], tmp_path: Path) -> None:

@@ -1,0 +1,153 @@
+"""What the ids in label maps mean: from a table on the command line, or a file beside the label maps."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mpscl_ray.errors import ConfigError, DataError
+from mpscl_ray.prepare.label_table import BACKGROUND, parse_label_table
+from mpscl_ray.runs.cli import did_you_mean
+
+_IGNORE = "ignore"
+"""What nnU-Net calls the id of voxels that count nowhere."""
+_MOST = 254
+
+
+@dataclass(frozen=True)
+class LabelNames:
+    """The structure of each id, on one side."""
+
+    names: Mapping[int, str]
+    """Id -> structure; several ids may share one."""
+    background: frozenset[int]
+    """Ids that are background by name; 0 is one of them."""
+    ignored: int | None
+    """Id of voxels that count nowhere."""
+    origin: str
+    """Option or file, for messages."""
+
+    def __str__(self) -> str:
+        return ", ".join(f"{value}={name}" for value, name in self.names.items()) + f" ({self.origin})"
+
+
+def given_names(option: str, text: str | None) -> LabelNames | None:
+    """Names of an option: ``1=MYO,2=LV``, or a JSON file; None where it is not given.
+
+    Raises:
+        ConfigError: the text is no such table.
+        DataError: the file is none.
+    """
+    if text is None:
+        return None
+    if text.lower().endswith(".json"):
+        return read_names(Path(text))
+    try:
+        table = parse_label_table(text)
+    except ConfigError as error:
+        raise ConfigError(str(error).replace("--labels", option)) from None
+    names = {value: table.classes[index] for value, index in table.values.items() if index}
+    return LabelNames(names, frozenset(table.values) - frozenset(names), None, option)
+
+
+def names_beside(location: Path) -> LabelNames | None:
+    """Names of a file beside label maps: ``dataset.json``, ``labels.json``, or the colour table that predict writes.
+
+    For ``labelsTr`` and ``labelsTs`` of nnU-Net, also of the ``dataset.json`` in the folder above.
+    """
+    folder = location if location.is_dir() else location.parent
+    for path in (folder / "dataset.json", folder / "labels.json"):
+        if path.is_file():
+            return read_names(path)
+    if (folder / "slicer_labels.ctbl").is_file():
+        return _slicer_names(folder / "slicer_labels.ctbl")
+    above = folder.absolute().parent / "dataset.json"
+    return read_names(above) if folder.name.startswith("labelsT") and above.is_file() else None
+
+
+def read_names(path: Path) -> LabelNames:
+    """Names of a JSON file: an object of ``"NAME": ID`` or ``"ID": "NAME"``, or one with such an object as ``labels``.
+
+    Raises:
+        DataError: it is none.
+    """
+    try:
+        about = json.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); it should hold the label table") from None
+    except ValueError as error:
+        raise DataError(f"{path}: not JSON: {error}") from None
+    entries = about.get("labels", about) if isinstance(about, dict) else None
+    if not isinstance(entries, dict) or not entries:
+        raise DataError(f'{path}: expected {{"NAME": ID, ...}}, alone or as "labels"; or give the names as 1=MYO,2=LV')
+    return _checked(path, [_entry(path, key, value) for key, value in entries.items()])
+
+
+def _entry(path: Path, key: str, value: Any) -> tuple[int, str]:
+    """Id and name: nnU-Net v2 writes name: id, its older form and MSD id: name."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value, key
+    if isinstance(value, str) and key.strip().lstrip("-").isdecimal():
+        return int(key), value
+    raise DataError(
+        f"{path}: the label {key!r}: {json.dumps(value)[:60]} is no NAME: ID pair (regions of several ids are not "
+        "supported); give the names as 1=MYO,2=LV"
+    )
+
+
+def _slicer_names(path: Path) -> LabelNames:
+    try:
+        lines = [line.split() for line in path.read_text(encoding="utf-8").splitlines() if line[:1] not in ("#", "")]
+        return _checked(path, [(int(words[0]), words[1]) for words in lines if int(words[0])])
+    except (OSError, ValueError, IndexError) as error:
+        raise DataError(f"{path}: no colour table of 3D Slicer ({error}); give the names as 1=MYO,2=LV") from None
+
+
+def _checked(path: Path, pairs: Iterable[tuple[int, str]]) -> LabelNames:
+    names: dict[int, str] = {}
+    for value, name in sorted(pairs):
+        if names.setdefault(value, name) != name:
+            raise DataError(f"{path}: the id {value} has two names, {names[value]} and {name}; correct the file")
+    ignored = next((value for value, name in names.items() if name == _IGNORE), None)
+    background = {0} | {value for value, name in names.items() if name.lower() == BACKGROUND}
+    structures = {value: name for value, name in names.items() if value not in background and value != ignored}
+    if not 1 <= len(set(structures.values())) <= _MOST:
+        raise DataError(
+            f"{path}: {len(set(structures.values()))} names besides background; expected 1 to {_MOST}, give fewer with "
+            "--labels"
+        )
+    return LabelNames(structures, frozenset(background), ignored, str(path))
+
+
+def match_names(labels: LabelNames, predictions: LabelNames) -> tuple[tuple[str, ...], dict[int, int], dict[int, int]]:
+    """The structures to score, and the number of each id among them, for labels and predictions.
+
+    Structures that only the predictions have are background (number 0).
+
+    Returns:
+        Names, background first; id -> index in them for labels, and for predictions.
+
+    Raises:
+        ConfigError: the predictions have no id for a structure of the labels.
+    """
+    classes = (BACKGROUND, *dict.fromkeys(labels.names.values()))
+    there = set(predictions.names.values())
+    missing = [name for name in classes[1:] if name not in there]
+    if missing:
+        hint = did_you_mean(missing[0], sorted(there))
+        raise ConfigError(
+            f"{predictions.origin} has no id for {', '.join(missing)} of {labels.origin}; it has {predictions}"
+            + (f"; {hint}" if hint else "")
+            + "; give --prediction-labels with all structures, or --labels without these"
+        )
+    index = {name: number for number, name in enumerate(classes)}
+    return (
+        classes,
+        dict.fromkeys(labels.background, 0) | {value: index[name] for value, name in labels.names.items()},
+        dict.fromkeys(predictions.background, 0)
+        | ({} if predictions.ignored is None else {predictions.ignored: 0})
+        | {value: index.get(name, 0) for value, name in predictions.names.items()},
+    )

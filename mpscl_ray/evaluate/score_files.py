@@ -1,0 +1,148 @@
+"""The scores of one predicted label map against a label, as files, each with ids of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mpscl_ray.data.volumes.label_maps import map_labels
+from mpscl_ray.data.volumes.nifti import Volume, read_label
+from mpscl_ray.errors import DataError
+from mpscl_ray.evaluate.file_pairs import Pair
+from mpscl_ray.evaluate.medpy_check import Comparison, compare_with_medpy
+from mpscl_ray.evaluate.metrics import StructureScore, volume_scores
+from mpscl_ray.evaluate.score import same_grid
+
+_TABLE_LIMIT = 1 << 20
+_PIECE = 1 << 22
+
+
+@dataclass(frozen=True)
+class ScoreOptions:
+    """How label maps are scored."""
+
+    classes: tuple[str, ...]
+    """Structures, background first."""
+    label_index: Mapping[int, int]
+    """Id in labels -> index of its structure."""
+    prediction_index: Mapping[int, int]
+    """The same in predictions."""
+    ignored: int | None
+    """Id in labels whose voxels count nowhere."""
+    resample: bool
+    """Whether a prediction on another grid is brought to that of its label; otherwise it is refused."""
+    cross_check: bool
+    """Whether medpy computes the measures too."""
+
+
+@dataclass(frozen=True)
+class PairScores:
+    """The scores of one pair, or why there are none."""
+
+    scores: tuple[StructureScore, ...] = ()
+    shape: tuple[int, ...] = ()
+    spacing_mm: tuple[float, ...] = ()
+    label_ids: frozenset[int] = frozenset()
+    """Ids that occur in the label."""
+    prediction_ids: frozenset[int] = frozenset()
+    """Ids that occur in the prediction."""
+    ignored_voxels: int = 0
+    resampled: bool = False
+    notices: tuple[str, ...] = ()
+    """Warnings on the label file."""
+    comparisons: tuple[Comparison, ...] = ()
+    error: str = ""
+    """Why the pair cannot be scored."""
+
+
+def score_pair(options: ScoreOptions, pair: Pair) -> PairScores:
+    """Score the structures of one pair on the grid of its label; a file that cannot be scored becomes an error."""
+    try:
+        return _score(options, pair)
+    except DataError as error:
+        return PairScores(error=str(error))
+
+
+def _score(options: ScoreOptions, pair: Pair) -> PairScores:
+    prediction, label = read_label(pair.prediction), read_label(pair.label)
+    label_ids, prediction_ids = present_ids(label.array), present_ids(prediction.array)
+    predicted = _indices(prediction, prediction_ids, options.prediction_index)
+    true = _indices(label, label_ids, options.label_index)
+    resampled = not same_grid(prediction, label)
+    if resampled and not options.resample:
+        raise DataError(
+            f"{pair.prediction} is not on the grid of {pair.label}: {_grid(prediction)} and {_grid(label)}; export it "
+            "on the grid of the label, or give --resample nearest"
+        )
+    if resampled:
+        predicted = resample_nearest(predicted, prediction.affine, label.array.shape, label.affine)
+    ignored = 0
+    if options.ignored is not None and options.ignored in label_ids:
+        voxels = label.array == options.ignored
+        predicted[voxels] = true[voxels] = 0
+        ignored = int(np.count_nonzero(voxels))
+    scores = volume_scores(predicted, true, options.classes, label.spacing_mm)
+    return PairScores(
+        scores=tuple(scores),
+        shape=label.array.shape,
+        spacing_mm=label.spacing_mm,
+        label_ids=label_ids,
+        prediction_ids=prediction_ids,
+        ignored_voxels=ignored,
+        resampled=resampled,
+        notices=label.notices,
+        comparisons=compare_with_medpy(predicted, true, scores, label.spacing_mm) if options.cross_check else (),
+    )
+
+
+def present_ids(array: npt.NDArray[np.integer[Any]]) -> frozenset[int]:
+    """The ids that occur in a label map."""
+    if not array.size:
+        return frozenset()
+    flat = array.reshape(-1, order="A")
+    low, high = int(flat.min()), int(flat.max())
+    if high - low >= _TABLE_LIMIT:
+        return frozenset(np.unique(flat).tolist())
+    found = np.zeros(high - low + 1, dtype=bool)
+    for start in range(0, flat.size, _PIECE):
+        found[flat[start : start + _PIECE].astype(np.int64) - low] = True
+    return frozenset((np.flatnonzero(found) + low).tolist())
+
+
+def _indices(volume: Volume, ids: frozenset[int], index: Mapping[int, int]) -> npt.NDArray[np.uint8]:
+    """The structure of each voxel; background where its id has none."""
+    return map_labels(volume.array, index, ids - set(index), volume.path)[0]
+
+
+def resample_nearest(
+    labels: npt.NDArray[np.uint8],
+    affine: npt.NDArray[np.float64],
+    shape: tuple[int, ...],
+    onto: npt.NDArray[np.float64],
+) -> npt.NDArray[np.uint8]:
+    """Labels on another grid: each voxel takes the label at its centre; outside the volume is background.
+
+    Args:
+        labels: class indices with three axes.
+        affine: (4, 4), voxel index of ``labels`` to millimetres.
+        shape: of the other grid.
+        onto: its affine.
+    """
+    result = np.zeros(shape, dtype=np.uint8)
+    transform = np.linalg.solve(affine, onto)
+    plane = np.stack(np.meshgrid(*map(np.arange, shape[1:]), indexing="ij"), axis=-1).astype(np.float64)
+    across = plane @ transform[:3, 1:3].T + transform[:3, 3]
+    for index in range(shape[0]):  # A plane at a time: coordinates take far more memory than labels.
+        nearest = np.floor(np.round(across + index * transform[:3, 0], 6) + 0.5).astype(np.int64)
+        inside = ((nearest >= 0) & (nearest < labels.shape)).all(axis=-1)
+        result[index][inside] = labels[tuple(nearest[inside].T)]
+    return result
+
+
+def _grid(volume: Volume) -> str:
+    rows = "; ".join(" ".join(f"{value:.6g}" for value in row) for row in volume.affine[:3])
+    return f"shape {volume.array.shape}, affine [{rows}]"
