@@ -71,29 +71,18 @@ def all_reduce_sums(*tensors: Tensor) -> list[Tensor]:
     return [part.view_as(tensor).to(tensor.dtype) for part, tensor in zip(parts, tensors, strict=True)]
 
 
-def all_reduce_mean(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Mean over the workers of each 0-dim tensor, in one collective.
+def reduce_metrics(values: Mapping[str, Tensor]) -> dict[str, float]:
+    """Mean over the workers of each 0-dim tensor that ``Method.step`` returned, in one collective, read on the host.
+
+    Every worker calls it at the log interval. Only here does the host wait for the device.
 
     Args:
         values: the same names, in the same order, on every worker.
-
-    Returns:
-        The means as 0-dim float64 tensors on the device of the values.
     """
     if not values:
         return {}
     stacked = torch.stack([value.detach().double() for value in values.values()])
-    return dict(zip(values, (all_reduce_sum(stacked) / world_size()).unbind(), strict=True))
-
-
-def reduce_metrics(values: Mapping[str, Tensor]) -> dict[str, float]:
-    """Global values of what ``Method.step`` returned: mean over the workers, read on the host.
-
-    Every worker calls it at the log interval. Only here does the host wait for the device.
-    """
-    means = all_reduce_mean(values)
-    numbers: list[float] = torch.stack(list(means.values())).tolist() if means else []
-    return dict(zip(means, numbers, strict=True))
+    return dict(zip(values, (all_reduce_sum(stacked) / world_size()).tolist(), strict=True))
 
 
 def ddp_ratio(numerator: Tensor, global_denominator: Tensor) -> Tensor:

@@ -69,19 +69,16 @@ class BucketStore:
         role: Of this process: ``command``, ``worker-N``, ``reader`` or another name; part of the name of the copy.
         patience_s: How long the storage may fail to answer.
         uploads: Patterns of files that the command writes beside those of a training.
-        lease: For tests; the run's own by default.
     """
 
     poll_interval_s = 2.0
 
-    def __init__(
-        self, remote: S3Path, role: str, patience_s: float, uploads: Sequence[str] = (), lease: Lease | None = None
-    ) -> None:
+    def __init__(self, remote: S3Path, role: str, patience_s: float, uploads: Sequence[str] = ()) -> None:
         self.path = _copy_folder(remote, role)
         self.name = remote.name
         self.control_files = BucketControlFiles(remote, patience_s)
         self._remote, self._role, self._patience_s, self._uploads = remote, role, patience_s, uploads
-        self._lease = lease or Lease(remote / LEASE)
+        self._lease = Lease(remote / LEASE)
         self._synchronizer: Synchronizer | None = None
         self._downloaded = False
 

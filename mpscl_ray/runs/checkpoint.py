@@ -22,7 +22,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -169,31 +169,22 @@ def latest(folder: Path) -> tuple[Path | None, list[str]]:
     return None, warnings
 
 
-def prune(folder: Path, keep: int, protect: Collection[Path] = ()) -> list[Path]:
-    """Remove all but the newest ``keep`` checkpoints and the protected ones.
+def prune(folder: Path, keep: int) -> None:
+    """Remove all but the newest ``keep`` (1 or more) checkpoints.
 
-    The newest checkpoint that verifies is never removed, even where newer, damaged ones fill the quota.
-
-    Returns:
-        What was removed, oldest first.
+    The newest checkpoint that verifies is never removed, even where ``keep`` newer ones are damaged.
     """
-    if keep < 1:
-        raise ValueError(f"keep must be at least 1, got {keep}")
-    directories = list_checkpoints(folder)
-    protected = {path.resolve() for path in protect} | {path.resolve() for path in directories[-keep:]}
-    doomed = [path for path in directories if path.resolve() not in protected]
-    if not doomed:
-        return []
-    newest_valid, _ = latest(folder)
-    removed = [path for path in doomed if path != newest_valid]
-    for path in removed:
+    older = list_checkpoints(folder)[:-keep]
+    newest_valid = latest(folder)[0] if older else None
+    for path in older:
+        if path == newest_valid:
+            continue
         # Renamed first: a kill half-way through the removal must not leave a checkpoint that looks damaged.
         aside = path.with_name(f".{path.name}.removed-{os.getpid()}")
         with storage_errors(path):
             shutil.rmtree(aside, ignore_errors=True)
             os.rename(path, aside)
             shutil.rmtree(aside, ignore_errors=True)
-    return removed
 
 
 def _write(path: Path, chunks: Sequence[memoryview] | Iterator[memoryview]) -> str:

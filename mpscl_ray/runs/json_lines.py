@@ -109,6 +109,18 @@ class JsonLines:
         return _decode(record) if isinstance(record, dict) and self._is_valid(record) else None
 
 
+class MetricsLog(JsonLines):
+    """What was measured in one run. A record is flat and has an int ``global_step``."""
+
+    def __init__(self, file: Path) -> None:
+        super().__init__(file, is_valid=lambda record: isinstance(record.get("global_step"), int))
+
+    def rewind(self, global_step: int) -> None:
+        """Drop the records after a global step, which a resumed run writes again."""
+        if self.file.exists():
+            self.replace([record for record in self.read() if record["global_step"] <= global_step])
+
+
 def _line(record: Mapping[str, Any]) -> bytes:
     return json.dumps(_encode(record), allow_nan=False).encode() + b"\n"
 

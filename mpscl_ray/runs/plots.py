@@ -88,17 +88,7 @@ def panel(
 
     Returns:
         RGB image (height, width, 3), uint8.
-
-    Raises:
-        ValueError: Shapes differ, or a label map has a class without a name.
     """
-    if images.ndim != 3 or images.shape[0] == 0:
-        raise ValueError(f"images must have shape (N, H, W) with N > 0, got {images.shape}")
-    for title, labels in label_maps.items():
-        if labels.shape != images.shape:
-            raise ValueError(f"the label map {title!r} has shape {labels.shape}, the images have {images.shape}")
-        if labels.min() < 0 or labels.max() >= len(classes):
-            raise ValueError(f"the label map {title!r} has values up to {labels.max()} for {len(classes)} classes")
     grey = grey_slices(images)
     columns = [grey, *(overlay(grey, labels) for labels in label_maps.values())]
     scale = max(1, round(_TILE / max(images.shape[1:])))

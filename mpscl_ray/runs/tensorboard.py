@@ -24,11 +24,10 @@ panel/<name>                     an image panel (mpscl_ray.runs.plots)
 from __future__ import annotations
 
 import math
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,10 +37,6 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from mpscl_ray.runs.atomic_files import storage_errors
 from mpscl_ray.runs.environment import now
-
-
-def _to_stderr(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 class TensorBoard:
@@ -59,9 +54,7 @@ class TensorBoard:
         warn: Called with the warning that no more events are written.
     """
 
-    def __init__(
-        self, folder: Path, *, resume_step: int | None = None, warn: Callable[[str], None] = _to_stderr
-    ) -> None:
+    def __init__(self, folder: Path, *, resume_step: int | None = None, warn: Callable[[str], None]) -> None:
         self._warn = warn
         self._folder = folder
         self._writer: EventsWriter | None = None
@@ -102,12 +95,6 @@ class TensorBoard:
         if self._writer is not None:
             self._guard(self._writer.close)
             self._writer = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
 
     def _add(self, step: int, **content: Any) -> None:
         if self._writer is not None:

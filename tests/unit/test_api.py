@@ -317,7 +317,7 @@ def test_a_run_that_ctrl_c_ends_is_resumed(tiny: Config, tmp_path: Path, capfd: 
 
 
 def test_errors_of_training_are_exceptions(tiny: Config, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(TrainingError, match="not finite at iteration 2 of the phase source_only"):
+    with pytest.raises(TrainingError, match="not finite, seen at iteration 2 of the phase source_only"):
         train_segmenter(tiny, {"run.storage": tmp_path, "optim.lr": 1e30, "run.log_every": 1}, device="cpu")
     status = json.loads((tmp_path / "phantom" / "status.json").read_text())
     assert (status["state"], status["exit_code"]) == ("failed", TrainingError.exit_code)
