@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import functools
 import math
+import re
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -225,7 +226,7 @@ def _inconsistencies(config: Config) -> list[str]:
         found.append("data.labelled_domain=target is the supervised bound and goes with method.name=segmentation")
     if not config.schedule:
         found.append("phases: all phases have 0 iterations; give at least one of them some")
-    if not config.run.name or config.run.name in (".", "..") or not set(config.run.name) <= _NAME_CHARACTERS:
+    if config.run.name in (".", "..") or not re.fullmatch(r"[A-Za-z0-9._-]+", config.run.name):
         found.append(f"run.name={config.run.name!r} must be made of letters, digits, '.', '_' and '-'")
     for key, value in flatten(to_dict(config)):
         if isinstance(value, float) and not math.isfinite(value):
@@ -234,7 +235,6 @@ def _inconsistencies(config: Config) -> list[str]:
 
 
 _PHASE_WORDS = {SOURCE_ONLY: "source-only phase", WARM_UP: "warm-up", ADAPTATION: "adaptation"}
-_NAME_CHARACTERS = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")
 
 
 @functools.cache

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from mpscl_ray.data.volumes.recipe import Recipe
 from mpscl_ray.errors import ConfigError
 from mpscl_ray.prepare.options import PrepareOptions
 from mpscl_ray.prepare.run import prepare
+from mpscl_ray.runs.cli import did_you_mean
 from mpscl_ray.runs.storage import S3Path, parse_location
 
 _RECIPE = frozenset(item.name for item in dataclasses.fields(Recipe))
@@ -41,8 +41,8 @@ def prepare_dataset(
         StorageError: ``out`` cannot be written.
     """
     for name in options.keys() - _RECIPE - _OPTIONS:
-        near = difflib.get_close_matches(name, sorted(_RECIPE | _OPTIONS), n=1)
-        hint = f"did you mean {near[0]!r}?" if near else "python -m mpscl_ray.prepare --help lists them"
+        near = did_you_mean(name, sorted(_RECIPE | _OPTIONS), cutoff=0.6)
+        hint = near or "python -m mpscl_ray.prepare --help lists them"
         raise ConfigError(f"{name!r} is not an option of prepare; {hint}")
     recipe = Recipe(**{name: value for name, value in options.items() if name in _RECIPE})
     others = {name: value for name, value in options.items() if name in _OPTIONS}

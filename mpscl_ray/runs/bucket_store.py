@@ -84,19 +84,16 @@ class BucketStore:
 
     @property
     def display_path(self) -> str:
-        """The URL."""
         return str(self._remote)
 
     uri = display_path
 
     @property
     def fencing_token(self) -> str:
-        """Token of the lease."""
         return self._lease.token
 
     @property
     def sync_error(self) -> Exception | None:
-        """Why the synchronizer has given up."""
         return self._synchronizer.error if self._synchronizer else None
 
     def create(self, parts: Collection[str] = PARTS) -> None:
@@ -121,7 +118,6 @@ class BucketStore:
             retry(self._download_small_files, self._patience_s)
 
     def neighbours(self) -> list[str]:
-        """Names of the runs in the same folder."""
         parent = self._remote.parent
         parent.require_bucket()
         return [name for name in parent.folders() if (parent / name / "config.yaml").exists()]
@@ -215,7 +211,6 @@ class BucketStore:
                 upload_path(file, self._object(file))
 
     def flush(self) -> None:
-        """Wait until all that was written so far is uploaded, unless the storage fails."""
         if self._synchronizer is not None:
             self._synchronizer.flush()
 
@@ -241,20 +236,16 @@ class BucketStore:
         return checkpoint.latest(self.path / "checkpoints")
 
     def step_checkpoints(self) -> list[str]:
-        """Names of the complete checkpoints to resume from, oldest first."""
         return [name for name in self._complete("checkpoints") if re.fullmatch(r"step-\d{7,}", name)]
 
     def finished_phases(self) -> list[str]:
-        """Names of the phases whose last checkpoint is complete."""
         return self._complete("phases")
 
     def checkpoint_names(self) -> list[str]:
-        """Names of all complete checkpoints: steps, oldest first, phases, and ``best``."""
         best = ["best"] if (self._remote / "best" / checkpoint.SUMS).exists() else []
         return [*self.step_checkpoints(), *self.finished_phases(), *best]
 
     def delete_checkpoints(self) -> None:
-        """Remove all checkpoints from the bucket."""
         for part in CHECKPOINT_PARTS:
             (self._remote / part).delete_folder()
 
