@@ -130,11 +130,7 @@ def _read_preset(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Setting]:
 
 
 def require_datasets(config: Config) -> None:
-    """Refuse settings without datasets.
-
-    Raises:
-        ConfigError: data.source or data.target is not set.
-    """
+    """Raises ConfigError where data.source or data.target is not set."""
     for key, value in (("data.source", config.data.source), ("data.target", config.data.target)):
         if not value:
             raise ConfigError(
@@ -205,7 +201,7 @@ def _explain(section: str, detail: Any, settings: Mapping[str, Setting]) -> str:
 
 
 def _inconsistencies(config: Config) -> list[str]:
-    """Sentences for values that are valid each but not together."""
+    """Sentences for values that are each valid, but not together."""
     found: list[str] = []
     least, most = config.scaling.least_workers, config.scaling.most_workers
     if least > most:
@@ -254,12 +250,9 @@ def _free_mappings(method: type) -> tuple[str, ...]:
 
 
 def setting_fields(kind: type, method: type, prefix: str = "") -> Iterator[tuple[str, tuple[type, Any], Any]]:
-    """Every setting below a dataclass: its key, the class and field that it is, and its type.
+    """Every setting of ``Config`` or of one of its sections: its key, the class and field that it is, and its type.
 
-    Args:
-        kind: ``Config``, or one of its sections.
-        method: settings of the method, for the section of that name.
-        prefix: of the keys.
+    ``method`` is the class of the section of that name; ``prefix`` is that of the keys.
     """
     hints = typing.get_type_hints(kind)
     for item in dataclasses.fields(kind):

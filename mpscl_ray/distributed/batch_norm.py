@@ -28,10 +28,6 @@ def convert_batch_norm(module: nn.Module, device: torch.device) -> nn.Module:
     Parameters, buffers and state-dict keys stay the same. On GPUs the layers become SyncBatchNorm, elsewhere
     :class:`WorkersBatchNorm2d`; in one process nothing changes. Calling it twice is harmless.
 
-    Args:
-        module: with any number of nn.BatchNorm2d.
-        device: where the module will run.
-
     Returns:
         The module, changed in place; where it is a batch normalisation itself, its replacement.
     """

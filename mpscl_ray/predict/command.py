@@ -74,12 +74,7 @@ def _spacing(text: str) -> tuple[float, float, float]:
 
 
 def _output_location(inputs: Sequence[Path], out: str) -> Path | S3Path:
-    """Output location of the label maps.
-
-    Raises:
-        ConfigError: an input is in a bucket, or the URL cannot be used.
-        StorageError: there is no such bucket.
-    """
+    """Location of the label maps; refuses inputs in a bucket, and a bucket that does not exist."""
     for given in inputs:
         if is_url(given):
             raise ConfigError(

@@ -28,12 +28,7 @@ _SMALLEST_VOLUME = 1e-3
 
 
 class TrainedSegmenter:
-    """A segmenter with all that its run knows of preparing a volume. :func:`load_segmenter` makes it.
-
-    Args:
-        predictor: network with its weights.
-        model: how the run prepares volumes.
-    """
+    """A network with its weights, and how its run prepares volumes. :func:`load_segmenter` makes it."""
 
     def __init__(self, predictor: Predictor, model: Model) -> None:
         self._predictor, self._model = predictor, model
@@ -112,16 +107,11 @@ class TrainedSegmenter:
 
         Args:
             path: image, ``.nii`` or ``.nii.gz``.
-            out: label map, ``.nii`` or ``.nii.gz``; its folder is made, and a file of that name replaced.
-            modality: see :meth:`predict`.
-            largest_component: see :meth:`predict`.
-            label_values: see :meth:`predict`.
-
-        Returns:
-            ``out``.
+            out: label map, ``.nii`` or ``.nii.gz``; its folder is made, and a file of that name replaced. Returned.
+            modality, largest_component, label_values: see :meth:`predict`.
 
         Raises:
-            ConfigError: the run does not know the modality, or ``out`` is the image or no name of a NIfTI file.
+            ConfigError: the run does not know the modality, or ``out`` is the image or not the name of a NIfTI file.
             DataError: the image is damaged or cannot be used.
             StorageError: ``out`` cannot be written.
         """

@@ -30,14 +30,7 @@ COMPLETION = "_ARGCOMPLETE"
 
 
 def did_you_mean(word: str, candidates: Iterable[str], cutoff: float = 0.5, prefix: str = "") -> str:
-    """``did you mean 'WORD'?`` with the nearest candidate, or nothing where none is near.
-
-    Args:
-        word: what was given.
-        candidates: what it could have been.
-        cutoff: least similarity of the two, 0 to 1.
-        prefix: put in front of the candidate.
-    """
+    """``did you mean '<prefix><candidate>'?`` with the nearest candidate, "" if none reaches ``cutoff`` (0 to 1)."""
     nearest = difflib.get_close_matches(word, list(candidates), n=1, cutoff=cutoff)
     return f"did you mean '{prefix}{nearest[0]}'?" if nearest else ""
 

@@ -48,9 +48,7 @@ def save_figure(path: Path, figure: Figure) -> None:
 def progress_figure(records: Sequence[Record], title: str = "") -> Figure:
     """Losses, shares and validation Dice over the iterations of a run, with a line between phases.
 
-    Args:
-        records: Records of metrics.jsonl, in order.
-        title: Name of the run.
+    ``records`` are those of metrics.jsonl, in order.
     """
     shares = ("train/pseudo_label_fraction", *sorted(_tags(records, "train/discriminator_accuracy")))
     structures = [tag.removeprefix("val/dice/") for tag in _tags(records, "val/dice/") if not tag.endswith("/mean")]

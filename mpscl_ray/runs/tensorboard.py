@@ -43,9 +43,9 @@ class TensorBoard:
     """Event files of a run, in one folder over all its restarts.
 
     Uses the event writer of tensorboardX, not its SummaryWriter. That one writes from a thread, which a full disk ends
-    silently; training then blocks for ever when the queue is full. And two of them that start in the same second write
-    to one file. Here every record is on the disk when the call returns. If the folder can no longer be written, one
-    warning says so and no more events are written: metrics.jsonl has the same numbers.
+    silently; training then blocks for ever when the queue is full. Two SummaryWriters that start in the same second
+    write to one file. Here every record is on the disk when the call returns. If the folder can no longer be written,
+    one warning says so and no more events are written: metrics.jsonl has the same numbers.
 
     Args:
         folder: Where the event files go.
@@ -74,12 +74,7 @@ class TensorBoard:
         self._flush()
 
     def hyperparameters(self, settings: Mapping[str, Any], metrics: Sequence[str]) -> None:
-        """Write the settings and metrics that the HParams tab of TensorBoard compares.
-
-        Args:
-            settings: Value of each setting.
-            metrics: Tags of the scalars that are shown beside them.
-        """
+        """Write the settings, and the tags of the metrics, that the HParams tab of TensorBoard compares."""
         plain = {key: value if isinstance(value, (bool, int, float)) else str(value) for key, value in settings.items()}
         for part in summary.hparams(plain, dict.fromkeys(metrics, 0.0)):
             self._add(0, summary=part)

@@ -65,11 +65,7 @@ def main(arguments: Sequence[str], fit: Fit | None = None) -> int:
 
 
 def config_from_arguments(settings: Sequence[str]) -> Config:
-    """Config of a command line: at most one preset, and overrides.
-
-    Raises:
-        ConfigError: two presets, or anything wrong with the settings.
-    """
+    """Config of a command line: at most one preset, and overrides. Raises ConfigError where anything is wrong."""
     return load_config(*split_words(settings, "presets"))
 
 

@@ -56,7 +56,7 @@ class TrainingResult:
     last_checkpoint: Path
     """The checkpoint at the end of training."""
     best_checkpoint: Path | None
-    """The one that validation chose (``run.select``); None where there was nothing to choose by."""
+    """The checkpoint that validation chose (``run.select``); None where no validation gave a score."""
 
 
 def train_segmenter(
@@ -81,7 +81,7 @@ def train_segmenter(
         Run folder, scores, history and checkpoints.
 
     Raises:
-        ConfigError: wrong settings or device, datasets that do not fit the settings, or a run of that name which was
+        ConfigError: wrong settings or device, datasets that do not fit the settings, or a run of that name that was
             started with others.
         DataError: a dataset or a checkpoint is missing, damaged, or does not fit.
         StorageError: the run folder cannot be written.
@@ -104,8 +104,8 @@ def train_segmenter(
                 return _result(folder, settings)
         folder.write_config(to_yaml(settings))
         folder.write_environment()
-        # Training seeds torch; the caller's random state comes back.
         command = shlex.join(["python", "-m", "mpscl_ray.train", str(folder.config_file)])
+        # Training seeds torch; the caller's random state is restored.
         with record_status(folder, command), torch.random.fork_rng([on] if on.type == "cuda" else []):
             _train_and_evaluate(settings, folder, on, progress)
         return _result(folder, settings)
