@@ -17,7 +17,7 @@ def batch_norms(network: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
 
 
 def set_cumulative_average(network: nn.Module, number: int) -> None:
-    """Let the running statistics average over passes; the next one in training mode is number ``number``, from 1."""
+    """Make running statistics the mean over passes; the next pass in training mode is number ``number``, from 1."""
     for layer in batch_norms(network):
         layer.momentum = 1.0 / number
 

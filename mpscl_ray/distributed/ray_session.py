@@ -47,10 +47,7 @@ process that starts a training, and the processes of a cluster do not have the e
 
 @contextmanager
 def connect(
-    num_cpus: int | None = None,
-    *,
-    dashboard: bool = False,
-    object_store_memory: int | None = None,
+    num_cpus: int | None = None, *, dashboard: bool = False, object_store_memory: int | None = None
 ) -> Iterator[None]:
     """Ray inside the block: the cluster this process is connected to, the one ``RAY_ADDRESS`` names, or a private one.
 
@@ -142,8 +139,8 @@ _UNAUTHENTICATED_WARNING = (
 def _is_unauthenticated(dashboard: str | None) -> bool:
     """Whether a cluster accepts processes without a token.
 
-    Asks its dashboard without one. If the dashboard does not answer, only this is known: this process was accepted, so
-    no token is needed unless the process is in token mode.
+    Asks its dashboard without one. If the dashboard does not answer, the cluster needs a token only if this process,
+    which was accepted, is in token mode.
     """
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
@@ -193,7 +190,9 @@ def _start(**options: Any) -> Path:
     for attempt in range(1, START_ATTEMPTS + 1):
         folder = _short_temp_dir()
         try:
-            ray.init("local", log_to_driver=False, logging_level=logging.ERROR, _temp_dir=str(folder), **options)
+            ray.init(
+                address="local", log_to_driver=False, logging_level=logging.ERROR, _temp_dir=str(folder), **options
+            )
             return folder
         except BaseException as error:
             ray.shutdown()

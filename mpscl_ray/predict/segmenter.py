@@ -24,7 +24,7 @@ from mpscl_ray.runs.atomic_files import storage_errors
 LabelValues = Literal["index", "raw"]
 
 _SMALLEST_VOLUME = 1e-3
-"""Of the unit cell that the normalised columns of an affine span; less is a singular affine."""
+"""Of the cell that the normalised columns of an affine span; the affine is singular where it is smaller."""
 
 
 class TrainedSegmenter:
@@ -203,7 +203,7 @@ def _affine(affine: npt.ArrayLike) -> npt.NDArray[np.float64]:
     try:
         matrix = np.asarray(affine, dtype=np.float64)
     except (TypeError, ValueError) as error:
-        raise DataError("the affine is no matrix of numbers; expected (4, 4), voxel index to RAS+ mm") from error
+        raise DataError("the affine is not a matrix of numbers; expected (4, 4), voxel index to RAS+ mm") from error
     if matrix.shape != (4, 4):
         raise DataError(f"the affine has shape {matrix.shape}; expected (4, 4), voxel index to RAS+ mm")
     if not np.isfinite(matrix).all():

@@ -24,8 +24,8 @@ def prepare_dataset(
 
     Args:
         images: folder with the images and label maps.
-        out: folder, or URL, in which each modality becomes a folder of its own.
-        layout: how files are named: ``mmwhs``, ``folder``, ``nnunet`` and what else ``python -m mpscl_ray.prepare
+        out: folder, or URL, in which each modality gets its own folder.
+        layout: how files are named: ``mmwhs``, ``folder``, ``nnunet`` or another that ``python -m mpscl_ray.prepare
             --help`` lists.
         progress: whether to show progress lines on standard error.
         options: the other options of the command, with underscores: ``modality="mr"``, ``labels="200=MYO,500=LV"``,
@@ -36,8 +36,8 @@ def prepare_dataset(
         Modality -> folder of its dataset; it goes into ``data.source`` or ``data.target`` of a config.
 
     Raises:
-        ConfigError: an option that does not exist or cannot be carried out, or a dataset is there already.
-        DataError: lists all that is wrong with the files; nothing is written then.
+        ConfigError: an option does not exist or cannot be used, or there is a dataset already.
+        DataError: files cannot be used; the message lists all problems, and nothing is written.
         StorageError: ``out`` cannot be written.
     """
     for name in options.keys() - _RECIPE - _OPTIONS:

@@ -17,7 +17,7 @@ _NOT_A_FOLDER = (errno.ENOTDIR, errno.EEXIST)
 
 
 def megabytes(size: int) -> str:
-    """A number of bytes for a person and, exactly, for a script: ``520.1 MB (520100000 bytes)``."""
+    """A number of bytes, rounded and exact: ``520.1 MB (520100000 bytes)``."""
     return f"{size / 1e6:.1f} MB ({size} bytes)"
 
 

@@ -49,7 +49,7 @@ LEASE = ".lease"
 """Name of the lease object in the folder of a run."""
 
 _FINAL_UPLOAD_S = 60.0
-"""Longest wait of a command that ends for a storage that does not answer."""
+"""Longest time that a command waits at its end for a storage that does not answer."""
 
 _COMMAND_UPLOADS = ("config.yaml", "model.json", "environment.json", "status.json", "results", STOP_FILE)
 _WORKER_0_UPLOADS = tuple(
@@ -264,7 +264,7 @@ class BucketStore:
                 (self._remote / name).download(self.path / name)
 
     def _download_checkpoints(self) -> None:
-        """Download all complete ones, so that old ones are pruned in their turn; remove incomplete uploads."""
+        """Download all complete checkpoints, so that old ones are pruned later; remove incomplete uploads."""
         complete = self.step_checkpoints()
         for name in (self._remote / "checkpoints").folders():
             remote = self._remote / "checkpoints" / name

@@ -39,7 +39,7 @@ TENSORS = "tensors.safetensors"
 STATE = "state.json"
 SUMS = "SHA256SUMS"
 
-_NAME = re.compile(r"step-(\d{7,})")
+_NAME = re.compile(r"step-\d{7,}")
 _LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<kind>partial|replaced|removed)-\d+")
 _CHUNK = 1 << 24
 # Room for the folder itself and the blocks that files are rounded up to.
@@ -140,10 +140,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 def step_of(directory: Path) -> int:
     """Global step in a checkpoint's name."""
-    match = _NAME.fullmatch(directory.name)
-    if match is None:
-        raise ValueError(f"{directory.name} is not the name of a checkpoint, such as {checkpoint_name(300)}")
-    return int(match.group(1))
+    return int(directory.name.removeprefix("step-"))
 
 
 def latest(folder: Path) -> tuple[Path | None, list[str]]:
@@ -188,7 +185,7 @@ def prune(folder: Path, keep: int) -> None:
 
 
 def _write(path: Path, chunks: Sequence[memoryview] | Iterator[memoryview]) -> str:
-    """Write a new file, sync it, and return the SHA-256 of what was meant to be in it."""
+    """Write a new file, sync it, and return the SHA-256 of what it should hold."""
     digest = hashlib.sha256()
     with open(path, "xb", buffering=0) as file:
         for chunk in chunks:
@@ -294,7 +291,7 @@ def _compare_sums(directory: Path, hashes: Sequence[tuple[str, str]]) -> None:
 
 
 def _document(directory: Path, data: bytes) -> dict[str, Any]:
-    """Parse a verified state.json and refuse what is not ours."""
+    """Parse a verified state.json; refuse one that this version of mpscl_ray does not understand."""
     try:
         document = json.loads(data)
     except ValueError:

@@ -1,4 +1,4 @@
-"""Pictures of a run: its curves, and panels of slices with label maps, in colours for colour-blind eyes."""
+"""Pictures of a run: its curves, and panels of slices with label maps, in colours that every reader can tell apart."""
 
 from __future__ import annotations
 
@@ -73,9 +73,7 @@ def progress_figure(records: Sequence[Record], title: str = "") -> Figure:
 
 
 def panel(
-    images: NDArray[np.floating[Any]],
-    label_maps: Mapping[str, NDArray[np.integer[Any]]],
-    classes: Sequence[str],
+    images: NDArray[np.floating[Any]], label_maps: Mapping[str, NDArray[np.integer[Any]]], classes: Sequence[str]
 ) -> NDArray[np.uint8]:
     """Rows of slices; columns: the image, then the image under each label map. Titles above, classes below.
 
@@ -126,7 +124,7 @@ def _phases(records: Sequence[Record]) -> list[tuple[int, str]]:
 
 
 def _curves(axes: Axes, records: Sequence[Record], tags: Sequence[str], prefix: str, label: str) -> None:
-    """One line for each tag, with its own colour and dash: either suffices."""
+    """One line for each tag; its colour and its dash each tell it from the others."""
     drawn = 0
     for tag in tags:
         points = [(record["global_step"], float(record[tag])) for record in records if tag in record]

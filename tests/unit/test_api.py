@@ -407,7 +407,7 @@ REFUSED: list[tuple[Any, Any, str]] = [
     (np.where(GOOD > 500, np.nan, GOOD), AFFINE, r"the volume has \d+ voxels that are NaN"),
     (np.full((9, 9, 9), 4), AFFINE, "the volume has the intensity 4 in every voxel"),
     (GOOD, AFFINE[:3, :3], r"the affine has shape \(3, 3\); expected \(4, 4\)"),
-    (GOOD, "RAS", "the affine is no matrix of numbers"),
+    (GOOD, "RAS", "the affine is not a matrix of numbers"),
     (GOOD, spoilt(a03=np.nan), "the affine has numbers that are not finite"),
     (GOOD, spoilt(a30=1), "the last row of the affine is"),
     (GOOD, spoilt(a00=0), "the affine is singular"),
