@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -33,22 +33,17 @@ def convert_batch_norm(module: nn.Module, device: torch.device) -> nn.Module:
     """
     if world_size() == 1:
         return module
-    return _replace(module, _sync_batch_norm if device.type == "cuda" else _workers_batch_norm)
+    if device.type == "cuda":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(module)  # type: ignore[no-untyped-call, no-any-return]
+    return _replace(module)
 
 
-def _replace(module: nn.Module, convert: Callable[[nn.BatchNorm2d], nn.Module]) -> nn.Module:
+def _replace(module: nn.Module) -> nn.Module:
     if type(module) is nn.BatchNorm2d:
-        return convert(module)
+        return _workers_batch_norm(module)
     for name, child in module.named_children():
-        replacement = _replace(child, convert)
-        if replacement is not child:
-            setattr(module, name, replacement)
+        setattr(module, name, _replace(child))
     return module
-
-
-def _sync_batch_norm(layer: nn.BatchNorm2d) -> nn.Module:
-    converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(layer)  # type: ignore[no-untyped-call]
-    return converted
 
 
 def _workers_batch_norm(layer: nn.BatchNorm2d) -> nn.Module:
