@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +12,8 @@ from typing import Any, Literal
 from mpscl_ray.config import PRESETS, Config, load_config
 from mpscl_ray.config.systems import SYSTEMS, shared_phase
 from mpscl_ray.errors import ConfigError, DataError
-from mpscl_ray.runs.ledger import LedgerFile
+from mpscl_ray.runs.atomic_files import write_atomically
+from mpscl_ray.runs.environment import now
 
 DIRECTIONS = ("forward", "backward")
 """From data.source to data.target, and from data.target to data.source."""
@@ -184,7 +186,7 @@ class Entry:
     """What was scored: split, volumes, modality, dataset."""
 
 
-class CellLedger(LedgerFile):
+class CellLedger:
     """The state of the cells of a comparison, in ``cells.json``.
 
     Raises:
@@ -192,10 +194,9 @@ class CellLedger(LedgerFile):
     """
 
     def __init__(self, file: Path, flush: Callable[[], None] = lambda: None) -> None:
-        super().__init__(file, flush)
+        self.file, self._flush = file, flush
         try:
-            content = self.read_object()
-            cells = content["cells"] if content else {}
+            cells = json.loads(file.read_text(encoding="utf-8"))["cells"] if file.exists() else {}
             self.entries = {name: Entry(**entry) for name, entry in cells.items()}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(
@@ -207,5 +208,8 @@ class CellLedger(LedgerFile):
         return self.entries.setdefault(name, Entry())
 
     def write(self) -> None:
-        """Replace the file. Raises StorageError."""
-        self.replace({"cells": {name: dataclasses.asdict(entry) for name, entry in self.entries.items()}})
+        """Replace the file; in a bucket it is uploaded when this returns. Raises StorageError."""
+        cells = {name: dataclasses.asdict(entry) for name, entry in self.entries.items()}
+        text = json.dumps({"updated": now(), "cells": cells}, indent=1, allow_nan=False)
+        write_atomically(self.file, text.encode() + b"\n")
+        self._flush()

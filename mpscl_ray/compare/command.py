@@ -32,15 +32,7 @@ settings of a system.
 
 
 def main(arguments: Sequence[str], fit: Fit | None = None) -> int:
-    """Run the comparison and print its table.
-
-    Args:
-        arguments: of the command line.
-        fit: what trains; None is Ray Train.
-
-    Returns:
-        The exit code: 0 where every cell is finished, 6 where some failed, 130 where it was stopped (resumable).
-    """
+    """Run the comparison and print its table; returns the exit code. ``fit`` trains, None: Ray Train."""
     families = sorted({path.parent.name for path in PRESETS.glob("*/*.yaml")})
     systems = listing(
         ((name, leading_comment(PRESETS / "mr2ct" / f"{name}.yaml")) for name in SYSTEMS), cli.help_width()

@@ -31,7 +31,7 @@ from mpscl_ray.config.methods import (
     SIFAConfig,
     method_name,
 )
-from mpscl_ray.config.overrides import read_file, read_overrides
+from mpscl_ray.config.overrides import read_file, read_overrides, split_words
 from mpscl_ray.config.schema import (
     AugmentConfig,
     Config,
@@ -81,6 +81,7 @@ __all__ = [
     "read_overrides",
     "reads_target",
     "require_datasets",
+    "split_words",
     "to_dict",
     "to_yaml",
 ]

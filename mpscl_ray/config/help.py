@@ -26,7 +26,7 @@ COMMON = tuple(
 """Settings that are changed most often, whatever the method; ``main_settings`` of a method come after them."""
 
 LEGEND = "* differs from the default"
-"""Of the mark that help sets before a setting."""
+"""Explains the mark that help sets before a setting."""
 
 
 class SettingHelp(NamedTuple):
@@ -53,12 +53,7 @@ def settings_help(config: Config) -> list[SettingHelp]:
 
 
 def section_help(values: Any, prefix: str = "") -> list[SettingHelp]:
-    """Every setting below a dataclass, with the values that an instance of it has.
-
-    Args:
-        values: a config, or one section.
-        prefix: of the keys, such as ``search.``.
-    """
+    """Every setting of a config, or of one section whose keys have a prefix such as ``search.``, with its value."""
     found = []
     for key, (owner, item), _ in setting_fields(type(values), type(getattr(values, "method", None)), prefix):
         value = functools.reduce(getattr, key.removeprefix(prefix).split("."), values)
@@ -115,7 +110,7 @@ def _default_note(entry: SettingHelp) -> str:
 
 
 def _brief(meaning: str, room: int) -> str:
-    """The meaning, or of a long one the longest beginning that fits and ends where a sentence or clause does."""
+    """The meaning; where it is too long, its longest beginning that fits and ends with a sentence or clause."""
     if len(meaning.rstrip(".")) <= room:
         return meaning.rstrip(".")
     heads = [meaning[: place.start()] for place in re.finditer(r"[.;:,] | \(", meaning) if place.start() <= room]
@@ -146,7 +141,7 @@ def leading_comment(file: Path) -> str:
 
 
 def config_for_help(preset: str, overrides: Sequence[str]) -> Config:
-    """The settings asked for, or the preset's own where the overrides are wrong: help must not fail on those."""
+    """The preset with overrides, or the preset alone where they are wrong: help must not fail on those."""
     try:
         return load_config(preset, overrides)
     except ConfigError:
@@ -154,7 +149,7 @@ def config_for_help(preset: str, overrides: Sequence[str]) -> Config:
 
 
 def complete_settings(names: Iterable[str]) -> Callable[..., list[str]]:
-    """What completes a word in a shell to one of some names or to the key of a setting."""
+    """The completer of a word in a shell: to one of some names, or to the key of a setting."""
 
     def complete(prefix: str, **_: Any) -> list[str]:
         keys = {f"{key}=" for kind in METHOD_CONFIGS.values() for key, _, _ in setting_fields(Config, kind)}

@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import functools
 import math
+import re
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -129,11 +130,7 @@ def _read_preset(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Setting]:
 
 
 def require_datasets(config: Config) -> None:
-    """Refuse settings without datasets.
-
-    Raises:
-        ConfigError: data.source or data.target is not set.
-    """
+    """Raises ConfigError where data.source or data.target is not set."""
     for key, value in (("data.source", config.data.source), ("data.target", config.data.target)):
         if not value:
             raise ConfigError(
@@ -204,7 +201,7 @@ def _explain(section: str, detail: Any, settings: Mapping[str, Setting]) -> str:
 
 
 def _inconsistencies(config: Config) -> list[str]:
-    """Sentences for values that are valid each but not together."""
+    """Sentences for values that are each valid, but not together."""
     found: list[str] = []
     least, most = config.scaling.least_workers, config.scaling.most_workers
     if least > most:
@@ -225,7 +222,7 @@ def _inconsistencies(config: Config) -> list[str]:
         found.append("data.labelled_domain=target is the supervised bound and goes with method.name=segmentation")
     if not config.schedule:
         found.append("phases: all phases have 0 iterations; give at least one of them some")
-    if not config.run.name or config.run.name in (".", "..") or not set(config.run.name) <= _NAME_CHARACTERS:
+    if config.run.name in (".", "..") or not re.fullmatch(r"[A-Za-z0-9._-]+", config.run.name):
         found.append(f"run.name={config.run.name!r} must be made of letters, digits, '.', '_' and '-'")
     for key, value in flatten(to_dict(config)):
         if isinstance(value, float) and not math.isfinite(value):
@@ -234,7 +231,6 @@ def _inconsistencies(config: Config) -> list[str]:
 
 
 _PHASE_WORDS = {SOURCE_ONLY: "source-only phase", WARM_UP: "warm-up", ADAPTATION: "adaptation"}
-_NAME_CHARACTERS = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")
 
 
 @functools.cache
@@ -254,12 +250,9 @@ def _free_mappings(method: type) -> tuple[str, ...]:
 
 
 def setting_fields(kind: type, method: type, prefix: str = "") -> Iterator[tuple[str, tuple[type, Any], Any]]:
-    """Every setting below a dataclass: its key, the class and field that it is, and its type.
+    """Every setting of ``Config`` or of one of its sections: its key, the class and field that it is, and its type.
 
-    Args:
-        kind: ``Config``, or one of its sections.
-        method: settings of the method, for the section of that name.
-        prefix: of the keys.
+    ``method`` is the class of the section of that name; ``prefix`` is that of the keys.
     """
     hints = typing.get_type_hints(kind)
     for item in dataclasses.fields(kind):

@@ -6,12 +6,13 @@ import copy
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import yaml
 
 from mpscl_ray.errors import ConfigError
 from mpscl_ray.runs.config_diff import flatten
+from mpscl_ray.runs.storage import is_url
 
 
 class Setting(NamedTuple):
@@ -25,6 +26,19 @@ class Setting(NamedTuple):
 GIVEN = ON_COMMAND_LINE, IN_OVERRIDES = "on the command line", "in the overrides"
 """Origins of settings that were given for one run. A key of another method is an error there; in a preset it is not,
 because another preset may build on it."""
+
+
+def split_words(words: Sequence[str], kind: Literal["presets", "spaces"]) -> tuple[str, list[str]]:
+    """The preset or space that a command line names, ``phantom`` where it names none, and the overrides.
+
+    Raises:
+        ConfigError: it names two.
+    """
+    overrides = [word for word in words if "=" in word and not is_url(word)]
+    names = [word for word in words if word not in overrides]
+    if len(names) > 1:
+        raise ConfigError(f"{' and '.join(names)} are two {kind}, expected one; settings are written key=value")
+    return (names[0] if names else "phantom"), overrides
 
 
 def read_file(path: Path) -> dict[str, Setting]:

@@ -53,13 +53,8 @@ def phase_fingerprint(config: Config, phase: str) -> dict[str, Any]:
     Args:
         config: of the run.
         phase: name of one of its phases.
-
-    Raises:
-        ValueError: the run has no such phase.
     """
     names = [name for name, _ in config.schedule]
-    if phase not in names:
-        raise ValueError(f"the run has no phase {phase}, only {', '.join(names)}")
     values = {key: value for key, value in flatten(to_dict(config)) if not key.startswith(_NOT_LEARNT)}
     values["run.seed"] = config.run.seed
     values["phases.source_only_lr"] = config.phases.source_only_lr
@@ -97,12 +92,7 @@ def shared_phase(one: Config, other: Config) -> str | None:
 
 
 def common_phases(config: Config, keys: Sequence[str]) -> list[tuple[str, int]]:
-    """Phases, with their iterations, that runs share which differ in some settings alone; never the last phase.
-
-    Args:
-        config: of any of the runs.
-        keys: settings in which the runs differ.
-    """
+    """Phases, with their iterations, that runs share if they differ only in the settings ``keys``; never the last."""
     shared = []
     for name, iterations in config.schedule[:-1]:
         if is_adaptation(name) or any(acts_on(key, phase_fingerprint(config, name)) for key in keys):

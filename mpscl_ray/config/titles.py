@@ -7,10 +7,7 @@ from typing import Any
 
 from mpscl_ray.config.systems import SYSTEMS
 
-PHASE_TITLES: Mapping[str, str] = {
-    "source_only": "source-only",
-    "warm_up": "warm-up",
-}
+PHASE_TITLES: Mapping[str, str] = {"source_only": "source-only", "warm_up": "warm-up"}
 """Phases whose name in prose is not their name in files."""
 
 
@@ -45,5 +42,5 @@ def title_of(system: str) -> str:
 
 
 def phase_title(phase: str) -> str:
-    """How a phase is written in figures and sentences; code, files and tables have its name as it is."""
+    """Title of a phase in figures and sentences; code, files and tables have its name."""
     return PHASE_TITLES.get(phase, phase.replace("_", " "))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ def batch_norms(network: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
 
 
 def set_cumulative_average(network: nn.Module, number: int) -> None:
-    """Let the running statistics average over passes; the next one in training mode is number ``number``, from 1."""
+    """Make running statistics the mean over passes; the next pass in training mode is number ``number``, from 1."""
     for layer in batch_norms(network):
         layer.momentum = 1.0 / number
 
@@ -28,31 +28,22 @@ def convert_batch_norm(module: nn.Module, device: torch.device) -> nn.Module:
     Parameters, buffers and state-dict keys stay the same. On GPUs the layers become SyncBatchNorm, elsewhere
     :class:`WorkersBatchNorm2d`; in one process nothing changes. Calling it twice is harmless.
 
-    Args:
-        module: with any number of nn.BatchNorm2d.
-        device: where the module will run.
-
     Returns:
         The module, changed in place; where it is a batch normalisation itself, its replacement.
     """
     if world_size() == 1:
         return module
-    return _replace(module, _sync_batch_norm if device.type == "cuda" else _workers_batch_norm)
+    if device.type == "cuda":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(module)  # type: ignore[no-untyped-call, no-any-return]
+    return _replace(module)
 
 
-def _replace(module: nn.Module, convert: Callable[[nn.BatchNorm2d], nn.Module]) -> nn.Module:
+def _replace(module: nn.Module) -> nn.Module:
     if type(module) is nn.BatchNorm2d:
-        return convert(module)
+        return _workers_batch_norm(module)
     for name, child in module.named_children():
-        replacement = _replace(child, convert)
-        if replacement is not child:
-            setattr(module, name, replacement)
+        setattr(module, name, _replace(child))
     return module
-
-
-def _sync_batch_norm(layer: nn.BatchNorm2d) -> nn.Module:
-    converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(layer)  # type: ignore[no-untyped-call]
-    return converted
 
 
 def _workers_batch_norm(layer: nn.BatchNorm2d) -> nn.Module:

@@ -1,7 +1,7 @@
 """Communication between workers: every collective of the product is called from here.
 
 In one process, with or without a process group, each function is the identity, so no other module depends on the
-number of workers. Objects travel as JSON and tensors as they are; nothing is pickled.
+number of workers. Objects are sent as JSON and tensors as they are; nothing is pickled.
 """
 
 from __future__ import annotations
@@ -32,19 +32,16 @@ def rank() -> int:
 
 
 def barrier() -> None:
-    """Wait until every worker has come to this point."""
+    """Wait until every worker has reached this point."""
     if world_size() > 1:
         dist.barrier()
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:
-    """Sum of a tensor over the workers, without gradient and in the dtype given.
+    """Sum of a tensor over the workers, without gradient and in its dtype; in one process the tensor itself, detached.
 
     Args:
         tensor: same shape and dtype on every worker.
-
-    Returns:
-        A new tensor; in one process the argument itself, detached.
     """
     if world_size() == 1:
         return tensor.detach()
@@ -56,7 +53,7 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
 def all_reduce_sums(*tensors: Tensor) -> list[Tensor]:
     """Sum several tensors over the workers in ONE collective.
 
-    They travel as float64, in which counts are exact and sums of float32 lose no relevant digit.
+    They are sent as float64, in which counts are exact and sums of float32 lose no relevant digit.
 
     Args:
         tensors: same shapes on every worker.
@@ -71,29 +68,18 @@ def all_reduce_sums(*tensors: Tensor) -> list[Tensor]:
     return [part.view_as(tensor).to(tensor.dtype) for part, tensor in zip(parts, tensors, strict=True)]
 
 
-def all_reduce_mean(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Mean over the workers of each 0-dim tensor, in one collective.
+def reduce_metrics(values: Mapping[str, Tensor]) -> dict[str, float]:
+    """Mean over the workers of each 0-dim tensor that ``Method.step`` returned, in one collective, read on the host.
+
+    Every worker calls it at the log interval. Only here does the host wait for the device.
 
     Args:
         values: the same names, in the same order, on every worker.
-
-    Returns:
-        The means as 0-dim float64 tensors on the device of the values.
     """
     if not values:
         return {}
     stacked = torch.stack([value.detach().double() for value in values.values()])
-    return dict(zip(values, (all_reduce_sum(stacked) / world_size()).unbind(), strict=True))
-
-
-def reduce_metrics(values: Mapping[str, Tensor]) -> dict[str, float]:
-    """Global values of what ``Method.step`` returned: mean over the workers, read on the host.
-
-    Every worker calls it at the log interval. Only here does the host wait for the device.
-    """
-    means = all_reduce_mean(values)
-    numbers: list[float] = torch.stack(list(means.values())).tolist() if means else []
-    return dict(zip(means, numbers, strict=True))
+    return dict(zip(values, (all_reduce_sum(stacked) / world_size()).tolist(), strict=True))
 
 
 def ddp_ratio(numerator: Tensor, global_denominator: Tensor) -> Tensor:
@@ -115,20 +101,12 @@ def all_reduce_any(flag: Tensor) -> Tensor:
 
 
 def broadcast_object(value: T) -> T:
-    """The value that worker 0 has, on every worker.
-
-    Args:
-        value: of JSON types; ignored except on worker 0.
-    """
+    """The value (of JSON types) that worker 0 has, on every worker."""
     return value if world_size() == 1 else gather_objects(value)[0]
 
 
 def gather_objects(value: T) -> list[T]:
-    """The values of all workers, in rank order, on every worker.
-
-    Args:
-        value: of JSON types (tuples come back as lists).
-    """
+    """The values (of JSON types; tuples come back as lists) of all workers, in rank order, on every worker."""
     if world_size() == 1:
         return [value]
     device = _device_of_collectives()
@@ -157,12 +135,8 @@ def wrap(module: nn.Module, device: torch.device) -> nn.Module:
     never averaged. Buffers are not averaged: batch normalisation keeps them equal
     (:mod:`mpscl_ray.distributed.batch_norm`).
 
-    Args:
-        module: on ``device`` already.
-        device: of the module.
-
     Returns:
-        The module in DistributedDataParallel, or the module itself in one process.
+        The module in DistributedDataParallel, or the module itself in one process. It must be on ``device`` already.
     """
     if world_size() == 1:
         return module
@@ -182,8 +156,7 @@ def broadcast_parameters(module: nn.Module) -> nn.Module:
 def average_gradients(gradients: Sequence[Tensor]) -> None:
     """Average gradients over the workers in place, in one collective: for networks that are not wrapped.
 
-    Args:
-        gradients: of the same parameters, in the same order, on every worker; all of one dtype.
+    They are of one dtype, and of the same parameters in the same order on every worker.
     """
     if world_size() == 1 or not gradients:
         return

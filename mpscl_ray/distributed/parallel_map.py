@@ -41,28 +41,26 @@ def map_volumes(
     if workers == 0:
         results = []
         for item in items:
-            try:
-                results.append(function(item))
-            except Exception as error:
-                error.add_note(f"while working on {name(item)}")
-                raise
+            results.append(_named(function, item, name(item)))
             done(len(results))
         return results
     return _in_tasks(function, items, workers, name, done, here)
 
 
+def _named(function: Callable[[Item], Result], item: Item, name: str) -> Result:
+    try:
+        return function(item)
+    except Exception as error:
+        error.add_note(f"while working on {name}")
+        raise
+
+
 def _batch(function: Callable[[Any], Any], items: Sequence[Any], names: Sequence[str]) -> list[Any] | MpsclError:
     """Body of a task. An MpsclError is returned, not raised: Ray would wrap it in its own traceback."""
-    results = []
-    for item, name in zip(items, names, strict=True):
-        try:
-            results.append(function(item))
-        except MpsclError as error:
-            return error
-        except Exception as error:
-            error.add_note(f"while working on {name}")
-            raise
-    return results
+    try:
+        return [_named(function, item, name) for item, name in zip(items, names, strict=True)]
+    except MpsclError as error:
+        return error
 
 
 def _in_tasks(

@@ -47,11 +47,7 @@ process that starts a training, and the processes of a cluster do not have the e
 
 @contextmanager
 def connect(
-    num_cpus: int | None = None,
-    *,
-    dashboard: bool = False,
-    log_to_driver: bool = False,
-    object_store_memory: int | None = None,
+    num_cpus: int | None = None, *, dashboard: bool = False, object_store_memory: int | None = None
 ) -> Iterator[None]:
     """Ray inside the block: the cluster this process is connected to, the one ``RAY_ADDRESS`` names, or a private one.
 
@@ -60,9 +56,8 @@ def connect(
     running before keeps running and keeps its size; if it accepts processes without a token, a warning says so.
 
     Args:
-        num_cpus: CPUs of a private cluster; None is all there are. May be more than there are: it only counts.
+        num_cpus: CPUs of a private cluster; None: all of this machine. Ray only counts them, so it may be more.
         dashboard: Whether a private cluster serves its dashboard on 127.0.0.1.
-        log_to_driver: Whether the output of workers is shown here.
         object_store_memory: Bytes of shared memory of a private cluster; None leaves it to Ray.
 
     Raises:
@@ -79,13 +74,12 @@ def connect(
     if address or dashboard:
         os.environ.setdefault(_STATE_TRACKING, "1")
     session = (
-        _running_cluster(address, log_to_driver)
+        _running_cluster(address)
         if address
         else _private_cluster(
             num_cpus=num_cpus,
             include_dashboard=dashboard,
             dashboard_host="127.0.0.1",
-            log_to_driver=log_to_driver,
             object_store_memory=object_store_memory,
         )
     )
@@ -107,13 +101,13 @@ def enable_state_tracking() -> None:
 
 
 @contextmanager
-def _running_cluster(address: str, log_to_driver: bool) -> Iterator[None]:
+def _running_cluster(address: str) -> Iterator[None]:
     """Join the cluster at ``RAY_ADDRESS``. Raises ClusterError where it cannot be reached."""
     import ray
 
     try:
         _check_port(address)
-        context = ray.init(log_to_driver=log_to_driver, logging_level=logging.ERROR)
+        context = ray.init(log_to_driver=False, logging_level=logging.ERROR)
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         raise ClusterError(
             f"the Ray cluster at RAY_ADDRESS={address} cannot be reached: {_first_line(error)}; check that it "
@@ -145,8 +139,8 @@ _UNAUTHENTICATED_WARNING = (
 def _is_unauthenticated(dashboard: str | None) -> bool:
     """Whether a cluster accepts processes without a token.
 
-    Asks its dashboard without one. If the dashboard does not answer, only this is known: this process was accepted, so
-    no token is needed unless the process is in token mode.
+    Asks its dashboard without one. If the dashboard does not answer, the cluster needs a token only if this process,
+    which was accepted, is in token mode.
     """
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
@@ -196,7 +190,9 @@ def _start(**options: Any) -> Path:
     for attempt in range(1, START_ATTEMPTS + 1):
         folder = _short_temp_dir()
         try:
-            ray.init(address="local", logging_level=logging.ERROR, _temp_dir=str(folder), **options)
+            ray.init(
+                address="local", log_to_driver=False, logging_level=logging.ERROR, _temp_dir=str(folder), **options
+            )
             return folder
         except BaseException as error:
             ray.shutdown()

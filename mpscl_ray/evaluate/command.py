@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 
 from mpscl_ray.data import SPLITS
-from mpscl_ray.errors import ConfigError
 from mpscl_ray.runs import cli
 
 _EXAMPLES = """\
@@ -27,7 +25,6 @@ def main(arguments: Sequence[str]) -> int:
         prog="python -m mpscl_ray.evaluate",
         description="Dice and average surface distance of a run's segmenter on labelled volumes, with all slices.",
         epilog=f"{_EXAMPLES}\n{cli.EXIT_CODES}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("run", metavar="RUN", help="folder of the run, or its URL")
@@ -35,12 +32,7 @@ def main(arguments: Sequence[str]) -> int:
     add("--data", metavar="FOLDER", help="prepared dataset, or its URL (default: the run's target)")
     add("--split", default="test", choices=SPLITS, help="which volumes (default: test)")
     add("--out", metavar="DIR", help="folder for the tables, or its URL (default: RUN/results/NAME)")
-    add(
-        "--workers",
-        type=int,
-        metavar="N",
-        help="volumes at a time, on Ray; 0: in this process (default: by their number)",
-    )
+    parser.add_workers()
     add("--device", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
     add("--largest-component", action="store_true", help="keep only the largest connected part of each structure")
     add(
@@ -49,8 +41,6 @@ def main(arguments: Sequence[str]) -> int:
         help="score as the released code does, to compare with published numbers",
     )
     options = parser.parse_args(list(arguments))
-    if options.workers is not None and options.workers < 0:
-        raise ConfigError(f"--workers is {options.workers}; expected 0 or more")
     # Imported here: help and refused arguments need no torch.
     from mpscl_ray.evaluate.run import evaluate
 

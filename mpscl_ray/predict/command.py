@@ -26,8 +26,6 @@ itksnap_labels.txt and slicer_labels.ctbl. A file that cannot be read is reporte
 def main(arguments: Sequence[str]) -> int:
     """Segment images; returns the exit code, 3 if some failed."""
     options = _parser().parse_args(list(arguments))
-    if options.workers is not None and options.workers < 0:
-        raise ConfigError(f"--workers is {options.workers}; expected 0 or more")
     out = _output_location(options.inputs, options.out)
     # Imported here: help and refused arguments need no torch and no Ray.
     from mpscl_ray.predict.run import predict
@@ -41,7 +39,6 @@ def _parser() -> argparse.ArgumentParser:
         description="Segment NIfTI images with a trained run; label maps have the geometry of the images. For "
         "research, not a medical device.",
         epilog=f"{_EXAMPLES}\n{cli.EXIT_CODES}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("run", metavar="RUN", help="folder of the run, or its URL")
@@ -60,12 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--probabilities", action="store_true", help="also write a probability map of each structure")
     add("--preview", action="store_true", help="also write a picture of some slices with their labels")
     add("--assume-spacing", type=_spacing, metavar="X,Y,Z", help="voxel size in mm for files without a usable geometry")
-    add(
-        "--workers",
-        type=int,
-        metavar="N",
-        help="volumes at a time, on Ray; 0: in this process (default: by their number)",
-    )
+    parser.add_workers()
     add("--device", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
     add("--overwrite", action="store_true", help="replace files of an earlier prediction")
     return parser
@@ -82,12 +74,7 @@ def _spacing(text: str) -> tuple[float, float, float]:
 
 
 def _output_location(inputs: Sequence[Path], out: str) -> Path | S3Path:
-    """Output location of the label maps.
-
-    Raises:
-        ConfigError: an input is in a bucket, or the URL cannot be used.
-        StorageError: there is no such bucket.
-    """
+    """Location of the label maps; refuses inputs in a bucket, and a bucket that does not exist."""
     for given in inputs:
         if is_url(given):
             raise ConfigError(

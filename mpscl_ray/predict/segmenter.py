@@ -24,16 +24,11 @@ from mpscl_ray.runs.atomic_files import storage_errors
 LabelValues = Literal["index", "raw"]
 
 _SMALLEST_VOLUME = 1e-3
-"""Of the unit cell that the normalised columns of an affine span; less is a singular affine."""
+"""Of the cell that the normalised columns of an affine span; the affine is singular where it is smaller."""
 
 
 class TrainedSegmenter:
-    """A segmenter with all that its run knows of preparing a volume. :func:`load_segmenter` makes it.
-
-    Args:
-        predictor: network with its weights.
-        model: how the run prepares volumes.
-    """
+    """A network with its weights, and how its run prepares volumes. :func:`load_segmenter` makes it."""
 
     def __init__(self, predictor: Predictor, model: Model) -> None:
         self._predictor, self._model = predictor, model
@@ -112,16 +107,11 @@ class TrainedSegmenter:
 
         Args:
             path: image, ``.nii`` or ``.nii.gz``.
-            out: label map, ``.nii`` or ``.nii.gz``; its folder is made, and a file of that name replaced.
-            modality: see :meth:`predict`.
-            largest_component: see :meth:`predict`.
-            label_values: see :meth:`predict`.
-
-        Returns:
-            ``out``.
+            out: label map, ``.nii`` or ``.nii.gz``; its folder is made, and a file of that name replaced. Returned.
+            modality, largest_component, label_values: see :meth:`predict`.
 
         Raises:
-            ConfigError: the run does not know the modality, or ``out`` is the image or no name of a NIfTI file.
+            ConfigError: the run does not know the modality, or ``out`` is the image or not the name of a NIfTI file.
             DataError: the image is damaged or cannot be used.
             StorageError: ``out`` cannot be written.
         """
@@ -213,7 +203,7 @@ def _affine(affine: npt.ArrayLike) -> npt.NDArray[np.float64]:
     try:
         matrix = np.asarray(affine, dtype=np.float64)
     except (TypeError, ValueError) as error:
-        raise DataError("the affine is no matrix of numbers; expected (4, 4), voxel index to RAS+ mm") from error
+        raise DataError("the affine is not a matrix of numbers; expected (4, 4), voxel index to RAS+ mm") from error
     if matrix.shape != (4, 4):
         raise DataError(f"the affine has shape {matrix.shape}; expected (4, 4), voxel index to RAS+ mm")
     if not np.isfinite(matrix).all():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from mpscl_ray.data.volumes.recipe import Recipe
 from mpscl_ray.errors import ConfigError
 from mpscl_ray.prepare.options import PrepareOptions
 from mpscl_ray.prepare.run import prepare
+from mpscl_ray.runs.cli import did_you_mean
 from mpscl_ray.runs.storage import S3Path, parse_location
 
 _RECIPE = frozenset(item.name for item in dataclasses.fields(Recipe))
@@ -24,8 +24,8 @@ def prepare_dataset(
 
     Args:
         images: folder with the images and label maps.
-        out: folder, or URL, in which each modality becomes a folder of its own.
-        layout: how files are named: ``mmwhs``, ``folder``, ``nnunet`` and what else ``python -m mpscl_ray.prepare
+        out: folder, or URL, in which each modality gets its own folder.
+        layout: how files are named: ``mmwhs``, ``folder``, ``nnunet`` or another that ``python -m mpscl_ray.prepare
             --help`` lists.
         progress: whether to show progress lines on standard error.
         options: the other options of the command, with underscores: ``modality="mr"``, ``labels="200=MYO,500=LV"``,
@@ -36,13 +36,13 @@ def prepare_dataset(
         Modality -> folder of its dataset; it goes into ``data.source`` or ``data.target`` of a config.
 
     Raises:
-        ConfigError: an option that does not exist or cannot be carried out, or a dataset is there already.
-        DataError: lists all that is wrong with the files; nothing is written then.
+        ConfigError: an option does not exist or cannot be used, or there is a dataset already.
+        DataError: files cannot be used; the message lists all problems, and nothing is written.
         StorageError: ``out`` cannot be written.
     """
     for name in options.keys() - _RECIPE - _OPTIONS:
-        near = difflib.get_close_matches(name, sorted(_RECIPE | _OPTIONS), n=1)
-        hint = f"did you mean {near[0]!r}?" if near else "python -m mpscl_ray.prepare --help lists them"
+        near = did_you_mean(name, sorted(_RECIPE | _OPTIONS), cutoff=0.6)
+        hint = near or "python -m mpscl_ray.prepare --help lists them"
         raise ConfigError(f"{name!r} is not an option of prepare; {hint}")
     recipe = Recipe(**{name: value for name, value in options.items() if name in _RECIPE})
     others = {name: value for name, value in options.items() if name in _OPTIONS}

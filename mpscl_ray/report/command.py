@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,7 +27,6 @@ def main(arguments: Sequence[str]) -> int:
         prog="python -m mpscl_ray.report",
         description="The paper's figures from finished or running runs, as one HTML page.",
         epilog=f"{_EXAMPLES}\n{cli.EXIT_CODES}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("runs", nargs="+", metavar="RUN", help="folders or URLs of runs, in the order of the columns")

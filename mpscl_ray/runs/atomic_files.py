@@ -17,7 +17,7 @@ _NOT_A_FOLDER = (errno.ENOTDIR, errno.EEXIST)
 
 
 def megabytes(size: int) -> str:
-    """A number of bytes for a person and, exactly, for a script: ``520.1 MB (520100000 bytes)``."""
+    """A number of bytes, rounded and exact: ``520.1 MB (520100000 bytes)``."""
     return f"{size / 1e6:.1f} MB ({size} bytes)"
 
 
@@ -40,14 +40,9 @@ def disk_full(path: Path, needed: int | None, free: int | None) -> StorageError:
 
 @contextmanager
 def storage_errors(path: Path, needed: int | None = None) -> Iterator[None]:
-    """Turn an operating system's refusal inside the block into a :class:`StorageError` that names ``path``.
+    """Turn any OSError inside the block, which writes ``path``, into a :class:`StorageError`.
 
-    Args:
-        path: What is being written.
-        needed: Bytes that this takes, for the message of a full disk.
-
-    Raises:
-        StorageError: Instead of any OSError.
+    The message of a full disk says how many bytes were ``needed``.
     """
     try:
         yield
@@ -88,7 +83,7 @@ def partial_path(path: Path) -> Path:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A path to write a file to, which replaces ``path`` when the block ends, and is removed where the block raises."""
+    """A path to write to. That file replaces ``path`` when the block ends, and is removed where the block raises."""
     partial = partial_path(path)
     try:
         yield partial

@@ -49,7 +49,7 @@ LEASE = ".lease"
 """Name of the lease object in the folder of a run."""
 
 _FINAL_UPLOAD_S = 60.0
-"""Longest wait of a command that ends for a storage that does not answer."""
+"""Longest time that a command waits at its end for a storage that does not answer."""
 
 _COMMAND_UPLOADS = ("config.yaml", "model.json", "environment.json", "status.json", "results", STOP_FILE)
 _WORKER_0_UPLOADS = tuple(
@@ -69,37 +69,31 @@ class BucketStore:
         role: Of this process: ``command``, ``worker-N``, ``reader`` or another name; part of the name of the copy.
         patience_s: How long the storage may fail to answer.
         uploads: Patterns of files that the command writes beside those of a training.
-        lease: For tests; the run's own by default.
     """
 
     poll_interval_s = 2.0
 
-    def __init__(
-        self, remote: S3Path, role: str, patience_s: float, uploads: Sequence[str] = (), lease: Lease | None = None
-    ) -> None:
+    def __init__(self, remote: S3Path, role: str, patience_s: float, uploads: Sequence[str] = ()) -> None:
         self.path = _copy_folder(remote, role)
         self.name = remote.name
         self.control_files = BucketControlFiles(remote, patience_s)
         self._remote, self._role, self._patience_s, self._uploads = remote, role, patience_s, uploads
-        self._lease = lease or Lease(remote / LEASE)
+        self._lease = Lease(remote / LEASE)
         self._synchronizer: Synchronizer | None = None
         self._downloaded = False
 
     @property
     def display_path(self) -> str:
-        """The URL."""
         return str(self._remote)
 
     uri = display_path
 
     @property
     def fencing_token(self) -> str:
-        """Token of the lease."""
         return self._lease.token
 
     @property
     def sync_error(self) -> Exception | None:
-        """Why the synchronizer has given up."""
         return self._synchronizer.error if self._synchronizer else None
 
     def create(self, parts: Collection[str] = PARTS) -> None:
@@ -124,7 +118,6 @@ class BucketStore:
             retry(self._download_small_files, self._patience_s)
 
     def neighbours(self) -> list[str]:
-        """Names of the runs in the same folder."""
         parent = self._remote.parent
         parent.require_bucket()
         return [name for name in parent.folders() if (parent / name / "config.yaml").exists()]
@@ -218,7 +211,6 @@ class BucketStore:
                 upload_path(file, self._object(file))
 
     def flush(self) -> None:
-        """Wait until all that was written so far is uploaded, unless the storage fails."""
         if self._synchronizer is not None:
             self._synchronizer.flush()
 
@@ -244,20 +236,16 @@ class BucketStore:
         return checkpoint.latest(self.path / "checkpoints")
 
     def step_checkpoints(self) -> list[str]:
-        """Names of the complete checkpoints to resume from, oldest first."""
         return [name for name in self._complete("checkpoints") if re.fullmatch(r"step-\d{7,}", name)]
 
     def finished_phases(self) -> list[str]:
-        """Names of the phases whose last checkpoint is complete."""
         return self._complete("phases")
 
     def checkpoint_names(self) -> list[str]:
-        """Names of all complete checkpoints: steps, oldest first, phases, and ``best``."""
         best = ["best"] if (self._remote / "best" / checkpoint.SUMS).exists() else []
         return [*self.step_checkpoints(), *self.finished_phases(), *best]
 
     def delete_checkpoints(self) -> None:
-        """Remove all checkpoints from the bucket."""
         for part in CHECKPOINT_PARTS:
             (self._remote / part).delete_folder()
 
@@ -276,7 +264,7 @@ class BucketStore:
                 (self._remote / name).download(self.path / name)
 
     def _download_checkpoints(self) -> None:
-        """Download all complete ones, so that old ones are pruned in their turn; remove incomplete uploads."""
+        """Download all complete checkpoints, so that old ones are pruned later; remove incomplete uploads."""
         complete = self.step_checkpoints()
         for name in (self._remote / "checkpoints").folders():
             remote = self._remote / "checkpoints" / name

@@ -22,7 +22,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ TENSORS = "tensors.safetensors"
 STATE = "state.json"
 SUMS = "SHA256SUMS"
 
-_NAME = re.compile(r"step-(\d{7,})")
+_NAME = re.compile(r"step-\d{7,}")
 _LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<kind>partial|replaced|removed)-\d+")
 _CHUNK = 1 << 24
 # Room for the folder itself and the blocks that files are rounded up to.
@@ -140,10 +140,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 def step_of(directory: Path) -> int:
     """Global step in a checkpoint's name."""
-    match = _NAME.fullmatch(directory.name)
-    if match is None:
-        raise ValueError(f"{directory.name} is not the name of a checkpoint, such as {checkpoint_name(300)}")
-    return int(match.group(1))
+    return int(directory.name.removeprefix("step-"))
 
 
 def latest(folder: Path) -> tuple[Path | None, list[str]]:
@@ -169,35 +166,26 @@ def latest(folder: Path) -> tuple[Path | None, list[str]]:
     return None, warnings
 
 
-def prune(folder: Path, keep: int, protect: Collection[Path] = ()) -> list[Path]:
-    """Remove all but the newest ``keep`` checkpoints and the protected ones.
+def prune(folder: Path, keep: int) -> None:
+    """Remove all but the newest ``keep`` (1 or more) checkpoints.
 
-    The newest checkpoint that verifies is never removed, even where newer, damaged ones fill the quota.
-
-    Returns:
-        What was removed, oldest first.
+    The newest checkpoint that verifies is never removed, even where ``keep`` newer ones are damaged.
     """
-    if keep < 1:
-        raise ValueError(f"keep must be at least 1, got {keep}")
-    directories = list_checkpoints(folder)
-    protected = {path.resolve() for path in protect} | {path.resolve() for path in directories[-keep:]}
-    doomed = [path for path in directories if path.resolve() not in protected]
-    if not doomed:
-        return []
-    newest_valid, _ = latest(folder)
-    removed = [path for path in doomed if path != newest_valid]
-    for path in removed:
+    older = list_checkpoints(folder)[:-keep]
+    newest_valid = latest(folder)[0] if older else None
+    for path in older:
+        if path == newest_valid:
+            continue
         # Renamed first: a kill half-way through the removal must not leave a checkpoint that looks damaged.
         aside = path.with_name(f".{path.name}.removed-{os.getpid()}")
         with storage_errors(path):
             shutil.rmtree(aside, ignore_errors=True)
             os.rename(path, aside)
             shutil.rmtree(aside, ignore_errors=True)
-    return removed
 
 
 def _write(path: Path, chunks: Sequence[memoryview] | Iterator[memoryview]) -> str:
-    """Write a new file, sync it, and return the SHA-256 of what was meant to be in it."""
+    """Write a new file, sync it, and return the SHA-256 of what it should hold."""
     digest = hashlib.sha256()
     with open(path, "xb", buffering=0) as file:
         for chunk in chunks:
@@ -303,7 +291,7 @@ def _compare_sums(directory: Path, hashes: Sequence[tuple[str, str]]) -> None:
 
 
 def _document(directory: Path, data: bytes) -> dict[str, Any]:
-    """Parse a verified state.json and refuse what is not ours."""
+    """Parse a verified state.json; refuse one that this version of mpscl_ray does not understand."""
     try:
         document = json.loads(data)
     except ValueError:

@@ -1,7 +1,7 @@
 """What a checkpoint may hold, and how: a nested state as JSON plus one safetensors file.
 
 A state is made of dicts (keys str or int), lists, tuples, tensors, str, bool, int, float and None. All of it comes back
-equal and of the same type, floats and tensors bit for bit (not-a-numbers as such), with these exceptions: subclasses
+equal and of the same type, floats and tensors bit for bit (NaN as NaN), with these exceptions: subclasses
 come back as their plain base (an OrderedDict as a dict, a Parameter as a tensor; a named tuple is refused), tensors
 come back contiguous, on the CPU, without gradient, and two names of one memory come back as two tensors.
 

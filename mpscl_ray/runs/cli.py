@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from mpscl_ray import __version__
-from mpscl_ray.errors import MpsclError
+from mpscl_ray.errors import ConfigError, MpsclError
 
 EXIT_CODES = (
     "exit codes: 0 done, 2 usage or config, 3 data, 4 cluster or resources, 5 storage,\n"
@@ -30,14 +30,7 @@ COMPLETION = "_ARGCOMPLETE"
 
 
 def did_you_mean(word: str, candidates: Iterable[str], cutoff: float = 0.5, prefix: str = "") -> str:
-    """``did you mean 'WORD'?`` with the nearest candidate, or nothing where none is near.
-
-    Args:
-        word: what was given.
-        candidates: what it could have been.
-        cutoff: least similarity of the two, 0 to 1.
-        prefix: put in front of the candidate.
-    """
+    """``did you mean '<prefix><candidate>'?`` with the nearest candidate, "" if none reaches ``cutoff`` (0 to 1)."""
     nearest = difflib.get_close_matches(word, list(candidates), n=1, cutoff=cutoff)
     return f"did you mean '{prefix}{nearest[0]}'?" if nearest else ""
 
@@ -90,6 +83,15 @@ class _VersionAction(argparse.Action):
         parser.exit()
 
 
+class _WorkersAction(argparse.Action):
+    """``--workers``: refuses a negative number."""
+
+    def __call__(self, parser: argparse.ArgumentParser, options: argparse.Namespace, number: Any, *_: Any) -> None:
+        if number < 0:
+            raise ConfigError(f"--workers is {number}; expected 0 or more")
+        options.workers = number
+
+
 class CommandParser(argparse.ArgumentParser):
     """Parser of a command: ``--version``, completion in the shell, and help as it was written."""
 
@@ -114,7 +116,7 @@ class CommandParser(argparse.ArgumentParser):
     def parse_settings(self, arguments: Sequence[str]) -> argparse.Namespace:
         """Parse options and settings in any order; unknown options are an error unless help was asked for.
 
-        For a parser made with ``add_help=False`` and :meth:`add_help_of_settings`.
+        For a parser made with ``add_help=False`` and :meth:`add_settings`.
         """
         self._complete()
         options, unknown = self.parse_known_intermixed_args(list(arguments))
@@ -122,12 +124,22 @@ class CommandParser(argparse.ArgumentParser):
             self.error(f"unrecognized arguments: {' '.join(unknown)}")
         return options
 
-    def add_help_of_settings(self) -> None:
-        """Add ``--help`` and ``--help-all`` as plain flags: what they show depends on the settings beside them."""
-        self.add_argument(
-            "-h", "--help", action="store_true", help="show this help, with the values of the settings given"
-        )
-        self.add_argument("--help-all", action="store_true", help="show every setting as well")
+    def add_settings(self, first: str, help: str, completer: Callable[..., list[str]]) -> None:
+        """Add the words ``FIRST | key=value`` and the options that show what they may be.
+
+        ``--help`` and ``--help-all`` are plain flags: what they show depends on the settings beside them.
+        """
+        words = self.add_argument("settings", nargs="*", metavar=f"{first} | key=value", help=help)
+        words.completer = completer  # type: ignore[attr-defined]
+        add = functools.partial(self.add_argument, action="store_true")
+        add("-h", "--help", help="show this help, with the values of the settings given")
+        add("--help-all", help="show every setting as well")
+        add("--list-presets", help="list the presets, each with what it is")
+
+    def add_workers(self) -> None:
+        """Add ``--workers``: an int, or None where it is not given."""
+        help = "volumes at a time, on Ray; 0: in this process (default: by their number)"
+        self.add_argument("--workers", action=_WorkersAction, type=int, metavar="N", help=help)
 
     def _complete(self) -> None:
         """Answer a shell that completes, and leave: no command may run for that."""

@@ -15,7 +15,7 @@ STOP_FILE = "stop-requested"
 """Asks the workers to write a checkpoint and end."""
 
 FAILURE_FILE = "failure.json"
-"""Error of a worker that no restart can mend."""
+"""Error of a worker that no restart can fix."""
 
 PLACEMENT_GROUP_FILE = ".placement-group"
 """Name of the placement group of the workers, while they have one."""
@@ -72,12 +72,10 @@ class BucketControlFiles:
         retry(lambda: (self._remote / name).write_bytes(text.encode()), self._patience_s)
 
     def read(self, name: str) -> str | None:
-        """Contents of an object; None where it does not exist. Raises StorageError."""
         try:
             return (self._remote / name).read_bytes().decode("utf-8", "replace")
         except FileNotFoundError:
             return None
 
     def clear(self, name: str) -> None:
-        """Delete an object if it exists. Raises StorageError."""
         (self._remote / name).delete()

@@ -18,11 +18,6 @@ def fork(run: RunDirectory, parent: RunDirectory, phase: str) -> Path:
     of earlier phases are copied for the table of results. A run that already has checkpoints was forked before and is
     not changed.
 
-    Args:
-        run: the new run; its directory is made.
-        parent: a run that has finished the phase.
-        phase: name of the phase, such as ``warm_up``.
-
     Returns:
         The checkpoint that the new run starts from.
 

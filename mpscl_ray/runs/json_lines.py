@@ -1,4 +1,4 @@
-"""Files of JSON records, one a line, appended so that a kill loses at most the line in writing.
+"""Files of JSON records, one a line. A kill loses at most the line that is being written.
 
 JSON has no number that is not finite: such a value is written as "nan", "inf" or "-inf" and read back as the float.
 """
@@ -48,10 +48,9 @@ class JsonLines:
         return self._parse()[0]
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Add a record; it is on the disk when this returns. A torn last line is dropped before.
+        """Add a record, whose numbers may be numpy's or 0-dim tensors; it is on the disk when this returns.
 
-        Args:
-            record: Numbers may be numpy's or 0-dim tensors.
+        A torn last line is dropped first.
 
         Raises:
             StorageError: It cannot be written; the records before it are intact.
@@ -107,6 +106,18 @@ class JsonLines:
         except ValueError:
             return None
         return _decode(record) if isinstance(record, dict) and self._is_valid(record) else None
+
+
+class MetricsLog(JsonLines):
+    """What was measured in one run. A record is flat and has an int ``global_step``."""
+
+    def __init__(self, file: Path) -> None:
+        super().__init__(file, is_valid=lambda record: isinstance(record.get("global_step"), int))
+
+    def rewind(self, global_step: int) -> None:
+        """Drop the records after a global step, which a resumed run writes again."""
+        if self.file.exists():
+            self.replace([record for record in self.read() if record["global_step"] <= global_step])
 
 
 def _line(record: Mapping[str, Any]) -> bytes:

@@ -41,8 +41,7 @@ class Lease:
         self._renew_s, self._dead_after_s = renew_s, dead_after_s
         self.token = secrets.token_hex(8)
         """Of the owner; a worker sets that of its command."""
-        self._count = 0
-        self._renewed = 0.0
+        self._since, self._count, self._renewed = now(), 0, 0.0
 
     def acquire(self) -> None:
         """Become the owner.
@@ -119,9 +118,6 @@ class Lease:
 
     def _write(self) -> None:
         self._count += 1
-        owner = {"token": self.token, "pid": os.getpid(), "host": platform.node(), "since": _STARTED}
+        owner = {"token": self.token, "pid": os.getpid(), "host": platform.node(), "since": self._since}
         self._remote.write_bytes(json.dumps({**owner, "count": self._count}).encode())
         self._renewed = time.monotonic()
-
-
-_STARTED = now()

@@ -2,55 +2,68 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from mpscl_ray.errors import Interrupted, MpsclError
-from mpscl_ray.runs.run_directory import RunDirectory
-
-Details = Callable[[], Mapping[str, Any]]
-"""Gives phase, iteration and global_step for the status at the end."""
+from mpscl_ray.runs.run_directory import RunDirectory, State
 
 
-def carry_out(run: RunDirectory, resume_command: str, work: Callable[[], None], details: Details = dict) -> int:
-    """Do the work of a command, and write its status: running, then finished, interrupted or failed.
+def carry_out(run: RunDirectory, resume_command: str, work: Callable[[], None]) -> int:
+    """Do the work of a command, and write its status.
 
     Args:
         run: Directory of the command, which holds its lock.
         resume_command: Printed where the work was interrupted.
-        work: Raises :class:`Interrupted` where it was stopped from outside.
-        details: Of the status at the end.
+        work: Raises :class:`Interrupted` where it was stopped from outside; any other error is raised again.
 
     Returns:
         The exit code: 0, or 130 where the work was interrupted.
-
-    Raises:
-        BaseException: What ``work`` raises otherwise, after it was written to the status.
     """
-    run.write_status("running", resume_command=resume_command)
-    with record_failure(run, details):
-        try:
-            work()
-        except (Interrupted, KeyboardInterrupt, SystemExit) as stop:
-            # Ray's start replaces the handler of SIGTERM by one that raises SystemExit.
-            name = "SIGINT" if isinstance(stop, KeyboardInterrupt) else "SIGTERM"
-            reason = str(stop) if isinstance(stop, Interrupted) else f"stopped by {name} while Ray started or ended"
-            run.write_status("interrupted", exit_code=Interrupted.exit_code, reason=reason, **details())
-            print(f"{reason}; to resume:\n  {resume_command}", flush=True)
-            return Interrupted.exit_code
-    run.write_status("finished", exit_code=0, **details())
+    try:
+        with record_status(run, resume_command):
+            try:
+                work()
+            except (KeyboardInterrupt, SystemExit) as stop:
+                # Ray's start replaces the handler of SIGTERM by one that raises SystemExit.
+                name = "SIGINT" if isinstance(stop, KeyboardInterrupt) else "SIGTERM"
+                raise Interrupted(f"stopped by {name} while Ray started or ended") from stop
+    except Interrupted as stop:
+        print(f"{stop}; to resume:\n  {resume_command}", flush=True)
+        return Interrupted.exit_code
     return 0
 
 
 @contextmanager
-def record_failure(run: RunDirectory, details: Details = dict) -> Iterator[None]:
-    """Write the status ``failed``, with exit code and reason, where the block raises."""
+def record_status(run: RunDirectory, resume_command: str) -> Iterator[None]:
+    """Write the status of the block: running, then finished, interrupted or failed."""
+    run.write_status("running", resume_command=resume_command)
+    with record_failure(run):
+        yield
+    run.write_status("finished", exit_code=0, **position(run))
+
+
+@contextmanager
+def record_failure(run: RunDirectory) -> Iterator[None]:
+    """Write the status ``interrupted`` or ``failed``, with exit code and reason, where the block raises."""
     try:
         yield
     except BaseException as error:
         code, reason = 1, f"{type(error).__name__}: {error}"
         if isinstance(error, MpsclError):
             code, reason = error.exit_code, str(error)
-        run.write_status("failed", exit_code=code, reason=reason, **details())
+        elif isinstance(error, KeyboardInterrupt):
+            code, reason = Interrupted.exit_code, "stopped by KeyboardInterrupt"
+        state: State = "interrupted" if code == Interrupted.exit_code else "failed"
+        run.write_status(state, exit_code=code, reason=reason, **position(run))
         raise
+
+
+def position(run: RunDirectory) -> dict[str, Any]:
+    """Phase, iteration and global_step of the last record of metrics, for the status; {} without metrics."""
+    try:
+        records = run.read_metrics()
+    except MpsclError:
+        return {}  # The status has a more important error to report.
+    return {key: records[-1][key] for key in ("phase", "iteration", "global_step")} if records else {}

@@ -87,14 +87,14 @@ class LocalStore:
 
     @contextmanager
     def worker_lock(self, token: str, rank: int) -> Iterator[None]:
-        """What a worker trains in; worker 0 alone writes checkpoints, metrics and TensorBoard events there.
+        """Hold the right to train for a worker; worker 0 alone writes checkpoints, metrics and TensorBoard events.
 
         Args:
             token: Fencing token of the command that started the worker.
-            rank: Number of the worker.
+            rank: Of the worker.
 
         Raises:
-            ClusterError: Another worker keeps holding it.
+            ClusterError: Another worker 0 keeps holding it.
         """
         with worker_lock(self.path) if rank == 0 else nullcontext():
             yield

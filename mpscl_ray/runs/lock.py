@@ -118,6 +118,6 @@ def process_alive(pid: str) -> bool:
         os.kill(int(pid), 0)
     except ProcessLookupError:
         return False
-    except PermissionError:
-        return True
+    except PermissionError:  # It belongs to another user.
+        pass
     return True

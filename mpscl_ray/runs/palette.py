@@ -33,13 +33,9 @@ def hex_colour(index: int) -> str:
 
 
 def display_order(structures: Sequence[str]) -> tuple[str, ...]:
-    """Structures in the order of tables, legends and panels; class indices are not changed by it.
+    """Structures (names without the background) in the order of tables, legends and panels.
 
-    Args:
-        structures: names without the background, in the order of their class indices.
-
-    Returns:
-        The paper's order if all four structures of the paper are there, others after them; else as they come.
+    This is the paper's order if all four structures of the paper are there, others after them; else the given order.
     """
     if not set(PAPER_ORDER) <= set(structures):
         return tuple(structures)

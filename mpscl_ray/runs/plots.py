@@ -1,4 +1,4 @@
-"""Pictures of a run: its curves, and panels of slices with label maps, in colours for colour-blind eyes."""
+"""Pictures of a run: its curves, and panels of slices with label maps, in colours that every reader can tell apart."""
 
 from __future__ import annotations
 
@@ -48,9 +48,7 @@ def save_figure(path: Path, figure: Figure) -> None:
 def progress_figure(records: Sequence[Record], title: str = "") -> Figure:
     """Losses, shares and validation Dice over the iterations of a run, with a line between phases.
 
-    Args:
-        records: Records of metrics.jsonl, in order.
-        title: Name of the run.
+    ``records`` are those of metrics.jsonl, in order.
     """
     shares = ("train/pseudo_label_fraction", *sorted(_tags(records, "train/discriminator_accuracy")))
     structures = [tag.removeprefix("val/dice/") for tag in _tags(records, "val/dice/") if not tag.endswith("/mean")]
@@ -75,9 +73,7 @@ def progress_figure(records: Sequence[Record], title: str = "") -> Figure:
 
 
 def panel(
-    images: NDArray[np.floating[Any]],
-    label_maps: Mapping[str, NDArray[np.integer[Any]]],
-    classes: Sequence[str],
+    images: NDArray[np.floating[Any]], label_maps: Mapping[str, NDArray[np.integer[Any]]], classes: Sequence[str]
 ) -> NDArray[np.uint8]:
     """Rows of slices; columns: the image, then the image under each label map. Titles above, classes below.
 
@@ -88,17 +84,7 @@ def panel(
 
     Returns:
         RGB image (height, width, 3), uint8.
-
-    Raises:
-        ValueError: Shapes differ, or a label map has a class without a name.
     """
-    if images.ndim != 3 or images.shape[0] == 0:
-        raise ValueError(f"images must have shape (N, H, W) with N > 0, got {images.shape}")
-    for title, labels in label_maps.items():
-        if labels.shape != images.shape:
-            raise ValueError(f"the label map {title!r} has shape {labels.shape}, the images have {images.shape}")
-        if labels.min() < 0 or labels.max() >= len(classes):
-            raise ValueError(f"the label map {title!r} has values up to {labels.max()} for {len(classes)} classes")
     grey = grey_slices(images)
     columns = [grey, *(overlay(grey, labels) for labels in label_maps.values())]
     scale = max(1, round(_TILE / max(images.shape[1:])))
@@ -138,7 +124,7 @@ def _phases(records: Sequence[Record]) -> list[tuple[int, str]]:
 
 
 def _curves(axes: Axes, records: Sequence[Record], tags: Sequence[str], prefix: str, label: str) -> None:
-    """One line for each tag, with its own colour and dash: either suffices."""
+    """One line for each tag; its colour and its dash each tell it from the others."""
     drawn = 0
     for tag in tags:
         points = [(record["global_step"], float(record[tag])) for record in records if tag in record]

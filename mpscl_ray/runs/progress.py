@@ -1,4 +1,4 @@
-"""How far a phase is, for a person: a progress line."""
+"""A progress line, which shows how far a phase is."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Self, TextIO
 
 _WINDOW_S = 30.0
 _SHORTEST_S = 0.5
-"""A speed over less time means nothing: updates of a short phase may come all at once."""
+"""Shortest time to measure a speed over: updates of a short phase may come all at once."""
 _REDRAW_S = 0.1
 _BAR = 20
 
@@ -57,11 +57,6 @@ class ProgressLine:
         self._width = 0
         self._shown: tuple[int, float | None] | None = None
 
-    @property
-    def images_per_s(self) -> float:
-        """Over the last half minute; 0 before the second iteration."""
-        return self._rate() * self._images
-
     def update(self, iteration: int, *, loss: float | None = None) -> None:
         """Set the number of iterations done, and a loss where one was read; the last loss stays in the line."""
         self._iteration = iteration
@@ -94,6 +89,7 @@ class ProgressLine:
         self.close()
 
     def _rate(self) -> float:
+        """Iterations per second over the last half minute; 0 before the second update."""
         (first, start), (last, end) = self._window[0], self._window[-1]
         return (end - start) / (last - first) if last - first >= _SHORTEST_S else 0.0
 
@@ -122,7 +118,7 @@ class ProgressLine:
         if rate > 0:
             parts.append(f"ETA {_duration((self._total - self._iteration) / rate)}")
             if self._images:
-                parts.append(f"{self.images_per_s:.1f} images/s")
+                parts.append(f"{rate * self._images:.1f} images/s")
         if self._loss is not None:
             parts.append(f"loss {self._loss:.4f}")
         return parts

@@ -6,7 +6,7 @@ Layout::
         config.yaml        the resolved config, as the run was started with
         model.json         what a prediction needs besides the weights: classes, scaling, recipe, network
         environment.json   versions, platform, GPUs, commit, command line of the newest start (logs/ has older ones)
-        metrics.jsonl      one record a line (mpscl_ray.runs.metrics_log): global_step, phase, iteration and tags of
+        metrics.jsonl      one record a line (mpscl_ray.runs.json_lines): global_step, phase, iteration and tags of
                            mpscl_ray.runs.tensorboard
         status.json        state (running, finished, failed, interrupted), exit_code, reason, resume_command, phase,
                            iteration, global_step, pid, updated
@@ -45,8 +45,8 @@ from mpscl_ray.runs.bucket_store import BucketStore
 from mpscl_ray.runs.config_diff import check_config_change
 from mpscl_ray.runs.control_files import WARNINGS_FILE
 from mpscl_ray.runs.environment import environment, now
+from mpscl_ray.runs.json_lines import MetricsLog
 from mpscl_ray.runs.local_store import PARTS, LocalStore
-from mpscl_ray.runs.metrics_log import MetricsLog
 from mpscl_ray.runs.storage import S3Path, parse_location
 
 State = Literal["running", "finished", "failed", "interrupted"]
@@ -234,9 +234,9 @@ class RunDirectory:
         self.store.refresh(self.metrics_file)
         return self._metrics.read()
 
-    def rewind_metrics(self, global_step: int) -> int:
-        """Drop the records after the global step that the run resumes from. Returns how many were dropped."""
-        return self._metrics.rewind(global_step)
+    def rewind_metrics(self, global_step: int) -> None:
+        """Drop the records after the global step that the run resumes from."""
+        self._metrics.rewind(global_step)
 
 
 def _json(content: Mapping[str, Any]) -> bytes:

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from types import FrameType
 from typing import Self
 
 from mpscl_ray.errors import Interrupted
-
-EXIT_CODE = 130
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interruption:
@@ -31,41 +27,29 @@ class Interruption:
     """
 
     def __init__(self) -> None:
-        self._event = threading.Event()
-        self._previous: dict[signal.Signals, object] = {}
+        self.requested = False
+        """Whether the loop should stop after the step it is in."""
         self.signal_name = ""
         """What asked for the stop: SIGINT, SIGTERM or the name given to :meth:`request`; empty before."""
-
-    @property
-    def requested(self) -> bool:
-        """Whether the loop should stop after the step it is in."""
-        return self._event.is_set()
+        self._handlers = ExitStack()
 
     def request(self, name: str) -> None:
         """Ask for the stop without a signal, from any thread."""
         self.signal_name = self.signal_name or name
-        self._event.set()
-
-    def wait(self, seconds: float) -> bool:
-        """Sleep until a request, at most so many seconds; returns :attr:`requested`."""
-        return self._event.wait(seconds)
+        self.requested = True
 
     def __enter__(self) -> Self:
-        for number in SIGNALS:
-            self._previous[number] = signal.signal(number, self._handle)
+        self._handlers.enter_context(_handlers(self._handle))
         return self
 
     def __exit__(self, *exception: object) -> None:
-        for number, handler in self._previous.items():
-            # None means a handler that was not set from Python and cannot be restored.
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # type: ignore[arg-type]
-        self._previous.clear()
+        self._handlers.close()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
         if self.requested:
             _say(f"\n{name} again: leaving at once; the last complete checkpoint stays\n")
-            os._exit(EXIT_CODE)
+            os._exit(Interrupted.exit_code)
         self.request(name)
         _say(f"\n{name}: finishing this step and writing a checkpoint; once more to leave at once\n")
 
@@ -81,17 +65,23 @@ def signals_end(when: str) -> Iterator[None]:
     def end(number: int, frame: FrameType | None) -> None:
         raise Interrupted(f"stopped by {signal.Signals(number).name} {when}")
 
-    previous = {number: signal.signal(number, end) for number in SIGNALS}
+    with _handlers(end):
+        yield
+
+
+@contextmanager
+def _handlers(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Handle Ctrl-C and SIGTERM inside the block."""
+    previous = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        for number, before in previous.items():
+            # None means a handler that was not set from Python and cannot be restored.
+            signal.signal(number, signal.SIG_DFL if before is None else before)
 
 
 def _say(text: str) -> None:
     """Write to standard error from a handler, where buffered streams are not safe to use."""
-    try:
+    with suppress(OSError):
         os.write(2, text.encode())
-    except OSError:
-        return

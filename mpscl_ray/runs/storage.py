@@ -44,7 +44,7 @@ _REFUSALS = ("ACCESS_DENIED", "INVALID_ACCESS_KEY_ID", "SIGNATURE_DOES_NOT_MATCH
 
 
 def is_url(location: object) -> bool:
-    """Whether a location is a URL (also one that :class:`pathlib.Path` has taken a slash from)."""
+    """Whether a location is a URL, also one that lost a slash in a :class:`pathlib.Path`."""
     return re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(location)) is not None
 
 
@@ -90,7 +90,7 @@ class S3Path:
 
     @classmethod
     def parse(cls, url: str) -> S3Path:
-        """From a URL; raises ConfigError, without what may be a secret in it, where it cannot be used."""
+        """Parse a URL. Raises ConfigError where it cannot be used; the message leaves out what may be a secret."""
         parts = urlsplit(re.sub(r"^s3:/(?!/)", "s3://", url))
         if parts.scheme != "s3":
             raise ConfigError(
@@ -232,8 +232,8 @@ class S3Path:
         bucket = self.key.partition("/")[0]
         if "NO_SUCH_BUCKET" in message:
             return f"there is no bucket {bucket} at {self.server}; make it, or correct the URL"
-        if any(code in message for code in _REFUSALS):
-            code = next(code for code in _REFUSALS if code in message)
+        code = next((code for code in _REFUSALS if code in message), None)
+        if code:
             return (
                 f"{self.server} refuses ({code}); give credentials that may {action} in the bucket {bucket} in "
                 "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile, on every node"
@@ -253,7 +253,7 @@ def cache_folder() -> Path:
     given = os.environ.get("MPSCL_RAY_CACHE")
     folder = Path(given or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mpscl_ray")
     with storage_errors(folder):
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # it may come to hold images of patients
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # It may hold images of patients.
     return folder
 
 

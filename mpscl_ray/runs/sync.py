@@ -1,8 +1,8 @@
 """Keeping a local folder and a folder of a bucket in step while a run trains.
 
-A thread uploads files that change and downloads those it is told to watch. Files come first, then checkpoints in the
-order in which they were written. A checkpoint is complete when its SHA256SUMS is there, which is uploaded last and
-deleted first. So after a kill the bucket has every record of metrics up to its newest complete checkpoint.
+A thread uploads files that change, and downloads those that other processes change. Files come first, then checkpoints
+in the order in which they were written. A checkpoint is complete when its SHA256SUMS is there, which is uploaded last
+and deleted first. So after a kill the bucket has every record of metrics up to its newest complete checkpoint.
 
 A storage that does not answer stops no training: uploads are retried, with longer and longer waits, and only after
 ``patience_s`` is :attr:`Synchronizer.error` set.
@@ -73,7 +73,7 @@ class Synchronizer:
         self._thread = threading.Thread(target=self._run, name=f"synchronizer of {remote.name}", daemon=True)
 
     def mark_synced(self) -> None:
-        """Take the local files for uploaded: they have just been downloaded."""
+        """Treat the local files as uploaded: they have just been downloaded."""
         self._sent = dict(self._here())
 
     def start(self) -> None:

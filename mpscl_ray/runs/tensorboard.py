@@ -24,11 +24,10 @@ panel/<name>                     an image panel (mpscl_ray.runs.plots)
 from __future__ import annotations
 
 import math
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,17 +39,13 @@ from mpscl_ray.runs.atomic_files import storage_errors
 from mpscl_ray.runs.environment import now
 
 
-def _to_stderr(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
 class TensorBoard:
     """Event files of a run, in one folder over all its restarts.
 
     Uses the event writer of tensorboardX, not its SummaryWriter. That one writes from a thread, which a full disk ends
-    silently; training then blocks for ever when the queue is full. And two of them that start in the same second write
-    to one file. Here every record is on the disk when the call returns. If the folder can no longer be written, one
-    warning says so and no more events are written: metrics.jsonl has the same numbers.
+    silently; training then blocks for ever when the queue is full. Two SummaryWriters that start in the same second
+    write to one file. Here every record is on the disk when the call returns. If the folder can no longer be written,
+    one warning says so and no more events are written: metrics.jsonl has the same numbers.
 
     Args:
         folder: Where the event files go.
@@ -59,9 +54,7 @@ class TensorBoard:
         warn: Called with the warning that no more events are written.
     """
 
-    def __init__(
-        self, folder: Path, *, resume_step: int | None = None, warn: Callable[[str], None] = _to_stderr
-    ) -> None:
+    def __init__(self, folder: Path, *, resume_step: int | None = None, warn: Callable[[str], None]) -> None:
         self._warn = warn
         self._folder = folder
         self._writer: EventsWriter | None = None
@@ -81,12 +74,7 @@ class TensorBoard:
         self._flush()
 
     def hyperparameters(self, settings: Mapping[str, Any], metrics: Sequence[str]) -> None:
-        """Write the settings and metrics that the HParams tab of TensorBoard compares.
-
-        Args:
-            settings: Value of each setting.
-            metrics: Tags of the scalars that are shown beside them.
-        """
+        """Write the settings, and the tags of the metrics, that the HParams tab of TensorBoard compares."""
         plain = {key: value if isinstance(value, (bool, int, float)) else str(value) for key, value in settings.items()}
         for part in summary.hparams(plain, dict.fromkeys(metrics, 0.0)):
             self._add(0, summary=part)
@@ -102,12 +90,6 @@ class TensorBoard:
         if self._writer is not None:
             self._guard(self._writer.close)
             self._writer = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
 
     def _add(self, step: int, **content: Any) -> None:
         if self._writer is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from mpscl_ray.config import Config, load_config, preset_names, require_datasets, to_yaml
+from mpscl_ray.config import Config, load_config, preset_names, require_datasets, split_words, to_yaml
 from mpscl_ray.config.help import (
     LEGEND,
     complete_settings,
@@ -14,14 +14,11 @@ from mpscl_ray.config.help import (
     describe_common,
     list_presets,
 )
-from mpscl_ray.errors import ConfigError
 from mpscl_ray.runs import cli
-from mpscl_ray.runs.storage import is_url, parse_location
+from mpscl_ray.runs.storage import parse_location
 
 if TYPE_CHECKING:
     from mpscl_ray.train.ray.launch import Fit
-
-_DEFAULT_PRESET = "phantom"
 
 _EXAMPLES = """\
 examples:
@@ -37,25 +34,14 @@ except with data.labelled_domain=target, the supervised bound.
 
 
 def main(arguments: Sequence[str], fit: Fit | None = None) -> int:
-    """Train, evaluate every phase on the target's test volumes, and say what to do next.
-
-    Args:
-        arguments: of the command line.
-        fit: what trains; None is Ray Train.
-
-    Returns:
-        The exit code: 0, or 130 when the run was stopped and can be resumed.
-    """
+    """Train, evaluate every phase, and say what to do next; returns the exit code. ``fit`` trains, None: Ray Train."""
     parser = cli.CommandParser(
         prog="python -m mpscl_ray.train",
         description="Train a segmenter on a labelled domain and adapt it to an unlabelled one.",
         add_help=False,
     )
     add = parser.add_argument
-    words = add("settings", nargs="*", metavar="PRESET | key=value", help="preset (default: phantom) and settings")
-    words.completer = complete_settings(preset_names())  # type: ignore[attr-defined]
-    parser.add_help_of_settings()
-    add("--list-presets", action="store_true", help="list the presets, each with what it is")
+    parser.add_settings("PRESET", "preset (default: phantom) and settings", complete_settings(preset_names()))
     add("--print-config", action="store_true", help="print the resolved settings as YAML, which train also reads")
     add("--dashboard", action="store_true", help="serve the Ray dashboard of a Ray started here")
     add("--allow-change", action="store_true", help="resume a run although settings that matter differ from its own")
@@ -79,25 +65,13 @@ def main(arguments: Sequence[str], fit: Fit | None = None) -> int:
 
 
 def config_from_arguments(settings: Sequence[str]) -> Config:
-    """Config of a command line: at most one preset, and overrides.
-
-    Raises:
-        ConfigError: two presets, or anything wrong with the settings.
-    """
-    return load_config(*_preset_and_overrides(settings))
-
-
-def _preset_and_overrides(settings: Sequence[str]) -> tuple[str, list[str]]:
-    overrides = [word for word in settings if "=" in word and not is_url(word)]
-    presets = [word for word in settings if word not in overrides]
-    if len(presets) > 1:
-        raise ConfigError(f"{' and '.join(presets)} are two presets, expected one; settings are written key=value")
-    return (presets[0] if presets else _DEFAULT_PRESET), overrides
+    """Config of a command line: at most one preset, and overrides. Raises ConfigError where anything is wrong."""
+    return load_config(*split_words(settings, "presets"))
 
 
 def _help(settings: Sequence[str], every: bool) -> str:
     """Examples and the settings of the chosen preset: the common ones, or every one."""
-    preset, overrides = _preset_and_overrides(settings)
+    preset, overrides = split_words(settings, "presets")
     config = config_for_help(preset, overrides)
     describe = describe_all if every else describe_common
     return (

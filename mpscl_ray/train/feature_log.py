@@ -4,7 +4,7 @@ All workers record it on the target's validation volumes, at the start of the ad
 Worker 0 writes into the run folder:
 
 features.jsonl
-    One record each time (:mod:`mpscl_ray.runs.metrics_log`): global_step, phase, iteration, volumes, delta_th and
+    One record each time (:mod:`mpscl_ray.runs.json_lines`): global_step, phase, iteration, volumes, delta_th and
     counts of pixels at feature resolution. ``nearest``, ``selected`` and, with labels, ``label`` are histograms of the
     angle between a feature and the prototype of its class: for each class a list with a count for each of 180 degrees.
     The class is that of the nearest prototype, for all pixels and for those that the self-paced mask selects, or that
@@ -39,7 +39,7 @@ from mpscl_ray.distributed import collectives
 from mpscl_ray.methods.base import Method
 from mpscl_ray.methods.prototypes import PrototypeClassifier, downsample_labels, self_paced_pseudo_labels
 from mpscl_ray.runs.atomic_files import storage_errors, write_atomically
-from mpscl_ray.runs.metrics_log import MetricsLog
+from mpscl_ray.runs.json_lines import MetricsLog
 
 DEGREES = 180
 """Bins of an angle histogram."""

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
-from typing import Any
 
 from mpscl_ray.config import Config, reads_target, to_yaml
 from mpscl_ray.distributed.ray_session import connect
-from mpscl_ray.errors import ConfigError, Interrupted, MpsclError, TrainingError
+from mpscl_ray.errors import ConfigError, Interrupted, TrainingError
 from mpscl_ray.evaluate.run import evaluate_phases
 from mpscl_ray.prepare import phantom_dataset
 from mpscl_ray.runs.control_files import STOP_FILE
-from mpscl_ray.runs.lifecycle import carry_out
+from mpscl_ray.runs.lifecycle import carry_out, position
 from mpscl_ray.runs.run_directory import RunDirectory, open_run
 from mpscl_ray.runs.signals import Interruption, signals_end
 from mpscl_ray.runs.storage import join_location
@@ -91,7 +90,7 @@ def train(
                 with connect(dashboard=dashboard), release_orphaned_placement_groups(folder):
                     _train_and_evaluate(config, folder, fit)
 
-        code = carry_out(folder, shlex.join(words), work, lambda: _progress(folder))
+        code = carry_out(folder, shlex.join(words), work)
         if code == 0:
             print_results(folder)
             print_next_steps(folder)
@@ -106,15 +105,6 @@ def warn_of_storage(folder: RunDirectory) -> None:
             "deletes after it; give a folder that stays and that all nodes share, such as run.storage=/shared/runs",
             flush=True,
         )
-
-
-def _progress(folder: RunDirectory) -> dict[str, Any]:
-    """Phase, iteration and global_step of the last record of metrics."""
-    try:
-        records = folder.read_metrics()
-    except MpsclError:
-        return {}  # the status reports a more important error
-    return {key: records[-1][key] for key in ("phase", "iteration", "global_step")} if records else {}
 
 
 def _check_before_ray(config: Config, folder: RunDirectory) -> None:
@@ -164,7 +154,7 @@ def _wait(config: Config, folder: RunDirectory, training: launch.Launch, interru
                 training.request_stop()
                 # Written before the checkpoint is: a job is killed soon after it was asked to stop.
                 reason = f"stopped by {interruption.signal_name}; resumes from the last complete checkpoint"
-                folder.write_status("interrupted", exit_code=Interrupted.exit_code, reason=reason, **_progress(folder))
+                folder.write_status("interrupted", exit_code=Interrupted.exit_code, reason=reason, **position(folder))
             display.update()
 
         training.start()

@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from mpscl_ray.config import preset_names, require_datasets
+from mpscl_ray.config import preset_names, require_datasets, split_words
 from mpscl_ray.config.help import (
     LEGEND,
     complete_settings,
@@ -27,8 +27,6 @@ from mpscl_ray.tune.space import EXAMPLE, describe_spaces, load_space, space_nam
 if TYPE_CHECKING:
     from mpscl_ray.train.ray.launch import Fit
 
-_DEFAULT_SPACE = "phantom"
-
 _EXAMPLES = """\
 examples:
   python -m mpscl_ray.tune                                   a small space on the phantom hearts
@@ -44,28 +42,15 @@ as many as the cluster has room for; scaling.num_workers is what one of them tak
 
 
 def main(arguments: Sequence[str], fit: Fit | None = None) -> int:
-    """Search, and write the best settings as a preset, with tables and figures.
-
-    Args:
-        arguments: of the command line.
-        fit: what trains; None is Ray Train.
-
-    Returns:
-        The exit code: 0, or 130 when the search was stopped and can be resumed.
-    """
+    """Search, and write the best settings as a preset; returns the exit code. ``fit`` trains, None: Ray Train."""
     parser = cli.CommandParser(
         prog="python -m mpscl_ray.tune",
         description="Search for the settings of a method; the best trials continue, others are stopped (ASHA).",
         add_help=False,
     )
     add = parser.add_argument
-    words = add(
-        "settings", nargs="*", metavar="SPACE | key=value", help="space (default: phantom), preset=NAME and settings"
-    )
     names = [*space_names(), *(f"preset={name}" for name in preset_names())]
-    words.completer = complete_settings(names)  # type: ignore[attr-defined]
-    parser.add_help_of_settings()
-    add("--list-presets", action="store_true", help="list the presets, each with what it is")
+    parser.add_settings("SPACE", "space (default: phantom), preset=NAME and settings", complete_settings(names))
     add("--metric", help="what trials are compared by, short for search.metric")
     add("--warm-up", metavar="RUN", help="folder, or URL, of a run whose first phases all trials start from")
     add("--print-config", action="store_true", help="print the checked search as YAML and what trials share, and stop")
@@ -74,7 +59,7 @@ def main(arguments: Sequence[str], fit: Fit | None = None) -> int:
     if options.list_presets:
         print(list_presets(cli.help_width()))
         return 0
-    name, overrides = _space_and_overrides(options.settings)
+    name, overrides = split_words(options.settings, "spaces")
     if options.help or options.help_all:
         print(f"{parser.format_help()}\n{_help(name, overrides, options.help_all)}\n\n{cli.EXIT_CODES}")
         return 0
@@ -91,13 +76,6 @@ def main(arguments: Sequence[str], fit: Fit | None = None) -> int:
     from mpscl_ray.tune.run import search
 
     return search(space, list(arguments), warm_up=given, dashboard=options.dashboard, fit=fit)
-
-
-def _space_and_overrides(words: Sequence[str]) -> tuple[str, list[str]]:
-    spaces = [word for word in words if "=" not in word]
-    if len(spaces) > 1:
-        raise ConfigError(f"{' and '.join(spaces)} are two spaces, expected one; settings are written key=value")
-    return (spaces[0] if spaces else _DEFAULT_SPACE), [word for word in words if "=" in word]
 
 
 def _help(name: str, overrides: Sequence[str], every: bool) -> str:

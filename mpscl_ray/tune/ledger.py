@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mpscl_ray.errors import DataError
-from mpscl_ray.runs.ledger import LedgerFile
+from mpscl_ray.runs.environment import now
+from mpscl_ray.runs.json_lines import JsonLines
 
 End = Literal["finished", "stopped", "failed"]
 """How a trial may end: trained in full, stopped early, or failed."""
@@ -65,8 +66,11 @@ def _is_record(record: Mapping[str, Any]) -> bool:
     return fields is not None and all(field in record for field in fields)
 
 
-class Ledger(LedgerFile):
+class Ledger(JsonLines):
     """The records of one search, read when opened and kept in step with the file.
+
+    A write returns when it is on the disk and, for a search in a bucket, uploaded by ``flush``: nothing is decided by a
+    record that a kill could lose.
 
     Raises:
         DataError: a line other than the last is damaged; names it.
@@ -74,11 +78,12 @@ class Ledger(LedgerFile):
     """
 
     def __init__(self, file: Path, flush: Callable[[], None] = lambda: None) -> None:
-        super().__init__(file, flush, "a record of a trial", _is_record)
+        super().__init__(file, "a record of a trial", _is_record)
+        self._flush = flush
         self.trials: dict[int, Trial] = {}
         self.order: list[tuple[int, int]] = []
         """(number, iteration) of every report, in the order in which they came."""
-        for record in self.read_lines():
+        for record in self.read():
             if record["event"] != "trial" and record["number"] not in self.trials:
                 raise DataError(f"{file} is damaged: expected settings of trial {record['number']} before its reports")
             self._apply(record)
@@ -86,23 +91,24 @@ class Ledger(LedgerFile):
     def add(self, number: int, settings: dict[str, Any]) -> Trial:
         """A new trial."""
         assert number not in self.trials
-        self._record({"event": "trial", "number": number, "settings": settings})
+        self._write({"event": "trial", "number": number, "settings": settings})
         return self.trials[number]
 
     def report(self, number: int, iteration: int, values: dict[str, float]) -> bool:
         """Metrics of a trial; False where they are known, as after a trial has resumed from an older checkpoint."""
         if iteration <= self.trials[number].iteration:
             return False
-        self._record({"event": "report", "number": number, "iteration": iteration, "values": values})
+        self._write({"event": "report", "number": number, "iteration": iteration, "values": values})
         return True
 
     def end(self, number: int, state: End, reason: str = "", seconds: float = 0.0) -> None:
         """The end of a trial, once."""
         assert not self.trials[number].ended, f"trial {number} ended twice"
-        self._record({"event": "end", "number": number, "state": state, "reason": reason, "seconds": round(seconds, 1)})
+        self._write({"event": "end", "number": number, "state": state, "reason": reason, "seconds": round(seconds, 1)})
 
-    def _record(self, record: dict[str, Any]) -> None:
-        self.append(record)
+    def _write(self, record: dict[str, Any]) -> None:
+        self.append({**record, "time": now()})
+        self._flush()
         self._apply(record)
 
     def _apply(self, record: dict[str, Any]) -> None:

@@ -320,7 +320,7 @@ def test_a_run_that_ctrl_c_ends_is_resumed(tiny: Config, tmp_path: Path, capfd: 
 
 
 def test_errors_of_training_are_exceptions(tiny: Config, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(TrainingError, match="not finite at iteration 2 of the phase source_only"):
+    with pytest.raises(TrainingError, match="not finite, seen at iteration 2 of the phase source_only"):
         train_segmenter(tiny, {"run.storage": tmp_path, "optim.lr": 1e30, "run.log_every": 1}, device="cpu")
     status = json.loads((tmp_path / "phantom" / "status.json").read_text())
     assert (status["state"], status["exit_code"]) == ("failed", TrainingError.exit_code)
@@ -410,7 +410,7 @@ REFUSED: list[tuple[Any, Any, str]] = [
     (np.where(GOOD > 500, np.nan, GOOD), AFFINE, r"the volume has \d+ voxels that are NaN"),
     (np.full((9, 9, 9), 4), AFFINE, "the volume has the intensity 4 in every voxel"),
     (GOOD, AFFINE[:3, :3], r"the affine has shape \(3, 3\); expected \(4, 4\)"),
-    (GOOD, "RAS", "the affine is no matrix of numbers"),
+    (GOOD, "RAS", "the affine is not a matrix of numbers"),
     (GOOD, spoilt(a03=np.nan), "the affine has numbers that are not finite"),
     (GOOD, spoilt(a30=1), "the last row of the affine is"),
     (GOOD, spoilt(a00=0), "the affine is singular"),

@@ -16,18 +16,16 @@ from typing import Any
 import ray.train
 import ray.train.torch
 import torch
-from torch import Tensor
 
 from mpscl_ray.config import ScalingConfig, config_from_dict
 from mpscl_ray.errors import MpsclError, StorageError
 from mpscl_ray.runs.atomic_files import write_atomically
 from mpscl_ray.runs.control_files import FAILURE_FILE, STOP_FILE, VALIDATION_GATE_FILE
-from mpscl_ray.runs.plots import panel, plot_progress
 from mpscl_ray.runs.run_directory import RunDirectory, open_run
-from mpscl_ray.runs.tensorboard import TensorBoard
 from mpscl_ray.train import loop
 from mpscl_ray.train.ray.placement_groups import record_placement_group
 from mpscl_ray.train.ray.prometheus import Monitoring
+from mpscl_ray.train.run_callback import RunCallback
 from mpscl_ray.train.streams import TrainingData
 
 log = logging.getLogger(__name__)
@@ -58,7 +56,9 @@ def run_worker(
     _log_to(run.logs / f"worker-{rank}.log")
     torch.set_num_threads(max(1, int(config.scaling.cpus_per_worker)))
     device = ray.train.torch.get_device()
-    callback = _RunCallback(run, data.classes, Monitoring(display_name, rank, device), config.scaling, writes=rank == 0)
+    callback = _WorkerCallback(
+        run, data.classes, Monitoring(display_name, rank, device), config.scaling, writes=rank == 0
+    )
     result: loop.TrainResult | None = None
 
     def stop_requested() -> bool:
@@ -121,7 +121,7 @@ def wait_for_decision(folder: RunDirectory, step: int, patience_s: float = 60.0)
         time.sleep(_DECISION_S[folder.store.poll_interval_s > 0])
 
 
-class _RunCallback(loop.Callback):
+class _WorkerCallback(RunCallback):
     """Exports metrics and reports validations to Ray Train; worker 0 writes TensorBoard, curves and warnings."""
 
     def __init__(
@@ -132,11 +132,10 @@ class _RunCallback(loop.Callback):
         scaling: ScalingConfig,
         writes: bool,
     ) -> None:
-        self.folder, self.classes, self.monitoring, self.writes = folder, classes, monitoring, writes
-        self.scaling = scaling
+        super().__init__(folder, classes, writes)
+        self.monitoring, self.scaling = monitoring, scaling
         self.waits = False
         """Whether a scheduler decides after each validation if the run continues."""
-        self.board: TensorBoard | None = None
 
     def on_start(self, step: int) -> None:
         workers, least, most = ray.train.get_context().get_world_size(), *self.scaling.limits
@@ -146,20 +145,16 @@ class _RunCallback(loop.Callback):
         with suppress(StorageError):  # then there is no wait
             self.waits = self.writes and self.folder.control_files.read(VALIDATION_GATE_FILE) is not None
         self.monitoring.saved()
-        if self.writes:
-            self.board = TensorBoard(self.folder.tensorboard, resume_step=step, warn=self.on_warning)
+        super().on_start(step)
 
     def on_warning(self, text: str) -> None:
         log.warning("%s", text)
-        self.folder.add_warning(text)
+        super().on_warning(text)
 
     def on_metrics(self, record: Mapping[str, Any], validated: bool) -> None:
         self.monitoring.record(record)
-        if self.board is not None:
-            self.board.record(record)
+        super().on_metrics(record, validated)
         if validated:
-            if self.writes:
-                plot_progress(self.folder.read_metrics(), self.folder.progress_image, self.folder.name)
             # Only after a validation, because all workers wait for the controller in a report.
             ray.train.report(dict(record))
             if self.waits:
@@ -169,16 +164,6 @@ class _RunCallback(loop.Callback):
         self.monitoring.saved()
         if self.writes:
             self.folder.store.flush()
-
-    def on_images(self, step: int, images: Tensor, predictions: Tensor, labels: Tensor | None) -> None:
-        maps = {"prediction": predictions.numpy()} | ({} if labels is None else {"label": labels.numpy()})
-        if self.board is not None:
-            self.board.panel(step, "target", panel(images.numpy(), maps, self.classes))
-
-    def close(self) -> None:
-        """Close the event file."""
-        if self.board is not None:
-            self.board.close()
 
 
 def _log_to(file: Path) -> None:

@@ -199,10 +199,10 @@ def test_latest_and_prune(tmp_path: Path) -> None:
     (folder / "notes").mkdir()
     assert [checkpoint.step_of(path) for path in checkpoint.list_checkpoints(folder)] == sorted(steps)
     assert checkpoint.latest(folder) == (folder / "step-12345678", [])
-    removed = checkpoint.prune(folder, 2, {folder / checkpoint_name(200)})
-    assert [path.name for path in removed] == ["step-0000100", "step-0000300"]
-    assert sorted(os.listdir(folder)) == ["notes", "step-0000200", "step-0000400", "step-12345678"]
-    assert checkpoint.prune(folder, 3) == []
+    checkpoint.prune(folder, 2)
+    assert sorted(os.listdir(folder)) == ["notes", "step-0000400", "step-12345678"]
+    checkpoint.prune(folder, 3)
+    assert len(os.listdir(folder)) == 3
 
 
 def test_damaged_ones_are_skipped_and_said(tmp_path: Path) -> None:
@@ -225,7 +225,8 @@ def test_prune_never_removes_the_last_valid_one(tmp_path: Path) -> None:
         checkpoint.save(tmp_path / checkpoint_name(step), small_state(step))
     for step in (300, 400):
         (tmp_path / checkpoint_name(step) / "state.json").write_bytes(b"{}")
-    assert [path.name for path in checkpoint.prune(tmp_path, 2)] == ["step-0000100"]
+    checkpoint.prune(tmp_path, 2)
+    assert not (tmp_path / checkpoint_name(100)).exists()
     assert_same(checkpoint.load(tmp_path / checkpoint_name(200)), small_state(200))
 
 

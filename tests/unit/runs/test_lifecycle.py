@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -26,16 +25,13 @@ def raising(error: BaseException) -> Callable[[], None]:
 def folder(tmp_path: Path) -> RunDirectory:
     run = RunDirectory(tmp_path / "x")
     run.create()
+    run.append_metrics({"phase": "warm_up", "iteration": 3, "global_step": 7})
     return run
-
-
-def position() -> dict[str, Any]:
-    return {"phase": "warm_up", "iteration": 3, "global_step": 7}
 
 
 def test_work_that_is_done(folder: RunDirectory) -> None:
     states = []
-    assert carry_out(folder, RESUME, lambda: states.append(folder.read_status()["state"]), position) == 0
+    assert carry_out(folder, RESUME, lambda: states.append(folder.read_status()["state"])) == 0
     assert states == ["running"]
     status = folder.read_status()
     assert (status["state"], status["exit_code"], status["resume_command"]) == ("finished", 0, RESUME)
@@ -53,7 +49,7 @@ def test_work_that_is_done(folder: RunDirectory) -> None:
 def test_work_that_is_interrupted_says_how_to_resume(
     folder: RunDirectory, capsys: pytest.CaptureFixture[str], error: BaseException, reason: str
 ) -> None:
-    assert carry_out(folder, RESUME, raising(error), position) == 130
+    assert carry_out(folder, RESUME, raising(error)) == 130
     status = folder.read_status()
     assert (status["state"], status["exit_code"], status["reason"]) == ("interrupted", 130, reason)
     assert status["global_step"] == 7
@@ -68,6 +64,6 @@ def test_work_that_fails_is_written_down_and_raised(
     folder: RunDirectory, error: Exception, code: int, reason: str
 ) -> None:
     with pytest.raises(type(error)):
-        carry_out(folder, RESUME, raising(error), position)
+        carry_out(folder, RESUME, raising(error))
     status = folder.read_status()
     assert (status["state"], status["exit_code"], status["reason"]) == ("failed", code, reason)

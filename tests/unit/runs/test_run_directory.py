@@ -183,14 +183,14 @@ def test_damaged_line_in_the_middle_is_named(run: RunDirectory) -> None:
 
 
 def test_rewind_drops_what_is_made_again(run: RunDirectory) -> None:
-    assert run.rewind_metrics(0) == 0
+    run.rewind_metrics(0)
     assert not run.metrics_file.exists()
     for step in (10, 20, 30, 40):
         run.append_metrics({"global_step": step, "value": math.nan})
     before = run.metrics_file.read_bytes()
     with run.metrics_file.open("ab") as file:
         file.write(b'{"torn')
-    assert run.rewind_metrics(20) == 2
+    run.rewind_metrics(20)
     assert run.metrics_file.read_bytes() == b"".join(before.splitlines(keepends=True)[:2])
     run.append_metrics({"global_step": 30})
     assert [record["global_step"] for record in run.read_metrics()] == [10, 20, 30]

@@ -79,14 +79,12 @@ def test_handlers_are_put_back() -> None:
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
-def test_request_from_another_thread_ends_the_wait() -> None:
+def test_first_request_gives_the_name() -> None:
     interruption = Interruption()
-    assert interruption.wait(0.0) is False
-    thread = threading.Timer(0.05, interruption.request, ["driver"])
-    thread.start()
-    assert interruption.wait(20) is True
-    assert interruption.signal_name == "driver"
-    thread.join()
+    assert not interruption.requested
+    interruption.request("driver")
+    interruption.request("another")
+    assert (interruption.requested, interruption.signal_name) == (True, "driver")
 
 
 def test_handlers_need_the_main_thread() -> None:

@@ -48,7 +48,8 @@ def remote(server: Server, request: pytest.FixtureRequest) -> S3Path:
 
 
 def bucket_run(remote: S3Path, role: str, patience_s: float = 0.0, lease: Lease | None = None) -> RunDirectory:
-    store = BucketStore(remote, role, patience_s, lease=lease)
+    store = BucketStore(remote, role, patience_s)
+    store._lease = lease or store._lease
     return RunDirectory(store.path, store)
 
 

@@ -6,6 +6,7 @@ import math
 import os
 import re
 import struct
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +45,7 @@ def scalars_of(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def test_records_arrive_under_their_tags_at_once(tmp_path: Path) -> None:
-    board = TensorBoard(tmp_path / "tensorboard")
+    board = TensorBoard(tmp_path / "tensorboard", warn=print)
     record = {
         "global_step": 20,
         "phase": "adaptation",
@@ -75,19 +76,19 @@ def test_documented_tags_are_kept_word_for_word(tmp_path: Path) -> None:
         r"(?:train|val|perf)/[\w/]+", tensorboard.__doc__.replace("*", "main").replace("<structure>", "LVC")
     )
     assert len(tags) >= 9
-    with TensorBoard(tmp_path) as board:
+    with closing(TensorBoard(tmp_path, warn=print)) as board:
         board.record({"global_step": 1, **dict.fromkeys(tags, 1.0)})
     assert set(scalars_of(tmp_path)) == set(tags)
 
 
 def test_curves_are_continuous_over_restarts(tmp_path: Path) -> None:
-    with TensorBoard(tmp_path) as board:
+    with closing(TensorBoard(tmp_path, warn=print)) as board:
         for step in range(10, 60, 10):
             board.record({"global_step": step, "train/loss": 1.0})
     # Two restarts within a second; the first of them is killed before it closes its file.
-    killed = TensorBoard(tmp_path, resume_step=30)
+    killed = TensorBoard(tmp_path, resume_step=30, warn=print)
     killed.record({"global_step": 40, "train/loss": 2.0})
-    with TensorBoard(tmp_path, resume_step=40) as board:
+    with closing(TensorBoard(tmp_path, resume_step=40, warn=print)) as board:
         board.record({"global_step": 50, "train/loss": 3.0})
     assert scalars_of(tmp_path)["train/loss"] == [(10, 1.0), (20, 1.0), (30, 1.0), (40, 2.0), (50, 3.0)]
     killed.close()
@@ -95,7 +96,7 @@ def test_curves_are_continuous_over_restarts(tmp_path: Path) -> None:
 
 def test_panel_is_a_png(tmp_path: Path) -> None:
     image = np.random.default_rng(0).integers(0, 255, (20, 30, 3), dtype=np.uint8)
-    with TensorBoard(tmp_path) as board:
+    with closing(TensorBoard(tmp_path, warn=print)) as board:
         board.panel(7, "target", image)
     (value,) = [value for event in events_of(tmp_path) for value in event.summary.value]
     assert value.tag == "panel/target"
@@ -122,11 +123,11 @@ def test_full_disk_is_said_once_and_does_not_end_a_run(tmp_path: Path, monkeypat
 def test_unwritable_folder_is_said_at_the_start(tmp_path: Path) -> None:
     (tmp_path / "tensorboard").write_text("a file")
     with pytest.raises(StorageError, match="tensorboard is a file where a folder is needed"):
-        TensorBoard(tmp_path / "tensorboard")
+        TensorBoard(tmp_path / "tensorboard", warn=print)
 
 
 def test_hyperparameters_are_what_tensorboard_compares_runs_by(tmp_path: Path) -> None:
-    with TensorBoard(tmp_path) as board:
+    with closing(TensorBoard(tmp_path, warn=print)) as board:
         board.hyperparameters(
             {"method.gamma": 0.3, "method.margin_form": "paper", "data.in_memory": True}, ["search/score"]
         )
