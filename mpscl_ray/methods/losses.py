@@ -42,7 +42,12 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 
 def class_counts(labels: Tensor, num_classes: int) -> Tensor:
-    """Pixels of each class in labels (...) int64: (C,) float64, exact, ready to be added over workers."""
+    """Pixels of each class: (C,) float64, exact, ready to be added over workers.
+
+    Args:
+        labels: (...) int64, classes 0 to C - 1.
+        num_classes: C.
+    """
     # A comparison instead of torch.bincount, which reads the largest label back from the device.
     classes = torch.arange(num_classes, device=labels.device)
     return (labels.reshape(1, -1) == classes[:, None]).sum(dim=1).double()
@@ -75,7 +80,10 @@ def soft_dice_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
     d_{b,c} = 2 sum_i p g / (sum_i p^2 + sum_i g^2 + 1e-5);  value = 1 - mean_{b,c} d_{b,c}.
     It is a plain mean over images: with equal local batches the mean over workers is the value of the global batch.
-    Logits are (B, C, H, W), labels (B, H, W) int64.
+
+    Args:
+        logits: (B, C, H, W).
+        labels: (B, H, W) int64.
 
     Source: the Dice term of Eq. (2), Liu et al. 2022; squares and constant as released.
     """
@@ -103,8 +111,12 @@ def focal_loss(logits: Tensor, labels: Tensor, gamma: float) -> Tensor:
 def self_information(logits: Tensor, eps: float = 1e-7, normalised: bool = True) -> Tensor:
     """Weighted self-information map of each class, the input of the discriminators.
 
-    I_c = -p_c log(p_c + eps), in the released form (``normalised``) divided by log C, in the paper's in nats.
-    Logits and map are (B, C, H, W), the map float32 or float64.
+    I_c = -p_c log(p_c + eps), (B, C, H, W) in float32 or float64.
+
+    Args:
+        logits: (B, C, H, W).
+        eps: keeps the logarithm finite.
+        normalised: the released form, divided by log C; False is the paper's, in nats.
 
     Source: text above Eq. (1), Liu et al. 2022.
     """
@@ -115,6 +127,10 @@ def self_information(logits: Tensor, eps: float = 1e-7, normalised: bool = True)
 
 def domain_loss(domain_logits: Tensor, domain: int) -> Tensor:
     """Binary cross-entropy of a discriminator's logits against the label of one domain, mean over patches and batch.
+
+    Args:
+        domain_logits: any shape.
+        domain: ``SOURCE_LABEL`` or ``TARGET_LABEL``.
 
     Source: Eqs. (1) and (2), Liu et al. 2022.
     Differs from the paper: source is 0 and target 1, as released; the loss is symmetric in the choice.
@@ -135,8 +151,11 @@ def least_squares_domain_loss(output: Tensor, domain: int) -> Tensor:
 def cosine_to_prototypes(features: Tensor, prototypes: Tensor) -> Tensor:
     """Cosine between every pixel's feature and every class's prototype.
 
-    From raw features (B, d, h, w) and prototypes (C, d), which are normalised here: (B, C, h, w), float32 or float64. A
-    vector of norm zero has cosine 0 with everything, and a finite gradient.
+    (B, C, h, w), float32 or float64. A vector of norm zero has cosine 0 with everything, and a finite gradient.
+
+    Args:
+        features: (B, d, h, w), raw; normalised here.
+        prototypes: (C, d), raw; normalised here.
 
     Source: Eq. (6), Liu et al. 2022.
     """

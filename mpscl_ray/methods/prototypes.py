@@ -15,7 +15,12 @@ from mpscl_ray.methods.losses import class_counts, cosine_to_prototypes
 
 
 def downsample_labels(labels: Tensor, size: Sequence[int]) -> Tensor:
-    """Nearest-neighbour labels (B, h, w) of labels (B, H, W), int64: out[k] = in[floor(k H / h)] along each axis."""
+    """Nearest-neighbour labels (B, h, w) at feature resolution: out[k] = in[floor(k H / h)] along each axis.
+
+    Args:
+        labels: (B, H, W) int64.
+        size: (h, w).
+    """
     rows, columns = (
         torch.arange(small, device=labels.device) * large // small
         for small, large in zip(size, labels.shape[1:], strict=True)
@@ -27,7 +32,12 @@ def downsample_labels(labels: Tensor, size: Sequence[int]) -> Tensor:
 def prototype_sums(features: Tensor, labels_small: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
     """Sum (C, d) of the raw features (B, d, h, w) of each class, and its number of pixels (C,), both float64.
 
-    Labels (B, h, w) are those of :func:`downsample_labels`. A class that does not occur has zeros.
+    A class that does not occur has zeros.
+
+    Args:
+        features: (B, d, h, w).
+        labels_small: (B, h, w) int64, see :func:`downsample_labels`.
+        num_classes: C.
 
     Source: numerator and denominator of Eqs. (4) and (5), Liu et al. 2022.
     """
@@ -40,9 +50,11 @@ def prototype_sums(features: Tensor, labels_small: Tensor, num_classes: int) -> 
 
 @torch.no_grad()
 def initial_prototypes(sums: Tensor, counts: Tensor) -> Tensor:
-    """Mean feature (C, d) of each class from the sums (C, d) and counts (C,) of the whole source set.
+    """Mean feature (C, d) of each class; zero for a class without a pixel, so that its cosine is 0 with every feature.
 
-    A class without a pixel gets the zero prototype: cosine 0 with every feature.
+    Args:
+        sums: (C, d), over the whole source set and all workers.
+        counts: (C,).
 
     Source: Eq. (4), Liu et al. 2022.
     Differs from the released code: it loads these from a file that came without the routine that made it.
