@@ -24,7 +24,7 @@ from mpscl_ray.errors import ConfigError, DataError
 from mpscl_ray.methods.prototypes import downsample_labels, initial_prototypes, prototype_sums
 from mpscl_ray.networks.deeplab import DeepLabV2, network_input
 from mpscl_ray.predict.model import Checkpoint, Model, find_checkpoint, read_model
-from mpscl_ray.predict.predictor import Predictor, load_weights
+from mpscl_ray.predict.predictor import Predictor
 from mpscl_ray.report.figures.feature_space import FeatureSample, sample_of
 from mpscl_ray.report.figures.segmentations import Segmented
 from mpscl_ray.runs import checkpoint
@@ -60,8 +60,7 @@ class ReportedRun:
     @property
     def direction(self) -> str:
         """Source and target modality."""
-        domains = self.model.domains
-        return f"{domains['source'].modality} to {domains['target'].modality}".upper().replace(" TO ", " to ")
+        return " to ".join(self.model.domains[domain].modality.upper() for domain in ("source", "target"))
 
 
 def read_runs(runs: Sequence[Path | str]) -> list[ReportedRun]:
@@ -143,11 +142,6 @@ class ShownCase:
     label: NDArray[np.uint8] | None
     """(D, H, W); None where it has none."""
 
-    @property
-    def spacing(self) -> tuple[float, float, float]:
-        """Of the voxels; 1 in all directions where it is not known."""
-        return self.case.spacing_mm or (1.0, 1.0, 1.0)
-
 
 def choose_case(run: ReportedRun, name: str | None) -> ShownCase:
     """The case of that name, or the first labelled one of the test split, else validation, else any test case.
@@ -211,18 +205,13 @@ def predict_case(predictor: Predictor, shown: ShownCase, title: str) -> Predicti
     return Prediction(Segmented(title, labels, entropy), step, loss)
 
 
-def load(run: ReportedRun, saved: Checkpoint, device: str | None) -> Predictor:
-    """The segmenter of a run at one checkpoint."""
-    return load_weights(run.model, saved, device)
-
-
 # ------------------------------------------------------------------------------------------------------- features
 
 
 def sample_features(
     run: ReportedRun, saved: Checkpoint, predictor: Predictor, shown: ShownCase
-) -> tuple[FeatureSample, str] | None:
-    """Features of a few slices of a labelled source case and of the shown case, and where the prototypes come from.
+) -> FeatureSample | None:
+    """Features of a few slices of a labelled source case and of the shown case, and prototypes.
 
     Returns:
         None where the network has no single feature map, or the source no labelled case.
@@ -258,4 +247,4 @@ def sample_features(
     if stored is not None and bool(stored.any()):
         prototypes, origin = stored, "those of the method"
     assert prototypes is not None
-    return sample_of(features, labels, prototypes.float().cpu().numpy()), origin
+    return sample_of(features, labels, prototypes.float().cpu().numpy(), origin)

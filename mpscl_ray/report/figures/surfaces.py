@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from mpscl_ray.report.figures.style import class_colours, class_legend, image_grid, wrapped
 
-VIEWS: Mapping[str, tuple[float, float]] = {"from the front": (25.0, 20.0), "from behind": (205.0, 20.0)}
-"""Azimuth and elevation in degrees; at (0, 0) the first slice is in front and the first row on top."""
+VIEWS = {"from the front": (25.0, 20.0), "from behind": (205.0, 20.0)}
+"""Title -> azimuth and elevation in degrees; at (0, 0) the first slice is in front and the first row on top."""
 
 _SIZE = 200
 """Rays per side of the image."""
@@ -30,38 +30,29 @@ Box = tuple[NDArray[np.float64], NDArray[np.float64]]
 
 
 def surfaces(
-    volumes: Mapping[str, NDArray[np.uint8]],
-    classes: Sequence[str],
-    spacing: tuple[float, float, float],
-    views: Mapping[str, tuple[float, float]] = VIEWS,
+    volumes: Mapping[str, NDArray[np.uint8]], classes: Sequence[str], spacing: tuple[float, float, float]
 ) -> Figure:
-    """Rows: views. Columns: label volumes (D, H, W) of one case by title, all at the same scale.
+    """Rows: :data:`VIEWS`. Columns: label volumes (D, H, W) of one case by title, all at the same scale.
 
     Args:
         volumes: title -> label map; all have the same shape.
         classes: names, background first.
         spacing: of the voxels (slice, row, column); any unit.
-        views: title -> azimuth and elevation in degrees.
     """
     box = _bounds(list(volumes.values()), spacing)
-    images = np.array(
-        [
-            [render(masks, spacing, box, *view) for view in views.values()]
-            for masks in (_smooth_masks(labels, len(classes), spacing) for labels in volumes.values())
-        ]
-    )
+    masks = [_smooth_masks(labels, len(classes), spacing) for labels in volumes.values()]
+    images = np.array([[render(own, spacing, box, *view) for own in masks] for view in VIEWS.values()])
     rows, columns = _filled(images.min(axis=(0, 1, 4)))
     images = images[:, :, rows, columns]
-    height = 1.7 * images.shape[2] / images.shape[3]
-    figure, axes = image_grid(len(views), len(volumes), (1.7, height))
-    for column, (title, labels) in enumerate(volumes.items()):
-        axes[0, column].set_title(wrapped(title))
-        for row in range(len(views)):
-            axes[row, column].imshow(images[column, row], interpolation="bilinear")
-            if not labels.any():
-                axes[row, column].text(0.5, 0.5, "no structure", transform=axes[row, column].transAxes, ha="center")
-    for row, name in enumerate(views):
+    figure, axes = image_grid(len(VIEWS), len(volumes), (1.7, 1.7 * images.shape[2] / images.shape[3]))
+    for row, name in enumerate(VIEWS):
         axes[row, 0].set_ylabel(name, fontsize=7)
+        for tile, image, labels in zip(axes[row], images[row], volumes.values(), strict=True):
+            tile.imshow(image, interpolation="bilinear")
+            if not labels.any():
+                tile.text(0.5, 0.5, "no structure", transform=tile.transAxes, ha="center")
+    for tile, title in zip(axes[0], volumes, strict=True):
+        tile.set_title(wrapped(title))
     class_legend(figure, classes)
     return figure
 

@@ -17,9 +17,10 @@ from mpscl_ray.data.parquet_reader import read_case
 from mpscl_ray.errors import ConfigError, DataError
 from mpscl_ray.methods.losses import class_counts, weighted_cross_entropy
 from mpscl_ray.predict.model import find_checkpoint
+from mpscl_ray.predict.predictor import load_weights
 from mpscl_ray.report import command as report
 from mpscl_ray.report import run as report_run
-from mpscl_ray.report.runs import choose_case, load, predict_case, read_runs
+from mpscl_ray.report.runs import choose_case, predict_case, read_runs
 from mpscl_ray.runs.run_directory import RunDirectory
 from mpscl_ray.train.domains import load_domains, model_description
 from mpscl_ray.train.feature_log import FeatureRecord
@@ -164,7 +165,7 @@ def test_a_run_in_a_bucket_is_read_by_its_url(margin: Path, tmp_path: Path) -> N
         assert [saved.name for saved in run.checkpoints] == [saved.name for saved in local.checkpoints]
         assert (run.feature_records, run.records) == (local.feature_records, local.records)
         assert len(FeatureRecord(run.folder.path).read_panels()) == 2
-        assert load(run, run.checkpoints[-1], "cpu").weights.step == 12  # type: ignore[union-attr]
+        assert load_weights(run.model, run.checkpoints[-1], "cpu").weights.step == 12  # type: ignore[union-attr]
         with pytest.raises(ConfigError, match="is in a bucket; give a folder for its report with --out"):
             report.main([url])
 
@@ -179,7 +180,7 @@ def test_training_labels_of_the_target_are_never_read(margin: Path) -> None:
 def test_entropy_and_loss_of_the_shown_case(data: Path, margin: Path) -> None:
     (run,) = read_runs([margin])
     shown = choose_case(run, None)
-    predictor = load(run, find_checkpoint(margin, "adaptation")[0], "cpu")
+    predictor = load_weights(run.model, find_checkpoint(margin, "adaptation")[0], "cpu")
     prediction = predict_case(predictor, shown, "adaptation")
     folder = data / "ct"
     arrays = read_case(folder, load_manifest(folder).split("test")[0])
