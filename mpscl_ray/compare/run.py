@@ -40,8 +40,8 @@ def compare(plan: Plan, base: Config, command: Sequence[str], fit: Fit | None = 
         TrainingError: some cells failed; the table is written nevertheless.
     """
     check_machine(base)
-    place = plan.out or join_location(base.run.storage, "compare")
-    folder = open_run(place, "command", 60 * base.run.storage_retry_minutes, ("cells.json", "comparison.*"))
+    location = plan.out or join_location(base.run.storage, "compare")
+    folder = open_run(location, "command", 60 * base.run.storage_retry_minutes, ("cells.json", "comparison.*"))
     folder.create(("cells",))
     resume = shlex.join(command)
     with folder.lock():
@@ -57,8 +57,7 @@ def _run(plan: Plan, base: Config, folder: RunDirectory, resume: str, fit: Fit |
         manifests = tuple(load_manifest(parse_location(dataset)) for dataset in datasets)
         names = _direction_names(plan.directions, manifests)
         _check_labels(plan.directions, datasets, manifests)
-        storage = str(out / "cells")
-        cells = make_cells(plan.systems, plan.seeds, names, plan.preset_groups, datasets, plan.overrides, storage)
+        cells = make_cells(plan, names, datasets, str(out / "cells"))
         for cell in cells:
             _check_resumed(cell, out)
         print(_summary(plan, cells, ledger, manifests, out), flush=True)
@@ -88,7 +87,7 @@ def _run(plan: Plan, base: Config, folder: RunDirectory, resume: str, fit: Fit |
 
 
 def _direction_names(directions: Sequence[str], manifests: Sequence[Manifest]) -> dict[str, tuple[str, str]]:
-    """Direction -> names of its source and target in the names of cells: modalities, or a and b if equal."""
+    """Direction -> names of its source and target in the names of cells: modalities; a and b if equal."""
     source, target = (manifest.modality for manifest in manifests)
     if source == target:
         source, target = "a", "b"
@@ -99,13 +98,11 @@ def _direction_names(directions: Sequence[str], manifests: Sequence[Manifest]) -
 def _check_labels(directions: Sequence[str], datasets: Sequence[str], manifests: Sequence[Manifest]) -> None:
     """Check before the training that each direction has labelled volumes to be scored on."""
     for direction in directions:
-        order = (0, 1) if direction == "forward" else (1, 0)
-        scored = manifests[order[1]]
-        if not any(case.labelled for split in ("test", "val") for case in scored.split(split)):
-            other = next(name for name in DIRECTIONS if name != direction)
+        source, target = (0, 1) if direction == "forward" else (1, 0)
+        if not any(case.labelled for split in ("test", "val") for case in manifests[target].split(split)):
             raise ConfigError(
-                f"{datasets[order[0]]} to {datasets[order[1]]} ({direction}) cannot be scored: the target has no "
-                f"labelled test or validation volume; prepare some, or give --directions {other}"
+                f"{datasets[source]} to {datasets[target]} ({direction}) cannot be scored: the target has no labelled "
+                f"test or validation volume; prepare some, or give --directions {DIRECTIONS[target]}"
             )
 
 
@@ -163,16 +160,15 @@ def _directions(
         own = [cell for cell in cells if cell.direction == direction]
         done = [cell for cell in own if is_done(ledger[cell.name])]
         source, target = (m.modality for m in (manifests if direction == "forward" else manifests[::-1]))
-        known = [ledger[cell.name].summary for cell in done]
-        in_mm = all(s is None or s["structures"]["mean"]["asd_mm_worst_case"]["n"] for s in known)
+        summaries = [ledger[cell.name].summary or {} for cell in done]
+        in_mm = all(summary["structures"]["mean"]["asd_mm_worst_case"]["n"] for summary in summaries)
         unit = "mm" if in_mm else "voxel"
         results: dict[str, list[CellResult]] = {}
-        for cell in done:
-            summary, seconds = ledger[cell.name].summary, total_seconds(cell.name, ledger)
-            assert summary is not None
-            results.setdefault(cell.system, []).append(
-                CellResult.from_summary(cell.seed, summary, cell.iterations, seconds, unit)
+        for cell, summary in zip(done, summaries, strict=True):
+            result = CellResult.from_summary(
+                cell.seed, summary, cell.iterations, total_seconds(cell.name, ledger), unit
             )
+            results.setdefault(cell.system, []).append(result)
         scored = ledger[done[0].name].scored_on if done else {}
         volumes = (
             f"{scored['volumes']} labelled {'test' if scored['split'] == 'test' else 'validation'} volumes of "

@@ -272,16 +272,19 @@ def is_done(entry: Entry) -> bool:
 def total_seconds(name: str, ledger: CellLedger) -> float:
     """Wall time of a cell as if it had trained the phases that it shares."""
     entry = ledger[name]
-    return entry.seconds + (_until(entry.forked[0], entry.forked[1], ledger) if entry.forked else 0.0)
+    return entry.seconds + _seconds_until(entry.forked, ledger)
 
 
-def _until(name: str, phase: str, ledger: CellLedger) -> float:
-    """Wall time from the start of a cell's first phase, whichever cell trained it, to the end of a phase."""
+def _seconds_until(end: Sequence[str], ledger: CellLedger) -> float:
+    """Wall time up to the end of a phase of a cell, (cell, phase), whichever cell trained it; 0 for ()."""
+    if not end:
+        return 0.0
+    name, phase = end
     entry = ledger[name]
     own = entry.phase_seconds.get(phase)
-    if own is None:
-        return _until(entry.forked[0], phase, ledger) if entry.forked else 0.0
-    return own + (_until(entry.forked[0], entry.forked[1], ledger) if entry.forked else 0.0)
+    if own is None:  # the cell was forked after that phase
+        return _seconds_until([entry.forked[0], phase] if entry.forked else [], ledger)
+    return own + _seconds_until(entry.forked, ledger)
 
 
 def _description(entry: Entry) -> str:

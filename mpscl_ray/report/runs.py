@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 
 from mpscl_ray.config import config_from_dict
 from mpscl_ray.config.titles import phase_title, system_of, title_of
-from mpscl_ray.data import SPLITS
 from mpscl_ray.data.dataset import Case, load_manifest
 from mpscl_ray.data.parquet_reader import read_case
 from mpscl_ray.data.slice_selection import evenly_spaced, labelled_slices
@@ -156,19 +155,18 @@ def choose_case(run: ReportedRun, name: str | None) -> ShownCase:
     if dataset is None or not dataset.exists():
         raise DataError(f"the target dataset of the run {run.folder.display_path}, {dataset}, does not exist any more")
     manifest = load_manifest(dataset)
-    if name is not None:
-        found = [case for case in manifest.cases if case.id == name]
-        if not found:
-            known = ", ".join(case.id for split in ("test", "val") for case in manifest.split(split))
-            raise ConfigError(f"{dataset} has no case {name!r}; its test and validation cases are {known or 'none'}")
-        case = found[0]
-    else:
-        held_out = [case for split in ("test", "val") for case in manifest.split(split)]
-        held_out.sort(key=lambda case: not case.labelled)  # stable: labelled cases first
-        candidates = held_out or [case for split in SPLITS for case in manifest.split(split)]
-        if not candidates:
+    held_out = [case for split in ("test", "val") for case in manifest.split(split)]
+    if name is None:
+        # Sorting is stable: labelled cases come first, in the order of the splits.
+        cases = sorted(held_out, key=lambda case: not case.labelled) or manifest.split("train")
+        if not cases:
             raise DataError(f"{dataset} has no case")
-        case = candidates[0]
+    else:
+        cases = [case for case in manifest.cases if case.id == name]
+        if not cases:
+            known = ", ".join(case.id for case in held_out) or "none"
+            raise ConfigError(f"{dataset} has no case {name!r}; its test and validation cases are {known}")
+    case = cases[0]
     arrays = read_case(dataset, case, ("image",) if case.split == "train" else ("image", "label"))
     return ShownCase(case, arrays["image"], arrays.get("label"))
 

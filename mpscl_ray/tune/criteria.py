@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from typing import Any
 
 ORACLE = "oracle"
-ORACLE_TAG = "val/dice/mean"
 
 CRITERIA: dict[str, str] = {
     ORACLE: "mean Dice on the target's validation volumes; uses their labels",
@@ -35,7 +34,7 @@ those that need no source (tests/benchmarks/EXPERIMENTS.md)."""
 def score(record: Mapping[str, Any], metric: str) -> float:
     """Value of a criterion in a validation record of metrics.jsonl; NaN where the record lacks what it needs."""
     if metric == ORACLE:
-        return _number(record, ORACLE_TAG)
+        return _number(record, "val/dice/mean")
     source = _number(record, "val/source/dice/mean")
     if metric == "source_dice":
         return source

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
 import json
 import math
 from collections.abc import Sequence
@@ -15,7 +13,7 @@ from typing import Any
 from mpscl_ray.config import to_yaml
 from mpscl_ray.evaluate.evaluation import json_text, write_tables
 from mpscl_ray.evaluate.run import evaluate_phases
-from mpscl_ray.evaluate.tables import Summary, format_table, summary_csv
+from mpscl_ray.evaluate.tables import Summary, csv_text, format_table, summary_csv
 from mpscl_ray.runs.atomic_files import write_atomically
 from mpscl_ray.runs.storage import join_location
 from mpscl_ray.tune import figures
@@ -56,43 +54,33 @@ class Saving:
     done: int
     """Of the trials' own phases."""
     in_full: int
-    """The same, had no trial been stopped."""
+    """The same, had no trial been stopped; a failed trial counts up to where it failed."""
     shared: int
     """Of the phases that all trials share, trained once."""
     trials: int
     """How many shared them."""
 
-    @property
-    def fraction(self) -> float:
-        """Own iterations done over those in full."""
-        return self.done / self.in_full if self.in_full else math.nan
-
     def sentence(self) -> str:
         """For the terminal."""
-        alone = self.in_full + self.trials * self.shared
+        alone, all_done = self.in_full + self.trials * self.shared, self.done + self.shared
         text = (
             f"trials took {self.done} iterations of {self.in_full} had all been trained in full "
-            f"({100 * self.fraction:.0f} %)"
+            f"({100 * self.done / self.in_full if self.in_full else math.nan:.0f} %)"
         )
         if self.shared:
             text += (
                 f"; {self.shared} iterations of earlier phases were trained once instead of {self.trials} times: "
-                f"in all {self.done + self.shared} of {alone} ({100 * (self.done + self.shared) / alone:.0f} %)"
+                f"in all {all_done} of {alone} ({100 * all_done / alone:.0f} %)"
             )
         return text
 
 
-def saving(trials: Sequence[Trial], iterations: int, own_before: int, shared: int) -> Saving:
-    """Count iterations.
-
-    Args:
-        trials: that have started; a failed one counts up to where it failed, on both sides.
-        iterations: of the last phase in full.
-        own_before: iterations before the last phase that each trial trained itself.
-        shared: iterations that were trained once for all.
-    """
+def saving(study: Study) -> Saving:
+    """Count the iterations of a search."""
+    trials, shared = study.ledger.trials.values(), sum(length for _, length in study.shared_phases)
+    own_before = sum(length for _, length in study.resolved.schedule[:-1]) - shared
     done = sum(own_before + trial.iteration for trial in trials)
-    full = sum(own_before + (trial.iteration if trial.state == "failed" else iterations) for trial in trials)
+    full = sum(own_before + (trial.iteration if trial.state == "failed" else study.iterations) for trial in trials)
     return Saving(done, full, shared, len(trials))
 
 
@@ -114,27 +102,17 @@ def _trial_table(trials: Sequence[Trial], keys: Sequence[str]) -> tuple[list[str
     header = ["trial", "state", "iteration", *keys, *scores, "seconds", "reason"]
     rows: list[list[Any]] = []
     for trial in trials:
-        values = [score(trial.last, name) for name in scores]
-        rows.append(
-            [
-                trial.number,
-                trial.state or "unfinished",
-                trial.iteration,
-                *(trial.settings[key] for key in keys),
-                *("" if math.isnan(value) else value for value in values),
-                trial.seconds,
-                trial.reason,
-            ]
-        )
+        about = [trial.number, trial.state or "unfinished", trial.iteration]
+        settings = [trial.settings[key] for key in keys]
+        values = ["" if math.isnan(value) else value for value in (score(trial.last, name) for name in scores)]
+        rows.append([*about, *settings, *values, trial.seconds, trial.reason])
     return header, rows
 
 
 def trials_csv(trials: Sequence[Trial], keys: Sequence[str]) -> str:
     """A line per trial: state, settings, every criterion at its last validation."""
-    buffer = io.StringIO()
     header, rows = _trial_table(trials, keys)
-    csv.writer(buffer, lineterminator="\n").writerows([header, *rows])
-    return buffer.getvalue()
+    return csv_text([header, *rows])
 
 
 def trials_markdown(trials: Sequence[Trial], keys: Sequence[str], metric: str) -> str:
@@ -166,8 +144,8 @@ def write_results(study: Study) -> None:
         "best": None if best is None else best.number,
         "settings": None if best is None else best.settings,
         "score": None if best is None else score(best.last, metric),
-        "trials": {state: sum(t.state == state for t in trials) for state in ("finished", "stopped", "failed")},
-        "iterations": asdict(search_saving(study)),
+        "trials": _counts(trials),
+        "iterations": asdict(saving(study)),
         "criteria": {name: {k: _plain(v) for k, v in asdict(value).items()} for name, value in found.items()},
     }
     write_tables(
@@ -190,15 +168,12 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
+def _counts(trials: Sequence[Trial]) -> dict[str, int]:
+    return {state: sum(trial.state == state for trial in trials) for state in ("finished", "stopped", "failed")}
+
+
 def _trials(study: Study) -> list[Trial]:
     return [trial for _, trial in sorted(study.ledger.trials.items())]
-
-
-def search_saving(study: Study) -> Saving:
-    """Iterations of a search."""
-    schedule, common = study.resolved.schedule, sum(length for _, length in study.shared_phases)
-    own_before = sum(length for _, length in schedule[:-1]) - common
-    return saving(_trials(study), study.iterations, own_before, common)
 
 
 def _evaluate(study: Study, trials: list[Trial], best: Trial | None) -> None:
@@ -241,10 +216,9 @@ def _evaluate(study: Study, trials: list[Trial], best: Trial | None) -> None:
 def _evaluated_phases(file: Path) -> dict[str, list[str]]:
     """Phases of each trial that an earlier evaluation has scored; {} where there was none."""
     try:
-        found: dict[str, list[str]] = json.loads(file.read_bytes())["trials"]
+        return dict(json.loads(file.read_bytes())["trials"])
     except (OSError, ValueError, KeyError, TypeError):
         return {}
-    return found
 
 
 def _label(study: Study, trial: Trial) -> str:
@@ -260,10 +234,10 @@ def print_results(study: Study) -> None:
     """Print the best trial, how well its criterion agrees with target Dice, and what to do next."""
     trials = _trials(study)
     best = best_trial(trials, study.metric)
-    counts = {state: sum(trial.state == state for trial in trials) for state in ("finished", "stopped", "failed")}
+    counts = _counts(trials)
     print(
         f"\n{len(trials)} trials: {counts['finished']} trained in full, {counts['stopped']} stopped early, "
-        f"{counts['failed']} failed; {search_saving(study).sentence()}"
+        f"{counts['failed']} failed; {saving(study).sentence()}"
     )
     for trial in trials:
         if trial.state == "failed":
@@ -281,11 +255,11 @@ def print_results(study: Study) -> None:
     table = study.folder.results / TEST_TABLE
     if table.exists():
         print(f"\n{table.read_text(encoding='utf-8')}")
-    place = study.folder.display_path
-    print(f"\n{place} has tables and figures (results/), TensorBoard events with HParams, and the trials. Next:")
+    location = study.folder.display_path
+    print(f"\n{location} has tables and figures (results/), TensorBoard events with HParams, and the trials. Next:")
     if best is not None:
-        print(f"  python -m mpscl_ray.train {join_location(place, PRESET)}          the best settings, from scratch")
+        print(f"  python -m mpscl_ray.train {join_location(location, PRESET)}          the best settings, from scratch")
         if best.state == "finished":
-            run = join_location(place, TRIALS, f"{best.number:03d}")
+            run = join_location(location, TRIALS, f"{best.number:03d}")
             print(f"  python -m mpscl_ray.predict {run} IMAGE.nii.gz --out predictions          with the best trial")
-    print(f"  tensorboard --logdir {join_location(place, 'tensorboard')}")
+    print(f"  tensorboard --logdir {join_location(location, 'tensorboard')}")

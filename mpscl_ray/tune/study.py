@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from mpscl_ray.config import Config, to_dict
@@ -91,19 +92,11 @@ class Study:
         """Last score of a trial; None before its first."""
         return score(trial.last, self.metric) if trial.reports else None
 
-    def trial_config(self, settings: dict[str, Any], number: int) -> Config:
-        """Settings of a trial's run."""
-        config = dataclasses.replace(self.space, base=self.resolved).config(settings)
-        run = dataclasses.replace(
-            config.run, name=f"{number:03d}", storage=str(join_location(self.folder.display_path, TRIALS))
-        )
-        return dataclasses.replace(config, run=run)
-
     def trial_folder(self, number: int) -> RunDirectory:
         """Run folder of a trial."""
         if number not in self._folders:
-            place = join_location(self.folder.uri, TRIALS, f"{number:03d}")
-            self._folders[number] = open_run(place, patience_s=60 * self.resolved.run.storage_retry_minutes)
+            location = join_location(self.folder.uri, TRIALS, f"{number:03d}")
+            self._folders[number] = open_run(location, patience_s=60 * self.resolved.run.storage_retry_minutes)
         return self._folders[number]
 
     # ------------------------------------------------------------------------------------------------ the next trial
@@ -130,7 +123,8 @@ class Study:
             if number in self.ledger.trials and number not in waiting:
                 return number
         best = self.halving.promote(waiting) or min(set(left) - waiting, default=None)
-        if best is None and not self._active and not self._any_finished():
+        finished = any(trial.state == "finished" for trial in self.ledger.trials.values())
+        if best is None and not self._active and not finished:
             best = self.halving.promote(waiting, force=True)
         return best
 
@@ -139,28 +133,28 @@ class Study:
         """Whether some run now, whose reports may let others continue."""
         return bool(self._active)
 
-    def _any_finished(self) -> bool:
-        return any(trial.state == "finished" for trial in self.ledger.trials.values())
-
     def next_task(self, number: int, parent: RunDirectory | None) -> dict[str, Any] | None:
         """What Ray Tune runs for a trial; None where its settings contradict each other, which ends the trial."""
         trial = self.ledger.trials.get(number) or self.ledger.add(number, self.sampler.settings(number))
         self.trial_folder(number).control_files.clear(PAUSE)
         try:
-            config = self.trial_config(trial.settings, number)
+            config = dataclasses.replace(self.space, base=self.resolved).config(trial.settings)
         except ConfigError as error:
             self._record_end(number, "failed", str(error))
             return None
         self._active.add(number)
+        storage = str(join_location(self.folder.display_path, TRIALS))
+        run = dataclasses.replace(config.run, name=f"{number:03d}", storage=storage)
         task = TrialTask(
-            to_dict(config),
+            to_dict(dataclasses.replace(config, run=run)),
             self.trial_folder(number).uri,
             self.folder.uri,
             parent.uri if parent is not None else None,
             self.shared_phases[-1][0] if self.shared_phases else "",
             self.metric,
         )
-        return {"number": number, "task": task.to_text()}
+        # As a string, because Ray Tune searches a dict for values to resolve.
+        return {"number": number, "task": json.dumps(asdict(task))}
 
     # ------------------------------------------------------------------------------------------------ events
 

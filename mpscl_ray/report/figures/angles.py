@@ -38,9 +38,10 @@ def over_training(records: Sequence[Record], classes: Sequence[str]) -> Figure:
     drawn = evenly_drawn(records)
     last = len(drawn) - 1
 
-    def colour(number: int, pure: str) -> tuple[float, ...]:
+    def colour(number: int, pure: str) -> tuple[float, float, float]:
         share = 0.2 + 0.8 * (number + 1) / len(drawn)
-        return tuple(1 - share + share * part for part in to_rgb(pure))
+        red, green, blue = (1 - share + share * part for part in to_rgb(pure))
+        return red, green, blue
 
     def line(number: int, index: int) -> dict[str, Any]:
         return {"color": colour(number, hex_colour(index)), "linewidth": 2.0 if number == last else 1.1}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -103,11 +104,10 @@ def overconfident(
     if truth is not None:
         shown.append(("ground truth", overlay(grey, truth[chosen])))
     figure, axes = _rows_of_slices(shown, chosen)
-    for position, column in enumerate(columns if truth is not None else ()):
-        errors = column.confident_errors(truth)[chosen]
-        for row in range(len(chosen)):
-            for tile in axes[row, 1 + 2 * position : 3 + 2 * position]:
-                for box in _boxes(errors[row]):
+    if truth is not None:
+        for position, column in enumerate(columns):
+            for row, errors in enumerate(column.confident_errors(truth)[chosen]):
+                for box, tile in itertools.product(_boxes(errors), axes[row, 1 + 2 * position : 3 + 2 * position]):
                     tile.add_patch(Rectangle(*box, fill=False, edgecolor=ERROR, linewidth=1.1))
     scale = figure.colorbar(
         ScalarMappable(Normalize(0, 1), _ENTROPY_MAP), ax=list(axes[:, -1]), fraction=0.08, pad=0.04, aspect=30
