@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mpscl_ray.compare.cells import DIRECTIONS, Cell, CellLedger, Plan, make_cells
 from mpscl_ray.compare.published import published_for
 from mpscl_ray.compare.runner import Comparison, is_done, total_seconds
-from mpscl_ray.compare.table import CellResult, Direction, comparison_csv, format_comparison
+from mpscl_ray.compare.table import CellResult, Direction, Style, comparison_csv, format_comparison
 from mpscl_ray.config import Config, reads_target, to_yaml
 from mpscl_ray.config.systems import SYSTEMS
 from mpscl_ray.data.dataset import Manifest, load_manifest
@@ -27,7 +27,7 @@ from mpscl_ray.train.ray.placement_groups import release_orphaned_placement_grou
 from mpscl_ray.train.ray.resources import check_machine
 from mpscl_ray.train.run import MAY_CHANGE
 
-TABLES = {"comparison.txt": "text", "comparison.md": "markdown", "comparison.tex": "latex"}
+TABLES: Mapping[str, Style] = {"comparison.txt": "text", "comparison.md": "markdown", "comparison.tex": "latex"}
 """Files of the table, beside comparison.csv."""
 
 
@@ -63,7 +63,10 @@ def _run(plan: Plan, base: Config, folder: RunDirectory, resume: str, fit: Fit |
         print(_summary(plan, cells, ledger, manifests, out), flush=True)
 
         def write() -> None:
-            _write_tables(folder.path, _directions(plan, cells, ledger, manifests))
+            found = _directions(plan, cells, ledger, manifests)
+            for name, style in TABLES.items():
+                write_atomically(folder.path / name, format_comparison(found, style).encode())
+            write_atomically(folder.path / "comparison.csv", comparison_csv(found).encode())
 
         todo = [cell for cell in cells if not is_done(ledger[cell.name])]
         if todo:
@@ -189,12 +192,6 @@ def _directions(
             )
         )
     return found
-
-
-def _write_tables(out: Path, directions: Sequence[Direction]) -> None:
-    for name, style in TABLES.items():
-        write_atomically(out / name, format_comparison(directions, style).encode())  # type: ignore[arg-type]
-    write_atomically(out / "comparison.csv", comparison_csv(directions).encode())
 
 
 def _print_next_steps(out: Path | S3Path, cells: Sequence[Cell], ledger: CellLedger) -> None:

@@ -6,13 +6,12 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
 
 from mpscl_ray.compare.cells import Cell, CellLedger, Entry
-from mpscl_ray.config import config_from_dict, to_dict
 from mpscl_ray.errors import MpsclError, StorageError
 from mpscl_ray.evaluate.run import evaluate_phases
 from mpscl_ray.runs.control_files import STOP_FILE
@@ -20,7 +19,7 @@ from mpscl_ray.runs.fork import fork
 from mpscl_ray.runs.progress import ProgressLine
 from mpscl_ray.runs.run_directory import RunDirectory, open_run
 from mpscl_ray.runs.signals import Interruption
-from mpscl_ray.runs.storage import join_location
+from mpscl_ray.runs.storage import S3Path, join_location
 from mpscl_ray.train.ray.concurrent import Shared, run_trial
 from mpscl_ray.train.ray.launch import Launch
 
@@ -28,34 +27,25 @@ _POLL_S = 0.5
 _PROGRESS_S = 2.0
 
 
-@dataclass(frozen=True)
-class CellTask:
-    """What a task needs to know of its cell, as plain values."""
-
-    config: dict[str, Any]
-    """Nested settings."""
-    folder: str
-    """Address of its run folder."""
-    parent: str | None
-    """Address of the run to fork from; None where there is none."""
-    fork_phase: str | None
-    """Phase of the parent at whose end it is forked."""
-    comparison: str
-    """Address of the comparison's folder, where STOP_FILE asks the cell to stop."""
-    resume_command: str
-    """For the cell's status.json."""
-
-
-def run_cell(task: CellTask, shared: Shared) -> dict[str, Any]:
+def run_cell(
+    cell: Cell, fork_point: tuple[str, ...], comparison_uri: str, resume_command: str, shared: Shared
+) -> dict[str, Any]:
     """Train a cell and score the end of its last phase.
+
+    Args:
+        cell: what to train.
+        fork_point: cell and phase to fork from; () for none.
+        comparison_uri: address of the comparison's folder, where STOP_FILE asks the cell to stop.
+        resume_command: for the cell's status.json.
+        shared: of :func:`~mpscl_ray.train.ray.concurrent.open_shared`.
 
     Returns:
         Fields of :class:`Entry`; an MpsclError is in ``reason`` and not raised, because Ray would wrap it.
     """
     started = time.monotonic()
-    config = config_from_dict(task.config)
+    config, comparison = cell.config, open_run(comparison_uri)
     patience_s = 60 * config.run.storage_retry_minutes
-    folder, comparison = open_run(task.folder, "command", patience_s), open_run(task.comparison)
+    folder = open_run(cell_location(comparison, cell.name), "command", patience_s)
     phases = [name for name, _ in config.schedule]
     found: dict[str, Any] = {"phase_seconds": {}}
     next_poll = 0.0
@@ -77,10 +67,11 @@ def run_cell(task: CellTask, shared: Shared) -> dict[str, Any]:
                 training.request_stop()
 
     try:
-        if task.parent is not None and task.fork_phase is not None:
-            fork(folder, open_run(task.parent, patience_s=patience_s), task.fork_phase)
+        if fork_point:
+            parent, phase = fork_point
+            fork(folder, open_run(cell_location(comparison, parent), patience_s=patience_s), phase)
         before = set(folder.store.finished_phases())
-        outcome = run_trial(config, folder, shared, poll, resume_command=task.resume_command)
+        outcome = run_trial(config, folder, shared, poll, resume_command=resume_command)
         note_phases()
         if outcome.state == "finished":
             done = evaluate_phases(folder.uri, phases[-1:], workers=0, progress=False)
@@ -192,23 +183,13 @@ class Comparison:
             self.waiting.remove(cell)
             entry = self.ledger[cell.name]
             entry.state, entry.reason = "running", ""
-            forked = list(fork_point)
-            if forked and not entry.forked:
-                entry.forked = forked
+            if fork_point and not entry.forked:
+                entry.forked = list(fork_point)
             self.ledger.write()
-            parent = self.run_folder(forked[0]).uri if forked else None
-            self._line.message(
-                f"{cell.name} starts" + (f", from the end of {forked[1]} of {forked[0]}" if forked else "")
-            )
-            task = CellTask(
-                to_dict(cell.config),
-                self.run_folder(cell.name).uri,
-                parent,
-                forked[1] if forked else None,
-                self.folder.uri,
-                self.resume_command,
-            )
-            self.running[self._task.remote(task, self.shared[cell.name])] = cell
+            origin = f", from the end of {fork_point[1]} of {fork_point[0]}" if fork_point else ""
+            self._line.message(f"{cell.name} starts{origin}")
+            task = self._task.remote(cell, fork_point, self.folder.uri, self.resume_command, self.shared[cell.name])
+            self.running[task] = cell
 
     def _fork_point(self, cell: Cell) -> tuple[str, ...] | None:
         """Cell and phase to fork from; empty to train from scratch or resume; None while its parent is not so far."""
@@ -260,8 +241,13 @@ class Comparison:
     def run_folder(self, name: str) -> RunDirectory:
         """Folder of a cell's run."""
         if name not in self._folders:
-            self._folders[name] = open_run(join_location(self.folder.uri, "cells", name))
+            self._folders[name] = open_run(cell_location(self.folder, name))
         return self._folders[name]
+
+
+def cell_location(comparison: RunDirectory, name: str) -> Path | S3Path:
+    """Run folder of a cell, or its URL."""
+    return join_location(comparison.uri, "cells", name)
 
 
 def is_done(entry: Entry) -> bool:

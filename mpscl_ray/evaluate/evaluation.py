@@ -86,7 +86,7 @@ class Evaluation:
             "notices": list(self.notices),
             "summary": self.summary.to_json(),
             "volumes": {
-                case: {"slices": self.slices[case], "scores": [_without_nan(asdict(score)) for score in rows]}
+                case: {"slices": self.slices[case], "scores": [without_nan(asdict(score)) for score in rows]}
                 for case, rows in self.scores.items()
             },
         }
@@ -122,10 +122,24 @@ def write_tables(folder: Path, files: Mapping[str, str]) -> None:
         write_atomically(folder / name, text.encode())
 
 
+def write_rows(folder: Path, name: str, heading: str, rows: Mapping[str, Summary], about: Mapping[str, Any]) -> None:
+    """Write ``NAME.txt``, ``.md``, ``.csv`` and ``.json`` with a row for each summary; ``about`` is in the last."""
+    write_tables(
+        folder,
+        {
+            f"{name}.txt": f"{heading}\n\n{format_table(rows)}\n",
+            f"{name}.md": f"{heading}\n\n{format_table(rows, style='markdown')}\n",
+            f"{name}.csv": summary_csv(rows),
+            f"{name}.json": json_text({**about, "rows": {label: row.to_json() for label, row in rows.items()}}),
+        },
+    )
+
+
 def json_text(value: Any) -> str:
     """JSON with a newline at its end; refuses NaN."""
     return json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def _without_nan(values: dict[str, Any]) -> dict[str, Any]:
+def without_nan(values: dict[str, Any]) -> dict[str, Any]:
+    """The values, None for NaN."""
     return {name: None if value != value else value for name, value in values.items()}

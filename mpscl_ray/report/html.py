@@ -60,7 +60,7 @@ def page(
         summary: a sentence or two below it.
         sections: in order.
         structures: name and colour of each structure, in display order.
-        settings: name of each run and its settings as text, collapsed at the end.
+        settings: name of each run and its settings as YAML.
     """
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),

@@ -172,11 +172,9 @@ def choose_case(run: ReportedRun, name: str | None) -> ShownCase:
 
 
 @dataclass(frozen=True)
-class Prediction:
+class Prediction(Segmented):
     """The prediction of one checkpoint for the shown case."""
 
-    segmented: Segmented
-    """Labels and entropies."""
     step: int | None
     """Iterations of all phases."""
     cross_entropy: float
@@ -200,7 +198,7 @@ def predict_case(predictor: Predictor, shown: ShownCase, title: str) -> Predicti
         pixels = np.bincount(shown.label.ravel(), minlength=number)
         loss = weighted_mean(torch.from_numpy(np.stack([sums, pixels], axis=1)))
     step = predictor.weights.step if predictor.weights else None
-    return Prediction(Segmented(title, labels, entropy), step, loss)
+    return Prediction(title, labels, entropy, step, loss)
 
 
 # ------------------------------------------------------------------------------------------------------- features

@@ -110,12 +110,10 @@ def _segmentations(group: Group) -> Section | None:
         "Segmentations side by side", "Slices of one target volume under the label map of each segmenter."
     )
     truth = group.shown.label
-    maps = truth if truth is not None else group.predictions[-1].segmented.labels
+    maps = truth if truth is not None else group.predictions[-1].labels
     chosen = evenly_spaced(labelled_slices(maps), _ROWS)
-    figure = side_by_side(
-        group.shown.image, [prediction.segmented for prediction in group.predictions], truth, group.classes, chosen
-    )
-    titles = ", ".join(prediction.segmented.title for prediction in group.predictions)
+    figure = side_by_side(group.shown.image, group.predictions, truth, group.classes, chosen)
+    titles = ", ".join(prediction.title for prediction in group.predictions)
     caption = (
         f"Case {group.shown.case.id} ({group.shown.case.split}), slices {', '.join(map(str, chosen))}; from left to "
         f"right: image, {titles}{', ground truth' if truth is not None else ''}. After Fig. 6 of Liu et al. 2022."
@@ -131,7 +129,7 @@ def _surfaces(group: Group) -> Section | None:
         "Surfaces in 3D",
         "The whole volume. Slices are predicted one by one, so surfaces can be ragged from slice to slice.",
     )
-    volumes = {each.segmented.title: each.segmented.labels for each in group.predictions}
+    volumes = {prediction.title: prediction.labels for prediction in group.predictions}
     if group.shown.label is not None:
         volumes["ground truth"] = group.shown.label
     if not any((volume > 0).any() for volume in volumes.values()):
@@ -156,7 +154,7 @@ def _overconfident(group: Group) -> Section | None:
         "Where the entropy of a prediction is low, the segmenter is confident. Confident errors pass any selection of "
         "pseudo-labels by confidence, which is why the paper selects them by their distance to prototypes.",
     )
-    compared = [group.predictions[at].segmented for at in group.contrast]
+    compared = [group.predictions[at] for at in group.contrast]
     truth = group.shown.label
     figure = overconfident(group.shown.image, compared, truth, group.classes)
     caption = "Dark is confident, bright is uncertain. "

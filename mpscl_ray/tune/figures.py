@@ -35,10 +35,10 @@ def curves(trials: Sequence[Trial], metric: str, rungs: Sequence[float], best: i
     """Score over iterations: trials in full are blue, stopped ones grey with a cross at the end, failed ones red.
 
     Args:
-        trials: with reports.
+        trials: in any order; one without a score is not drawn.
         metric: what is drawn.
         rungs: iterations at which trials were compared; none without early stopping.
-        best: number of the best trial.
+        best: number of the best trial, which is black.
         path: PNG to write.
     """
     figure = Figure(figsize=(9, 5), dpi=_DPI, layout="constrained")

@@ -145,7 +145,7 @@ class LedgerSearcher(NotPicklable, Searcher):
         while not study.errors and not study.stopping:
             number = study.next_trial()
             if number is None:
-                return None if study.has_active_trials else Searcher.FINISHED
+                return None if study.active else Searcher.FINISHED
             task = study.next_task(number, self._parent)
             if task is not None:
                 return task
@@ -154,13 +154,7 @@ class LedgerSearcher(NotPicklable, Searcher):
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """StudyCallback does it."""
 
-    def set_search_properties(self, metric: str | None, mode: str | None, config: dict[str, Any], **spec: Any) -> bool:
-        return True
-
     def save(self, checkpoint_path: str) -> None:
-        """The ledger has it all."""
-
-    def restore(self, checkpoint_path: str) -> None:
         """The ledger has it all."""
 
 

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from mpscl_ray.config import to_yaml
-from mpscl_ray.evaluate.evaluation import json_text, write_tables
+from mpscl_ray.evaluate.evaluation import without_nan, write_rows, write_tables
 from mpscl_ray.evaluate.run import evaluate_phases
-from mpscl_ray.evaluate.tables import Summary, csv_text, format_table, summary_csv
+from mpscl_ray.evaluate.tables import Summary, csv_text
 from mpscl_ray.runs.atomic_files import write_atomically
 from mpscl_ray.runs.storage import join_location
 from mpscl_ray.tune import figures
@@ -30,7 +30,6 @@ ENOUGH_TRIALS = 5
 
 TEST_TABLE = "test.txt"
 """Scores of the evaluated trials on the target's test volumes; ``test.md``, ``.csv`` and ``.json`` have the same."""
-_TEST_JSON = "test.json"
 
 
 def best_trial(trials: Sequence[Trial], metric: str) -> Trial | None:
@@ -146,7 +145,7 @@ def write_results(study: Study) -> None:
         "score": None if best is None else score(best.last, metric),
         "trials": _counts(trials),
         "iterations": asdict(saving(study)),
-        "criteria": {name: {k: _plain(v) for k, v in asdict(value).items()} for name, value in found.items()},
+        "criteria": {name: without_nan(asdict(value)) for name, value in found.items()},
     }
     write_tables(
         results,
@@ -162,10 +161,6 @@ def write_results(study: Study) -> None:
     if best is not None:
         write_atomically(study.folder.path / PRESET, preset_text(study.space, best, metric).encode())
     _evaluate(study, trials, best)
-
-
-def _plain(value: Any) -> Any:
-    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def _counts(trials: Sequence[Trial]) -> dict[str, int]:
@@ -184,7 +179,7 @@ def _evaluate(study: Study, trials: list[Trial], best: Trial | None) -> None:
     phases = [name for name, _ in study.resolved.schedule]
     # Earlier phases are the same for all trials that share them: only a single trial has rows of them.
     wanted = {str(trial.number): phases if len(chosen) == 1 else phases[-1:] for trial in chosen}
-    if _evaluated_phases(study.folder.results / _TEST_JSON) == wanted:
+    if _evaluated_phases(study.folder.results / "test.json") == wanted:
         return
     rows: dict[str, Summary] = {}
     split = ""
@@ -200,17 +195,7 @@ def _evaluate(study: Study, trials: list[Trial], best: Trial | None) -> None:
             if split == "val" and study.metric == ORACLE
             else "which were used for no choice"
         )
-        write_tables(
-            study.folder.results,
-            {
-                TEST_TABLE: f"{heading}\n\n{format_table(rows)}\n",
-                "test.md": f"{heading}\n\n{format_table(rows, style='markdown')}\n",
-                "test.csv": summary_csv(rows),
-                _TEST_JSON: json_text(
-                    {"trials": wanted, "rows": {label: row.to_json() for label, row in rows.items()}}
-                ),
-            },
-        )
+        write_rows(study.folder.results, "test", heading, rows, {"trials": wanted})
 
 
 def _evaluated_phases(file: Path) -> dict[str, list[str]]:

@@ -58,7 +58,7 @@ class Study:
         self.halving = SuccessiveHalving(self.rungs, self.space.search.reduction_factor, self.sampler.total)
         for number, iteration in self.ledger.order:
             self.halving.report(number, iteration, score(known[number].reports[iteration], self.metric))
-        self._active: set[int] = set()
+        self.active: set[int] = set()
         """Trials that Ray Tune has and that have neither ended nor paused."""
         self._seconds: dict[int, float] = {}
         self._boards: dict[int, TensorBoard] = {}
@@ -117,21 +117,16 @@ class Study:
 
         First those that an interruption has cut short, then those that are promoted from their rung, then new ones.
         """
-        left = [number for number in self.remaining() if number not in self._active]
+        left = [number for number in self.remaining() if number not in self.active]
         waiting = {number for number in left if self.halving.waits_at(number) is not None}
         for number in left:
             if number in self.ledger.trials and number not in waiting:
                 return number
         best = self.halving.promote(waiting) or min(set(left) - waiting, default=None)
         finished = any(trial.state == "finished" for trial in self.ledger.trials.values())
-        if best is None and not self._active and not finished:
+        if best is None and not self.active and not finished:
             best = self.halving.promote(waiting, force=True)
         return best
-
-    @property
-    def has_active_trials(self) -> bool:
-        """Whether some run now, whose reports may let others continue."""
-        return bool(self._active)
 
     def next_task(self, number: int, parent: RunDirectory | None) -> dict[str, Any] | None:
         """What Ray Tune runs for a trial; None where its settings contradict each other, which ends the trial."""
@@ -142,7 +137,7 @@ class Study:
         except ConfigError as error:
             self._record_end(number, "failed", str(error))
             return None
-        self._active.add(number)
+        self.active.add(number)
         storage = str(join_location(self.folder.display_path, TRIALS))
         run = dataclasses.replace(config.run, name=f"{number:03d}", storage=storage)
         task = TrialTask(
@@ -180,7 +175,7 @@ class Study:
 
     def trial_ended(self, number: int) -> None:
         """A trial's process has ended, or was lost for good."""
-        self._active.discard(number)
+        self.active.discard(number)
         started = self.started.pop(number, time.monotonic())
         self._seconds[number] = self._seconds.get(number, 0.0) + time.monotonic() - started
         try:
@@ -235,7 +230,7 @@ class Study:
     def _stop_hopeless_trials(self) -> None:
         """Stop trials that wait and can never be promoted, so that no checkpoint is kept without need."""
         for number in self.remaining():
-            if number not in self._active and self.halving.cannot_be_promoted(number):
+            if number not in self.active and self.halving.cannot_be_promoted(number):
                 self._stop(number)
 
     def _stop(self, number: int) -> None:

@@ -85,11 +85,7 @@ def overconfident(
     The slices are those in which the first segmenter has most such pixels, some distance apart. Without ground truth
     they are evenly spaced among those in which it predicts a structure, and there are no boxes.
 
-    Args:
-        images: (D, H, W).
-        columns: segmenters, all of this case.
-        truth: (D, H, W), or None.
-        classes: names, background first.
+    Arguments as of :func:`side_by_side`.
 
     Source: Fig. 2, Liu et al. 2022.
     """

@@ -186,13 +186,13 @@ def test_entropy_and_loss_of_the_shown_case(data: Path, margin: Path) -> None:
     arrays = read_case(folder, load_manifest(folder).split("test")[0])
     probabilities = torch.from_numpy(predictor.predict_probabilities(arrays["image"])).transpose(0, 1).double()
     entropy = torch.special.entr(probabilities).sum(1) / math.log(3)
-    assert prediction.segmented.entropy == pytest.approx(entropy.numpy(), abs=1e-5)
-    assert (prediction.segmented.labels == probabilities.argmax(1).numpy()).all()
+    assert prediction.entropy == pytest.approx(entropy.numpy(), abs=1e-5)
+    assert (prediction.labels == probabilities.argmax(1).numpy()).all()
     labels = torch.tensor(arrays["label"].astype(np.int64))
     sums = weighted_cross_entropy(probabilities.log(), labels, class_counts(labels, 3))
     assert prediction.cross_entropy == pytest.approx(float(sums.numerator / sums.denominator), rel=1e-5)
     assert prediction.step == 12
-    assert np.isfinite(prediction.segmented.entropy).all()
+    assert np.isfinite(prediction.entropy).all()
 
 
 def test_a_report_that_cannot_be_made_is_refused_in_one_sentence(margin: Path, tmp_path: Path) -> None:
