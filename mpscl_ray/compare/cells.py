@@ -46,14 +46,12 @@ class Cell:
     """One training of the table."""
 
     name: str
-    """Of its run folder."""
+    """Also that of its run folder."""
     direction: str
-    """forward or backward."""
     seed: int
     system: str
     """Key of :data:`mpscl_ray.config.systems.SYSTEMS`."""
     config: Config
-    """Resolved."""
     parent: str | None = None
     """Name of the cell that it shares its first phases with; None if it trains all phases itself."""
     fork_phase: str | None = None
@@ -152,7 +150,6 @@ class Entry:
     """What the ledger knows of a cell."""
 
     state: CellState = "waiting"
-    """waiting, running, finished, failed or interrupted."""
     reason: str = ""
     """Why it failed, in a sentence."""
     forked: list[str] = field(default_factory=list)

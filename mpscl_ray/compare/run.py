@@ -59,7 +59,9 @@ def _run(plan: Plan, base: Config, folder: RunDirectory, resume: str, fit: Fit |
         _check_labels(plan.directions, datasets, manifests)
         cells = make_cells(plan, names, datasets, str(out / "cells"))
         for cell in cells:
-            _check_resumed(cell, out)
+            run = open_run(out / "cells" / cell.name)
+            if run.store.step_checkpoints() and run.exists:
+                run.check_config(to_yaml(cell.config), MAY_CHANGE)
         print(_summary(plan, cells, ledger, manifests, out), flush=True)
 
         def write() -> None:
@@ -80,7 +82,7 @@ def _run(plan: Plan, base: Config, folder: RunDirectory, resume: str, fit: Fit |
     _print_next_steps(out, cells, ledger)
     failed = [cell.name for cell in cells if ledger[cell.name].state == "failed"]
     if todo and interruption.requested:
-        done = f"{_finished(cells, ledger)} of {_plural(len(cells), 'run')}"
+        done = f"{_finished(cells, ledger)} of {len(cells)} run{'s' * (len(cells) != 1)}"
         raise Interrupted(f"stopped by {interruption.signal_name} with {done} finished")
     if failed:
         raise TrainingError(
@@ -109,13 +111,6 @@ def _check_labels(directions: Sequence[str], datasets: Sequence[str], manifests:
             )
 
 
-def _check_resumed(cell: Cell, out: Path | S3Path) -> None:
-    """Check that a cell with checkpoints resumes with the settings that it was started with."""
-    run = open_run(out / "cells" / cell.name)
-    if run.store.step_checkpoints() and run.exists:
-        run.check_config(to_yaml(cell.config), MAY_CHANGE)
-
-
 def _open(cells: Sequence[Cell], folder: RunDirectory, fit: Fit | None) -> dict[str, Shared]:
     """Open the data that each cell needs, once for all cells that read the same."""
     opened: dict[tuple[str, str], Shared] = {}
@@ -139,7 +134,7 @@ def _summary(
     names = [f"{source} to {target}" for source, target in _direction_names(plan.directions, manifests).values()]
     return (
         f"comparison in {out}: {titles}\n"
-        f"  {' and '.join(names)}, seeds {', '.join(map(str, plan.seeds))}: {_plural(len(cells), 'run')}, "
+        f"  {' and '.join(names)}, seeds {', '.join(map(str, plan.seeds))}: {len(cells)} run{'s' * (len(cells) != 1)}, "
         f"{_finished(cells, ledger)} of them finished\n"
         f"  {spread} iterations each; phases that runs share are trained once, {own} iterations in all"
     )
@@ -147,10 +142,6 @@ def _summary(
 
 def _finished(cells: Sequence[Cell], ledger: CellLedger) -> int:
     return sum(is_done(ledger[cell.name]) for cell in cells)
-
-
-def _plural(number: int, noun: str) -> str:
-    return f"{number} {noun}{'s' * (number != 1)}"
 
 
 def _directions(

@@ -1,4 +1,4 @@
-"""Runs the cells of a comparison concurrently: each in a task that takes no CPU, its workers where there is room."""
+"""Runs the cells of a comparison concurrently, each in a Ray task that reserves no CPU; its workers reserve theirs."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -93,39 +94,32 @@ def run_cell(
     return {**found, "seconds": time.monotonic() - started}
 
 
+@dataclass
 class Comparison:
-    """Runs cells, and records in the ledger how they end.
+    """Runs cells, and records in the ledger how they end."""
 
-    Args:
-        cells: all of the comparison, in order.
-        ledger: of their states.
-        folder: of the comparison; run folders are in ``cells/``, and ``stop-requested`` in it ends the running cells.
-        shared: of each cell.
-        max_concurrent: cells that run concurrently at most.
-        resume_command: the command that resumes the comparison.
-        finished: called after each cell that ended.
-    """
+    cells: Sequence[Cell]
+    """All of the comparison, in order."""
+    ledger: CellLedger
+    folder: RunDirectory
+    """Folder of the comparison; run folders are in ``cells/``, and ``stop-requested`` in it ends the running cells."""
+    shared: Mapping[str, Shared]
+    """By the name of the cell."""
+    max_concurrent: int
+    """Cells that run concurrently at most."""
+    resume_command: str
+    """Command that resumes the comparison."""
+    finished: Callable[[], None]
+    """Called after each cell that ended."""
 
-    def __init__(
-        self,
-        cells: Sequence[Cell],
-        ledger: CellLedger,
-        folder: RunDirectory,
-        shared: Mapping[str, Shared],
-        max_concurrent: int,
-        resume_command: str,
-        finished: Callable[[], None],
-    ) -> None:
-        self.cells, self.ledger, self.folder, self.shared = {c.name: c for c in cells}, ledger, folder, shared
-        self.max_concurrent, self.resume_command, self.finished = max_concurrent, resume_command, finished
-        self.waiting = [cell for cell in cells if not is_done(ledger[cell.name])]
+    def __post_init__(self) -> None:
+        self.waiting = [cell for cell in self.cells if not is_done(self.ledger[cell.name])]
         self.running: dict[Any, Cell] = {}
         self._folders: dict[str, RunDirectory] = {}
         self.process_failures: Counter[str] = Counter()
         """How often the process beside a cell's workers was lost, for example with its node."""
         self._task = ray.remote(num_cpus=0, max_retries=0)(run_cell)
-        total = sum(cell.own_iterations for cell in self.waiting)
-        self._line = ProgressLine(total, "all runs, iteration")
+        self._line = ProgressLine(sum(cell.own_iterations for cell in self.waiting), "all runs, iteration")
         self._done = 0
 
     def run(self, interruption: Interruption) -> None:
@@ -192,13 +186,15 @@ class Comparison:
             self.running[task] = cell
 
     def _fork_point(self, cell: Cell) -> tuple[str, ...] | None:
-        """Cell and phase to fork from; empty to train from scratch or resume; None while its parent is not so far."""
+        """Cell and phase to fork from; empty to train from scratch or resume; None until its parent is there."""
         if cell.parent is None or cell.fork_phase is None or self.run_folder(cell.name).store.step_checkpoints():
             return ()
         if cell.fork_phase in self.run_folder(cell.parent).store.finished_phases():
             return cell.parent, cell.fork_phase
         # If the parent fails before that phase, its children train all phases themselves.
-        coming = self.ledger[cell.parent].state in ("waiting", "running") or self.cells[cell.parent] in self.waiting
+        coming = self.ledger[cell.parent].state in ("waiting", "running") or any(
+            cell.parent == other.name for other in self.waiting
+        )
         return None if coming else ()
 
     def _end(self, cell: Cell, reference: Any) -> None:

@@ -15,7 +15,6 @@ from mpscl_ray.report.runs import (
     Prediction,
     ReportedRun,
     ShownCase,
-    checkpoint_title,
     choose_case,
     predict_case,
     sample_features,
@@ -29,7 +28,7 @@ class Group:
     runs: list[ReportedRun]
     """In the order given."""
     suffix: str
-    """Of the names of its figures; empty if it is the only group."""
+    """End of the names of its figures; empty if it is the only group."""
     columns: list[tuple[str, ReportedRun, Checkpoint]]
     """Title, run and checkpoint of each column of the figures."""
     shown: ShownCase | None = None
@@ -76,7 +75,8 @@ def group_runs(runs: Sequence[ReportedRun]) -> list[Group]:
 def _columns(runs: Sequence[ReportedRun]) -> list[tuple[str, ReportedRun, Checkpoint]]:
     """The phases of a single run; of several runs the newest checkpoint of each, after a source-only one."""
     if len(runs) == 1:
-        return [(checkpoint_title(saved), runs[0], saved) for saved in runs[0].checkpoints]
+        titles = ["so far" if saved.name == "last" else phase_title(saved.name) for saved in runs[0].checkpoints]
+        return [(title, runs[0], saved) for title, saved in zip(titles, runs[0].checkpoints, strict=True)]
     columns = [
         (run.title + (" so far" if run.checkpoints[-1].name == "last" else ""), run, run.checkpoints[-1])
         for run in runs

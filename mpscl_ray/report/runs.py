@@ -15,7 +15,7 @@ import yaml
 from numpy.typing import NDArray
 
 from mpscl_ray.config import config_from_dict
-from mpscl_ray.config.titles import phase_title, system_of, title_of
+from mpscl_ray.config.titles import system_of, title_of
 from mpscl_ray.data.dataset import Case, load_manifest
 from mpscl_ray.data.parquet_reader import read_case
 from mpscl_ray.data.slice_selection import evenly_spaced, labelled_slices
@@ -48,9 +48,9 @@ class ReportedRun:
     """Nested plain values."""
     model: Model
     records: Sequence[Mapping[str, Any]]
-    """Of metrics.jsonl."""
+    """Records of metrics.jsonl."""
     feature_records: Sequence[Mapping[str, Any]]
-    """Of features.jsonl."""
+    """Records of features.jsonl."""
     state: str
     """finished, running, stopped or failed, in words."""
     checkpoints: tuple[Checkpoint, ...]
@@ -120,11 +120,6 @@ def _checkpoints(folder: RunDirectory, schedule: Sequence[tuple[str, int]]) -> t
     if steps and checkpoint.step_of(Path(steps[-1])) > finished:
         found.append(find_checkpoint(folder, "last")[0])
     return tuple(found)
-
-
-def checkpoint_title(saved: Checkpoint) -> str:
-    """The title of a checkpoint in a figure."""
-    return "so far" if saved.name == "last" else phase_title(saved.name)
 
 
 # ------------------------------------------------------------------------------------------------------- the case
@@ -222,25 +217,24 @@ def sample_features(
         return None
     source = read_case(dataset, case)
     target_labels = shown.label if shown.label is not None else predictor.predict_slices(shown.image)
-    features, labels = {}, {}
-    prototypes: torch.Tensor | None = None
-    for domain, image, label in (
-        ("source", source["image"], source["label"]),
-        ("target", shown.image, target_labels),
-    ):
+
+    def features_and_labels(image: NDArray[Any], label: NDArray[Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        """(N, d, h, w) features of a few slices and (N, h, w) labels at their resolution."""
         chosen = evenly_spaced(labelled_slices(label), FEATURE_SLICES)
         with torch.inference_mode():
             images = torch.from_numpy(np.array(image[chosen]))[:, None].to(predictor.device)
-            maps = network(network_input(images, network.in_channels)).features.float()
-        small = downsample_labels(torch.from_numpy(label[chosen]).long(), (maps.shape[2], maps.shape[3]))
-        if domain == "source":
-            sums, pixels = prototype_sums(maps.cpu(), small, len(predictor.classes))
-            prototypes = initial_prototypes(sums, pixels)
-        features[domain] = maps.permute(0, 2, 3, 1).flatten(0, 2).cpu().numpy()
-        labels[domain] = small.flatten().numpy().astype(np.uint8)
-    stored = checkpoint.load(saved.path)["method"].get("prototypes") if saved.path.is_dir() else None
+            maps = network(network_input(images, network.in_channels)).features.float().cpu()
+        return maps, downsample_labels(torch.from_numpy(label[chosen]).long(), (maps.shape[2], maps.shape[3]))
+
+    shown_pixels = {
+        "source": features_and_labels(source["image"], source["label"]),
+        "target": features_and_labels(shown.image, target_labels),
+    }
+    prototypes = initial_prototypes(*prototype_sums(*shown_pixels["source"], len(predictor.classes)))
     origin = "class means of the source pixels shown"
+    stored = checkpoint.load(saved.path)["method"].get("prototypes") if saved.path.is_dir() else None
     if stored is not None and bool(stored.any()):
         prototypes, origin = stored, "those of the method"
-    assert prototypes is not None
+    features = {name: maps.permute(0, 2, 3, 1).flatten(0, 2).numpy() for name, (maps, _) in shown_pixels.items()}
+    labels = {name: small.flatten().numpy().astype(np.uint8) for name, (_, small) in shown_pixels.items()}
     return sample_of(features, labels, prototypes.float().cpu().numpy(), origin)

@@ -21,17 +21,13 @@ class Agreement:
     correlation: float
     """Spearman's rank correlation with target Dice; NaN where either is the same for all trials."""
     regret: float
-    """Target Dice of the best trial less that of the one that the criterion picks."""
+    """Target Dice of the best trial minus that of the trial that the criterion picks."""
     trials: int
     """How many are compared."""
 
 
 def agreement(records: Sequence[Mapping[str, Any]], metric: str) -> Agreement | None:
-    """Compare a criterion with target Dice over the last validation of each trial.
-
-    Args:
-        records: of trials that were trained equally long.
-        metric: a key of :data:`CRITERIA`.
+    """Compare a criterion with target Dice over the last validations of trials that were trained equally long.
 
     Returns:
         None where fewer than two trials have both values.

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from mpscl_ray.runs.plots import save_figure
 from mpscl_ray.tune.agreement import rank_correlation
 from mpscl_ray.tune.criteria import score
+from mpscl_ray.tune.display import short_key
 from mpscl_ray.tune.ledger import Trial
 from mpscl_ray.tune.space import Distribution
 
@@ -158,11 +159,11 @@ def _note(axes: Axes, text: str, point: tuple[float, float], offset: int = 3, **
 
 
 def _label(entry: Distribution) -> str:
-    return "\n".join(key.rpartition(".")[2] for key in entry.keys)
+    return "\n".join(map(short_key, entry.keys))
 
 
 def _scored(trials: Sequence[Trial], metric: str) -> list[tuple[Trial, float]]:
-    pairs = [(trial, score(trial.last, metric)) for trial in trials if trial.reports]
+    pairs = [(trial, score(trial.last, metric)) for trial in trials]
     return [pair for pair in pairs if math.isfinite(pair[1])]
 
 

@@ -37,13 +37,8 @@ def best_trial(trials: Sequence[Trial], metric: str) -> Trial | None:
 
     None where no trial has a score.
     """
-    scored = [trial for trial in trials if trial.reports and trial.state != "failed"]
-    scored = [trial for trial in scored if math.isfinite(score(trial.last, metric))]
-    return max(
-        scored,
-        key=lambda trial: (trial.state == "finished", score(trial.last, metric), -trial.number),
-        default=None,
-    )
+    scored = [t for t in trials if t.state != "failed" and math.isfinite(score(t.last, metric))]
+    return max(scored, key=lambda t: (t.state == "finished", score(t.last, metric), -t.number), default=None)
 
 
 @dataclass(frozen=True)
@@ -116,13 +111,13 @@ def trials_csv(trials: Sequence[Trial], keys: Sequence[str]) -> str:
 
 def trials_markdown(trials: Sequence[Trial], keys: Sequence[str], metric: str) -> str:
     """The same as a Markdown table, best trials first."""
-    ranked = sorted(
-        trials,
-        key=lambda t: (t.state == "finished", t.iteration, score(t.last, metric) if t.reports else -math.inf),
-        reverse=True,
-    )
+
+    def rank(trial: Trial) -> tuple[bool, int, float]:
+        return trial.state == "finished", trial.iteration, score(trial.last, metric) if trial.reports else -math.inf
+
+    ranked = sorted(trials, key=rank, reverse=True)
     header, rows = _trial_table(ranked, keys)
-    header = [f"{name} (oracle: target Dice)" if name == ORACLE else name.rpartition(".")[2] for name in header]
+    header = [f"{name} (oracle: target Dice)" if name == ORACLE else short_key(name) for name in header]
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     for row in rows:
         cells = [f"{cell:.4g}" if isinstance(cell, float) else str(cell).replace("|", "\\|") for cell in row]

@@ -17,7 +17,7 @@ DIGITS = 4
 
 
 class Sampler:
-    """Gives each trial its settings: random or grid. The seed alone decides: more trials do not change trial 7."""
+    """Gives each trial its settings: random or grid. They depend on the seed and the number of the trial alone."""
 
     def __init__(self, space: Space) -> None:
         self._space = space

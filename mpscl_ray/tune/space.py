@@ -102,11 +102,7 @@ class Space:
         return values if inside else None
 
     def to_yaml(self, warm_up: Path | S3Path | None) -> str:
-        """Every setting that the trials depend on, to be kept beside their results.
-
-        Args:
-            warm_up: the run whose first phases all trials start from.
-        """
+        """Every setting that the trials depend on; ``warm_up`` is the run whose first phases all trials start from."""
         content = {
             **to_dict(self.base),
             "search": dict(vars(self.search)),

@@ -27,7 +27,7 @@ PAUSE = "pause-requested"
 """Name of the file in a trial's folder that asks it to write a checkpoint and give up its workers."""
 
 UNREACHABLE = "unreachable"
-"""Key of a report that replaces a status that could not be written: why the trial's folder cannot be reached."""
+"""Key of the report that replaces a status that cannot be written; its value is the reason."""
 
 
 @dataclass(frozen=True)

@@ -103,11 +103,7 @@ def image_grid(
 ) -> tuple[Figure, NDArray[Any]]:
     """A figure of bare tiles, close together.
 
-    Args:
-        rows: number of rows.
-        columns: number of columns.
-        tile: width and height in inches.
-        ratios: widths of the columns where they are not all 1.
+    ``tile`` is width and height in inches; ``ratios`` are the widths of the columns where they are not all 1.
     """
     figure = Figure(figsize=(tile[0] * sum(ratios or [1] * columns) + 0.4, tile[1] * rows + 0.7))
     figure.set_layout_engine(ConstrainedLayoutEngine(w_pad=0.015, h_pad=0.015, wspace=0.015, hspace=0.015))

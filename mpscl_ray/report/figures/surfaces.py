@@ -35,7 +35,7 @@ def surfaces(
     """Rows: :data:`VIEWS`. Columns: label volumes (D, H, W) of one case by title, all at the same scale.
 
     Args:
-        volumes: title -> label map; all have the same shape.
+        volumes: title -> label map; all have the same shape, and one at least has a structure.
         classes: names, background first.
         spacing: of the voxels (slice, row, column); any unit.
     """
@@ -60,8 +60,6 @@ def surfaces(
 def _filled(image: NDArray[np.float64]) -> tuple[slice, slice]:
     """The part of a grey image that is not white, with a small margin."""
     rows, columns = (np.flatnonzero((image < 1).any(axis=axis)) for axis in (1, 0))
-    if not len(rows):
-        return slice(None), slice(None)
     return slice(max(rows[0] - 4, 0), rows[-1] + 5), slice(max(columns[0] - 4, 0), columns[-1] + 5)
 
 
@@ -149,10 +147,9 @@ def _first_hits(field: NDArray[np.float32]) -> tuple[NDArray[np.float64], NDArra
     normals = np.zeros((*first.shape, 3))
     last = np.array(field.shape) - 1
     for axis, sign in ((2, -1.0), (1, 1.0), (0, -1.0)):
-        at = [first, rows, columns]
-        ahead, behind = list(at), list(at)
-        ahead[axis] = np.minimum(at[axis] + 1, last[axis])
-        behind[axis] = np.maximum(at[axis] - 1, 0)
+        ahead, behind = [first, rows, columns], [first, rows, columns]
+        ahead[axis] = np.minimum(ahead[axis] + 1, last[axis])
+        behind[axis] = np.maximum(behind[axis] - 1, 0)
         normals[..., 2 - axis] = sign * (field[tuple(ahead)] - field[tuple(behind)])
     length = np.linalg.norm(normals, axis=2, keepdims=True)
     return depth, normals / np.maximum(length, 1e-6)
@@ -187,8 +184,5 @@ def _smooth_masks(
 def _bounds(volumes: Sequence[NDArray[np.uint8]], spacing: tuple[float, float, float]) -> Box:
     """Corners of all structures of all volumes, with a margin."""
     shown = np.any([volume > 0 for volume in volumes], axis=0)
-    if not shown.any():
-        return np.zeros(3), np.array(shown.shape) * np.asarray(spacing)
     corners = np.array([(np.flatnonzero(shown.any(axis=tuple({0, 1, 2} - {axis})))[[0, -1]]) for axis in range(3)])
-    margin = 2.0
-    return (corners[:, 0] - margin) * np.asarray(spacing), (corners[:, 1] + margin) * np.asarray(spacing)
+    return (corners[:, 0] - 2.0) * np.asarray(spacing), (corners[:, 1] + 2.0) * np.asarray(spacing)
