@@ -86,13 +86,10 @@ def parallel_coordinates(trials: Sequence[Trial], space: Sequence[Distribution],
             linewidth=2.0 if full else 1.0,
             alpha=1.0 if full else 0.6,
         )
-    for position, entry in enumerate(space):
+    for position, ticks in enumerate([*map(_ticks, space), [(0.0, f"{low:.3f}"), (1.0, f"{high:.3f}")]]):
         axes.axvline(position, color=_GREY, linewidth=0.8)
-        for height, text in _ticks(entry):
+        for height, text in ticks:
             _note(axes, text, (position, height))
-    axes.axvline(len(space), color=_GREY, linewidth=0.8)
-    for height, bound in ((0.0, low), (1.0, high)):
-        _note(axes, f"{bound:.3f}", (len(space), height))
     axes.set_xticks(range(len(space) + 1), [*map(_label, space), axis_name(metric).replace(" (", "\n(")])
     axes.set_yticks([])
     axes.set_xlim(-0.1, len(space) + 0.35)
@@ -121,24 +118,21 @@ def effects(trials: Sequence[Trial], space: Sequence[Distribution], metric: str,
 
 def _effect(axes: Axes, scored: Sequence[tuple[Trial, float]], entry: Distribution) -> None:
     key = entry.keys[0]
-    full, stopped = (
-        [
-            (_position(entry, trial.settings[key]) if entry.kind == "choice" else float(trial.settings[key]), value)
-            for trial, value in scored
-            if (trial.state == "finished") == wanted
-        ]
-        for wanted in (True, False)
-    )
-    for points, state in ((stopped, "stopped"), (full, "finished")):
-        if points:
-            axes.plot(*zip(*points, strict=True), linestyle="", **_STATES[state])
+    points: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
+    for trial, value in scored:
+        at = trial.settings[key]
+        points[trial.state == "finished"].append((_position(entry, at) if entry.kind == "choice" else at, value))
+    full = points[True]
+    for own, state in ((points[False], "stopped"), (full, "finished")):
+        if own:
+            axes.plot(*zip(*own, strict=True), linestyle="", **_STATES[state])
     if entry.kind == "choice":
         axes.set_xticks(range(len(entry.values)), [str(value) for value in entry.values])
         axes.set_xlim(-0.5, len(entry.values) - 0.5)
         for position in range(len(entry.values)):
-            own = [value for at, value in full if at == position]
-            if own:
-                axes.hlines(float(np.mean(own)), position - 0.2, position + 0.2, color="black")
+            scores = [value for at, value in full if at == position]
+            if scores:
+                axes.hlines(float(np.mean(scores)), position - 0.2, position + 0.2, color="black")
     elif entry.kind == "loguniform":
         axes.set_xscale("log")
     numeric = entry.kind != "choice" and len(full) > 2

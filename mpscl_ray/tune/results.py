@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 from collections.abc import Sequence
@@ -10,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mpscl_ray.config import to_yaml
+from mpscl_ray.config import override, to_yaml
 from mpscl_ray.evaluate.evaluation import without_nan, write_rows, write_tables
 from mpscl_ray.evaluate.run import evaluate_phases
 from mpscl_ray.evaluate.tables import Summary, csv_text
@@ -80,8 +79,7 @@ def saving(study: Study) -> Saving:
 
 def preset_text(space: Space, trial: Trial, metric: str) -> str:
     """The best settings as a preset that the train command reads."""
-    config = space.config(trial.settings)
-    config = dataclasses.replace(config, run=dataclasses.replace(config.run, name=f"{space.base.run.name}-best"))
+    config = override(space.config(trial.settings), {"run.name": f"{space.base.run.name}-best"})
     note = "target validation labels chose it: an oracle" if metric == ORACLE else "no target label was used"
     heading = (
         f"# Trial {trial.number} of the search {space.base.run.name}: {metric} {score(trial.last, metric):.4f} on "

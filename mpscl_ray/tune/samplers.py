@@ -128,12 +128,7 @@ class OptunaSampler(Sampler):
 
 
 def make_sampler(space: Space, known: Mapping[int, Trial], scores: Mapping[int, float | None]) -> Sampler:
-    """The sampler that a space asks for.
-
-    Args:
-        space: of the search.
-        known: trials of the ledger, by number.
-        scores: their last scores, by number; None where there is none.
+    """The sampler that a space asks for, given the trials of the ledger and their last scores by number.
 
     Raises:
         ConfigError: Optuna is asked for and not installed.

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from mpscl_ray.config import Config, to_dict
+from mpscl_ray.config import Config, override, to_dict
 from mpscl_ray.config.systems import common_phases
 from mpscl_ray.errors import ClusterError, ConfigError, MpsclError, StorageError
 from mpscl_ray.runs.run_directory import RunDirectory, open_run
@@ -139,9 +139,8 @@ class Study:
             return None
         self.active.add(number)
         storage = str(join_location(self.folder.display_path, TRIALS))
-        run = dataclasses.replace(config.run, name=f"{number:03d}", storage=storage)
         task = TrialTask(
-            to_dict(dataclasses.replace(config, run=run)),
+            to_dict(override(config, {"run.name": f"{number:03d}", "run.storage": storage})),
             self.trial_folder(number).uri,
             self.folder.uri,
             parent.uri if parent is not None else None,

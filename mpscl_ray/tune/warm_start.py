@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 
 import yaml
 
-from mpscl_ray.config import ADAPTATION, SOURCE_ONLY, WARM_UP, Config, config_from_dict, differences
+from mpscl_ray.config import ADAPTATION, SOURCE_ONLY, WARM_UP, Config, config_from_dict, differences, override
 from mpscl_ray.config.systems import acts_on, phase_fingerprint
 from mpscl_ray.config.titles import phase_title
 from mpscl_ray.errors import ConfigError
@@ -101,17 +100,12 @@ def train_shared_phases(study: Study, given: RunDirectory | None, interruption: 
 
 
 def _shared_config(config: Config, common: Sequence[str], folder: RunDirectory, at_once: int) -> Config:
-    """Settings of the shared run: as many workers as the cluster has room for and as divide the batch."""
+    """Settings of the shared run, with as many workers as there is room for and as divide the batch."""
     batch, room = config.data.global_batch_size, at_once * config.scaling.most_workers
     workers = next(number for number in range(min(room, batch), 0, -1) if batch % number == 0)
-    return dataclasses.replace(
-        config,
-        run=dataclasses.replace(config.run, name=SHARED_RUN, storage=folder.display_path),
-        phases=dataclasses.replace(
-            config.phases, **{name: 0 for name in (SOURCE_ONLY, WARM_UP, ADAPTATION) if name not in common}
-        ),
-        scaling=dataclasses.replace(config.scaling, num_workers=workers),
-    )
+    left_out = {f"phases.{name}": 0 for name in (SOURCE_ONLY, WARM_UP, ADAPTATION) if name not in common}
+    where = {"run.name": SHARED_RUN, "run.storage": folder.display_path, "scaling.num_workers": workers}
+    return override(config, {**left_out, **where})
 
 
 def _check_given(run: RunDirectory, config: Config, common: Sequence[str], keys: Sequence[str], shared: Shared) -> None:

@@ -60,6 +60,8 @@ def surfaces(
 def _filled(image: NDArray[np.float64]) -> tuple[slice, slice]:
     """The part of a grey image that is not white, with a small margin."""
     rows, columns = (np.flatnonzero((image < 1).any(axis=axis)) for axis in (1, 0))
+    if not len(rows):  # structures so small that nothing of them is left after the smoothing
+        return slice(None), slice(None)
     return slice(max(rows[0] - 4, 0), rows[-1] + 5), slice(max(columns[0] - 4, 0), columns[-1] + 5)
 
 
