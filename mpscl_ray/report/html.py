@@ -63,17 +63,9 @@ def page(
         settings: name of each run and its settings as YAML.
     """
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        trim_blocks=True,
-        undefined=StrictUndefined,
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, undefined=StrictUndefined
     )
     environment.filters["base64"] = lambda data: base64.b64encode(data).decode("ascii")
     return environment.get_template("page.html").render(
-        title=title,
-        summary=summary,
-        sections=sections,
-        structures=structures,
-        settings=settings,
-        version=__version__,
+        title=title, summary=summary, sections=sections, structures=structures, settings=settings, version=__version__
     )

@@ -78,14 +78,9 @@ def parallel_coordinates(trials: Sequence[Trial], space: Sequence[Distribution],
     for trial, value in sorted(scored, key=lambda pair: (pair[0].state == "finished", pair[1])):
         heights = [_height(entry, trial.settings[entry.keys[0]]) for entry in space] + [float(norm(value))]
         full = trial.state == "finished"
-        axes.plot(
-            range(len(heights)),
-            heights,
-            color=_MAP(float(norm(value))),
-            linestyle="-" if full else (0, (4, 3)),
-            linewidth=2.0 if full else 1.0,
-            alpha=1.0 if full else 0.6,
-        )
+        dashes, width, alpha = ("-", 2.0, 1.0) if full else ((0, (4, 3)), 1.0, 0.6)
+        colour = _MAP(float(norm(value)))
+        axes.plot(range(len(heights)), heights, color=colour, linestyle=dashes, linewidth=width, alpha=alpha)
     for position, ticks in enumerate([*map(_ticks, space), [(0.0, f"{low:.3f}"), (1.0, f"{high:.3f}")]]):
         axes.axvline(position, color=_GREY, linewidth=0.8)
         for height, text in ticks:

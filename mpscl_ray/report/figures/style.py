@@ -73,10 +73,7 @@ def evenly_drawn(entries: Sequence[T]) -> list[T]:
 
 def run_style(number: int) -> dict[str, Any]:
     """Colour and dashes of the lines of the run with this number, from 0: either tells the runs apart."""
-    return {
-        "color": _RUN_COLOURS[number % len(_RUN_COLOURS)],
-        "linestyle": _RUN_LINES[number % len(_RUN_LINES)],
-    }
+    return {"color": _RUN_COLOURS[number % len(_RUN_COLOURS)], "linestyle": _RUN_LINES[number % len(_RUN_LINES)]}
 
 
 def class_colours(number: int) -> NDArray[np.uint8]:
