@@ -48,14 +48,12 @@ class Cell:
     """One training of the table."""
 
     name: str
-    """Of its run folder."""
+    """Also that of its run folder."""
     direction: str
-    """forward or backward."""
     seed: int
     system: str
     """Key of :data:`mpscl_ray.config.systems.SYSTEMS`."""
     config: Config
-    """Resolved."""
     parent: str | None = None
     """Name of the cell that it shares its first phases with; None if it trains all phases itself."""
     fork_phase: str | None = None
@@ -72,11 +70,6 @@ class Cell:
     def iterations(self) -> int:
         """Iterations of all its phases."""
         return sum(iterations for _, iterations in self.config.schedule)
-
-    @property
-    def last_phase(self) -> str:
-        """The phase whose end is scored in the table."""
-        return self.config.schedule[-1][0]
 
 
 def check_presets(plan: Plan) -> Config:
@@ -119,35 +112,26 @@ def system_config(group: str, system: str, overrides: Sequence[str]) -> Config:
 
 
 def make_cells(
-    systems: Sequence[str],
-    seeds: Sequence[int],
-    directions: Mapping[str, tuple[str, str]],
-    preset_groups: Mapping[str, str],
-    datasets: tuple[str, str],
-    overrides: Sequence[str],
-    storage: str,
+    plan: Plan, directions: Mapping[str, tuple[str, str]], datasets: tuple[str, str], storage: str
 ) -> list[Cell]:
     """All cells, in the order of the table; a cell that shares phases names the earlier cell that it is forked from.
 
     Args:
-        systems: keys of SYSTEMS.
-        seeds: of the runs.
+        plan: systems, seeds, presets and overrides.
         directions: direction -> names of source and target, for the names of the cells.
-        preset_groups: direction -> group of its presets.
         datasets: folders of the two prepared datasets.
-        overrides: ``key=value`` for all cells.
         storage: folder, or URL, of the run folders.
     """
     cells: list[Cell] = []
     for direction, (source_name, target_name) in directions.items():
         source, target = datasets if direction == "forward" else datasets[::-1]
-        for seed in seeds:
+        for seed in plan.seeds:
             same_data: list[Cell] = []
-            for system in systems:
+            for system in plan.systems:
                 name = f"{source_name}2{target_name}-seed{seed}-{system}"
                 own = [f"run.name={name}", f"run.seed={seed}", f"run.storage={storage}"]
                 own += [f"data.source={source}", f"data.target={target}"]
-                config = system_config(preset_groups[direction], system, [*overrides, *own])
+                config = system_config(plan.preset_groups[direction], system, [*plan.overrides, *own])
                 same_data.append(_with_parent(Cell(name, direction, seed, system, config), same_data))
             cells += same_data
     return cells
@@ -155,15 +139,12 @@ def make_cells(
 
 def _with_parent(cell: Cell, earlier: Sequence[Cell]) -> Cell:
     """The cell, forked from the earlier one with which it shares most phases."""
-    phases = [name for name, _ in cell.config.schedule]
-    best, length = None, 0
-    for other in earlier:
-        phase = shared_phase(other.config, cell.config)
-        if phase is not None and phases.index(phase) + 1 > length:
-            best, length = other, phases.index(phase) + 1
-    if best is None:
+    phases = [None, *(name for name, _ in cell.config.schedule)]
+    shared = [shared_phase(other.config, cell.config) for other in earlier]
+    last = max(shared, key=phases.index, default=None)
+    if last is None:
         return cell
-    return dataclasses.replace(cell, parent=best.name, fork_phase=phases[length - 1])
+    return dataclasses.replace(cell, parent=earlier[shared.index(last)].name, fork_phase=last)
 
 
 @dataclass
@@ -171,7 +152,6 @@ class Entry:
     """What the ledger knows of a cell."""
 
     state: CellState = "waiting"
-    """waiting, running, finished, failed or interrupted."""
     reason: str = ""
     """Why it failed, in a sentence."""
     forked: list[str] = field(default_factory=list)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mpscl_ray.compare.cells import DIRECTIONS, Cell, CellLedger, Plan, make_cells
 from mpscl_ray.compare.published import published_for
 from mpscl_ray.compare.runner import Comparison, is_done, total_seconds
-from mpscl_ray.compare.table import CellResult, Direction, comparison_csv, format_comparison
+from mpscl_ray.compare.table import CellResult, Direction, Style, comparison_csv, format_comparison
 from mpscl_ray.config import Config, reads_target, to_yaml
 from mpscl_ray.config.systems import SYSTEMS
 from mpscl_ray.data.dataset import Manifest, load_manifest
@@ -27,7 +27,7 @@ from mpscl_ray.train.ray.placement_groups import release_orphaned_placement_grou
 from mpscl_ray.train.ray.resources import check_machine
 from mpscl_ray.train.run import MAY_CHANGE
 
-TABLES = {"comparison.txt": "text", "comparison.md": "markdown", "comparison.tex": "latex"}
+TABLES: Mapping[str, Style] = {"comparison.txt": "text", "comparison.md": "markdown", "comparison.tex": "latex"}
 """Files of the table, beside comparison.csv."""
 
 
@@ -40,8 +40,8 @@ def compare(plan: Plan, base: Config, command: Sequence[str], fit: Fit | None = 
         TrainingError: some cells failed; the table is written nevertheless.
     """
     check_machine(base)
-    place = plan.out or join_location(base.run.storage, "compare")
-    folder = open_run(place, "command", 60 * base.run.storage_retry_minutes, ("cells.json", "comparison.*"))
+    location = plan.out or join_location(base.run.storage, "compare")
+    folder = open_run(location, "command", 60 * base.run.storage_retry_minutes, ("cells.json", "comparison.*"))
     folder.create(("cells",))
     resume = shlex.join(command)
     with folder.lock():
@@ -57,14 +57,18 @@ def _run(plan: Plan, base: Config, folder: RunDirectory, resume: str, fit: Fit |
         manifests = tuple(load_manifest(parse_location(dataset)) for dataset in datasets)
         names = _direction_names(plan.directions, manifests)
         _check_labels(plan.directions, datasets, manifests)
-        storage = str(out / "cells")
-        cells = make_cells(plan.systems, plan.seeds, names, plan.preset_groups, datasets, plan.overrides, storage)
+        cells = make_cells(plan, names, datasets, str(out / "cells"))
         for cell in cells:
-            _check_resumed(cell, out)
+            run = open_run(out / "cells" / cell.name)
+            if run.store.step_checkpoints() and run.exists:
+                run.check_config(to_yaml(cell.config), MAY_CHANGE)
         print(_summary(plan, cells, ledger, manifests, out), flush=True)
 
         def write() -> None:
-            _write_tables(folder.path, _directions(plan, cells, ledger, manifests))
+            found = _directions(plan, cells, ledger, manifests)
+            for name, style in TABLES.items():
+                write_atomically(folder.path / name, format_comparison(found, style).encode())
+            write_atomically(folder.path / "comparison.csv", comparison_csv(found).encode())
 
         todo = [cell for cell in cells if not is_done(ledger[cell.name])]
         if todo:
@@ -78,7 +82,7 @@ def _run(plan: Plan, base: Config, folder: RunDirectory, resume: str, fit: Fit |
     _print_next_steps(out, cells, ledger)
     failed = [cell.name for cell in cells if ledger[cell.name].state == "failed"]
     if todo and interruption.requested:
-        done = f"{_finished(cells, ledger)} of {_plural(len(cells), 'run')}"
+        done = f"{_finished(cells, ledger)} of {len(cells)} run{'s' * (len(cells) != 1)}"
         raise Interrupted(f"stopped by {interruption.signal_name} with {done} finished")
     if failed:
         raise TrainingError(
@@ -88,7 +92,7 @@ def _run(plan: Plan, base: Config, folder: RunDirectory, resume: str, fit: Fit |
 
 
 def _direction_names(directions: Sequence[str], manifests: Sequence[Manifest]) -> dict[str, tuple[str, str]]:
-    """Direction -> names of its source and target in the names of cells: modalities, or a and b if equal."""
+    """Direction -> names of its source and target in the names of cells: modalities; a and b if equal."""
     source, target = (manifest.modality for manifest in manifests)
     if source == target:
         source, target = "a", "b"
@@ -99,21 +103,12 @@ def _direction_names(directions: Sequence[str], manifests: Sequence[Manifest]) -
 def _check_labels(directions: Sequence[str], datasets: Sequence[str], manifests: Sequence[Manifest]) -> None:
     """Check before the training that each direction has labelled volumes to be scored on."""
     for direction in directions:
-        order = (0, 1) if direction == "forward" else (1, 0)
-        scored = manifests[order[1]]
-        if not any(case.labelled for split in ("test", "val") for case in scored.split(split)):
-            other = next(name for name in DIRECTIONS if name != direction)
+        source, target = (0, 1) if direction == "forward" else (1, 0)
+        if not any(case.labelled for split in ("test", "val") for case in manifests[target].split(split)):
             raise ConfigError(
-                f"{datasets[order[0]]} to {datasets[order[1]]} ({direction}) cannot be scored: the target has no "
-                f"labelled test or validation volume; prepare some, or give --directions {other}"
+                f"{datasets[source]} to {datasets[target]} ({direction}) cannot be scored: the target has no labelled "
+                f"test or validation volume; prepare some, or give --directions {DIRECTIONS[target]}"
             )
-
-
-def _check_resumed(cell: Cell, out: Path | S3Path) -> None:
-    """Check that a cell with checkpoints resumes with the settings that it was started with."""
-    run = open_run(out / "cells" / cell.name)
-    if run.store.step_checkpoints() and run.exists:
-        run.check_config(to_yaml(cell.config), MAY_CHANGE)
 
 
 def _open(cells: Sequence[Cell], folder: RunDirectory, fit: Fit | None) -> dict[str, Shared]:
@@ -139,7 +134,7 @@ def _summary(
     names = [f"{source} to {target}" for source, target in _direction_names(plan.directions, manifests).values()]
     return (
         f"comparison in {out}: {titles}\n"
-        f"  {' and '.join(names)}, seeds {', '.join(map(str, plan.seeds))}: {_plural(len(cells), 'run')}, "
+        f"  {' and '.join(names)}, seeds {', '.join(map(str, plan.seeds))}: {len(cells)} run{'s' * (len(cells) != 1)}, "
         f"{_finished(cells, ledger)} of them finished\n"
         f"  {spread} iterations each; phases that runs share are trained once, {own} iterations in all"
     )
@@ -147,10 +142,6 @@ def _summary(
 
 def _finished(cells: Sequence[Cell], ledger: CellLedger) -> int:
     return sum(is_done(ledger[cell.name]) for cell in cells)
-
-
-def _plural(number: int, noun: str) -> str:
-    return f"{number} {noun}{'s' * (number != 1)}"
 
 
 def _directions(
@@ -163,16 +154,15 @@ def _directions(
         own = [cell for cell in cells if cell.direction == direction]
         done = [cell for cell in own if is_done(ledger[cell.name])]
         source, target = (m.modality for m in (manifests if direction == "forward" else manifests[::-1]))
-        known = [ledger[cell.name].summary for cell in done]
-        in_mm = all(s is None or s["structures"]["mean"]["asd_mm_worst_case"]["n"] for s in known)
+        summaries = [ledger[cell.name].summary or {} for cell in done]
+        in_mm = all(summary["structures"]["mean"]["asd_mm_worst_case"]["n"] for summary in summaries)
         unit = "mm" if in_mm else "voxel"
         results: dict[str, list[CellResult]] = {}
-        for cell in done:
-            summary, seconds = ledger[cell.name].summary, total_seconds(cell.name, ledger)
-            assert summary is not None
-            results.setdefault(cell.system, []).append(
-                CellResult.from_summary(cell.seed, summary, cell.iterations, seconds, unit)
+        for cell, summary in zip(done, summaries, strict=True):
+            result = CellResult.from_summary(
+                cell.seed, summary, cell.iterations, total_seconds(cell.name, ledger), unit
             )
+            results.setdefault(cell.system, []).append(result)
         scored = ledger[done[0].name].scored_on if done else {}
         volumes = (
             f"{scored['volumes']} labelled {'test' if scored['split'] == 'test' else 'validation'} volumes of "
@@ -193,12 +183,6 @@ def _directions(
             )
         )
     return found
-
-
-def _write_tables(out: Path, directions: Sequence[Direction]) -> None:
-    for name, style in TABLES.items():
-        write_atomically(out / name, format_comparison(directions, style).encode())  # type: ignore[arg-type]
-    write_atomically(out / "comparison.csv", comparison_csv(directions).encode())
 
 
 def _print_next_steps(out: Path | S3Path, cells: Sequence[Cell], ledger: CellLedger) -> None:

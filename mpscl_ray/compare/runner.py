@@ -1,4 +1,4 @@
-"""Runs the cells of a comparison concurrently: each in a task that takes no CPU, its workers where there is room."""
+"""Runs the cells of a comparison concurrently, each in a Ray task that reserves no CPU; its workers reserve theirs."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
 
 from mpscl_ray.compare.cells import Cell, CellLedger, Entry
-from mpscl_ray.config import config_from_dict, to_dict
 from mpscl_ray.errors import MpsclError, StorageError
 from mpscl_ray.evaluate.run import evaluate_phases
 from mpscl_ray.runs.control_files import STOP_FILE
@@ -20,7 +20,7 @@ from mpscl_ray.runs.fork import fork
 from mpscl_ray.runs.progress import ProgressLine
 from mpscl_ray.runs.run_directory import RunDirectory, open_run
 from mpscl_ray.runs.signals import Interruption
-from mpscl_ray.runs.storage import join_location
+from mpscl_ray.runs.storage import S3Path, join_location
 from mpscl_ray.train.ray.concurrent import Shared, run_trial
 from mpscl_ray.train.ray.launch import Launch
 
@@ -28,34 +28,25 @@ _POLL_S = 0.5
 _PROGRESS_S = 2.0
 
 
-@dataclass(frozen=True)
-class CellTask:
-    """What a task needs to know of its cell, as plain values."""
-
-    config: dict[str, Any]
-    """Nested settings."""
-    folder: str
-    """Address of its run folder."""
-    parent: str | None
-    """Address of the run to fork from; None where there is none."""
-    fork_phase: str | None
-    """Phase of the parent at whose end it is forked."""
-    comparison: str
-    """Address of the comparison's folder, where STOP_FILE asks the cell to stop."""
-    resume_command: str
-    """For the cell's status.json."""
-
-
-def run_cell(task: CellTask, shared: Shared) -> dict[str, Any]:
+def run_cell(
+    cell: Cell, fork_point: tuple[str, ...], comparison_uri: str, resume_command: str, shared: Shared
+) -> dict[str, Any]:
     """Train a cell and score the end of its last phase.
+
+    Args:
+        cell: what to train.
+        fork_point: cell and phase to fork from; () for none.
+        comparison_uri: address of the comparison's folder, where STOP_FILE asks the cell to stop.
+        resume_command: for the cell's status.json.
+        shared: of :func:`~mpscl_ray.train.ray.concurrent.open_shared`.
 
     Returns:
         Fields of :class:`Entry`; an MpsclError is in ``reason`` and not raised, because Ray would wrap it.
     """
     started = time.monotonic()
-    config = config_from_dict(task.config)
+    config, comparison = cell.config, open_run(comparison_uri)
     patience_s = 60 * config.run.storage_retry_minutes
-    folder, comparison = open_run(task.folder, "command", patience_s), open_run(task.comparison)
+    folder = open_run(cell_location(comparison, cell.name), "command", patience_s)
     phases = [name for name, _ in config.schedule]
     found: dict[str, Any] = {"phase_seconds": {}}
     next_poll = 0.0
@@ -77,10 +68,11 @@ def run_cell(task: CellTask, shared: Shared) -> dict[str, Any]:
                 training.request_stop()
 
     try:
-        if task.parent is not None and task.fork_phase is not None:
-            fork(folder, open_run(task.parent, patience_s=patience_s), task.fork_phase)
+        if fork_point:
+            parent, phase = fork_point
+            fork(folder, open_run(cell_location(comparison, parent), patience_s=patience_s), phase)
         before = set(folder.store.finished_phases())
-        outcome = run_trial(config, folder, shared, poll, resume_command=task.resume_command)
+        outcome = run_trial(config, folder, shared, poll, resume_command=resume_command)
         note_phases()
         if outcome.state == "finished":
             done = evaluate_phases(folder.uri, phases[-1:], workers=0, progress=False)
@@ -102,39 +94,32 @@ def run_cell(task: CellTask, shared: Shared) -> dict[str, Any]:
     return {**found, "seconds": time.monotonic() - started}
 
 
+@dataclass
 class Comparison:
-    """Runs cells, and records in the ledger how they end.
+    """Runs cells, and records in the ledger how they end."""
 
-    Args:
-        cells: all of the comparison, in order.
-        ledger: of their states.
-        folder: of the comparison; run folders are in ``cells/``, and ``stop-requested`` in it ends the running cells.
-        shared: of each cell.
-        max_concurrent: cells that run concurrently at most.
-        resume_command: the command that resumes the comparison.
-        finished: called after each cell that ended.
-    """
+    cells: Sequence[Cell]
+    """All of the comparison, in order."""
+    ledger: CellLedger
+    folder: RunDirectory
+    """Folder of the comparison; run folders are in ``cells/``, and ``stop-requested`` in it ends the running cells."""
+    shared: Mapping[str, Shared]
+    """By the name of the cell."""
+    max_concurrent: int
+    """Cells that run concurrently at most."""
+    resume_command: str
+    """Command that resumes the comparison."""
+    finished: Callable[[], None]
+    """Called after each cell that ended."""
 
-    def __init__(
-        self,
-        cells: Sequence[Cell],
-        ledger: CellLedger,
-        folder: RunDirectory,
-        shared: Mapping[str, Shared],
-        max_concurrent: int,
-        resume_command: str,
-        finished: Callable[[], None],
-    ) -> None:
-        self.cells, self.ledger, self.folder, self.shared = {c.name: c for c in cells}, ledger, folder, shared
-        self.max_concurrent, self.resume_command, self.finished = max_concurrent, resume_command, finished
-        self.waiting = [cell for cell in cells if not is_done(ledger[cell.name])]
+    def __post_init__(self) -> None:
+        self.waiting = [cell for cell in self.cells if not is_done(self.ledger[cell.name])]
         self.running: dict[Any, Cell] = {}
         self._folders: dict[str, RunDirectory] = {}
         self.process_failures: Counter[str] = Counter()
         """How often the process beside a cell's workers was lost, for example with its node."""
         self._task = ray.remote(num_cpus=0, max_retries=0)(run_cell)
-        total = sum(cell.own_iterations for cell in self.waiting)
-        self._line = ProgressLine(total, "all runs, iteration")
+        self._line = ProgressLine(sum(cell.own_iterations for cell in self.waiting), "all runs, iteration")
         self._done = 0
 
     def run(self, interruption: Interruption) -> None:
@@ -192,32 +177,24 @@ class Comparison:
             self.waiting.remove(cell)
             entry = self.ledger[cell.name]
             entry.state, entry.reason = "running", ""
-            forked = list(fork_point)
-            if forked and not entry.forked:
-                entry.forked = forked
+            if fork_point and not entry.forked:
+                entry.forked = list(fork_point)
             self.ledger.write()
-            parent = self.run_folder(forked[0]).uri if forked else None
-            self._line.message(
-                f"{cell.name} starts" + (f", from the end of {forked[1]} of {forked[0]}" if forked else "")
-            )
-            task = CellTask(
-                to_dict(cell.config),
-                self.run_folder(cell.name).uri,
-                parent,
-                forked[1] if forked else None,
-                self.folder.uri,
-                self.resume_command,
-            )
-            self.running[self._task.remote(task, self.shared[cell.name])] = cell
+            origin = f", from the end of {fork_point[1]} of {fork_point[0]}" if fork_point else ""
+            self._line.message(f"{cell.name} starts{origin}")
+            task = self._task.remote(cell, fork_point, self.folder.uri, self.resume_command, self.shared[cell.name])
+            self.running[task] = cell
 
     def _fork_point(self, cell: Cell) -> tuple[str, ...] | None:
-        """Cell and phase to fork from; empty to train from scratch or resume; None while its parent is not so far."""
+        """Cell and phase to fork from; empty to train from scratch or resume; None until its parent is there."""
         if cell.parent is None or cell.fork_phase is None or self.run_folder(cell.name).store.step_checkpoints():
             return ()
         if cell.fork_phase in self.run_folder(cell.parent).store.finished_phases():
             return cell.parent, cell.fork_phase
         # If the parent fails before that phase, its children train all phases themselves.
-        coming = self.ledger[cell.parent].state in ("waiting", "running") or self.cells[cell.parent] in self.waiting
+        coming = self.ledger[cell.parent].state in ("waiting", "running") or any(
+            cell.parent == other.name for other in self.waiting
+        )
         return None if coming else ()
 
     def _end(self, cell: Cell, reference: Any) -> None:
@@ -260,8 +237,13 @@ class Comparison:
     def run_folder(self, name: str) -> RunDirectory:
         """Folder of a cell's run."""
         if name not in self._folders:
-            self._folders[name] = open_run(join_location(self.folder.uri, "cells", name))
+            self._folders[name] = open_run(cell_location(self.folder, name))
         return self._folders[name]
+
+
+def cell_location(comparison: RunDirectory, name: str) -> Path | S3Path:
+    """Run folder of a cell, or its URL."""
+    return join_location(comparison.uri, "cells", name)
 
 
 def is_done(entry: Entry) -> bool:
@@ -272,16 +254,19 @@ def is_done(entry: Entry) -> bool:
 def total_seconds(name: str, ledger: CellLedger) -> float:
     """Wall time of a cell as if it had trained the phases that it shares."""
     entry = ledger[name]
-    return entry.seconds + (_until(entry.forked[0], entry.forked[1], ledger) if entry.forked else 0.0)
+    return entry.seconds + _seconds_until(entry.forked, ledger)
 
 
-def _until(name: str, phase: str, ledger: CellLedger) -> float:
-    """Wall time from the start of a cell's first phase, whichever cell trained it, to the end of a phase."""
+def _seconds_until(end: Sequence[str], ledger: CellLedger) -> float:
+    """Wall time up to the end of a phase of a cell, (cell, phase), whichever cell trained it; 0 for ()."""
+    if not end:
+        return 0.0
+    name, phase = end
     entry = ledger[name]
     own = entry.phase_seconds.get(phase)
-    if own is None:
-        return _until(entry.forked[0], phase, ledger) if entry.forked else 0.0
-    return own + (_until(entry.forked[0], entry.forked[1], ledger) if entry.forked else 0.0)
+    if own is None:  # the cell was forked after that phase
+        return _seconds_until([entry.forked[0], phase] if entry.forked else [], ledger)
+    return own + _seconds_until(entry.forked, ledger)
 
 
 def _description(entry: Entry) -> str:

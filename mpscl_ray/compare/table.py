@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import csv
-import io
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from mpscl_ray.compare.published import NOTE, TITLE, Published
+from mpscl_ray.evaluate.tables import csv_text, markdown_table, text_table
 from mpscl_ray.runs.palette import display_order
 
 LOWER, UPPER = "source_only", "supervised"
@@ -142,23 +142,21 @@ def rows_of(direction: Direction) -> list[Row]:
         common = set.intersection(*map(set, dice))
         return gap_closed(*(over_seeds([of_seed[seed] for seed in common]).mean for of_seed in dice))
 
-    rows = []
-    for system, title in direction.rows.items():
+    def row(system: str, title: str) -> Row:
         results = direction.results.get(system, ())
-        rows.append(
-            Row(
-                system=system,
-                title=title,
-                seeds=len(results),
-                dice=values(results, "dice"),
-                asd=values(results, "asd"),
-                missed=sum(result.missed for result in results),
-                gap=100 * gap(system),
-                iterations=results[0].iterations if results else None,
-                minutes=float(np.mean([result.seconds for result in results])) / 60 if results else math.nan,
-            )
+        return Row(
+            system=system,
+            title=title,
+            seeds=len(results),
+            dice=values(results, "dice"),
+            asd=values(results, "asd"),
+            missed=sum(result.missed for result in results),
+            gap=100 * gap(system),
+            iterations=results[0].iterations if results else None,
+            minutes=float(np.mean([result.seconds for result in results])) / 60 if results else math.nan,
         )
-    return rows
+
+    return [row(system, title) for system, title in direction.rows.items()]
 
 
 def best(rows: Sequence[Row], measure: str, column: str) -> frozenset[str]:
@@ -198,14 +196,14 @@ def format_comparison(directions: Sequence[Direction], style: Style) -> str:
 
 def comparison_csv(directions: Sequence[Direction]) -> str:
     """A line per direction, system and column; undefined is empty, published numbers have their own columns."""
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
     unit = directions[0].unit if directions else "mm"
-    writer.writerow(
-        "direction system title structure seeds seeds_planned dice_percent_mean dice_percent_sd "
-        f"asd_{unit}_mean asd_{unit}_sd missed gap_closed_percent iterations minutes "
-        "published_mmwhs_dice_percent published_mmwhs_asd_voxel".split()
-    )
+    lines: list[Sequence[object]] = [
+        (
+            "direction system title structure seeds seeds_planned dice_percent_mean dice_percent_sd "
+            f"asd_{unit}_mean asd_{unit}_sd missed gap_closed_percent iterations minutes "
+            "published_mmwhs_dice_percent published_mmwhs_asd_voxel"
+        ).split()
+    ]
     for direction in directions:
         for row in rows_of(direction):
             for column in direction.columns:
@@ -216,9 +214,9 @@ def comparison_csv(directions: Sequence[Direction]) -> str:
                 numbers += [row.missed, row.gap, row.iterations, row.minutes] if whole else [None] * 4
                 numbers += [published.dice, published.asd] if whole else [None, None]
                 cells = ["" if n is None or math.isnan(n) else repr(n) for n in numbers]
-                about = [direction.title, row.system, row.title, column, str(row.seeds), str(direction.seeds)]
-                writer.writerow([*about, *cells])
-    return buffer.getvalue()
+                about = [direction.title, row.system, row.title, column, row.seeds, direction.seeds]
+                lines.append([*about, *cells])
+    return csv_text(lines)
 
 
 # ------------------------------------------------------------------------------------------------------- styles
@@ -235,19 +233,16 @@ def _cells(direction: Direction, bold: tuple[str, str], sd: str) -> tuple[list[s
         header += [f"Dice % ({TITLE})", f"ASD voxels ({TITLE})"]
     found = []
     for row in rows:
-        missing = "" if row.seeds == direction.seeds else f" ({row.seeds} of {direction.seeds} seeds)"
-        line = [row.title + missing]
-        for measure in ("dice", "asd"):
-            for column in direction.columns:
-                value = getattr(row, measure)[column]
-                text = _number(value.mean, _DIGITS[measure])
-                if not math.isnan(value.sd):
-                    text += f"{sd}{_number(value.sd, _DIGITS[measure])}"
-                if row.system in best(rows, measure, column):
-                    text = f"{bold[0]}{text}{bold[1]}"
-                line.append(text if row.seeds else "")
-        line += [_number(row.gap, 0) if row.seeds else ""]
-        line += ["" if row.iterations is None else str(row.iterations), _number(row.minutes, 1) if row.seeds else ""]
+        line = [row.title if row.seeds == direction.seeds else f"{row.title} ({row.seeds} of {direction.seeds} seeds)"]
+        for measure, column in itertools.product(_DIGITS, direction.columns):
+            value = getattr(row, measure)[column]
+            text = _number(value.mean, _DIGITS[measure])
+            if not math.isnan(value.sd):
+                text += sd + _number(value.sd, _DIGITS[measure])
+            line.append(text.join(bold) if row.system in best(rows, measure, column) else text)
+        line += [_number(row.gap, 0), str(row.iterations), _number(row.minutes, 1)]
+        if not row.seeds:
+            line[1:] = [""] * (len(line) - 1)
         if direction.published:
             published = direction.published.get(row.system, Published(None, None))
             line += ["" if n is None else _number(n, 2) for n in (published.dice, published.asd)]
@@ -269,18 +264,13 @@ def _text(direction: Direction) -> str:
         cells = [[measure, *direction.columns, *(header[column] for column in others)]]
         cells += [[line[column] for column in (0, *own, *others)] for line in rows]
         widths = [max(len(line[at]) for line in cells) for at in range(len(cells[0]))]
-        for line in cells:
-            padded = [line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))]
-            lines.append("  ".join(padded).rstrip())
-        lines.append("")
+        lines += [text_table(cells, widths), ""]
     return "\n".join(lines).rstrip()
 
 
 def _markdown(direction: Direction) -> str:
     header, rows = _cells(direction, ("**", "**"), " ± ")
-    lines = ["| " + " | ".join(line) + " |" for line in [header, *rows]]
-    lines.insert(1, "|---|" + "---:|" * (len(header) - 1))
-    return "\n".join([f"## {direction.title}", "", direction.data, "", *lines])
+    return f"## {direction.title}\n\n{direction.data}\n\n{markdown_table([header, *rows])}"
 
 
 def _latex(direction: Direction) -> str:

@@ -111,3 +111,16 @@ def write_evaluation(evaluation: Evaluation, folder: Path) -> None:
             "summary.json": json_text(evaluation.to_json()),
         },
     )
+
+
+def write_rows(folder: Path, name: str, heading: str, rows: Mapping[str, Summary], about: Mapping[str, Any]) -> None:
+    """Write ``NAME.txt``, ``.md``, ``.csv`` and ``.json`` with a row for each summary; ``about`` is in the last."""
+    write_tables(
+        folder,
+        {
+            f"{name}.txt": f"{heading}\n\n{format_table(rows)}\n",
+            f"{name}.md": f"{heading}\n\n{format_table(rows, style='markdown')}\n",
+            f"{name}.csv": summary_csv(rows),
+            f"{name}.json": json_text({**about, "rows": {label: row.to_json() for label, row in rows.items()}}),
+        },
+    )

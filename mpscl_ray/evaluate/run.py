@@ -6,10 +6,9 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from mpscl_ray.evaluate.evaluation import Evaluation
+from mpscl_ray.evaluate.evaluation import Evaluation, write_rows
 from mpscl_ray.evaluate.scoring import evaluate_checkpoint, find_dataset
-from mpscl_ray.evaluate.table_files import json_text, write_tables
-from mpscl_ray.evaluate.tables import default_measures, format_table, summary_csv
+from mpscl_ray.evaluate.tables import default_measures
 from mpscl_ray.predict.model import read_model
 from mpscl_ray.predict.predictor import choose_device
 from mpscl_ray.runs.run_directory import RunDirectory, open_run
@@ -59,17 +58,7 @@ def evaluate_phases(
     heading = f"{volumes} labelled {'test' if split == 'test' else 'validation'} volumes of {manifest.modality}"
     if split == "val":
         heading += " (no test volume is labelled)"
-    write_tables(
-        home.results,
-        {
-            PHASES_TABLE: f"{heading}\n\n{format_table(rows)}\n",
-            "phases.md": f"{heading}\n\n{format_table(rows, style='markdown')}\n",
-            "phases.csv": summary_csv(rows),
-            "phases.json": json_text(
-                {"split": split, "dataset": str(folder), "rows": {k: v.to_json() for k, v in rows.items()}}
-            ),
-        },
-    )
+    write_rows(home.results, "phases", heading, rows, {"split": split, "dataset": str(folder)})
     home.store.upload(home.results)
     return done
 

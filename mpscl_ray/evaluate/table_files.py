@@ -27,4 +27,9 @@ def json_text(value: Any) -> str:
 
 def score_json(score: StructureScore) -> dict[str, Any]:
     """A score as plain values; an undefined number is null."""
-    return {name: None if value != value else value for name, value in asdict(score).items()}
+    return without_nan(asdict(score))
+
+
+def without_nan(values: dict[str, Any]) -> dict[str, Any]:
+    """The values, None for NaN."""
+    return {name: None if value != value else value for name, value in values.items()}

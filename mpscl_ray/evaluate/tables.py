@@ -154,7 +154,7 @@ def format_table(
             cells.append([label, *(_cell(summary.structure(name), measure) for name in columns)])
         blocks.append(cells)
     widths = [max(len(row[column]) for cells in blocks for row in cells) for column in range(len(columns) + 1)]
-    text = "\n\n".join(_markdown(cells) if style == "markdown" else _text(cells, widths) for cells in blocks)
+    text = "\n\n".join(markdown_table(cells) if style == "markdown" else text_table(cells, widths) for cells in blocks)
     return f"{text}\n\n{LEGEND}" if legend else text
 
 
@@ -170,7 +170,7 @@ def summary_csv(rows: Mapping[str, Summary]) -> str:
                 statistic = entry.measures[measure]
                 line += [_number(statistic.mean), _number(statistic.sd), str(statistic.n)]
             lines.append(line)
-    return _csv(lines)
+    return csv_text(lines)
 
 
 def scores_csv(scores: Mapping[str, Sequence[StructureScore]]) -> str:
@@ -182,7 +182,7 @@ def scores_csv(scores: Mapping[str, Sequence[StructureScore]]) -> str:
             lines.append(
                 [case, row.structure, row.case_kind, *values, str(row.predicted_voxels), str(row.truth_voxels)]
             )
-    return _csv(lines)
+    return csv_text(lines)
 
 
 def _counts(rows: Sequence[StructureScore]) -> dict[CaseKind, int]:
@@ -211,7 +211,8 @@ def _cell(entry: StructureSummary, measure: str) -> str:
     return f"{text} ({' '.join(odd)})" if odd else text
 
 
-def _text(cells: Sequence[Sequence[str]], widths: Sequence[int]) -> str:
+def text_table(cells: Sequence[Sequence[str]], widths: Sequence[int]) -> str:
+    """Rows of cells with the widths of their columns, aligned right but for the first."""
     lines = []
     for row in cells:
         padded = [
@@ -222,13 +223,15 @@ def _text(cells: Sequence[Sequence[str]], widths: Sequence[int]) -> str:
     return "\n".join(lines)
 
 
-def _markdown(cells: Sequence[Sequence[str]]) -> str:
+def markdown_table(cells: Sequence[Sequence[str]]) -> str:
+    """A header and rows of cells as a Markdown table."""
     lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in cells]
     lines.insert(1, "|---|" + "---:|" * (len(cells[0]) - 1))
     return "\n".join(lines)
 
 
-def _csv(lines: Iterable[Sequence[str]]) -> str:
+def csv_text(lines: Iterable[Sequence[Any]]) -> str:
+    """Lines of cells as CSV."""
     buffer = io.StringIO()
     csv.writer(buffer, lineterminator="\n").writerows(lines)
     return buffer.getvalue()

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from mpscl_ray.config.titles import phase_title
 from mpscl_ray.errors import DataError
 from mpscl_ray.predict.model import Checkpoint
+from mpscl_ray.predict.predictor import load_weights
 from mpscl_ray.report.figures.feature_space import FeatureSample
 from mpscl_ray.report.runs import (
     Prediction,
     ReportedRun,
     ShownCase,
-    checkpoint_title,
     choose_case,
-    load,
     predict_case,
     sample_features,
 )
@@ -29,7 +28,7 @@ class Group:
     runs: list[ReportedRun]
     """In the order given."""
     suffix: str
-    """Of the names of its figures; empty if it is the only group."""
+    """End of the names of its figures; empty if it is the only group."""
     columns: list[tuple[str, ReportedRun, Checkpoint]]
     """Title, run and checkpoint of each column of the figures."""
     shown: ShownCase | None = None
@@ -37,11 +36,7 @@ class Group:
     predictions: list[Prediction] = field(default_factory=list)
     """Of each column."""
     samples: dict[str, FeatureSample] = field(default_factory=dict)
-    """Features of two columns, see :attr:`contrast`."""
-    origins: dict[str, str] = field(default_factory=dict)
-    """Where the prototypes of these columns come from."""
-    unsampled: list[str] = field(default_factory=list)
-    """Columns of :attr:`contrast` that have no features."""
+    """Title -> features of the columns of :attr:`contrast` that have any."""
     notes: list[str] = field(default_factory=list)
     """What is missing and why."""
 
@@ -80,7 +75,8 @@ def group_runs(runs: Sequence[ReportedRun]) -> list[Group]:
 def _columns(runs: Sequence[ReportedRun]) -> list[tuple[str, ReportedRun, Checkpoint]]:
     """The phases of a single run; of several runs the newest checkpoint of each, after a source-only one."""
     if len(runs) == 1:
-        return [(checkpoint_title(saved), runs[0], saved) for saved in runs[0].checkpoints]
+        titles = ["so far" if saved.name == "last" else phase_title(saved.name) for saved in runs[0].checkpoints]
+        return [(title, runs[0], saved) for title, saved in zip(titles, runs[0].checkpoints, strict=True)]
     columns = [
         (run.title + (" so far" if run.checkpoints[-1].name == "last" else ""), run, run.checkpoints[-1])
         for run in runs
@@ -94,7 +90,7 @@ def _columns(runs: Sequence[ReportedRun]) -> list[tuple[str, ReportedRun, Checkp
     return columns
 
 
-def predict_group(group: Group, case: str | None, device: str | None, log: Callable[[str], None]) -> None:
+def predict_group(group: Group, case: str | None, device: str | None) -> None:
     """Choose a case, predict it for every column, and sample features for two of them."""
     for run in group.runs:
         if not run.checkpoints:
@@ -112,12 +108,10 @@ def predict_group(group: Group, case: str | None, device: str | None, log: Calla
             + (" because labels of training cases are not read." if group.shown.case.split == "train" else ".")
         )
     for number, (title, run, saved) in enumerate(group.columns):
-        log(f"predicting {group.shown.case.id}: {title} ({run.folder.name})")
-        predictor = load(run, saved, device)
+        print(f"predicting {group.shown.case.id}: {title} ({run.folder.name})", flush=True)
+        predictor = load_weights(run.model, saved, device)
         group.predictions.append(predict_case(predictor, group.shown, title))
         if number in group.contrast:
-            sampled = sample_features(run, saved, predictor, group.shown)
-            if sampled is None:
-                group.unsampled.append(title)
-            else:
-                group.samples[title], group.origins[title] = sampled
+            sample = sample_features(run, saved, predictor, group.shown)
+            if sample is not None:
+                group.samples[title] = sample

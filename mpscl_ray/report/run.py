@@ -52,7 +52,7 @@ def report(
         (folder / "figures").mkdir(parents=True, exist_ok=True)
     groups = group_runs(found)
     for group in groups:
-        predict_group(group, case, device, lambda text: print(text, flush=True))
+        predict_group(group, case, device)
     print("drawing", flush=True)
     directions = list(dict.fromkeys(run.direction for run in found))
     names = ", ".join(f"{run.title} ({run.folder.name}, {run.state})" for run in found)
@@ -64,6 +64,5 @@ def report(
         structures=list(structures.items()),
         settings=[(run.folder.name, yaml.safe_dump(dict(run.config), sort_keys=False)) for run in found],
     )
-    file = folder / "index.html"
-    write_atomically(file, text.encode())
-    return file
+    write_atomically(folder / "index.html", text.encode())
+    return folder / "index.html"

@@ -15,8 +15,7 @@ import yaml
 from numpy.typing import NDArray
 
 from mpscl_ray.config import config_from_dict
-from mpscl_ray.config.titles import phase_title, system_of, title_of
-from mpscl_ray.data import SPLITS
+from mpscl_ray.config.titles import system_of, title_of
 from mpscl_ray.data.dataset import Case, load_manifest
 from mpscl_ray.data.parquet_reader import read_case
 from mpscl_ray.data.slice_selection import evenly_spaced, labelled_slices
@@ -24,7 +23,7 @@ from mpscl_ray.errors import ConfigError, DataError
 from mpscl_ray.methods.prototypes import downsample_labels, initial_prototypes, prototype_sums
 from mpscl_ray.networks.deeplab import DeepLabV2, network_input
 from mpscl_ray.predict.model import Checkpoint, Model, find_checkpoint, read_model
-from mpscl_ray.predict.predictor import Predictor, load_weights
+from mpscl_ray.predict.predictor import Predictor
 from mpscl_ray.report.figures.feature_space import FeatureSample, sample_of
 from mpscl_ray.report.figures.segmentations import Segmented
 from mpscl_ray.runs import checkpoint
@@ -49,9 +48,9 @@ class ReportedRun:
     """Nested plain values."""
     model: Model
     records: Sequence[Mapping[str, Any]]
-    """Of metrics.jsonl."""
+    """Records of metrics.jsonl."""
     feature_records: Sequence[Mapping[str, Any]]
-    """Of features.jsonl."""
+    """Records of features.jsonl."""
     state: str
     """finished, running, stopped or failed, in words."""
     checkpoints: tuple[Checkpoint, ...]
@@ -60,8 +59,7 @@ class ReportedRun:
     @property
     def direction(self) -> str:
         """Source and target modality."""
-        domains = self.model.domains
-        return f"{domains['source'].modality} to {domains['target'].modality}".upper().replace(" TO ", " to ")
+        return " to ".join(self.model.domains[domain].modality.upper() for domain in ("source", "target"))
 
 
 def read_runs(runs: Sequence[Path | str]) -> list[ReportedRun]:
@@ -124,11 +122,6 @@ def _checkpoints(folder: RunDirectory, schedule: Sequence[tuple[str, int]]) -> t
     return tuple(found)
 
 
-def checkpoint_title(saved: Checkpoint) -> str:
-    """The title of a checkpoint in a figure."""
-    return "so far" if saved.name == "last" else phase_title(saved.name)
-
-
 # ------------------------------------------------------------------------------------------------------- the case
 
 
@@ -142,11 +135,6 @@ class ShownCase:
     """(D, H, W)."""
     label: NDArray[np.uint8] | None
     """(D, H, W); None where it has none."""
-
-    @property
-    def spacing(self) -> tuple[float, float, float]:
-        """Of the voxels; 1 in all directions where it is not known."""
-        return self.case.spacing_mm or (1.0, 1.0, 1.0)
 
 
 def choose_case(run: ReportedRun, name: str | None) -> ShownCase:
@@ -162,29 +150,26 @@ def choose_case(run: ReportedRun, name: str | None) -> ShownCase:
     if dataset is None or not dataset.exists():
         raise DataError(f"the target dataset of the run {run.folder.display_path}, {dataset}, does not exist any more")
     manifest = load_manifest(dataset)
-    if name is not None:
-        found = [case for case in manifest.cases if case.id == name]
-        if not found:
-            known = ", ".join(case.id for split in ("test", "val") for case in manifest.split(split))
-            raise ConfigError(f"{dataset} has no case {name!r}; its test and validation cases are {known or 'none'}")
-        case = found[0]
-    else:
-        held_out = [case for split in ("test", "val") for case in manifest.split(split)]
-        held_out.sort(key=lambda case: not case.labelled)  # stable: labelled cases first
-        candidates = held_out or [case for split in SPLITS for case in manifest.split(split)]
-        if not candidates:
+    held_out = [case for split in ("test", "val") for case in manifest.split(split)]
+    if name is None:
+        # Sorting is stable: labelled cases come first, in the order of the splits.
+        cases = sorted(held_out, key=lambda case: not case.labelled) or manifest.split("train")
+        if not cases:
             raise DataError(f"{dataset} has no case")
-        case = candidates[0]
+    else:
+        cases = [case for case in manifest.cases if case.id == name]
+        if not cases:
+            known = ", ".join(case.id for case in held_out) or "none"
+            raise ConfigError(f"{dataset} has no case {name!r}; its test and validation cases are {known}")
+    case = cases[0]
     arrays = read_case(dataset, case, ("image",) if case.split == "train" else ("image", "label"))
     return ShownCase(case, arrays["image"], arrays.get("label"))
 
 
 @dataclass(frozen=True)
-class Prediction:
+class Prediction(Segmented):
     """The prediction of one checkpoint for the shown case."""
 
-    segmented: Segmented
-    """Labels and entropies."""
     step: int | None
     """Iterations of all phases."""
     cross_entropy: float
@@ -208,12 +193,7 @@ def predict_case(predictor: Predictor, shown: ShownCase, title: str) -> Predicti
         pixels = np.bincount(shown.label.ravel(), minlength=number)
         loss = weighted_mean(torch.from_numpy(np.stack([sums, pixels], axis=1)))
     step = predictor.weights.step if predictor.weights else None
-    return Prediction(Segmented(title, labels, entropy), step, loss)
-
-
-def load(run: ReportedRun, saved: Checkpoint, device: str | None) -> Predictor:
-    """The segmenter of a run at one checkpoint."""
-    return load_weights(run.model, saved, device)
+    return Prediction(title, labels, entropy, step, loss)
 
 
 # ------------------------------------------------------------------------------------------------------- features
@@ -221,8 +201,8 @@ def load(run: ReportedRun, saved: Checkpoint, device: str | None) -> Predictor:
 
 def sample_features(
     run: ReportedRun, saved: Checkpoint, predictor: Predictor, shown: ShownCase
-) -> tuple[FeatureSample, str] | None:
-    """Features of a few slices of a labelled source case and of the shown case, and where the prototypes come from.
+) -> FeatureSample | None:
+    """Features of a few slices of a labelled source case and of the shown case, and prototypes.
 
     Returns:
         None where the network has no single feature map, or the source no labelled case.
@@ -237,25 +217,24 @@ def sample_features(
         return None
     source = read_case(dataset, case)
     target_labels = shown.label if shown.label is not None else predictor.predict_slices(shown.image)
-    features, labels = {}, {}
-    prototypes: torch.Tensor | None = None
-    for domain, image, label in (
-        ("source", source["image"], source["label"]),
-        ("target", shown.image, target_labels),
-    ):
+
+    def features_and_labels(image: NDArray[Any], label: NDArray[Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        """(N, d, h, w) features of a few slices and (N, h, w) labels at their resolution."""
         chosen = evenly_spaced(labelled_slices(label), FEATURE_SLICES)
         with torch.inference_mode():
             images = torch.from_numpy(np.array(image[chosen]))[:, None].to(predictor.device)
-            maps = network(network_input(images, network.in_channels)).features.float()
-        small = downsample_labels(torch.from_numpy(label[chosen]).long(), (maps.shape[2], maps.shape[3]))
-        if domain == "source":
-            sums, pixels = prototype_sums(maps.cpu(), small, len(predictor.classes))
-            prototypes = initial_prototypes(sums, pixels)
-        features[domain] = maps.permute(0, 2, 3, 1).flatten(0, 2).cpu().numpy()
-        labels[domain] = small.flatten().numpy().astype(np.uint8)
-    stored = checkpoint.load(saved.path)["method"].get("prototypes") if saved.path.is_dir() else None
+            maps = network(network_input(images, network.in_channels)).features.float().cpu()
+        return maps, downsample_labels(torch.from_numpy(label[chosen]).long(), (maps.shape[2], maps.shape[3]))
+
+    shown_pixels = {
+        "source": features_and_labels(source["image"], source["label"]),
+        "target": features_and_labels(shown.image, target_labels),
+    }
+    prototypes = initial_prototypes(*prototype_sums(*shown_pixels["source"], len(predictor.classes)))
     origin = "class means of the source pixels shown"
+    stored = checkpoint.load(saved.path)["method"].get("prototypes") if saved.path.is_dir() else None
     if stored is not None and bool(stored.any()):
         prototypes, origin = stored, "those of the method"
-    assert prototypes is not None
-    return sample_of(features, labels, prototypes.float().cpu().numpy()), origin
+    features = {name: maps.permute(0, 2, 3, 1).flatten(0, 2).numpy() for name, (maps, _) in shown_pixels.items()}
+    labels = {name: small.flatten().numpy().astype(np.uint8) for name, (_, small) in shown_pixels.items()}
+    return sample_of(features, labels, prototypes.float().cpu().numpy(), origin)

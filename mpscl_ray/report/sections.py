@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,9 @@ from mpscl_ray.errors import DataError
 from mpscl_ray.report.figures import angles, losses, pseudo_labels, surfaces
 from mpscl_ray.report.figures.feature_space import PER_CLASS, feature_space
 from mpscl_ray.report.figures.segmentations import confident_share, overconfident, side_by_side
-from mpscl_ray.report.figures.style import Picture, house_style, save
+from mpscl_ray.report.figures.style import house_style, save
 from mpscl_ray.report.groups import Group
-from mpscl_ray.report.html import HtmlFigure, Section, Table
+from mpscl_ray.report.html import Section, Table
 from mpscl_ray.report.runs import ReportedRun
 from mpscl_ray.runs.palette import display_indices
 from mpscl_ray.train.feature_log import FeatureRecord
@@ -31,16 +32,15 @@ def sections(groups: Sequence[Group], folder: Path, dpi: float, pdf: bool) -> It
         section: Section | None = None
         for group in groups:
             with house_style():
-                made = maker(group)
-            if made is None:
+                own = maker(group)
+            if own is None:
                 continue
-            own, pictures = made
             section = section or Section(own.title, own.lead)
             heading = f"Target {group.name}. " if group.suffix else ""
-            for picture in pictures:
+            for picture in own.figures:
                 image = save(picture, folder, dpi, pdf)
-                caption = heading + picture.caption
-                section.figures.append(HtmlFigure(picture.name, image, caption, heading + picture.alt_text))
+                caption, alt_text = heading + picture.caption, heading + picture.alt_text
+                section.figures.append(replace(picture, caption=caption, alt_text=alt_text, image=image))
             section.tables += own.tables
             section.notes += [heading + note for note in own.notes]
         if section is not None and (section.figures or section.tables or section.notes):
@@ -51,23 +51,29 @@ def overview(groups: Sequence[Group]) -> Section:
     """A row for each run: its system, its state, and its scores where it was evaluated."""
     section = Section("Runs", "Dice and surface distance are means over the evaluated volumes, all slices counted.")
     for group in groups:
-        structures = _score_columns(group)
-        header = ["run", "system", "domains", "seed", "state", "phase", *structures, "mean"]
-        above = [("", 6), ("Dice %", len(structures)), ("ASD mm", 1)]
+        scores = [_scores(run) for run in group.runs]
+        structures, caption = ["mean"], ""
+        scored = next((found for found in scores if found), None)
+        if scored is not None:
+            first = next(iter(scored["rows"].values()))
+            structures = list(first["structures"])
+            caption = (
+                f"Target {group.name}, {first['volumes']} labelled volumes of the split {scored['split']}; a row for "
+                "each phase. There is no ASD where a structure is missed in all volumes."
+            )
         rows = []
-        missing = []
-        for run in group.runs:
+        for run, found in zip(group.runs, scores, strict=True):
             about = [run.folder.name, run.title, run.direction, str(run.config["run"]["seed"]), run.state]
-            scored = _scores(run)
-            if scored is None:
-                missing.append(run.folder.name)
-                rows.append([*about, "", *("" for _ in structures), ""])
-                continue
-            for row, (label, values) in enumerate(scored["rows"].items()):
+            if not found:
+                rows.append(about + [""] * (len(structures) + 2))
+            for row, (label, values) in enumerate(found.get("rows", {}).items()):
                 dice = [_number(values["structures"].get(name, {}).get("dice"), 100, 1) for name in structures]
                 asd = _number(values["structures"]["mean"].get("asd_mm"), 1, 2)
                 rows.append([*(about if row == 0 else [""] * len(about)), label, *dice, asd])
-        section.tables.append(Table(header, rows, frozenset({0, 1, 2, 4, 5}), _scored_on(group), above))
+        header = ["run", "system", "domains", "seed", "state", "phase", *structures, "mean"]
+        above = [("", 6), ("Dice %", len(structures)), ("ASD mm", 1)]
+        section.tables.append(Table(header, rows, above, caption, frozenset({0, 1, 2, 4, 5})))
+        missing = [run.folder.name for run, found in zip(group.runs, scores, strict=True) if not found]
         if missing:
             section.notes.append(
                 f"No scores yet for {', '.join(missing)}: they are computed at the end of training, or with "
@@ -77,31 +83,13 @@ def overview(groups: Sequence[Group]) -> Section:
     return section
 
 
-def _scored_on(group: Group) -> str:
-    scored = [scores for run in group.runs if (scores := _scores(run))]
-    if not scored:
-        return ""
-    volumes = next(iter(scored[0]["rows"].values()))["volumes"]
-    return (
-        f"Target {group.name}, {volumes} labelled volumes of the split {scored[0]['split']}; a row for each phase. "
-        "There is no ASD where a structure is missed in all volumes."
-    )
-
-
-def _score_columns(group: Group) -> list[str]:
-    for run in group.runs:
-        scored = _scores(run)
-        if scored is not None:
-            return list(next(iter(scored["rows"].values()))["structures"])
-    return ["mean"]
-
-
-def _scores(run: ReportedRun) -> dict[str, Any] | None:
+def _scores(run: ReportedRun) -> dict[str, Any]:
+    """Content of the run's ``results/phases.json``; {} where it was not evaluated."""
     file = run.folder.results / "phases.json"
     try:
         content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        return None
+        return {}
     except (OSError, ValueError) as error:
         raise DataError(f"{file} is damaged: {error}; evaluate the run again") from error
     return content
@@ -114,53 +102,51 @@ def _number(statistic: dict[str, Any] | None, scale: float, digits: int) -> str:
 
 # ------------------------------------------------------------------------------------------------------- figures
 
-Made = tuple[Section, list[Picture]] | None
 
-
-def _segmentations(group: Group) -> Made:
+def _segmentations(group: Group) -> Section | None:
     if group.shown is None:
         return None
     section = Section(
         "Segmentations side by side", "Slices of one target volume under the label map of each segmenter."
     )
     truth = group.shown.label
-    maps = truth if truth is not None else group.predictions[-1].segmented.labels
+    maps = truth if truth is not None else group.predictions[-1].labels
     chosen = evenly_spaced(labelled_slices(maps), _ROWS)
-    figure = side_by_side(
-        group.shown.image, [prediction.segmented for prediction in group.predictions], truth, group.classes, chosen
-    )
-    titles = ", ".join(prediction.segmented.title for prediction in group.predictions)
+    figure = side_by_side(group.shown.image, group.predictions, truth, group.classes, chosen)
+    titles = ", ".join(prediction.title for prediction in group.predictions)
     caption = (
         f"Case {group.shown.case.id} ({group.shown.case.split}), slices {', '.join(map(str, chosen))}; from left to "
         f"right: image, {titles}{', ground truth' if truth is not None else ''}. After Fig. 6 of Liu et al. 2022."
     )
-    return section, [Picture(f"segmentations{group.suffix}", figure, caption, f"Label maps side by side: {titles}")]
+    section.add_figure(f"segmentations{group.suffix}", figure, caption, f"Label maps side by side: {titles}")
+    return section
 
 
-def _surfaces(group: Group) -> Made:
+def _surfaces(group: Group) -> Section | None:
     if group.shown is None:
         return None
     section = Section(
         "Surfaces in 3D",
         "The whole volume. Slices are predicted one by one, so surfaces can be ragged from slice to slice.",
     )
-    volumes = {each.segmented.title: each.segmented.labels for each in group.predictions}
+    volumes = {prediction.title: prediction.labels for prediction in group.predictions}
     if group.shown.label is not None:
         volumes["ground truth"] = group.shown.label
     if not any((volume > 0).any() for volume in volumes.values()):
         section.notes.append("No surfaces are drawn: no segmenter predicts a structure in this volume.")
-        return section, []
-    figure = surfaces.surfaces(volumes, group.classes, group.shown.spacing)
+        return section
+    figure = surfaces.surfaces(volumes, group.classes, group.shown.case.spacing_mm or (1.0, 1.0, 1.0))
     known = group.shown.case.spacing_mm is not None
     caption = (
         f"Case {group.shown.case.id}, all at the same scale, from two sides"
         f"{'' if known else '; the voxel size is not known and assumed equal in all directions'}. Surfaces are "
         "smoothed by about a voxel. After Fig. 7 of Liu et al. 2022."
     )
-    return section, [Picture(f"surfaces{group.suffix}", figure, caption, "Shaded surfaces of the structures")]
+    section.add_figure(f"surfaces{group.suffix}", figure, caption, "Shaded surfaces of the structures")
+    return section
 
 
-def _overconfident(group: Group) -> Made:
+def _overconfident(group: Group) -> Section | None:
     if group.shown is None:
         return None
     section = Section(
@@ -168,7 +154,7 @@ def _overconfident(group: Group) -> Made:
         "Where the entropy of a prediction is low, the segmenter is confident. Confident errors pass any selection of "
         "pseudo-labels by confidence, which is why the paper selects them by their distance to prototypes.",
     )
-    compared = [group.predictions[at].segmented for at in group.contrast]
+    compared = [group.predictions[at] for at in group.contrast]
     truth = group.shown.label
     figure = overconfident(group.shown.image, compared, truth, group.classes)
     caption = "Dark is confident, bright is uncertain. "
@@ -182,10 +168,11 @@ def _overconfident(group: Group) -> Made:
             f"wrong pixels of this volume {percentages or 'none'} are of this kind. "
         )
     caption += "After Fig. 2 of Liu et al. 2022."
-    return section, [Picture(f"overconfident{group.suffix}", figure, caption, "Predictions and their entropy maps")]
+    section.add_figure(f"overconfident{group.suffix}", figure, caption, "Predictions and their entropy maps")
+    return section
 
 
-def _losses(group: Group) -> Made:
+def _losses(group: Group) -> Section | None:
     section = Section(
         "Loss curves",
         "Weighted cross-entropy of the segmenter. Target labels are used for these curves only, and read on validation "
@@ -201,7 +188,7 @@ def _losses(group: Group) -> Made:
                 "a version that did not record one."
             )
     if not with_curves:
-        return section, []
+        return section
     trainings = [losses.Training(run.title, run.records, _test_points(group, run)) for run in with_curves]
     caption = (
         "Thin: each recorded training batch; thick: running median of nine. Classes are weighted by the pixels of "
@@ -212,7 +199,8 @@ def _losses(group: Group) -> Made:
         caption += f"Stars: the whole test case {group.shown.case.id} at the ends of phases. "
     caption += "After Fig. 8 of Liu et al. 2022."
     figure = losses.loss_curves(trainings)
-    return section, [Picture(f"losses{group.suffix}", figure, caption, "Cross-entropy over iterations")]
+    section.add_figure(f"losses{group.suffix}", figure, caption, "Cross-entropy over iterations")
+    return section
 
 
 def _test_points(group: Group, run: ReportedRun) -> dict[int, float]:
@@ -225,13 +213,12 @@ def _test_points(group: Group, run: ReportedRun) -> dict[int, float]:
     }
 
 
-def _pseudo_labels(group: Group) -> Made:
+def _pseudo_labels(group: Group) -> Section | None:
     section = Section(
         "Self-paced pseudo-labels",
         "A target pixel gets the class of the prototype nearest to its feature, and is selected for training if the "
         "second nearest is sufficiently farther (Eq. 7).",
     )
-    pictures = []
     recorded = {}
     for run in group.runs:
         record = FeatureRecord(run.folder.path)
@@ -248,24 +235,23 @@ def _pseudo_labels(group: Group) -> Made:
             "the white line on the scale. At the resolution of the features. After Fig. 10 of Liu et al. 2022."
         )
         name = f"pseudo-labels-{run.folder.name}"
-        pictures.append(Picture(name, figure, caption, "Pseudo-labels of two slices over training"))
+        section.add_figure(name, figure, caption, "Pseudo-labels of two slices over training")
     if recorded:
         figure = pseudo_labels.selection_curves(recorded)
         caption = (
             "Pixels of all validation volumes of the target at feature resolution. Labels of these volumes are used "
             "for the last curve only."
         )
-        pictures.append(Picture(f"selection{group.suffix}", figure, caption, "Shares of selected and right pixels"))
+        section.add_figure(f"selection{group.suffix}", figure, caption, "Shares of selected and right pixels")
     section.notes += _without(group, "pseudo-labels")
-    return section, pictures
+    return section
 
 
-def _angles(group: Group) -> Made:
+def _angles(group: Group) -> Section | None:
     section = Section(
         "Angles to the prototypes over training",
         "The smaller the angle between target features and the prototype of their class, the closer the domains are.",
     )
-    pictures = []
     for run in group.runs:
         if run.feature_records:
             figure = angles.over_training(run.feature_records, group.classes)
@@ -274,9 +260,9 @@ def _angles(group: Group) -> Made:
                 "(start of the adaptation) to dark. Vertical lines: means at the start (dotted) and at the end. After "
                 "Fig. 9 of Liu et al. 2022."
             )
-            pictures.append(Picture(f"angles-{run.folder.name}", figure, caption, "Angle distributions over training"))
+            section.add_figure(f"angles-{run.folder.name}", figure, caption, "Angle distributions over training")
     section.notes += _without(group, "angles")
-    return section, pictures
+    return section
 
 
 def _without(group: Group, what: str) -> list[str]:
@@ -290,7 +276,7 @@ def _without(group: Group, what: str) -> list[str]:
     ]
 
 
-def _margin(group: Group) -> Made:
+def _margin(group: Group) -> Section | None:
     last = {run.title: run.feature_records[-1] for run in group.runs if run.feature_records}
     section = Section(
         "Angles at the end, by run",
@@ -301,7 +287,7 @@ def _margin(group: Group) -> Made:
             "This figure needs two runs with prototypes and the same target, such as one with and one without margin "
             "(method.margin_source=0 method.margin_target=0)."
         )
-        return section, []
+        return section
     figure = angles.between_runs(last, group.classes)
     ends = ", ".join(f"{title} at iteration {record['iteration']}" for title, record in last.items())
     caption = f"{ends}. Dotted verticals: means. After Fig. 11 of Liu et al. 2022."
@@ -312,8 +298,9 @@ def _margin(group: Group) -> Made:
     ]
     header = ["mean angle, degrees", *(group.classes[index] for index in structures * 2)]
     above = [("", 1), ("by pseudo-label", len(structures)), ("by label (for this table only)", len(structures))]
-    section.tables.append(Table(header, rows, caption=f"Target {group.name}.", groups=above))
-    return section, [Picture(f"margin{group.suffix}", figure, caption, "Angle distributions of several runs")]
+    section.tables.append(Table(header, rows, above, f"Target {group.name}."))
+    section.add_figure(f"margin{group.suffix}", figure, caption, "Angle distributions of several runs")
+    return section
 
 
 def _degrees(histogram: Sequence[int]) -> str:
@@ -321,25 +308,27 @@ def _degrees(histogram: Sequence[int]) -> str:
     return "–" if math.isnan(mean) else f"{mean:.1f}"
 
 
-def _features(group: Group) -> Made:
+def _features(group: Group) -> Section | None:
     if group.shown is None:
         return None
     section = Section(
         "Feature space",
         "Where source and target pixels of a class lie together, a classifier of the source fits the target too.",
     )
-    if group.unsampled:
+    unsampled = [title for at in group.contrast if (title := group.columns[at][0]) not in group.samples]
+    if unsampled:
         section.notes.append(
-            f"No features of {', '.join(group.unsampled)}: the network is not a DeepLabV2, whose last stage is shown, "
+            f"No features of {', '.join(unsampled)}: the network is not a DeepLabV2, whose last stage is shown, "
             "or the source has no labelled case."
         )
     if not group.samples:
-        return section, []
-    origins = "; ".join(f"{title}: {origin}" for title, origin in group.origins.items())
+        return section
+    origins = "; ".join(f"{title}: {sample.prototypes_from}" for title, sample in group.samples.items())
     by = "ground truth" if group.shown.label is not None else "prediction, as the case has no ground truth"
     caption = (
         f"Unit features in their first two principal components, up to {PER_CLASS} pixels of each class and domain; "
         f"target pixels (case {group.shown.case.id}) by {by}. Prototypes: {origins}."
     )
     figure = feature_space(group.samples, group.classes)
-    return section, [Picture(f"features{group.suffix}", figure, caption, "Features of source and target in a plane")]
+    section.add_figure(f"features{group.suffix}", figure, caption, "Features of source and target in a plane")
+    return section

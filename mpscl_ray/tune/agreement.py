@@ -21,17 +21,13 @@ class Agreement:
     correlation: float
     """Spearman's rank correlation with target Dice; NaN where either is the same for all trials."""
     regret: float
-    """Target Dice of the best trial less that of the one that the criterion picks."""
+    """Target Dice of the best trial minus that of the trial that the criterion picks."""
     trials: int
-    """How many were compared."""
+    """How many are compared."""
 
 
 def agreement(records: Sequence[Mapping[str, Any]], metric: str) -> Agreement | None:
-    """Compare a criterion with target Dice over the last validation of each trial.
-
-    Args:
-        records: of trials that were trained equally long.
-        metric: a key of :data:`CRITERIA`.
+    """Compare a criterion with target Dice over the last validations of trials that were trained equally long.
 
     Returns:
         None where fewer than two trials have both values.
@@ -61,11 +57,8 @@ def agreements(trials: Sequence[Trial]) -> dict[str, Agreement]:
 def agreements_text(found: Mapping[str, Agreement], metric: str) -> str:
     """The agreement of each criterion, as lines for a terminal."""
     lines = ["criterion                  rank correlation with target Dice   Dice lost by its pick"]
-    for name, value in sorted(found.items(), key=lambda item: -_or_least(item[1].correlation)):
+    # A correlation of NaN comes last.
+    for name, value in sorted(found.items(), key=lambda item: -np.nan_to_num(item[1].correlation, nan=-2.0)):
         mark = " (chosen)" if name == metric else ""
         lines.append(f"{name:26s} {value.correlation:33.2f} {value.regret:23.4f}{mark}")
     return "\n".join(lines)
-
-
-def _or_least(value: float) -> float:
-    return -2.0 if math.isnan(value) else value

@@ -1,4 +1,4 @@
-"""ASHA: trials wait at rungs, and the best of those that reached a rung are promoted to the next one.
+"""ASHA: trials wait at rungs, and the best trials of a rung are promoted to the next one.
 
 Source: Li et al. 2020, "A system for massively parallel hyperparameter tuning", Algorithm 2. Ray Tune's own ASHA is
 the variant that never pauses: a trial continues if it is among the best so far when it arrives. The first trials then
@@ -24,11 +24,11 @@ def rungs(iterations: int, grace: int, reduction: float) -> list[float]:
 
 
 class SuccessiveHalving:
-    """Which trials continue. All of it follows from the reports and their order, so that it needs no other state.
+    """Decides which trials continue, by the reports and their order alone: a search keeps no other state for it.
 
     Args:
         rungs: iterations at which trials are compared, growing; none if every trial is trained in full.
-        reduction: one trial in so many is promoted.
+        reduction: one of this number of trials is promoted.
         total: trials of the search.
     """
 

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from typing import Any
 
 ORACLE = "oracle"
-ORACLE_TAG = "val/dice/mean"
 
 CRITERIA: dict[str, str] = {
     ORACLE: "mean Dice on the target's validation volumes; uses their labels",
@@ -34,15 +33,11 @@ those that need no source (tests/benchmarks/EXPERIMENTS.md)."""
 
 def score(record: Mapping[str, Any], metric: str) -> float:
     """Value of a criterion in a validation record of metrics.jsonl; NaN where the record lacks what it needs."""
-    if metric == ORACLE:
-        return _number(record, ORACLE_TAG)
-    source = _number(record, "val/source/dice/mean")
-    if metric == "source_dice":
-        return source
+
+    def value(tag: str) -> float:
+        return float(record.get(tag, math.nan))
+
     if metric == "source_dice_less_entropy":
-        return source - _number(record, "val/entropy")
-    return _number(record, f"val/unsupervised/{metric}")
-
-
-def _number(record: Mapping[str, Any], tag: str) -> float:
-    return float(record.get(tag, math.nan))
+        return value("val/source/dice/mean") - value("val/entropy")
+    tags = {ORACLE: "val/dice/mean", "source_dice": "val/source/dice/mean"}
+    return value(tags.get(metric, f"val/unsupervised/{metric}"))

@@ -7,10 +7,10 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any, TextIO
 
-from mpscl_ray.tune.ledger import Trial
+from mpscl_ray.tune.study import Study
 
 _REDRAW_S = 1.0
 _RECENT = 5
@@ -73,40 +73,23 @@ def short_key(key: str) -> str:
     return key.rpartition(".")[2]
 
 
-def trial_rows(
-    trials: Sequence[Trial],
-    columns: Mapping[str, str],
-    running: Mapping[int, float],
-    total: int,
-    iterations: int,
-    score: Callable[[Trial], float | None],
-    metric: str,
-) -> list[str]:
-    """The table of trials as text.
-
-    Args:
-        trials: that have started.
-        columns: column title by searched key.
-        running: numbers of trials that run now.
-        total: how many there will be.
-        iterations: of a trial in full.
-        score: of a trial.
-        metric: column title of the score.
-    """
-    cells = [["trial", "state", "iteration", metric, *columns.values()]]
+def trial_rows(study: Study) -> list[str]:
+    """The table of the trials that have started as text."""
+    keys = study.space.keys
+    cells = [["trial", "state", "iteration", study.metric.replace("_", " "), *map(short_key, keys)]]
+    trials = study.ledger.trials.values()
     for trial in trials:
-        value = score(trial)
-        state = trial.state or ("running" if trial.number in running else "waiting")
+        value = study.score(trial)
         cells.append(
             [
                 f"{trial.number:03d}",
-                state,
-                f"{trial.iteration}/{iterations}",
+                trial.state or ("running" if trial.number in study.started else "waiting"),
+                f"{trial.iteration}/{study.iterations}",
                 "" if value is None or math.isnan(value) else f"{value:.4f}",
-                *(short_value(trial.settings[key]) for key in columns),
+                *(short_value(trial.settings[key]) for key in keys),
             ]
         )
     widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in cells]
-    waiting = total - len(trials)
+    waiting = study.sampler.total - len(trials)
     return lines + ([f"{waiting} more to come"] if waiting > 0 else [])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,19 @@ from matplotlib.figure import Figure
 from mpscl_ray.runs.plots import save_figure
 from mpscl_ray.tune.agreement import rank_correlation
 from mpscl_ray.tune.criteria import score
+from mpscl_ray.tune.display import short_key
 from mpscl_ray.tune.ledger import Trial
 from mpscl_ray.tune.space import Distribution
 
 _MAP = matplotlib.colormaps["viridis"]
-_STOPPED, _FAILED, _GREY = "#999999", "#b2182b", "#666666"
+_GREY = "#666666"
+_STATES: Mapping[str | None, dict[str, Any]] = {
+    "finished": {"color": "#2166ac", "marker": "o"},
+    "stopped": {"color": "#999999", "marker": "x"},
+    "failed": {"color": "#b2182b", "marker": "X"},
+    None: {"color": "#999999", "marker": "."},
+}
+"""Colour and mark of a trial by how it ended; None for one that has not."""
 _DPI = 110
 
 
@@ -28,10 +36,10 @@ def curves(trials: Sequence[Trial], metric: str, rungs: Sequence[float], best: i
     """Score over iterations: trials in full are blue, stopped ones grey with a cross at the end, failed ones red.
 
     Args:
-        trials: with reports.
+        trials: in any order; one without a score is not drawn.
         metric: what is drawn.
         rungs: iterations at which trials were compared; none without early stopping.
-        best: number of the best trial.
+        best: number of the best trial, which is black.
         path: PNG to write.
     """
     figure = Figure(figsize=(9, 5), dpi=_DPI, layout="constrained")
@@ -43,33 +51,15 @@ def curves(trials: Sequence[Trial], metric: str, rungs: Sequence[float], best: i
         points = [point for point in points if math.isfinite(point[1])]
         if not points:
             continue
-        colour = {"finished": "#2166ac", "failed": _FAILED}.get(str(trial.state), _STOPPED)
         chosen = trial.number == best
-        axes.plot(
-            *zip(*points, strict=True),
-            color="black" if chosen else colour,
-            linewidth=2.4 if chosen else 1.3,
-            zorder=3 if chosen else 2,
-        )
-        marker = {"finished": "o", "stopped": "x", "failed": "X"}.get(str(trial.state), ".")
-        axes.plot(*points[-1], marker=marker, color="black" if chosen else colour, zorder=4)
-        axes.annotate(
-            f"{trial.number}",
-            points[-1],
-            xytext=(6, 0),
-            textcoords="offset points",
-            fontsize=8,
-            color="black" if chosen else colour,
-            va="center",
-            zorder=4,
-        )
-    for label, style in (
-        ("best", {"color": "black", "linewidth": 2.4}),
-        ("trained in full", {"color": "#2166ac", "marker": "o"}),
-        ("stopped early", {"color": _STOPPED, "marker": "x"}),
-        ("failed", {"color": _FAILED, "marker": "X"}),
-    ):
-        axes.plot([], [], label=label, **style)
+        end = {**_STATES[trial.state], "zorder": 4} | ({"color": "black"} if chosen else {})
+        width, zorder = (2.4, 3) if chosen else (1.3, 2)
+        axes.plot(*zip(*points, strict=True), color=end["color"], linewidth=width, zorder=zorder)
+        axes.plot(*points[-1], **end)
+        _note(axes, str(trial.number), points[-1], offset=6, color=end["color"], zorder=4)
+    axes.plot([], [], color="black", linewidth=2.4, label="best")
+    for label, state in (("trained in full", "finished"), ("stopped early", "stopped"), ("failed", "failed")):
+        axes.plot([], [], label=label, **_STATES[state])
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     axes.set_xlabel("iteration of the last phase (dotted: rungs)" if rungs else "iteration of the last phase")
     axes.set_ylabel(axis_name(metric))
@@ -88,29 +78,17 @@ def parallel_coordinates(trials: Sequence[Trial], space: Sequence[Distribution],
     for trial, value in sorted(scored, key=lambda pair: (pair[0].state == "finished", pair[1])):
         heights = [_height(entry, trial.settings[entry.keys[0]]) for entry in space] + [float(norm(value))]
         full = trial.state == "finished"
-        axes.plot(
-            range(len(heights)),
-            heights,
-            color=_MAP(float(norm(value))),
-            linestyle="-" if full else (0, (4, 3)),
-            linewidth=2.0 if full else 1.0,
-            alpha=1.0 if full else 0.6,
-        )
-    for position, entry in enumerate(space):
+        dashes, width, alpha = ("-", 2.0, 1.0) if full else ((0, (4, 3)), 1.0, 0.6)
+        colour = _MAP(float(norm(value)))
+        axes.plot(range(len(heights)), heights, color=colour, linestyle=dashes, linewidth=width, alpha=alpha)
+    for position, ticks in enumerate([*map(_ticks, space), [(0.0, f"{low:.3f}"), (1.0, f"{high:.3f}")]]):
         axes.axvline(position, color=_GREY, linewidth=0.8)
-        for height, text in _ticks(entry):
-            axes.annotate(text, (position, height), fontsize=8, xytext=(3, 0), textcoords="offset points", va="center")
-    axes.axvline(len(space), color=_GREY, linewidth=0.8)
-    for height, bound in ((0.0, low), (1.0, high)):
-        axes.annotate(
-            f"{bound:.3f}", (len(space), height), fontsize=8, xytext=(3, 0), textcoords="offset points", va="center"
-        )
-    names = [_label(entry) for entry in space]
-    axes.set_xticks(range(len(space) + 1), [*names, axis_name(metric).replace(" (", "\n(")])
+        for height, text in ticks:
+            _note(axes, text, (position, height))
+    axes.set_xticks(range(len(space) + 1), [*map(_label, space), axis_name(metric).replace(" (", "\n(")])
     axes.set_yticks([])
     axes.set_xlim(-0.1, len(space) + 0.35)
-    for side in ("top", "left", "right", "bottom"):
-        axes.spines[side].set_visible(False)
+    axes.spines[:].set_visible(False)
     axes.set_title("solid: trained in full; dashed: stopped early, score where it stopped", fontsize=9, color=_GREY)
     save_figure(path, figure)
 
@@ -135,25 +113,21 @@ def effects(trials: Sequence[Trial], space: Sequence[Distribution], metric: str,
 
 def _effect(axes: Axes, scored: Sequence[tuple[Trial, float]], entry: Distribution) -> None:
     key = entry.keys[0]
-    positions = {repr(value): position for position, value in enumerate(entry.values)}
-
-    def x(trial: Trial) -> float:
-        value = trial.settings[key]
-        return positions.get(repr(value), 0) if entry.kind == "choice" else float(value)
-
-    full = [(x(trial), value) for trial, value in scored if trial.state == "finished"]
-    stopped = [(x(trial), value) for trial, value in scored if trial.state != "finished"]
-    if stopped:
-        axes.plot(*zip(*stopped, strict=True), "x", color=_STOPPED)
-    if full:
-        axes.plot(*zip(*full, strict=True), "o", color="#2166ac")
+    points: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
+    for trial, value in scored:
+        at = trial.settings[key]
+        points[trial.state == "finished"].append((_position(entry, at) if entry.kind == "choice" else at, value))
+    full = points[True]
+    for own, state in ((points[False], "stopped"), (full, "finished")):
+        if own:
+            axes.plot(*zip(*own, strict=True), linestyle="", **_STATES[state])
     if entry.kind == "choice":
         axes.set_xticks(range(len(entry.values)), [str(value) for value in entry.values])
         axes.set_xlim(-0.5, len(entry.values) - 0.5)
         for position in range(len(entry.values)):
-            own = [value for at, value in full if at == position]
-            if own:
-                axes.hlines(float(np.mean(own)), position - 0.2, position + 0.2, color="black")
+            scores = [value for at, value in full if at == position]
+            if scores:
+                axes.hlines(float(np.mean(scores)), position - 0.2, position + 0.2, color="black")
     elif entry.kind == "loguniform":
         axes.set_xscale("log")
     numeric = entry.kind != "choice" and len(full) > 2
@@ -168,24 +142,33 @@ def axis_name(metric: str) -> str:
     return "target validation Dice (oracle)" if metric == "oracle" else f"{metric.replace('_', ' ')} (no target labels)"
 
 
+def _note(axes: Axes, text: str, point: tuple[float, float], offset: int = 3, **style: Any) -> None:
+    """Write a text to the right of a point."""
+    axes.annotate(text, point, xytext=(offset, 0), textcoords="offset points", fontsize=8, va="center", **style)
+
+
 def _label(entry: Distribution) -> str:
-    return "\n".join(key.rpartition(".")[2] for key in entry.keys)
+    return "\n".join(map(short_key, entry.keys))
 
 
 def _scored(trials: Sequence[Trial], metric: str) -> list[tuple[Trial, float]]:
-    pairs = [(trial, score(trial.last, metric)) for trial in trials if trial.reports]
+    pairs = [(trial, score(trial.last, metric)) for trial in trials]
     return [pair for pair in pairs if math.isfinite(pair[1])]
 
 
 def _height(entry: Distribution, value: Any) -> float:
     """Position of a value on its axis, 0 to 1."""
     if entry.kind == "choice":
-        position = [repr(choice) for choice in entry.values].index(repr(value))
-        return position / max(1, len(entry.values) - 1)
+        return _position(entry, value) / max(1, len(entry.values) - 1)
     low, high = entry.values
     if entry.kind == "loguniform":
         return math.log(value / low) / math.log(high / low)
     return float((value - low) / (high - low))
+
+
+def _position(entry: Distribution, value: Any) -> int:
+    """Number of a choice; True and 1 are two choices."""
+    return [repr(choice) for choice in entry.values].index(repr(value))
 
 
 def _ticks(entry: Distribution) -> list[tuple[float, str]]:

@@ -1,4 +1,4 @@
-"""A search on Ray Tune: the searcher, scheduler and callback that connect it to a study.
+"""A search on Ray Tune: the searcher and the callback that connect it to a study. Ray Tune itself stops no trial.
 
 Each start of a search runs Ray Tune from scratch for the trials that are left: it keeps no state that would have to be
 restored.
@@ -17,7 +17,6 @@ from typing import Any
 
 from ray import tune
 from ray.tune import Callback
-from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from mpscl_ray.errors import Interrupted, StorageError
@@ -92,7 +91,6 @@ def _tuner(study: Study, parent: RunDirectory | None, storage: Path) -> tune.Tun
         tune.with_resources(trainable, {"memory": TRIAL_MEMORY}),
         tune_config=tune.TuneConfig(
             search_alg=LedgerSearcher(study, parent),
-            scheduler=ReportScheduler(study.report),
             num_samples=-1,
             max_concurrent_trials=study.shared.max_concurrent,
             reuse_actors=True,
@@ -100,7 +98,7 @@ def _tuner(study: Study, parent: RunDirectory | None, storage: Path) -> tune.Tun
         run_config=tune.RunConfig(
             name="tune",
             storage_path=str(storage),
-            callbacks=[TrialEndCallback(study)],
+            callbacks=[StudyCallback(study)],
             failure_config=tune.FailureConfig(max_failures=study.resolved.run.max_failures),
             verbose=0,
         ),
@@ -147,48 +145,21 @@ class LedgerSearcher(NotPicklable, Searcher):
         while not study.errors and not study.stopping:
             number = study.next_trial()
             if number is None:
-                return None if study.has_active_trials else Searcher.FINISHED
+                return None if study.active else Searcher.FINISHED
             task = study.next_task(number, self._parent)
             if task is not None:
                 return task
         return Searcher.FINISHED
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """TrialEndCallback does it."""
-
-    def set_search_properties(self, metric: str | None, mode: str | None, config: dict[str, Any], **spec: Any) -> bool:
-        return True
+        """StudyCallback does it."""
 
     def save(self, checkpoint_path: str) -> None:
         """The ledger has it all."""
 
-    def restore(self, checkpoint_path: str) -> None:
-        """The ledger has it all."""
 
-
-class ReportScheduler(NotPicklable, FIFOScheduler):
-    """Passes on what trials report, and lets Ray Tune end none: a trial that it kills leaves its workers reserved.
-
-    Args:
-        report: called with number, iteration, score and values of each result.
-    """
-
-    def __init__(self, report: Callable[[int, int, float, dict[str, float]], None]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._report = report
-
-    def set_search_properties(self, metric: str | None, mode: str | None, **spec: Any) -> bool:
-        return True
-
-    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        if "score" in result:
-            values = {key.removeprefix("values/"): value for key, value in result.items() if key[:7] == "values/"}
-            self._report(result["number"], result["iteration"], result["score"], values)
-        return TrialScheduler.CONTINUE
-
-
-class TrialEndCallback(NotPicklable, Callback):
-    """Reports to the study when a trial starts and when it is over."""
+class StudyCallback(NotPicklable, Callback):
+    """Passes on to the study that a trial starts, what it reports, and that it is over."""
 
     def __init__(self, study: Study) -> None:
         self._study = study
@@ -196,6 +167,8 @@ class TrialEndCallback(NotPicklable, Callback):
     def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **info: Any) -> None:
         if UNREACHABLE in result:
             self._study.unreachable[result["number"]] = result[UNREACHABLE]
+        elif "score" in result:
+            self._study.report(result["number"], result["iteration"], result["score"], result["values"])
 
     def on_trial_start(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         self._study.trial_started(trial.config["number"])

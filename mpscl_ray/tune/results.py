@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import dataclasses
-import io
 import json
 import math
 from collections.abc import Sequence
@@ -12,10 +9,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mpscl_ray.config import to_yaml
+from mpscl_ray.config import override, to_yaml
+from mpscl_ray.evaluate.evaluation import write_rows
 from mpscl_ray.evaluate.run import evaluate_phases
-from mpscl_ray.evaluate.table_files import json_text, write_tables
-from mpscl_ray.evaluate.tables import Summary, format_table, summary_csv
+from mpscl_ray.evaluate.table_files import without_nan, write_tables
+from mpscl_ray.evaluate.tables import Summary, csv_text
 from mpscl_ray.runs.atomic_files import write_atomically
 from mpscl_ray.runs.storage import join_location
 from mpscl_ray.tune import figures
@@ -32,7 +30,6 @@ ENOUGH_TRIALS = 5
 
 TEST_TABLE = "test.txt"
 """Scores of the evaluated trials on the target's test volumes; ``test.md``, ``.csv`` and ``.json`` have the same."""
-_TEST_JSON = "test.json"
 
 
 def best_trial(trials: Sequence[Trial], metric: str) -> Trial | None:
@@ -40,13 +37,8 @@ def best_trial(trials: Sequence[Trial], metric: str) -> Trial | None:
 
     None where no trial has a score.
     """
-    scored = [trial for trial in trials if trial.reports and trial.state != "failed"]
-    scored = [trial for trial in scored if math.isfinite(score(trial.last, metric))]
-    return max(
-        scored,
-        key=lambda trial: (trial.state == "finished", score(trial.last, metric), -trial.number),
-        default=None,
-    )
+    scored = [t for t in trials if t.state != "failed" and math.isfinite(score(t.last, metric))]
+    return max(scored, key=lambda t: (t.state == "finished", score(t.last, metric), -t.number), default=None)
 
 
 @dataclass(frozen=True)
@@ -56,50 +48,39 @@ class Saving:
     done: int
     """Of the trials' own phases."""
     in_full: int
-    """The same, had no trial been stopped."""
+    """The same, had no trial been stopped; a failed trial counts up to where it failed."""
     shared: int
     """Of the phases that all trials share, trained once."""
     trials: int
     """How many shared them."""
 
-    @property
-    def fraction(self) -> float:
-        """Own iterations done over those in full."""
-        return self.done / self.in_full if self.in_full else math.nan
-
     def sentence(self) -> str:
         """For the terminal."""
-        alone = self.in_full + self.trials * self.shared
+        alone, all_done = self.in_full + self.trials * self.shared, self.done + self.shared
         text = (
             f"trials took {self.done} iterations of {self.in_full} had all been trained in full "
-            f"({100 * self.fraction:.0f} %)"
+            f"({100 * self.done / self.in_full if self.in_full else math.nan:.0f} %)"
         )
         if self.shared:
             text += (
                 f"; {self.shared} iterations of earlier phases were trained once instead of {self.trials} times: "
-                f"in all {self.done + self.shared} of {alone} ({100 * (self.done + self.shared) / alone:.0f} %)"
+                f"in all {all_done} of {alone} ({100 * all_done / alone:.0f} %)"
             )
         return text
 
 
-def saving(trials: Sequence[Trial], iterations: int, own_before: int, shared: int) -> Saving:
-    """Count iterations.
-
-    Args:
-        trials: that have started; a failed one counts up to where it failed, on both sides.
-        iterations: of the last phase in full.
-        own_before: iterations before the last phase that each trial trained itself.
-        shared: iterations that were trained once for all.
-    """
+def saving(study: Study) -> Saving:
+    """Count the iterations of a search."""
+    trials, shared = study.ledger.trials.values(), sum(length for _, length in study.shared_phases)
+    own_before = sum(length for _, length in study.resolved.schedule[:-1]) - shared
     done = sum(own_before + trial.iteration for trial in trials)
-    full = sum(own_before + (trial.iteration if trial.state == "failed" else iterations) for trial in trials)
+    full = sum(own_before + (trial.iteration if trial.state == "failed" else study.iterations) for trial in trials)
     return Saving(done, full, shared, len(trials))
 
 
 def preset_text(space: Space, trial: Trial, metric: str) -> str:
     """The best settings as a preset that the train command reads."""
-    config = space.config(trial.settings)
-    config = dataclasses.replace(config, run=dataclasses.replace(config.run, name=f"{space.base.run.name}-best"))
+    config = override(space.config(trial.settings), {"run.name": f"{space.base.run.name}-best"})
     note = "target validation labels chose it: an oracle" if metric == ORACLE else "no target label was used"
     heading = (
         f"# Trial {trial.number} of the search {space.base.run.name}: {metric} {score(trial.last, metric):.4f} on "
@@ -114,38 +95,28 @@ def _trial_table(trials: Sequence[Trial], keys: Sequence[str]) -> tuple[list[str
     header = ["trial", "state", "iteration", *keys, *scores, "seconds", "reason"]
     rows: list[list[Any]] = []
     for trial in trials:
-        values = [score(trial.last, name) for name in scores]
-        rows.append(
-            [
-                trial.number,
-                trial.state or "unfinished",
-                trial.iteration,
-                *(trial.settings[key] for key in keys),
-                *("" if math.isnan(value) else value for value in values),
-                trial.seconds,
-                trial.reason,
-            ]
-        )
+        about = [trial.number, trial.state or "unfinished", trial.iteration]
+        settings = [trial.settings[key] for key in keys]
+        values = ["" if math.isnan(value) else value for value in (score(trial.last, name) for name in scores)]
+        rows.append([*about, *settings, *values, trial.seconds, trial.reason])
     return header, rows
 
 
 def trials_csv(trials: Sequence[Trial], keys: Sequence[str]) -> str:
     """A line per trial: state, settings, every criterion at its last validation."""
-    buffer = io.StringIO()
     header, rows = _trial_table(trials, keys)
-    csv.writer(buffer, lineterminator="\n").writerows([header, *rows])
-    return buffer.getvalue()
+    return csv_text([header, *rows])
 
 
 def trials_markdown(trials: Sequence[Trial], keys: Sequence[str], metric: str) -> str:
     """The same as a Markdown table, best trials first."""
-    ranked = sorted(
-        trials,
-        key=lambda t: (t.state == "finished", t.iteration, score(t.last, metric) if t.reports else -math.inf),
-        reverse=True,
-    )
+
+    def rank(trial: Trial) -> tuple[bool, int, float]:
+        return trial.state == "finished", trial.iteration, score(trial.last, metric) if trial.reports else -math.inf
+
+    ranked = sorted(trials, key=rank, reverse=True)
     header, rows = _trial_table(ranked, keys)
-    header = [f"{name} (oracle: target Dice)" if name == ORACLE else name.rpartition(".")[2] for name in header]
+    header = [f"{name} (oracle: target Dice)" if name == ORACLE else short_key(name) for name in header]
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     for row in rows:
         cells = [f"{cell:.4g}" if isinstance(cell, float) else str(cell).replace("|", "\\|") for cell in row]
@@ -166,9 +137,9 @@ def write_results(study: Study) -> None:
         "best": None if best is None else best.number,
         "settings": None if best is None else best.settings,
         "score": None if best is None else score(best.last, metric),
-        "trials": {state: sum(t.state == state for t in trials) for state in ("finished", "stopped", "failed")},
-        "iterations": asdict(search_saving(study)),
-        "criteria": {name: {k: _plain(v) for k, v in asdict(value).items()} for name, value in found.items()},
+        "trials": _counts(trials),
+        "iterations": asdict(saving(study)),
+        "criteria": {name: without_nan(asdict(value)) for name, value in found.items()},
     }
     write_tables(
         results,
@@ -186,19 +157,12 @@ def write_results(study: Study) -> None:
     _evaluate(study, trials, best)
 
 
-def _plain(value: Any) -> Any:
-    return None if isinstance(value, float) and math.isnan(value) else value
+def _counts(trials: Sequence[Trial]) -> dict[str, int]:
+    return {state: sum(trial.state == state for trial in trials) for state in ("finished", "stopped", "failed")}
 
 
 def _trials(study: Study) -> list[Trial]:
     return [trial for _, trial in sorted(study.ledger.trials.items())]
-
-
-def search_saving(study: Study) -> Saving:
-    """Iterations of a search."""
-    schedule, common = study.resolved.schedule, sum(length for _, length in study.shared_phases)
-    own_before = sum(length for _, length in schedule[:-1]) - common
-    return saving(_trials(study), study.iterations, own_before, common)
 
 
 def _evaluate(study: Study, trials: list[Trial], best: Trial | None) -> None:
@@ -209,7 +173,7 @@ def _evaluate(study: Study, trials: list[Trial], best: Trial | None) -> None:
     phases = [name for name, _ in study.resolved.schedule]
     # Earlier phases are the same for all trials that share them: only a single trial has rows of them.
     wanted = {str(trial.number): phases if len(chosen) == 1 else phases[-1:] for trial in chosen}
-    if _evaluated_phases(study.folder.results / _TEST_JSON) == wanted:
+    if _evaluated_phases(study.folder.results / "test.json") == wanted:
         return
     rows: dict[str, Summary] = {}
     split = ""
@@ -225,26 +189,15 @@ def _evaluate(study: Study, trials: list[Trial], best: Trial | None) -> None:
             if split == "val" and study.metric == ORACLE
             else "which were used for no choice"
         )
-        write_tables(
-            study.folder.results,
-            {
-                TEST_TABLE: f"{heading}\n\n{format_table(rows)}\n",
-                "test.md": f"{heading}\n\n{format_table(rows, style='markdown')}\n",
-                "test.csv": summary_csv(rows),
-                _TEST_JSON: json_text(
-                    {"trials": wanted, "rows": {label: row.to_json() for label, row in rows.items()}}
-                ),
-            },
-        )
+        write_rows(study.folder.results, "test", heading, rows, {"trials": wanted})
 
 
 def _evaluated_phases(file: Path) -> dict[str, list[str]]:
     """Phases of each trial that an earlier evaluation has scored; {} where there was none."""
     try:
-        found: dict[str, list[str]] = json.loads(file.read_bytes())["trials"]
+        return dict(json.loads(file.read_bytes())["trials"])
     except (OSError, ValueError, KeyError, TypeError):
         return {}
-    return found
 
 
 def _label(study: Study, trial: Trial) -> str:
@@ -260,10 +213,10 @@ def print_results(study: Study) -> None:
     """Print the best trial, how well its criterion agrees with target Dice, and what to do next."""
     trials = _trials(study)
     best = best_trial(trials, study.metric)
-    counts = {state: sum(trial.state == state for trial in trials) for state in ("finished", "stopped", "failed")}
+    counts = _counts(trials)
     print(
         f"\n{len(trials)} trials: {counts['finished']} trained in full, {counts['stopped']} stopped early, "
-        f"{counts['failed']} failed; {search_saving(study).sentence()}"
+        f"{counts['failed']} failed; {saving(study).sentence()}"
     )
     for trial in trials:
         if trial.state == "failed":
@@ -281,11 +234,11 @@ def print_results(study: Study) -> None:
     table = study.folder.results / TEST_TABLE
     if table.exists():
         print(f"\n{table.read_text(encoding='utf-8')}")
-    place = study.folder.display_path
-    print(f"\n{place} has tables and figures (results/), TensorBoard events with HParams, and the trials. Next:")
+    location = study.folder.display_path
+    print(f"\n{location} has tables and figures (results/), TensorBoard events with HParams, and the trials. Next:")
     if best is not None:
-        print(f"  python -m mpscl_ray.train {join_location(place, PRESET)}          the best settings, from scratch")
+        print(f"  python -m mpscl_ray.train {join_location(location, PRESET)}          the best settings, from scratch")
         if best.state == "finished":
-            run = join_location(place, TRIALS, f"{best.number:03d}")
+            run = join_location(location, TRIALS, f"{best.number:03d}")
             print(f"  python -m mpscl_ray.predict {run} IMAGE.nii.gz --out predictions          with the best trial")
-    print(f"  tensorboard --logdir {join_location(place, 'tensorboard')}")
+    print(f"  tensorboard --logdir {join_location(location, 'tensorboard')}")

@@ -21,7 +21,7 @@ from mpscl_ray.train.ray.concurrent import open_shared
 from mpscl_ray.train.ray.placement_groups import release_orphaned_placement_groups
 from mpscl_ray.train.ray.resources import check_machine
 from mpscl_ray.tune.criteria import CRITERIA
-from mpscl_ray.tune.display import TrialTable, short_key, trial_rows
+from mpscl_ray.tune.display import TrialTable, trial_rows
 from mpscl_ray.tune.ledger import Ledger
 from mpscl_ray.tune.ray_tune import run_trials
 from mpscl_ray.tune.results import PRESET, print_results, write_results
@@ -70,7 +70,8 @@ def search(
 
         def work() -> None:
             with signals_end("before the search began"):
-                if not any(value.startswith(phantom_dataset.PREFIX) for value in _datasets(space)):
+                datasets = space.base.data.source, space.base.data.target
+                if not any(dataset.startswith(phantom_dataset.PREFIX) for dataset in datasets):
                     choose_metric(space.search.metric, load_domains(space.base)[0])
                 with connect(dashboard=dashboard), release_orphaned_placement_groups(folder):
                     parent = None if warm_up is None else open_run(warm_up)
@@ -78,10 +79,6 @@ def search(
             print_results(study)
 
         return carry_out(folder, shlex.join(words), work)
-
-
-def _datasets(space: Space) -> tuple[str, str]:
-    return space.base.data.source, space.base.data.target
 
 
 def _search(
@@ -105,9 +102,9 @@ def _search(
     print(_summary(study), flush=True)
     with Interruption() as interruption:
         if study.remaining():
-            parent = train_shared_phases(resolved, space.keys, folder, shared, warm_up, interruption, log)
+            parent = train_shared_phases(study, warm_up, interruption)
             if not interruption.requested:
-                table = TrialTable(lambda: _rows(study))
+                table = TrialTable(lambda: trial_rows(study))
                 try:
                     run_trials(study, parent, interruption, table.redraw)
                 finally:
@@ -124,18 +121,6 @@ def _search(
     if len(failed) == len(ledger.trials):
         raise TrainingError(f"all {len(failed)} trials failed, the first one because: {failed[0].reason}")
     return study
-
-
-def _rows(study: Study) -> list[str]:
-    return trial_rows(
-        list(study.ledger.trials.values()),
-        {key: short_key(key) for key in study.space.keys},
-        study.started,
-        study.sampler.total,
-        study.iterations,
-        study.score,
-        study.metric.replace("_", " "),
-    )
 
 
 def _summary(study: Study) -> str:

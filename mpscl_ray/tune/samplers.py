@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -13,41 +13,11 @@ from mpscl_ray.tune.ledger import Trial
 from mpscl_ray.tune.space import Distribution, Space
 
 DIGITS = 4
-"""Significant digits of a drawn number: enough for any setting, and short enough to read."""
+"""Significant digits of a drawn number."""
 
 
-class Sampler(Protocol):
-    """Gives each trial its settings."""
-
-    total: int
-
-    def settings(self, number: int) -> dict[str, Any]:
-        """Values of the searched keys for the trial with this number, from 1."""
-        ...
-
-    def ended(self, trial: Trial, score: float | None) -> None:
-        """A trial is over; ``score`` is its last, None where it has none."""
-        ...
-
-
-def make_sampler(space: Space, known: Mapping[int, Trial], scores: Mapping[int, float | None]) -> Sampler:
-    """The sampler that a space asks for.
-
-    Args:
-        space: of the search.
-        known: trials of the ledger, by number.
-        scores: their last scores, by number; None where there is none.
-
-    Raises:
-        ConfigError: Optuna is asked for and not installed.
-    """
-    if space.search.method == "optuna":
-        return OptunaSampler(space, known, scores)
-    return SeededSampler(space)
-
-
-class SeededSampler:
-    """Random or grid: the seed alone decides, so that trial 7 is the same whatever the number of trials."""
+class Sampler:
+    """Gives each trial its settings: random or grid. They depend on the seed and the number of the trial alone."""
 
     def __init__(self, space: Space) -> None:
         self._space = space
@@ -55,6 +25,7 @@ class SeededSampler:
         self.total = len(self._grid) if self._grid is not None else space.search.num_samples
 
     def settings(self, number: int) -> dict[str, Any]:
+        """Values of the searched keys for the trial with this number, from 1."""
         if self._grid is not None:
             return self._grid[number - 1]
         default = self._space.default()
@@ -64,7 +35,7 @@ class SeededSampler:
         return _by_key(self._space, [draw(entry, rng) for entry in self._space.distributions])
 
     def ended(self, trial: Trial, score: float | None) -> None:
-        """Nothing is learnt."""
+        """A trial is over; ``score`` is its last, None where it has none."""
 
 
 def grid(space: Space) -> list[dict[str, Any]]:
@@ -94,7 +65,7 @@ def _by_key(space: Space, values: Any) -> dict[str, Any]:
     return {key: value for entry, value in zip(space.distributions, values, strict=True) for key in entry.keys}
 
 
-class OptunaSampler:
+class OptunaSampler(Sampler):
     """Optuna's tree-structured Parzen estimator over all trials that ended, those of the ledger included."""
 
     def __init__(self, space: Space, known: Mapping[int, Trial], scores: Mapping[int, float | None]) -> None:
@@ -106,8 +77,8 @@ class OptunaSampler:
                 "or use search.method=random"
             ) from error
         optuna.logging.set_verbosity(optuna.logging.ERROR)
-        self._optuna, self._space = optuna, space
-        self.total = space.search.num_samples
+        super().__init__(space)
+        self._optuna = optuna
         ended = sum(trial.ended for trial in known.values())
         self._study = optuna.create_study(
             direction="maximize",
@@ -154,3 +125,12 @@ class OptunaSampler:
         if entry.kind == "integer":
             return kinds.IntDistribution(int(entry.values[0]), int(entry.values[1]))
         return kinds.FloatDistribution(*map(float, entry.values), log=entry.kind == "loguniform")
+
+
+def make_sampler(space: Space, known: Mapping[int, Trial], scores: Mapping[int, float | None]) -> Sampler:
+    """The sampler that a space asks for, given the trials of the ledger and their last scores by number.
+
+    Raises:
+        ConfigError: Optuna is asked for and not installed.
+    """
+    return OptunaSampler(space, known, scores) if space.search.method == "optuna" else Sampler(space)

@@ -38,10 +38,7 @@ class SearchConfig:
 
 
 def search_config(values: Mapping[str, tuple[Any, str]]) -> tuple[SearchConfig, list[str]]:
-    """Check settings of a search.
-
-    Args:
-        values: by name, each with where it was written, such as ``in small.yaml:4``.
+    """Check settings of a search, given by name with where each was written, such as ``in small.yaml:4``.
 
     Returns:
         The settings, defaults where something is wrong, and a sentence for each thing that is.

@@ -1,6 +1,6 @@
-"""Spaces: which settings a search varies, and over which values. One YAML file each, see :data:`EXAMPLE`.
+"""Spaces: which settings a search varies, and over which values. Each is a YAML file such as :data:`EXAMPLE`.
 
-A space is checked before the search starts, with the settings at both limits of a distribution and at each choice.
+A space is checked before the search starts: the settings must allow both limits of a distribution, and each choice.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import yaml
 
 from mpscl_ray.config import Config, config_from_dict, flatten, load_config, read_file, read_overrides, to_dict
+from mpscl_ray.config.help import leading_comment
 from mpscl_ray.errors import ConfigError
 from mpscl_ray.runs.cli import did_you_mean
 from mpscl_ray.runs.storage import S3Path
@@ -26,7 +27,7 @@ PACKAGE = Path(__file__).resolve().parents[1]
 EXAMPLE = """\
   preset: phantom                                # all other settings of a trial
   phases: {adaptation: 120}                      # any setting, as in a preset
-  search: {method: random, trials: 12}           # how to search
+  search: {method: random, num_samples: 12}      # how to search
   space:
     method.margin_source: {uniform: [0, 0.6]}
     method.gamma: {loguniform: [0.1, 3]}
@@ -38,7 +39,7 @@ EXAMPLE = """\
 KINDS = ("uniform", "loguniform", "integer", "choice")
 
 NO_RESULT = ("run.", "scaling.", "data.source", "data.target", "data.labelled_domain", "data.in_memory", "method.name")
-"""Keys that cannot be searched, or how they begin: they say where and how a run works, not how well it learns."""
+"""Keys, or beginnings of keys, that cannot be searched: they say where and how a run works, not how well it learns."""
 
 
 @dataclass(frozen=True)
@@ -101,11 +102,7 @@ class Space:
         return values if inside else None
 
     def to_yaml(self, warm_up: Path | S3Path | None) -> str:
-        """Every setting that the trials depend on, to be kept beside their results.
-
-        Args:
-            warm_up: the run whose first phases all trials start from.
-        """
+        """Every setting that the trials depend on; ``warm_up`` is the run whose first phases all trials start from."""
         content = {
             **to_dict(self.base),
             "search": dict(vars(self.search)),
@@ -122,12 +119,7 @@ def space_names() -> list[str]:
 
 def describe_spaces() -> list[tuple[str, str]]:
     """Name and first comment of each space that comes with the package."""
-    found = []
-    for name in space_names():
-        lines = (_folder() / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
-        comments = [line.lstrip("# ") for line in lines[: next(i for i, x in enumerate(lines) if x[:1] != "#")]]
-        found.append((name, " ".join(comments)))
-    return found
+    return [(name, leading_comment(_folder() / f"{name}.yaml")) for name in space_names()]
 
 
 def _folder() -> Path:
@@ -205,20 +197,16 @@ def _path(space: str | Path) -> Path:
     named = _folder() / f"{space}.yaml"
     if named.is_file():
         return named
-    path = Path(space)
+    path, known = Path(space), ", ".join(space_names())
     if path.suffix in (".yaml", ".yml"):
         if path.is_file():
             return path
-        raise ConfigError(f"there is no space file {path}; give the path of a YAML file or one of {_listing()}")
+        raise ConfigError(f"there is no space file {path}; give the path of a YAML file or one of {known}")
     hint = did_you_mean(str(space), space_names(), cutoff=0.4)
     raise ConfigError(
-        f"there is no space '{space}'; {hint}{' ' if hint else ''}The spaces are {_listing()}; your own is given by "
-        "its path, with .yaml"
+        f"there is no space '{space}'; {hint}{' ' if hint else ''}The spaces are {known}; your own is given by its "
+        "path, with .yaml"
     )
-
-
-def _listing() -> str:
-    return ", ".join(space_names())
 
 
 def _distributions(entries: Mapping[str, tuple[Any, str]], base: Config) -> tuple[list[Distribution], list[str]]:
@@ -240,7 +228,12 @@ def _distributions(entries: Mapping[str, tuple[Any, str]], base: Config) -> tupl
             if key in seen:
                 problems.append(f"{key} {origin} has a distribution already, {seen[key]}")
             seen[key] = origin
-        wrong = [_unsearchable(key, origin) for key in keys if key.startswith(NO_RESULT) and key != "run.seed"]
+        wrong = [
+            f"{key} {origin} cannot be searched: it says what a run is or where it works, not how well it learns; set "
+            "it outside 'space'"
+            for key in keys
+            if key.startswith(NO_RESULT) and key != "run.seed"
+        ]
         wrong = wrong or _out_of_range(keys, values, origin, base)
         problems += wrong
         if not wrong:
@@ -262,8 +255,7 @@ def _wrong_values(kind: str, values: Any) -> str | None:
     if not isinstance(values, list) or not values:
         return f"{kind} has {values!r}, expected a list"
     if kind == "choice":
-        duplicates = len(values) != len({repr(value) for value in values})
-        return "a choice is given twice" if duplicates else None
+        return None if len(values) == len(set(map(repr, values))) else "a choice is given twice"
     numbers = [v for v in values if isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v)]
     if len(values) != 2 or len(numbers) != 2:
         return f"{kind} has {values!r}, expected two numbers, the limits (YAML wants 1.0e-5, not 1e-5)"
@@ -276,20 +268,12 @@ def _wrong_values(kind: str, values: Any) -> str | None:
     return None
 
 
-def _unsearchable(key: str, origin: str) -> str:
-    return (
-        f"{key} {origin} cannot be searched: it says what a run is or where it works, not how well it learns; set it "
-        "outside 'space'"
-    )
-
-
 def _out_of_range(keys: tuple[str, ...], values: list[Any], origin: str, base: Config) -> list[str]:
     """The problems that the settings have with the limits of a distribution, or with its choices."""
-    plain = to_dict(base)
     problems: list[str] = []
     for value in values:
         try:
-            config_from_dict(_merged(plain, dict.fromkeys(keys, value)), origin)
+            config_from_dict(_merged(to_dict(base), dict.fromkeys(keys, value)), origin)
         except ConfigError as error:
             problems += _sentences(error)
     return list(dict.fromkeys(problems))

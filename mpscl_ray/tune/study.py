@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from mpscl_ray.config import Config, to_dict
+from mpscl_ray.config import Config, override, to_dict
 from mpscl_ray.config.systems import common_phases
 from mpscl_ray.errors import ClusterError, ConfigError, MpsclError, StorageError
 from mpscl_ray.runs.run_directory import RunDirectory, open_run
@@ -57,7 +58,7 @@ class Study:
         self.halving = SuccessiveHalving(self.rungs, self.space.search.reduction_factor, self.sampler.total)
         for number, iteration in self.ledger.order:
             self.halving.report(number, iteration, score(known[number].reports[iteration], self.metric))
-        self._active: set[int] = set()
+        self.active: set[int] = set()
         """Trials that Ray Tune has and that have neither ended nor paused."""
         self._seconds: dict[int, float] = {}
         self._boards: dict[int, TensorBoard] = {}
@@ -91,19 +92,11 @@ class Study:
         """Last score of a trial; None before its first."""
         return score(trial.last, self.metric) if trial.reports else None
 
-    def trial_config(self, settings: dict[str, Any], number: int) -> Config:
-        """Settings of a trial's run."""
-        config = dataclasses.replace(self.space, base=self.resolved).config(settings)
-        run = dataclasses.replace(
-            config.run, name=f"{number:03d}", storage=str(join_location(self.folder.display_path, TRIALS))
-        )
-        return dataclasses.replace(config, run=run)
-
     def trial_folder(self, number: int) -> RunDirectory:
         """Run folder of a trial."""
         if number not in self._folders:
-            place = join_location(self.folder.uri, TRIALS, f"{number:03d}")
-            self._folders[number] = open_run(place, patience_s=60 * self.resolved.run.storage_retry_minutes)
+            location = join_location(self.folder.uri, TRIALS, f"{number:03d}")
+            self._folders[number] = open_run(location, patience_s=60 * self.resolved.run.storage_retry_minutes)
         return self._folders[number]
 
     # ------------------------------------------------------------------------------------------------ the next trial
@@ -124,43 +117,38 @@ class Study:
 
         First those that an interruption has cut short, then those that are promoted from their rung, then new ones.
         """
-        left = [number for number in self.remaining() if number not in self._active]
+        left = [number for number in self.remaining() if number not in self.active]
         waiting = {number for number in left if self.halving.waits_at(number) is not None}
         for number in left:
             if number in self.ledger.trials and number not in waiting:
                 return number
         best = self.halving.promote(waiting) or min(set(left) - waiting, default=None)
-        if best is None and not self._active and not self._any_finished():
+        finished = any(trial.state == "finished" for trial in self.ledger.trials.values())
+        if best is None and not self.active and not finished:
             best = self.halving.promote(waiting, force=True)
         return best
-
-    @property
-    def has_active_trials(self) -> bool:
-        """Whether some run now, whose reports may let others continue."""
-        return bool(self._active)
-
-    def _any_finished(self) -> bool:
-        return any(trial.state == "finished" for trial in self.ledger.trials.values())
 
     def next_task(self, number: int, parent: RunDirectory | None) -> dict[str, Any] | None:
         """What Ray Tune runs for a trial; None where its settings contradict each other, which ends the trial."""
         trial = self.ledger.trials.get(number) or self.ledger.add(number, self.sampler.settings(number))
         self.trial_folder(number).control_files.clear(PAUSE)
         try:
-            config = self.trial_config(trial.settings, number)
+            config = dataclasses.replace(self.space, base=self.resolved).config(trial.settings)
         except ConfigError as error:
             self._record_end(number, "failed", str(error))
             return None
-        self._active.add(number)
+        self.active.add(number)
+        storage = str(join_location(self.folder.display_path, TRIALS))
         task = TrialTask(
-            to_dict(config),
+            to_dict(override(config, {"run.name": f"{number:03d}", "run.storage": storage})),
             self.trial_folder(number).uri,
             self.folder.uri,
             parent.uri if parent is not None else None,
             self.shared_phases[-1][0] if self.shared_phases else "",
             self.metric,
         )
-        return {"number": number, "task": task.to_text()}
+        # As a string, because Ray Tune searches a dict for values to resolve.
+        return {"number": number, "task": json.dumps(asdict(task))}
 
     # ------------------------------------------------------------------------------------------------ events
 
@@ -186,7 +174,7 @@ class Study:
 
     def trial_ended(self, number: int) -> None:
         """A trial's process has ended, or was lost for good."""
-        self._active.discard(number)
+        self.active.discard(number)
         started = self.started.pop(number, time.monotonic())
         self._seconds[number] = self._seconds.get(number, 0.0) + time.monotonic() - started
         try:
@@ -241,7 +229,7 @@ class Study:
     def _stop_hopeless_trials(self) -> None:
         """Stop trials that wait and can never be promoted, so that no checkpoint is kept without need."""
         for number in self.remaining():
-            if number not in self._active and self.halving.cannot_be_promoted(number):
+            if number not in self.active and self.halving.cannot_be_promoted(number):
                 self._stop(number)
 
     def _stop(self, number: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from ray import tune
@@ -27,7 +27,7 @@ PAUSE = "pause-requested"
 """Name of the file in a trial's folder that asks it to write a checkpoint and give up its workers."""
 
 UNREACHABLE = "unreachable"
-"""Key of a report that replaces a status that could not be written: why the trial's folder cannot be reached."""
+"""Key of the report that replaces a status that cannot be written; its value is the reason."""
 
 
 @dataclass(frozen=True)
@@ -46,10 +46,6 @@ class TrialTask:
     """The phase at whose end it is forked."""
     metric: str
     """What trials are compared by."""
-
-    def to_text(self) -> str:
-        """As a string, which Ray Tune does not search for values to resolve."""
-        return json.dumps(asdict(self))
 
 
 def train_trial(settings: dict[str, Any], shared: Shared) -> None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import yaml
 
-from mpscl_ray.config import ADAPTATION, SOURCE_ONLY, WARM_UP, Config, config_from_dict, differences
-from mpscl_ray.config.systems import acts_on, common_phases, phase_fingerprint
+from mpscl_ray.config import ADAPTATION, SOURCE_ONLY, WARM_UP, Config, config_from_dict, differences, override
+from mpscl_ray.config.systems import acts_on, phase_fingerprint
 from mpscl_ray.config.titles import phase_title
 from mpscl_ray.errors import ConfigError
 from mpscl_ray.runs.run_directory import RunDirectory, open_run
@@ -19,6 +18,7 @@ from mpscl_ray.train.ray import launch
 from mpscl_ray.train.ray.concurrent import Shared, run_trial
 from mpscl_ray.tune.criteria import LABEL_FREE, ORACLE, WITHOUT_SOURCE
 from mpscl_ray.tune.space import NO_RESULT
+from mpscl_ray.tune.study import Study
 
 SHARED_RUN = "shared"
 """Name of the run in the folder of a search that trains the phases that all trials share."""
@@ -52,25 +52,13 @@ def choose_metric(metric: str, domains: Domains) -> str:
     return metric
 
 
-def train_shared_phases(
-    config: Config,
-    keys: Sequence[str],
-    folder: RunDirectory,
-    shared: Shared,
-    given: RunDirectory | None,
-    interruption: Interruption,
-    log: Callable[[str], None],
-) -> RunDirectory | None:
+def train_shared_phases(study: Study, given: RunDirectory | None, interruption: Interruption) -> RunDirectory | None:
     """Train the phases that all trials share, or check that the given run has them.
 
     Args:
-        config: settings of any trial, with datasets that are folders.
-        keys: settings in which trials differ.
-        folder: of the search.
-        shared: data and resources.
+        study: of the search.
         given: the run that trials are to be forked from; None to train one.
         interruption: ends the training after a checkpoint.
-        log: called with a sentence about the progress.
 
     Returns:
         The run that trials are forked from; None where they share nothing, or where it was interrupted.
@@ -79,7 +67,8 @@ def train_shared_phases(
         ConfigError: the given run does not fit.
         MpsclError: as training raises it.
     """
-    common = [name for name, _ in common_phases(config, keys)]
+    config, keys, folder = study.resolved, study.space.keys, study.folder
+    common = [name for name, _ in study.shared_phases]
     if not common:
         if given is not None:
             first = phase_fingerprint(config, config.schedule[0][0])
@@ -90,7 +79,7 @@ def train_shared_phases(
             )
         return None
     if given is not None:
-        _check_given(given, config, common, keys, shared)
+        _check_given(given, config, common, keys, study.shared)
         return given
     run = open_run(join_location(folder.uri, SHARED_RUN), "command", 60 * config.run.storage_retry_minutes)
     seen = 0
@@ -103,25 +92,20 @@ def train_shared_phases(
             if record["global_step"] > seen:
                 seen = record["global_step"]
                 phase = phase_title(record["phase"])
-                log(f"shared by all trials: {phase} {record['iteration']} of {record['iterations']}")
+                study.log(f"shared by all trials: {phase} {record['iteration']} of {record['iterations']}")
 
-    own = _shared_config(config, common, folder, shared.max_concurrent)
-    outcome = run_trial(own, run, shared, poll, display_name=f"{folder.name}-{SHARED_RUN}")
+    own = _shared_config(config, common, folder, study.shared.max_concurrent)
+    outcome = run_trial(own, run, study.shared, poll, display_name=f"{folder.name}-{SHARED_RUN}")
     return run if outcome.state == "finished" else None
 
 
 def _shared_config(config: Config, common: Sequence[str], folder: RunDirectory, at_once: int) -> Config:
-    """Settings of the shared run: as many workers as the cluster has room for and as divide the batch."""
+    """Settings of the shared run, with as many workers as there is room for and as divide the batch."""
     batch, room = config.data.global_batch_size, at_once * config.scaling.most_workers
     workers = next(number for number in range(min(room, batch), 0, -1) if batch % number == 0)
-    return dataclasses.replace(
-        config,
-        run=dataclasses.replace(config.run, name=SHARED_RUN, storage=folder.display_path),
-        phases=dataclasses.replace(
-            config.phases, **{name: 0 for name in (SOURCE_ONLY, WARM_UP, ADAPTATION) if name not in common}
-        ),
-        scaling=dataclasses.replace(config.scaling, num_workers=workers),
-    )
+    left_out = {f"phases.{name}": 0 for name in (SOURCE_ONLY, WARM_UP, ADAPTATION) if name not in common}
+    where = {"run.name": SHARED_RUN, "run.storage": folder.display_path, "scaling.num_workers": workers}
+    return override(config, {**left_out, **where})
 
 
 def _check_given(run: RunDirectory, config: Config, common: Sequence[str], keys: Sequence[str], shared: Shared) -> None:

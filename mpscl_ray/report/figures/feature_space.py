@@ -27,24 +27,27 @@ class FeatureSample:
     """Domain -> (N,) class of each pixel."""
     prototypes: NDArray[np.float32]
     """(C, d), raw; a row of zeros for a class without one."""
+    prototypes_from: str
+    """Where the prototypes come from, in words."""
 
 
 def sample_of(
     features: Mapping[str, NDArray[np.float32]],
     labels: Mapping[str, NDArray[np.uint8]],
     prototypes: NDArray[np.float32],
-    seed: int = 0,
+    prototypes_from: str,
 ) -> FeatureSample:
     """At most PER_CLASS pixels of each class and domain, drawn at random."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     kept = {}
     for domain, classes in labels.items():
         parts = [np.flatnonzero(classes == index) for index in range(len(prototypes))]
         kept[domain] = np.concatenate([rng.permutation(part)[:PER_CLASS] for part in parts])
     return FeatureSample(
-        {domain: features[domain][kept[domain]] for domain in features},
-        {domain: labels[domain][kept[domain]] for domain in labels},
+        {domain: features[domain][pixels] for domain, pixels in kept.items()},
+        {domain: labels[domain][pixels] for domain, pixels in kept.items()},
         prototypes,
+        prototypes_from,
     )
 
 
@@ -74,8 +77,6 @@ def feature_space(samples: Mapping[str, FeatureSample], classes: Sequence[str]) 
     for panel, (title, sample) in zip(axes, samples.items(), strict=True):
         points, prototypes, share = plane(sample)
         for domain, marker, size in (("source", "o", 9), ("target", "x", 14)):
-            if domain not in points:
-                continue
             order = np.random.default_rng(1).permutation(len(points[domain]))
             colours = [hex_colour(int(index)) if index else GREY for index in sample.labels[domain][order]]
             style = {"facecolors": "none", "edgecolors": colours} if marker == "o" else {"c": colours}

@@ -72,14 +72,9 @@ def _draw(axes: Axes, run: Training, handles: dict[str, Any]) -> float:
         if tag.startswith("train/"):
             axes.plot(steps, values, color=colour, linewidth=0.5, alpha=0.35)
             values = _running_median(values)
+        mark = "o" if len(points) < 30 else ""
         (handles[name],) = axes.plot(
-            steps,
-            values,
-            color=colour,
-            linestyle=line,
-            linewidth=1.6,
-            marker="o" if len(points) < 30 else "",
-            markersize=2.5,
+            steps, values, color=colour, linestyle=line, linewidth=1.6, marker=mark, markersize=2.5
         )
         highest = max(highest, float(values[1:].max() if len(values) > 2 else values.max()))
     if run.test:

@@ -12,14 +12,12 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
-from mpscl_ray.report.figures.style import RUN_COLOURS, RUN_LINES, class_colours, class_legend, image_grid
+from mpscl_ray.report.figures.style import class_colours, class_legend, evenly_drawn, image_grid, run_style
 from mpscl_ray.runs.plots import grey_slices, overlay
 from mpscl_ray.train.feature_log import PseudoLabels
 
 COLUMNS = ("nearest prototype", "difference of\ncosines", "selected", "pseudo-label")
 _SLICES = 2
-_DRAWN = 5
-"""Records drawn of a run, evenly spaced over the adaptation."""
 
 
 def refinement(
@@ -40,7 +38,7 @@ def refinement(
 
     Source: Fig. 10, Liu et al. 2022.
     """
-    drawn = [panels[index] for index in sorted(set(np.linspace(0, len(panels) - 1, _DRAWN).round().astype(int)))]
+    drawn = evenly_drawn(panels)
     slices = _largest(panels, shown)
     highest = max(float(panel.difference.max()) for panel in drawn)
     ratios = ([1.0] * len(COLUMNS) + [0.18]) * len(slices)
@@ -89,14 +87,11 @@ def _draw_record(
     nearest, selected = panel.nearest[index], panel.selected[index]
     pseudo = palette[nearest].copy()
     pseudo[~selected] = 255
-    images: list[tuple[NDArray[Any], dict[str, Any]]] = [
-        (palette[nearest], {}),
-        (panel.difference[index], {"cmap": "viridis", "vmin": 0, "vmax": highest}),
-        (selected, {"cmap": "gray", "vmin": 0, "vmax": 1}),
-        (pseudo, {}),
-    ]
-    for tile, (image, options) in zip(tiles, images, strict=True):
-        tile.imshow(image, interpolation="nearest", **options)
+    tiles[0].imshow(palette[nearest], interpolation="nearest")
+    tiles[1].imshow(panel.difference[index], cmap="viridis", vmin=0, vmax=highest, interpolation="nearest")
+    tiles[2].imshow(selected, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    tiles[3].imshow(pseudo, interpolation="nearest")
+    for tile in tiles:
         for spine in tile.spines.values():
             spine.set_visible(True)
             spine.set_linewidth(0.4)
@@ -116,12 +111,7 @@ def selection_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
         "right where pseudo-label is a\nstructure (by labels, for this only)",
     )
     for number, (title, records) in enumerate(runs.items()):
-        style: dict[str, Any] = {
-            "color": RUN_COLOURS[number % len(RUN_COLOURS)],
-            "linestyle": RUN_LINES[number % len(RUN_LINES)],
-            "marker": "o",
-            "markersize": 2.5,
-        }
+        style = {**run_style(number), "marker": "o", "markersize": 2.5}
         shares = [_shares(record) for record in records]
         for panel, values in zip(axes, zip(*shares, strict=True), strict=True):
             panel.plot([record["iteration"] for record in records], values, label=title, **style)

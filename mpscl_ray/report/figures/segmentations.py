@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,6 +24,9 @@ CONFIDENT = 0.1
 """A prediction is confident where its entropy is below this share of log C."""
 
 _TILE = 1.25
+_ENTROPY_MAP = "magma"
+_ROWS = 3
+"""Slices of the figure of confident errors."""
 _BOXES = 4
 _SMALLEST_BOX = 6
 """Pixels of the smallest error that gets a box."""
@@ -50,7 +54,7 @@ def side_by_side(
     columns: Sequence[Segmented],
     truth: NDArray[np.uint8] | None,
     classes: Sequence[str],
-    slices: Sequence[int] | NDArray[np.intp],
+    slices: NDArray[np.intp],
 ) -> Figure:
     """Rows: slices. Columns: the image, the label map of each segmenter, the ground truth where there is one.
 
@@ -61,18 +65,11 @@ def side_by_side(
         classes: names, background first.
         slices: which to show.
     """
-    chosen = np.asarray(slices)
-    grey = grey_slices(images[chosen])
-    shown = [("image", grey), *((column.title, overlay(grey, column.labels[chosen])) for column in columns)]
+    grey = grey_slices(images[slices])
+    shown = [("image", grey), *((column.title, overlay(grey, column.labels[slices])) for column in columns)]
     if truth is not None:
-        shown.append(("ground truth", overlay(grey, truth[chosen])))
-    figure, axes = image_grid(len(chosen), len(shown), (_TILE * grey.shape[2] / grey.shape[1], _TILE))
-    for column, (title, tiles) in enumerate(shown):
-        axes[0, column].set_title(wrapped(title))
-        for row, tile in enumerate(tiles):
-            axes[row, column].imshow(tile, interpolation="nearest")
-    for row, index in enumerate(chosen):
-        axes[row, 0].set_ylabel(f"slice {index}", fontsize=7)
+        shown.append(("ground truth", overlay(grey, truth[slices])))
+    figure, _ = _rows_of_slices(shown, slices)
     class_legend(figure, classes)
     return figure
 
@@ -82,47 +79,34 @@ def overconfident(
     columns: Sequence[Segmented],
     truth: NDArray[np.uint8] | None,
     classes: Sequence[str],
-    number: int = 3,
 ) -> Figure:
     """Slices with prediction and entropy of each segmenter, and red boxes around confident errors.
 
     The slices are those in which the first segmenter has most such pixels, some distance apart. Without ground truth
     they are evenly spaced among those in which it predicts a structure, and there are no boxes.
 
-    Args:
-        images: (D, H, W).
-        columns: segmenters, all of this case.
-        truth: (D, H, W), or None.
-        classes: names, background first.
-        number: of slices.
+    Arguments as of :func:`side_by_side`.
 
     Source: Fig. 2, Liu et al. 2022.
     """
     if truth is None:
-        chosen = evenly_spaced(labelled_slices(columns[0].labels), number)
+        chosen = evenly_spaced(labelled_slices(columns[0].labels), _ROWS)
     else:
-        chosen = _worst(columns[0].confident_errors(truth).sum(axis=(1, 2)), number)
+        chosen = _worst(columns[0].confident_errors(truth).sum(axis=(1, 2)))
     grey = grey_slices(images[chosen])
-    total = 1 + 2 * len(columns) + (truth is not None)
-    figure, axes = image_grid(len(chosen), total, (_TILE * grey.shape[2] / grey.shape[1], _TILE))
-    _titles(axes[0], ["image", *(part for column in columns for part in (column.title, "its entropy"))])
-    for row, index in enumerate(chosen):
-        axes[row, 0].imshow(grey[row], interpolation="nearest")
-        axes[row, 0].set_ylabel(f"slice {index}", fontsize=7)
-        for position, column in enumerate(columns):
-            prediction, entropy = axes[row, 1 + 2 * position], axes[row, 2 + 2 * position]
-            prediction.imshow(overlay(grey[[row]], column.labels[[index]])[0], interpolation="nearest")
-            entropy.imshow(column.entropy[index], cmap="magma", vmin=0, vmax=1, interpolation="nearest")
-            if truth is not None:
-                for box in _boxes(column.confident_errors(truth)[index]):
-                    for tile in (prediction, entropy):
-                        tile.add_patch(Rectangle(*box, fill=False, edgecolor=ERROR, linewidth=1.1))
-        if truth is not None:
-            axes[row, -1].imshow(overlay(grey[[row]], truth[[index]])[0], interpolation="nearest")
+    shown: list[tuple[str, NDArray[Any]]] = [("image", grey)]
+    for column in columns:
+        shown += [(column.title, overlay(grey, column.labels[chosen])), ("its entropy", column.entropy[chosen])]
     if truth is not None:
-        axes[0, -1].set_title("ground truth")
+        shown.append(("ground truth", overlay(grey, truth[chosen])))
+    figure, axes = _rows_of_slices(shown, chosen)
+    if truth is not None:
+        for position, column in enumerate(columns):
+            for row, errors in enumerate(column.confident_errors(truth)[chosen]):
+                for box, tile in itertools.product(_boxes(errors), axes[row, 1 + 2 * position : 3 + 2 * position]):
+                    tile.add_patch(Rectangle(*box, fill=False, edgecolor=ERROR, linewidth=1.1))
     scale = figure.colorbar(
-        ScalarMappable(Normalize(0, 1), "magma"), ax=list(axes[:, -1]), fraction=0.08, pad=0.04, aspect=30
+        ScalarMappable(Normalize(0, 1), _ENTROPY_MAP), ax=list(axes[:, -1]), fraction=0.08, pad=0.04, aspect=30
     )
     scale.set_label("entropy / log C")
     scale.outline.set_visible(False)
@@ -136,20 +120,28 @@ def confident_share(column: Segmented, truth: NDArray[np.uint8]) -> float:
     return float(column.confident_errors(truth).sum()) / wrong if wrong else math.nan
 
 
-def _titles(axes: NDArray[Any], titles: Sequence[str]) -> None:
-    for tile, title in zip(axes, titles, strict=False):
-        tile.set_title(wrapped(title))
+def _rows_of_slices(
+    columns: Sequence[tuple[str, NDArray[Any]]], slices: NDArray[np.intp]
+) -> tuple[Figure, NDArray[Any]]:
+    """A row for each slice; a title and a picture of each slice, RGB or a share in [0, 1], for each column."""
+    height, width = columns[0][1].shape[1:3]
+    figure, axes = image_grid(len(slices), len(columns), (_TILE * width / height, _TILE))
+    for position, (title, tiles) in enumerate(columns):
+        axes[0, position].set_title(wrapped(title))
+        for row, tile in enumerate(tiles):
+            axes[row, position].imshow(tile, cmap=_ENTROPY_MAP, vmin=0, vmax=1, interpolation="nearest")
+    for row, index in enumerate(slices):
+        axes[row, 0].set_ylabel(f"slice {index}", fontsize=7)
+    return figure, axes
 
 
-def _worst(errors: NDArray[np.integer], number: int) -> NDArray[np.intp]:
+def _worst(errors: NDArray[np.integer]) -> NDArray[np.intp]:
     """Slices with most errors, at least a twelfth of the volume apart; in order."""
     apart = max(1, len(errors) // 12)
     chosen: list[int] = []
     for index in np.argsort(-errors, kind="stable"):
-        if all(abs(index - other) >= apart for other in chosen):
+        if len(chosen) < _ROWS and all(abs(index - other) >= apart for other in chosen):
             chosen.append(int(index))
-        if len(chosen) == number:
-            break
     return np.array(sorted(chosen))
 
 

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.backends.backend_pdf import FigureCanvasPdf
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Patch
@@ -22,16 +20,16 @@ from numpy.typing import NDArray
 from mpscl_ray.runs.atomic_files import write_atomically
 from mpscl_ray.runs.palette import colour, display_indices, hex_colour
 
+T = TypeVar("T")
+
 DPI = 160
 """Default resolution of a figure, pixels per inch."""
 GREY = "#666666"
 ERROR = "#d40000"
 """Outlines errors on images; no structure has this red."""
 
-RUN_COLOURS = ("#1b1b1b", "#8c510a", "#5e3c99", "#1f78b4", "#e7298a", "#7f7f7f", "#33a02c", "#e6ab02")
-"""Colours of the lines of runs; their dashes (RUN_LINES) differ too."""
-
-RUN_LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)), (0, (8, 2)), (0, (3, 3)))
+_RUN_COLOURS = ("#1b1b1b", "#8c510a", "#5e3c99", "#1f78b4", "#e7298a", "#7f7f7f", "#33a02c", "#e6ab02")
+_RUN_LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)), (0, (8, 2)), (0, (3, 3)))
 
 _RC = {
     "font.family": "DejaVu Sans",
@@ -59,13 +57,23 @@ class Picture:
     """What the figure shows, in whole sentences."""
     alt_text: str
     """Short description for readers who cannot see the figure."""
+    image: bytes = b""
+    """PNG; empty before :func:`save`."""
 
 
-@contextmanager
-def house_style() -> Iterator[None]:
-    """Fonts and lines of all figures that are made inside the block."""
-    with matplotlib.rc_context(_RC):  # type: ignore[arg-type]
-        yield
+def house_style() -> AbstractContextManager[None]:
+    """Fonts and lines of all figures that are made or saved inside the block."""
+    return matplotlib.rc_context(_RC)  # type: ignore[arg-type]
+
+
+def evenly_drawn(entries: Sequence[T]) -> list[T]:
+    """At most five evenly spaced entries, among them the first and the last."""
+    return [entries[index] for index in sorted(set(np.linspace(0, len(entries) - 1, 5).round().astype(int)))]
+
+
+def run_style(number: int) -> dict[str, Any]:
+    """Colour and dashes of the lines of the run with this number, from 0: either tells the runs apart."""
+    return {"color": _RUN_COLOURS[number % len(_RUN_COLOURS)], "linestyle": _RUN_LINES[number % len(_RUN_LINES)]}
 
 
 def class_colours(number: int) -> NDArray[np.uint8]:
@@ -92,11 +100,7 @@ def image_grid(
 ) -> tuple[Figure, NDArray[Any]]:
     """A figure of bare tiles, close together.
 
-    Args:
-        rows: of tiles.
-        columns: of tiles.
-        tile: width and height in inches.
-        ratios: widths of the columns where they are not all 1.
+    ``tile`` is width and height in inches; ``ratios`` are the widths of the columns where they are not all 1.
     """
     figure = Figure(figsize=(tile[0] * sum(ratios or [1] * columns) + 0.4, tile[1] * rows + 0.7))
     figure.set_layout_engine(ConstrainedLayoutEngine(w_pad=0.015, h_pad=0.015, wspace=0.015, hspace=0.015))
@@ -116,21 +120,22 @@ def wrapped(title: str) -> str:
 
 def png(figure: Figure, dpi: float = DPI) -> bytes:
     """A figure as PNG."""
-    buffer = io.BytesIO()
-    with house_style():
-        FigureCanvasAgg(figure).print_figure(buffer, dpi=dpi, format="png", metadata={"Software": None})
-    return buffer.getvalue()
+    return _rendered(figure, format="png", dpi=dpi, metadata={"Software": None})
 
 
-def save(picture: Picture, folder: Path, dpi: float = DPI, pdf: bool = True) -> bytes:
+def save(picture: Picture, folder: Path, dpi: float, pdf: bool) -> bytes:
     """Write ``NAME.png`` and, if wanted, ``NAME.pdf``; returns the PNG. Raises StorageError."""
     image = png(picture.figure, dpi)
     write_atomically(folder / f"{picture.name}.png", image)
     if pdf:
-        buffer = io.BytesIO()
-        with house_style():
-            FigureCanvasPdf(picture.figure).print_figure(
-                buffer, dpi=dpi, format="pdf", metadata={"CreationDate": None, "Title": picture.name}
-            )
-        write_atomically(folder / f"{picture.name}.pdf", buffer.getvalue())
+        metadata = {"CreationDate": None, "Title": picture.name}
+        content = _rendered(picture.figure, format="pdf", dpi=dpi, metadata=metadata)
+        write_atomically(folder / f"{picture.name}.pdf", content)
     return image
+
+
+def _rendered(figure: Figure, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    with house_style():
+        figure.savefig(buffer, **options)
+    return buffer.getvalue()

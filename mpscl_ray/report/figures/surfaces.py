@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from mpscl_ray.report.figures.style import class_colours, class_legend, image_grid, wrapped
 
-VIEWS: Mapping[str, tuple[float, float]] = {"from the front": (25.0, 20.0), "from behind": (205.0, 20.0)}
-"""Azimuth and elevation in degrees; at (0, 0) the first slice is in front and the first row on top."""
+VIEWS = {"from the front": (25.0, 20.0), "from behind": (205.0, 20.0)}
+"""Title -> azimuth and elevation in degrees; at (0, 0) the first slice is in front and the first row on top."""
 
 _SIZE = 200
 """Rays per side of the image."""
@@ -30,38 +30,29 @@ Box = tuple[NDArray[np.float64], NDArray[np.float64]]
 
 
 def surfaces(
-    volumes: Mapping[str, NDArray[np.uint8]],
-    classes: Sequence[str],
-    spacing: tuple[float, float, float],
-    views: Mapping[str, tuple[float, float]] = VIEWS,
+    volumes: Mapping[str, NDArray[np.uint8]], classes: Sequence[str], spacing: tuple[float, float, float]
 ) -> Figure:
-    """Rows: views. Columns: label volumes (D, H, W) of one case by title, all at the same scale.
+    """Rows: :data:`VIEWS`. Columns: label volumes (D, H, W) of one case by title, all at the same scale.
 
     Args:
-        volumes: title -> label map; all have the same shape.
+        volumes: title -> label map; all have the same shape, and one at least has a structure.
         classes: names, background first.
         spacing: of the voxels (slice, row, column); any unit.
-        views: title -> azimuth and elevation in degrees.
     """
     box = _bounds(list(volumes.values()), spacing)
-    images = np.array(
-        [
-            [render(masks, spacing, box, *view) for view in views.values()]
-            for masks in (_smooth_masks(labels, len(classes), spacing) for labels in volumes.values())
-        ]
-    )
+    masks = [_smooth_masks(labels, len(classes), spacing) for labels in volumes.values()]
+    images = np.array([[render(own, spacing, box, *view) for own in masks] for view in VIEWS.values()])
     rows, columns = _filled(images.min(axis=(0, 1, 4)))
     images = images[:, :, rows, columns]
-    height = 1.7 * images.shape[2] / images.shape[3]
-    figure, axes = image_grid(len(views), len(volumes), (1.7, height))
-    for column, (title, labels) in enumerate(volumes.items()):
-        axes[0, column].set_title(wrapped(title))
-        for row in range(len(views)):
-            axes[row, column].imshow(images[column, row], interpolation="bilinear")
-            if not labels.any():
-                axes[row, column].text(0.5, 0.5, "no structure", transform=axes[row, column].transAxes, ha="center")
-    for row, name in enumerate(views):
+    figure, axes = image_grid(len(VIEWS), len(volumes), (1.7, 1.7 * images.shape[2] / images.shape[3]))
+    for row, name in enumerate(VIEWS):
         axes[row, 0].set_ylabel(name, fontsize=7)
+        for tile, image, labels in zip(axes[row], images[row], volumes.values(), strict=True):
+            tile.imshow(image, interpolation="bilinear")
+            if not labels.any():
+                tile.text(0.5, 0.5, "no structure", transform=tile.transAxes, ha="center")
+    for tile, title in zip(axes[0], volumes, strict=True):
+        tile.set_title(wrapped(title))
     class_legend(figure, classes)
     return figure
 
@@ -69,7 +60,7 @@ def surfaces(
 def _filled(image: NDArray[np.float64]) -> tuple[slice, slice]:
     """The part of a grey image that is not white, with a small margin."""
     rows, columns = (np.flatnonzero((image < 1).any(axis=axis)) for axis in (1, 0))
-    if not len(rows):
+    if not len(rows):  # structures so small that nothing of them is left after the smoothing
         return slice(None), slice(None)
     return slice(max(rows[0] - 4, 0), rows[-1] + 5), slice(max(columns[0] - 4, 0), columns[-1] + 5)
 
@@ -158,10 +149,9 @@ def _first_hits(field: NDArray[np.float32]) -> tuple[NDArray[np.float64], NDArra
     normals = np.zeros((*first.shape, 3))
     last = np.array(field.shape) - 1
     for axis, sign in ((2, -1.0), (1, 1.0), (0, -1.0)):
-        at = [first, rows, columns]
-        ahead, behind = list(at), list(at)
-        ahead[axis] = np.minimum(at[axis] + 1, last[axis])
-        behind[axis] = np.maximum(at[axis] - 1, 0)
+        ahead, behind = [first, rows, columns], [first, rows, columns]
+        ahead[axis] = np.minimum(ahead[axis] + 1, last[axis])
+        behind[axis] = np.maximum(behind[axis] - 1, 0)
         normals[..., 2 - axis] = sign * (field[tuple(ahead)] - field[tuple(behind)])
     length = np.linalg.norm(normals, axis=2, keepdims=True)
     return depth, normals / np.maximum(length, 1e-6)
@@ -196,8 +186,5 @@ def _smooth_masks(
 def _bounds(volumes: Sequence[NDArray[np.uint8]], spacing: tuple[float, float, float]) -> Box:
     """Corners of all structures of all volumes, with a margin."""
     shown = np.any([volume > 0 for volume in volumes], axis=0)
-    if not shown.any():
-        return np.zeros(3), np.array(shown.shape) * np.asarray(spacing)
     corners = np.array([(np.flatnonzero(shown.any(axis=tuple({0, 1, 2} - {axis})))[[0, -1]]) for axis in range(3)])
-    margin = 2.0
-    return (corners[:, 0] - margin) * np.asarray(spacing), (corners[:, 1] + margin) * np.asarray(spacing)
+    return (corners[:, 0] - 2.0) * np.asarray(spacing), (corners[:, 1] + 2.0) * np.asarray(spacing)

@@ -38,8 +38,8 @@ ADAPTS = ["baseline", "cscl", "mpscl"]
 
 def cells_of(systems: list[str], seeds: tuple[int, ...] = (1,), overrides: tuple[str, ...] = ()) -> dict[str, Cell]:
     names = {"forward": ("ct", "mr"), "backward": ("mr", "ct")}
-    groups = dict.fromkeys(names, "phantom")
-    cells = make_cells(systems, seeds, names, groups, ("data/ct", "data/mr"), overrides, Path("cells"))
+    plan = Plan(tuple(systems), seeds, tuple(names), dict.fromkeys(names, "phantom"), overrides)
+    cells = make_cells(plan, names, ("data/ct", "data/mr"), "cells")
     return {cell.name: cell for cell in cells}
 
 

@@ -147,7 +147,7 @@ def test_the_plane_holds_features_that_lie_in_one() -> None:
     axes = np.linalg.qr(rng.normal(size=(7, 7)))[0][:, :2]
     features = ((np.stack([np.cos(turn), np.sin(turn)], 1) * rng.uniform(1, 9, (200, 1))) @ axes.T).astype(np.float32)
     labels = {"source": np.arange(200, dtype=np.uint8) % 3, "target": np.zeros(200, np.uint8)}
-    sample = sample_of({"source": features, "target": features}, labels, np.zeros((3, 7), np.float32))
+    sample = sample_of({"source": features, "target": features}, labels, np.zeros((3, 7), np.float32), "")
     assert np.bincount(sample.labels["source"]).tolist() == [67, 67, 66]
     assert len(sample.labels["target"]) == 120
     points, _, share = plane(sample)

@@ -17,9 +17,10 @@ from mpscl_ray.data.parquet_reader import read_case
 from mpscl_ray.errors import ConfigError, DataError
 from mpscl_ray.methods.losses import class_counts, weighted_cross_entropy
 from mpscl_ray.predict.model import find_checkpoint
+from mpscl_ray.predict.predictor import load_weights
 from mpscl_ray.report import command as report
 from mpscl_ray.report import run as report_run
-from mpscl_ray.report.runs import choose_case, load, predict_case, read_runs
+from mpscl_ray.report.runs import choose_case, predict_case, read_runs
 from mpscl_ray.runs.run_directory import RunDirectory
 from mpscl_ray.train.domains import load_domains, model_description
 from mpscl_ray.train.feature_log import FeatureRecord
@@ -164,7 +165,7 @@ def test_a_run_in_a_bucket_is_read_by_its_url(margin: Path, tmp_path: Path) -> N
         assert [saved.name for saved in run.checkpoints] == [saved.name for saved in local.checkpoints]
         assert (run.feature_records, run.records) == (local.feature_records, local.records)
         assert len(FeatureRecord(run.folder.path).read_panels()) == 2
-        assert load(run, run.checkpoints[-1], "cpu").weights.step == 12  # type: ignore[union-attr]
+        assert load_weights(run.model, run.checkpoints[-1], "cpu").weights.step == 12  # type: ignore[union-attr]
         with pytest.raises(ConfigError, match="is in a bucket; give a folder for its report with --out"):
             report.main([url])
 
@@ -179,19 +180,19 @@ def test_training_labels_of_the_target_are_never_read(margin: Path) -> None:
 def test_entropy_and_loss_of_the_shown_case(data: Path, margin: Path) -> None:
     (run,) = read_runs([margin])
     shown = choose_case(run, None)
-    predictor = load(run, find_checkpoint(margin, "adaptation")[0], "cpu")
+    predictor = load_weights(run.model, find_checkpoint(margin, "adaptation")[0], "cpu")
     prediction = predict_case(predictor, shown, "adaptation")
     folder = data / "ct"
     arrays = read_case(folder, load_manifest(folder).split("test")[0])
     probabilities = torch.from_numpy(predictor.predict_probabilities(arrays["image"])).transpose(0, 1).double()
     entropy = torch.special.entr(probabilities).sum(1) / math.log(3)
-    assert prediction.segmented.entropy == pytest.approx(entropy.numpy(), abs=1e-5)
-    assert (prediction.segmented.labels == probabilities.argmax(1).numpy()).all()
+    assert prediction.entropy == pytest.approx(entropy.numpy(), abs=1e-5)
+    assert (prediction.labels == probabilities.argmax(1).numpy()).all()
     labels = torch.tensor(arrays["label"].astype(np.int64))
     sums = weighted_cross_entropy(probabilities.log(), labels, class_counts(labels, 3))
     assert prediction.cross_entropy == pytest.approx(float(sums.numerator / sums.denominator), rel=1e-5)
     assert prediction.step == 12
-    assert np.isfinite(prediction.segmented.entropy).all()
+    assert np.isfinite(prediction.entropy).all()
 
 
 def test_a_report_that_cannot_be_made_is_refused_in_one_sentence(margin: Path, tmp_path: Path) -> None:

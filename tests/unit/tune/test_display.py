@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import math
+from types import SimpleNamespace
+from typing import Any
 
 from mpscl_ray.tune.display import TrialTable, trial_rows
 from mpscl_ray.tune.ledger import Trial
@@ -20,10 +22,18 @@ def test_rows_name_state_iteration_score_and_settings() -> None:
         Trial(2, {"method.gamma": 12.5, "method.margin_form": "released"}, {10: {"score": math.nan}}),
         Trial(3, {"method.gamma": 1e-5, "method.margin_form": "paper"}),
     ]
-    columns = {"method.gamma": "gamma", "method.margin_form": "form"}
-    lines = trial_rows(trials, columns, {2: 0.0}, 5, 60, lambda t: t.last.get("score"), "oracle")
+    study: Any = SimpleNamespace(
+        space=SimpleNamespace(keys=["method.gamma", "method.margin_form"]),
+        ledger=SimpleNamespace(trials={trial.number: trial for trial in trials}),
+        started={2: 0.0},
+        sampler=SimpleNamespace(total=5),
+        iterations=60,
+        score=lambda trial: trial.last.get("score"),
+        metric="oracle",
+    )
+    lines = trial_rows(study)
     assert [line.split() for line in lines] == [
-        ["trial", "state", "iteration", "oracle", "gamma", "form"],
+        ["trial", "state", "iteration", "oracle", "gamma", "margin_form"],
         ["001", "finished", "10/60", "0.5000", "0.25", "paper"],
         ["002", "running", "10/60", "12.5", "released"],
         ["003", "waiting", "0/60", "1e-05", "paper"],

@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,7 +25,6 @@ from mpscl_ray.tune.agreement import agreement, agreements, rank_correlation
 from mpscl_ray.tune.asha import SuccessiveHalving
 from mpscl_ray.tune.criteria import CRITERIA, score
 from mpscl_ray.tune.ledger import Ledger, Trial
-from mpscl_ray.tune.ray_tune import ReportScheduler
 from mpscl_ray.tune.results import best_trial, preset_text, saving, trials_csv, trials_markdown
 from mpscl_ray.tune.samplers import make_sampler
 from mpscl_ray.tune.space import load_space
@@ -132,14 +132,6 @@ def test_promotions_follow_from_the_reports_alone(reports: list[tuple[int, float
             assert again.waits_at(number) == live.waits_at(number)
 
 
-def test_ray_tune_ends_no_trial_itself() -> None:
-    reports: list[tuple[int, int, float, dict[str, float]]] = []
-    scheduler = ReportScheduler(lambda *report: reports.append(report))
-    for result in ({"number": 1, "iteration": 10, "score": 0.5, f"values/{DICE}": 0.4}, {"done": True}):
-        assert scheduler.on_trial_result(None, None, result) == "CONTINUE"
-    assert reports == [(1, 10, 0.5, {DICE: 0.4})]
-
-
 def test_rank_correlation_by_hand() -> None:
     assert rank_correlation([1, 2, 3], [10, 20, 90]) == pytest.approx(1)
     assert rank_correlation([1, 2, 3], [3, 2, 1]) == pytest.approx(-1)
@@ -199,7 +191,11 @@ def test_the_best_trial_is_one_that_was_trained_in_full(tmp_path: Path) -> None:
 
 
 def test_the_saving_counts_iterations() -> None:
-    found = saving(some_trials(lambda: 0.0), 120, 0, 400)
+    trials = {trial.number: trial for trial in some_trials(lambda: 0.0)}
+    shared = [("source_only", 300), ("warm_up", 100)]
+    resolved = SimpleNamespace(schedule=[*shared, ("adaptation", 120)])
+    ledger = SimpleNamespace(trials=trials)
+    found = saving(SimpleNamespace(ledger=ledger, shared_phases=shared, resolved=resolved, iterations=120))  # type: ignore[arg-type]
     assert (found.done, found.in_full) == (3 * 120 + 3 * 36, 5 * 120 + 36)
     assert "468 iterations of 636" in found.sentence()
     assert "in all 868 of 3036 (29 %)" in found.sentence()

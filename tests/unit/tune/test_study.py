@@ -113,15 +113,15 @@ def test_one_trial_at_least_is_trained_in_full(tmp_path: Path) -> None:
         return given
 
     assert all_that_may_run() == [4, 1, 3], "three of twelve; 4 was among the best when it came"
-    assert study.has_active_trials
+    assert study.active
     for number, dice in ((1, 0.6), (3, 0.7), (4, 0.5)):
         study.ledger.report(number, 120, {"val/dice/mean": dice})
         assert study.halving.report(number, 120, dice), "of three on the second rung, a quarter is none"
-    study._active.clear()
+    study.active.clear()
     assert all_that_may_run() == [3], "but one has to be trained in full"
     study._record_end(3, "finished")
-    study._active.clear()
-    assert (study.next_trial(), study.has_active_trials) == (None, False)
+    study.active.clear()
+    assert (study.next_trial(), study.active) == (None, set())
 
 
 def test_settings_that_contradict_each_other_end_a_trial_before_it_starts(tmp_path: Path) -> None:
