@@ -478,6 +478,7 @@ def test_scores_of_two_boxes_are_those_computed_by_hand() -> None:
     assert score(prediction, label)["205"].asd_voxel == pytest.approx((9 + 1) / 26)
     chosen = score(prediction, label, spacing=1, class_names={"MYO": 205, "LVC": 500})
     assert {name: row.case_kind for name, row in chosen.items()} == {"MYO": "ok", "LVC": "absent"}
+    assert score(0 * label, label)["205"].case_kind == "missed"
 
 
 def test_scores_of_files_have_their_spacing(tmp_path: Path) -> None:
@@ -518,6 +519,14 @@ ONES = np.ones((4, 4, 4), dtype=int)
             {"class_names": ("background", "LV")},
             DataError,
             "the label has values 3 to 3; expected 0 to 1",
+        ),
+        (5 * ONES, 3 * ONES, {}, DataError, "the prediction has the values 5 and the label 3, none of them in both"),
+        (
+            ONES,
+            205 * ONES,
+            {"class_names": {"MYO": 205, "LV": 500}},
+            DataError,
+            r"the prediction has the values 1, and none of them is in class_names \(MYO: 205, LV: 500\)",
         ),
         (ONES, ONES, {"class_names": ()}, ConfigError, "class_names has 0 names"),
         (ONES, ONES, {"spacing": (1, 0, 1)}, ConfigError, r"spacing is \(1, 0, 1\); expected a size in mm above 0"),
