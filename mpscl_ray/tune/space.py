@@ -26,7 +26,7 @@ PACKAGE = Path(__file__).resolve().parents[1]
 EXAMPLE = """\
   preset: phantom                                # all other settings of a trial
   phases: {adaptation: 120}                      # any setting, as in a preset
-  search: {method: random, trials: 12}           # how to search
+  search: {method: random, num_samples: 12}      # how to search
   space:
     method.margin_source: {uniform: [0, 0.6]}
     method.gamma: {loguniform: [0.1, 3]}

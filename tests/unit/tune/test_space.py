@@ -20,7 +20,7 @@ from mpscl_ray.train import loop
 from mpscl_ray.tune.asha import rungs
 from mpscl_ray.tune.criteria import LABEL_FREE, WITHOUT_SOURCE
 from mpscl_ray.tune.samplers import grid, make_sampler
-from mpscl_ray.tune.space import Space, load_space, space_names
+from mpscl_ray.tune.space import EXAMPLE, Space, load_space, space_names
 from mpscl_ray.tune.warm_start import choose_metric
 from tests.tiny import local_data, make_pair, tiny_config
 
@@ -47,6 +47,12 @@ def test_spaces_of_the_package_are_valid_and_named_after_their_file(name: str) -
     assert space.base.run.name == f"tune-{name}"
     for settings in grid(space) if space.search.method == "grid" else [make_sampler(space, {}, {}).settings(2)]:
         assert space.config(settings).run == space.base.run
+
+
+def test_the_example_of_the_help_is_a_space(tmp_path: Path) -> None:
+    space = space_of(tmp_path, EXAMPLE)
+    assert space.search.num_samples == 12
+    assert len(space.distributions) == 5
 
 
 def test_all_subpackages_and_the_folder_of_spaces_are_installed() -> None:
