@@ -165,9 +165,9 @@ class RunDirectory:
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"cannot read {self.config_file}: {error}") from error
 
-    def check_config(self, text: str, may_change: Collection[str] = ()) -> list[str]:
+    def check_config(self, text: str, may_change: Collection[str] = (), option: str = "") -> list[str]:
         """Compare a resolved config, as YAML, with the one of this run (:func:`check_config_change`)."""
-        return check_config_change(self.name, self._parse(self.read_config()), self._parse(text), may_change)
+        return check_config_change(self.name, self._parse(self.read_config()), self._parse(text), may_change, option)
 
     def _parse(self, text: str) -> dict[str, Any]:
         try:

@@ -111,7 +111,7 @@ def warn_of_storage(folder: RunDirectory) -> None:
 def _check_resume(folder: RunDirectory, config: Config, allow_change: bool) -> list[str]:
     """A sentence for each setting that differs from the run's own; ConfigError where one must not."""
     every_section = tuple(section.name for section in dataclasses.fields(Config))
-    return folder.check_config(to_yaml(config), every_section if allow_change else MAY_CHANGE)
+    return folder.check_config(to_yaml(config), every_section if allow_change else MAY_CHANGE, "--allow-change")
 
 
 def _progress(folder: RunDirectory) -> dict[str, Any]:
