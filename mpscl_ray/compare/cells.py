@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from mpscl_ray.config import PRESETS, Config, load_config
+from mpscl_ray.config import PRESETS, Config, load_command_line
 from mpscl_ray.config.systems import SYSTEMS, shared_phase
 from mpscl_ray.errors import ConfigError, DataError
 from mpscl_ray.runs.ledger import LedgerFile
@@ -111,7 +111,7 @@ def system_config(group: str, system: str, overrides: Sequence[str]) -> Config:
         )
     preset = f"{group}/{system}" if folder is shipped else str(folder / f"{system}.yaml")
     try:
-        return load_config(preset, overrides)
+        return load_command_line(preset, overrides)
     except ConfigError as error:
         raise ConfigError(f"{preset}: {error}") from error
 

@@ -20,7 +20,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from mpscl_ray.config.methods import ADAPTATION, METHOD_CONFIGS, SOURCE_ONLY, WARM_UP
-from mpscl_ray.config.overrides import GIVEN, Setting, read_file, read_overrides
+from mpscl_ray.config.overrides import GIVEN, ON_COMMAND_LINE, Setting, read_file, read_overrides
 from mpscl_ray.config.schema import Config
 from mpscl_ray.errors import ConfigError
 from mpscl_ray.runs.cli import did_you_mean
@@ -49,13 +49,21 @@ def load_config(preset: str | Path, overrides: Sequence[str] | Mapping[str, Any]
         ConfigError: naming every unknown key (with the nearest known one), wrong type and value out of range, each
             with its file and line.
     """
+    return _load(preset, *read_overrides(overrides))
+
+
+def load_command_line(preset: str | Path, words: Sequence[str]) -> Config:
+    """As :func:`load_config`, with words of a command line."""
+    return _load(preset, *read_overrides(words, ON_COMMAND_LINE))
+
+
+def _load(preset: str | Path, given: Mapping[str, Setting], problems: list[str]) -> Config:
     path = _preset_path(preset)
     settings = _read_preset(path)
     settings.setdefault(
         "run.name",
         Setting(path.stem if path == Path(preset) or is_url(preset) else str(preset).replace("/", "-"), "by default"),
     )
-    given, problems = read_overrides(overrides)
     return _build({**settings, **given}, problems)
 
 
@@ -157,12 +165,10 @@ def _build(settings: Mapping[str, Setting], problems: list[str]) -> Config:
         try:
             built[section] = _adapter(kind).validate_python(nested.get(section, {}))
         except ValidationError as error:
-            details = error.errors()
-            fields = [detail["loc"][:1] for detail in details]
-            for detail in details:
-                # If a field takes a number or a list, report what is wrong with the number.
-                if detail["type"] != "tuple_type" or fields.count(detail["loc"][:1]) == 1:
-                    problems.append(_explain(section, detail, settings))
+            wrong: dict[str, list[Any]] = {}
+            for detail in error.errors():
+                wrong.setdefault(_key(section, detail, settings), []).append(detail)
+            problems += [_explain(key, details, settings) for key, details in wrong.items()]
     if not problems:
         config = Config(**built)
         problems += _inconsistencies(config)
@@ -191,16 +197,51 @@ def _nest(settings: Mapping[str, Setting], method: type, problems: list[str]) ->
     return nested
 
 
-def _explain(section: str, detail: Any, settings: Mapping[str, Setting]) -> str:
+def _key(section: str, detail: Any, settings: Mapping[str, Setting]) -> str:
+    """The key of the setting that an error of pydantic is about."""
     parts = [section, *(str(part) for part in detail["loc"])]
     key = ".".join(parts)
     while key not in settings and "." in key:  # Positions in a tuple and branches of a union are no keys.
         key = key.rpartition(".")[0]
+    return key
+
+
+def _explain(key: str, details: Sequence[Any], settings: Mapping[str, Setting]) -> str:
+    """What is wrong with a setting; where it takes a number or a list, with the one that was given."""
+    fitting = [
+        detail
+        for detail in details
+        if detail["type"] != "tuple_type"
+        and not (isinstance(detail["input"], list | tuple) and detail["type"].endswith("_type"))
+    ]
+    messages = dict.fromkeys(expected(detail) for detail in fitting or details)
     origin = settings[key].origin if key in settings else "by default"
+    value = yaml_scalar(settings[key].value if key in settings else details[0]["input"])
+    return f"{key}={value} {origin}: {', or '.join(messages).replace(', or expected', ', or')}"
+
+
+def expected(detail: Any) -> str:
+    """What was expected instead of a value, by an error of pydantic."""
+    kind = detail["type"]
+    if kind.startswith("int_"):
+        return "expected a whole number"
+    if kind.startswith("float_"):
+        return "expected a number"
+    if kind.startswith("bool_"):
+        return "expected true or false"
+    if kind == "literal_error":
+        choices = detail["ctx"]["expected"].replace(" or ", ", ")
+        return f"expected {'one of ' if ', ' in choices else ''}{choices}"
+    if kind == "string_type":
+        return "expected text"
+    if kind == "tuple_type":
+        return "expected a list, such as [1, 2]"
+    if kind == "missing":
+        return "expected a longer list"
+    if kind == "too_long":
+        return f"expected a list of at most {detail['ctx']['max_length']}"
     message = detail["msg"][0].lower() + detail["msg"][1:]
-    if detail["type"] == "tuple_type":
-        message = "expected a list, such as [1, 2]"
-    return f"{key}={yaml_scalar(settings[key].value if key in settings else detail['input'])} {origin}: {message}"
+    return message.replace("input should be a ", "expected a ").replace("input should be", "expected a value")
 
 
 def _inconsistencies(config: Config) -> list[str]:
@@ -286,4 +327,7 @@ def _plain(value: Any) -> Any:
 
 def yaml_scalar(value: Any) -> str:
     """A value as YAML on one line, as it is written after ``key=``."""
-    return yaml.safe_dump(_plain(value), default_flow_style=True, width=10_000).removesuffix("...\n").strip()
+    try:
+        return yaml.safe_dump(_plain(value), default_flow_style=True, width=10_000).removesuffix("...\n").strip()
+    except yaml.representer.RepresenterError:  # An object that was given from Python.
+        return repr(value)

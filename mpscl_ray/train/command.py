@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from mpscl_ray.config import Config, load_config, preset_names, require_datasets, to_yaml
+from mpscl_ray.config import Config, load_command_line, preset_names, require_datasets, to_yaml
 from mpscl_ray.config.help import (
     LEGEND,
     complete_settings,
@@ -84,7 +84,7 @@ def config_from_arguments(settings: Sequence[str]) -> Config:
     Raises:
         ConfigError: two presets, or anything wrong with the settings.
     """
-    return load_config(*_preset_and_overrides(settings))
+    return load_command_line(*_preset_and_overrides(settings))
 
 
 def _preset_and_overrides(settings: Sequence[str]) -> tuple[str, list[str]]:

@@ -154,7 +154,7 @@ def load_space(space: str | Path, overrides: Sequence[str] = ()) -> Space:
         for key, (value, origin) in entries.items()
         if key in ("space", "search") and value != {}
     ]
-    written, wrong = read_overrides(overrides)
+    written, wrong = read_overrides(overrides, "on the command line")
     problems += wrong
     given = {key: value for key, (value, _) in written.items()}
     on_the_command_line = {key: (value, "on the command line") for key, value in _below("search", given).items()}

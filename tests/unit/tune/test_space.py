@@ -80,15 +80,15 @@ space:
     message = refusal(tmp_path, text, "optim.lrr=1", "search.metric=dice")
     for sentence in (
         "'search.methid' in own.yaml:3 is not a setting of a search; did you mean 'search.method'?",
-        "search.num_samples=0 in own.yaml:3: input should be greater than or equal to 1",
+        "search.num_samples=0 in own.yaml:3: expected a value greater than or equal to 1",
         "'phases.adaptatoin' in own.yaml is not a setting; did you mean 'phases.adaptation'?",
         "'method.margin_sorce' in own.yaml:5 is not a setting; did you mean 'method.margin_source'?",
-        "method.margin_target=3.6 in own.yaml:6: input should be less than or equal to 1.57",
+        "method.margin_target=3.6 in own.yaml:6: expected a value less than or equal to 1.57",
         "'logunifrom' in own.yaml:7 is not a distribution; did you mean 'loguniform'?",
         "method.beta in own.yaml:8: loguniform begins at 0",
         "method.alpha in own.yaml:9 has the value 3, expected a distribution",
         "run.name in own.yaml:10 cannot be searched",
-        "method.discriminator=fcc in own.yaml:11: input should be 'fc' or 'patchgan'",
+        "method.discriminator=fcc in own.yaml:11: expected one of 'fc', 'patchgan'",
         "method.delta_th in own.yaml:12: uniform has [0.1, '1e-5'], expected two numbers",
     ):
         assert sentence in message
