@@ -169,6 +169,7 @@ def _build(settings: Mapping[str, Setting], problems: list[str]) -> Config:
             for detail in error.errors():
                 wrong.setdefault(_key(section, detail, settings), []).append(detail)
             problems += [_explain(key, details, settings) for key, details in wrong.items()]
+    problems += _wrong_values(built)
     if not problems:
         config = Config(**built)
         problems += _inconsistencies(config)
@@ -244,12 +245,24 @@ def expected(detail: Any) -> str:
     return message.replace("input should be a ", "expected a ").replace("input should be", "expected a value")
 
 
+def _wrong_values(sections: Mapping[str, Any]) -> list[str]:
+    """Sentences for values of the right types that are wrong in every config."""
+    found: list[str] = []
+    scaling, run = sections.get("scaling"), sections.get("run")
+    if scaling and scaling.least_workers > scaling.most_workers:
+        found.append(f"scaling.num_workers={list(scaling.num_workers)}: expected the smaller number first")
+    if run and (not run.name or run.name in (".", "..") or not set(run.name) <= _NAME_CHARACTERS):
+        found.append(f"run.name={run.name!r} must be made of letters, digits, '.', '_' and '-'")
+    for key, value in flatten({name: dataclasses.asdict(section) for name, section in sections.items()}):
+        if isinstance(value, float) and not math.isfinite(value):
+            found.append(f"{key}={value} is not a finite number")
+    return found
+
+
 def _inconsistencies(config: Config) -> list[str]:
     """Sentences for values that are valid each but not together."""
     found: list[str] = []
     least, most = config.scaling.least_workers, config.scaling.most_workers
-    if least > most:
-        found.append(f"scaling.num_workers=[{least}, {most}] has no number in it; give the smaller one first")
     odd = [number for number in range(least, most + 1) if config.data.global_batch_size % number]
     if odd:
         found.append(
@@ -266,11 +279,6 @@ def _inconsistencies(config: Config) -> list[str]:
         found.append("data.labelled_domain=target is the supervised bound and goes with method.name=segmentation")
     if not config.schedule:
         found.append("phases: all phases have 0 iterations; give at least one of them some")
-    if not config.run.name or config.run.name in (".", "..") or not set(config.run.name) <= _NAME_CHARACTERS:
-        found.append(f"run.name={config.run.name!r} must be made of letters, digits, '.', '_' and '-'")
-    for key, value in flatten(to_dict(config)):
-        if isinstance(value, float) and not math.isfinite(value):
-            found.append(f"{key}={value} is not a finite number")
     return found
 
 

@@ -90,7 +90,7 @@ def test_overrides_have_the_types_of_their_fields() -> None:
         ("data.in_memory=7", ": expected 'auto', or true or false"),
         ("phases.warm_up=1.5", ": expected a whole number"),
         ("run.storage=[1]", ": expected text"),
-        ("scaling.num_workers=[2, 1]", "the smaller one first"),
+        ("scaling.num_workers=[2, 1]", "scaling.num_workers=[2, 1]: expected the smaller number first"),
         ("scaling.num_workers=[1, 3]", "every number of workers from 1 to 3"),
         ("network.layers=1,1,1,1", "a list, such as [1, 2]"),
         ("network.output_stride=16", "expected one of 4, 8"),
@@ -132,6 +132,12 @@ def test_all_errors_are_reported_at_once_with_file_and_line(tmp_path: Path) -> N
     assert "optim.lr=-1 in mine.yaml:3" in text
     assert "'methd.margin_source' in mine.yaml:5" in text
     assert "data.global_batch_size=0 in the overrides" in text
+
+
+def test_wrong_values_of_several_sections_are_reported_at_once() -> None:
+    with pytest.raises(ConfigError) as error:
+        load_config("phantom", ["optim.lr=-1", "run.name=", "scaling.num_workers=[2, 1]", "phases.warm_up=x"])
+    assert all(key in str(error.value) for key in ("optim.lr=-1", "run.name=''", "num_workers=[2, 1]", "warm_up=x"))
 
 
 @pytest.mark.parametrize(
