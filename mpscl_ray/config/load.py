@@ -113,17 +113,21 @@ def _preset_path(preset: str | Path) -> Path:
     if path.suffix in (".yaml", ".yml"):
         if path.is_file():
             return path
-        raise ConfigError(f"there is no preset file {path}; {_near_presets(preset)}")
-    raise ConfigError(f"there is no preset '{preset}'; {_near_presets(preset)}")
+        raise ConfigError(f"there is no preset file {path}; {_near_preset(preset)}")
+    raise ConfigError(f"there is no preset '{preset}'; {_near_preset(preset)}")
 
 
-def _near_presets(preset: str | Path) -> str:
-    near = difflib.get_close_matches(str(preset).removesuffix(".yaml").removesuffix(".yml"), preset_names(), cutoff=0.5)
-    hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
+def _near_preset(preset: str | Path) -> str:
+    word = str(preset).removesuffix(".yaml").removesuffix(".yml")
     families = sorted({path.parent.name for path in PRESETS.glob("*/*.yaml")})
-    return (
-        f"{hint}Presets are phantom and FAMILY/METHOD with the families {', '.join(families)}, such as small/mpscl; "
-        "python -m mpscl_ray.train --list-presets lists them; a file of your own is given by its path, with .yaml"
+    if word in families and word not in preset_names():
+        return f"it is a family of presets: give one of them, such as {word}/mpscl"
+    family = difflib.get_close_matches(word, families, n=1, cutoff=0.7)
+    if family and family[0] not in preset_names():
+        return f"did you mean the family '{family[0]}', such as {family[0]}/mpscl?"
+    return did_you_mean(word, preset_names()) or (
+        f"expected phantom, or FAMILY/METHOD with one of the families {', '.join(families)}, or the path of a YAML "
+        "file; python -m mpscl_ray.train --list-presets lists them"
     )
 
 

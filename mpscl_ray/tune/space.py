@@ -212,8 +212,8 @@ def _path(space: str | Path) -> Path:
         raise ConfigError(f"there is no space file {path}; give the path of a YAML file or one of {_listing()}")
     hint = did_you_mean(str(space), space_names(), cutoff=0.4)
     raise ConfigError(
-        f"there is no space '{space}'; {hint}{' ' if hint else ''}The spaces are {_listing()}; your own is given by "
-        "its path, with .yaml"
+        f"there is no space '{space}'; "
+        + (hint or f"expected one of {_listing()}, or the path of a YAML file, with its ending .yaml")
     )
 
 
