@@ -86,7 +86,8 @@ def _plan(options: argparse.Namespace) -> Plan:
     overrides = [word for word in options.words if "=" in word]
     unknown = [word for word in named if word not in SYSTEMS]
     if unknown:
-        raise ConfigError(f"there is no system {', '.join(unknown)}; the systems are {', '.join(SYSTEMS)}")
+        hint = cli.did_you_mean(unknown[0], SYSTEMS) or f"the systems are {', '.join(SYSTEMS)}"
+        raise ConfigError(f"there is no system {', '.join(unknown)}; {hint}")
     for word in overrides:
         key = word.partition("=")[0]
         if key in SET_BY_COMPARISON:

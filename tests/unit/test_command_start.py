@@ -68,7 +68,7 @@ CASES = {
         ("--version", 0, "torch"),
         ("--shwo", 2, "unrecognized arguments: --shwo"),
         ("mpsc", 2, "error: there is no system mpsc"),
-        ("--presets nothing", 2, "error: the presets nothing have no system source_only"),
+        ("--presets nothing", 2, "error: there is no group of presets 'nothing'"),
         ("optim.lrr=1", 2, "error: phantom/source_only: 'optim.lrr' on the command line is not a setting"),
         ("mpscl method.margin_source=4", 2, "error: phantom/mpscl: method.margin_source=4 on the command line"),
         ("mpscl clan method.delta_th=0.1", 2, "error: phantom/clan: 'method.delta_th' on the command line is not a"),
