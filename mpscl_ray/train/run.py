@@ -125,6 +125,7 @@ def _progress(folder: RunDirectory) -> dict[str, Any]:
 
 def _check_before_ray(config: Config, folder: RunDirectory) -> None:
     """Find errors in datasets, checkpoints and pretrained weights before Ray takes its time to start."""
+    phantom_dataset.check(config)
     found, _ = newest_checkpoint(folder)
     if not _wants_phantom(config):
         domains, _ = read_domains(config, folder)

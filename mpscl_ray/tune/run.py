@@ -70,6 +70,7 @@ def search(
 
         def work() -> None:
             with signals_end("before the search began"):
+                phantom_dataset.check(space.base)
                 if not any(value.startswith(phantom_dataset.PREFIX) for value in _datasets(space)):
                     choose_metric(space.search.metric, load_domains(space.base)[0])
                 with connect(dashboard=dashboard), release_orphaned_placement_groups(folder):

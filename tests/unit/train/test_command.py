@@ -202,6 +202,23 @@ def test_datasets_that_cannot_be_trained_on(command: Command, pair: Path, tmp_pa
         assert status["resume_command"].startswith("python -m mpscl_ray.train small/mpscl ")
 
 
+@pytest.mark.parametrize(
+    ("setting", "code", "expected"),
+    [
+        ("data.source=nowhere", DataError.exit_code, "nowhere: no such folder; prepare a dataset first"),
+        ("data.target=phantom:pet", ConfigError.exit_code, "data.target=phantom:pet: the phantom has phantom:mr"),
+    ],
+)
+def test_no_phantom_is_made_for_a_run_that_cannot_be(
+    command: Command, tmp_path: Path, setting: str, code: int, expected: str
+) -> None:
+    found, out, error = command("phantom", setting, f"run.storage={tmp_path}")
+    assert found == code
+    assert expected in only_sentence(error)
+    assert "making the phantom" not in out
+    assert [path.name for path in tmp_path.iterdir()] == ["phantom"], "the folder of the run"
+
+
 def test_selection_by_labels_that_the_target_does_not_have(command: Command, tmp_path: Path, pair: Path) -> None:
     target = make_dataset(tmp_path / "ct", "ct", seed=1, labelled=())
     code, _, error = command(*tiny(pair, tmp_path / "runs", f"data.target={target}", "run.select=oracle"))

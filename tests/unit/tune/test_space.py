@@ -123,7 +123,9 @@ def test_refused(tmp_path: Path, text: str, overrides: list[str], message: str) 
 def test_an_unknown_space_is_refused_with_the_nearest_name() -> None:
     with pytest.raises(ConfigError, match=r"no space 'phantm'; did you mean 'phantom'\?$"):
         load_space("phantm")
-    with pytest.raises(ConfigError, match=r"no space 'nothing'; expected one of contrastive, .*, or the path of a YAML"):
+    with pytest.raises(
+        ConfigError, match=r"no space 'nothing'; expected one of contrastive, .*, or the path of a YAML"
+    ):
         load_space("nothing")
     with pytest.raises(ConfigError, match=r"there is no space file nowhere\.yaml"):
         load_space("nowhere.yaml")
