@@ -140,6 +140,8 @@ class RunDirectory:
             return
         neighbours = self.store.neighbours()
         hint = f"; runs beside it: {', '.join(neighbours)}" if neighbours else ""
+        if isinstance(self.store, LocalStore) and not self.path.exists():
+            raise ConfigError(f"{self.display_path}: no such folder, expected that of a run{hint}")
         raise ConfigError(f"{self.display_path} is not the folder of a run: it has no config.yaml{hint}")
 
     def relative_to_run(self, path: Path) -> Path:

@@ -94,6 +94,8 @@ def test_folder_that_is_read_only(tmp_path: Path) -> None:
 def test_reading_a_run_that_is_not_there(run: RunDirectory) -> None:
     with pytest.raises(ConfigError, match=r"demo is not the folder of a run: it has no config.yaml$"):
         run.require()
+    with pytest.raises(ConfigError, match=r"nowhere: no such folder, expected that of a run$"):
+        RunDirectory(run.path.parent / "nowhere").require()
     other = RunDirectory(run.path.parent / "other")
     other.create()
     other.write_config(CONFIG)
