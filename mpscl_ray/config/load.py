@@ -306,6 +306,18 @@ def _free_mappings(method: type) -> tuple[str, ...]:
     return tuple(key for key, _, kind in setting_fields(Config, method) if dict in _origins(kind))
 
 
+def setting_keys() -> list[str]:
+    """Keys of all settings, with those of every method."""
+    return sorted(set[str]().union(*map(_known_keys, METHOD_CONFIGS.values())))
+
+
+def check_no_bare_key(words: Sequence[str]) -> None:
+    """Refuse words of a command line that are a key without a value, as in ``optim.lr =3``."""
+    for word in words:
+        if word in setting_keys():
+            raise ConfigError(f"'{word}' is a setting without a value; write {word}=VALUE without spaces")
+
+
 def setting_fields(kind: type, method: type, prefix: str = "") -> Iterator[tuple[str, tuple[type, Any], Any]]:
     """Every setting below a dataclass: its key, the class and field that it is, and its type.
 

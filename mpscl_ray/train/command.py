@@ -14,6 +14,7 @@ from mpscl_ray.config.help import (
     describe_common,
     list_presets,
 )
+from mpscl_ray.config.load import check_no_bare_key, setting_keys
 from mpscl_ray.errors import ConfigError
 from mpscl_ray.runs import cli
 from mpscl_ray.runs.storage import is_url, parse_location
@@ -59,7 +60,7 @@ def main(arguments: Sequence[str], fit: Fit | None = None) -> int:
     add("--print-config", action="store_true", help="print the resolved settings as YAML, which train also reads")
     add("--dashboard", action="store_true", help="serve the Ray dashboard of a Ray started here")
     add("--allow-change", action="store_true", help="resume a run although settings that matter differ from its own")
-    options = parser.parse_settings(arguments)
+    options = parser.parse_settings(arguments, setting_keys())
     if options.help or options.help_all:
         print(f"{parser.format_help()}\n{_help(options.settings, options.help_all)}\n\n{cli.EXIT_CODES}")
         return 0
@@ -90,6 +91,7 @@ def config_from_arguments(settings: Sequence[str]) -> Config:
 def _preset_and_overrides(settings: Sequence[str]) -> tuple[str, list[str]]:
     overrides = [word for word in settings if "=" in word and not is_url(word)]
     presets = [word for word in settings if word not in overrides]
+    check_no_bare_key(presets)
     if len(presets) > 1:
         raise ConfigError(f"{' and '.join(presets)} are two presets, expected one; settings are written key=value")
     return (presets[0] if presets else _DEFAULT_PRESET), overrides

@@ -143,6 +143,7 @@ def test_show_makes_no_folder(command: Command, tmp_path: Path) -> None:
         (["no_such.yaml"], "no preset file no_such.yaml"),
         (["small/mpscl", "optim.lrr=1"], "did you mean 'optim.lr'"),
         (["small/mpscl", "phantom"], "small/mpscl and phantom are two presets"),
+        (["phantom", "optim.lr", "=3"], "'optim.lr' is a setting without a value; write optim.lr=VALUE without spaces"),
         (["small/mpscl", "method.margin_source=4"], "method.margin_source=4"),
         (["small/mpscl", "data.global_batch_size=0"], "data.global_batch_size=0"),
         (["small/mpscl", "optim.lr=nan"], "optim.lr"),
@@ -174,7 +175,22 @@ def test_all_wrong_settings_are_reported_together(command: Command) -> None:
 def test_an_unknown_option_is_usage(command: Command) -> None:
     code, _, error = command("--shwo")
     assert code == 2
-    assert "unrecognized arguments: --shwo" in error
+    assert error.endswith("unrecognized arguments: --shwo\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--num-workers", "2"], "unrecognized arguments: --num-workers 2; write scaling.num_workers=2"),
+        (["--optim.lr=0.1"], "unrecognized arguments: --optim.lr=0.1; write optim.lr=0.1"),
+        (["--seed"], "unrecognized arguments: --seed; write run.seed=VALUE"),
+        (["--print"], "unrecognized arguments: --print"),  # no abbreviation
+    ],
+)
+def test_an_option_that_is_a_setting(command: Command, arguments: list[str], expected: str) -> None:
+    code, _, error = command("phantom", *arguments)
+    assert code == 2
+    assert error.endswith(f"{expected}\n")
 
 
 def test_datasets_that_cannot_be_trained_on(command: Command, pair: Path, tmp_path: Path) -> None:
