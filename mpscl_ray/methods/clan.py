@@ -53,10 +53,10 @@ class CLAN(SegmenterMethod[CLANConfig]):
         weights = disagreement(target_logits["aux"], target_logits["main"])
         source_map = (source_logits["aux"] + source_logits["main"]).softmax(dim=1)
         target_map = (target_logits["aux"] + target_logits["main"]).softmax(dim=1)
-        preheating = iteration <= warmup_fraction and warmup_fraction > 0
+        warming_up = iteration <= warmup_fraction and warmup_fraction > 0
         verdict = upsample_logits(at_least_float32(self.adversary.forward_frozen("main", target_map)), size)
         adaptive = weights.detach() if c.detach_weight_map else weights
-        losses["loss_adversarial_main"] = self._adversarial(verdict, SOURCE_LABEL, None if preheating else adaptive)
+        losses["loss_adversarial_main"] = self._adversarial(verdict, SOURCE_LABEL, None if warming_up else adaptive)
         losses["loss_weight_similarity"] = head_weight_similarity(self.segmenter)
         total = segmentation + c.lambda_adversarial * damping * losses["loss_adversarial_main"]
         total = total + 2 * c.lambda_weight * damping * losses["loss_weight_similarity"]
@@ -68,7 +68,7 @@ class CLAN(SegmenterMethod[CLANConfig]):
             for x in self.adversary.discriminate("main", source_map, target_map)
         )
         loss = domain_loss(on_source, SOURCE_LABEL)
-        loss = loss + self._adversarial(on_target, TARGET_LABEL, None if preheating else weights.detach())
+        loss = loss + self._adversarial(on_target, TARGET_LABEL, None if warming_up else weights.detach())
         losses["loss_discriminator_main"] = loss
         loss.backward()  # type: ignore[no-untyped-call]
 
