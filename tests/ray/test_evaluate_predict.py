@@ -258,7 +258,7 @@ def test_what_cannot_be_evaluated_is_refused(run: Path, tmp_path: Path) -> None:
         evaluate.main([str(run), "--data", str(other)])
     with pytest.raises(DataError, match="prepare a dataset"):
         evaluate.main([str(run), "--data", str(tmp_path / "nowhere")])
-    with pytest.raises(ConfigError, match="no such folder, expected that of a run"):
+    with pytest.raises(ConfigError, match="not the folder of a run"):
         evaluate.main([str(tmp_path)])
     with pytest.raises(ConfigError, match="--workers"):
         evaluate.main([str(run), "--workers", "-1"])

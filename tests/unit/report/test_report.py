@@ -195,7 +195,7 @@ def test_entropy_and_loss_of_the_shown_case(data: Path, margin: Path) -> None:
 
 
 def test_a_report_that_cannot_be_made_is_refused_in_one_sentence(margin: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no such folder, expected that of a run"):
+    with pytest.raises(ConfigError, match="not the folder of a run"):
         report_run.report([tmp_path])
     with pytest.raises(ConfigError, match="given twice"):
         report_run.report([margin, margin / ".." / "margin"])
