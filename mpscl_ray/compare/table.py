@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from mpscl_ray.compare.published import NOTE, TITLE, Published
-from mpscl_ray.runs.palette import display_order
+from mpscl_ray.runs.structures import display_order
 
 LOWER, UPPER = "source_only", "supervised"
 

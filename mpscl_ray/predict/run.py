@@ -35,10 +35,10 @@ from mpscl_ray.predict.model import find_checkpoint, read_model
 from mpscl_ray.predict.predictor import choose_device, load_weights, num_inference_workers
 from mpscl_ray.prepare.file_listing import is_dicom
 from mpscl_ray.runs.atomic_files import write_atomically
-from mpscl_ray.runs.palette import display_order
 from mpscl_ray.runs.progress import ProgressLine
 from mpscl_ray.runs.run_directory import open_run
 from mpscl_ray.runs.storage import S3Path, output_directory
+from mpscl_ray.runs.structures import display_order
 
 VOLUMES = "volumes.json"
 """File in the output folder with the volume of each structure in ml, by label map."""
