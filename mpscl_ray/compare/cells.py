@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from mpscl_ray.config import PRESETS, Config, load_config
+from mpscl_ray.config import PRESETS, Config, load_command_line
 from mpscl_ray.config.systems import SYSTEMS, shared_phase
 from mpscl_ray.errors import ConfigError, DataError
 from mpscl_ray.runs.atomic_files import write_atomically
+from mpscl_ray.runs.cli import did_you_mean
 from mpscl_ray.runs.environment import now
 
 DIRECTIONS = ("forward", "backward")
@@ -100,13 +101,16 @@ def system_config(group: str, system: str, overrides: Sequence[str]) -> Config:
     if not (folder / f"{system}.yaml").is_file():
         have = sorted(path.stem for path in folder.glob("*.yaml") if path.stem in SYSTEMS)
         groups = sorted({path.parent.name for path in PRESETS.glob("*/*.yaml")})
+        if not folder.is_dir():
+            hint = did_you_mean(group, groups) or f"give one of {', '.join(groups)}, or a folder of your own"
+            raise ConfigError(f"there is no group of presets '{group}'; {hint}")
         raise ConfigError(
             f"the presets {group} have no system {system}"
             + (f", only {', '.join(have)}" if have else f"; give one of {', '.join(groups)}, or a folder of your own")
         )
     preset = f"{group}/{system}" if folder is shipped else str(folder / f"{system}.yaml")
     try:
-        return load_config(preset, overrides)
+        return load_command_line(preset, overrides)
     except ConfigError as error:
         raise ConfigError(f"{preset}: {error}") from error
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from mpscl_ray.compare.cells import DIRECTIONS, SET_BY_COMPARISON, Plan, check_presets
 from mpscl_ray.config import PRESETS
 from mpscl_ray.config.help import complete_settings, leading_comment, listing
+from mpscl_ray.config.load import check_no_bare_key, setting_keys
 from mpscl_ray.config.systems import SYSTEMS
 from mpscl_ray.errors import ConfigError
 from mpscl_ray.runs import cli
@@ -62,7 +63,7 @@ def main(arguments: Sequence[str], fit: Fit | None = None) -> int:
     )
     add("--out", metavar="DIR", help="folder of the comparison, or its URL (default: RUN.STORAGE/compare)")
     add("--max-concurrent", type=int, metavar="N", help="runs at a time (default: as many as there is room for)")
-    options = parser.parse_intermixed_args(list(arguments))
+    options = parser.parse_settings(arguments, setting_keys())
     plan = _plan(options)
     base = check_presets(plan)
     if not base.data.source or not base.data.target:
@@ -75,10 +76,12 @@ def main(arguments: Sequence[str], fit: Fit | None = None) -> int:
 
 def _plan(options: argparse.Namespace) -> Plan:
     named = [word for word in options.words if "=" not in word]
+    check_no_bare_key(named)
     overrides = [word for word in options.words if "=" in word]
     unknown = [word for word in named if word not in SYSTEMS]
     if unknown:
-        raise ConfigError(f"there is no system {', '.join(unknown)}; the systems are {', '.join(SYSTEMS)}")
+        hint = cli.did_you_mean(unknown[0], SYSTEMS) or f"the systems are {', '.join(SYSTEMS)}"
+        raise ConfigError(f"there is no system {', '.join(unknown)}; {hint}")
     for word in overrides:
         key = word.partition("=")[0]
         if key in SET_BY_COMPARISON:

@@ -51,6 +51,7 @@ def compare(plan: Plan, base: Config, command: Sequence[str], fit: Fit | None = 
 def _run(plan: Plan, base: Config, folder: RunDirectory, resume: str, fit: Fit | None) -> None:
     ledger = CellLedger(folder.path / "cells.json", folder.store.flush)
     out = parse_location(folder.uri)  # valid for workers on other nodes too
+    phantom_dataset.check(base)
     with connect(), release_orphaned_placement_groups(folder):
         base = phantom_dataset.resolve(base)
         datasets = (base.data.source, base.data.target)

@@ -12,7 +12,7 @@ import numpy as np
 
 from mpscl_ray.compare.published import NOTE, TITLE, Published
 from mpscl_ray.evaluate.tables import csv_text, markdown_table, text_table
-from mpscl_ray.runs.palette import display_order
+from mpscl_ray.runs.structures import display_order
 
 LOWER, UPPER = "source_only", "supervised"
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mpscl_ray.config.load import PRESETS, load_config, preset_names, setting_fields, yaml_scalar
+from mpscl_ray.config.load import PRESETS, load_config, preset_names, setting_fields, setting_keys, yaml_scalar
 from mpscl_ray.config.methods import ADAPTATION, METHOD_CONFIGS, SOURCE_ONLY, WARM_UP
 from mpscl_ray.config.schema import Config
 from mpscl_ray.errors import ConfigError
@@ -152,8 +152,7 @@ def complete_settings(names: Iterable[str]) -> Callable[..., list[str]]:
     """The completer of a word in a shell: to one of some names, or to the key of a setting."""
 
     def complete(prefix: str, **_: Any) -> list[str]:
-        keys = {f"{key}=" for kind in METHOD_CONFIGS.values() for key, _, _ in setting_fields(Config, kind)}
-        return [word for word in (*names, *sorted(keys)) if word.startswith(prefix)]
+        return [word for word in (*names, *(f"{key}=" for key in setting_keys())) if word.startswith(prefix)]
 
     return complete
 

@@ -21,7 +21,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from mpscl_ray.config.methods import ADAPTATION, METHOD_CONFIGS, SOURCE_ONLY, WARM_UP
-from mpscl_ray.config.overrides import GIVEN, Setting, read_file, read_overrides
+from mpscl_ray.config.overrides import GIVEN, ON_COMMAND_LINE, Setting, read_file, read_overrides
 from mpscl_ray.config.schema import Config
 from mpscl_ray.errors import ConfigError
 from mpscl_ray.runs.cli import did_you_mean
@@ -50,13 +50,21 @@ def load_config(preset: str | Path, overrides: Sequence[str] | Mapping[str, Any]
         ConfigError: naming every unknown key (with the nearest known one), wrong type and value out of range, each
             with its file and line.
     """
+    return _load(preset, *read_overrides(overrides))
+
+
+def load_command_line(preset: str | Path, words: Sequence[str]) -> Config:
+    """As :func:`load_config`, with words of a command line."""
+    return _load(preset, *read_overrides(words, ON_COMMAND_LINE))
+
+
+def _load(preset: str | Path, given: Mapping[str, Setting], problems: list[str]) -> Config:
     path = _preset_path(preset)
     settings = _read_preset(path)
     settings.setdefault(
         "run.name",
         Setting(path.stem if path == Path(preset) or is_url(preset) else str(preset).replace("/", "-"), "by default"),
     )
-    given, problems = read_overrides(overrides)
     return _build({**settings, **given}, problems)
 
 
@@ -106,17 +114,21 @@ def _preset_path(preset: str | Path) -> Path:
     if path.suffix in (".yaml", ".yml"):
         if path.is_file():
             return path
-        raise ConfigError(f"there is no preset file {path}; {_near_presets(preset)}")
-    raise ConfigError(f"there is no preset '{preset}'; {_near_presets(preset)}")
+        raise ConfigError(f"there is no preset file {path}; {_near_preset(preset)}")
+    raise ConfigError(f"there is no preset '{preset}'; {_near_preset(preset)}")
 
 
-def _near_presets(preset: str | Path) -> str:
-    near = difflib.get_close_matches(str(preset).removesuffix(".yaml").removesuffix(".yml"), preset_names(), cutoff=0.5)
-    hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
+def _near_preset(preset: str | Path) -> str:
+    word = str(preset).removesuffix(".yaml").removesuffix(".yml")
     families = sorted({path.parent.name for path in PRESETS.glob("*/*.yaml")})
-    return (
-        f"{hint}Presets are phantom and FAMILY/METHOD with the families {', '.join(families)}, such as small/mpscl; "
-        "python -m mpscl_ray.train --list-presets lists them; a file of your own is given by its path, with .yaml"
+    if word in families and word not in preset_names():
+        return f"it is a family of presets: give one of them, such as {word}/mpscl"
+    family = difflib.get_close_matches(word, families, n=1, cutoff=0.7)
+    if family and family[0] not in preset_names():
+        return f"did you mean the family '{family[0]}', such as {family[0]}/mpscl?"
+    return did_you_mean(word, preset_names()) or (
+        f"expected phantom, or FAMILY/METHOD with one of the families {', '.join(families)}, or the path of a YAML "
+        "file; python -m mpscl_ray.train --list-presets lists them"
     )
 
 
@@ -154,12 +166,11 @@ def _build(settings: Mapping[str, Setting], problems: list[str]) -> Config:
         try:
             built[section] = _adapter(kind).validate_python(nested.get(section, {}))
         except ValidationError as error:
-            details = error.errors()
-            fields = [detail["loc"][:1] for detail in details]
-            for detail in details:
-                # If a field takes a number or a list, report what is wrong with the number.
-                if detail["type"] != "tuple_type" or fields.count(detail["loc"][:1]) == 1:
-                    problems.append(_explain(section, detail, settings))
+            wrong: dict[str, list[Any]] = {}
+            for detail in error.errors():
+                wrong.setdefault(_key(section, detail, settings), []).append(detail)
+            problems += [_explain(key, details, settings) for key, details in wrong.items()]
+    problems += _wrong_values(built)
     if not problems:
         config = Config(**built)
         problems += _inconsistencies(config)
@@ -188,24 +199,71 @@ def _nest(settings: Mapping[str, Setting], method: type, problems: list[str]) ->
     return nested
 
 
-def _explain(section: str, detail: Any, settings: Mapping[str, Setting]) -> str:
+def _key(section: str, detail: Any, settings: Mapping[str, Setting]) -> str:
+    """The key of the setting that an error of pydantic is about."""
     parts = [section, *(str(part) for part in detail["loc"])]
     key = ".".join(parts)
     while key not in settings and "." in key:  # Positions in a tuple and branches of a union are no keys.
         key = key.rpartition(".")[0]
+    return key
+
+
+def _explain(key: str, details: Sequence[Any], settings: Mapping[str, Setting]) -> str:
+    """What is wrong with a setting; where it takes a number or a list, with the one that was given."""
+    fitting = [
+        detail
+        for detail in details
+        if detail["type"] != "tuple_type"
+        and not (isinstance(detail["input"], list | tuple) and detail["type"].endswith("_type"))
+    ]
+    messages = dict.fromkeys(expected(detail) for detail in fitting or details)
     origin = settings[key].origin if key in settings else "by default"
-    message = detail["msg"][0].lower() + detail["msg"][1:]
-    if detail["type"] == "tuple_type":
-        message = "expected a list, such as [1, 2]"
-    return f"{key}={yaml_scalar(settings[key].value if key in settings else detail['input'])} {origin}: {message}"
+    value = yaml_scalar(settings[key].value if key in settings else details[0]["input"])
+    return f"{key}={value} {origin}: {', or '.join(messages).replace(', or expected', ', or')}"
+
+
+def expected(detail: Any) -> str:
+    """What was expected instead of a value, by an error of pydantic."""
+    kind = detail["type"]
+    if kind.startswith("int_"):
+        return "expected a whole number"
+    if kind.startswith("float_"):
+        return "expected a number"
+    if kind.startswith("bool_"):
+        return "expected true or false"
+    if kind == "literal_error":
+        choices = detail["ctx"]["expected"].replace(" or ", ", ")
+        return f"expected {'one of ' if ', ' in choices else ''}{choices}"
+    if kind == "string_type":
+        return "expected text"
+    if kind == "tuple_type":
+        return "expected a list, such as [1, 2]"
+    if kind == "missing":
+        return "expected a longer list"
+    if kind == "too_long":
+        return f"expected a list of at most {detail['ctx']['max_length']}"
+    message: str = detail["msg"][0].lower() + detail["msg"][1:]
+    return message.replace("input should be a ", "expected a ").replace("input should be", "expected a value")
+
+
+def _wrong_values(sections: Mapping[str, Any]) -> list[str]:
+    """Sentences for values of the right types that are wrong in every config."""
+    found: list[str] = []
+    scaling, run = sections.get("scaling"), sections.get("run")
+    if scaling and scaling.least_workers > scaling.most_workers:
+        found.append(f"scaling.num_workers={list(scaling.num_workers)}: expected the smaller number first")
+    if run and (run.name in (".", "..") or not re.fullmatch(r"[A-Za-z0-9._-]+", run.name)):
+        found.append(f"run.name={run.name!r} must be made of letters, digits, '.', '_' and '-'")
+    for key, value in flatten({name: dataclasses.asdict(section) for name, section in sections.items()}):
+        if isinstance(value, float) and not math.isfinite(value):
+            found.append(f"{key}={value} is not a finite number")
+    return found
 
 
 def _inconsistencies(config: Config) -> list[str]:
     """Sentences for values that are each valid, but not together."""
     found: list[str] = []
     least, most = config.scaling.least_workers, config.scaling.most_workers
-    if least > most:
-        found.append(f"scaling.num_workers=[{least}, {most}] has no number in it; give the smaller one first")
     odd = [number for number in range(least, most + 1) if config.data.global_batch_size % number]
     if odd:
         found.append(
@@ -222,11 +280,6 @@ def _inconsistencies(config: Config) -> list[str]:
         found.append("data.labelled_domain=target is the supervised bound and goes with method.name=segmentation")
     if not config.schedule:
         found.append("phases: all phases have 0 iterations; give at least one of them some")
-    if config.run.name in (".", "..") or not re.fullmatch(r"[A-Za-z0-9._-]+", config.run.name):
-        found.append(f"run.name={config.run.name!r} must be made of letters, digits, '.', '_' and '-'")
-    for key, value in flatten(to_dict(config)):
-        if isinstance(value, float) and not math.isfinite(value):
-            found.append(f"{key}={value} is not a finite number")
     return found
 
 
@@ -247,6 +300,18 @@ def _known_keys(method: type) -> frozenset[str]:
 def _free_mappings(method: type) -> tuple[str, ...]:
     """Keys with a mapping as value, from names that are not settings."""
     return tuple(key for key, _, kind in setting_fields(Config, method) if dict in _origins(kind))
+
+
+def setting_keys() -> list[str]:
+    """Keys of all settings, with those of every method."""
+    return sorted(set[str]().union(*map(_known_keys, METHOD_CONFIGS.values())))
+
+
+def check_no_bare_key(words: Sequence[str]) -> None:
+    """Refuse words of a command line that are a key without a value, as in ``optim.lr =3``."""
+    for word in words:
+        if word in setting_keys():
+            raise ConfigError(f"'{word}' is a setting without a value; write {word}=VALUE without spaces")
 
 
 def setting_fields(kind: type, method: type, prefix: str = "") -> Iterator[tuple[str, tuple[type, Any], Any]]:
@@ -279,4 +344,7 @@ def _plain(value: Any) -> Any:
 
 def yaml_scalar(value: Any) -> str:
     """A value as YAML on one line, as it is written after ``key=``."""
-    return yaml.safe_dump(_plain(value), default_flow_style=True, width=10_000).removesuffix("...\n").strip()
+    try:
+        return yaml.safe_dump(_plain(value), default_flow_style=True, width=10_000).removesuffix("...\n").strip()
+    except yaml.representer.RepresenterError:  # An object that was given from Python.
+        return repr(value)

@@ -79,26 +79,34 @@ def _walk(node: yaml.MappingNode, path: Path, prefix: str = "") -> Iterator[tupl
             yield key, Setting(value, f"in {path.name}:{key_node.start_mark.line + 1}")
 
 
-def read_overrides(overrides: Sequence[str] | Mapping[str, Any]) -> tuple[dict[str, Setting], list[str]]:
+def read_overrides(
+    overrides: Sequence[str] | Mapping[str, Any], origin: str = IN_OVERRIDES
+) -> tuple[dict[str, Setting], list[str]]:
     """Flat keys of overrides, and a sentence for each word that is not ``key=value``.
 
     Args:
         overrides: ``section.key=value`` words with YAML values, such as ``null``, ``[1, 2]`` or ``true``; a later word
-            replaces an earlier one. Or a mapping: dotted keys, or sections with mappings of their own.
+            replaces an earlier one. A string is one word. Or a mapping: dotted keys, or sections with mappings of
+            their own.
+        origin: one of :data:`GIVEN`, for the values of words.
     """
+    if isinstance(overrides, str):
+        overrides = [overrides]
+    if not isinstance(overrides, Mapping | Sequence):
+        return {}, [f"the overrides are {overrides!r}; expected a list of key=value words or a mapping"]
     if isinstance(overrides, Mapping):
         values = ((key, str(value) if isinstance(value, Path) else value) for key, value in flatten(overrides))
         return {key: Setting(value, IN_OVERRIDES) for key, value in values}, []
     found: dict[str, Setting] = {}
     problems: list[str] = []
     for override in overrides:
-        key, separator, text = override.partition("=")
+        key, separator, text = override.partition("=") if isinstance(override, str) else ("", "", "")
         if not separator or not key:
-            problems.append(f"'{override}' on the command line is not key=value")
+            problems.append(f"{override!r} {origin} is not key=value")
             continue
         try:
             value = yaml.safe_load(text) if text.strip() else ""
         except yaml.YAMLError:
             value = text
-        found |= {name: Setting(part, ON_COMMAND_LINE) for name, part in flatten({key: value})}
+        found |= {name: Setting(part, origin) for name, part in flatten({key: value})}
     return found, problems

@@ -24,7 +24,7 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 Size = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 """Size of a voxel in mm."""
-_PREPARE = "python -m mpscl_ray.prepare INPUT --layout mmwhs --out DIR"
+_PREPARE = "python -m mpscl_ray.prepare INPUT --layout LAYOUT --out DIR"
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,17 @@ def score(
             raise DataError(f"the prediction has shape {predicted.shape} and the label {true.shape}; expected the same")
     if class_names is None:
         class_names = _values_found(predicted, true)
+        if predicted.any() and true.any() and not np.intersect1d(predicted[predicted != 0], true).size:
+            raise DataError(
+                f"the prediction has the values {_some(predicted)} and the label {_some(true)}, none of them in both; "
+                "give both the same label values"
+            )
     if isinstance(class_names, Mapping):
+        if predicted.any() and not np.isin(predicted, list(class_names.values())).any():
+            raise DataError(
+                f"the prediction has the values {_some(predicted)}, and none of them is in class_names "
+                f"({', '.join(f'{name}: {value}' for name, value in class_names.items())}); give its own label values"
+            )
         predicted, true = _indices(predicted, class_names), _indices(true, class_names)
         class_names = ("background", *class_names)
     if len(class_names) < 2:
@@ -120,6 +130,12 @@ def _values_found(predicted: npt.NDArray[np.int64], true: npt.NDArray[np.int64])
             f"{_MOST_LABELS} structures with values above 0"
         )
     return {str(value): int(value) for value in values}
+
+
+def _some(array: npt.NDArray[np.int64]) -> str:
+    """The first values of a label map but 0."""
+    values = np.unique(array[array != 0])
+    return ", ".join(map(str, values[:6])) + (", ..." if len(values) > 6 else "")
 
 
 def _indices(array: npt.NDArray[np.int64], values: Mapping[str, int]) -> npt.NDArray[np.int64]:

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 
 from mpscl_ray.evaluate.metrics import MEASURES, CaseKind, StructureScore
-from mpscl_ray.runs.palette import display_order
+from mpscl_ray.runs.structures import display_order
 
 KINDS: tuple[CaseKind, ...] = ("ok", "missed", "false_alarm", "absent")
 TITLES = {

@@ -157,8 +157,8 @@ class CAG(SegmenterMethod[CAGConfig]):
         flag = self.optimisers.step(losses)
         metrics = {
             "loss_segmentation": segmentation.total,
-            "selected_fraction_anchor": (by_anchor != IGNORE).to(total.dtype).mean(),
-            "selected_fraction_probability": (by_probability != IGNORE).to(total.dtype).mean(),
+            "pseudo_label_fraction_anchor": (by_anchor != IGNORE).to(total.dtype).mean(),
+            "pseudo_label_fraction_probability": (by_probability != IGNORE).to(total.dtype).mean(),
             "distance_threshold": self.threshold,
         }
         return base.metrics(losses, metrics, non_finite=flag)

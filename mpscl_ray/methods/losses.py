@@ -227,11 +227,6 @@ def margin_contrastive_loss(
     return RatioTerms((weights * loss).sum(), weights.sum())
 
 
-def poly_lr(base: float, iteration: int, max_iterations: int, power: float = 0.9) -> float:
-    """Learning rate of the polynomial decay, base (1 - iteration/max_iterations)^power, and 0 from there on."""
-    return float(base * max(0.0, 1.0 - iteration / max_iterations) ** power)
-
-
 def _inverse_norm(x: Tensor) -> Tensor:
     """1 / |x| along dimension 1 (kept), and 1 with zero gradient where |x| is zero."""
     squared = x.square().sum(dim=1, keepdim=True)

@@ -13,7 +13,11 @@ from mpscl_ray.config import OptimConfig, ParameterKind, PrecisionConfig
 from mpscl_ray.distributed import collectives
 from mpscl_ray.distributed.batch_norm import convert_batch_norm
 from mpscl_ray.errors import DataError
-from mpscl_ray.methods.losses import poly_lr
+
+
+def poly_lr(base: float, iteration: int, max_iterations: int, power: float = 0.9) -> float:
+    """Learning rate of the polynomial decay, base (1 - iteration/max_iterations)^power, and 0 from there on."""
+    return float(base * max(0.0, 1.0 - iteration / max_iterations) ** power)
 
 
 def prepare_network(network: nn.Module, device: torch.device, precision: PrecisionConfig) -> None:

@@ -35,10 +35,10 @@ from mpscl_ray.predict.model import find_checkpoint, read_model
 from mpscl_ray.predict.predictor import choose_device, load_weights, num_inference_workers
 from mpscl_ray.prepare.file_listing import is_dicom
 from mpscl_ray.runs.atomic_files import write_atomically
-from mpscl_ray.runs.palette import display_order
 from mpscl_ray.runs.progress import ProgressLine
 from mpscl_ray.runs.run_directory import open_run
 from mpscl_ray.runs.storage import S3Path, output_directory
+from mpscl_ray.runs.structures import display_order
 
 VOLUMES = "volumes.json"
 """File in the output folder with the volume of each structure in ml, by label map."""
@@ -92,7 +92,7 @@ def predict(options: argparse.Namespace, out: Path | S3Path) -> int:
     failed += [prediction for prediction in done if prediction.error]
     good = [prediction for prediction in done if not prediction.error]
     _write_volumes(job, previous, good)
-    _report(good, failed, options.out)
+    print_outcome(good, failed, options.out)
     return DataError.exit_code if failed else 0
 
 
@@ -199,7 +199,8 @@ def _write_volumes(job: Job, previous: dict[str, Any], good: Sequence[Prediction
         write_atomically(folder / VOLUMES, (text + "\n").encode())
 
 
-def _report(good: Sequence[Prediction], failed: Sequence[Prediction], out: str) -> None:
+def print_outcome(good: Sequence[Prediction], failed: Sequence[Prediction], out: str) -> None:
+    """Say which images were segmented, with the volumes of their structures, and which were not."""
     for prediction in good:
         volumes_ml = prediction.volumes_ml or {}
         volumes = ", ".join(f"{name} {volumes_ml[name]:.1f}" for name in display_order(list(volumes_ml)))
@@ -207,8 +208,10 @@ def _report(good: Sequence[Prediction], failed: Sequence[Prediction], out: str) 
         for notice in prediction.notices:
             print(f"  note: {notice}")
     if good:
-        print(f"{len(good)} label maps, {VOLUMES} and the label tables are in {out}")
+        print(f"{len(good)} label map{'s' * (len(good) > 1)}, {VOLUMES} and the label tables are in {out}")
     if failed:
-        print(f"error: {len(failed)} of {len(failed) + len(good)} inputs were not segmented:", file=sys.stderr)
+        total = len(failed) + len(good)
+        inputs = "input was" if total == 1 else "inputs were"
+        print(f"error: {len(failed)} of {total} {inputs} not segmented:", file=sys.stderr)
         for prediction in failed:
             print(f"  {prediction.error}", file=sys.stderr)

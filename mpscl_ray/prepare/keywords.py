@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import typing
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
+from mpscl_ray.config.load import expected
 from mpscl_ray.data.volumes.recipe import Recipe
 from mpscl_ray.errors import ConfigError
 from mpscl_ray.prepare.options import PrepareOptions
@@ -44,8 +48,19 @@ def prepare_dataset(
         near = did_you_mean(name, sorted(_RECIPE | _OPTIONS), cutoff=0.6)
         hint = near or "python -m mpscl_ray.prepare --help lists them"
         raise ConfigError(f"{name!r} is not an option of prepare; {hint}")
+    options = {name: _checked(name, value) for name, value in options.items()}
     recipe = Recipe(**{name: value for name, value in options.items() if name in _RECIPE})
     others = {name: value for name, value in options.items() if name in _OPTIONS}
     return prepare(
-        PrepareOptions(Path(images), parse_location(out), layout, recipe=recipe, **others), progress=progress
+        PrepareOptions(Path(str(parse_location(images))), parse_location(out), layout, recipe=recipe, **others),
+        progress=progress,
     )
+
+
+def _checked(name: str, value: Any) -> Any:
+    """The value of an option; ConfigError where it is of another type."""
+    hints = typing.get_type_hints(Recipe if name in _RECIPE else PrepareOptions)
+    try:
+        return TypeAdapter(hints[name]).validate_python(value)
+    except ValidationError as error:
+        raise ConfigError(f"{name}={value!r}: {expected(error.errors()[0])}") from None

@@ -50,20 +50,33 @@ def resolve(config: Config, *, progress: bool = True) -> Config:
 
     Raises:
         ConfigError: another word after ``phantom:``.
+        DataError: there is no dataset in the folder that is the other domain.
         StorageError: the storage folder cannot be written.
     """
+    check(config)
     source, target = (_resolved(config, key, progress) for key in ("source", "target"))
     return dataclasses.replace(config, data=dataclasses.replace(config.data, source=source, target=target))
+
+
+def check(config: Config) -> None:
+    """Check the datasets of a run with a phantom as far as that needs no phantom; errors as in :func:`resolve`."""
+    values = {key: getattr(config.data, key) for key in ("source", "target")}
+    if not any(value.startswith(PREFIX) for value in values.values()):
+        return
+    for key, value in values.items():
+        if not value.startswith(PREFIX):
+            load_manifest(value)
+        elif value.removeprefix(PREFIX) not in MODALITIES:
+            raise ConfigError(
+                f"data.{key}={value}: the phantom has {' and '.join(PREFIX + name for name in MODALITIES)}"
+            )
 
 
 def _resolved(config: Config, key: str, progress: bool) -> str:
     value: str = getattr(config.data, key)
     if not value.startswith(PREFIX):
         return value
-    modality = value.removeprefix(PREFIX)
-    if modality not in MODALITIES:
-        raise ConfigError(f"data.{key}={value}: the phantom has {' and '.join(PREFIX + name for name in MODALITIES)}")
-    return str(phantom_dataset(parse_location(config.run.storage), progress=progress) / modality)
+    return str(phantom_dataset(parse_location(config.run.storage), progress=progress) / value.removeprefix(PREFIX))
 
 
 def phantom_dataset(

@@ -33,9 +33,9 @@ from mpscl_ray.prepare.splits import Splitting
 from mpscl_ray.prepare.staged_case import Request, Settings, StagedCase
 from mpscl_ray.prepare.staging import finish_case, stage_case
 from mpscl_ray.runs.atomic_files import fsync_directory, storage_errors
-from mpscl_ray.runs.palette import display_indices
 from mpscl_ray.runs.progress import ProgressLine
 from mpscl_ray.runs.storage import S3Path
+from mpscl_ray.runs.structures import display_indices
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

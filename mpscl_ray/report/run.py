@@ -14,7 +14,8 @@ from mpscl_ray.report.html import page
 from mpscl_ray.report.runs import read_runs
 from mpscl_ray.report.sections import overview, sections
 from mpscl_ray.runs.atomic_files import storage_errors, write_atomically
-from mpscl_ray.runs.palette import display_indices, hex_colour
+from mpscl_ray.runs.palette import hex_colour
+from mpscl_ray.runs.structures import display_indices
 
 
 def report(

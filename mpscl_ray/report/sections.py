@@ -18,7 +18,7 @@ from mpscl_ray.report.figures.style import house_style, save
 from mpscl_ray.report.groups import Group
 from mpscl_ray.report.html import Section, Table
 from mpscl_ray.report.runs import ReportedRun
-from mpscl_ray.runs.palette import display_indices
+from mpscl_ray.runs.structures import display_indices
 from mpscl_ray.train.feature_log import FeatureRecord
 
 _ROWS = 4

@@ -75,6 +75,17 @@ def version() -> str:
     return f"mpscl_ray {__version__} (Python {platform.python_version()}, {installed('torch')}, {installed('ray')})"
 
 
+def _as_setting(option: str, arguments: Sequence[str], keys: Sequence[str]) -> str:
+    """How an unknown option is written as a setting, where there is one of that name."""
+    word, separator, value = option.partition("=")
+    name = word.lstrip("-").replace("-", "_")
+    if not separator and option in arguments[:-1]:
+        following = arguments[arguments.index(option) + 1]
+        value = "" if following.startswith("-") else following
+    fitting = [f"{key}={value or 'VALUE'}" for key in keys if name in (key, key.rpartition(".")[2])]
+    return f"; write {' or '.join(fitting)}" if fitting else ""
+
+
 class _VersionAction(argparse.Action):
     """``--version``: read only when asked for."""
 
@@ -97,7 +108,7 @@ class CommandParser(argparse.ArgumentParser):
 
     def __init__(self, **options: Any) -> None:
         formatter = functools.partial(argparse.RawDescriptionHelpFormatter, width=help_width())
-        super().__init__(**(options | {"formatter_class": formatter}))
+        super().__init__(**({"allow_abbrev": False} | options | {"formatter_class": formatter}))
         none = argparse.SUPPRESS  # It is no attribute of the parsed options.
         self.add_argument(
             "--version", action=_VersionAction, nargs=0, dest=none, default=none, help="print the versions and exit"
@@ -113,15 +124,19 @@ class CommandParser(argparse.ArgumentParser):
         self._complete()
         return super().parse_intermixed_args(args, namespace)
 
-    def parse_settings(self, arguments: Sequence[str]) -> argparse.Namespace:
+    def parse_settings(self, arguments: Sequence[str], keys: Sequence[str]) -> argparse.Namespace:
         """Parse options and settings in any order; unknown options are an error unless help was asked for.
 
         For a parser made with ``add_help=False`` and :meth:`add_settings`.
+
+        Args:
+            arguments: of the command line.
+            keys: of all settings, for a hint where one was written as an option.
         """
         self._complete()
         options, unknown = self.parse_known_intermixed_args(list(arguments))
-        if unknown and not (options.help or options.help_all):
-            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        if unknown and not (getattr(options, "help", False) or getattr(options, "help_all", False)):
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{_as_setting(unknown[0], arguments, keys)}")
         return options
 
     def add_settings(self, first: str, help: str, completer: Callable[..., list[str]]) -> None:

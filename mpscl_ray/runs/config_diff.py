@@ -12,7 +12,7 @@ _ABSENT = object()
 
 
 def check_config_change(
-    run: str, stored: Mapping[str, Any], given: Mapping[str, Any], may_change: Collection[str]
+    run: str, stored: Mapping[str, Any], given: Mapping[str, Any], may_change: Collection[str], option: str = ""
 ) -> list[str]:
     """Refuse a config that changes what must stay.
 
@@ -21,6 +21,7 @@ def check_config_change(
         stored: Nested values of the config that the run was started with.
         given: The same of the config now.
         may_change: Dotted keys that may differ; ``scaling`` covers ``scaling.num_workers`` too.
+        option: Option of the command that permits every change, where it has one.
 
     Returns:
         A sentence for each key of ``may_change`` that did change.
@@ -39,11 +40,10 @@ def check_config_change(
         sentence = f"{key}: {_format(before)} in the run, {_format(after)} now"
         (changed if allowed else refused).append(sentence)
     if refused:
-        may = f" (only these may change: {', '.join(sorted(may_change))})" if may_change else ""
         raise ConfigError(
             f"the run {run} was started with another config: {'; '.join(refused)}; set "
-            f"{'it' if len(refused) == 1 else 'them'} back to resume, or give another run.name to start from scratch"
-            f"{may}"
+            f"{'it' if len(refused) == 1 else 'them'} back"
+            + (f", give another run.name, or {option}" if option else ", or give another run.name")
         )
     return changed
 

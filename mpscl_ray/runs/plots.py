@@ -17,7 +17,8 @@ from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
 from mpscl_ray.runs.atomic_files import write_atomically
-from mpscl_ray.runs.palette import COLOURS, colour, display_indices, display_order, hex_colour
+from mpscl_ray.runs.palette import COLOURS, colour, hex_colour
+from mpscl_ray.runs.structures import display_indices, display_order
 
 _CURVES = tuple(hex_colour(index) for index in range(1, len(COLOURS) - 1))
 """The colours of the classes without the last, yellow, which is too pale for a line on white."""

@@ -75,8 +75,8 @@ class ProgressLine:
             self._show()
 
     def close(self) -> None:
-        """Show the last state and end the line."""
-        if self._shown != (self._iteration, self._loss):
+        """Show the last state, unless there was nothing to do, and end the line."""
+        if self._total and self._shown != (self._iteration, self._loss):
             self._show()
         if self._terminal and self._width:
             self._write("\n")

@@ -140,6 +140,8 @@ class RunDirectory:
             return
         neighbours = self.store.neighbours()
         hint = f"; runs beside it: {', '.join(neighbours)}" if neighbours else ""
+        if isinstance(self.store, LocalStore) and not self.path.exists():
+            raise ConfigError(f"{self.display_path}: no such folder, expected that of a run{hint}")
         raise ConfigError(f"{self.display_path} is not the folder of a run: it has no config.yaml{hint}")
 
     def relative_to_run(self, path: Path) -> Path:
@@ -165,9 +167,9 @@ class RunDirectory:
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"cannot read {self.config_file}: {error}") from error
 
-    def check_config(self, text: str, may_change: Collection[str] = ()) -> list[str]:
+    def check_config(self, text: str, may_change: Collection[str] = (), option: str = "") -> list[str]:
         """Compare a resolved config, as YAML, with the one of this run (:func:`check_config_change`)."""
-        return check_config_change(self.name, self._parse(self.read_config()), self._parse(text), may_change)
+        return check_config_change(self.name, self._parse(self.read_config()), self._parse(text), may_change, option)
 
     def _parse(self, text: str) -> dict[str, Any]:
         try:

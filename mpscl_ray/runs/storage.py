@@ -52,6 +52,8 @@ def parse_location(location: str | Path | S3Path) -> Path | S3Path:
     """A location as a local path or a path in a bucket. Raises ConfigError for a URL that cannot be used."""
     if isinstance(location, S3Path):
         return location
+    if not isinstance(location, str | os.PathLike):
+        raise ConfigError(f"{location!r} was given for a name, path or URL; expected text")
     return S3Path.parse(str(location)) if is_url(location) else Path(location)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from mpscl_ray.config import Config, load_config, preset_names, require_datasets, split_words, to_yaml
+from mpscl_ray.config import Config, load_command_line, preset_names, require_datasets, split_words, to_yaml
 from mpscl_ray.config.help import (
     LEGEND,
     complete_settings,
@@ -14,6 +14,7 @@ from mpscl_ray.config.help import (
     describe_common,
     list_presets,
 )
+from mpscl_ray.config.load import check_no_bare_key, setting_keys
 from mpscl_ray.runs import cli
 from mpscl_ray.runs.storage import parse_location
 
@@ -45,7 +46,7 @@ def main(arguments: Sequence[str], fit: Fit | None = None) -> int:
     add("--print-config", action="store_true", help="print the resolved settings as YAML, which train also reads")
     add("--dashboard", action="store_true", help="serve the Ray dashboard of a Ray started here")
     add("--allow-change", action="store_true", help="resume a run although settings that matter differ from its own")
-    options = parser.parse_settings(arguments)
+    options = parser.parse_settings(arguments, setting_keys())
     if options.help or options.help_all:
         print(f"{parser.format_help()}\n{_help(options.settings, options.help_all)}\n\n{cli.EXIT_CODES}")
         return 0
@@ -66,7 +67,8 @@ def main(arguments: Sequence[str], fit: Fit | None = None) -> int:
 
 def config_from_arguments(settings: Sequence[str]) -> Config:
     """Config of a command line: at most one preset, and overrides. Raises ConfigError where anything is wrong."""
-    return load_config(*split_words(settings, "presets"))
+    check_no_bare_key(settings)
+    return load_command_line(*split_words(settings, "presets"))
 
 
 def _help(settings: Sequence[str], every: bool) -> str:

@@ -11,10 +11,10 @@ from mpscl_ray.config import Config, reads_target
 from mpscl_ray.config.titles import phase_title
 from mpscl_ray.evaluate.run import PHASES_TABLE
 from mpscl_ray.runs.control_files import WARNINGS_FILE, WORKER_FAILURES_FILE
-from mpscl_ray.runs.palette import display_order
 from mpscl_ray.runs.progress import ProgressLine
 from mpscl_ray.runs.run_directory import RunDirectory
 from mpscl_ray.runs.storage import join_location
+from mpscl_ray.runs.structures import display_order
 from mpscl_ray.train.domains import Domains
 from mpscl_ray.train.streams import TrainingData
 

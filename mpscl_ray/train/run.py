@@ -73,7 +73,9 @@ def train(
         # A run without a checkpoint starts from scratch, with any settings.
         if folder.exists and folder.store.step_checkpoints():
             every_section = tuple(section.name for section in dataclasses.fields(Config))
-            changes = folder.check_config(to_yaml(config), every_section if allow_change else MAY_CHANGE)
+            changes = folder.check_config(
+                to_yaml(config), every_section if allow_change else MAY_CHANGE, "--allow-change"
+            )
             if folder.read_status().get("state") == "finished" and not (changes and allow_change):
                 print(f"the run {folder.name} is finished; for another one give it a name with run.name=NAME")
                 print_results(folder)
@@ -109,6 +111,7 @@ def warn_of_storage(folder: RunDirectory) -> None:
 
 def _check_before_ray(config: Config, folder: RunDirectory) -> None:
     """Find errors in datasets, checkpoints and pretrained weights before Ray takes its time to start."""
+    phantom_dataset.check(config)
     found, _ = newest_checkpoint(folder)
     if any(value.startswith(phantom_dataset.PREFIX) for value in (config.data.source, config.data.target)):
         return  # that dataset is not made yet

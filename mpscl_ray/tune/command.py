@@ -17,6 +17,7 @@ from mpscl_ray.config.help import (
     listing,
     section_help,
 )
+from mpscl_ray.config.load import check_no_bare_key, setting_keys
 from mpscl_ray.config.systems import common_phases
 from mpscl_ray.errors import ConfigError
 from mpscl_ray.runs import cli
@@ -55,10 +56,11 @@ def main(arguments: Sequence[str], fit: Fit | None = None) -> int:
     add("--warm-up", metavar="RUN", help="folder, or URL, of a run whose first phases all trials start from")
     add("--print-config", action="store_true", help="print the checked search as YAML and what trials share, and stop")
     add("--dashboard", action="store_true", help="serve the Ray dashboard of a Ray started here")
-    options = parser.parse_settings(arguments)
+    options = parser.parse_settings(arguments, setting_keys())
     if options.list_presets:
         print(list_presets(cli.help_width()))
         return 0
+    check_no_bare_key(options.settings)
     name, overrides = split_words(options.settings, "spaces")
     if options.help or options.help_all:
         print(f"{parser.format_help()}\n{_help(name, overrides, options.help_all)}\n\n{cli.EXIT_CODES}")

@@ -70,11 +70,14 @@ def search(
 
         def work() -> None:
             with signals_end("before the search began"):
+                phantom_dataset.check(space.base)
+                parent = None if warm_up is None else open_run(warm_up)
+                if parent is not None and not ledger.trials:
+                    parent.require()
                 datasets = space.base.data.source, space.base.data.target
                 if not any(dataset.startswith(phantom_dataset.PREFIX) for dataset in datasets):
                     choose_metric(space.search.metric, load_domains(space.base)[0])
                 with connect(dashboard=dashboard), release_orphaned_placement_groups(folder):
-                    parent = None if warm_up is None else open_run(warm_up)
                     study = _search(space, folder, ledger, parent, fit)
             print_results(study)
 

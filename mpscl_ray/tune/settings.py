@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError
 
+from mpscl_ray.config.load import expected
 from mpscl_ray.runs.cli import did_you_mean
 from mpscl_ray.tune.criteria import CRITERIA
 
@@ -57,8 +58,7 @@ def search_config(values: Mapping[str, tuple[Any, str]]) -> tuple[SearchConfig, 
     except ValidationError as error:
         for detail in error.errors():
             name = str(detail["loc"][0])
-            message = detail["msg"][0].lower() + detail["msg"][1:]
-            problems.append(f"search.{name}={values[name][0]} {values[name][1]}: {message}")
+            problems.append(f"search.{name}={values[name][0]} {values[name][1]}: {expected(detail)}")
         return SearchConfig(), list(dict.fromkeys(problems))
     if config.metric != "auto" and config.metric not in CRITERIA:
         problems.append(

@@ -146,7 +146,7 @@ def load_space(space: str | Path, overrides: Sequence[str] = ()) -> Space:
         for key, (value, origin) in entries.items()
         if key in ("space", "search") and value != {}
     ]
-    written, wrong = read_overrides(overrides)
+    written, wrong = read_overrides(overrides, "on the command line")
     problems += wrong
     given = {key: value for key, (value, _) in written.items()}
     on_the_command_line = {key: (value, "on the command line") for key, value in _below("search", given).items()}
@@ -204,8 +204,8 @@ def _path(space: str | Path) -> Path:
         raise ConfigError(f"there is no space file {path}; give the path of a YAML file or one of {known}")
     hint = did_you_mean(str(space), space_names(), cutoff=0.4)
     raise ConfigError(
-        f"there is no space '{space}'; {hint}{' ' if hint else ''}The spaces are {known}; your own is given by its "
-        "path, with .yaml"
+        f"there is no space '{space}'; "
+        + (hint or f"expected one of {known}, or the path of a YAML file, with its ending .yaml")
     )
 
 

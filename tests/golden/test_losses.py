@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mpscl_ray.methods import losses, prototypes
+from mpscl_ray.methods import losses, optim, prototypes
 
 NUM_CLASSES = 5
 
@@ -112,5 +112,5 @@ def test_domain_loss(golden: dict[str, Tensor]) -> None:
 
 
 def test_poly_lr(golden: dict[str, Tensor]) -> None:
-    rates = [losses.poly_lr(2.5e-4, int(i), 50_000) for i in golden["poly_lr_iters"]]
+    rates = [optim.poly_lr(2.5e-4, int(i), 50_000) for i in golden["poly_lr_iters"]]
     torch.testing.assert_close(torch.tensor(rates, dtype=torch.float64), golden["poly_lr"], rtol=1e-9, atol=0.0)

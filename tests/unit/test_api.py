@@ -224,6 +224,7 @@ def test_overrides_are_words_or_a_mapping() -> None:
         "phantom", {"optim.lr": 0.5, "network": {"layers": (1, 1, 1, 1)}, "data.source": Path("here")}
     )
     assert words == mapping
+    assert load_config("phantom", "optim.lr=3") == load_config("phantom", ["optim.lr=3"])
     assert set(differences(load_config("phantom"), words)) == {"optim.lr", "network.layers", "data.source"}
 
 
@@ -232,8 +233,48 @@ def test_wrong_overrides_are_named() -> None:
         load_config("phantom", {"optim.lrr": 1})
     with pytest.raises(ConfigError, match=r"'method\.min_pixels' in the overrides is not a setting"):
         load_config("phantom", {"method.min_pixels": 1})  # of CAG
-    with pytest.raises(ConfigError, match=r"optim.lr='?fast'? in the overrides: input should be a valid number"):
+    with pytest.raises(ConfigError, match=r"optim.lr='?fast'? in the overrides: expected a number"):
         load_config("phantom", {"optim.lr": "fast"})
+
+
+@pytest.mark.parametrize(
+    ("preset", "overrides", "message"),
+    [
+        ("phantom", {"optim.lr": object()}, r"^optim\.lr=<object object at \w+> in the overrides: "),
+        ("phantom", None, "the overrides are None; expected a list of key=value words or a mapping$"),
+        ("phantom", 3, "the overrides are 3; expected a list"),
+        ("phantom", [3], "^3 in the overrides is not key=value$"),
+        ("phantom", "optim.lr", "^'optim.lr' in the overrides is not key=value$"),
+        (None, [], "None was given for a name, path or URL; expected text"),
+        (3, [], "3 was given for a name, path or URL; expected text"),
+    ],
+)
+def test_what_no_settings_can_be_read_from_is_one_sentence(preset: Any, overrides: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as error:
+        load_config(preset, overrides)
+    assert "\n" not in str(error.value)
+
+
+def test_no_run_and_no_images(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="None was given for a name, path or URL"):
+        load_segmenter(None)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="3 was given for a name, path or URL"):
+        prepare_dataset(3, tmp_path / "out", "mmwhs")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"workers": "two"}, r"^workers='two': expected a whole number"),
+        ({"crop": 3}, r"^crop=3: expected a list"),
+        ({"labels": 5}, r"^labels=5: expected text"),
+        ({"clip_percentile": "much"}, r"^clip_percentile='much': expected a number"),
+        ({"workers": -1}, "--workers -1: expected 0"),
+    ],
+)
+def test_options_of_prepare_of_another_type(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        prepare_dataset(tmp_path, tmp_path / "out", "mmwhs", **options)
 
 
 def test_prepare_names_an_option_that_is_none(tmp_path: Path) -> None:
@@ -481,6 +522,7 @@ def test_scores_of_two_boxes_are_those_computed_by_hand() -> None:
     assert score(prediction, label)["205"].asd_voxel == pytest.approx((9 + 1) / 26)
     chosen = score(prediction, label, spacing=1, class_names={"MYO": 205, "LVC": 500})
     assert {name: row.case_kind for name, row in chosen.items()} == {"MYO": "ok", "LVC": "absent"}
+    assert score(0 * label, label)["205"].case_kind == "missed"
 
 
 def test_scores_of_files_have_their_spacing(tmp_path: Path) -> None:
@@ -521,6 +563,14 @@ ONES = np.ones((4, 4, 4), dtype=int)
             {"class_names": ("background", "LV")},
             DataError,
             "the label has values 3 to 3; expected 0 to 1",
+        ),
+        (5 * ONES, 3 * ONES, {}, DataError, "the prediction has the values 5 and the label 3, none of them in both"),
+        (
+            ONES,
+            205 * ONES,
+            {"class_names": {"MYO": 205, "LV": 500}},
+            DataError,
+            r"the prediction has the values 1, and none of them is in class_names \(MYO: 205, LV: 500\)",
         ),
         (ONES, ONES, {"class_names": ()}, ConfigError, "class_names has 0 names"),
         (ONES, ONES, {"spacing": (1, 0, 1)}, ConfigError, r"spacing is \(1, 0, 1\); expected a size in mm above 0"),

@@ -11,7 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from mpscl_ray.report.figures.style import GREY, evenly_drawn, run_style
-from mpscl_ray.runs.palette import display_indices, hex_colour
+from mpscl_ray.runs.palette import hex_colour
+from mpscl_ray.runs.structures import display_indices
 
 ROWS = (
     ("nearest", "all pixels,\nby pseudo-label"),

@@ -18,7 +18,8 @@ from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
 from mpscl_ray.runs.atomic_files import write_atomically
-from mpscl_ray.runs.palette import colour, display_indices, hex_colour
+from mpscl_ray.runs.palette import colour, hex_colour
+from mpscl_ray.runs.structures import display_indices
 
 T = TypeVar("T")
 

@@ -120,8 +120,10 @@ def test_a_group_of_presets_may_be_a_folder(tmp_path: Path) -> None:
     assert system_config(str(tmp_path), "mpscl", []).phases.adaptation == 7
     with pytest.raises(ConfigError, match="have no system cscl, only mpscl"):
         system_config(str(tmp_path), "cscl", [])
-    with pytest.raises(ConfigError, match=r"nowhere have no system cscl; give one of ct2mr, mr2ct"):
+    with pytest.raises(ConfigError, match=r"no group of presets 'nowhere'; give one of ct2mr, mr2ct"):
         system_config("nowhere", "cscl", [])
+    with pytest.raises(ConfigError, match=r"^there is no group of presets 'smal'; did you mean 'small'\?$"):
+        system_config("smal", "cscl", [])
 
 
 # -------------------------------------------------------------------------------------------------------- ledger
@@ -265,7 +267,8 @@ def test_published_numbers_stand_only_beside_the_papers_structures_and_modalitie
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["mpscl", "cslc"], "no system cslc; the systems are source_only"),
+        (["mpscl", "nothing"], "no system nothing; the systems are source_only"),
+        (["mpscl", "cslc"], r"no system cslc; did you mean 'cscl'\?$"),
         (["run.seed=3"], "run.seed is not a setting of a comparison"),
         (["method.name=segmentation"], "method.name is not"),
         (["--seeds", "0"], "--seeds is '0'"),

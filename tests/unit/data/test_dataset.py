@@ -277,7 +277,7 @@ def test_an_empty_range_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_error_for_a_missing_dataset_says_what_to_do(dataset: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"no such folder; prepare a dataset first: python -m mpscl_ray\.prepare"):
+    with pytest.raises(DataError, match=r"no such folder; prepare a dataset first: python .* INPUT --layout LAYOUT "):
         load_manifest(tmp_path / "nowhere")
     outer = tmp_path / "outer"
     (outer / "mr").mkdir(parents=True)

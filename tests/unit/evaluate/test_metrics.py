@@ -15,7 +15,7 @@ from medpy.metric import binary
 from mpscl_ray.evaluate.metrics import StructureScore, dice, released_protocol_scores, volume_scores
 from mpscl_ray.evaluate.surface_distance import average, percentile_95, surface_distances
 from mpscl_ray.evaluate.tables import format_table, scores_csv, summarise, summary_csv
-from mpscl_ray.runs.palette import display_order
+from mpscl_ray.runs.structures import display_order
 
 CLASSES = ["background", "MYO", "LAC", "LVC", "AA"]
 SPACINGS = [(1.0, 1.0, 1.0), (8.0, 1.25, 1.25), (0.7, 1.9, 3.1)]

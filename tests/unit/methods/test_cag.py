@@ -198,7 +198,7 @@ def test_no_feature_no_anchor_and_no_pseudo_label_are_no_loss() -> None:
         assert float(metrics["non_finite"]) == 0
         assert float(metrics["loss_pseudo_probability"]) == float(metrics["loss_pseudo_anchor"]) == 0
         assert float(metrics["loss_distance_target"]) == 0
-        assert float(metrics["selected_fraction_anchor"]) == 0
+        assert float(metrics["pseudo_label_fraction_anchor"]) == 0
 
 
 def test_a_step_adds_up_its_terms() -> None:

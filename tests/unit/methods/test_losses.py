@@ -482,11 +482,3 @@ def test_nothing_waits_for_the_gpu() -> None:
         torch.stack([result.sum() for result in results.values()]).sum().backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-
-
-def test_poly_lr() -> None:
-    assert losses.poly_lr(0.1, 0, 100) == 0.1
-    assert losses.poly_lr(0.1, 50, 100) == pytest.approx(0.1 * 0.5**0.9)
-    assert losses.poly_lr(0.1, 50, 100, power=2.0) == pytest.approx(0.025)
-    assert losses.poly_lr(0.1, 100, 100) == 0.0
-    assert losses.poly_lr(0.1, 101, 100) == 0.0

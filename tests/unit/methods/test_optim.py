@@ -15,6 +15,7 @@ from mpscl_ray.methods.optim import (
     SegmenterSGD,
     Snapshot,
     parameter_kind,
+    poly_lr,
 )
 from mpscl_ray.networks import initialise
 from mpscl_ray.networks.deeplab import DeepLabV2
@@ -158,3 +159,11 @@ def test_snapshot_restores_only_where_flagged() -> None:
         assert torch.equal(tensors[0], kept[0]) == restored
     assert torch.equal(tensors[2], before[2])
     Snapshot([]).restore_where(BAD)
+
+
+def test_poly_lr() -> None:
+    assert poly_lr(0.1, 0, 100) == 0.1
+    assert poly_lr(0.1, 50, 100) == pytest.approx(0.1 * 0.5**0.9)
+    assert poly_lr(0.1, 50, 100, power=2.0) == pytest.approx(0.025)
+    assert poly_lr(0.1, 100, 100) == 0.0
+    assert poly_lr(0.1, 101, 100) == 0.0

@@ -18,7 +18,7 @@ from mpscl_ray.data.volumes.recipe import Recipe
 from mpscl_ray.errors import ConfigError, DataError
 from mpscl_ray.networks import DeepLabV2, initialise
 from mpscl_ray.networks.deeplab import network_input, upsample_logits
-from mpscl_ray.predict.image import Job, outputs, predict_image
+from mpscl_ray.predict.image import Job, Prediction, outputs, predict_image
 from mpscl_ray.predict.model import Checkpoint, Domain, Model, find_checkpoint, read_model
 from mpscl_ray.predict.predictor import (
     Predictor,
@@ -28,6 +28,7 @@ from mpscl_ray.predict.predictor import (
     load_segmenter,
     num_inference_workers,
 )
+from mpscl_ray.predict.run import print_outcome
 from mpscl_ray.runs import checkpoint
 from mpscl_ray.runs.run_directory import RunDirectory
 
@@ -201,7 +202,7 @@ def test_released_weights_are_loaded_from_a_file(tmp_path: Path) -> None:
 
 
 def test_errors_of_loading_are_one_sentence(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="not the folder of a run"):
+    with pytest.raises(ConfigError, match="no such folder, expected that of a run"):
         load_segmenter(tmp_path / "nowhere")
     folder = write_run(tmp_path / "run")
     with pytest.raises(DataError, match="no intact checkpoint"):
@@ -379,3 +380,19 @@ def test_an_image_that_cannot_be_used_is_a_failure_with_a_message(tmp_path: Path
         assert done.error is not None
         assert name in done.error
         assert not (tmp_path / outputs(tmp_path / name, job(tmp_path), CLASSES)[0]).exists()
+
+
+@pytest.mark.parametrize(
+    ("good", "bad", "said"),
+    [
+        (0, 1, "error: 1 of 1 input was not segmented:"),
+        (1, 1, "error: 1 of 2 inputs were not segmented:"),
+        (1, 0, "1 label map, volumes.json and the label tables are in out"),
+        (2, 0, "2 label maps, volumes.json and the label tables are in out"),
+    ],
+)
+def test_what_is_said_at_the_end_counts(good: int, bad: int, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    done = [Prediction(Path("p.nii"), files=("p_prediction.nii.gz",), volumes_ml={"MYO": 1.0})] * good
+    print_outcome(done, [Prediction(Path("q.nii"), error="q.nii is broken")] * bad, "out")
+    shown = capsys.readouterr()
+    assert said in (shown.out + shown.err).splitlines()

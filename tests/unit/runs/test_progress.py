@@ -211,3 +211,10 @@ def test_standard_error_is_the_default(clock: Clock, capsys: pytest.CaptureFixtu
     with ProgressLine(10, "p", clock=clock) as line:
         line.update(1)
     assert capsys.readouterr().err == "p 1/10 (10%)\n"
+
+
+def test_nothing_to_do_shows_nothing() -> None:
+    stream = io.StringIO()
+    with ProgressLine(0, "volume", stream=stream):
+        pass
+    assert stream.getvalue() == ""

@@ -143,6 +143,7 @@ def test_show_makes_no_folder(command: Command, tmp_path: Path) -> None:
         (["no_such.yaml"], "no preset file no_such.yaml"),
         (["small/mpscl", "optim.lrr=1"], "did you mean 'optim.lr'"),
         (["small/mpscl", "phantom"], "small/mpscl and phantom are two presets"),
+        (["phantom", "optim.lr", "=3"], "'optim.lr' is a setting without a value; write optim.lr=VALUE without spaces"),
         (["small/mpscl", "method.margin_source=4"], "method.margin_source=4"),
         (["small/mpscl", "data.global_batch_size=0"], "data.global_batch_size=0"),
         (["small/mpscl", "optim.lr=nan"], "optim.lr"),
@@ -151,7 +152,7 @@ def test_show_makes_no_folder(command: Command, tmp_path: Path) -> None:
             ["small/mpscl", "data.global_batch_size=12", "scaling.num_workers=[4,7]"],
             "scaling.num_workers=5, 7; make the batch a",
         ),
-        (["small/mpscl", "scaling.num_workers=[2,1]"], "scaling.num_workers=[2, 1] has no number in it"),
+        (["small/mpscl", "scaling.num_workers=[2,1]"], "scaling.num_workers=[2, 1]: expected the smaller number first"),
         (["small/mpscl", "run.name=a/b"], "run.name"),
         (["small/mpscl", "run.storage=gs://bucket/runs"], "gs:// is not a storage that can be used directly"),
         (["small/mpscl", *ONE_WORKER], "data.source is not set"),
@@ -174,7 +175,22 @@ def test_all_wrong_settings_are_reported_together(command: Command) -> None:
 def test_an_unknown_option_is_usage(command: Command) -> None:
     code, _, error = command("--shwo")
     assert code == 2
-    assert "unrecognized arguments: --shwo" in error
+    assert error.endswith("unrecognized arguments: --shwo\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--num-workers", "2"], "unrecognized arguments: --num-workers 2; write scaling.num_workers=2"),
+        (["--optim.lr=0.1"], "unrecognized arguments: --optim.lr=0.1; write optim.lr=0.1"),
+        (["--seed"], "unrecognized arguments: --seed; write run.seed=VALUE"),
+        (["--print"], "unrecognized arguments: --print"),  # no abbreviation
+    ],
+)
+def test_an_option_that_is_a_setting(command: Command, arguments: list[str], expected: str) -> None:
+    code, _, error = command("phantom", *arguments)
+    assert code == 2
+    assert error.endswith(f"{expected}\n")
 
 
 def test_datasets_that_cannot_be_trained_on(command: Command, pair: Path, tmp_path: Path) -> None:
@@ -200,6 +216,23 @@ def test_datasets_that_cannot_be_trained_on(command: Command, pair: Path, tmp_pa
         assert (status["state"], status["exit_code"]) == ("failed", DataError.exit_code)
         assert status["reason"] in error
         assert status["resume_command"].startswith("python -m mpscl_ray.train small/mpscl ")
+
+
+@pytest.mark.parametrize(
+    ("setting", "code", "expected"),
+    [
+        ("data.source=nowhere", DataError.exit_code, "nowhere: no such folder; prepare a dataset first"),
+        ("data.target=phantom:pet", ConfigError.exit_code, "data.target=phantom:pet: the phantom has phantom:mr"),
+    ],
+)
+def test_no_phantom_is_made_for_a_run_that_cannot_be(
+    command: Command, tmp_path: Path, setting: str, code: int, expected: str
+) -> None:
+    found, out, error = command("phantom", setting, f"run.storage={tmp_path}")
+    assert found == code
+    assert expected in only_sentence(error)
+    assert "making the phantom" not in out
+    assert [path.name for path in tmp_path.iterdir()] == ["phantom"], "the folder of the run"
 
 
 def test_selection_by_labels_that_the_target_does_not_have(command: Command, tmp_path: Path, pair: Path) -> None:

@@ -20,7 +20,7 @@ from mpscl_ray.train import loop
 from mpscl_ray.tune.asha import rungs
 from mpscl_ray.tune.criteria import LABEL_FREE, WITHOUT_SOURCE
 from mpscl_ray.tune.samplers import grid, make_sampler
-from mpscl_ray.tune.space import Space, load_space, space_names
+from mpscl_ray.tune.space import EXAMPLE, Space, load_space, space_names
 from mpscl_ray.tune.warm_start import choose_metric
 from tests.tiny import local_data, make_pair, tiny_config
 
@@ -49,6 +49,12 @@ def test_spaces_of_the_package_are_valid_and_named_after_their_file(name: str) -
         assert space.config(settings).run == space.base.run
 
 
+def test_the_example_of_the_help_is_a_space(tmp_path: Path) -> None:
+    space = space_of(tmp_path, EXAMPLE)
+    assert space.search.num_samples == 12
+    assert len(space.distributions) == 5
+
+
 def test_all_subpackages_and_the_folder_of_spaces_are_installed() -> None:
     listed = re.findall(r"^    (mpscl_ray[\w.]*)$", (ROOT / "setup.cfg").read_text(), re.MULTILINE)
     folders = {path.parent for path in (ROOT / "mpscl_ray").rglob("__init__.py")}
@@ -74,15 +80,15 @@ space:
     message = refusal(tmp_path, text, "optim.lrr=1", "search.metric=dice")
     for sentence in (
         "'search.methid' in own.yaml:3 is not a setting of a search; did you mean 'search.method'?",
-        "search.num_samples=0 in own.yaml:3: input should be greater than or equal to 1",
+        "search.num_samples=0 in own.yaml:3: expected a value greater than or equal to 1",
         "'phases.adaptatoin' in own.yaml is not a setting; did you mean 'phases.adaptation'?",
         "'method.margin_sorce' in own.yaml:5 is not a setting; did you mean 'method.margin_source'?",
-        "method.margin_target=3.6 in own.yaml:6: input should be less than or equal to 1.57",
+        "method.margin_target=3.6 in own.yaml:6: expected a value less than or equal to 1.57",
         "'logunifrom' in own.yaml:7 is not a distribution; did you mean 'loguniform'?",
         "method.beta in own.yaml:8: loguniform begins at 0",
         "method.alpha in own.yaml:9 has the value 3, expected a distribution",
         "run.name in own.yaml:10 cannot be searched",
-        "method.discriminator=fcc in own.yaml:11: input should be 'fc' or 'patchgan'",
+        "method.discriminator=fcc in own.yaml:11: expected one of 'fc', 'patchgan'",
         "method.delta_th in own.yaml:12: uniform has [0.1, '1e-5'], expected two numbers",
     ):
         assert sentence in message
@@ -115,8 +121,12 @@ def test_refused(tmp_path: Path, text: str, overrides: list[str], message: str) 
 
 
 def test_an_unknown_space_is_refused_with_the_nearest_name() -> None:
-    with pytest.raises(ConfigError, match=r"no space 'phantm'; did you mean 'phantom'\?"):
+    with pytest.raises(ConfigError, match=r"no space 'phantm'; did you mean 'phantom'\?$"):
         load_space("phantm")
+    with pytest.raises(
+        ConfigError, match=r"no space 'nothing'; expected one of contrastive, .*, or the path of a YAML"
+    ):
+        load_space("nothing")
     with pytest.raises(ConfigError, match=r"there is no space file nowhere\.yaml"):
         load_space("nowhere.yaml")
 

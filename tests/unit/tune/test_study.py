@@ -7,14 +7,28 @@ from typing import Any, Literal
 
 import pytest
 
-from mpscl_ray.errors import StorageError
+from mpscl_ray.errors import ConfigError, StorageError
 from mpscl_ray.runs.run_directory import RunDirectory
+from mpscl_ray.tune import command
+from mpscl_ray.tune import run as tune_run
 from mpscl_ray.tune.ledger import Ledger
 from mpscl_ray.tune.space import load_space
 from mpscl_ray.tune.study import Study
 from mpscl_ray.tune.trainable import PAUSE, STOP_SEARCH
 
 State = Literal["running", "finished", "failed", "interrupted"]
+
+
+def test_the_run_to_warm_up_from_is_looked_for_before_ray_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(**options: object) -> None:
+        pytest.fail("Ray would have been started")
+
+    monkeypatch.setattr(tune_run, "connect", start)
+    words = ["phantom", f"run.storage={tmp_path}", "--warm-up", str(tmp_path / "nowhere")]
+    with pytest.raises(ConfigError, match="nowhere: no such folder, expected that of a run"):
+        command.main(words)
 
 
 def study_in(folder: Path) -> Study:
