@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mpscl_ray.data.volumes.nifti import check_same_geometry, read_image, read_label
+from mpscl_ray.data.volumes.nifti import read_image, read_label
 from mpscl_ray.data.volumes.recipe import RELEASED_RANGES
+from mpscl_ray.data.volumes.same_grid import check_same_geometry
 from mpscl_ray.errors import DataError
 from mpscl_ray.prepare.source_cases import Flip, SourceCase
 from mpscl_ray.prepare.tfrecord import read_slices

@@ -19,7 +19,7 @@ from mpscl_ray.data.volumes.geometry import (
     sample_labels,
     voxel_sizes,
 )
-from mpscl_ray.data.volumes.recipe import Recipe
+from mpscl_ray.data.volumes.recipe import AIR_HU, LOWEST_HU, Recipe
 from mpscl_ray.errors import ConfigError, DataError
 
 _SAME_SPACING = 1e-4
@@ -106,7 +106,7 @@ def prepare_volume(
     recipe: Recipe,
     case: str = "the volume",
 ) -> PreparedVolume:
-    """Slices of a volume: turned, resampled, cropped, resized, clipped at a percentile, z-scored.
+    """Slices of a volume: padding of CT set to air, turned, resampled, cropped, resized, clipped at a percentile, z-scored.
 
     Resampling, crop and resize are one linear interpolation along each axis (labels: nearest voxel), and none if the
     volume is only turned and cropped. Statistics are those of the crop without samples beyond the volume's borders;
@@ -128,6 +128,8 @@ def prepare_volume(
     Source: the preparation published with PnP-AdaNet and SIFA, where it is documented.
     """
     assert label is None or label.shape == image.shape
+    if recipe.hounsfield and image.min() < LOWEST_HU:
+        image = np.where(image < LOWEST_HU, np.float32(AIR_HU), image)
     layout, presentation = _lay_out(affine, recipe)
     voxel_mm = voxel_sizes(affine)
     from_labels = label_centre(label) if label is not None and recipe.centre != "image" else None
