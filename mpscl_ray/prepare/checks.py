@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from mpscl_ray.data.compatibility import orientation_notice
 from mpscl_ray.data.dataset import Case
+from mpscl_ray.prepare.copies import same_scans
 from mpscl_ray.prepare.splits import overlaps
 from mpscl_ray.prepare.staged_case import StagedCase
 
@@ -24,9 +25,10 @@ def check_staged(
         transductive: whether training cases may also be validation or test cases.
         allow_missing_classes: whether a class that no training case shows is a warning, not a problem.
     """
+    originals = same_scans([case.sketch for case in staged])
     entries = [
-        (case.request.split, case.request.source.id, case.request.source.patient, case.content_sha256)
-        for case in staged
+        (case.request.split, case.request.source.id, case.request.source.patient, staged[original].content_sha256)
+        for case, original in zip(staged, originals, strict=True)
     ]
     problems, notices = overlaps(entries, transductive=transductive)
     by_size: dict[tuple[int, ...], list[str]] = {}
@@ -65,12 +67,6 @@ def check_cases(cases: Sequence[Case]) -> list[str]:
     """Warnings on the finished cases of one modality."""
     notices = []
     held_out = [case for case in cases if case.split != "train"]
-    leaking = [case.id for case in held_out if case.cropped_around_labels]
-    if leaking:
-        notices.append(
-            f"validation and test cases that are cropped around their own labels, {len(leaking)}: {_some(leaking)}; a "
-            "mild leak, usual in the published protocol; --centre image avoids it"
-        )
     notice = orientation_notice(
         [case for case in cases if case.split == "train"], held_out, ("the training cases", "the held-out cases")
     )

@@ -10,6 +10,9 @@ from typing import Any, Literal
 from mpscl_ray.errors import ConfigError
 
 BACKGROUND = "background"
+_NOT_ANNOTATED = frozenset(
+    ("ignore", "ignored", "void", "unannotated", "notannotated", "unlabelled", "unlabeled", "dontcare", "uncertain")
+)
 UnknownLabels = Literal["error", "background"]
 
 
@@ -25,6 +28,8 @@ class LabelTable:
     """Raw ids that are background on purpose."""
     unknown: UnknownLabels = "error"
     """What becomes of any other raw id: an error, or background with a warning."""
+    not_annotated: frozenset[int] = frozenset()
+    """Raw ids of voxels that nobody annotated (nnU-Net's ``ignore``); refused, because training has no such label."""
     corrections: Mapping[int, int] = field(default_factory=dict)
     """Wrong raw id -> the raw id that was meant; corrected first."""
 
@@ -43,6 +48,11 @@ class LabelTable:
         for wrong, right in self.corrections.items():
             values[wrong] = 0 if right in self.ignored else values[right]
         return values
+
+
+def is_not_annotated(name: str) -> bool:
+    """Whether the name of a label says that its voxels were not annotated."""
+    return re.sub(r"[\W_]+", "", name.lower()) in _NOT_ANNOTATED
 
 
 MMWHS = LabelTable(
@@ -69,6 +79,7 @@ def parse_label_table(text: str) -> LabelTable:
     """
     classes = [BACKGROUND]
     values = {0: 0}
+    not_annotated: set[int] = set()
     for entry in filter(None, (part.strip() for part in text.split(","))):
         match = re.fullmatch(r"(-?\d+)\s*=\s*(\S(?:.*\S)?)", entry)
         if not match:
@@ -79,6 +90,12 @@ def parse_label_table(text: str) -> LabelTable:
         if name.lower() == BACKGROUND:
             values[raw] = 0
             continue
+        if is_not_annotated(name):
+            not_annotated.add(raw)
+            continue
+        spelt = next((other for other in classes if other.lower() == name.lower()), name)
+        if spelt != name:
+            raise ConfigError(f"--labels: {spelt} and {name} differ only in upper and lower case; use one spelling")
         if name not in classes:
             classes.append(name)
         values[raw] = classes.index(name)
@@ -86,7 +103,7 @@ def parse_label_table(text: str) -> LabelTable:
         raise ConfigError("--labels: no class but background; write e.g. 200=MYO,500=LV,600=RV")
     if len(classes) > 255:
         raise ConfigError(f"--labels: {len(classes)} classes; at most 255 fit the label type uint8")
-    return LabelTable(tuple(classes), values)
+    return LabelTable(tuple(classes), values, not_annotated=frozenset(not_annotated))
 
 
 def with_ignored(table: LabelTable, text: str) -> LabelTable:
@@ -107,7 +124,7 @@ def with_ignored(table: LabelTable, text: str) -> LabelTable:
                 f"--ignore-labels {text}: {raw} means {table.classes[table.values[raw]]}; a table without it "
                 "(--labels) leaves that class out"
             )
-    return replace(table, ignored=table.ignored | ids)
+    return replace(table, ignored=table.ignored | ids, not_annotated=table.not_annotated - ids)
 
 
 def with_corrections(table: LabelTable, text: str) -> LabelTable:

@@ -9,9 +9,11 @@ import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from mpscl_ray.data import SPLITS
+from mpscl_ray.data.volumes.header_geometry import GEOMETRIES, GeometryFrom
+from mpscl_ray.data.volumes.nifti import NanPolicy
 from mpscl_ray.data.volumes.recipe import RELEASED_RANGES, Recipe
 from mpscl_ray.errors import ConfigError
 from mpscl_ray.prepare.file_listing import printable
@@ -65,6 +67,8 @@ class PrepareOptions:
     range: str = "auto"
     flip: Flip = "auto"
     assume_spacing: tuple[float, ...] | None = None
+    geometry: GeometryFrom | None = None
+    nan_policy: NanPolicy = "error"
     fix_geometry: Literal["copy-from-image"] | None = None
     any_modality: bool = False
     allow_missing_classes: bool = False
@@ -290,6 +294,12 @@ def _add_geometry(add: Callable[..., Any]) -> None:
         metavar="X,Y,Z",
         help="voxel size in mm of volumes whose header has no usable geometry",
     )
+    add(
+        "--geometry",
+        choices=GEOMETRIES,
+        help="which part of a header is right where they contradict each other; pixdim: its voxel sizes, along the "
+        "axes of sform or qform if there are any",
+    )
     add("--fix-geometry", choices=("copy-from-image",), help="if a label's geometry differs, use that of its image")
 
 
@@ -306,6 +316,12 @@ def _add_intensities(add: Callable[..., Any]) -> None:
         metavar="LO,HI",
         help="z-scored intensities that become -1 and 1; estimate: from the training cases; sifa: the published ones; "
         "auto: sifa for released slices of ct and mr, else estimate",
+    )
+    add(
+        "--nan-policy",
+        choices=get_args(NanPolicy),
+        default="error",
+        help="voxels that are NaN or infinite: an error (default), set to the lowest finite intensity, or to 0",
     )
     add("--any-modality", action="store_true", help="accept images whose intensities look like another modality")
 
@@ -325,6 +341,6 @@ def parse(arguments: Sequence[str]) -> PrepareOptions:
         else:
             joined.append(argument)
     values = vars(parser().parse_args(joined))
-    names = [item.name for item in fields(Recipe)]
+    names = [item.name for item in fields(Recipe) if item.name in values]
     recipe = Recipe(**{name: values.pop(name) for name in names})
     return PrepareOptions(**values, recipe=recipe)

@@ -9,7 +9,7 @@ from pathlib import Path
 import mpscl_ray
 from mpscl_ray.data import SPLITS
 from mpscl_ray.data.dataset import FORMAT_VERSION, Case, Manifest, Scaling
-from mpscl_ray.data.volumes.recipe import Recipe
+from mpscl_ray.data.volumes.recipe import AIR_HU, LOWEST_HU, Recipe
 from mpscl_ray.errors import ConfigError, DataError
 from mpscl_ray.prepare.label_table import LabelTable, parse_label_table, with_corrections, with_ignored
 from mpscl_ray.prepare.options import SLICE_LAYOUTS, PrepareOptions, numbers
@@ -79,6 +79,8 @@ def settings(options: PrepareOptions, table: LabelTable | None) -> Settings:
         table=table,
         assume_spacing_mm=None if spacing is None else (spacing[0], spacing[1], spacing[2]),
         copy_geometry_from_image=options.fix_geometry is not None,
+        geometry=options.geometry,
+        nan_policy=options.nan_policy,
         any_modality=options.any_modality,
         flip=options.flip,
     )
@@ -197,7 +199,7 @@ def manifest(
     notices: Sequence[str],
 ) -> Manifest:
     """The manifest of a dataset: how it was made, and its cases."""
-    table, recipe = prepared.table, prepared.recipe
+    table, recipe = prepared.table, prepared.recipe_of(modality)
     size = (staged[0].shape[1], staged[0].shape[2])
     steps = [f"files of layout {options.layout}"]
     if table is not None:
@@ -211,7 +213,7 @@ def manifest(
     steps.append(f"{scaling.low:g} to {scaling.high:g} mapped to [-1, 1], not clipped; range {scaling.origin}")
     all_notices = [*splitting.notices, *notices]
     if released:
-        recipe = replace(recipe, size=size)
+        recipe = replace(recipe, size=size, hounsfield=False)
         all_notices.append(
             "the slices were prepared by their publisher, whose steps are known only in part; a new volume is prepared "
             "by the recipe given here, which is the nearest known"
@@ -252,6 +254,8 @@ def _recipe_steps(recipe: Recipe) -> list[str]:
         steps.append(f"cropped to {rows}, {depth} slices, around {where}")
     if recipe.size is not None:
         steps.append(f"resized to {recipe.size[0]} x {recipe.size[1]}")
+    if recipe.hounsfield:
+        steps.append(f"padding below {LOWEST_HU:g} set to {AIR_HU:g}")
     steps.append(f"clipped at percentile {recipe.clip_percentile:g} of the crop")
     steps.append("z-score of the crop")
     return steps

@@ -24,8 +24,9 @@ from mpscl_ray.distributed.ray_session import connect
 from mpscl_ray.errors import DataError
 from mpscl_ray.prepare import plan as prepare_plan
 from mpscl_ray.prepare.checks import check_cases, check_staged, summarise_notices
+from mpscl_ray.prepare.copies import same_scans
 from mpscl_ray.prepare.label_table import LabelTable
-from mpscl_ray.prepare.layouts import scan
+from mpscl_ray.prepare.layouts import Scan, scan
 from mpscl_ray.prepare.options import PrepareOptions
 from mpscl_ray.prepare.output_folder import check_target, publish, temporary_output_dir
 from mpscl_ray.prepare.source_cases import SourceCase
@@ -86,7 +87,7 @@ def prepare(options: PrepareOptions, *, progress: bool = True) -> dict[str, Path
         for modality in modalities:
             folder = stack.enter_context(temporary_output_dir(options.out, modality))
             cases = [case for case in found.cases if case.modality == modality]
-            datasets.append(_plan(modality, cases, options, folder, table, problems, found.notices))
+            datasets.append(_plan(modality, cases, options, folder, table, problems, found))
         workers = _workers(options, [request for dataset in datasets for request in dataset.requests])
         if workers:
             stack.enter_context(connect(workers))
@@ -119,10 +120,15 @@ def _plan(
     folder: Path,
     table: LabelTable | None,
     problems: list[str],
-    notices: Sequence[str],
+    found: Scan,
 ) -> _Dataset:
+    notices = list(found.notices)
     try:
         splitting = prepare_plan.split_cases(options, modality, cases)
+        if found.ambiguous_patients and splitting.drawn:
+            problems.append(f"{modality}: {found.ambiguous_patients}")
+        elif found.ambiguous_patients:
+            notices.append(found.ambiguous_patients)
     except DataError as error:
         # The files are checked all the same, so that one run finds all problems.
         problems.append(str(error))
@@ -133,7 +139,7 @@ def _plan(
     requests = prepare_plan.requests(options, modality, cases, splitting, staging, table, problems)
     if not requests:
         problems.append(f"{modality}: every case is left out by --split {options.split}")
-    return _Dataset(modality, folder, splitting, requests, list(notices), [])
+    return _Dataset(modality, folder, splitting, requests, notices, [])
 
 
 def _workers(options: PrepareOptions, requests: Sequence[Request]) -> int:
@@ -221,12 +227,14 @@ def _finish(
 
 
 def _note_shared_images(datasets: Sequence[_Dataset]) -> None:
+    entries = [(dataset, case) for dataset in datasets for case in dataset.staged]
+    originals = same_scans([case.sketch for _, case in entries])
     owners: dict[str, tuple[_Dataset, str]] = {}
-    for dataset in datasets:
-        for case in dataset.staged:
-            other, name = owners.setdefault(case.content_sha256, (dataset, case.request.source.id))
-            if other is not dataset:
-                dataset.notices.append(f"{case.request.source.id} is the same image as {name} of {other.modality}")
+    for (dataset, case), original in zip(entries, originals, strict=True):
+        first = entries[original][1].content_sha256
+        other, name = owners.setdefault(first, (dataset, case.request.source.id))
+        if other is not dataset:
+            dataset.notices.append(f"{case.request.source.id} is the same image as {name} of {other.modality}")
 
 
 def _listed(folder: Path, problems: Sequence[str], notices: Sequence[str]) -> str:

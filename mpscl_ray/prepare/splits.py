@@ -45,6 +45,11 @@ class Splitting:
     record: dict[str, Any]
     notices: tuple[str, ...] = ()
 
+    @property
+    def drawn(self) -> bool:
+        """Whether patients were drawn for more than one split."""
+        return self.record["method"] == "fractions" and sum(bool(names) for names in self.cases.values()) > 1
+
 
 def _patients(members: Iterable[Member]) -> list[str]:
     return sorted({member.patient for member in members})

@@ -54,6 +54,7 @@ def stage_slices(request: Request, settings: Settings) -> StagedCase | list[str]
         class_voxels=count_class_voxels(label, settings.table),
         intensity_range=intensity_range(image if scaled_by is None else unscale(image, *scaled_by)),
         scaled_by=scaled_by,
+        sketch=(),
         content_sha256=content,
         geometry={},
         spacing_mm=None,

@@ -11,7 +11,7 @@ from typing import Any
 
 from mpscl_ray.errors import ConfigError, DataError
 from mpscl_ray.prepare.file_listing import Listing, pair_by_name, stem_before
-from mpscl_ray.prepare.label_table import BACKGROUND, MMWHS, LabelTable
+from mpscl_ray.prepare.label_table import BACKGROUND, MMWHS, LabelTable, is_not_annotated
 from mpscl_ray.prepare.source_cases import Found, LayoutOptions, SourceCase, collect
 
 _NIFTI = (".nii.gz", ".nii")
@@ -135,9 +135,7 @@ def _nnunet_labels(path: Path, about: Mapping[str, Any], notices: list[str]) -> 
             "dataset.json or use --layout folder with --labels"
         ) from None
     pairs.sort()
-    ignored = frozenset(raw for raw, name in pairs if name == "ignore")
-    if ignored:
-        notices.append("dataset.json: the label 'ignore' becomes background")
+    ignored = frozenset(raw for raw, name in pairs if is_not_annotated(name))
     for (raw, name), (other, another) in pairwise(pairs):
         if raw == other:
             raise DataError(f"{path}: the label {raw} has two names, {name} and {another}; correct dataset.json")
@@ -151,7 +149,7 @@ def _nnunet_labels(path: Path, about: Mapping[str, Any], notices: list[str]) -> 
     values = {0: 0, **{raw: classes.index(name) for raw, name in named.items()}}
     if len(classes) < 2 or len(classes) > 255:
         raise DataError(f"{path}: {len(classes) - 1} labels besides background; expected 1 to 254")
-    return LabelTable(tuple(classes), values, ignored)
+    return LabelTable(tuple(classes), values, not_annotated=ignored)
 
 
 def folder_cases(listing: Listing, options: LayoutOptions) -> Found:

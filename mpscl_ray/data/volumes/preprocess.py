@@ -106,11 +106,11 @@ def prepare_volume(
     recipe: Recipe,
     case: str = "the volume",
 ) -> PreparedVolume:
-    """Slices of a volume: padding of CT set to air, turned, resampled, cropped, resized, clipped at a percentile, z-scored.
+    """Slices of a volume: turned, resampled, cropped, resized, clipped at a percentile, z-scored.
 
     Resampling, crop and resize are one linear interpolation along each axis (labels: nearest voxel), and none if the
     volume is only turned and cropped. Statistics are those of the crop without samples beyond the volume's borders;
-    these become 0, the mean, as in the published MM-WHS slices.
+    these become 0, the mean, as in the published MM-WHS slices. Padding of CT is set to air before all this.
 
     Args:
         image: Intensities in the order of the file.
