@@ -61,6 +61,7 @@ class PrepareOptions:
     fix_label: str | None = None
     unknown_labels: Literal["error", "background"] | None = None
     split: str | None = None
+    fold: int | None = None
     seed: int = 0
     unlabelled: tuple[str, ...] = ()
     transductive: bool = False
@@ -226,7 +227,7 @@ def _add_files(add: Callable[..., Any]) -> None:
 
 
 def _add_labels(add: Callable[..., Any]) -> None:
-    add("--labels", metavar="TABLE", help="raw ids and class names, e.g. 200=MYO,500=LV,600=RV")
+    add("--labels", metavar="TABLE", help="raw ids, or names of mask files, and class names, e.g. 200=MYO,500=LV")
     add("--ignore-labels", metavar="IDS", help="raw ids that are background on purpose, e.g. 550,600")
     add("--fix-label", metavar="WRONG=MEANT", help="wrong ids in label files, e.g. 421=420 in MM-WHS")
     add(
@@ -251,7 +252,11 @@ def _add_splits(add: Callable[..., Any]) -> None:
         "--split",
         metavar="HOW",
         help="mmwhs (published test volumes; default of that layout), released (by file name; default for slices), "
-        "fractions of train,val,test (default 0.7,0.1,0.2), or a JSON file {train: [ids], val: [...], test: [...]}",
+        "fractions of train,val,test (default 0.7,0.1,0.2), or a JSON file {train: [ids], val: [...], test: [...]}, "
+        "or nnU-Net's splits_final.json (--fold)",
+    )
+    add(
+        "--fold", type=int, metavar="N", help="which split of a FILE with one for each fold (splits_final.json), from 0"
     )
     add("--seed", type=int, default=0, help="seed of the random split by fractions")
     add(

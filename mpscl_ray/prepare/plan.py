@@ -11,7 +11,7 @@ from mpscl_ray.data import SPLITS
 from mpscl_ray.data.dataset import FORMAT_VERSION, Case, Manifest, Scaling
 from mpscl_ray.data.volumes.recipe import AIR_HU, LOWEST_HU, Recipe
 from mpscl_ray.errors import ConfigError, DataError
-from mpscl_ray.prepare.label_table import LabelTable, parse_label_table, with_corrections, with_ignored
+from mpscl_ray.prepare.label_table import LabelTable, mask_names, parse_label_table, with_corrections, with_ignored
 from mpscl_ray.prepare.options import SLICE_LAYOUTS, PrepareOptions, numbers
 from mpscl_ray.prepare.source_cases import LayoutOptions, SourceCase
 from mpscl_ray.prepare.splits import (
@@ -39,6 +39,7 @@ def layout_options(options: PrepareOptions) -> LayoutOptions:
         patient_pattern=options.patient_pattern,
         group_slices=options.group_slices,
         channel=options.channel,
+        masks=mask_names(options.labels),
     )
 
 
@@ -51,7 +52,11 @@ def label_table(options: PrepareOptions, implied: LabelTable | None) -> LabelTab
     table = implied
     if options.labels:
         given = parse_label_table(options.labels)
-        table = given if implied is None else replace(given, unknown=implied.unknown)
+        if implied is None:
+            table = given
+        else:
+            not_annotated = given.not_annotated | (implied.not_annotated - given.values.keys())
+            table = replace(given, unknown=implied.unknown, not_annotated=not_annotated)
     if table is None:
         if options.ignore_labels or options.fix_label or options.unknown_labels:
             raise ConfigError("--ignore-labels, --fix-label and --unknown-labels need a label table: give --labels")
@@ -112,11 +117,20 @@ def split_cases(options: PrepareOptions, modality: str, cases: Sequence[SourceCa
         if modality == "mr" and listed["val"]:
             splitting = replace(splitting, notices=(*splitting.notices, _LEAK_OF_THE_RELEASE))
         return splitting
+    fixed = [case for case in cases if case.split == "test" and options.layout not in SLICE_LAYOUTS]
     fractions = numbers(how)
+    if options.fold is not None and fractions is not None:
+        raise ConfigError(f"--fold {options.fold} needs --split FILE with a list of folds, such as splits_final.json")
     if fractions is None:
         path = Path(how)
-        return split_listed(members, read_split_file(path, modality), f"--split {path}")
-    fixed = [case for case in cases if case.split is not None and options.layout not in SLICE_LAYOUTS]
+        notices: list[str] = []
+        listed = read_split_file(path, modality, options.fold, notices)
+        if not listed["test"]:
+            # splits_final.json names training and validation; imagesTs holds the test cases.
+            listed["test"] = [case.id for case in fixed]
+        origin = f"--split {path}" if options.fold is None else f"--split {path} --fold {options.fold}"
+        splitting = split_listed(members, listed, origin)
+        return replace(splitting, notices=(*notices, *splitting.notices))
     if not fixed:
         return split_fractions(members, fractions, options.seed)
     # The folder itself names the test cases (imagesTs): only the others are drawn.

@@ -16,7 +16,7 @@ Kind = Literal["nifti", "tfrecord", "npy", "npz", "released_nifti"]
 
 @dataclass(frozen=True)
 class SourceCase:
-    """The files of one case. ``labels`` is as long as ``images`` or empty; TFRecord and npz files hold their own.
+    """The files of one case. ``labels`` is as long as ``images``, one mask for each structure, or empty; TFRecord and npz files hold their own.
 
     ``released_nifti`` is a test volume of the SIFA release, z-scored by its publisher; ``nifti`` is any other volume.
     """
@@ -45,6 +45,8 @@ class LayoutOptions:
     group_slices: int | None = None
     """Number of consecutive slice files that make one case."""
     channel: int = 0
+    masks: tuple[str, ...] = ()
+    """Layout folder: names of the mask files of a case, what the last ``*`` of the label pattern matches."""
 
 
 Found = tuple[list[SourceCase], LabelTable | None, set[Path]]

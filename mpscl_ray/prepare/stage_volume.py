@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mpscl_ray.data.volumes.geometry import Geometry, closest_world_axes
 from mpscl_ray.data.volumes.intensities import other_modality, unusual_intensities
 from mpscl_ray.data.volumes.nifti import Volume, phi_fields, read_image, read_label
 from mpscl_ray.data.volumes.preprocess import intensity_range, prepare_volume
@@ -15,6 +18,7 @@ from mpscl_ray.data.volumes.same_grid import check_same_geometry, turned_to
 from mpscl_ray.errors import DataError
 from mpscl_ray.prepare.copies import sketch
 from mpscl_ray.prepare.file_listing import printable
+from mpscl_ray.prepare.masks import read_masks
 from mpscl_ray.prepare.staged_case import (
     MAX_VOXELS,
     Request,
@@ -25,6 +29,10 @@ from mpscl_ray.prepare.staged_case import (
     save_slices,
     to_class_indices,
 )
+
+_THICK = 2.5
+"""Ratio of voxel sizes from which a stack counts as one of thick slices."""
+_PLANE_OF_WORLD_AXIS = ("sagittal", "coronal", "axial")
 
 
 def stage_volume(request: Request, settings: Settings) -> StagedCase | list[str]:
@@ -49,10 +57,11 @@ def stage_volume(request: Request, settings: Settings) -> StagedCase | list[str]
         )
     recipe = settings.recipe_of(source.modality)
     prepared = prepare_volume(image.array, image.affine, mapped, recipe, case=str(source.images[0]))
+    notices += _awkward_slices(image, prepared.geometry)
     save_slices(request, prepared.image, prepared.label)
     sources = {"image": printable(source.images[0].name), "image_sha256": image.sha256}
     if label is not None:
-        sources |= {"label": printable(source.labels[0].name), "label_sha256": label.sha256}
+        sources |= {"label": printable(",".join(path.name for path in source.labels)), "label_sha256": label.sha256}
     depth, height, width = prepared.image.shape
     cropped = recipe.crop is not None or recipe.crop_depth is not None
     return StagedCase(
@@ -90,32 +99,76 @@ def _read(request: Request, settings: Settings) -> tuple[Volume | None, Volume |
     if image is not None and not settings.any_modality and (wrong := other_modality(image.array, source.modality)):
         problems.append(f"{source.images[0]}: {wrong}; take it out, or give --any-modality if it is none")
     if request.keep_labels and source.labels:
-        # A label whose own geometry is not trusted need not have any.
-        copied = image.spacing_mm if image is not None and settings.copy_geometry_from_image else None
-        assumed = copied or settings.assume_spacing_mm
-        geometry = settings.geometry or ("sform" if copied else None)
         try:
-            label = read_label(source.labels[0], assume_spacing_mm=assumed, geometry=geometry, max_voxels=MAX_VOXELS)
+            label = _read_label(source.labels, image, settings)
         except DataError as error:
             problems.append(str(error))
     return image, label, problems
+
+
+def _read_label(paths: Sequence[Path], image: Volume | None, settings: Settings) -> Volume:
+    # A label whose own geometry is not trusted need not have any.
+    copied = image.spacing_mm if image is not None and settings.copy_geometry_from_image else None
+    read = partial(
+        read_label,
+        assume_spacing_mm=copied or settings.assume_spacing_mm,
+        geometry=settings.geometry or ("sform" if copied else None),
+        max_voxels=MAX_VOXELS,
+    )
+    if settings.table is None or not settings.table.masks:
+        return _on_grid(read(paths[0]), image, settings, refuse=False)
+    label, overlaps = read_masks(paths, read, partial(_on_grid, image=image, settings=settings, refuse=True))
+    return replace(label, notices=(*label.notices, *overlaps))
+
+
+def _on_grid(label: Volume, image: Volume | None, settings: Settings, *, refuse: bool) -> Volume:
+    """The label map turned to its image; with ``refuse``, a map on another grid is an error."""
+    if image is None:
+        return label
+    if settings.copy_geometry_from_image:
+        label = replace(label, affine=image.affine)
+    label = turned_to(image, label)
+    if refuse:
+        check_same_geometry(image, label)
+    return label
 
 
 def _class_indices(
     image: Volume | None, label: Volume, path: Path, settings: Settings, problems: list[str]
 ) -> tuple[NDArray[np.uint8] | None, list[str]]:
     """Class indices of a label map and notices; what is wrong with the map is added to the problems."""
-    if settings.copy_geometry_from_image and image is not None:
-        label = replace(label, affine=image.affine)
     try:
         if image is not None:
-            label = turned_to(image, label)
             check_same_geometry(image, label)
     except DataError as error:
         problems.append(str(error))
     try:
         mapped, notices = to_class_indices(label.array, settings.table, path)
-        return mapped, [*notices, *(notice for notice in label.notices if "turned to the image" in notice)]
+        return mapped, [
+            *notices,
+            *(notice for notice in label.notices if "turned to the image" in notice or "overlaps" in notice),
+        ]
     except DataError as error:
         problems.append(str(error))
         return None, []
+
+
+def _awkward_slices(image: Volume, geometry: Geometry) -> list[str]:
+    """Warnings on slices that run across thick voxels, or that are mostly padding."""
+    notices = []
+    depth, rows, columns = geometry.axes
+    thick = max((rows, columns), key=lambda axis: image.spacing_mm[axis.array_axis])
+    thickness, along = image.spacing_mm[thick.array_axis], image.spacing_mm[depth.array_axis]
+    if thickness >= _THICK * along:
+        plane = _PLANE_OF_WORLD_AXIS[closest_world_axes(image.affine)[thick.array_axis][0]]
+        notices.append(
+            f"slices run across voxels that are {thickness:.3g} mm thick, and {along:.3g} mm along them; --slice-axis "
+            f"{plane} (or --orientation stored --slice-axis {thick.array_axis}) cuts slices as they were acquired"
+        )
+    inside = [len(range(axis.samples)[axis.inside()]) for axis in (rows, columns)]
+    if 2 * inside[0] * inside[1] < rows.samples * columns.samples:
+        notices.append(
+            f"most of a slice is padding: {inside[0]} x {inside[1]} of {rows.samples} x {columns.samples} pixels are "
+            "in the volume; give a smaller --crop"
+        )
+    return notices

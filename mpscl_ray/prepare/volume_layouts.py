@@ -160,16 +160,24 @@ def folder_cases(listing: Listing, options: LayoutOptions) -> Found:
             "'{case}_C0.nii.gz' --label-pattern '{case}_C0_manual.nii.gz'"
         )
     image_pattern = _pattern(options.image_pattern, "--image-pattern")
+    if options.masks and "*" not in (options.label_pattern or ""):
+        raise ConfigError(
+            f"--labels names mask files ({', '.join(options.masks[:3])}), so --label-pattern needs a * for their names, "
+            "e.g. '{case}/segmentations/*.nii.gz'"
+        )
     label_pattern = None if options.label_pattern is None else _pattern(options.label_pattern, "--label-pattern")
     images: dict[str, list[Path]] = {}
     labels: dict[str, list[Path]] = {}
+    masks: dict[str, dict[str, Path]] = {}
     used: set[Path] = set()
     for path in listing.files:
         relative = listing.relative(path)
         # A label may match both patterns ({case}.nii.gz and {case}_seg.nii.gz), an image never does.
         label = label_pattern.fullmatch(relative) if label_pattern else None
         image = image_pattern.fullmatch(relative)
-        if label:
+        if label and options.masks:
+            masks.setdefault(label["case"], {})[label.groupdict().get("mask") or ""] = path
+        elif label:
             collect(labels, label["case"], path)
         elif image:
             collect(images, image["case"], path)
@@ -183,11 +191,24 @@ def folder_cases(listing: Listing, options: LayoutOptions) -> Found:
             f"{listing.some([images[case][0] for case in maps])}; give --label-pattern, or a "
             "narrower --image-pattern"
         )
+    labels |= {case: [next(iter(found.values()))] for case, found in masks.items()}
     cases = []
     for case, image_path, label_paths in pair_by_name(listing, images, labels):
+        if case in masks:
+            label_paths = _masks_of(listing, case, masks[case], options.masks)
         hint = (options.label_pattern or "").replace("{case}", case)
         cases.append(SourceCase(case, options.modality, case, "nifti", (image_path,), label_paths, label_hint=hint))
     return cases, None, used
+
+
+def _masks_of(listing: Listing, case: str, found: Mapping[str, Path], wanted: Sequence[str]) -> tuple[Path, ...]:
+    missing = [name for name in wanted if name not in found]
+    if missing:
+        listing.problems.append(
+            f"case {case} has no mask {', '.join(missing)}; it has {', '.join(sorted(found)[:8])}; name masks that every "
+            "case has in --labels"
+        )
+    return tuple(found[name] for name in wanted if name in found)
 
 
 def _pattern(text: str, option: str) -> re.Pattern[str]:
@@ -199,4 +220,5 @@ def _pattern(text: str, option: str) -> re.Pattern[str]:
             expression += "(?P=case)" if "(?P<case>" in expression else "(?P<case>[^/]+?)"
         else:
             expression += "[^/]*" if part == "*" else re.escape(part)
-    return re.compile(expression)
+    before, star, after = expression.rpartition("[^/]*")
+    return re.compile(f"{before}(?P<mask>[^/]*){after}" if star else expression)
