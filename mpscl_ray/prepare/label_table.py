@@ -119,7 +119,8 @@ def mask_names(text: str | None) -> tuple[str, ...]:
     Raises:
         ConfigError: ids and names are mixed, or a name is there twice.
     """
-    keys = [part.partition("=")[0].strip() for part in (text or "").split(",") if "=" in part]
+    entries = [part.partition("=") for part in (text or "").split(",") if "=" in part]
+    keys = [key.strip() for key, _, name in entries if not name.strip().isdecimal()]  # NAME=ID is a slip
     names = [key for key in keys if not re.fullmatch(r"-?\d+", key) and re.fullmatch(r"[^\s=]+", key)]
     if not names:
         return ()

@@ -16,7 +16,9 @@ Kind = Literal["nifti", "tfrecord", "npy", "npz", "released_nifti"]
 
 @dataclass(frozen=True)
 class SourceCase:
-    """The files of one case. ``labels`` is as long as ``images``, one mask for each structure, or empty; TFRecord and npz files hold their own.
+    """The files of one case. TFRecord and npz files hold their own labels.
+
+    ``labels`` is as long as ``images``, or has one mask for each structure, or is empty.
 
     ``released_nifti`` is a test volume of the SIFA release, z-scored by its publisher; ``nifti`` is any other volume.
     """

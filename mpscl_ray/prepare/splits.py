@@ -154,7 +154,7 @@ def read_split_file(
         raise ConfigError(f"--split {path}: not JSON: {error}") from None
     if isinstance(content, dict) and modality in content:
         content = content[modality]
-    if isinstance(content, list):
+    if isinstance(content, list) and content:
         if fold is None and len(content) > 1 and notices is not None:
             notices.append(f"--split {path}: the first of {len(content)} folds; --fold chooses another")
         content = _fold(path, content, fold)
@@ -173,8 +173,6 @@ def read_split_file(
 
 
 def _fold(path: Path, folds: list[Any], fold: int | None) -> Any:
-    if not folds:
-        raise ConfigError(f"--split {path}: an empty list; expected a split for each fold")
     if not 0 <= (fold or 0) < len(folds):
         raise ConfigError(f"--fold {fold}: --split {path} has the folds 0 to {len(folds) - 1}")
     return folds[fold or 0]

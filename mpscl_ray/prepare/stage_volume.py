@@ -32,6 +32,8 @@ from mpscl_ray.prepare.staged_case import (
 
 _THICK = 2.5
 """Ratio of voxel sizes from which a stack counts as one of thick slices."""
+_SAID = ("turned to the image", "overlaps")
+"""The warnings on a label map that are not those on its image."""
 _PLANE_OF_WORLD_AXIS = ("sagittal", "coronal", "axial")
 
 

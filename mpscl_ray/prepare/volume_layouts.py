@@ -162,8 +162,8 @@ def folder_cases(listing: Listing, options: LayoutOptions) -> Found:
     image_pattern = _pattern(options.image_pattern, "--image-pattern")
     if options.masks and "*" not in (options.label_pattern or ""):
         raise ConfigError(
-            f"--labels names mask files ({', '.join(options.masks[:3])}), so --label-pattern needs a * for their names, "
-            "e.g. '{case}/segmentations/*.nii.gz'"
+            f"--labels names mask files ({', '.join(options.masks[:3])}), so --label-pattern needs a * for their "
+            "names, e.g. '{case}/segmentations/*.nii.gz'"
         )
     label_pattern = None if options.label_pattern is None else _pattern(options.label_pattern, "--label-pattern")
     images: dict[str, list[Path]] = {}
@@ -205,8 +205,8 @@ def _masks_of(listing: Listing, case: str, found: Mapping[str, Path], wanted: Se
     missing = [name for name in wanted if name not in found]
     if missing:
         listing.problems.append(
-            f"case {case} has no mask {', '.join(missing)}; it has {', '.join(sorted(found)[:8])}; name masks that every "
-            "case has in --labels"
+            f"case {case} has no mask {', '.join(missing)}; it has {', '.join(sorted(found)[:8])}; name masks that "
+            "every case has in --labels"
         )
     return tuple(found[name] for name in wanted if name in found)
 
