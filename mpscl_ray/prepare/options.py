@@ -9,12 +9,17 @@ import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from mpscl_ray.data import SPLITS
-from mpscl_ray.data.volumes.header_geometry import GEOMETRIES, GeometryFrom
-from mpscl_ray.data.volumes.nifti import NanPolicy
-from mpscl_ray.data.volumes.recipe import RELEASED_RANGES, Recipe
+from mpscl_ray.data.volumes.recipe import (
+    GEOMETRIES,
+    NAN_POLICIES,
+    RELEASED_RANGES,
+    GeometryFrom,
+    NanPolicy,
+    Recipe,
+)
 from mpscl_ray.errors import ConfigError
 from mpscl_ray.prepare.file_listing import printable
 from mpscl_ray.prepare.layouts import LAYOUTS
@@ -324,7 +329,7 @@ def _add_intensities(add: Callable[..., Any]) -> None:
     )
     add(
         "--nan-policy",
-        choices=get_args(NanPolicy),
+        choices=NAN_POLICIES,
         default="error",
         help="voxels that are NaN or infinite: an error (default), set to the lowest finite intensity, or to 0",
     )

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpscl_ray.data.volumes.geometry import Geometry, closest_world_axes
-from mpscl_ray.data.volumes.intensities import other_modality, unusual_intensities
+from mpscl_ray.data.volumes.intensities import few_values, other_modality, unusual_intensities
 from mpscl_ray.data.volumes.nifti import Volume, phi_fields, read_image, read_label
 from mpscl_ray.data.volumes.preprocess import intensity_range, prepare_volume
 from mpscl_ray.data.volumes.same_grid import check_same_geometry, turned_to
@@ -98,8 +98,13 @@ def _read(request: Request, settings: Settings) -> tuple[Volume | None, Volume |
         )
     except DataError as error:
         problems.append(str(error))
-    if image is not None and not settings.any_modality and (wrong := other_modality(image.array, source.modality)):
-        problems.append(f"{source.images[0]}: {wrong}; take it out, or give --any-modality if it is none")
+    if image is not None and not settings.any_modality:
+        if wrong := other_modality(image.array, source.modality):
+            problems.append(f"{source.images[0]}: {wrong}; take it out, or give --any-modality if it is none")
+        elif found := few_values(image.array):
+            problems.append(
+                f"{source.images[0]} {found}, as a label map; give the image, or --any-modality if it is one"
+            )
     if request.keep_labels and source.labels:
         try:
             label = _read_label(source.labels, image, settings)

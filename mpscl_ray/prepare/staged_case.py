@@ -10,11 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mpscl_ray.data.volumes.header_geometry import GeometryFrom
 from mpscl_ray.data.volumes.intensities import kind_of
 from mpscl_ray.data.volumes.label_maps import map_labels
-from mpscl_ray.data.volumes.nifti import NanPolicy
-from mpscl_ray.data.volumes.recipe import Recipe
+from mpscl_ray.data.volumes.recipe import GeometryFrom, NanPolicy, Recipe
 from mpscl_ray.errors import DataError
 from mpscl_ray.prepare.copies import Sketch
 from mpscl_ray.prepare.label_table import LabelTable

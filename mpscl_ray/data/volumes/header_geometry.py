@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from nibabel.spatialimages import HeaderDataError
 
 from mpscl_ray.data.volumes.geometry import FloatArray, orientation_letters, voxel_sizes
+from mpscl_ray.data.volumes.recipe import GeometryFrom
 from mpscl_ray.errors import DataError
-
-GeometryFrom = Literal["sform", "qform", "pixdim"]
-"""Which part of a header is right: the sform; the qform; or the voxel sizes along the axes of the affine."""
-GEOMETRIES: tuple[GeometryFrom, ...] = get_args(GeometryFrom)
 
 _OBLIQUE_DEGREES = 15.0
 _LARGEST_POSITION = 1e9

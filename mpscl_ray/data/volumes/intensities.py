@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from mpscl_ray.data.volumes.recipe import AIR_HU, LOWEST_HU
 
 _SAMPLE = 200_000
+_MOST_LABELS = 12
 _MR_NAMES = frozenset(("t1", "t1w", "t2", "t2w", "t2star", "flair", "pd", "lge", "cine", "bssfp", "c0", "dwi", "adc"))
 _CT_NAMES = re.compile(r"(cb|cc|ce|nc|ld|pet)?cta?")
 
@@ -76,6 +77,15 @@ def _stored_with_offset(real: NDArray[np.float32]) -> bool:
 
     soft = share(1000, 1150)
     return real.min() > -200 and share(-200, 400) > 0.1 and soft > 0.1 and soft > 3 * share(450, 850)
+
+
+def few_values(image: NDArray[np.float32]) -> str | None:
+    """That the image has a few whole numbers only, as a label map has; None if it has more."""
+    sample = image.ravel(order="K")[:: image.size // _SAMPLE + 1]
+    values = np.unique(sample)
+    if values.size > _MOST_LABELS or np.any(values != np.rint(values)):
+        return None
+    return f"has only {values.size} different values, {', '.join(f'{value:g}' for value in values[:6])}"
 
 
 def unusual_intensities(image: NDArray[np.float32], modality: str) -> list[str]:

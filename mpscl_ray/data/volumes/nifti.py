@@ -5,20 +5,19 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from mpscl_ray.data.volumes.geometry import voxel_sizes
-from mpscl_ray.data.volumes.header_geometry import GeometryFrom, header_affine
+from mpscl_ray.data.volumes.header_geometry import header_affine
 from mpscl_ray.data.volumes.label_maps import whole_ids
 from mpscl_ray.data.volumes.nifti_file import StoredVolume, read_stored
+from mpscl_ray.data.volumes.recipe import GeometryFrom, NanPolicy
 from mpscl_ray.errors import DataError
 
 _PIECE = 1 << 22
-NanPolicy = Literal["error", "lowest", "zero"]
-"""What becomes of voxels that are not finite: an error, the lowest finite intensity, or 0."""
 _TEXT_FIELDS = ("descrip", "db_name", "aux_file", "intent_name", "data_type", "unused_str")
 
 

@@ -12,6 +12,12 @@ _SPACING_MM = (0.05, 50.0)
 
 Orientation = Literal["canonical", "stored"]
 Centre = Literal["labels", "image", "auto"]
+GeometryFrom = Literal["sform", "qform", "pixdim"]
+"""Which part of a header is right: the sform; the qform; or the voxel sizes along the axes of the affine."""
+GEOMETRIES: tuple[GeometryFrom, ...] = get_args(GeometryFrom)
+NanPolicy = Literal["error", "lowest", "zero"]
+"""What becomes of voxels that are not finite: an error, the lowest finite intensity, or 0."""
+NAN_POLICIES: tuple[NanPolicy, ...] = get_args(NanPolicy)
 
 PLANES: dict[str, tuple[tuple[int, int], tuple[int, int], tuple[int, int]]] = {
     "coronal": ((1, +1), (2, -1), (0, -1)),

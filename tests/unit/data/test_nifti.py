@@ -14,9 +14,9 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from mpscl_ray.data.volumes.header_geometry import GeometryFrom
 from mpscl_ray.data.volumes.label_maps import map_labels
-from mpscl_ray.data.volumes.nifti import NanPolicy, read_image, read_label
+from mpscl_ray.data.volumes.nifti import read_image, read_label
+from mpscl_ray.data.volumes.recipe import GeometryFrom, NanPolicy
 from mpscl_ray.data.volumes.same_grid import check_same_geometry, turned_to
 from mpscl_ray.errors import DataError
 from tests.nifti_files import AFFINE, SHAPE, ramp, rotated, save
