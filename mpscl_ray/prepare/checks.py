@@ -54,6 +54,7 @@ def check_staged(
     if training and 2 * len(empty_volumes) <= len(volumes):
         for index, name in enumerate(classes[1:], start=1):
             if any(case.class_voxels is not None and case.class_voxels[index] for case in training):
+                notices += _absent_from_held_out(staged, index, name)
                 continue
             sentence = f"no training case shows the class {name}"
             if allow_missing_classes:
@@ -61,6 +62,16 @@ def check_staged(
             else:
                 problems.append(f"{sentence}; check the label table, or give --allow-missing-classes")
     return problems, notices
+
+
+def _absent_from_held_out(staged: Sequence[StagedCase], index: int, name: str) -> list[str]:
+    """A warning for each labelled split but training that never shows a class: it has no score there."""
+    notices = []
+    for split in ("val", "test"):
+        voxels = [case.class_voxels[index] for case in staged if case.request.split == split and case.class_voxels]
+        if voxels and not any(voxels):
+            notices.append(f"no {split} case shows the class {name}, so it has no score there")
+    return notices
 
 
 def check_cases(cases: Sequence[Case]) -> list[str]:

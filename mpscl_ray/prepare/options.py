@@ -218,7 +218,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _add_files(add: Callable[..., Any]) -> None:
-    add("--image-pattern", metavar="PATTERN", help="layout folder: path of an image, with {case} and *")
+    add("--image-pattern", metavar="PATTERN", help="layout folder: path of an image, with {case}, {patient}, * and **/")
     add("--label-pattern", metavar="PATTERN", help="layout folder: path of its label")
     add("--patient-pattern", metavar="REGEX", help="finds the patient in a case id (first group)")
     add("--group-slices", type=int, metavar="N", help="slice files: N consecutive numbers make a case")

@@ -43,6 +43,8 @@ Result = TypeVar("Result")
 
 _WORTH_RAY = 500 * 2**20
 """Bytes of input below which starting Ray takes longer than preparing."""
+_BYTES_IN_MEMORY = 20
+"""Most memory that preparing takes for each byte of a compressed image."""
 _LISTED_PROBLEMS = 50
 _SMALL = 128
 
@@ -146,12 +148,24 @@ def _workers(options: PrepareOptions, requests: Sequence[Request]) -> int:
     """Number of volumes at a time; 0 if starting Ray does not pay off."""
     if options.workers is not None:
         return min(options.workers, len(requests))
+    if not requests:
+        return 0
     ray = sys.modules.get("ray")
     running = ray is not None and ray.is_initialized()
     size = sum(path.stat().st_size for request in requests for path in request.source.images)
     if not running and size < _WORTH_RAY:
         return 0
-    return min(os.cpu_count() or 1, len(requests))
+    return min(os.cpu_count() or 1, len(requests), _fitting(requests))
+
+
+def _fitting(requests: Sequence[Request]) -> int:
+    """Volumes that fit into the free memory of this machine together, at least 1."""
+    largest = max(path.stat().st_size for request in requests for path in request.source.images)
+    try:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError):
+        return len(requests)
+    return max(1, int(free / (_BYTES_IN_MEMORY * largest)))
 
 
 def _map(

@@ -153,7 +153,7 @@ def _nnunet_labels(path: Path, about: Mapping[str, Any], notices: list[str]) -> 
 
 
 def folder_cases(listing: Listing, options: LayoutOptions) -> Found:
-    """Any folder, by path patterns with ``{case}``."""
+    """Any folder, by path patterns with ``{case}``, ``{patient}``, ``*``, and ``**/`` for any folders."""
     if options.image_pattern is None or options.modality is None:
         raise ConfigError(
             "--layout folder needs --modality and --image-pattern, e.g. --modality mr --image-pattern "
@@ -169,6 +169,7 @@ def folder_cases(listing: Listing, options: LayoutOptions) -> Found:
     images: dict[str, list[Path]] = {}
     labels: dict[str, list[Path]] = {}
     masks: dict[str, dict[str, Path]] = {}
+    patients: dict[str, str] = {}
     used: set[Path] = set()
     for path in listing.files:
         relative = listing.relative(path)
@@ -176,11 +177,13 @@ def folder_cases(listing: Listing, options: LayoutOptions) -> Found:
         label = label_pattern.fullmatch(relative) if label_pattern else None
         image = image_pattern.fullmatch(relative)
         if label and options.masks:
-            masks.setdefault(label["case"], {})[label.groupdict().get("mask") or ""] = path
+            masks.setdefault(_name(label), {})[label.groupdict().get("mask") or ""] = path
         elif label:
-            collect(labels, label["case"], path)
+            collect(labels, _name(label), path)
         elif image:
-            collect(images, image["case"], path)
+            collect(images, _name(image), path)
+            if "patient" in image.groupdict():
+                patients[_name(image)] = image["patient"]
         else:
             continue
         used.add(path)
@@ -197,8 +200,15 @@ def folder_cases(listing: Listing, options: LayoutOptions) -> Found:
         if case in masks:
             label_paths = _masks_of(listing, case, masks[case], options.masks)
         hint = (options.label_pattern or "").replace("{case}", case)
-        cases.append(SourceCase(case, options.modality, case, "nifti", (image_path,), label_paths, label_hint=hint))
+        patient = patients.get(case, case)
+        cases.append(SourceCase(case, options.modality, patient, "nifti", (image_path,), label_paths, label_hint=hint))
     return cases, None, used
+
+
+def _name(match: re.Match[str]) -> str:
+    """The case id: that of the patient and the case where a pattern has both."""
+    found = match.groupdict()
+    return f"{found['patient']}_{found['case']}" if found.get("patient") else match["case"]
 
 
 def _masks_of(listing: Listing, case: str, found: Mapping[str, Path], wanted: Sequence[str]) -> tuple[Path, ...]:
@@ -214,10 +224,15 @@ def _masks_of(listing: Listing, case: str, found: Mapping[str, Path], wanted: Se
 def _pattern(text: str, option: str) -> re.Pattern[str]:
     if "{case}" not in text:
         raise ConfigError(f"{option} {text!r}: must contain {{case}}, e.g. '{{case}}_image.nii.gz'")
+    if unknown := re.search(r"\{(?!case\}|patient\})[^}]*\}", text):
+        raise ConfigError(f"{option} {text!r}: {unknown[0]} is none of {{case}} and {{patient}}")
     expression = ""
-    for part in re.split(r"(\{case\}|\*)", text):
-        if part == "{case}":
-            expression += "(?P=case)" if "(?P<case>" in expression else "(?P<case>[^/]+?)"
+    for part in re.split(r"(\{case\}|\{patient\}|\*\*/|\*)", text):
+        if part in ("{case}", "{patient}"):
+            name = part[1:-1]
+            expression += f"(?P={name})" if f"(?P<{name}>" in expression else f"(?P<{name}>[^/]+?)"
+        elif part == "**/":
+            expression += "(?:[^/]+/)*"
         else:
             expression += "[^/]*" if part == "*" else re.escape(part)
     before, star, after = expression.rpartition("[^/]*")

@@ -13,7 +13,7 @@ from mpscl_ray.data.volumes.recipe import AIR_HU, LOWEST_HU
 _SAMPLE = 200_000
 _MOST_LABELS = 12
 _MR_NAMES = frozenset(("t1", "t1w", "t2", "t2w", "t2star", "flair", "pd", "lge", "cine", "bssfp", "c0", "dwi", "adc"))
-_CT_NAMES = re.compile(r"(cb|cc|ce|nc|ld|pet)?cta?")
+_CT_NAMES = re.compile(r"(cb|c|ce|nc|ld|pet)?cta?")
 
 Kind = Literal["ct", "mr"]
 

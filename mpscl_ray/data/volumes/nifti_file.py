@@ -96,7 +96,7 @@ def read_stored(path: Path, max_voxels: int) -> StoredVolume:
     if not os.path.lexists(path):
         raise DataError(f"{path}: there is no such file; check the path")
     if not name.endswith((".nii", ".nii.gz")):
-        raise DataError(f"{path} ends in {path.suffix or 'nothing'!r}; expected .nii or .nii.gz, convert it first")
+        raise DataError(f"{path} is {_other_format(path)}; expected .nii or .nii.gz, convert it first")
     try:
         if not path.is_file() and path.exists():
             raise DataError(f"{path} is no regular file, expected a NIfTI volume; check the path")
@@ -233,6 +233,16 @@ def _gunzip(path: Path, file: BinaryIO, digest: hashlib._Hash) -> Iterator[bytes
 
 def _times(shape: tuple[int, ...]) -> str:
     return " x ".join(str(n) for n in shape)
+
+
+def _other_format(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            if file.read(132)[128:] == b"DICM":
+                return "a DICOM file (dcm2niix -ba y FOLDER converts a series)"
+    except OSError:
+        pass
+    return f"a file that ends in {path.suffix!r}" if path.suffix else "a file without an ending"
 
 
 def _kind_of(start: bytes) -> tuple[int, str] | None:
