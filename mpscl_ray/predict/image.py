@@ -12,6 +12,7 @@ import numpy.typing as npt
 from mpscl_ray.data.slice_selection import evenly_spaced, labelled_slices
 from mpscl_ray.data.volumes.geometry import Geometry, restore_labels, restore_most_probable
 from mpscl_ray.data.volumes.intensities import few_values, kind_of, other_modality, unusual_intensities
+from mpscl_ray.data.volumes.itk_file import ITK_ENDINGS
 from mpscl_ray.data.volumes.label_maps import write_itksnap_labels
 from mpscl_ray.data.volumes.nifti import Volume, read_image
 from mpscl_ray.data.volumes.nifti_output import write_label_map, write_values
@@ -75,9 +76,9 @@ class Prediction:
 
 
 def stem(image: Path) -> str:
-    """Name of an image without ``.nii`` or ``.nii.gz``."""
+    """Name of an image without ``.nii``, ``.nii.gz``, ``.nrrd`` or ``.mha``."""
     name = image.name
-    for ending in (".nii.gz", ".nii"):
+    for ending in (".nii.gz", ".nii", *ITK_ENDINGS):
         if name.lower().endswith(ending):
             return name[: -len(ending)]
     return name

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mpscl_ray import __version__
+from mpscl_ray.data.volumes.itk_file import ITK_ENDINGS
 from mpscl_ray.distributed.parallel_map import map_volumes
 from mpscl_ray.distributed.ray_session import connect
 from mpscl_ray.errors import ConfigError, DataError
@@ -136,7 +137,9 @@ def find_images(inputs: Sequence[Path], pattern: str | None) -> tuple[list[Path]
             error = f"{given} holds DICOM files, expected NIfTI; convert them with: dcm2niix -z y -ba y {given}"
             failed.append(Prediction(given, error=error))
         elif not found:
-            wanted = f"that matches {pattern}" if pattern else "ending in .nii or .nii.gz that is no label map"
+            wanted = (
+                f"that matches {pattern}" if pattern else "ending in .nii, .nii.gz, .nrrd or .mha that is no label map"
+            )
             failed.append(Prediction(given, error=f"{given} holds no file {wanted} ({len(files)} files); give images"))
     images = list({path.absolute(): path for path in images}.values())
     counts = Counter(stem(path) for path in images)
@@ -166,9 +169,9 @@ def _is_image(name: str, pattern: str | None, siblings: Collection[str]) -> bool
     if pattern is not None:
         return fnmatch.fnmatch(name, pattern)
     lower = name.lower()
-    base = lower.removesuffix(".gz").removesuffix(".nii")
+    base = stem(Path(lower))
     own = base.rpartition(_OWN_OUTPUT)[1] and SLICER_LABELS in siblings
-    return lower.endswith((".nii", ".nii.gz")) and not base.endswith(_NO_IMAGES) and not own
+    return lower.endswith((".nii", ".nii.gz", *ITK_ENDINGS)) and not base.endswith(_NO_IMAGES) and not own
 
 
 def _without_long_names(

@@ -89,9 +89,9 @@ def same_scans(sketches: Sequence[Sketch]) -> list[int]:
             for other in holders.get(value, ()):
                 shared[other] = shared.get(other, 0) + 1
             holders.setdefault(value, []).append(number)
-        other = _best(shared, sketches, number)
-        if other is not None:
-            first[number] = first[other]
+        original = _best(shared, sketches, number)
+        if original is not None:
+            first[number] = first[original]
     return first
 
 

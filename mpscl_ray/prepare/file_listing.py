@@ -94,7 +94,11 @@ def pair_by_name(
     for kind, found in (("image", images), ("label", labels)):
         for case, paths in found.items():
             if len(paths) > 1:
-                other = ", or, for a mask in each, name the files: --labels NAME=CLASS,..." if kind == "label" else ""
+                other = (
+                    ", or, for a mask in each, name the files: --labels NAME=CLASS,..."
+                    if kind == "label"
+                    else ", or tell them apart, e.g. by {patient}/{case}"
+                )
                 listing.problems.append(
                     f"case {case} has {len(paths)} {kind} files: {listing.some(paths)}; keep one{other}"
                 )

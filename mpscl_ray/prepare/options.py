@@ -61,6 +61,7 @@ class PrepareOptions:
     patient_pattern: str | None = None
     group_slices: int | None = None
     channel: int = 0
+    frames: str | None = None
     labels: str | None = None
     ignore_labels: str | None = None
     fix_label: str | None = None
@@ -223,6 +224,7 @@ def _add_files(add: Callable[..., Any]) -> None:
     add("--patient-pattern", metavar="REGEX", help="finds the patient in a case id (first group)")
     add("--group-slices", type=int, metavar="N", help="slice files: N consecutive numbers make a case")
     add("--channel", type=int, default=0, help="layout nnunet: which channel to read")
+    add("--frames", metavar="WHICH", help="time points of 4-D volumes: labelled, all, or numbers from 0, e.g. 0,9")
     add(
         "--flip",
         choices=("auto", "none", "both"),

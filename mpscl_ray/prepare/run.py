@@ -12,7 +12,7 @@ import shutil
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -25,6 +25,7 @@ from mpscl_ray.errors import DataError
 from mpscl_ray.prepare import plan as prepare_plan
 from mpscl_ray.prepare.checks import check_cases, check_staged, summarise_notices
 from mpscl_ray.prepare.copies import same_scans
+from mpscl_ray.prepare.frames import expand_frames
 from mpscl_ray.prepare.label_table import LabelTable
 from mpscl_ray.prepare.layouts import Scan, scan
 from mpscl_ray.prepare.options import PrepareOptions
@@ -81,6 +82,7 @@ def prepare(options: PrepareOptions, *, progress: bool = True) -> dict[str, Path
     table = prepare_plan.label_table(options, found.table)
     settings = prepare_plan.settings(options, table)
     problems = list(found.problems)
+    found = replace(found, cases=tuple(expand_frames(found.cases, options.frames, problems)))
     modalities = sorted({case.modality for case in found.cases})
     for modality in modalities:
         check_target(options.out / modality, options.overwrite)

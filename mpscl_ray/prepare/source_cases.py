@@ -31,6 +31,8 @@ class SourceCase:
     labels: tuple[Path, ...] = ()
     split: str | None = None
     """The split, if the layout defines it."""
+    frame: int | None = None
+    """Time point of volumes that have a time axis."""
     label_hint: str = ""
     """Expected path of a missing label, for messages."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,6 +18,7 @@ from mpscl_ray.errors import DataError
 from mpscl_ray.prepare.copies import sketch
 from mpscl_ray.prepare.file_listing import printable
 from mpscl_ray.prepare.masks import read_masks
+from mpscl_ray.prepare.source_cases import SourceCase
 from mpscl_ray.prepare.staged_case import (
     MAX_VOXELS,
     Request,
@@ -93,6 +93,7 @@ def _read(request: Request, settings: Settings) -> tuple[Volume | None, Volume |
             source.images[0],
             assume_spacing_mm=settings.assume_spacing_mm,
             geometry=settings.geometry,
+            frame=source.frame,
             nan_policy=settings.nan_policy,
             max_voxels=MAX_VOXELS,
         )
@@ -107,21 +108,23 @@ def _read(request: Request, settings: Settings) -> tuple[Volume | None, Volume |
             )
     if request.keep_labels and source.labels:
         try:
-            label = _read_label(source.labels, image, settings)
+            label = _read_label(source, image, settings)
         except DataError as error:
             problems.append(str(error))
     return image, label, problems
 
 
-def _read_label(paths: Sequence[Path], image: Volume | None, settings: Settings) -> Volume:
+def _read_label(source: SourceCase, image: Volume | None, settings: Settings) -> Volume:
     # A label whose own geometry is not trusted need not have any.
     copied = image.spacing_mm if image is not None and settings.copy_geometry_from_image else None
     read = partial(
         read_label,
         assume_spacing_mm=copied or settings.assume_spacing_mm,
         geometry=settings.geometry or ("sform" if copied else None),
+        frame=source.frame,
         max_voxels=MAX_VOXELS,
     )
+    paths = source.labels
     if settings.table is None or not settings.table.masks:
         return _on_grid(read(paths[0]), image, settings, refuse=False)
     label, overlaps = read_masks(paths, read, partial(_on_grid, image=image, settings=settings, refuse=True))

@@ -60,8 +60,8 @@ def nnunet_cases(listing: Listing, options: LayoutOptions) -> Found:
     table = _nnunet_labels(path, about, listing.notices)
     ending = str(about.get("file_ending", ""))
     endings = (ending,) if ending else _NIFTI
-    if not set(endings) <= set(_NIFTI):
-        raise DataError(f"{path}: file_ending {ending!r}; only .nii.gz and .nii are read")
+    if not set(endings) <= {*_NIFTI, ".nrrd", ".mha"}:
+        raise DataError(f"{path}: file_ending {ending!r}; only .nii.gz, .nii, .nrrd and .mha are read")
     used = {path}
     cases: list[SourceCase] = []
     modality = options.modality or _nnunet_modality(path, about, options.channel)

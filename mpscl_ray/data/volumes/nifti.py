@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ def read_image(
     *,
     assume_spacing_mm: tuple[float, float, float] | None = None,
     geometry: GeometryFrom | None = None,
+    frame: int | None = None,
     nan_policy: NanPolicy = "error",
     max_voxels: int = 2**31,
 ) -> Volume:
@@ -54,6 +55,7 @@ def read_image(
         path: ``.nii`` or ``.nii.gz``, NIfTI-1 or NIfTI-2.
         assume_spacing_mm: Voxel size to assume, axes as right, anterior, superior, if the header has no usable one.
         geometry: Which part of the header is right; None refuses a header whose parts contradict each other.
+        frame: Time point to read of a volume that has a time axis; None refuses one.
         nan_policy: What becomes of voxels that are not finite.
         max_voxels: Largest volume that is read.
 
@@ -64,7 +66,7 @@ def read_image(
         DataError: The file is damaged, no single volume of real numbers, lacks a usable geometry, holds a voxel that
             is not finite, or has one intensity throughout.
     """
-    opened = _open(Path(path), assume_spacing_mm, geometry, max_voxels)
+    opened = _open(Path(path), assume_spacing_mm, geometry, frame, max_voxels)
     flat = np.empty(opened.stored.voxels.size, dtype=np.float32)
     low, high, broken, first = math.inf, -math.inf, 0, -1
     for start in range(0, flat.size, _PIECE):
@@ -100,6 +102,7 @@ def read_label(
     *,
     assume_spacing_mm: tuple[float, float, float] | None = None,
     geometry: GeometryFrom | None = None,
+    frame: int | None = None,
     max_voxels: int = 2**31,
 ) -> Volume:
     """Read a label map; ids may be stored as real numbers, such as 200.0.
@@ -108,6 +111,7 @@ def read_label(
         path: ``.nii`` or ``.nii.gz``, NIfTI-1 or NIfTI-2.
         assume_spacing_mm: Voxel size to assume, axes as right, anterior, superior, if the header has no usable one.
         geometry: Which part of the header is right; None refuses a header whose parts contradict each other.
+        frame: Time point to read of a volume that has a time axis; None refuses one.
         max_voxels: Largest volume that is read.
 
     Returns:
@@ -117,7 +121,7 @@ def read_label(
         DataError: As `read_image`, but one id throughout is allowed; or an id is further than 0.001 from a whole
             number or beyond 32 bits.
     """
-    opened = _open(Path(path), assume_spacing_mm, geometry, max_voxels)
+    opened = _open(Path(path), assume_spacing_mm, geometry, frame, max_voxels)
     flat = np.empty(opened.stored.voxels.size, dtype=np.int32)
     wrong, first, example = 0, -1, 0.0
     for start in range(0, flat.size, _PIECE):
@@ -172,16 +176,22 @@ def _open(
     path: Path,
     assume_spacing_mm: tuple[float, float, float] | None,
     geometry: GeometryFrom | None,
+    frame: int | None,
     max_voxels: int,
 ) -> _Opened:
     stored = read_stored(path, max_voxels)
-    shape, notices = _volume_shape(path, stored)
+    shape, notices = _volume_shape(path, stored, frame)
+    if frame is not None and math.prod(stored.shape[3:]) > 1:
+        size = math.prod(shape)
+        if frame >= stored.shape[3]:
+            raise DataError(f"{path} has {stored.shape[3]} time points, and none with the number {frame}")
+        stored = replace(stored, voxels=stored.voxels[frame * size : (frame + 1) * size])
     affine = header_affine(path, stored.header, shape, assume_spacing_mm, geometry, notices)
     slope, intercept = _slope(path, stored.header, notices)
     return _Opened(path, stored, shape, affine, voxel_sizes(affine), slope, intercept, tuple(notices))
 
 
-def _volume_shape(path: Path, stored: StoredVolume) -> tuple[tuple[int, int, int], list[str]]:
+def _volume_shape(path: Path, stored: StoredVolume, frame: int | None) -> tuple[tuple[int, int, int], list[str]]:
     notices = list(stored.notices)
     shape = stored.shape
     text = " x ".join(str(n) for n in shape)
@@ -190,12 +200,12 @@ def _volume_shape(path: Path, stored: StoredVolume) -> tuple[tuple[int, int, int
             f"{path} is a single picture of {text} pixels, expected a volume with three axes; join the slices of a "
             f"patient to a volume"
         )
-    if math.prod(shape[3:]) > 1:
+    if math.prod(shape[3:]) > 1 and (frame is None or len(shape) != 4):
         raise DataError(
             f"{path} has {len(shape)} axes ({text}), expected one volume with three axes; save one time point or "
-            f"channel as a separate file"
+            f"channel as a separate file, or choose time points in prepare (--frames labelled, --frames 0,9)"
         )
-    if len(shape) > 3:
+    if len(shape) > 3 and math.prod(shape[3:]) == 1:
         notices.append(f"the trailing axes of length 1 of {text} were dropped")
     return (shape[0], shape[1], shape[2]), notices
 

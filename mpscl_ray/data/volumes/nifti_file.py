@@ -20,6 +20,7 @@ import nibabel as nib
 import numpy as np
 import numpy.typing as npt
 
+from mpscl_ray.data.volumes.itk_file import ITK_ENDINGS, read_itk
 from mpscl_ray.errors import DataError
 
 _CHUNK = 1 << 20
@@ -79,7 +80,7 @@ class StoredVolume:
 
 
 def read_stored(path: Path, max_voxels: int) -> StoredVolume:
-    """Read a whole ``.nii`` or ``.nii.gz``.
+    """Read a whole ``.nii``, ``.nii.gz``, ``.nrrd`` or ``.mha``.
 
     Args:
         path: File of a single volume, NIfTI-1 or NIfTI-2, either byte order.
@@ -95,12 +96,14 @@ def read_stored(path: Path, max_voxels: int) -> StoredVolume:
         )
     if not os.path.lexists(path):
         raise DataError(f"{path}: there is no such file; check the path")
-    if not name.endswith((".nii", ".nii.gz")):
-        raise DataError(f"{path} is {_other_format(path)}; expected .nii or .nii.gz, convert it first")
+    if not name.endswith((".nii", ".nii.gz", *ITK_ENDINGS)):
+        raise DataError(f"{path} is {_other_format(path)}; expected .nii, .nii.gz, .nrrd or .mha, convert it first")
     try:
         if not path.is_file() and path.exists():
             raise DataError(f"{path} is no regular file, expected a NIfTI volume; check the path")
         size = path.stat().st_size
+        if name.endswith(ITK_ENDINGS) and size:
+            return StoredVolume(*read_itk(path, max_voxels), ())
         with path.open("rb") as file:
             return _read(path, file, size, name.endswith(".gz"), max_voxels)
     except OSError as error:

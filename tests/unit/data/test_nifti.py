@@ -13,6 +13,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
+import SimpleITK
 
 from mpscl_ray.data.volumes.label_maps import map_labels
 from mpscl_ray.data.volumes.nifti import read_image, read_label
@@ -494,6 +495,21 @@ def test_voxels_that_are_not_finite_can_be_replaced(tmp_path: Path, policy: NanP
     volume = read_image(path, nan_policy=policy)
     assert volume.array[1, 1, 1] == volume.array[2, 2, 2] == value
     assert f"2 voxels that are NaN or infinite were set to {value:g}" in volume.notices
+
+
+@pytest.mark.parametrize("ending", [".nrrd", ".mha"])
+def test_files_of_itk_are_read_as_nifti_is(tmp_path: Path, ending: str) -> None:
+    nifti = read_image(save(tmp_path / "v.nii.gz", ramp("i2"), affine=rotated(10)))
+    itk = SimpleITK.ReadImage(str(nifti.path))
+    SimpleITK.WriteImage(itk, str(tmp_path / f"v{ending}"))
+    found = read_image(tmp_path / f"v{ending}")
+    np.testing.assert_array_equal(found.array, nifti.array)
+    np.testing.assert_allclose(found.affine, nifti.affine, atol=1e-5)
+    assert found.notices == tuple(notice for notice in nifti.notices if "slope" not in notice)
+    check_same_geometry(nifti, found)
+    content = (tmp_path / f"v{ending}").read_bytes()
+    (tmp_path / f"v{ending}").write_bytes(content[:-40])
+    assert f"v{ending}" in refusal(tmp_path / f"v{ending}")
 
 
 # --------------------------------------------------------------------------------------------- label maps

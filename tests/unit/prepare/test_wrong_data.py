@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,8 @@ from mpscl_ray.data.dataset import Manifest
 from mpscl_ray.data.parquet_reader import read_case
 from mpscl_ray.data.volumes.intensities import few_values, kind_of, other_modality
 from mpscl_ray.data.volumes.recipe import Recipe
-from mpscl_ray.errors import ConfigError, DataError
+from mpscl_ray.errors import ConfigError, DataError, Interrupted
+from mpscl_ray.prepare.command import main
 from mpscl_ray.prepare.copies import same_scans, sketch
 from mpscl_ray.prepare.patients import group_patients, patient_in
 from mpscl_ray.prepare.source_cases import SourceCase
@@ -385,3 +388,54 @@ def test_a_structure_without_a_score_is_said(tmp_path: Path) -> None:
     split.write_text(json.dumps({"train": ["c0", "c1"], "val": ["c2"], "test": ["c4"]}))
     _, manifest = prepared(folder, split=str(split))
     assert "no test case shows the class LV, so it has no score there" in manifest.notices
+
+
+def test_time_points_of_a_cine_scan(tmp_path: Path) -> None:
+    """Frames 0 and 2 of 4 are labelled, as ED and ES are; the frames of a patient stay together."""
+    folder, affine = tmp_path / "in", np.diag([*MM, 1.0])
+    for number in range(4):
+        pairs = [scan(10 * number + time) for time in range(4)]
+        labels = [pair[1] * (time in (0, 2)) for time, pair in enumerate(pairs)]
+        write(folder / f"c{number}_image.nii.gz", np.stack([pair[0] for pair in pairs], -1), affine)
+        write(folder / f"c{number}_label.nii.gz", np.stack(labels, -1).astype(np.uint8), affine)
+    assert "--frames labelled" in problems(folder)
+    found, manifest = prepared(folder, frames="labelled")
+    assert [case.id for case in manifest.cases if case.patient == "c1"] == ["c1_t00", "c1_t02"]
+    assert len({(case.patient, case.split) for case in manifest.cases}) == 4
+    single = tmp_path / "single"
+    for number in range(4):
+        intensities, label = scan(10 * number + 2)
+        write(single / f"c{number}_image.nii.gz", intensities, affine)
+        write(single / f"c{number}_label.nii.gz", label, affine)
+    expected, one = prepared(single, range="-2,3", out=tmp_path / "one")
+    found, manifest = prepared(folder, frames="2", range="-2,3")
+    for case, other in zip(manifest.cases, one.cases, strict=True):
+        for kind in ("image", "label"):
+            np.testing.assert_array_equal(read_case(found, case)[kind], read_case(expected, other)[kind])
+    assert "has 4 time points, 0 to 3, and no time point 4" in problems(folder, frames="4")
+    change(folder / "c0_label.nii.gz", lambda label: label[..., 0])
+    assert "no label map with a time axis" in problems(folder, frames="labelled")
+    with pytest.raises(ConfigError, match="expected labelled, all, or numbers from 0"):
+        prepared(folder, frames="ED")
+
+
+# ------------------------------------------------------------------------------------------------------- stopping
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGINT"])
+def test_a_signal_leaves_nothing_behind(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = cohort(tmp_path / "in")
+    number = getattr(signal, name)
+
+    def stopped(*arguments: object) -> None:
+        assert list((tmp_path / "out").glob(".mr.unfinished*"))
+        os.kill(os.getpid(), number)
+
+    monkeypatch.setattr("mpscl_ray.prepare.run._stage", stopped)
+    before = signal.getsignal(number)
+    words = ["--layout", "folder", "--modality", "mr", "--labels", "1=MYO,2=LV", "--workers", "0"]
+    words += ["--image-pattern", FOLDER["image_pattern"], "--label-pattern", FOLDER["label_pattern"]]
+    with pytest.raises(Interrupted, match=f"stopped by {name}"):
+        main([str(folder), "--out", str(tmp_path / "out"), *words])
+    assert not list((tmp_path / "out").iterdir())
+    assert signal.getsignal(number) == before
