@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
+import statistics
 from collections.abc import Iterable, Sequence
 
 from mpscl_ray.data.compatibility import orientation_notice
@@ -12,6 +14,7 @@ from mpscl_ray.prepare.splits import overlaps
 from mpscl_ray.prepare.staged_case import StagedCase
 
 _LISTED = 6
+_FEWEST_WIDTHS, _NOTABLE_WIDTH = 4, 1.9
 
 
 def check_staged(
@@ -78,12 +81,31 @@ def check_cases(cases: Sequence[Case]) -> list[str]:
     """Warnings on the finished cases of one modality."""
     notices = []
     held_out = [case for case in cases if case.split != "train"]
+    notices += _size_outliers(cases)
     notice = orientation_notice(
         [case for case in cases if case.split == "train"], held_out, ("the training cases", "the held-out cases")
     )
     if notice:
         notices.append(notice)
     return notices
+
+
+def _size_outliers(cases: Sequence[Case]) -> list[str]:
+    """A warning on cases whose structures are much wider or narrower, in mm, than those of the others."""
+    widths = {
+        case.id: case.structure_width * math.sqrt(case.spacing_mm[1] * case.spacing_mm[2])
+        for case in cases
+        if case.structure_width is not None and case.spacing_mm is not None
+    }
+    if len(widths) < _FEWEST_WIDTHS:
+        return []
+    usual = statistics.median(widths.values())
+    return [
+        f"the structures of {case} are {width:.3g} mm wide, those of the other cases about {usual:.3g} mm; check the "
+        "voxel sizes in its header"
+        for case, width in widths.items()
+        if not 1 / _NOTABLE_WIDTH < width / usual < _NOTABLE_WIDTH
+    ]
 
 
 def summarise_notices(cases: Iterable[tuple[str, Iterable[str]]]) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -75,7 +76,8 @@ def _numbers(frames: str) -> list[int]:
 def _length(path: Path) -> int:
     """Number of time points; 1 for a volume and for a file that cannot be read."""
     try:
-        shape = nib.load(path).shape
+        volume: Any = nib.load(path)
+        shape = volume.shape
     except Exception:  # noqa: BLE001 nibabel raises many kinds; reading the case says what is wrong
         return 1
     return int(shape[3]) if len(shape) == 4 else 1
@@ -83,7 +85,9 @@ def _length(path: Path) -> int:
 
 def _labelled(labels: Sequence[Path], count: int) -> list[int]:
     try:
-        volumes = [nib.load(path).dataobj for path in labels]
-        return [number for number in range(count) if any(np.any(np.asarray(volume[..., number])) for volume in volumes)]
+        maps: list[Any] = [nib.load(path) for path in labels]
+        return [
+            number for number in range(count) if any(np.any(np.asarray(label.dataobj[..., number])) for label in maps)
+        ]
     except Exception:  # noqa: BLE001 as above
         return list(range(count))

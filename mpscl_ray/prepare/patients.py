@@ -25,6 +25,8 @@ _WORD = re.compile(
 _BIDS = re.compile(r"(?:^|[_/])sub-([A-Za-z0-9]+)")
 _LISTED = 3
 _MOST_OF_A_PATIENT = 25
+_FEWEST_NAMES, _MOST_OF_A_NAME = 3, 5
+"""Prefixes without a number are names of patients if there are some of them, of few cases each."""
 _NOTABLE_SHARE = 0.2
 """Part of all cases that has to look like repeated patients before a split at random is refused."""
 
@@ -113,14 +115,19 @@ def patient_in(case: str) -> str:
 def _look_repeated(cases: Iterable[SourceCase]) -> str:
     """A sentence if many ids differ from others only in their last part, as those of one patient do; else nothing.
 
-    ``p01_a, p01_b`` and ``case12a, case12b`` do; ``case_001, case_002`` do not: what they share has no number. More
-    than 25 cases of a prefix are those of a site.
+    ``p01_a, p01_b``, ``case12a, case12b`` and ``anna1, anna2, bob1, cleo1`` do; ``case_001, case_002`` do not: what
+    they share has no number. More than 25 cases of a prefix are those of a site.
     """
     patients: dict[tuple[str, str], list[str]] = {}
     for case in cases:
         if case.patient == case.id and case.kind == "nifti":
             head = re.fullmatch(r"(.*\d.*?)[\W_]+[^\W_]+", case.id) or re.fullmatch(r"(.*\d)([a-zA-Z]+\d*)", case.id)
+            head = head or re.fullmatch(r"(.*[^\W\d_])[\W_]*\d+", case.id)
             patients.setdefault((case.modality, head[1] if head else case.id), []).append(case.id)
+    words = [key for key in patients if not any(letter.isdecimal() for letter in key[1])]
+    if len(words) < _FEWEST_NAMES or max(len(patients[key]) for key in words) > _MOST_OF_A_NAME:
+        for key in words:
+            del patients[key]
     repeated = [names for names in patients.values() if len(names) > 1]
     total = sum(map(len, patients.values()))
     if not repeated or sum(map(len, repeated)) < _NOTABLE_SHARE * total:

@@ -31,10 +31,10 @@ class SourceCase:
     labels: tuple[Path, ...] = ()
     split: str | None = None
     """The split, if the layout defines it."""
-    frame: int | None = None
-    """Time point of volumes that have a time axis."""
     label_hint: str = ""
     """Expected path of a missing label, for messages."""
+    frame: int | None = None
+    """Time point of volumes that have a time axis."""
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from mpscl_ray.data.volumes.recipe import AIR_HU, LOWEST_HU
 
 _SAMPLE = 200_000
 _MOST_LABELS = 12
+_PADDING_SHARE = 0.005
 _MR_NAMES = frozenset(("t1", "t1w", "t2", "t2w", "t2star", "flair", "pd", "lge", "cine", "bssfp", "c0", "dwi", "adc"))
 _CT_NAMES = re.compile(r"(cb|c|ce|nc|ld|pet)?cta?")
 
@@ -33,16 +34,34 @@ def other_modality(image: NDArray[np.float32], modality: str) -> str | None:
 
     CT is in Hounsfield units: without air, lung or fat below 0 it is another image, or lost its offset of 1024. MR has
     no large part below -500, and not the two peaks of air and soft tissue of a CT that is stored with that offset.
-    Images that are scaled or z-scored already are not judged.
+    Images that are scaled or z-scored already are not judged. No modality has many voxels of one value far from all
+    others, but for the padding of CT.
     """
     kind = kind_of(modality)
-    if kind is None:
-        return None
     sample = image.ravel(order="K")[:: image.size // _SAMPLE + 1]
     real = sample[sample >= LOWEST_HU]
-    if not real.size:
+    if found := _far_value(real if kind == "ct" else sample):
+        return found
+    if kind is None or not real.size:
         return None
     return _not_hounsfield(real, modality) if kind == "ct" else _not_mr(real, modality)
+
+
+def _far_value(sample: NDArray[np.float32]) -> str | None:
+    """That many voxels have one value far from all others, as padding has, which would spoil the normalisation."""
+    for end in (-1, 1):
+        value = (end * sample).max() * end if sample.size else 0
+        there = sample == value
+        rest = sample[~there]
+        if there.mean() < _PADDING_SHARE or rest.size < _PADDING_SHARE * sample.size:
+            continue
+        low, high = np.percentile(rest, (1, 99))
+        if high > low and min(abs(value - low), abs(value - high), np.abs(rest - value).min()) > 3 * (high - low):
+            return (
+                f"{100 * there.mean():.2g} % of the voxels have the intensity {value:g}, far from all others "
+                f"({low:.4g} to {high:.4g}), as padding has; set them to that of the background"
+            )
+    return None
 
 
 def _not_hounsfield(real: NDArray[np.float32], modality: str) -> str | None:

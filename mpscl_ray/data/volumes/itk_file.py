@@ -27,14 +27,15 @@ def read_itk(path: Path, max_voxels: int) -> tuple[Any, npt.NDArray[Any], tuple[
     Raises:
         DataError: The file is damaged, too large, or has vectors or complex numbers as voxels.
     """
-    import SimpleITK
+    import SimpleITK  # Not at the top: few datasets need it, and it takes a while.
 
-    reader = SimpleITK.ImageFileReader()
+    itk: Any = SimpleITK
+    reader = itk.ImageFileReader()
     reader.SetFileName(str(path))
     try:
         reader.ReadImageInformation()
         shape = tuple(int(length) for length in reader.GetSize())
-        kind = SimpleITK.GetPixelIDValueAsString(reader.GetPixelID())
+        kind = itk.GetPixelIDValueAsString(reader.GetPixelID())
         if reader.GetNumberOfComponents() != 1 or "complex" in kind:
             raise DataError(f"{path} has voxels of type {kind}; expected one real number each")
         if math.prod(shape) > max_voxels:
@@ -44,7 +45,7 @@ def read_itk(path: Path, max_voxels: int) -> tuple[Any, npt.NDArray[Any], tuple[
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1].removeprefix("ITK ERROR: ")
         raise DataError(f"{path} cannot be read by SimpleITK ({reason}); copy or export it again") from None
-    array = SimpleITK.GetArrayFromImage(image)
+    array = itk.GetArrayFromImage(image)
     if array.dtype.kind == "b":
         array = array.astype(np.uint8)
     affine = np.eye(4)
@@ -53,7 +54,8 @@ def read_itk(path: Path, max_voxels: int) -> tuple[Any, npt.NDArray[Any], tuple[
         directions = np.reshape(image.GetDirection(), (size, size))[:3, :3]
         affine[:3, :3] = _LPS_TO_RAS @ directions * np.asarray(image.GetSpacing()[:3])
         affine[:3, 3] = _LPS_TO_RAS @ np.asarray(image.GetOrigin()[:3])
-    header = nib.Nifti1Header()
+    header_class: Any = nib.Nifti1Header
+    header = header_class()
     header.set_data_dtype(array.dtype)
     header.set_data_shape(shape)
     header["pixdim"][1 : len(shape) + 1] = image.GetSpacing()

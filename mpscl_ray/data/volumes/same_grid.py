@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import permutations
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -59,7 +60,7 @@ def turned_to(image: Volume, label: Volume) -> Volume:
     """
     if np.abs(image.affine - label.affine).max() <= TOLERANCE_MM and image.array.shape == label.array.shape:
         return label
-    orientations = nib.orientations
+    orientations: Any = nib.orientations
     start, end = (orientations.io_orientation(volume.affine) for volume in (label, image))
     if np.isnan(start).any() or np.isnan(end).any() or np.array_equal(start, end):
         return label

@@ -181,8 +181,8 @@ def test_wrong_names_are_refused_with_the_right_one(tmp_path: Path) -> None:
     assert "rename it to end in .nii" in refusal(tmp_path / "v.nii.gz")
     save(tmp_path / "w.nii.gz").rename(tmp_path / "w.nii")
     assert "rename it to end in .nii.gz" in refusal(tmp_path / "w.nii")
-    save(tmp_path / "x.nii").rename(tmp_path / "x.mha")
-    assert "'.mha'" in refusal(tmp_path / "x.mha")
+    save(tmp_path / "x.nii").rename(tmp_path / "x.mhd")
+    assert "'.mhd'" in refusal(tmp_path / "x.mhd")
 
 
 def test_missing_folder_pipe_and_link_to_itself_are_refused(tmp_path: Path) -> None:
