@@ -439,3 +439,28 @@ def test_a_signal_leaves_nothing_behind(tmp_path: Path, name: str, monkeypatch: 
         main([str(folder), "--out", str(tmp_path / "out"), *words])
     assert not list((tmp_path / "out").iterdir())
     assert signal.getsignal(number) == before
+
+
+# ------------------------------------------------------------------------------------------------ a case among others
+
+
+@pytest.mark.parametrize("value", [-32768, 32767])
+def test_padding_of_mr_is_refused(tmp_path: Path, value: int) -> None:
+    folder = cohort(tmp_path / "in")
+
+    def padded(image: NDArray[Any]) -> NDArray[Any]:
+        image[:2] = value
+        return image
+
+    change(folder / "c1_image.nii.gz", padded)
+    assert f"of the voxels have the intensity {value}, far from all others" in problems(folder)
+
+
+def test_a_case_with_other_millimetres_is_said(tmp_path: Path) -> None:
+    folder = cohort(tmp_path / "in")
+    for kind in ("image", "label"):
+        change(folder / f"c3_{kind}.nii.gz", lambda array: array, np.diag([0.5, 0.5, 1.0, 1.0]))
+    _, manifest = prepared(folder)
+    assert [notice for notice in manifest.notices if "mm wide" in notice] == [
+        next(notice for notice in manifest.notices if notice.startswith("the structures of c3 are"))
+    ]
