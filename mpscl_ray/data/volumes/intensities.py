@@ -51,6 +51,8 @@ def _far_value(sample: NDArray[np.float32]) -> str | None:
     """That many voxels have one value far from all others, as padding has, which would spoil the normalisation."""
     for end in (-1, 1):
         value = (end * sample).max() * end if sample.size else 0
+        if end < 0 and value >= 0:
+            continue  # a masked image has background of 0
         there = sample == value
         rest = sample[~there]
         if there.mean() < _PADDING_SHARE or rest.size < _PADDING_SHARE * sample.size:
