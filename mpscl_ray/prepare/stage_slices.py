@@ -73,7 +73,7 @@ def _read(request: Request, settings: Settings) -> tuple[list[ReleasedSlices], l
     for index, path in enumerate(source.images):
         try:
             label_path = source.labels[index] if source.labels and request.keep_labels else None
-            parts.append(read_released(source, path, label_path, settings.flip))
+            parts.append(read_released(source, path, label_path, settings.flip, settings.geometry))
         except DataError as error:
             problems.append(str(error))
     return parts, problems
