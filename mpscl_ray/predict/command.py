@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from mpscl_ray.data.volumes.recipe import GEOMETRIES, NAN_POLICIES
 from mpscl_ray.errors import ConfigError
 from mpscl_ray.runs import cli
 from mpscl_ray.runs.storage import S3Path, is_url, parse_location
@@ -57,6 +58,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--probabilities", action="store_true", help="also write a probability map of each structure")
     add("--preview", action="store_true", help="also write a picture of some slices with their labels")
     add("--assume-spacing", type=_spacing, metavar="X,Y,Z", help="voxel size in mm for files without a usable geometry")
+    add(
+        "--geometry",
+        choices=GEOMETRIES,
+        help="which part of a header is right where they contradict each other, as in prepare",
+    )
+    add("--nan-policy", choices=NAN_POLICIES, default="error", help="voxels that are NaN or infinite, as in prepare")
+    add("--any-modality", action="store_true", help="segment images whose intensities do not fit the model as well")
     parser.add_workers()
     add("--device", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
     add("--overwrite", action="store_true", help="replace files of an earlier prediction")

@@ -11,10 +11,13 @@ import numpy.typing as npt
 
 from mpscl_ray.data.slice_selection import evenly_spaced, labelled_slices
 from mpscl_ray.data.volumes.geometry import Geometry, restore_labels, restore_most_probable
+from mpscl_ray.data.volumes.intensities import few_values, kind_of, other_modality, unusual_intensities
+from mpscl_ray.data.volumes.itk_file import ITK_ENDINGS
 from mpscl_ray.data.volumes.label_maps import write_itksnap_labels
 from mpscl_ray.data.volumes.nifti import Volume, read_image
 from mpscl_ray.data.volumes.nifti_output import write_label_map, write_values
 from mpscl_ray.data.volumes.preprocess import prepare_volume
+from mpscl_ray.data.volumes.recipe import GeometryFrom, NanPolicy
 from mpscl_ray.errors import ConfigError, DataError
 from mpscl_ray.predict.model import Checkpoint, Domain, Model
 from mpscl_ray.predict.predictor import Predictor, cached_predictor, keep_largest_component
@@ -30,6 +33,8 @@ SLICER_LABELS = "slicer_labels.ctbl"
 PROBABILITY_STEPS = 255
 """Probabilities are stored as whole numbers, 0..255, with the slope that maps 255 to 1."""
 _PREVIEW_SLICES = 6
+_NOTABLE_EDGE = 0.005
+"""Part of the labelled voxels at the edge of the crop from which structures may be cut off."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,11 @@ class Job:
     probabilities: bool = False
     preview: bool = False
     assume_spacing_mm: tuple[float, float, float] | None = None
+    geometry: GeometryFrom | None = None
+    """Part of a header that is right, if its parts contradict each other."""
+    nan_policy: NanPolicy = "error"
+    any_modality: bool = False
+    """Segment images whose intensities look like another modality."""
 
 
 @dataclass(frozen=True)
@@ -66,9 +76,9 @@ class Prediction:
 
 
 def stem(image: Path) -> str:
-    """Name of an image without ``.nii`` or ``.nii.gz``."""
+    """Name of an image without ``.nii``, ``.nii.gz``, ``.nrrd`` or ``.mha``."""
     name = image.name
-    for ending in (".nii.gz", ".nii"):
+    for ending in (".nii.gz", ".nii", *ITK_ENDINGS):
         if name.lower().endswith(ending):
             return name[: -len(ending)]
     return name
@@ -116,7 +126,11 @@ def predict_image(predictor: Predictor, job: Job, image: Path) -> Prediction:
 
 def _predict(predictor: Predictor, domain: Domain, job: Job, folder: Path, image: Path) -> Prediction:
     classes = predictor.classes
-    volume = read_image(image, assume_spacing_mm=job.assume_spacing_mm)
+    volume = read_image(
+        image, assume_spacing_mm=job.assume_spacing_mm, geometry=job.geometry, nan_policy=job.nan_policy
+    )
+    if not job.any_modality:
+        _refuse_other_modality(volume, domain)
     # Never by labels: a new image has none.
     prepared = prepare_volume(
         volume.array, volume.affine, None, replace(domain.recipe, centre="image"), case=str(image)
@@ -158,20 +172,31 @@ def _predict(predictor: Predictor, domain: Domain, job: Job, folder: Path, image
         image,
         files=names,
         volumes_ml={name: float(count * voxel_ml) for name, count in zip(classes[1:], counts[1:], strict=True)},
-        notices=(*volume.notices, *_quality_warnings(volume, domain, labels, geometry)),
+        notices=(
+            *volume.notices,
+            *((f"the image {few}: is it a label map?",) if (few := few_values(volume.array)) else ()),
+            *unusual_intensities(volume.array, domain.modality),
+            *_quality_warnings(labels, geometry),
+        ),
     )
 
 
-def _quality_warnings(volume: Volume, domain: Domain, labels: npt.NDArray[np.uint8], geometry: Geometry) -> list[str]:
+def _refuse_other_modality(volume: Volume, domain: Domain) -> None:
+    """Refuse an image of another modality than the model's."""
+    # A model of CT whose intensities were no Hounsfield units expects none.
+    judged = kind_of(domain.modality) != "ct" or domain.recipe.hounsfield
+    if judged and (wrong := other_modality(volume.array, domain.modality)):
+        raise DataError(
+            f"{volume.path}: {wrong}, but the model expects {domain.modality}; give --modality, or --any-modality to "
+            "segment it all the same"
+        )
+
+
+def _quality_warnings(labels: npt.NDArray[np.uint8], geometry: Geometry) -> list[str]:
     """Warnings on a segmentation that may be wrong."""
     warnings = []
     if not labels.any():
         warnings.append("no structure was found")
-    low = float(volume.array.min())
-    if domain.modality.lower().startswith("mr") and low <= -500:
-        warnings.append(
-            f"intensities, which begin at {low:g}, look like Hounsfield units, but the model expects {domain.modality}"
-        )
     rows, columns = geometry.axes[1:]
     for axis, first, last in (
         (rows, labels[:, 0], labels[:, -1]),
@@ -179,7 +204,8 @@ def _quality_warnings(volume: Volume, domain: Domain, labels: npt.NDArray[np.uin
     ):
         before = axis.start > 0.5
         after = axis.start + axis.step * (axis.samples - 1) < axis.length - 1.5
-        if (before and first.any()) or (after and last.any()):
+        at_edge = np.count_nonzero(first) * before + np.count_nonzero(last) * after
+        if at_edge > _NOTABLE_EDGE * np.count_nonzero(labels):
             warnings.append(
                 "a structure reaches the edge of the crop and may be cut off; is the heart near the middle?"
             )

@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import json
+import os
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -15,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from mpscl_ray import __version__
+from mpscl_ray.data.volumes.itk_file import ITK_ENDINGS
 from mpscl_ray.distributed.parallel_map import map_volumes
 from mpscl_ray.distributed.ray_session import connect
 from mpscl_ray.errors import ConfigError, DataError
 from mpscl_ray.predict.image import (
+    ITKSNAP_LABELS,
     SLICER_LABELS,
     SUFFIX,
     Job,
@@ -43,8 +46,10 @@ from mpscl_ray.runs.structures import display_order
 VOLUMES = "volumes.json"
 """File in the output folder with the volume of each structure in ml, by label map."""
 
-_NO_IMAGES = ("_label", "_labels", "_manual", "_seg", "_mask", "_gt", SUFFIX.removesuffix(".nii.gz"))
+_NO_IMAGES = ("_label", "_labels", "_manual", "_seg", "_segmentation", "_mask", "_gt", SUFFIX.removesuffix(".nii.gz"))
 """Suffixes of names that are label maps, not images."""
+_OWN_OUTPUT = "_probability_"
+_LONGEST_NAME = 255
 
 
 def predict(options: argparse.Namespace, out: Path | S3Path) -> int:
@@ -73,8 +78,12 @@ def predict(options: argparse.Namespace, out: Path | S3Path) -> int:
         probabilities=options.probabilities,
         preview=options.preview,
         assume_spacing_mm=options.assume_spacing,
+        geometry=options.geometry,
+        nan_policy=options.nan_policy,
+        any_modality=options.any_modality,
     )
     images, failed = find_images(options.inputs, options.pattern)
+    images = _without_long_names(images, job, model.classes, failed)
     previous = _check_outputs(images, job, model.classes, options.overwrite)
     workers = num_inference_workers(len(images), device) if options.workers is None else options.workers
     predictor = load_weights(model, weights, options.device)  # also before workers start: errors are reported at once
@@ -119,13 +128,18 @@ def find_images(inputs: Sequence[Path], pattern: str | None) -> tuple[list[Path]
                 Prediction(given, error=f"{given} cannot be read ({refusal.strerror}); check its permissions")
             )
             continue
-        found = [path for path in files if _is_image(path.name, pattern)]
+        siblings = {path.name for path in files}
+        found = [path for path in files if _is_image(path.name, pattern, siblings)]
         images += found
+        if found:
+            _say_skipped(given, found)
         if not found and any(is_dicom(path) for path in files):
             error = f"{given} holds DICOM files, expected NIfTI; convert them with: dcm2niix -z y -ba y {given}"
             failed.append(Prediction(given, error=error))
         elif not found:
-            wanted = f"that matches {pattern}" if pattern else "ending in .nii or .nii.gz that is no label map"
+            wanted = (
+                f"that matches {pattern}" if pattern else "ending in .nii, .nii.gz, .nrrd or .mha that is no label map"
+            )
             failed.append(Prediction(given, error=f"{given} holds no file {wanted} ({len(files)} files); give images"))
     images = list({path.absolute(): path for path in images}.values())
     counts = Counter(stem(path) for path in images)
@@ -135,12 +149,44 @@ def find_images(inputs: Sequence[Path], pattern: str | None) -> tuple[list[Path]
     return images, failed
 
 
-def _is_image(name: str, pattern: str | None) -> bool:
+def _say_skipped(folder: Path, found: Sequence[Path]) -> None:
+    """Warn of what a folder holds besides its images: label maps by their names, other formats, folders."""
+    ours = (SUFFIX, ITKSNAP_LABELS, SLICER_LABELS, VOLUMES, "_preview.png")
+    skipped = sorted(
+        path.name + ("/" if path.is_dir() else "")
+        for path in folder.iterdir()
+        if path not in set(found) and not path.name.startswith(".") and not path.name.endswith(ours)
+    )
+    if skipped:
+        more = f" and {len(skipped) - 6} more" if len(skipped) > 6 else ""
+        print(
+            f"note: {folder}: not segmented, {len(skipped)}: {', '.join(skipped[:6])}{more}; name other images",
+            file=sys.stderr,
+        )
+
+
+def _is_image(name: str, pattern: str | None, siblings: Collection[str]) -> bool:
     if pattern is not None:
         return fnmatch.fnmatch(name, pattern)
     lower = name.lower()
-    base = lower.removesuffix(".gz").removesuffix(".nii")
-    return lower.endswith((".nii", ".nii.gz")) and not base.endswith(_NO_IMAGES)
+    base = stem(Path(lower))
+    own = base.rpartition(_OWN_OUTPUT)[1] and SLICER_LABELS in siblings
+    return lower.endswith((".nii", ".nii.gz", *ITK_ENDINGS)) and not base.endswith(_NO_IMAGES) and not own
+
+
+def _without_long_names(
+    images: Sequence[Path], job: Job, classes: Sequence[str], failed: list[Prediction]
+) -> list[Path]:
+    """The images whose files can be written; the others are failures, and do not stop the batch."""
+    good = []
+    for image in images:
+        longest = max((len(os.fsencode(name)) for name in outputs(image, job, classes)), default=0)
+        if longest <= _LONGEST_NAME - len(".partial-00000000"):
+            good.append(image)
+        else:
+            error = f"{image} has too long a name: that of a file made from it would have {longest} bytes; rename it"
+            failed.append(Prediction(image, error=error))
+    return good
 
 
 def _check_outputs(images: Sequence[Path], job: Job, classes: Sequence[str], overwrite: bool) -> dict[str, Any]:

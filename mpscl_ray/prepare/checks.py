@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import re
+import statistics
 from collections.abc import Iterable, Sequence
 
 from mpscl_ray.data.compatibility import orientation_notice
 from mpscl_ray.data.dataset import Case
+from mpscl_ray.prepare.copies import same_scans
 from mpscl_ray.prepare.splits import overlaps
 from mpscl_ray.prepare.staged_case import StagedCase
 
 _LISTED = 6
+_FEWEST_WIDTHS, _NOTABLE_WIDTH = 4, 1.9
 
 
 def check_staged(
@@ -24,9 +28,10 @@ def check_staged(
         transductive: whether training cases may also be validation or test cases.
         allow_missing_classes: whether a class that no training case shows is a warning, not a problem.
     """
+    originals = same_scans([case.sketch for case in staged])
     entries = [
-        (case.request.split, case.request.source.id, case.request.source.patient, case.content_sha256)
-        for case in staged
+        (case.request.split, case.request.source.id, case.request.source.patient, staged[original].content_sha256)
+        for case, original in zip(staged, originals, strict=True)
     ]
     problems, notices = overlaps(entries, transductive=transductive)
     by_size: dict[tuple[int, ...], list[str]] = {}
@@ -52,6 +57,7 @@ def check_staged(
     if training and 2 * len(empty_volumes) <= len(volumes):
         for index, name in enumerate(classes[1:], start=1):
             if any(case.class_voxels is not None and case.class_voxels[index] for case in training):
+                notices += _absent_from_held_out(staged, index, name)
                 continue
             sentence = f"no training case shows the class {name}"
             if allow_missing_classes:
@@ -61,22 +67,45 @@ def check_staged(
     return problems, notices
 
 
+def _absent_from_held_out(staged: Sequence[StagedCase], index: int, name: str) -> list[str]:
+    """A warning for each labelled split but training that never shows a class: it has no score there."""
+    notices = []
+    for split in ("val", "test"):
+        voxels = [case.class_voxels[index] for case in staged if case.request.split == split and case.class_voxels]
+        if voxels and not any(voxels):
+            notices.append(f"no {split} case shows the class {name}, so it has no score there")
+    return notices
+
+
 def check_cases(cases: Sequence[Case]) -> list[str]:
     """Warnings on the finished cases of one modality."""
     notices = []
     held_out = [case for case in cases if case.split != "train"]
-    leaking = [case.id for case in held_out if case.cropped_around_labels]
-    if leaking:
-        notices.append(
-            f"validation and test cases that are cropped around their own labels, {len(leaking)}: {_some(leaking)}; a "
-            "mild leak, usual in the published protocol; --centre image avoids it"
-        )
+    notices += _size_outliers(cases)
     notice = orientation_notice(
         [case for case in cases if case.split == "train"], held_out, ("the training cases", "the held-out cases")
     )
     if notice:
         notices.append(notice)
     return notices
+
+
+def _size_outliers(cases: Sequence[Case]) -> list[str]:
+    """A warning on cases whose structures are much wider or narrower, in mm, than those of the others."""
+    widths = {
+        case.id: case.structure_width * math.sqrt(case.spacing_mm[1] * case.spacing_mm[2])
+        for case in cases
+        if case.structure_width is not None and case.spacing_mm is not None
+    }
+    if len(widths) < _FEWEST_WIDTHS:
+        return []
+    usual = statistics.median(widths.values())
+    return [
+        f"the structures of {case} are {width:.3g} mm wide, those of the other cases about {usual:.3g} mm; check the "
+        "voxel sizes in its header"
+        for case, width in widths.items()
+        if not 1 / _NOTABLE_WIDTH < width / usual < _NOTABLE_WIDTH
+    ]
 
 
 def summarise_notices(cases: Iterable[tuple[str, Iterable[str]]]) -> list[str]:

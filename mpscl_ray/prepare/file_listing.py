@@ -94,7 +94,14 @@ def pair_by_name(
     for kind, found in (("image", images), ("label", labels)):
         for case, paths in found.items():
             if len(paths) > 1:
-                listing.problems.append(f"case {case} has {len(paths)} {kind} files: {listing.some(paths)}; keep one")
+                other = (
+                    ", or, for a mask in each, name the files: --labels NAME=CLASS,..."
+                    if kind == "label"
+                    else ", or tell them apart, e.g. by {patient}/{case}"
+                )
+                listing.problems.append(
+                    f"case {case} has {len(paths)} {kind} files: {listing.some(paths)}; keep one{other}"
+                )
     for case in sorted(set(labels) - set(images)):
         listing.problems.append(f"{listing.relative(labels[case][0])}: a label whose image is missing")
     for case in sorted(images):

@@ -10,6 +10,9 @@ from typing import Any, Literal
 from mpscl_ray.errors import ConfigError
 
 BACKGROUND = "background"
+_NOT_ANNOTATED = frozenset(
+    ("ignore", "ignored", "void", "unannotated", "notannotated", "unlabelled", "unlabeled", "dontcare")
+)
 UnknownLabels = Literal["error", "background"]
 
 
@@ -25,6 +28,10 @@ class LabelTable:
     """Raw ids that are background on purpose."""
     unknown: UnknownLabels = "error"
     """What becomes of any other raw id: an error, or background with a warning."""
+    not_annotated: frozenset[int] = frozenset()
+    """Raw ids of voxels that nobody annotated (nnU-Net's ``ignore``); refused, because training has no such label."""
+    masks: tuple[str, ...] = ()
+    """Names of the mask files of a case, whose raw ids are 1, 2, ...; empty if a label map holds all structures."""
     corrections: Mapping[int, int] = field(default_factory=dict)
     """Wrong raw id -> the raw id that was meant; corrected first."""
 
@@ -35,6 +42,7 @@ class LabelTable:
             "background": sorted(self.ignored),
             "unknown": self.unknown,
             "corrections": {str(wrong): right for wrong, right in sorted(self.corrections.items())},
+            **({"masks": list(self.masks)} if self.masks else {}),
         }
 
     def effective(self) -> dict[int, int]:
@@ -43,6 +51,11 @@ class LabelTable:
         for wrong, right in self.corrections.items():
             values[wrong] = 0 if right in self.ignored else values[right]
         return values
+
+
+def is_not_annotated(name: str) -> bool:
+    """Whether the name of a label says that its voxels were not annotated."""
+    return re.sub(r"[\W_]+", "", name.lower()) in _NOT_ANNOTATED
 
 
 MMWHS = LabelTable(
@@ -62,13 +75,18 @@ RELEASED = LabelTable(MMWHS.classes, {0: 0, 1: 1, 2: 2, 3: 3, 4: 4}, frozenset()
 def parse_label_table(text: str) -> LabelTable:
     """Table from ``200=MYO,500=LV,600=RV``: classes in the order of first mention; several ids may share a class.
 
-    ``0=background`` is understood and may be left out.
+    ``0=background`` is understood and may be left out. Names instead of ids are those of mask files:
+    ``heart_myocardium=MYO,heart_ventricle_left=LV``.
 
     Raises:
         ConfigError: the text is anything else.
     """
     classes = [BACKGROUND]
     values = {0: 0}
+    masks = mask_names(text)
+    for number, mask in enumerate(masks, start=1):
+        text = re.sub(rf"(^|,)\s*{re.escape(mask)}\s*=", rf"\g<1>{number}=", text, count=1)
+    not_annotated: set[int] = set()
     for entry in filter(None, (part.strip() for part in text.split(","))):
         match = re.fullmatch(r"(-?\d+)\s*=\s*(\S(?:.*\S)?)", entry)
         if not match:
@@ -79,6 +97,12 @@ def parse_label_table(text: str) -> LabelTable:
         if name.lower() == BACKGROUND:
             values[raw] = 0
             continue
+        if is_not_annotated(name):
+            not_annotated.add(raw)
+            continue
+        spelt = next((other for other in classes if other.lower() == name.lower()), name)
+        if spelt != name:
+            raise ConfigError(f"--labels: {spelt} and {name} differ only in upper and lower case; use one spelling")
         if name not in classes:
             classes.append(name)
         values[raw] = classes.index(name)
@@ -86,7 +110,25 @@ def parse_label_table(text: str) -> LabelTable:
         raise ConfigError("--labels: no class but background; write e.g. 200=MYO,500=LV,600=RV")
     if len(classes) > 255:
         raise ConfigError(f"--labels: {len(classes)} classes; at most 255 fit the label type uint8")
-    return LabelTable(tuple(classes), values)
+    return LabelTable(tuple(classes), values, not_annotated=frozenset(not_annotated), masks=masks)
+
+
+def mask_names(text: str | None) -> tuple[str, ...]:
+    """The names of mask files in ``heart_myocardium=MYO,...``, in their order; none if the text has ids.
+
+    Raises:
+        ConfigError: ids and names are mixed, or a name is there twice.
+    """
+    entries = [part.partition("=") for part in (text or "").split(",") if "=" in part]
+    keys = [key.strip() for key, _, name in entries if not name.strip().isdecimal()]  # NAME=ID is a slip
+    names = [key for key in keys if not re.fullmatch(r"-?\d+", key) and re.fullmatch(r"[^\s=]+", key)]
+    if not names:
+        return ()
+    if len(names) < len(keys):
+        raise ConfigError(f"--labels {text}: ids and names of mask files are mixed; give one of the two")
+    if len(set(names)) < len(names):
+        raise ConfigError(f"--labels {text}: a mask file is named twice")
+    return tuple(names)
 
 
 def with_ignored(table: LabelTable, text: str) -> LabelTable:
@@ -107,7 +149,7 @@ def with_ignored(table: LabelTable, text: str) -> LabelTable:
                 f"--ignore-labels {text}: {raw} means {table.classes[table.values[raw]]}; a table without it "
                 "(--labels) leaves that class out"
             )
-    return replace(table, ignored=table.ignored | ids)
+    return replace(table, ignored=table.ignored | ids, not_annotated=table.not_annotated - ids)
 
 
 def with_corrections(table: LabelTable, text: str) -> LabelTable:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from mpscl_ray.errors import ConfigError, DataError
 from mpscl_ray.prepare.file_listing import Listing, is_dicom, list_files
 from mpscl_ray.prepare.label_table import LabelTable
+from mpscl_ray.prepare.patients import group_patients
 from mpscl_ray.prepare.slice_layouts import npy_cases, tfrecord_cases
 from mpscl_ray.prepare.source_cases import Found, LayoutOptions, SourceCase
 from mpscl_ray.prepare.volume_layouts import folder_cases, mmwhs_cases, nnunet_cases
@@ -37,6 +38,8 @@ class Scan:
     """Meaning of the raw labels, if the layout defines it."""
     problems: tuple[str, ...]
     notices: tuple[str, ...]
+    ambiguous_patients: str = ""
+    """Why it is not certain which cases are of one patient."""
 
 
 def scan(folder: Path, layout: str, options: LayoutOptions) -> Scan:
@@ -59,9 +62,10 @@ def scan(folder: Path, layout: str, options: LayoutOptions) -> Scan:
         listing.notices.append(
             f"files that are not part of the layout, {len(unmatched_files)}: {listing.some(unmatched_files)}"
         )
-    cases = sorted((_with_patient(case, options, listing.problems) for case in cases), key=_natural)
     _check_ids(listing, cases)
-    return Scan(tuple(cases), table, tuple(listing.problems), tuple(listing.notices))
+    found = group_patients(sorted(cases, key=_natural), options.patient_pattern, listing.problems)
+    notices = (*listing.notices, *found.notices)
+    return Scan(found.cases, table, tuple(listing.problems), notices, found.ambiguous)
 
 
 def _natural(case: SourceCase) -> list[tuple[int, int | str]]:
@@ -86,19 +90,6 @@ def _nothing_found(listing: Listing, layout: str, options: LayoutOptions, unmatc
     }[layout]
     which = f" of the modality {options.modality!r}" if options.modality else ""
     return f"{listing.root}: no {expected}{which} (layout {layout}); it holds {listing.some(listing.files)}"
-
-
-def _with_patient(case: SourceCase, options: LayoutOptions, problems: list[str]) -> SourceCase:
-    if options.patient_pattern is None:
-        return case
-    try:
-        match = re.search(options.patient_pattern, case.id)
-    except re.error as error:
-        raise ConfigError(f"--patient-pattern {options.patient_pattern!r}: not a regular expression: {error}") from None
-    if match is None:
-        problems.append(f"case {case.id}: --patient-pattern {options.patient_pattern!r} does not match it")
-        return case
-    return replace(case, patient=(match[1] if match.re.groups and match[1] is not None else match[0]))
 
 
 def _check_ids(listing: Listing, cases: Iterable[SourceCase]) -> None:

@@ -12,7 +12,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mpscl_ray.data import SPLITS
-from mpscl_ray.data.volumes.recipe import RELEASED_RANGES, Recipe
+from mpscl_ray.data.volumes.recipe import (
+    GEOMETRIES,
+    NAN_POLICIES,
+    RELEASED_RANGES,
+    GeometryFrom,
+    NanPolicy,
+    Recipe,
+)
 from mpscl_ray.errors import ConfigError
 from mpscl_ray.prepare.file_listing import printable
 from mpscl_ray.prepare.layouts import LAYOUTS
@@ -54,17 +61,21 @@ class PrepareOptions:
     patient_pattern: str | None = None
     group_slices: int | None = None
     channel: int = 0
+    frames: str | None = None
     labels: str | None = None
     ignore_labels: str | None = None
     fix_label: str | None = None
     unknown_labels: Literal["error", "background"] | None = None
     split: str | None = None
+    fold: int | None = None
     seed: int = 0
     unlabelled: tuple[str, ...] = ()
     transductive: bool = False
     range: str = "auto"
     flip: Flip = "auto"
     assume_spacing: tuple[float, ...] | None = None
+    geometry: GeometryFrom | None = None
+    nan_policy: NanPolicy = "error"
     fix_geometry: Literal["copy-from-image"] | None = None
     any_modality: bool = False
     allow_missing_classes: bool = False
@@ -208,11 +219,12 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _add_files(add: Callable[..., Any]) -> None:
-    add("--image-pattern", metavar="PATTERN", help="layout folder: path of an image, with {case} and *")
+    add("--image-pattern", metavar="PATTERN", help="layout folder: path of an image, with {case}, {patient}, * and **/")
     add("--label-pattern", metavar="PATTERN", help="layout folder: path of its label")
     add("--patient-pattern", metavar="REGEX", help="finds the patient in a case id (first group)")
     add("--group-slices", type=int, metavar="N", help="slice files: N consecutive numbers make a case")
     add("--channel", type=int, default=0, help="layout nnunet: which channel to read")
+    add("--frames", metavar="WHICH", help="time points of 4-D volumes: labelled, all, or numbers from 0, e.g. 0,9")
     add(
         "--flip",
         choices=("auto", "none", "both"),
@@ -222,7 +234,7 @@ def _add_files(add: Callable[..., Any]) -> None:
 
 
 def _add_labels(add: Callable[..., Any]) -> None:
-    add("--labels", metavar="TABLE", help="raw ids and class names, e.g. 200=MYO,500=LV,600=RV")
+    add("--labels", metavar="TABLE", help="raw ids, or names of mask files, and class names, e.g. 200=MYO,500=LV")
     add("--ignore-labels", metavar="IDS", help="raw ids that are background on purpose, e.g. 550,600")
     add("--fix-label", metavar="WRONG=MEANT", help="wrong ids in label files, e.g. 421=420 in MM-WHS")
     add(
@@ -247,7 +259,11 @@ def _add_splits(add: Callable[..., Any]) -> None:
         "--split",
         metavar="HOW",
         help="mmwhs (published test volumes; default of that layout), released (by file name; default for slices), "
-        "fractions of train,val,test (default 0.7,0.1,0.2), or a JSON file {train: [ids], val: [...], test: [...]}",
+        "fractions of train,val,test (default 0.7,0.1,0.2), or a JSON file {train: [ids], val: [...], test: [...]}, "
+        "or nnU-Net's splits_final.json (--fold)",
+    )
+    add(
+        "--fold", type=int, metavar="N", help="which split of a FILE with one for each fold (splits_final.json), from 0"
     )
     add("--seed", type=int, default=0, help="seed of the random split by fractions")
     add(
@@ -290,6 +306,12 @@ def _add_geometry(add: Callable[..., Any]) -> None:
         metavar="X,Y,Z",
         help="voxel size in mm of volumes whose header has no usable geometry",
     )
+    add(
+        "--geometry",
+        choices=GEOMETRIES,
+        help="which part of a header is right where they contradict each other; pixdim: its voxel sizes, along the "
+        "axes of sform or qform if there are any",
+    )
     add("--fix-geometry", choices=("copy-from-image",), help="if a label's geometry differs, use that of its image")
 
 
@@ -306,6 +328,12 @@ def _add_intensities(add: Callable[..., Any]) -> None:
         metavar="LO,HI",
         help="z-scored intensities that become -1 and 1; estimate: from the training cases; sifa: the published ones; "
         "auto: sifa for released slices of ct and mr, else estimate",
+    )
+    add(
+        "--nan-policy",
+        choices=NAN_POLICIES,
+        default="error",
+        help="voxels that are NaN or infinite: an error (default), set to the lowest finite intensity, or to 0",
     )
     add("--any-modality", action="store_true", help="accept images whose intensities look like another modality")
 
@@ -325,6 +353,6 @@ def parse(arguments: Sequence[str]) -> PrepareOptions:
         else:
             joined.append(argument)
     values = vars(parser().parse_args(joined))
-    names = [item.name for item in fields(Recipe)]
+    names = [item.name for item in fields(Recipe) if item.name in values]
     recipe = Recipe(**{name: values.pop(name) for name in names})
     return PrepareOptions(**values, recipe=recipe)

@@ -9,9 +9,9 @@ from pathlib import Path
 import mpscl_ray
 from mpscl_ray.data import SPLITS
 from mpscl_ray.data.dataset import FORMAT_VERSION, Case, Manifest, Scaling
-from mpscl_ray.data.volumes.recipe import Recipe
+from mpscl_ray.data.volumes.recipe import AIR_HU, LOWEST_HU, Recipe
 from mpscl_ray.errors import ConfigError, DataError
-from mpscl_ray.prepare.label_table import LabelTable, parse_label_table, with_corrections, with_ignored
+from mpscl_ray.prepare.label_table import LabelTable, mask_names, parse_label_table, with_corrections, with_ignored
 from mpscl_ray.prepare.options import SLICE_LAYOUTS, PrepareOptions, numbers
 from mpscl_ray.prepare.source_cases import LayoutOptions, SourceCase
 from mpscl_ray.prepare.splits import (
@@ -39,6 +39,7 @@ def layout_options(options: PrepareOptions) -> LayoutOptions:
         patient_pattern=options.patient_pattern,
         group_slices=options.group_slices,
         channel=options.channel,
+        masks=mask_names(options.labels),
     )
 
 
@@ -51,7 +52,11 @@ def label_table(options: PrepareOptions, implied: LabelTable | None) -> LabelTab
     table = implied
     if options.labels:
         given = parse_label_table(options.labels)
-        table = given if implied is None else replace(given, unknown=implied.unknown)
+        if implied is None:
+            table = given
+        else:
+            not_annotated = given.not_annotated | (implied.not_annotated - given.values.keys())
+            table = replace(given, unknown=implied.unknown, not_annotated=not_annotated)
     if table is None:
         if options.ignore_labels or options.fix_label or options.unknown_labels:
             raise ConfigError("--ignore-labels, --fix-label and --unknown-labels need a label table: give --labels")
@@ -79,6 +84,8 @@ def settings(options: PrepareOptions, table: LabelTable | None) -> Settings:
         table=table,
         assume_spacing_mm=None if spacing is None else (spacing[0], spacing[1], spacing[2]),
         copy_geometry_from_image=options.fix_geometry is not None,
+        geometry=options.geometry,
+        nan_policy=options.nan_policy,
         any_modality=options.any_modality,
         flip=options.flip,
     )
@@ -110,11 +117,20 @@ def split_cases(options: PrepareOptions, modality: str, cases: Sequence[SourceCa
         if modality == "mr" and listed["val"]:
             splitting = replace(splitting, notices=(*splitting.notices, _LEAK_OF_THE_RELEASE))
         return splitting
+    fixed = [case for case in cases if case.split == "test" and options.layout not in SLICE_LAYOUTS]
     fractions = numbers(how)
+    if options.fold is not None and fractions is not None:
+        raise ConfigError(f"--fold {options.fold} needs --split FILE with a list of folds, such as splits_final.json")
     if fractions is None:
         path = Path(how)
-        return split_listed(members, read_split_file(path, modality), f"--split {path}")
-    fixed = [case for case in cases if case.split is not None and options.layout not in SLICE_LAYOUTS]
+        notices: list[str] = []
+        listed = read_split_file(path, modality, options.fold, notices)
+        if not listed["test"]:
+            # splits_final.json names training and validation; imagesTs holds the test cases.
+            listed["test"] = [case.id for case in fixed]
+        origin = f"--split {path}" if options.fold is None else f"--split {path} --fold {options.fold}"
+        splitting = split_listed(members, listed, origin)
+        return replace(splitting, notices=(*notices, *splitting.notices))
     if not fixed:
         return split_fractions(members, fractions, options.seed)
     # The folder itself names the test cases (imagesTs): only the others are drawn.
@@ -197,7 +213,7 @@ def manifest(
     notices: Sequence[str],
 ) -> Manifest:
     """The manifest of a dataset: how it was made, and its cases."""
-    table, recipe = prepared.table, prepared.recipe
+    table, recipe = prepared.table, prepared.recipe_of(modality)
     size = (staged[0].shape[1], staged[0].shape[2])
     steps = [f"files of layout {options.layout}"]
     if table is not None:
@@ -211,7 +227,7 @@ def manifest(
     steps.append(f"{scaling.low:g} to {scaling.high:g} mapped to [-1, 1], not clipped; range {scaling.origin}")
     all_notices = [*splitting.notices, *notices]
     if released:
-        recipe = replace(recipe, size=size)
+        recipe = replace(recipe, size=size, hounsfield=False)
         all_notices.append(
             "the slices were prepared by their publisher, whose steps are known only in part; a new volume is prepared "
             "by the recipe given here, which is the nearest known"
@@ -252,6 +268,8 @@ def _recipe_steps(recipe: Recipe) -> list[str]:
         steps.append(f"cropped to {rows}, {depth} slices, around {where}")
     if recipe.size is not None:
         steps.append(f"resized to {recipe.size[0]} x {recipe.size[1]}")
+    if recipe.hounsfield:
+        steps.append(f"padding below {LOWEST_HU:g} set to {AIR_HU:g}")
     steps.append(f"clipped at percentile {recipe.clip_percentile:g} of the crop")
     steps.append("z-score of the crop")
     return steps

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mpscl_ray.data.volumes.nifti import check_same_geometry, read_image, read_label
-from mpscl_ray.data.volumes.recipe import RELEASED_RANGES
+from mpscl_ray.data.volumes.nifti import read_image, read_label
+from mpscl_ray.data.volumes.recipe import RELEASED_RANGES, GeometryFrom
+from mpscl_ray.data.volumes.same_grid import check_same_geometry
 from mpscl_ray.errors import DataError
 from mpscl_ray.prepare.source_cases import Flip, SourceCase
 from mpscl_ray.prepare.tfrecord import read_slices
@@ -33,7 +34,9 @@ class ReleasedSlices:
     """The intensity range that was scaled to [-1, 1]; None for z-scored slices."""
 
 
-def read_released(source: SourceCase, path: Path, label_path: Path | None, flip: Flip) -> ReleasedSlices:
+def read_released(
+    source: SourceCase, path: Path, label_path: Path | None, flip: Flip, geometry: GeometryFrom | None = None
+) -> ReleasedSlices:
     """Slices of one file, with raw labels if it or its label file has any.
 
     Args:
@@ -41,6 +44,7 @@ def read_released(source: SourceCase, path: Path, label_path: Path | None, flip:
         path: a TFRecord, npy, npz or NIfTI file.
         label_path: the label file of an npy slice or a NIfTI volume.
         flip: whether test volumes are flipped along rows and columns; auto: those named like the released test volumes.
+        geometry: which part of a NIfTI header is right, if its parts contradict each other.
 
     Raises:
         DataError: the file is damaged or not in the format of the releases.
@@ -68,8 +72,8 @@ def read_released(source: SourceCase, path: Path, label_path: Path | None, flip:
         steps = [f"npy slices in [-1, 1], scaled by the publisher with {scaled_by[0]:g} to {scaled_by[1]:g}"]
         return ReleasedSlices([image.astype(np.float32)], [label], steps, scaled_by)
     if source.kind == "released_nifti":
-        volume = read_image(path)
-        label_volume = None if label_path is None else read_label(label_path)
+        volume = read_image(path, geometry=geometry)
+        label_volume = None if label_path is None else read_label(label_path, geometry=geometry)
         if label_volume is not None:
             check_same_geometry(volume, label_volume)
         return _turned(path, volume.array, None if label_volume is None else label_volume.array, flip)

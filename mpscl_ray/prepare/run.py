@@ -12,7 +12,7 @@ import shutil
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -24,8 +24,10 @@ from mpscl_ray.distributed.ray_session import connect
 from mpscl_ray.errors import DataError
 from mpscl_ray.prepare import plan as prepare_plan
 from mpscl_ray.prepare.checks import check_cases, check_staged, summarise_notices
+from mpscl_ray.prepare.copies import same_scans
+from mpscl_ray.prepare.frames import expand_frames
 from mpscl_ray.prepare.label_table import LabelTable
-from mpscl_ray.prepare.layouts import scan
+from mpscl_ray.prepare.layouts import Scan, scan
 from mpscl_ray.prepare.options import PrepareOptions
 from mpscl_ray.prepare.output_folder import check_target, publish, temporary_output_dir
 from mpscl_ray.prepare.source_cases import SourceCase
@@ -42,6 +44,8 @@ Result = TypeVar("Result")
 
 _WORTH_RAY = 500 * 2**20
 """Bytes of input below which starting Ray takes longer than preparing."""
+_BYTES_IN_MEMORY = 20
+"""Most memory that preparing takes for each byte of a compressed image."""
 _LISTED_PROBLEMS = 50
 _SMALL = 128
 
@@ -78,6 +82,7 @@ def prepare(options: PrepareOptions, *, progress: bool = True) -> dict[str, Path
     table = prepare_plan.label_table(options, found.table)
     settings = prepare_plan.settings(options, table)
     problems = list(found.problems)
+    found = replace(found, cases=tuple(expand_frames(found.cases, options.frames, problems)))
     modalities = sorted({case.modality for case in found.cases})
     for modality in modalities:
         check_target(options.out / modality, options.overwrite)
@@ -86,7 +91,7 @@ def prepare(options: PrepareOptions, *, progress: bool = True) -> dict[str, Path
         for modality in modalities:
             folder = stack.enter_context(temporary_output_dir(options.out, modality))
             cases = [case for case in found.cases if case.modality == modality]
-            datasets.append(_plan(modality, cases, options, folder, table, problems, found.notices))
+            datasets.append(_plan(modality, cases, options, folder, table, problems, found))
         workers = _workers(options, [request for dataset in datasets for request in dataset.requests])
         if workers:
             stack.enter_context(connect(workers))
@@ -119,10 +124,15 @@ def _plan(
     folder: Path,
     table: LabelTable | None,
     problems: list[str],
-    notices: Sequence[str],
+    found: Scan,
 ) -> _Dataset:
+    notices = list(found.notices)
     try:
         splitting = prepare_plan.split_cases(options, modality, cases)
+        if found.ambiguous_patients and splitting.drawn:
+            problems.append(f"{modality}: {found.ambiguous_patients}")
+        elif found.ambiguous_patients:
+            notices.append(found.ambiguous_patients)
     except DataError as error:
         # The files are checked all the same, so that one run finds all problems.
         problems.append(str(error))
@@ -133,19 +143,31 @@ def _plan(
     requests = prepare_plan.requests(options, modality, cases, splitting, staging, table, problems)
     if not requests:
         problems.append(f"{modality}: every case is left out by --split {options.split}")
-    return _Dataset(modality, folder, splitting, requests, list(notices), [])
+    return _Dataset(modality, folder, splitting, requests, notices, [])
 
 
 def _workers(options: PrepareOptions, requests: Sequence[Request]) -> int:
     """Number of volumes at a time; 0 if starting Ray does not pay off."""
     if options.workers is not None:
         return min(options.workers, len(requests))
+    if not requests:
+        return 0
     ray = sys.modules.get("ray")
     running = ray is not None and ray.is_initialized()
     size = sum(path.stat().st_size for request in requests for path in request.source.images)
     if not running and size < _WORTH_RAY:
         return 0
-    return min(os.cpu_count() or 1, len(requests))
+    return min(os.cpu_count() or 1, len(requests), _fitting(requests))
+
+
+def _fitting(requests: Sequence[Request]) -> int:
+    """Volumes that fit into the free memory of this machine together, at least 1."""
+    largest = max(path.stat().st_size for request in requests for path in request.source.images)
+    try:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError):
+        return len(requests)
+    return max(1, int(free / (_BYTES_IN_MEMORY * largest)))
 
 
 def _map(
@@ -221,12 +243,14 @@ def _finish(
 
 
 def _note_shared_images(datasets: Sequence[_Dataset]) -> None:
+    entries = [(dataset, case) for dataset in datasets for case in dataset.staged]
+    originals = same_scans([case.sketch for _, case in entries])
     owners: dict[str, tuple[_Dataset, str]] = {}
-    for dataset in datasets:
-        for case in dataset.staged:
-            other, name = owners.setdefault(case.content_sha256, (dataset, case.request.source.id))
-            if other is not dataset:
-                dataset.notices.append(f"{case.request.source.id} is the same image as {name} of {other.modality}")
+    for (dataset, case), original in zip(entries, originals, strict=True):
+        first = entries[original][1].content_sha256
+        other, name = owners.setdefault(first, (dataset, case.request.source.id))
+        if other is not dataset:
+            dataset.notices.append(f"{case.request.source.id} is the same image as {name} of {other.modality}")
 
 
 def _listed(folder: Path, problems: Sequence[str], notices: Sequence[str]) -> str:

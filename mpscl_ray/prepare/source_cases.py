@@ -16,7 +16,9 @@ Kind = Literal["nifti", "tfrecord", "npy", "npz", "released_nifti"]
 
 @dataclass(frozen=True)
 class SourceCase:
-    """The files of one case. ``labels`` is as long as ``images`` or empty; TFRecord and npz files hold their own.
+    """The files of one case. TFRecord and npz files hold their own labels.
+
+    ``labels`` is as long as ``images``, or has one mask for each structure, or is empty.
 
     ``released_nifti`` is a test volume of the SIFA release, z-scored by its publisher; ``nifti`` is any other volume.
     """
@@ -31,6 +33,8 @@ class SourceCase:
     """The split, if the layout defines it."""
     label_hint: str = ""
     """Expected path of a missing label, for messages."""
+    frame: int | None = None
+    """Time point of volumes that have a time axis."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,8 @@ class LayoutOptions:
     group_slices: int | None = None
     """Number of consecutive slice files that make one case."""
     channel: int = 0
+    masks: tuple[str, ...] = ()
+    """Layout folder: names of the mask files of a case, what the last ``*`` of the label pattern matches."""
 
 
 Found = tuple[list[SourceCase], LabelTable | None, set[Path]]

@@ -45,6 +45,11 @@ class Splitting:
     record: dict[str, Any]
     notices: tuple[str, ...] = ()
 
+    @property
+    def drawn(self) -> bool:
+        """Whether patients were drawn for more than one split."""
+        return self.record["method"] == "fractions" and sum(bool(names) for names in self.cases.values()) > 1
+
 
 def _patients(members: Iterable[Member]) -> list[str]:
     return sorted({member.patient for member in members})
@@ -130,10 +135,13 @@ def split_fractions(members: Sequence[Member], fractions: Sequence[float], seed:
     return Splitting(_by_patient(members, chosen), record)
 
 
-def read_split_file(path: Path, modality: str) -> dict[str, list[str]]:
+def read_split_file(
+    path: Path, modality: str, fold: int | None = None, notices: list[str] | None = None
+) -> dict[str, list[str]]:
     """Patients (or cases) of each split from a JSON file: ``{"train": [...], "val": [...], "test": [...]}``.
 
-    One file may serve several modalities: ``{"ct": {"train": ...}, "mr": {...}}``.
+    One file may serve several modalities: ``{"ct": {"train": ...}, "mr": {...}}``. A list of splits, as in nnU-Net's
+    ``splits_final.json``, has one for each fold; ``fold`` chooses, the first one by default.
 
     Raises:
         ConfigError: the file is missing or has another content.
@@ -146,6 +154,12 @@ def read_split_file(path: Path, modality: str) -> dict[str, list[str]]:
         raise ConfigError(f"--split {path}: not JSON: {error}") from None
     if isinstance(content, dict) and modality in content:
         content = content[modality]
+    if isinstance(content, list) and content:
+        if fold is None and len(content) > 1 and notices is not None:
+            notices.append(f"--split {path}: the first of {len(content)} folds; --fold chooses another")
+        content = _fold(path, content, fold)
+    elif fold is not None:
+        raise ConfigError(f"--fold {fold}: --split {path} has no folds; it is one split")
     if not isinstance(content, dict) or not content or set(content) - set(SPLITS):
         found = ", ".join(map(repr, content)) if isinstance(content, dict) else type(content).__name__
         raise ConfigError(f"--split {path}: expected lists under train, val and test for {modality!r}, found {found}")
@@ -156,6 +170,12 @@ def read_split_file(path: Path, modality: str) -> dict[str, list[str]]:
         if repeated:
             raise ConfigError(f"--split {path}: listed twice under {split!r}: {', '.join(repeated)}")
     return {split: [str(name) for name in content.get(split, [])] for split in SPLITS}
+
+
+def _fold(path: Path, folds: list[Any], fold: int | None) -> Any:
+    if not 0 <= (fold or 0) < len(folds):
+        raise ConfigError(f"--fold {fold}: --split {path} has the folds 0 to {len(folds) - 1}")
+    return folds[fold or 0]
 
 
 def split_listed(members: Sequence[Member], listed: Mapping[str, Sequence[str]], origin: str) -> Splitting:

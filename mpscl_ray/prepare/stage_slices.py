@@ -54,6 +54,7 @@ def stage_slices(request: Request, settings: Settings) -> StagedCase | list[str]
         class_voxels=count_class_voxels(label, settings.table),
         intensity_range=intensity_range(image if scaled_by is None else unscale(image, *scaled_by)),
         scaled_by=scaled_by,
+        sketch=(),
         content_sha256=content,
         geometry={},
         spacing_mm=None,
@@ -72,7 +73,7 @@ def _read(request: Request, settings: Settings) -> tuple[list[ReleasedSlices], l
     for index, path in enumerate(source.images):
         try:
             label_path = source.labels[index] if source.labels and request.keep_labels else None
-            parts.append(read_released(source, path, label_path, settings.flip))
+            parts.append(read_released(source, path, label_path, settings.flip, settings.geometry))
         except DataError as error:
             problems.append(str(error))
     return parts, problems

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mpscl_ray.data.volumes.nifti import Volume, check_same_geometry, phi_fields, read_image, read_label
+from mpscl_ray.data.volumes.geometry import Geometry, closest_world_axes
+from mpscl_ray.data.volumes.intensities import few_values, other_modality, unusual_intensities
+from mpscl_ray.data.volumes.nifti import Volume, phi_fields, read_image, read_label
 from mpscl_ray.data.volumes.preprocess import intensity_range, prepare_volume
+from mpscl_ray.data.volumes.same_grid import check_same_geometry, turned_to
 from mpscl_ray.errors import DataError
+from mpscl_ray.prepare.copies import sketch
 from mpscl_ray.prepare.file_listing import printable
+from mpscl_ray.prepare.masks import read_masks
+from mpscl_ray.prepare.source_cases import SourceCase
 from mpscl_ray.prepare.staged_case import (
     MAX_VOXELS,
     Request,
@@ -23,7 +30,11 @@ from mpscl_ray.prepare.staged_case import (
     to_class_indices,
 )
 
-_LUNG_HU = (-1200.0, -700.0)
+_THICK = 2.5
+"""Ratio of voxel sizes from which a stack counts as one of thick slices."""
+_SAID = ("turned to the image", "overlaps")
+"""The warnings on a label map that are not those on its image."""
+_PLANE_OF_WORLD_AXIS = ("sagittal", "coronal", "axial")
 
 
 def stage_volume(request: Request, settings: Settings) -> StagedCase | list[str]:
@@ -40,18 +51,19 @@ def stage_volume(request: Request, settings: Settings) -> StagedCase | list[str]
         mapped, notices = _class_indices(image, label, source.labels[0], settings, problems)
     if problems or image is None:
         return problems
-    notices += [*image.notices, *_unusual_intensities(image.array, source.modality)]
+    notices += [*image.notices, *unusual_intensities(image.array, source.modality)]
     private = phi_fields(image.header)
     if private:
         notices.append(
             f"the header has texts that may name a person ({', '.join(sorted(private))}); they are not copied"
         )
-    recipe = settings.recipe
+    recipe = settings.recipe_of(source.modality)
     prepared = prepare_volume(image.array, image.affine, mapped, recipe, case=str(source.images[0]))
+    notices += _awkward_slices(image, prepared.geometry)
     save_slices(request, prepared.image, prepared.label)
     sources = {"image": printable(source.images[0].name), "image_sha256": image.sha256}
     if label is not None:
-        sources |= {"label": printable(source.labels[0].name), "label_sha256": label.sha256}
+        sources |= {"label": printable(",".join(path.name for path in source.labels)), "label_sha256": label.sha256}
     depth, height, width = prepared.image.shape
     cropped = recipe.crop is not None or recipe.crop_depth is not None
     return StagedCase(
@@ -61,6 +73,7 @@ def stage_volume(request: Request, settings: Settings) -> StagedCase | list[str]
         intensity_range=intensity_range(prepared.image),
         scaled_by=None,
         content_sha256=content_hash(image.array),
+        sketch=sketch(image.array),
         geometry=prepared.geometry.to_json(),
         spacing_mm=prepared.geometry.spacing_mm,
         cropped_around_labels=cropped and prepared.geometry.centre_from == "labels",
@@ -76,68 +89,96 @@ def _read(request: Request, settings: Settings) -> tuple[Volume | None, Volume |
     problems: list[str] = []
     image = label = None
     try:
-        image = read_image(source.images[0], assume_spacing_mm=settings.assume_spacing_mm, max_voxels=MAX_VOXELS)
+        image = read_image(
+            source.images[0],
+            assume_spacing_mm=settings.assume_spacing_mm,
+            geometry=settings.geometry,
+            frame=source.frame,
+            nan_policy=settings.nan_policy,
+            max_voxels=MAX_VOXELS,
+        )
     except DataError as error:
         problems.append(str(error))
-    if image is not None and not settings.any_modality and _is_ct_among_mr(image.array, source.modality):
-        problems.append(
-            f"{source.images[0]}: the intensities, which begin at {image.array.min():g}, are Hounsfield units: a CT "
-            f"image among the {source.modality} ones; take it out, or give --any-modality if it is none"
-        )
+    if image is not None and not settings.any_modality:
+        if wrong := other_modality(image.array, source.modality):
+            problems.append(f"{source.images[0]}: {wrong}; take it out, or give --any-modality if it is none")
+        elif found := few_values(image.array):
+            problems.append(
+                f"{source.images[0]} {found}, as a label map; give the image, or --any-modality if it is one"
+            )
     if request.keep_labels and source.labels:
-        # A label whose own geometry is not trusted need not have any.
-        copied = image.spacing_mm if image is not None and settings.copy_geometry_from_image else None
-        assumed = copied or settings.assume_spacing_mm
         try:
-            label = read_label(source.labels[0], assume_spacing_mm=assumed, max_voxels=MAX_VOXELS)
+            label = _read_label(source, image, settings)
         except DataError as error:
             problems.append(str(error))
     return image, label, problems
+
+
+def _read_label(source: SourceCase, image: Volume | None, settings: Settings) -> Volume:
+    # A label whose own geometry is not trusted need not have any.
+    copied = image.spacing_mm if image is not None and settings.copy_geometry_from_image else None
+    read = partial(
+        read_label,
+        assume_spacing_mm=copied or settings.assume_spacing_mm,
+        geometry=settings.geometry or ("sform" if copied else None),
+        frame=source.frame,
+        max_voxels=MAX_VOXELS,
+    )
+    paths = source.labels
+    if settings.table is None or not settings.table.masks:
+        return _on_grid(read(paths[0]), image, settings, refuse=False)
+    label, overlaps = read_masks(paths, read, partial(_on_grid, image=image, settings=settings, refuse=True))
+    return replace(label, notices=(*label.notices, *overlaps))
+
+
+def _on_grid(label: Volume, image: Volume | None, settings: Settings, *, refuse: bool) -> Volume:
+    """The label map turned to its image; with ``refuse``, a map on another grid is an error."""
+    if image is None:
+        return label
+    if settings.copy_geometry_from_image:
+        label = replace(label, affine=image.affine)
+    label = turned_to(image, label)
+    if refuse:
+        check_same_geometry(image, label)
+    return label
 
 
 def _class_indices(
     image: Volume | None, label: Volume, path: Path, settings: Settings, problems: list[str]
 ) -> tuple[NDArray[np.uint8] | None, list[str]]:
     """Class indices of a label map and notices; what is wrong with the map is added to the problems."""
-    if settings.copy_geometry_from_image and image is not None:
-        label = replace(label, affine=image.affine)
     try:
         if image is not None:
             check_same_geometry(image, label)
     except DataError as error:
         problems.append(str(error))
     try:
-        return to_class_indices(label.array, settings.table, path)
+        mapped, notices = to_class_indices(label.array, settings.table, path)
+        return mapped, [
+            *notices,
+            *(notice for notice in label.notices if "turned to the image" in notice or "overlaps" in notice),
+        ]
     except DataError as error:
         problems.append(str(error))
         return None, []
 
 
-def _is_ct_among_mr(image: NDArray[np.float32], modality: str) -> bool:
-    """Whether an MR image has whole numbers that begin like the Hounsfield units of air and lung."""
-    if not modality.lower().startswith("mr") or image.min() > _LUNG_HU[1]:
-        return False
-    sample = image.ravel(order="K")[:: image.size // 100_000 + 1]
-    return bool(np.all(sample == np.rint(sample))) and _LUNG_HU[0] < float(np.percentile(sample, 1)) < _LUNG_HU[1]
-
-
-def _unusual_intensities(image: NDArray[np.float32], modality: str) -> list[str]:
-    """Warnings on intensities that a raw volume of this modality does not have."""
-    low, high = float(image.min()), float(image.max())
+def _awkward_slices(image: Volume, geometry: Geometry) -> list[str]:
+    """Warnings on slices that run across thick voxels, or that are mostly padding."""
     notices = []
-    if modality.lower().startswith("mr") and low <= -500:
+    depth, rows, columns = geometry.axes
+    thick = max((rows, columns), key=lambda axis: image.spacing_mm[axis.array_axis])
+    thickness, along = image.spacing_mm[thick.array_axis], image.spacing_mm[depth.array_axis]
+    if thickness >= _THICK * along:
+        plane = _PLANE_OF_WORLD_AXIS[closest_world_axes(image.affine)[thick.array_axis][0]]
         notices.append(
-            f"intensities from {low:g} to {high:g} look like Hounsfield units: a CT image among the {modality} ones?"
+            f"slices run across voxels that are {thickness:.3g} mm thick, and {along:.3g} mm along them; --slice-axis "
+            f"{plane} (or --orientation stored --slice-axis {thick.array_axis}) cuts slices as they were acquired"
         )
-    elif modality.lower() == "ct" and low >= 0:
-        notices.append("no intensity is below 0, so they are no Hounsfield units: an MR image among the ct ones?")
-    mean, deviation = float(image.mean(dtype=np.float64)), float(image.std(dtype=np.float64))
-    if -1.0001 <= low < 0 and high <= 1.0001:
-        notices.append("intensities are within [-1, 1], as if scaled already; they are normalised again")
-    elif low >= 0 and high <= 1.0001:
-        notices.append("intensities are within [0, 1], as if scaled already; they are normalised again")
-    elif abs(mean) < 0.02 and abs(deviation - 1) < 0.02:
-        notices.append("intensities have mean 0 and deviation 1, as if z-scored already; they are normalised again")
-    elif low >= 0 and high <= 255 and bool(np.all(image == np.rint(image))):
-        notices.append("intensities are whole numbers within 0..255, as if reduced to 8 bits")
+    inside = [len(range(axis.samples)[axis.inside()]) for axis in (rows, columns)]
+    if 2 * inside[0] * inside[1] < rows.samples * columns.samples:
+        notices.append(
+            f"most of a slice is padding: {inside[0]} x {inside[1]} of {rows.samples} x {columns.samples} pixels are "
+            "in the volume; give a smaller --crop"
+        )
     return notices

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mpscl_ray.data.volumes.intensities import kind_of
 from mpscl_ray.data.volumes.label_maps import map_labels
-from mpscl_ray.data.volumes.recipe import Recipe
+from mpscl_ray.data.volumes.recipe import GeometryFrom, NanPolicy, Recipe
+from mpscl_ray.errors import DataError
+from mpscl_ray.prepare.copies import Sketch
 from mpscl_ray.prepare.label_table import LabelTable
 from mpscl_ray.prepare.source_cases import Flip, SourceCase
 from mpscl_ray.runs.atomic_files import storage_errors
@@ -28,9 +31,17 @@ class Settings:
     table: LabelTable | None
     assume_spacing_mm: tuple[float, float, float] | None = None
     copy_geometry_from_image: bool = False
+    geometry: GeometryFrom | None = None
+    """Part of the header that is right, if its parts contradict each other."""
+    nan_policy: NanPolicy = "error"
     any_modality: bool = False
     """Accept images whose intensities look like another modality."""
     flip: Flip = "auto"
+
+    def recipe_of(self, modality: str) -> Recipe:
+        """The recipe of a modality: CT is in Hounsfield units unless any intensities are accepted."""
+        hounsfield = kind_of(modality) == "ct" and not self.any_modality
+        return replace(self.recipe, hounsfield=hounsfield)
 
 
 @dataclass(frozen=True)
@@ -68,6 +79,8 @@ class StagedCase:
     scaled_by: tuple[float, float] | None
     """The range by which the staged slices are scaled already; None unless the input was in [-1, 1]."""
     content_sha256: str
+    sketch: Sketch
+    """By which copies of the scan are found, however they are stored; empty for slices."""
     geometry: dict[str, Any]
     spacing_mm: tuple[float, float, float] | None
     cropped_around_labels: bool
@@ -106,6 +119,13 @@ def save_slices(request: Request, image: NDArray[np.float32], label: NDArray[np.
 def to_class_indices(array: NDArray[Any], table: LabelTable | None, path: Path) -> tuple[NDArray[np.uint8], list[str]]:
     """Class indices of raw label ids, and notices."""
     assert table is not None, "labels without a label table"
+    for raw in sorted(table.not_annotated):
+        if voxels := int(np.count_nonzero(array == raw)):
+            raise DataError(
+                f"{path} has {voxels} voxels of the label {raw}, which marks what was not annotated (an ignore label); "
+                f"training would learn them as background: leave the case out, or give --ignore-labels {raw} if they "
+                "are background"
+            )
     mapped, notices = map_labels(array, table.effective(), table.ignored, path, table.unknown)
     # That nothing is labelled is reported for all cases together.
     kept = [notice for notice in notices if mapped.any() or "no voxel" not in notice]

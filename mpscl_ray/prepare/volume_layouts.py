@@ -11,7 +11,7 @@ from typing import Any
 
 from mpscl_ray.errors import ConfigError, DataError
 from mpscl_ray.prepare.file_listing import Listing, pair_by_name, stem_before
-from mpscl_ray.prepare.label_table import BACKGROUND, MMWHS, LabelTable
+from mpscl_ray.prepare.label_table import BACKGROUND, MMWHS, LabelTable, is_not_annotated
 from mpscl_ray.prepare.source_cases import Found, LayoutOptions, SourceCase, collect
 
 _NIFTI = (".nii.gz", ".nii")
@@ -60,8 +60,8 @@ def nnunet_cases(listing: Listing, options: LayoutOptions) -> Found:
     table = _nnunet_labels(path, about, listing.notices)
     ending = str(about.get("file_ending", ""))
     endings = (ending,) if ending else _NIFTI
-    if not set(endings) <= set(_NIFTI):
-        raise DataError(f"{path}: file_ending {ending!r}; only .nii.gz and .nii are read")
+    if not set(endings) <= {*_NIFTI, ".nrrd", ".mha"}:
+        raise DataError(f"{path}: file_ending {ending!r}; only .nii.gz, .nii, .nrrd and .mha are read")
     used = {path}
     cases: list[SourceCase] = []
     modality = options.modality or _nnunet_modality(path, about, options.channel)
@@ -135,9 +135,7 @@ def _nnunet_labels(path: Path, about: Mapping[str, Any], notices: list[str]) -> 
             "dataset.json or use --layout folder with --labels"
         ) from None
     pairs.sort()
-    ignored = frozenset(raw for raw, name in pairs if name == "ignore")
-    if ignored:
-        notices.append("dataset.json: the label 'ignore' becomes background")
+    ignored = frozenset(raw for raw, name in pairs if is_not_annotated(name))
     for (raw, name), (other, another) in pairwise(pairs):
         if raw == other:
             raise DataError(f"{path}: the label {raw} has two names, {name} and {another}; correct dataset.json")
@@ -151,30 +149,41 @@ def _nnunet_labels(path: Path, about: Mapping[str, Any], notices: list[str]) -> 
     values = {0: 0, **{raw: classes.index(name) for raw, name in named.items()}}
     if len(classes) < 2 or len(classes) > 255:
         raise DataError(f"{path}: {len(classes) - 1} labels besides background; expected 1 to 254")
-    return LabelTable(tuple(classes), values, ignored)
+    return LabelTable(tuple(classes), values, not_annotated=ignored)
 
 
 def folder_cases(listing: Listing, options: LayoutOptions) -> Found:
-    """Any folder, by path patterns with ``{case}``."""
+    """Any folder, by path patterns with ``{case}``, ``{patient}``, ``*``, and ``**/`` for any folders."""
     if options.image_pattern is None or options.modality is None:
         raise ConfigError(
             "--layout folder needs --modality and --image-pattern, e.g. --modality mr --image-pattern "
             "'{case}_C0.nii.gz' --label-pattern '{case}_C0_manual.nii.gz'"
         )
     image_pattern = _pattern(options.image_pattern, "--image-pattern")
+    if options.masks and "*" not in (options.label_pattern or ""):
+        raise ConfigError(
+            f"--labels names mask files ({', '.join(options.masks[:3])}), so --label-pattern needs a * for their "
+            "names, e.g. '{case}/segmentations/*.nii.gz'"
+        )
     label_pattern = None if options.label_pattern is None else _pattern(options.label_pattern, "--label-pattern")
     images: dict[str, list[Path]] = {}
     labels: dict[str, list[Path]] = {}
+    masks: dict[str, dict[str, Path]] = {}
+    patients: dict[str, str] = {}
     used: set[Path] = set()
     for path in listing.files:
         relative = listing.relative(path)
         # A label may match both patterns ({case}.nii.gz and {case}_seg.nii.gz), an image never does.
         label = label_pattern.fullmatch(relative) if label_pattern else None
         image = image_pattern.fullmatch(relative)
-        if label:
-            collect(labels, label["case"], path)
+        if label and options.masks:
+            masks.setdefault(_name(label), {})[label.groupdict().get("mask") or ""] = path
+        elif label:
+            collect(labels, _name(label), path)
         elif image:
-            collect(images, image["case"], path)
+            collect(images, _name(image), path)
+            if "patient" in image.groupdict():
+                patients[_name(image)] = image["patient"]
         else:
             continue
         used.add(path)
@@ -185,20 +194,46 @@ def folder_cases(listing: Listing, options: LayoutOptions) -> Found:
             f"{listing.some([images[case][0] for case in maps])}; give --label-pattern, or a "
             "narrower --image-pattern"
         )
+    labels |= {case: [next(iter(found.values()))] for case, found in masks.items()}
     cases = []
     for case, image_path, label_paths in pair_by_name(listing, images, labels):
+        if case in masks:
+            label_paths = _masks_of(listing, case, masks[case], options.masks)
         hint = (options.label_pattern or "").replace("{case}", case)
-        cases.append(SourceCase(case, options.modality, case, "nifti", (image_path,), label_paths, label_hint=hint))
+        patient = patients.get(case, case)
+        cases.append(SourceCase(case, options.modality, patient, "nifti", (image_path,), label_paths, label_hint=hint))
     return cases, None, used
+
+
+def _name(match: re.Match[str]) -> str:
+    """The case id: that of the patient and the case where a pattern has both."""
+    found = match.groupdict()
+    return f"{found['patient']}_{found['case']}" if found.get("patient") else match["case"]
+
+
+def _masks_of(listing: Listing, case: str, found: Mapping[str, Path], wanted: Sequence[str]) -> tuple[Path, ...]:
+    missing = [name for name in wanted if name not in found]
+    if missing:
+        listing.problems.append(
+            f"case {case} has no mask {', '.join(missing)}; it has {', '.join(sorted(found)[:8])}; name masks that "
+            "every case has in --labels"
+        )
+    return tuple(found[name] for name in wanted if name in found)
 
 
 def _pattern(text: str, option: str) -> re.Pattern[str]:
     if "{case}" not in text:
         raise ConfigError(f"{option} {text!r}: must contain {{case}}, e.g. '{{case}}_image.nii.gz'")
+    if unknown := re.search(r"\{(?!case\}|patient\})[^}]*\}", text):
+        raise ConfigError(f"{option} {text!r}: {unknown[0]} is none of {{case}} and {{patient}}")
     expression = ""
-    for part in re.split(r"(\{case\}|\*)", text):
-        if part == "{case}":
-            expression += "(?P=case)" if "(?P<case>" in expression else "(?P<case>[^/]+?)"
+    for part in re.split(r"(\{case\}|\{patient\}|\*\*/|\*)", text):
+        if part in ("{case}", "{patient}"):
+            name = part[1:-1]
+            expression += f"(?P={name})" if f"(?P<{name}>" in expression else f"(?P<{name}>[^/]+?)"
+        elif part == "**/":
+            expression += "(?:[^/]+/)*"
         else:
             expression += "[^/]*" if part == "*" else re.escape(part)
-    return re.compile(expression)
+    before, star, after = expression.rpartition("[^/]*")
+    return re.compile(f"{before}(?P<mask>[^/]*){after}" if star else expression)

@@ -20,6 +20,7 @@ import nibabel as nib
 import numpy as np
 import numpy.typing as npt
 
+from mpscl_ray.data.volumes.itk_file import ITK_ENDINGS, read_itk
 from mpscl_ray.errors import DataError
 
 _CHUNK = 1 << 20
@@ -79,7 +80,7 @@ class StoredVolume:
 
 
 def read_stored(path: Path, max_voxels: int) -> StoredVolume:
-    """Read a whole ``.nii`` or ``.nii.gz``.
+    """Read a whole ``.nii``, ``.nii.gz``, ``.nrrd`` or ``.mha``.
 
     Args:
         path: File of a single volume, NIfTI-1 or NIfTI-2, either byte order.
@@ -95,12 +96,14 @@ def read_stored(path: Path, max_voxels: int) -> StoredVolume:
         )
     if not os.path.lexists(path):
         raise DataError(f"{path}: there is no such file; check the path")
-    if not name.endswith((".nii", ".nii.gz")):
-        raise DataError(f"{path} ends in {path.suffix or 'nothing'!r}; expected .nii or .nii.gz, convert it first")
+    if not name.endswith((".nii", ".nii.gz", *ITK_ENDINGS)):
+        raise DataError(f"{path} is {_other_format(path)}; expected .nii, .nii.gz, .nrrd or .mha, convert it first")
     try:
         if not path.is_file() and path.exists():
             raise DataError(f"{path} is no regular file, expected a NIfTI volume; check the path")
         size = path.stat().st_size
+        if name.endswith(ITK_ENDINGS) and size:
+            return StoredVolume(*read_itk(path, max_voxels), ())
         with path.open("rb") as file:
             return _read(path, file, size, name.endswith(".gz"), max_voxels)
     except OSError as error:
@@ -233,6 +236,16 @@ def _gunzip(path: Path, file: BinaryIO, digest: hashlib._Hash) -> Iterator[bytes
 
 def _times(shape: tuple[int, ...]) -> str:
     return " x ".join(str(n) for n in shape)
+
+
+def _other_format(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            if file.read(132)[128:] == b"DICM":
+                return "a DICOM file (dcm2niix -ba y FOLDER converts a series)"
+    except OSError:
+        pass
+    return f"a file that ends in {path.suffix!r}" if path.suffix else "a file without an ending"
 
 
 def _kind_of(start: bytes) -> tuple[int, str] | None:

@@ -19,7 +19,7 @@ from mpscl_ray.data.volumes.geometry import (
     sample_labels,
     voxel_sizes,
 )
-from mpscl_ray.data.volumes.recipe import Recipe
+from mpscl_ray.data.volumes.recipe import AIR_HU, LOWEST_HU, Recipe
 from mpscl_ray.errors import ConfigError, DataError
 
 _SAME_SPACING = 1e-4
@@ -110,7 +110,7 @@ def prepare_volume(
 
     Resampling, crop and resize are one linear interpolation along each axis (labels: nearest voxel), and none if the
     volume is only turned and cropped. Statistics are those of the crop without samples beyond the volume's borders;
-    these become 0, the mean, as in the published MM-WHS slices.
+    these become 0, the mean, as in the published MM-WHS slices. Padding of CT becomes air before all this.
 
     Args:
         image: Intensities in the order of the file.
@@ -128,6 +128,7 @@ def prepare_volume(
     Source: the preparation published with PnP-AdaNet and SIFA, where it is documented.
     """
     assert label is None or label.shape == image.shape
+    image = _without_padding(image) if recipe.hounsfield else image
     layout, presentation = _lay_out(affine, recipe)
     voxel_mm = voxel_sizes(affine)
     from_labels = label_centre(label) if label is not None and recipe.centre != "image" else None
@@ -143,9 +144,9 @@ def prepare_volume(
     prepared = np.zeros([axis.samples for axis in axes], dtype=np.float32)
     prepared[tuple(axis.inside() for axis in axes)] = block
     d_mm, h_mm, w_mm = (voxel_mm[axis.array_axis] * axis.step for axis in axes)
-    shape_x, shape_y, shape_z = image.shape
+    x, y, z = image.shape
     geometry = Geometry(
-        shape=(shape_x, shape_y, shape_z),
+        shape=(x, y, z),
         axes=axes,
         spacing_mm=(d_mm, h_mm, w_mm),
         presentation=presentation,
@@ -158,6 +159,11 @@ def prepare_volume(
         steps=_steps(recipe, affine, presentation, axes, bool(from_labels), clip_value, mean, deviation),
     )
     return PreparedVolume(prepared, None if label is None else sample_labels(label, axes), geometry)
+
+
+def _without_padding(image: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """The image with air in place of what is below all Hounsfield units; the same array if there is none."""
+    return np.where(image < LOWEST_HU, np.float32(AIR_HU), image) if image.min() < LOWEST_HU else image
 
 
 def _lay_out(affine: FloatArray, recipe: Recipe) -> tuple[tuple[tuple[int, bool], ...], str]:

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
 from mpscl_ray.errors import ConfigError
 
+_SPACING_MM = (0.05, 50.0)
+
 Orientation = Literal["canonical", "stored"]
 Centre = Literal["labels", "image", "auto"]
+GeometryFrom = Literal["sform", "qform", "pixdim"]
+"""Which part of a header is right: the sform; the qform; or the voxel sizes along the axes of the affine."""
+GEOMETRIES: tuple[GeometryFrom, ...] = get_args(GeometryFrom)
+NanPolicy = Literal["error", "lowest", "zero"]
+"""What becomes of voxels that are not finite: an error, the lowest finite intensity, or 0."""
+NAN_POLICIES: tuple[NanPolicy, ...] = get_args(NanPolicy)
 
 PLANES: dict[str, tuple[tuple[int, int], tuple[int, int], tuple[int, int]]] = {
     "coronal": ((1, +1), (2, -1), (0, -1)),
@@ -18,6 +25,11 @@ PLANES: dict[str, tuple[tuple[int, int], tuple[int, int], tuple[int, int]]] = {
     "sagittal": ((0, +1), (2, -1), (1, -1)),
 }
 """For D, H and W of each plane: the world axis (0 right, 1 anterior, 2 superior) and its direction."""
+
+LOWEST_HU = -1200.0
+"""Hounsfield units below this occur in no tissue, not even by noise: they are padding outside the field of view."""
+AIR_HU = -1024.0
+"""What such padding is set to."""
 
 RELEASED_RANGES = {"ct": (-2.8, 3.2), "mr": (-1.8, 4.4)}
 """Intensities that SIFA and MPSCL map to [-1, 1].
@@ -47,6 +59,9 @@ class Recipe:
     clip_percentile: float = 98.0
     """Intensities above this percentile of the crop are set to it; 100 clips nothing."""
 
+    hounsfield: bool = False
+    """Intensities are Hounsfield units: padding below :data:`LOWEST_HU` becomes air, :data:`AIR_HU`."""
+
     def __post_init__(self) -> None:
         """Refuse settings that are out of range.
 
@@ -69,17 +84,22 @@ class Recipe:
         if self.crop_depth is not None and self.crop_depth < 1:
             raise ConfigError(f"crop_depth is {self.crop_depth}; expected a number of slices, at least 1")
         if self.spacing_mm is not None and (
-            len(self.spacing_mm) != 3 or any(s is not None and not 0.0 < s < math.inf for s in self.spacing_mm)
+            len(self.spacing_mm) != 3
+            or any(s is not None and not _SPACING_MM[0] <= s <= _SPACING_MM[1] for s in self.spacing_mm)
         ):
             raise ConfigError(
-                f"spacing_mm is {self.spacing_mm}; expected three sizes in mm above 0 (slice, row, column)"
+                f"spacing_mm is {self.spacing_mm}; expected three sizes (slice, row, column) of {_SPACING_MM[0]:g} to "
+                f"{_SPACING_MM[1]:g} mm"
             )
-        if not 0.0 < self.clip_percentile <= 100.0:
-            raise ConfigError(f"clip_percentile is {self.clip_percentile}; expected above 0 and at most 100")
+        if not 1.0 < self.clip_percentile <= 100.0:
+            meant = f", perhaps {100 * self.clip_percentile:g}" if 0 < self.clip_percentile <= 1 else ""
+            raise ConfigError(
+                f"clip_percentile is {self.clip_percentile}; expected percent above 1 and at most 100{meant}"
+            )
 
     def to_json(self) -> dict[str, Any]:
-        """The same as a dictionary of JSON values."""
-        return asdict(self)
+        """The same as a dictionary of JSON values; without ``hounsfield`` unless it is set."""
+        return {name: value for name, value in asdict(self).items() if name != "hounsfield" or value}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Recipe:

@@ -13,9 +13,12 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
+import SimpleITK
 
 from mpscl_ray.data.volumes.label_maps import map_labels
-from mpscl_ray.data.volumes.nifti import check_same_geometry, read_image, read_label
+from mpscl_ray.data.volumes.nifti import read_image, read_label
+from mpscl_ray.data.volumes.recipe import GeometryFrom, NanPolicy
+from mpscl_ray.data.volumes.same_grid import check_same_geometry, turned_to
 from mpscl_ray.errors import DataError
 from tests.nifti_files import AFFINE, SHAPE, ramp, rotated, save
 
@@ -178,8 +181,8 @@ def test_wrong_names_are_refused_with_the_right_one(tmp_path: Path) -> None:
     assert "rename it to end in .nii" in refusal(tmp_path / "v.nii.gz")
     save(tmp_path / "w.nii.gz").rename(tmp_path / "w.nii")
     assert "rename it to end in .nii.gz" in refusal(tmp_path / "w.nii")
-    save(tmp_path / "x.nii").rename(tmp_path / "x.mha")
-    assert "'.mha'" in refusal(tmp_path / "x.mha")
+    save(tmp_path / "x.nii").rename(tmp_path / "x.mhd")
+    assert "'.mhd'" in refusal(tmp_path / "x.mhd")
 
 
 def test_missing_folder_pipe_and_link_to_itself_are_refused(tmp_path: Path) -> None:
@@ -374,7 +377,8 @@ def test_oblique_volumes_are_noticed(tmp_path: Path, degrees: float, noticed: bo
 def test_axes_off_the_right_angle_are_noticed(tmp_path: Path) -> None:
     affine = AFFINE.copy()
     affine[1, 2] = 1.0
-    path = save(tmp_path / "v.nii.gz", patch={280: affine[:3].astype("<f4").tobytes(), **forms(0, 1)})
+    sizes = np.linalg.norm(affine[:3, :3], axis=0).astype("<f4").tobytes()
+    path = save(tmp_path / "v.nii.gz", patch={80: sizes, 280: affine[:3].astype("<f4").tobytes(), **forms(0, 1)})
     assert any("right angles" in notice for notice in read_image(path).notices)
 
 
@@ -387,32 +391,125 @@ def test_forms_that_disagree_are_noticed(tmp_path: Path) -> None:
     np.testing.assert_allclose(volume.affine, moved)
 
 
-def test_voxel_sizes_that_are_not_those_of_the_sform_are_noticed(tmp_path: Path) -> None:
-    path = save(tmp_path / "v.nii.gz", patch={80: np.array([1.5, 2, 6], "<f4").tobytes(), **forms(0, 1)})
-    (notice,) = read_image(path).notices
-    assert (
-        notice
-        == "the voxel sizes of the header, 1.5 x 2 x 6, differ from those of its sform, 1.5 x 2 x 3, which is used"
-    )
+def two_sizes(path: Path, qform: int) -> Path:
+    """1.5 x 2 x 3 mm by the sform, 1.25 x 1.25 x 10 mm by pixdim and qform."""
+    return save(path, patch={80: np.array([1.25, 1.25, 10], "<f4").tobytes(), **forms(qform, 1)})
+
+
+@pytest.mark.parametrize("qform", [0, 1])
+def test_voxel_sizes_that_are_not_those_of_the_sform_are_refused(tmp_path: Path, qform: int) -> None:
+    """As in the headers of ACDC: taking the wrong one makes wrong volumes and distances."""
+    path = two_sizes(tmp_path / "v.nii.gz", qform)
+    said = refusal(path)
+    for part in ("1.5 x 2 x 3 mm by its sform", "1.25 x 1.25 x 10 mm by its", "--geometry sform", "--geometry "):
+        assert part in said
+    assert f"--geometry {'qform' if qform else 'pixdim'}" in said
+
+
+@pytest.mark.parametrize(
+    ("geometry", "sizes"), [("sform", (1.5, 2, 3)), ("qform", (1.25, 1.25, 10)), ("pixdim", (1.25, 1.25, 10))]
+)
+def test_the_part_of_the_header_that_is_right_can_be_named(
+    tmp_path: Path, geometry: GeometryFrom, sizes: tuple[float, ...]
+) -> None:
+    volume = read_image(two_sizes(tmp_path / "v.nii.gz", 1), geometry=geometry)
+    np.testing.assert_allclose(volume.spacing_mm, sizes, rtol=1e-6)
+    assert nib.aff2axcodes(volume.affine) == nib.aff2axcodes(AFFINE)
+
+
+def test_orientations_that_contradict_each_other_are_refused(tmp_path: Path) -> None:
+    turned = AFFINE.copy()
+    turned[0] *= -1
+    path = save(tmp_path / "v.nii.gz", patch={280: turned[:3].astype("<f4").tobytes()})
+    letters = ["".join(nib.aff2axcodes(affine)) for affine in (turned, AFFINE)]
+    assert f"{letters[0]} by its sform and {letters[1]} by its qform" in refusal(path)
+    np.testing.assert_allclose(read_image(path, geometry="sform").affine, turned)
+    np.testing.assert_allclose(read_image(path, geometry="qform").affine, AFFINE, atol=1e-5)
+
+
+def test_the_voxel_sizes_of_a_header_without_forms_are_offered(tmp_path: Path) -> None:
+    path = save(tmp_path / "v.nii.gz", patch=forms(0, 0))
+    assert "1.5 x 2 x 3 mm (--geometry pixdim)" in refusal(path)
+    np.testing.assert_allclose(read_image(path, geometry="pixdim").affine, np.diag([1.5, 2, 3, 1]), atol=1e-6)
 
 
 @pytest.mark.parametrize(("code", "factor"), [(0, 1.0), (2, 1.0), (1, 1000.0), (3, 0.001), (10, 1.0), (9, 1000.0)])
 def test_units_are_converted_to_mm(tmp_path: Path, code: int, factor: float) -> None:
-    volume = read_image(save(tmp_path / "v.nii.gz", patch={123: bytes([code])}))
-    np.testing.assert_allclose(volume.spacing_mm, np.array([1.5, 2, 3]) * factor)
+    stored = AFFINE.copy()
+    stored[:3] /= factor
+    volume = read_image(save(tmp_path / "v.nii.gz", affine=stored, patch={123: bytes([code])}))
+    np.testing.assert_allclose(volume.spacing_mm, (1.5, 2, 3), rtol=1e-6)
     assert bool(volume.notices) == (factor != 1.0)
+
+
+@pytest.mark.parametrize("code", [1, 3])
+def test_a_unit_that_no_scan_has_is_refused(tmp_path: Path, code: int) -> None:
+    path = save(tmp_path / "v.nii.gz", patch={123: bytes([code])})
+    assert "which no scan has; correct xyzt_units" in refusal(path)
+    assert read_image(path, assume_spacing_mm=(1.0, 1.0, 2.0)).spacing_mm == (1.0, 1.0, 2.0)
 
 
 def test_same_geometry_tolerates_rounding_only(tmp_path: Path) -> None:
     image = read_image(save(tmp_path / "image.nii.gz"))
     nudged, moved = AFFINE.copy(), AFFINE.copy()
-    nudged[0, 3] += 5e-4
-    moved[0, 3] += 5e-3
+    nudged[0, 3] += 5e-3
+    moved[0, 3] += 5e-2
     check_same_geometry(image, read_label(save(tmp_path / "nudged.nii.gz", affine=nudged)))
-    with pytest.raises(DataError, match=r"moved\.nii\.gz.*image\.nii\.gz.*0\.005 mm apart"):
+    with pytest.raises(DataError, match=r"moved.*image\.nii\.gz.*0\.05 mm apart.*--fix-geometry copy-from-image"):
         check_same_geometry(image, read_label(save(tmp_path / "moved.nii.gz", affine=moved)))
     with pytest.raises(DataError, match=r"\(5, 4, 2\).*\(5, 4, 3\)"):
         check_same_geometry(image, read_label(save(tmp_path / "short.nii.gz", ramp(shape=(5, 4, 2)))))
+
+
+def test_a_label_map_stored_in_another_orientation_is_turned(tmp_path: Path) -> None:
+    image = read_image(save(tmp_path / "image.nii.gz"))
+    o = nib.orientations
+    start = o.io_orientation(AFFINE)
+    for order in ((0, 1, 2), (2, 0, 1)):
+        turn = np.array([[axis, -1 if axis == 1 else 1] for axis in order])
+        stored = nib.Nifti1Image(ramp("i2"), AFFINE).as_reoriented(turn)
+        nib.save(stored, tmp_path / "label.nii.gz")
+        label = turned_to(image, read_label(tmp_path / "label.nii.gz"))
+        np.testing.assert_array_equal(label.array, ramp("i2"))
+        np.testing.assert_array_equal(o.io_orientation(label.affine), start)
+        assert "turned to the image" in label.notices[-1]
+    moved = AFFINE.copy()
+    moved[0, 3] += 1
+    other = read_label(save(tmp_path / "moved.nii.gz", affine=moved))
+    assert turned_to(image, other) is other
+
+
+def test_a_transposed_label_map_is_recognised(tmp_path: Path) -> None:
+    image = read_image(save(tmp_path / "image.nii.gz"))
+    label = read_label(save(tmp_path / "label.nii.gz", ramp("i2").transpose(1, 0, 2)))
+    with pytest.raises(DataError, match="transposed"):
+        check_same_geometry(image, label)
+
+
+@pytest.mark.parametrize(("policy", "value"), [("lowest", -4.0), ("zero", 0.0)])
+def test_voxels_that_are_not_finite_can_be_replaced(tmp_path: Path, policy: NanPolicy, value: float) -> None:
+    array = np.random.default_rng(0).uniform(-3, 3, SHAPE).astype("f4")
+    array[0, 0, 0], array[1, 1, 1], array[2, 2, 2] = -4, np.nan, np.inf
+    path = save(tmp_path / "v.nii.gz", array)
+    assert "--nan-policy" in refusal(path)
+    volume = read_image(path, nan_policy=policy)
+    assert volume.array[1, 1, 1] == volume.array[2, 2, 2] == value
+    assert f"2 voxels that are NaN or infinite were set to {value:g}" in volume.notices
+
+
+@pytest.mark.parametrize("ending", [".nrrd", ".mha"])
+def test_files_of_itk_are_read_as_nifti_is(tmp_path: Path, ending: str) -> None:
+    nifti = read_image(save(tmp_path / "v.nii.gz", ramp("i2"), affine=rotated(10)))
+    itk = SimpleITK.ReadImage(str(nifti.path))
+    SimpleITK.WriteImage(itk, str(tmp_path / f"v{ending}"))
+    found = read_image(tmp_path / f"v{ending}")
+    np.testing.assert_array_equal(found.array, nifti.array)
+    np.testing.assert_allclose(found.affine, nifti.affine, atol=1e-5)
+    assert found.notices == tuple(notice for notice in nifti.notices if "slope" not in notice)
+    check_same_geometry(nifti, found)
+    content = (tmp_path / f"v{ending}").read_bytes()
+    (tmp_path / f"v{ending}").write_bytes(content[:-40])
+    assert f"v{ending}" in refusal(tmp_path / f"v{ending}")
 
 
 # --------------------------------------------------------------------------------------------- label maps

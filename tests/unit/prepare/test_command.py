@@ -150,7 +150,7 @@ def test_the_command_prints_a_table_and_the_next_command(source: Path, capsys: p
         (["--layout", "mmwhs", "--crop", "16"], 2, "expected 2 comma-separated numbers"),
         (["--layout", "mmwhs", "--crop", "keep,16"], 2, "crop is (None, 16); expected rows and columns"),
         (["--layout", "mmwhs", "--assume-spacing", "0,1,1"], 2, "expected three sizes in mm above 0"),
-        (["--layout", "mmwhs", "--split", "1,0,0", "--spacing-mm", "1e-9,1,1"], 3, "choose a larger spacing"),
+        (["--layout", "mmwhs", "--split", "1,0,0", "--spacing-mm", "0.01,1,1"], 2, "0.05 to 50 mm"),
         (["--layout", "tfrecord"], 3, "no *.tfrecords files"),
         (["--layout", "mmwhs", "--modality", "mr"], 3, "of the modality 'mr'"),
     ],

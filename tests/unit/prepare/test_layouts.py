@@ -289,9 +289,8 @@ def test_nnunet_channels_counts_and_ignored_labels(tmp_path: Path) -> None:
     )  # fmt: skip
     found = scan(tmp_path, "nnunet", LayoutOptions())
     assert found.cases[0].modality == "t1_weighted"
-    assert found.table == LabelTable(("background", "MYO", "LV"), {0: 0, 1: 1, 3: 2}, frozenset({4}))
+    assert found.table == LabelTable(("background", "MYO", "LV"), {0: 0, 1: 1, 3: 2}, not_annotated=frozenset({4}))
     assert [notice.split(":")[0] for notice in found.notices] == [
-        "dataset.json",
         "imagesTr",
         "dataset.json says numTraining 5, imagesTr holds 2 cases",
     ]

@@ -10,10 +10,11 @@ import pytest
 
 from mpscl_ray.data.volumes.geometry import restore_labels
 from mpscl_ray.data.volumes.label_maps import map_labels
-from mpscl_ray.data.volumes.nifti import check_same_geometry, phi_fields, read_image, read_label
+from mpscl_ray.data.volumes.nifti import phi_fields, read_image, read_label
 from mpscl_ray.data.volumes.nifti_output import write_label_map
 from mpscl_ray.data.volumes.preprocess import label_centre, label_free_centre, prepare_volume
 from mpscl_ray.data.volumes.recipe import Recipe
+from mpscl_ray.data.volumes.same_grid import check_same_geometry
 from mpscl_ray.errors import DataError
 
 OBLIQUE = "the volume is oblique: its axes are up to 17 degrees"

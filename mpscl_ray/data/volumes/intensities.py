@@ -1,0 +1,136 @@
+"""Do the intensities of an image fit the modality that it is said to have?"""
+
+from __future__ import annotations
+
+import re
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpscl_ray.data.volumes.recipe import AIR_HU, LOWEST_HU
+
+_SAMPLE = 200_000
+_MOST_LABELS = 12
+_PADDING_SHARE = 0.005
+_MR_NAMES = frozenset(("t1", "t1w", "t2", "t2w", "t2star", "flair", "pd", "lge", "cine", "bssfp", "c0", "dwi", "adc"))
+_CT_NAMES = re.compile(r"(cb|c|ce|nc|ld|pet)?cta?")
+
+Kind = Literal["ct", "mr"]
+
+
+def kind_of(modality: str) -> Kind | None:
+    """CT or MR by the name of a modality (``cta``, ``lge``, ``cine_mri``); None for any other name."""
+    words = [word for word in re.split(r"[\W_]+", modality.lower()) if word]
+    if any(_CT_NAMES.fullmatch(word) for word in words):
+        return "ct"
+    if any(word.startswith("mr") or word.endswith(("mr", "mri")) or word in _MR_NAMES for word in words):
+        return "mr"
+    return None
+
+
+def other_modality(image: NDArray[np.float32], modality: str) -> str | None:
+    """Why the image cannot be of this modality, as a sentence; None if it can, or if the modality is not known.
+
+    CT is in Hounsfield units: without air, lung or fat below 0 it is another image, or lost its offset of 1024. MR has
+    no large part below -500, and not the two peaks of air and soft tissue of a CT that is stored with that offset.
+    Images that are scaled or z-scored already are not judged. No modality has many voxels of one value far from all
+    others, but for the padding of CT.
+    """
+    kind = kind_of(modality)
+    sample = image.ravel(order="K")[:: image.size // _SAMPLE + 1]
+    real = sample[sample >= LOWEST_HU]
+    if found := _far_value(real if kind == "ct" else sample):
+        return found
+    if kind is None or not real.size:
+        return None
+    return _not_hounsfield(real, modality) if kind == "ct" else _not_mr(real, modality)
+
+
+def _far_value(sample: NDArray[np.float32]) -> str | None:
+    """That many voxels have one value far from all others, as padding has, which would spoil the normalisation."""
+    for end in (-1, 1):
+        value = (end * sample).max() * end if sample.size else 0
+        if end < 0 and value >= 0:
+            continue  # a masked image has background of 0
+        there = sample == value
+        rest = sample[~there]
+        if there.mean() < _PADDING_SHARE or rest.size < _PADDING_SHARE * sample.size:
+            continue
+        low, high = np.percentile(rest, (1, 99))
+        if high > low and min(abs(value - low), abs(value - high), np.abs(rest - value).min()) > 3 * (high - low):
+            return (
+                f"{100 * there.mean():.2g} % of the voxels have the intensity {value:g}, far from all others "
+                f"({low:.4g} to {high:.4g}), as padding has; set them to that of the background"
+            )
+    return None
+
+
+def _not_hounsfield(real: NDArray[np.float32], modality: str) -> str | None:
+    rest = real[real > real.min()]
+    if rest.size and rest.min() - real.min() > 300:  # one value far below all others is padding
+        real = rest
+    low, high = np.percentile(real, (0.1, 99.9))
+    if low <= -20 or high <= 20:
+        return None
+    offset = _stored_with_offset(real)
+    meaning = "as in a CT whose offset of -1024 was lost" if offset else f"an MR image among the {modality} ones"
+    return f"the intensities, {low:.4g} to {high:.4g}, are no Hounsfield units: {meaning}"
+
+
+def _not_mr(real: NDArray[np.float32], modality: str) -> str | None:
+    low = float(np.percentile(real, 1))
+    if low <= -500:
+        found = f"the intensities, which begin at {real.min():g}, are Hounsfield units"
+        return f"{found}: a CT image among the {modality} ones"
+    if _stored_with_offset(real):
+        return (
+            f"the intensities are those of a CT image that is stored with an offset of 1024, among the {modality} ones"
+        )
+    return None
+
+
+def _stored_with_offset(real: NDArray[np.float32]) -> bool:
+    """Whether air and lung, then nearly nothing, then soft tissue follow each other as in CT plus 1024."""
+
+    def share(low: float, high: float) -> float:
+        return float(np.mean((real >= low) & (real < high)))
+
+    soft = share(1000, 1150)
+    return real.min() > -200 and share(-200, 400) > 0.1 and soft > 0.1 and soft > 3 * share(450, 850)
+
+
+def few_values(image: NDArray[np.float32]) -> str | None:
+    """That the image has a few whole numbers only, as a label map has; None if it has more."""
+    sample = image.ravel(order="K")[:: image.size // _SAMPLE + 1]
+    values = np.unique(sample)
+    if values.size > _MOST_LABELS or np.any(values != np.rint(values)):
+        return None
+    return f"has only {values.size} different values, {', '.join(f'{value:g}' for value in values[:6])}"
+
+
+def unusual_intensities(image: NDArray[np.float32], modality: str) -> list[str]:
+    """Warnings on intensities that a raw volume of this modality does not have."""
+    low, high = float(image.min()), float(image.max())
+    kind = kind_of(modality)
+    notices = []
+    if kind == "ct" and low < LOWEST_HU:
+        voxels = int(np.count_nonzero(image < LOWEST_HU))
+        notices.append(
+            f"{voxels} voxels below {LOWEST_HU:g}, down to {low:g}, are padding outside the field of view; set to "
+            f"{AIR_HU:g}"
+        )
+    elif kind == "mr" and low <= -500:
+        notices.append(
+            f"intensities from {low:g} to {high:g} look like Hounsfield units: a CT image among the {modality} ones?"
+        )
+    mean, deviation = float(image.mean(dtype=np.float64)), float(image.std(dtype=np.float64))
+    if -1.0001 <= low < 0 and high <= 1.0001:
+        notices.append("intensities are within [-1, 1], as if scaled already; they are normalised again")
+    elif low >= 0 and high <= 1.0001:
+        notices.append("intensities are within [0, 1], as if scaled already; they are normalised again")
+    elif abs(mean) < 0.02 and abs(deviation - 1) < 0.02:
+        notices.append("intensities have mean 0 and deviation 1, as if z-scored already; they are normalised again")
+    elif low >= 0 and high <= 255 and bool(np.all(image == np.rint(image))):
+        notices.append("intensities are whole numbers within 0..255, as if reduced to 8 bits")
+    return notices
