@@ -26,8 +26,8 @@ examples:
   python -m mpscl_ray.compare --data s3://b/mr s3://b/ct --presets small --out s3://b/runs/table
 
 The same command again resumes a stopped comparison, tries failed runs again, and may be given more
-systems or seeds. Phases that runs share are trained once. OUT/comparison.txt, .md, .csv and .tex are
-updated after each finished run. python -m mpscl_ray.train GROUP/SYSTEM --help shows the
+systems or seeds. Phases that runs share are trained once. OUT/comparison.txt, .md, .csv and .tex
+are updated after each finished run. python -m mpscl_ray.train GROUP/SYSTEM --help shows the
 settings of a system.
 """
 

@@ -128,4 +128,7 @@ def test_help_and_what_is_refused_need_nothing_that_computes(command: str, tmp_p
     for (arguments, code, part), (found, text, loaded) in zip(CASES[command], results, strict=True):
         assert (found, loaded) == (code, []), arguments
         assert part in text, arguments
+        if "--help" in arguments:
+            assert max(map(len, text.splitlines())) <= 100, arguments
+            assert "\n\nexit codes: 0 done" in text, arguments
     assert list(tmp_path.iterdir()) == []
