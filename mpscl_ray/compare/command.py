@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 from mpscl_ray.compare.cells import DIRECTIONS, SET_BY_COMPARISON, Plan, check_presets
 from mpscl_ray.config import PRESETS
-from mpscl_ray.config.help import complete_settings, leading_comment, listing
+from mpscl_ray.config.help import complete_settings, listing
 from mpscl_ray.config.load import check_no_bare_key, setting_keys
-from mpscl_ray.config.systems import SYSTEMS
+from mpscl_ray.config.systems import DESCRIPTIONS, SYSTEMS
 from mpscl_ray.errors import ConfigError
 from mpscl_ray.runs import cli
 
@@ -43,9 +43,7 @@ def main(arguments: Sequence[str], fit: Fit | None = None) -> int:
         The exit code: 0 where every cell is finished, 6 where some failed, 130 where it was stopped (resumable).
     """
     families = sorted({path.parent.name for path in PRESETS.glob("*/*.yaml")})
-    systems = listing(
-        ((name, leading_comment(PRESETS / "mr2ct" / f"{name}.yaml")) for name in SYSTEMS), cli.help_width()
-    )
+    systems = listing(DESCRIPTIONS.items(), cli.help_width())
     parser = cli.CommandParser(
         prog="python -m mpscl_ray.compare",
         description="Train and score several systems over seeds and directions; one table of all. Budgets are equal\n"
