@@ -245,7 +245,7 @@ def expected(detail: Any) -> str:
         return "expected a longer list"
     if kind == "too_long":
         return f"expected a list of at most {detail['ctx']['max_length']}"
-    message = detail["msg"][0].lower() + detail["msg"][1:]
+    message: str = detail["msg"][0].lower() + detail["msg"][1:]
     return message.replace("input should be a ", "expected a ").replace("input should be", "expected a value")
 
 
