@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 from mpscl_ray.compare.cells import DIRECTIONS, SET_BY_COMPARISON, Plan, check_presets
 from mpscl_ray.config import PRESETS
-from mpscl_ray.config.help import complete_settings, leading_comment, listing
+from mpscl_ray.config.help import complete_settings, listing
 from mpscl_ray.config.load import check_no_bare_key, setting_keys
-from mpscl_ray.config.systems import SYSTEMS
+from mpscl_ray.config.systems import DESCRIPTIONS, SYSTEMS
 from mpscl_ray.errors import ConfigError
 from mpscl_ray.runs import cli
 
@@ -26,8 +26,8 @@ examples:
   python -m mpscl_ray.compare --data s3://b/mr s3://b/ct --presets small --out s3://b/runs/table
 
 The same command again resumes a stopped comparison, tries failed runs again, and may be given more
-systems or seeds. Phases that runs share are trained once. OUT/comparison.txt, .md, .csv and .tex are
-updated after each finished run. python -m mpscl_ray.train GROUP/SYSTEM --help shows the
+systems or seeds. Phases that runs share are trained once. OUT/comparison.txt, .md, .csv and .tex
+are updated after each finished run. python -m mpscl_ray.train GROUP/SYSTEM --help shows the
 settings of a system.
 """
 
@@ -35,9 +35,7 @@ settings of a system.
 def main(arguments: Sequence[str], fit: Fit | None = None) -> int:
     """Run the comparison and print its table; returns the exit code. ``fit`` trains, None: Ray Train."""
     families = sorted({path.parent.name for path in PRESETS.glob("*/*.yaml")})
-    systems = listing(
-        ((name, leading_comment(PRESETS / "mr2ct" / f"{name}.yaml")) for name in SYSTEMS), cli.help_width()
-    )
+    systems = listing(DESCRIPTIONS.items(), cli.help_width())
     parser = cli.CommandParser(
         prog="python -m mpscl_ray.compare",
         description="Train and score several systems over seeds and directions; one table of all. Budgets are equal\n"

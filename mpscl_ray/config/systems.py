@@ -38,6 +38,24 @@ SYSTEMS: dict[str, str] = {
 ``small/NAME`` and ``phantom/NAME``."""
 
 
+DESCRIPTIONS: dict[str, str] = {
+    "source_only": "lower bound: the segmenter trained on labels of the source only",
+    "adabn": "the source-only network with batch statistics of the target",
+    "adaoutput": "discriminators on class probabilities (AdaptSegNet)",
+    "minent": "the entropy of the target's predictions as a loss",
+    "advent": "discriminators on self-information maps",
+    "clan": "discriminators weighted by where two classifiers disagree",
+    "cag": "category anchors and pseudo-labels, in rounds (CAG-UDA)",
+    "intrada": "aligns the target's hard images with its easy ones",
+    "sifa_v1": "synthesis of target images and shared features, as in 2019",
+    "sifa_v2": "the same with a second classifier, as in 2020",
+    "baseline": "the adversarial part of MPSCL alone",
+    "cscl": "MPSCL without margin",
+    "mpscl": "prototypes, margin and self-paced pseudo-labels",
+    "supervised": "upper bound: the segmenter trained on labels of the target",
+}
+"""What each system is, in a line that holds in every group of presets."""
+
 _NOT_LEARNT = ("run.", "scaling.", "method.", "phases.", "data.in_memory")
 """Settings that decide nothing about weights, and those that phase_fingerprint adds phase by phase."""
 

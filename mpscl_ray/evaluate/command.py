@@ -9,11 +9,14 @@ from mpscl_ray.runs import cli
 
 _EXAMPLES = """\
 examples:
-  python -m mpscl_ray.evaluate runs/mpscl                                  last checkpoint, test split of the target
-  python -m mpscl_ray.evaluate runs/mpscl --checkpoint source_only         the end of the first phase
-  python -m mpscl_ray.evaluate runs/mpscl --data DATA/ct --split val       another dataset or split
+  python -m mpscl_ray.evaluate runs/mpscl
+      last checkpoint, test split of the target
+  python -m mpscl_ray.evaluate runs/mpscl --checkpoint source_only
+      the end of the first phase
+  python -m mpscl_ray.evaluate runs/mpscl --data DATA/ct --split val
+      another dataset or split
   python -m mpscl_ray.evaluate runs/mpscl --checkpoint mr2ct.pth --released-protocol
-                                                                           released weights, scored as in the papers
+      released weights, scored as in the papers
 
 Writes per_volume.csv, summary.csv, summary.md and summary.json to RUN/results/NAME/.
 """

@@ -15,12 +15,13 @@ from mpscl_ray.runs.storage import S3Path, is_url, parse_location
 _EXAMPLES = """\
 examples:
   python -m mpscl_ray.predict runs/mpscl patient7.nii.gz --out predictions
-  python -m mpscl_ray.predict runs/mpscl SCANS --pattern '*_LGE.nii.gz' --out predictions --preview --workers 4
-  python -m mpscl_ray.predict runs/mpscl mr_1001.nii.gz --modality source --checkpoint source_only --out predictions
+  python -m mpscl_ray.predict runs/mpscl SCANS --pattern '*_LGE.nii.gz' --out predictions --preview
+  python -m mpscl_ray.predict runs/mpscl mr_1001.nii.gz --modality source --out predictions
   python -m mpscl_ray.predict s3://hearts/runs/mpscl patient7.nii.gz --out s3://hearts/predictions
 
-For patient7.nii.gz the folder gets patient7_prediction.nii.gz (same grid, affine and orientation), volumes.json,
-itksnap_labels.txt and slicer_labels.ctbl. A file that cannot be read is reported and does not stop the others.
+For patient7.nii.gz the folder gets patient7_prediction.nii.gz (same grid, affine and orientation),
+volumes.json, itksnap_labels.txt and slicer_labels.ctbl. A file that cannot be read is reported and
+does not stop the others.
 """
 
 
@@ -37,8 +38,8 @@ def main(arguments: Sequence[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = cli.CommandParser(
         prog="python -m mpscl_ray.predict",
-        description="Segment NIfTI images with a trained run; label maps have the geometry of the images. For "
-        "research, not a medical device.",
+        description="Segment NIfTI images with a trained run; label maps have the geometry of the images.\n"
+        "For research, not a medical device.",
         epilog=f"{_EXAMPLES}\n{cli.EXIT_CODES}",
     )
     add = parser.add_argument

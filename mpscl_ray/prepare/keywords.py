@@ -61,6 +61,6 @@ def _checked(name: str, value: Any) -> Any:
     """The value of an option; ConfigError where it is of another type."""
     hints = typing.get_type_hints(Recipe if name in _RECIPE else PrepareOptions)
     try:
-        return TypeAdapter(hints[name]).validate_python(value)
+        return TypeAdapter(hints[name]).validate_python(str(value) if isinstance(value, Path) else value)
     except ValidationError as error:
         raise ConfigError(f"{name}={value!r}: {expected(error.errors()[0])}") from None

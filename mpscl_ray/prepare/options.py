@@ -32,10 +32,11 @@ examples:
   MM-WHS 2017, as downloaded, with the published test volumes:
     python -m mpscl_ray.prepare MMWHS --layout mmwhs --out DATA --fix-label 421=420
   a source and a target of your own, the target without labels:
-    python -m mpscl_ray.prepare HOSPITAL_A --layout folder --out DATA --modality mr --labels 1=MYO,2=LV \\
+    python -m mpscl_ray.prepare HOSPITAL_A --layout folder --out DATA --modality mr \\
+        --labels 1=MYO,2=LV \\
         --image-pattern '{case}_image.nii.gz' --label-pattern '{case}_label.nii.gz'
-    python -m mpscl_ray.prepare HOSPITAL_B --layout folder --out DATA --modality ct --labels 1=MYO,2=LV \\
-        --image-pattern '{case}.nii.gz' --unlabelled --centre image
+    python -m mpscl_ray.prepare HOSPITAL_B --layout folder --out DATA --modality ct \\
+        --labels 1=MYO,2=LV --image-pattern '{case}.nii.gz' --unlabelled --centre image
   the TFRecords of SIFA / PnP-AdaNet:
     python -m mpscl_ray.prepare RECORDS --layout tfrecord --out DATA --group-slices 600
   an nnU-Net dataset, split 80 : 20 by patient, for a small network:
@@ -192,7 +193,7 @@ def parser() -> argparse.ArgumentParser:
     top = cli.CommandParser(
         prog="python -m mpscl_ray.prepare",
         description="Make a dataset for training from images: checked, turned, cropped, normalised, split by patient.",
-        epilog=EXAMPLES + cli.EXIT_CODES,
+        epilog=f"{EXAMPLES}\n{cli.EXIT_CODES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     top.add_argument("input", type=Path, metavar="INPUT", help="folder with the images")

@@ -11,13 +11,16 @@ from mpscl_ray.runs.storage import is_url
 
 _EXAMPLES = """\
 examples:
-  python -m mpscl_ray.report runs/mr2ct                            one run, phase by phase, in runs/mr2ct/report
+  python -m mpscl_ray.report runs/mr2ct
+      one run, phase by phase, in runs/mr2ct/report
   python -m mpscl_ray.report runs/lower runs/cscl runs/mpscl runs/upper --out report
-                                                                   several, in this order
-  python -m mpscl_ray.report runs/mr2ct --case ct_1003             another volume of the target
+      several, in this order
+  python -m mpscl_ray.report runs/mr2ct --case ct_1003
+      another volume of the target
 
-DIR/index.html has everything in one file; DIR/figures/ has each figure as PNG and PDF. A running run is shown up to its
-newest checkpoint. Give the runs with and without margin together to compare their angles.
+DIR/index.html has everything in one file; DIR/figures/ has each figure as PNG and PDF. A running
+run is shown up to its newest checkpoint. Give the runs with and without margin together to compare
+their angles.
 """
 
 

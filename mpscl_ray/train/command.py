@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _EXAMPLES = """\
 examples:
   python -m mpscl_ray.train                             the phantom hearts, two CPU workers, minutes
-  python -m mpscl_ray.train mr2ct/mpscl data.source=data/mr data.target=data/ct scaling.num_workers=2
+  python -m mpscl_ray.train mr2ct/mpscl data.source=data/mr data.target=data/ct run.name=mr2ct
   python -m mpscl_ray.train small/mpscl data.source=data/bssfp data.target=data/lge run.name=lge
   python -m mpscl_ray.train mr2ct/mpscl method.margin_source=0.3 optim.lr=1e-4 --print-config
   ray job submit --working-dir . -- python -m mpscl_ray.train mr2ct/mpscl run.storage=/shared/runs

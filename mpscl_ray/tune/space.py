@@ -33,7 +33,7 @@ EXAMPLE = """\
     method.gamma: {loguniform: [0.1, 3]}
     data.global_batch_size: {integer: [4, 16]}
     method.discriminator: {choice: [fc, patchgan]}
-    method.temperature_source, method.temperature_target: {uniform: [0.5, 2]}     # one draw for both
+    method.temperature_source, method.temperature_target: {uniform: [0.5, 2]}   # one draw for both
 """
 
 KINDS = ("uniform", "loguniform", "integer", "choice")

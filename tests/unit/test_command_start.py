@@ -67,7 +67,7 @@ CASES = {
         ("preset=small/mpscl", 2, "error: data.source is not set"),
     ],
     "compare": [
-        ("--help", 0, "  source_only  Lower bound"),
+        ("--help", 0, "  source_only  lower bound: the segmenter"),
         ("--version", 0, "torch"),
         ("--shwo", 2, "unrecognized arguments: --shwo"),
         ("mpsc", 2, "error: there is no system mpsc"),
@@ -142,4 +142,7 @@ def test_help_and_what_is_refused_need_nothing_that_computes(command: str, tmp_p
     for (arguments, code, part), (found, text, loaded) in zip(CASES[command], results, strict=True):
         assert (found, loaded) == (code, []), arguments
         assert part in text, arguments
+        if "--help" in arguments:
+            assert max(map(len, text.splitlines())) <= 100, arguments
+            assert "\n\nexit codes: 0 done" in text, arguments
     assert list(tmp_path.iterdir()) == []

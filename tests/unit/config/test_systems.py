@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
 from mpscl_ray.config import Config, load_config, to_yaml
-from mpscl_ray.config.systems import SYSTEMS, phase_fingerprint, shared_phase
+from mpscl_ray.config.systems import DESCRIPTIONS, SYSTEMS, phase_fingerprint, shared_phase
 from mpscl_ray.errors import ConfigError
 from mpscl_ray.evaluate.scoring import evaluate_checkpoint
 from mpscl_ray.runs import checkpoint
@@ -124,3 +125,8 @@ def test_what_configs_say_is_shared_is_the_same_in_weights(
         evaluation = evaluate_checkpoint(whole.path, phase, device="cpu", workers=0, progress=False)
         assert evaluation.weights.phase == phase
         assert len(evaluation.scores) == 2
+
+
+def test_every_system_has_a_description_that_names_no_data_set_and_no_budget() -> None:
+    assert list(DESCRIPTIONS) == list(SYSTEMS)
+    assert not [text for text in DESCRIPTIONS.values() if re.search(r"\bMR\b|\bCT\b|iterations", text)]
