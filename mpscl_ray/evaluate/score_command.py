@@ -14,16 +14,20 @@ from mpscl_ray.runs.storage import is_url, parse_location
 _EXAMPLES = """\
 examples:
   python -m mpscl_ray.score predictions labelsTs --labels 1=MYO,2=LV --out scores
-  python -m mpscl_ray.score nnunet_predictions Dataset042_Heart/labelsTs            names from both dataset.json
-  python -m mpscl_ray.score predictions MMWHS --labels 205=MYO,500=LVC --prediction-labels 1=MYO,2=LVC \\
+  python -m mpscl_ray.score nnunet_predictions Dataset042_Heart/labelsTs    names: dataset.json
+  python -m mpscl_ray.score predictions MMWHS \\
+      --labels 205=MYO,500=LVC --prediction-labels 1=MYO,2=LVC \\
       --prediction-pattern '{case}_image_prediction.nii.gz' --label-pattern '{case}_label.nii.gz'
-  python -m mpscl_ray.score totalsegmentator labels --labels 1=MYO,2=LV --prediction-labels 1=MYO,3=LV \\
+  python -m mpscl_ray.score totalsegmentator labels \\
+      --labels 1=MYO,2=LV --prediction-labels 1=MYO,3=LV \\
       --prediction-pattern '{case}/segmentation.nii.gz' --resample nearest --cross-check medpy
 
-Files are paired by name without .nii, .nii.gz and endings such as _seg, _label, _gt, _pred. Without --labels the names
-are those of dataset.json or labels.json beside the label maps (dataset.json also in the folder above labelsTr and
-labelsTs); predictions without a table of their own have the ids of the labels. --out writes scores.csv (a line per case
-and structure), summary.json and summary.md. With --cross-check, exit code 6 means that a difference was too large.
+Files are paired by name without .nii, .nii.gz and endings such as _seg, _label, _gt, _pred.
+Without --labels the names are those of dataset.json or labels.json beside the label maps
+(dataset.json also in the folder above labelsTr and labelsTs); predictions without a table of
+their own have the ids of the labels. --out writes scores.csv (a line per case and structure),
+summary.json and summary.md. With --cross-check, exit code 6 means that a difference was too
+large.
 """
 
 
@@ -52,7 +56,6 @@ def _parser() -> argparse.ArgumentParser:
         description="Dice, average surface distance (ASD) and 95th percentile (HD95) of label maps that any program\n"
         "made, against labels, on the grid of the labels and with every voxel.",
         epilog=f"{_EXAMPLES}\n{cli.EXIT_CODES}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("predictions", metavar="PREDICTIONS", help="folder of predicted label maps (NIfTI), or one file")
