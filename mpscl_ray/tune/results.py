@@ -185,9 +185,7 @@ def _evaluate(study: Study, trials: list[Trial], best: Trial | None) -> None:
     if rows:
         volumes = next(iter(rows.values())).volumes
         heading = f"{volumes} labelled {'test' if split == 'test' else 'validation'} volumes of the target, " + (
-            "by which trials were compared, too"
-            if split == "val" and study.metric == ORACLE
-            else "which were used for no choice"
+            "also used to compare trials" if split == "val" and study.metric == ORACLE else "not used for any choice"
         )
         write_rows(study.folder.results, "test", heading, rows, {"trials": wanted})
 

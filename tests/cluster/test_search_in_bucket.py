@@ -128,7 +128,7 @@ def test_a_killed_search_in_a_bucket_goes_on_and_stops_what_falls_behind(
     assert tune.main(words[1:]) == 0
     assert count(folder, "end") == 3
     assert table.version_stamp() == evaluated, "what is evaluated is not evaluated again"
-    assert "by which nothing was chosen" in capsys.readouterr().out
+    assert "not used for any choice" in capsys.readouterr().out
 
 
 def test_a_killed_comparison_in_a_bucket_goes_on_with_what_is_missing(

@@ -106,7 +106,7 @@ CASES = {
         ("run s3://bucket/image.nii --out out", 2, "error: s3://bucket/image.nii is in a bucket"),
     ],
     "score": [
-        ("--help", 0, "names from both dataset.json"),
+        ("--help", 0, "names: dataset.json"),
         ("--version", 0, "torch"),
         ("predictions labels --shwo", 2, "unrecognized arguments: --shwo"),
         ("predictions labels --workers -1", 2, "error: --workers is -1"),
