@@ -61,6 +61,8 @@ ADDED = {
 }
 """Words that make a command short, by its name."""
 
+STRUCTURES = ("heart_myocardium", "heart_atrium_left", "heart_ventricle_left", "aorta")
+"""Names that TotalSegmentator gives to the structures of RAW_IDS."""
 
 ALL = list(dict.fromkeys(command.text for file in GUIDES for command in commands(file)))
 HERE = [text for text in ALL if not any(fnmatchcase(text, pattern) for pattern in ELSEWHERE)]
@@ -77,7 +79,7 @@ def test_what_is_run_elsewhere_is_run_there() -> None:
 
 
 def make_volumes(folder: Path) -> None:
-    """What the documents expect: MM-WHS, two hospitals, an nnU-Net dataset, short-axis stacks, a patient."""
+    """What the documents expect: MM-WHS, two hospitals, masks by structure, nnU-Net, short-axis stacks, a patient."""
     for modality in ("mr", "ct"):
         mmwhs(folder / "MMWHS", modality, range(1002, 1010))
     values = dict(zip(RAW_IDS, (1, 2, 1, 2), strict=True))
@@ -94,6 +96,10 @@ def make_volumes(folder: Path) -> None:
         write(folder / "HOSPITAL_B" / f"b{number}.nii.gz", ct)
         write(folder / "LGE" / f"{number}_LGE.nii.gz", image)
         write(folder / "LGE" / f"{number}_LGE_manual.nii.gz", label(axis))
+        write(folder / "TOTAL" / f"t{number}" / "ct.nii.gz", ct)
+        masks = folder / "TOTAL" / f"t{number}" / "segmentations"
+        for name, raw_id in zip(STRUCTURES, RAW_IDS, strict=True):
+            write(masks / f"{name}.nii.gz", label({raw_id: 1}))
         nnunet = folder / "Dataset042_Heart"
         write(nnunet / "imagesTr" / f"heart_{number}_0000.nii.gz", image)
         write(nnunet / "labelsTr" / f"heart_{number}.nii.gz", label(values))
