@@ -75,23 +75,24 @@ def run_cell(
         outcome = run_trial(config, folder, shared, poll, resume_command=resume_command)
         note_phases()
         if outcome.state == "finished":
-            done = evaluate_phases(folder.uri, phases[-1:], workers=0, progress=False)
-            evaluation = done[phases[-1]]
-            found |= {
-                "state": "finished",
-                "summary": evaluation.summary.to_json(),
-                "scored_on": {
-                    "split": evaluation.split,
-                    "volumes": len(evaluation.scores),
-                    "modality": evaluation.modality,
-                    "dataset": str(evaluation.dataset),
-                },
-            }
+            found |= {"state": "finished", **_scores(folder, phases[-1])}
         else:
             found["state"] = "interrupted"
     except MpsclError as error:
         found |= {"state": "failed", "reason": str(error)}
     return {**found, "seconds": time.monotonic() - started}
+
+
+def _scores(folder: RunDirectory, phase: str) -> dict[str, Any]:
+    """Scores at the end of a phase, and the volumes that they are of."""
+    evaluation = evaluate_phases(folder.uri, [phase], workers=0, progress=False)[phase]
+    scored_on = {
+        "split": evaluation.split,
+        "volumes": len(evaluation.scores),
+        "modality": evaluation.modality,
+        "dataset": str(evaluation.dataset),
+    }
+    return {"summary": evaluation.summary.to_json(), "scored_on": scored_on}
 
 
 @dataclass

@@ -17,6 +17,8 @@ _MOST_LABELS = 255
 _GRID_TOLERANCE = 0.01
 """Largest distance between the corners of two equal grids, as part of the smallest voxel size."""
 
+Ids = npt.NDArray[np.int64]
+
 
 def score(
     prediction: npt.ArrayLike | Path | str,
@@ -54,6 +56,15 @@ def score(
         predicted, true = _whole(prediction, "prediction"), _whole(label, "label")
         if predicted.shape != true.shape:
             raise DataError(f"the prediction has shape {predicted.shape} and the label {true.shape}; expected the same")
+    predicted, true, names = _class_indices(predicted, true, class_names)
+    sizes = _spacing(spacing, predicted.ndim)
+    return {row.structure: row for row in volume_scores(predicted, true, names, sizes)}
+
+
+def _class_indices(
+    predicted: Ids, true: Ids, class_names: Sequence[str] | Mapping[str, int] | None
+) -> tuple[Ids, Ids, Sequence[str]]:
+    """Both label maps as class indices, and the names of the classes, background first."""
     if class_names is None:
         class_names = _values_found(predicted, true)
         if predicted.any() and true.any() and not np.intersect1d(predicted[predicted != 0], true).size:
@@ -77,8 +88,7 @@ def score(
                 f"the {name} has values {array.min()} to {array.max()}; expected 0 to {len(class_names) - 1} for the "
                 f"classes {', '.join(class_names)}"
             )
-    sizes = _spacing(spacing, predicted.ndim)
-    return {row.structure: row for row in volume_scores(predicted, true, class_names, sizes)}
+    return predicted, true, class_names
 
 
 def same_grid(first: Volume, second: Volume) -> bool:
@@ -90,9 +100,7 @@ def same_grid(first: Volume, second: Volume) -> bool:
     return bool(moved <= _GRID_TOLERANCE * min(second.spacing_mm))
 
 
-def _read(
-    prediction: Path, label: Path
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], tuple[float, float, float]]:
+def _read(prediction: Path, label: Path) -> tuple[Ids, Ids, tuple[float, float, float]]:
     predicted, true = read_label(prediction), read_label(label)
     if predicted.array.shape != true.array.shape:
         raise DataError(
@@ -106,7 +114,7 @@ def _read(
     return predicted.array.astype(np.int64), true.array.astype(np.int64), true.spacing_mm
 
 
-def _whole(values: npt.ArrayLike, name: str) -> npt.NDArray[np.int64]:
+def _whole(values: npt.ArrayLike, name: str) -> Ids:
     array = np.asarray(values)
     if array.dtype.kind not in "iufb" or array.ndim == 0:
         raise DataError(f"the {name} is {array.dtype} of shape {array.shape}; expected an array of label values")
@@ -119,7 +127,7 @@ def _whole(values: npt.ArrayLike, name: str) -> npt.NDArray[np.int64]:
     return array.astype(np.int64)
 
 
-def _values_found(predicted: npt.NDArray[np.int64], true: npt.NDArray[np.int64]) -> dict[str, int]:
+def _values_found(predicted: Ids, true: Ids) -> dict[str, int]:
     """The values that occur but 0, each under its own name."""
     values = np.setdiff1d(np.union1d(predicted, true), [0])
     if not len(values):
@@ -132,13 +140,13 @@ def _values_found(predicted: npt.NDArray[np.int64], true: npt.NDArray[np.int64])
     return {str(value): int(value) for value in values}
 
 
-def _some(array: npt.NDArray[np.int64]) -> str:
+def _some(array: Ids) -> str:
     """The first values of a label map but 0."""
     values = np.unique(array[array != 0])
     return ", ".join(map(str, values[:6])) + (", ..." if len(values) > 6 else "")
 
 
-def _indices(array: npt.NDArray[np.int64], values: Mapping[str, int]) -> npt.NDArray[np.int64]:
+def _indices(array: Ids, values: Mapping[str, int]) -> Ids:
     """The number of each voxel's structure, from 1 on; 0 for every other value."""
     indices = np.zeros_like(array)
     for index, value in enumerate(values.values(), start=1):
