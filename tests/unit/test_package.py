@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-import tarfile
 import zipfile
 from pathlib import Path
 
@@ -74,8 +73,7 @@ def test_the_wheel_has_every_file_of_the_package(source: Path, wheel: Path) -> N
 
 
 def test_the_sdist_builds_the_same_wheel(source: Path, wheel: Path, tmp_path: Path) -> None:
-    with tarfile.open(build(source, "sdist", tmp_path)) as archive:
-        archive.extractall(tmp_path / "unpacked", filter="data")
+    shutil.unpack_archive(build(source, "sdist", tmp_path), tmp_path / "unpacked")
     (unpacked,) = (tmp_path / "unpacked").iterdir()
     assert {"CITATION.cff", "CHANGELOG.md", "constraints.txt", "LICENSE"} <= {path.name for path in unpacked.iterdir()}
     assert content(build(unpacked, "wheel", tmp_path)) == content(wheel)

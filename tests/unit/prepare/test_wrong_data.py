@@ -432,7 +432,8 @@ def test_a_signal_leaves_nothing_behind(tmp_path: Path, name: str, monkeypatch: 
         os.kill(os.getpid(), number)
 
     monkeypatch.setattr("mpscl_ray.prepare.run._stage", stopped)
-    before = signal.getsignal(number)
+    before = signal.default_int_handler if name == "SIGINT" else signal.SIG_DFL
+    signal.signal(number, before)  # nohup has the shell ignore SIGHUP, and the command keeps it so
     words = ["--layout", "folder", "--modality", "mr", "--labels", "1=MYO,2=LV", "--workers", "0"]
     words += ["--image-pattern", FOLDER["image_pattern"], "--label-pattern", FOLDER["label_pattern"]]
     with pytest.raises(Interrupted, match=f"stopped by {name}"):
