@@ -154,7 +154,7 @@ def requests(
     modality: str,
     cases: Sequence[SourceCase],
     splitting: Splitting,
-    folder: Path,
+    folder: Path | None,
     table: LabelTable | None,
     problems: list[str],
 ) -> list[Request]:
