@@ -45,12 +45,17 @@ def label_statistics(label: NDArray[np.uint8] | None, num_classes: int) -> dict[
         rows = float(inside.sum(axis=(0, 2)) @ (np.arange(height) + 0.5)) / float(voxels[index])
         columns = float(inside.sum(axis=(0, 1)) @ (np.arange(width) + 0.5)) / float(voxels[index])
         centres.append((rows / height, columns / width))
-    largest = int((label > 0).sum(axis=(1, 2)).max())
     return {
         "class_voxels": tuple(int(count) for count in voxels),
         "class_centres": tuple(centres),
-        "structure_width": float(np.sqrt(largest)) if largest else None,
+        "structure_width": structure_width(label),
     }
+
+
+def structure_width(label: NDArray[np.uint8] | None) -> float | None:
+    """Side in pixels of a square as large as all structures of a (D, H, W) label in the slice that shows most."""
+    largest = 0 if label is None else int((label > 0).sum(axis=(1, 2)).max())
+    return float(np.sqrt(largest)) if largest else None
 
 
 def mean_centres(cases: Iterable[Case]) -> NDArray[np.float64] | None:

@@ -227,7 +227,6 @@ def parser() -> argparse.ArgumentParser:
 def add_input(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``mpscl_ray.prepare`` that describe its input."""
     parser.add_argument("--modality", help="name of the modality (folder, nnunet), or the only one to check (others)")
-    parser.add_argument("--workers", type=int, metavar="N", help="volumes at a time, with Ray; 0: in this process")
     _add_files(parser.add_argument_group("files").add_argument)
     labels = parser.add_argument_group("labels and patients").add_argument
     _add_labels(labels)

@@ -19,8 +19,7 @@ from mpscl_ray.data.dataset import Manifest, Scaling, load_manifest, save_manife
 from mpscl_ray.distributed.ray_session import connect
 from mpscl_ray.errors import DataError
 from mpscl_ray.prepare import plan as prepare_plan
-from mpscl_ray.prepare.checks import check_cases, check_staged, summarise_notices
-from mpscl_ray.prepare.copies import same_scans
+from mpscl_ray.prepare.checks import check_cases, check_staged, shared_images, summarise_notices
 from mpscl_ray.prepare.frames import expand_frames
 from mpscl_ray.prepare.label_table import LabelTable
 from mpscl_ray.prepare.layouts import Scan, scan
@@ -98,7 +97,9 @@ def prepare(options: PrepareOptions, *, progress: bool = True) -> dict[str, Path
             dataset.notices += notices
         if problems:
             raise DataError(_listed(options.input, problems, found.notices))
-        _note_shared_images(datasets)
+        by_modality = {dataset.modality: dataset for dataset in datasets}
+        for modality, notice in shared_images({name: dataset.staged for name, dataset in by_modality.items()}):
+            by_modality[modality].notices.append(notice)
         scalings = [prepare_plan.scaling(options, dataset.modality, dataset.staged) for dataset in datasets]
         for dataset, scaling in zip(datasets, scalings, strict=True):
             save_manifest(dataset.folder, _finish(dataset, scaling, options, settings, workers, progress))
@@ -190,17 +191,6 @@ def _finish(
     return prepare_plan.manifest(
         options, settings, dataset.modality, dataset.splitting, scaling, dataset.staged, cases, notices
     )
-
-
-def _note_shared_images(datasets: Sequence[_Dataset]) -> None:
-    entries = [(dataset, case) for dataset in datasets for case in dataset.staged]
-    originals = same_scans([case.sketch for _, case in entries])
-    owners: dict[str, tuple[_Dataset, str]] = {}
-    for (dataset, case), original in zip(entries, originals, strict=True):
-        first = entries[original][1].content_sha256
-        other, name = owners.setdefault(first, (dataset, case.request.source.id))
-        if other is not dataset:
-            dataset.notices.append(f"{case.request.source.id} is the same image as {name} of {other.modality}")
 
 
 def _listed(folder: Path, problems: Sequence[str], notices: Sequence[str]) -> str:

@@ -85,6 +85,7 @@ class StagedCase:
     """By which copies of the scan are found, however they are stored; empty for slices."""
     geometry: dict[str, Any]
     spacing_mm: tuple[float, float, float] | None
+    structure_width: float | None
     cropped_around_labels: bool
     sources: dict[str, str]
     steps: tuple[str, ...]
