@@ -20,11 +20,11 @@ examples:
   prepared datasets, and whether the two can be trained together (source first):
     python -m mpscl_ray.check data/mr data/ct
 
-With --layout, DATA are folders with images; each gets the checks that prepare makes, and a
-case whose split the layout does not give counts as one for training. Without it, DATA are
-prepared datasets or folders of them. All cases are read, and all findings are listed: a
-problem is what prepare or train would refuse, a note is what they would say. Exit code 0 means
-that there is no problem, 3 that there are some.
+With --layout, DATA are folders with images, and each gets the checks that prepare makes. No
+split is drawn: a case whose split the layout does not give is undecided. Without --layout,
+DATA are prepared datasets or folders of them. All cases are read, and all findings are listed:
+a problem is what prepare or train would refuse, a note is what they would only say. Exit code
+0 means that there is no problem, 3 that there are some.
 """
 
 _ALWAYS = ("data", "layout", "json", "workers")

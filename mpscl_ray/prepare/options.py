@@ -392,11 +392,7 @@ def with_negative_values(arguments: Sequence[str]) -> list[str]:
 
 
 def from_values(values: dict[str, Any]) -> PrepareOptions:
-    """Options from parsed arguments; those of the recipe that are not among them have their defaults.
-
-    Raises:
-        ConfigError: a value is out of range.
-    """
+    """Options from parsed arguments; steps of the recipe that are not among them are the default ones."""
     names = [item.name for item in fields(Recipe) if item.name in values]
     recipe = Recipe(**{name: values[name] for name in names})
     return PrepareOptions(**{name: value for name, value in values.items() if name not in names}, recipe=recipe)
