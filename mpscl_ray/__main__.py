@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from mpscl_ray.runs import cli
 
 COMMANDS = {
+    "check": "list everything wrong with images or datasets; write nothing",
     "prepare": "turn images into a dataset for training",
     "train": "train a method, on this machine or on a Ray cluster",
     "evaluate": "score a trained segmenter on labelled volumes",
@@ -21,8 +22,12 @@ COMMANDS = {
 }
 """Commands, in the order in which one uses them."""
 
-MODULES = {name: f"mpscl_ray.{name}.command" for name in COMMANDS} | {"score": "mpscl_ray.evaluate.score_command"}
-"""Where each has its arguments: in a package of its name, but for ``score``, which shares that of ``evaluate``."""
+MODULES = {name: f"mpscl_ray.{name}.command" for name in COMMANDS} | {
+    "check": "mpscl_ray.prepare.check_command",
+    "score": "mpscl_ray.evaluate.score_command",
+}
+"""Where each has its arguments: in a package of its name; ``check`` shares that of ``prepare``, ``score`` that of
+``evaluate``."""
 
 
 def main() -> None:

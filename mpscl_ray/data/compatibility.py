@@ -45,12 +45,17 @@ def label_statistics(label: NDArray[np.uint8] | None, num_classes: int) -> dict[
         rows = float(inside.sum(axis=(0, 2)) @ (np.arange(height) + 0.5)) / float(voxels[index])
         columns = float(inside.sum(axis=(0, 1)) @ (np.arange(width) + 0.5)) / float(voxels[index])
         centres.append((rows / height, columns / width))
-    largest = int((label > 0).sum(axis=(1, 2)).max())
     return {
         "class_voxels": tuple(int(count) for count in voxels),
         "class_centres": tuple(centres),
-        "structure_width": float(np.sqrt(largest)) if largest else None,
+        "structure_width": structure_width(label),
     }
+
+
+def structure_width(label: NDArray[np.uint8] | None) -> float | None:
+    """Side in pixels of a square as large as all structures of a (D, H, W) label in the slice that shows most."""
+    largest = 0 if label is None else int((label > 0).sum(axis=(1, 2)).max())
+    return float(np.sqrt(largest)) if largest else None
 
 
 def mean_centres(cases: Iterable[Case]) -> NDArray[np.float64] | None:
@@ -142,29 +147,45 @@ def check_pair(source: Manifest, target: Manifest) -> list[str]:
         target: the domain to adapt to; its classes may be unknown (empty) if none of its cases is labelled.
 
     Raises:
-        DataError: size or classes differ, the source has no labelled training case, a domain has no training case, or
-            both hold the same image.
+        DataError: the first of :func:`pair_problems`.
+    """
+    for problem in pair_problems(source, target):
+        raise DataError(problem)
+    return pair_notices(source, target)
+
+
+def pair_problems(source: Manifest, target: Manifest) -> list[str]:
+    """All that keeps a source and a target from being trained together.
+
+    Size or classes differ, the source has no labelled training case, a domain has no training case, or both hold the
+    same image.
     """
     names = f"source {source.modality!r} and target {target.modality!r}"
+    problems = []
     if source.size != target.size:
-        raise DataError(
+        problems.append(
             f"{names}: slices of {source.size[0]} x {source.size[1]} and {target.size[0]} x {target.size[1]} pixels; "
             "prepare both with the same --size"
         )
     if target.classes and source.classes != target.classes:
-        raise DataError(
+        problems.append(
             f"{names}: the classes are {', '.join(source.classes)} and {', '.join(target.classes)}; prepare both with "
             "the same class names in the same order"
         )
     if not any(case.labelled for case in source.split("train")):
-        raise DataError(f"source {source.modality!r}: no training case is labelled; prepare it with its labels")
+        problems.append(f"source {source.modality!r}: no training case is labelled; prepare it with its labels")
     if not target.split("train"):
-        raise DataError(f"target {target.modality!r}: there is no training case; prepare it with a train split")
+        problems.append(f"target {target.modality!r}: there is no training case; prepare it with a train split")
     images = {case.content_sha256: case.id for case in source.cases}
     same = sorted({(images[case.content_sha256], case.id) for case in target.cases if case.content_sha256 in images})
     if same:
         pairs = ", ".join(f"{one} = {two}" for one, two in same[:10])
-        raise DataError(f"{names}: {len(same)} images are the same in both: {pairs}; a domain must have its own images")
+        problems.append(f"{names}: {len(same)} images are the same in both: {pairs}; a domain must have its own images")
+    return problems
+
+
+def pair_notices(source: Manifest, target: Manifest) -> list[str]:
+    """Warnings on a source and a target: shared patients, orientation, size of the structures."""
     notices = []
     patients = sorted({case.patient for case in source.cases} & {case.patient for case in target.cases})
     if patients:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 import re
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from mpscl_ray.data.compatibility import orientation_notice
 from mpscl_ray.data.dataset import Case
 from mpscl_ray.prepare.copies import same_scans
-from mpscl_ray.prepare.splits import overlaps
+from mpscl_ray.prepare.splits import UNDECIDED, overlaps
 from mpscl_ray.prepare.staged_case import StagedCase
 
 _LISTED = 6
@@ -23,7 +23,7 @@ def check_staged(
     """Problems and warnings of one modality: leaks, sizes, empty labels, absent classes.
 
     Args:
-        staged: the cases of all splits.
+        staged: the cases of all splits; undecided ones count as training cases.
         classes: names of the label values.
         transductive: whether training cases may also be validation or test cases.
         allow_missing_classes: whether a class that no training case shows is a warning, not a problem.
@@ -40,7 +40,7 @@ def check_staged(
     if len(by_size) > 1:
         found = "; ".join(f"{size[0]} x {size[1]} ({_some(names)})" for size, names in sorted(by_size.items()))
         problems.append(f"slices of different sizes: {found}; give --crop or --size")
-    training = [case for case in staged if case.request.split == "train" and case.class_voxels is not None]
+    training = [case for case in staged if case.request.split in ("train", UNDECIDED) and case.class_voxels is not None]
     volumes = [case for case in training if case.request.source.kind in ("nifti", "npz", "released_nifti")]
     empty = [
         case.request.source.id for case in staged if case.class_voxels is not None and not sum(case.class_voxels[1:])
@@ -67,6 +67,20 @@ def check_staged(
     return problems, notices
 
 
+def shared_images(modalities: Mapping[str, Sequence[StagedCase]]) -> list[tuple[str, str]]:
+    """(modality, warning) for each case that is the same image as one of another modality."""
+    entries = [(modality, case) for modality, staged in modalities.items() for case in staged]
+    originals = same_scans([case.sketch for _, case in entries])
+    owners: dict[str, tuple[str, str]] = {}
+    found = []
+    for (modality, case), original in zip(entries, originals, strict=True):
+        name = case.request.source.id
+        other, first = owners.setdefault(entries[original][1].content_sha256, (modality, name))
+        if other != modality:
+            found.append((modality, f"{name} is the same image as {first} of {other}"))
+    return found
+
+
 def _absent_from_held_out(staged: Sequence[StagedCase], index: int, name: str) -> list[str]:
     """A warning for each labelled split but training that never shows a class: it has no score there."""
     notices = []
@@ -81,7 +95,7 @@ def check_cases(cases: Sequence[Case]) -> list[str]:
     """Warnings on the finished cases of one modality."""
     notices = []
     held_out = [case for case in cases if case.split != "train"]
-    notices += _size_outliers(cases)
+    notices += size_outliers((case.id, case.structure_width, case.spacing_mm) for case in cases)
     notice = orientation_notice(
         [case for case in cases if case.split == "train"], held_out, ("the training cases", "the held-out cases")
     )
@@ -90,12 +104,16 @@ def check_cases(cases: Sequence[Case]) -> list[str]:
     return notices
 
 
-def _size_outliers(cases: Sequence[Case]) -> list[str]:
-    """A warning on cases whose structures are much wider or narrower, in mm, than those of the others."""
+def size_outliers(cases: Iterable[tuple[str, float | None, tuple[float, float, float] | None]]) -> list[str]:
+    """A warning on cases whose structures are much wider or narrower, in mm, than those of the others.
+
+    Args:
+        cases: id, width of the structures in pixels and voxel size of each; None where unknown.
+    """
     widths = {
-        case.id: case.structure_width * math.sqrt(case.spacing_mm[1] * case.spacing_mm[2])
-        for case in cases
-        if case.structure_width is not None and case.spacing_mm is not None
+        case: pixels * math.sqrt(spacing[1] * spacing[2])
+        for case, pixels, spacing in cases
+        if pixels is not None and spacing is not None
     }
     if len(widths) < _FEWEST_WIDTHS:
         return []

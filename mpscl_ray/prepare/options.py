@@ -53,8 +53,8 @@ class PrepareOptions:
     """Everything that decides what a prepared dataset is. Field names are those of the command's options."""
 
     input: Path
-    out: Path | S3Path
-    """Each modality becomes a folder in it."""
+    out: Path | S3Path | None
+    """Each modality becomes a folder in it; None: the input is only checked."""
     layout: str
     modality: str | None = None
     image_pattern: str | None = None
@@ -212,11 +212,29 @@ def parser() -> argparse.ArgumentParser:
     )
     _add_files(top.add_argument_group("files").add_argument)
     _add_labels(top.add_argument_group("labels").add_argument)
-    _add_splits(top.add_argument_group("splits, always by patient").add_argument)
+    splits = top.add_argument_group("splits, always by patient").add_argument
+    _add_splits(splits)
+    _add_transductive(splits)
     steps = top.add_argument_group("from volume to slices").add_argument
+    _add_slices(steps)
+    _add_sizes(steps)
     _add_geometry(steps)
+    _add_scaling(steps)
     _add_intensities(steps)
     return top
+
+
+def add_input(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``mpscl_ray.prepare`` that describe its input."""
+    parser.add_argument("--modality", help="name of the modality (folder, nnunet), or the only one to check (others)")
+    _add_files(parser.add_argument_group("files").add_argument)
+    labels = parser.add_argument_group("labels and patients").add_argument
+    _add_labels(labels)
+    _add_transductive(labels)
+    volumes = parser.add_argument_group("volumes").add_argument
+    _add_slices(volumes)
+    _add_geometry(volumes)
+    _add_intensities(volumes)
 
 
 def _add_files(add: Callable[..., Any]) -> None:
@@ -267,6 +285,9 @@ def _add_splits(add: Callable[..., Any]) -> None:
         "--fold", type=int, metavar="N", help="which split of a FILE with one for each fold (splits_final.json), from 0"
     )
     add("--seed", type=int, default=0, help="seed of the random split by fractions")
+
+
+def _add_transductive(add: Callable[..., Any]) -> None:
     add(
         "--transductive",
         action="store_true",
@@ -274,12 +295,16 @@ def _add_splits(add: Callable[..., Any]) -> None:
     )
 
 
-def _add_geometry(add: Callable[..., Any]) -> None:
+def _add_slices(add: Callable[..., Any]) -> None:
     default = Recipe()
     add("--orientation", choices=("canonical", "stored"), default=default.orientation)
     add(
         "--slice-axis", default=default.slice_axis, help="coronal, axial, sagittal; with --orientation stored 0, 1 or 2"
     )
+
+
+def _add_sizes(add: Callable[..., Any]) -> None:
+    default = Recipe()
     add(
         "--spacing-mm",
         type=_list(float, 3, "keep,1,1"),
@@ -301,6 +326,9 @@ def _add_geometry(add: Callable[..., Any]) -> None:
         help="centre of the crop: from the labels, or found without; auto: labels if all splits have them",
     )
     add("--size", type=_list(int, 2, "80,80"), metavar="H,W", help="resize the crop; default: keep it")
+
+
+def _add_geometry(add: Callable[..., Any]) -> None:
     add(
         "--assume-spacing",
         type=_list(float, 3, "1,1,1"),
@@ -316,7 +344,7 @@ def _add_geometry(add: Callable[..., Any]) -> None:
     add("--fix-geometry", choices=("copy-from-image",), help="if a label's geometry differs, use that of its image")
 
 
-def _add_intensities(add: Callable[..., Any]) -> None:
+def _add_scaling(add: Callable[..., Any]) -> None:
     add(
         "--clip-percentile",
         type=float,
@@ -330,6 +358,9 @@ def _add_intensities(add: Callable[..., Any]) -> None:
         help="z-scored intensities that become -1 and 1; estimate: from the training cases; sifa: the published ones; "
         "auto: sifa for released slices of ct and mr, else estimate",
     )
+
+
+def _add_intensities(add: Callable[..., Any]) -> None:
     add(
         "--nan-policy",
         choices=NAN_POLICIES,
@@ -346,14 +377,22 @@ def parse(arguments: Sequence[str]) -> PrepareOptions:
         ConfigError: a value is out of range.
         SystemExit: with code 2 for wrong usage, 0 after ``--help``.
     """
+    return from_values(vars(parser().parse_args(with_negative_values(arguments))))
+
+
+def with_negative_values(arguments: Sequence[str]) -> list[str]:
+    """The arguments, ``--range -2.8,3.2`` as ``--range=-2.8,3.2``: argparse takes the value for an option."""
     joined: list[str] = []
     for argument in arguments:
-        # argparse takes the value of `--range -2.8,3.2` for an option.
         if re.match(r"-[\d.]", argument) and joined and joined[-1].startswith("--") and "=" not in joined[-1]:
             joined[-1] += f"={argument}"
         else:
             joined.append(argument)
-    values = vars(parser().parse_args(joined))
+    return joined
+
+
+def from_values(values: dict[str, Any]) -> PrepareOptions:
+    """Options from parsed arguments; steps of the recipe that are not among them are the default ones."""
     names = [item.name for item in fields(Recipe) if item.name in values]
-    recipe = Recipe(**{name: values.pop(name) for name in names})
-    return PrepareOptions(**values, recipe=recipe)
+    recipe = Recipe(**{name: values[name] for name in names})
+    return PrepareOptions(**{name: value for name, value in values.items() if name not in names}, recipe=recipe)

@@ -154,7 +154,7 @@ def requests(
     modality: str,
     cases: Sequence[SourceCase],
     splitting: Splitting,
-    folder: Path,
+    folder: Path | None,
     table: LabelTable | None,
     problems: list[str],
 ) -> list[Request]:
@@ -166,7 +166,7 @@ def requests(
         keep = split not in options.splits_without_labels
         for name in splitting.cases[split]:
             source = by_id[name]
-            if keep and not source.labels and source.kind in ("nifti", "npy", "released_nifti"):
+            if keep and source.lacks_labels:
                 looked_for = f" ({source.label_hint})" if source.label_hint else ""
                 missing.append(f"{modality}: case {name} ({split}) has no label{looked_for}")
             found.append(Request(source, split, keep, folder, len(found)))
@@ -175,9 +175,19 @@ def requests(
         problems.append(
             "cases without labels are fine in splits that are named with --unlabelled, e.g. --unlabelled train"
         )
-    elif table is None and any(request.keep_labels and request.source.labels for request in found):
-        raise ConfigError("the meaning of the label values is not known: give --labels, e.g. --labels 1=MYO,2=LV")
+    else:
+        check_meaning(table, found)
     return found
+
+
+def check_meaning(table: LabelTable | None, requests: Sequence[Request]) -> None:
+    """Refuse labels that are to be read without a label table.
+
+    Raises:
+        ConfigError: there are such labels.
+    """
+    if table is None and any(request.keep_labels and request.source.labels for request in requests):
+        raise ConfigError("the meaning of the label values is not known: give --labels, e.g. --labels 1=MYO,2=LV")
 
 
 # --------------------------------------------------------------------------------------------------------- range

@@ -6,25 +6,20 @@ a finished folder. Until then its files are in a hidden folder next to it, which
 
 from __future__ import annotations
 
-import os
 import shlex
 import shutil
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 from mpscl_ray.data import SPLITS
 from mpscl_ray.data.dataset import Manifest, Scaling, load_manifest, save_manifest
-from mpscl_ray.distributed.parallel_map import map_volumes
 from mpscl_ray.distributed.ray_session import connect
 from mpscl_ray.errors import DataError
 from mpscl_ray.prepare import plan as prepare_plan
-from mpscl_ray.prepare.checks import check_cases, check_staged, summarise_notices
-from mpscl_ray.prepare.copies import same_scans
+from mpscl_ray.prepare.checks import check_cases, check_staged, shared_images, summarise_notices
 from mpscl_ray.prepare.frames import expand_frames
 from mpscl_ray.prepare.label_table import LabelTable
 from mpscl_ray.prepare.layouts import Scan, scan
@@ -34,18 +29,11 @@ from mpscl_ray.prepare.source_cases import SourceCase
 from mpscl_ray.prepare.splits import Splitting
 from mpscl_ray.prepare.staged_case import Request, Settings, StagedCase
 from mpscl_ray.prepare.staging import finish_case, stage_case
+from mpscl_ray.prepare.workers import map_cases, worker_count
 from mpscl_ray.runs.atomic_files import fsync_directory, storage_errors
-from mpscl_ray.runs.progress import ProgressLine
 from mpscl_ray.runs.storage import S3Path
 from mpscl_ray.runs.structures import display_indices
 
-Item = TypeVar("Item")
-Result = TypeVar("Result")
-
-_WORTH_RAY = 500 * 2**20
-"""Bytes of input below which starting Ray takes longer than preparing."""
-_BYTES_IN_MEMORY = 20
-"""Most memory that preparing takes for each byte of a compressed image."""
 _LISTED_PROBLEMS = 50
 _SMALL = 128
 
@@ -78,6 +66,8 @@ def prepare(options: PrepareOptions, *, progress: bool = True) -> dict[str, Path
         DataError: listing all problems of the input; nothing is written then.
         StorageError: the output cannot be written.
     """
+    out = options.out
+    assert out is not None
     found = scan(options.input, options.layout, prepare_plan.layout_options(options))
     table = prepare_plan.label_table(options, found.table)
     settings = prepare_plan.settings(options, table)
@@ -85,14 +75,14 @@ def prepare(options: PrepareOptions, *, progress: bool = True) -> dict[str, Path
     found = replace(found, cases=tuple(expand_frames(found.cases, options.frames, problems)))
     modalities = sorted({case.modality for case in found.cases})
     for modality in modalities:
-        check_target(options.out / modality, options.overwrite)
+        check_target(out / modality, options.overwrite)
     with ExitStack() as stack:
         datasets = []
         for modality in modalities:
-            folder = stack.enter_context(temporary_output_dir(options.out, modality))
+            folder = stack.enter_context(temporary_output_dir(out, modality))
             cases = [case for case in found.cases if case.modality == modality]
             datasets.append(_plan(modality, cases, options, folder, table, problems, found))
-        workers = _workers(options, [request for dataset in datasets for request in dataset.requests])
+        workers = worker_count(options.workers, [request for dataset in datasets for request in dataset.requests])
         if workers:
             stack.enter_context(connect(workers))
         _stage(datasets, options, settings, workers, problems, progress)
@@ -107,13 +97,14 @@ def prepare(options: PrepareOptions, *, progress: bool = True) -> dict[str, Path
             dataset.notices += notices
         if problems:
             raise DataError(_listed(options.input, problems, found.notices))
-        _note_shared_images(datasets)
+        by_modality = {dataset.modality: dataset for dataset in datasets}
+        for modality, notice in shared_images({name: dataset.staged for name, dataset in by_modality.items()}):
+            by_modality[modality].notices.append(notice)
         scalings = [prepare_plan.scaling(options, dataset.modality, dataset.staged) for dataset in datasets]
         for dataset, scaling in zip(datasets, scalings, strict=True):
             save_manifest(dataset.folder, _finish(dataset, scaling, options, settings, workers, progress))
         return {
-            dataset.modality: publish(dataset.folder, options.out / dataset.modality, options.overwrite)
-            for dataset in datasets
+            dataset.modality: publish(dataset.folder, out / dataset.modality, options.overwrite) for dataset in datasets
         }
 
 
@@ -146,46 +137,6 @@ def _plan(
     return _Dataset(modality, folder, splitting, requests, notices, [])
 
 
-def _workers(options: PrepareOptions, requests: Sequence[Request]) -> int:
-    """Number of volumes at a time; 0 if starting Ray does not pay off."""
-    if options.workers is not None:
-        return min(options.workers, len(requests))
-    if not requests:
-        return 0
-    ray = sys.modules.get("ray")
-    running = ray is not None and ray.is_initialized()
-    size = sum(path.stat().st_size for request in requests for path in request.source.images)
-    if not running and size < _WORTH_RAY:
-        return 0
-    return min(os.cpu_count() or 1, len(requests), _fitting(requests))
-
-
-def _fitting(requests: Sequence[Request]) -> int:
-    """Volumes that fit into the free memory of this machine together, at least 1."""
-    largest = max(path.stat().st_size for request in requests for path in request.source.images)
-    try:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError):
-        return len(requests)
-    return max(1, int(free / (_BYTES_IN_MEMORY * largest)))
-
-
-def _map(
-    function: Callable[[Item], Result],
-    items: Sequence[Item],
-    workers: int,
-    name: Callable[[Item], str],
-    label: str,
-    options: PrepareOptions,
-    progress: bool,
-) -> list[Result]:
-    here = isinstance(options.out, S3Path)
-    if not progress:
-        return map_volumes(function, items, workers=workers, name=name, done=lambda count: None, here=here)
-    with ProgressLine(len(items), label) as line:
-        return map_volumes(function, items, workers=workers, name=name, done=line.update, here=here)
-
-
 def _stage(
     datasets: Sequence[_Dataset],
     options: PrepareOptions,
@@ -195,14 +146,14 @@ def _stage(
     progress: bool,
 ) -> None:
     requests = [request for dataset in datasets for request in dataset.requests]
-    results = _map(
+    results = map_cases(
         partial(stage_case, settings=settings),
         requests,
         workers,
         lambda request: str(request.source.images[0]),
         "reading and normalising",
-        options,
-        progress,
+        here=isinstance(options.out, S3Path),
+        progress=progress,
     )
     wrong: set[str] = set()
     owner = {request.folder: dataset for dataset in datasets for request in dataset.requests}
@@ -219,14 +170,14 @@ def _finish(
     dataset: _Dataset, scaling: Scaling, options: PrepareOptions, settings: Settings, workers: int, progress: bool
 ) -> Manifest:
     classes = settings.table.classes if settings.table else ()
-    cases = _map(
+    cases = map_cases(
         partial(finish_case, scaling=scaling, classes=classes, folder=dataset.folder),
         dataset.staged,
         workers,
         lambda staged: staged.request.source.id,
         f"writing {dataset.modality}",
-        options,
-        progress,
+        here=isinstance(options.out, S3Path),
+        progress=progress,
     )
     shutil.rmtree(dataset.folder / ".staged")
     for split in SPLITS:
@@ -240,17 +191,6 @@ def _finish(
     return prepare_plan.manifest(
         options, settings, dataset.modality, dataset.splitting, scaling, dataset.staged, cases, notices
     )
-
-
-def _note_shared_images(datasets: Sequence[_Dataset]) -> None:
-    entries = [(dataset, case) for dataset in datasets for case in dataset.staged]
-    originals = same_scans([case.sketch for _, case in entries])
-    owners: dict[str, tuple[_Dataset, str]] = {}
-    for (dataset, case), original in zip(entries, originals, strict=True):
-        first = entries[original][1].content_sha256
-        other, name = owners.setdefault(first, (dataset, case.request.source.id))
-        if other is not dataset:
-            dataset.notices.append(f"{case.request.source.id} is the same image as {name} of {other.modality}")
 
 
 def _listed(folder: Path, problems: Sequence[str], notices: Sequence[str]) -> str:

@@ -36,6 +36,11 @@ class SourceCase:
     frame: int | None = None
     """Time point of volumes that have a time axis."""
 
+    @property
+    def lacks_labels(self) -> bool:
+        """Whether it has no label file and its images hold no labels either."""
+        return not self.labels and self.kind not in ("tfrecord", "npz")
+
 
 @dataclass(frozen=True)
 class LayoutOptions:

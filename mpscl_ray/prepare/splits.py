@@ -23,6 +23,9 @@ PUBLISHED_TEST = {
 Source: the test lists of the SIFA release.
 """
 
+UNDECIDED = "undecided"
+"""The split of a case before patients are drawn: it may become any."""
+
 _VALIDATION_OF_MMWHS = 8
 """One in this many of the remaining patients validates: 2 of 16, as in the CT half of the release."""
 
@@ -238,8 +241,14 @@ def overlaps(
             continue
         names = ", ".join(f"{case} ({split})" for split, case, _ in sorted(same)[:_LISTED])
         names += f" and {len(same) - _LISTED} more" if len(same) > _LISTED else ""
-        if len({patient for _, _, patient in same}) > 1 and _conflict({split for split, _, _ in same}, transductive):
+        splits = {split for split, _, _ in same}
+        if len({patient for _, _, patient in same}) > 1 and _conflict(splits, transductive):
             forbidden.append(f"the same image under several names: {names}")
+        elif len({patient for _, _, patient in same}) > 1 and UNDECIDED in splits and not transductive:
+            forbidden.append(
+                f"the same image under several names: {names}; they may fall into two splits: keep one, or make them "
+                "one patient with --patient-pattern"
+            )
         elif len({case for _, case, _ in same}) > 1:
             copies.append(f"the same image under several names: {names}")
     return forbidden, copies

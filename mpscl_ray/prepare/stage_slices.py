@@ -7,6 +7,7 @@ import hashlib
 import numpy as np
 from numpy.typing import NDArray
 
+from mpscl_ray.data.compatibility import structure_width
 from mpscl_ray.data.volumes.label_maps import whole_ids
 from mpscl_ray.data.volumes.preprocess import intensity_range, prepare_volume, unscale
 from mpscl_ray.data.volumes.recipe import Recipe
@@ -58,6 +59,7 @@ def stage_slices(request: Request, settings: Settings) -> StagedCase | list[str]
         content_sha256=content,
         geometry={},
         spacing_mm=None,
+        structure_width=structure_width(label),
         cropped_around_labels=False,
         sources=_hashes(source, label is not None),
         steps=tuple(steps),

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from mpscl_ray.data.compatibility import structure_width
 from mpscl_ray.data.volumes.geometry import Geometry, closest_world_axes
 from mpscl_ray.data.volumes.intensities import few_values, other_modality, unusual_intensities
 from mpscl_ray.data.volumes.nifti import Volume, phi_fields, read_image, read_label
@@ -76,6 +77,7 @@ def stage_volume(request: Request, settings: Settings) -> StagedCase | list[str]
         sketch=sketch(image.array),
         geometry=prepared.geometry.to_json(),
         spacing_mm=prepared.geometry.spacing_mm,
+        structure_width=structure_width(prepared.label),
         cropped_around_labels=cropped and prepared.geometry.centre_from == "labels",
         sources=sources,
         steps=(),

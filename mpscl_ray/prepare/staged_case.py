@@ -51,18 +51,20 @@ class Request:
     source: SourceCase
     split: str
     keep_labels: bool
-    folder: Path
-    """Folder for the staged slices; the caller makes it."""
+    folder: Path | None
+    """Folder for the staged slices, which the caller makes; None: the case is only checked."""
     number: int
 
     @property
     def image_file(self) -> Path:
         """Normalised slices (D, H, W)."""
+        assert self.folder is not None
         return self.folder / f"{self.number:06d}_image.npy"
 
     @property
     def label_file(self) -> Path:
         """Class indices (D, H, W)."""
+        assert self.folder is not None
         return self.folder / f"{self.number:06d}_label.npy"
 
 
@@ -83,6 +85,7 @@ class StagedCase:
     """By which copies of the scan are found, however they are stored; empty for slices."""
     geometry: dict[str, Any]
     spacing_mm: tuple[float, float, float] | None
+    structure_width: float | None
     cropped_around_labels: bool
     sources: dict[str, str]
     steps: tuple[str, ...]
@@ -105,7 +108,9 @@ def count_class_voxels(label: NDArray[np.uint8] | None, table: LabelTable | None
 
 
 def save_slices(request: Request, image: NDArray[np.float32], label: NDArray[np.uint8] | None) -> None:
-    """Write image and label as the npy files of a request."""
+    """Write image and label as the npy files of a request, unless it only checks."""
+    if request.folder is None:
+        return
     for path, array in ((request.image_file, image), (request.label_file, label)):
         if array is None:
             continue

@@ -50,6 +50,7 @@ ELSEWHERE = {
 """Patterns of commands that are not run here, and what runs such a command."""
 
 ADDED = {
+    "check": ["--workers", "0"],
     "prepare": ["--crop", "24,24", "--size", "32,32", "--workers", "0"],
     "train": ["scaling.num_workers=1"],
     "tune": ["search.num_samples=1", "scaling.num_workers=1"],
@@ -70,7 +71,7 @@ HERE = [text for text in ALL if not any(fnmatchcase(text, pattern) for pattern i
 
 def test_what_is_run_elsewhere_is_run_there() -> None:
     names = {text.split()[2].removeprefix("mpscl_ray.") for text in HERE}
-    assert names == {"prepare", "train", "evaluate", "predict", "score", "compare", "report", "tune"}
+    assert names == {"check", "prepare", "train", "evaluate", "predict", "score", "compare", "report", "tune"}
     for pattern, test in ELSEWHERE.items():
         assert any(fnmatchcase(text, pattern) for text in ALL), f"{pattern} is in no document any more"
         file, _, name = test.partition("::")

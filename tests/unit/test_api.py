@@ -47,7 +47,6 @@ from mpscl_ray.predict.image import Job, predict_image
 from tests.raw_volumes import RAW_IDS, mmwhs, volume
 from tests.tiny import tiny_config, tiny_settings
 from tests.tiny_runs import train as train_locally
-from tests.unit.test_layers import COMMANDS_ALONE
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENT = ROOT / "docs" / "python-api.md"
@@ -142,7 +141,7 @@ def test_no_name_is_that_of_a_package_which_would_take_its_place() -> None:
     """``score`` is also a command, whose module refuses to be imported, so that it takes no place
     (``test_score_command.py``)."""
     packages = {path.stem for path in Path(mpscl_ray.__file__).parent.iterdir()}
-    assert packages & set(NAMES) == set(COMMANDS_ALONE)
+    assert packages & set(NAMES) == {"score"}
 
 
 def test_modules_take_the_version_alone_from_the_package() -> None:

@@ -80,6 +80,16 @@ CASES = {
         ("--seeds 0", 2, "error: --seeds is '0'"),
         ("--presets small", 2, "error: no data to compare on"),
     ],
+    "check": [
+        ("--help", 0, "whether the two can be trained together"),
+        ("--version", 0, "torch"),
+        ("in --shwo", 2, "unrecognized arguments: --shwo"),
+        ("in --layout nothing", 2, "invalid choice: 'nothing'"),
+        ("in --layout npy --channel -1", 2, "error: --channel -1: expected 0 or more"),
+        ("in --workers -1", 2, "error: --workers is -1"),
+        ("in --modality mr", 2, "error: --modality: describes images, and without --layout"),
+        ("s3://bucket/data", 2, "error: s3://bucket/data is in a bucket"),
+    ],
     "prepare": [
         ("--help", 0, "MM-WHS 2017, as downloaded"),
         ("--version", 0, "torch"),

@@ -20,7 +20,7 @@ WITHOUT_FILES = {"distributed", "networks", "methods"}
 WITH_RAY = ("distributed.ray_session", "distributed.parallel_map", "data.ray_source", "train.ray", "compare", "tune")
 """Modules and packages that may import Ray."""
 
-COMMANDS_ALONE = {"score": "evaluate.score_command"}
+COMMANDS_ALONE = {"check": "prepare.check_command", "score": "evaluate.score_command"}
 """Modules at the top that are only ``python -m mpscl_ray.NAME``, and where their command is. Such a command shares the
 subject of a package that has one of another name; a package of its own would be a level of imports with nothing in it.
 Nothing imports these modules."""
