@@ -1,4 +1,4 @@
-"""A Ray cluster of several raylets on this machine, each with resources of its own, guarded by a token."""
+"""A Ray cluster of several raylets on this machine, each with its own resources, guarded by a token."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Node:
     """The processes of one ``ray start``.
 
     Args:
-        address: of its own, on loopback.
+        address: its own, on loopback.
         environment: of the processes.
         words: of ``ray start``.
         hide: folder in whose place the node sees an empty one, as where a shared one is not mounted.

@@ -22,7 +22,7 @@ from tests.tiny import local_data
 
 
 class RecordingCallback(Callback):
-    """Remembers what a callback is told."""
+    """Remembers what a callback receives."""
 
     def __init__(self) -> None:
         self.starts: list[int] = []

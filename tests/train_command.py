@@ -43,11 +43,11 @@ MARK = "MPSCL_RAY_TEST_MARK"
 
 
 class Command:
-    """The train command as a process, alone in its process group and with a folder of its own for temporary files.
+    """The train command as a process, alone in its process group and with its own folder for temporary files.
 
     Args:
         arguments: of the command.
-        cluster: whether to join the cluster of the tests; else it starts a Ray of its own.
+        cluster: whether to join the cluster of the tests; else it starts its own Ray.
     """
 
     def __init__(self, arguments: list[str], *, cluster: bool = False) -> None:
@@ -111,7 +111,7 @@ class Command:
         assert self.processes() == []
 
     def temporary_files(self) -> list[str]:
-        """What it has left where temporary files go (torch leaves an empty folder there whoever imports it)."""
+        """What it has left where temporary files go (torch leaves an empty folder there in each process that imports it)."""
         others = {self.output.name, "torchinductor_root"}
         return [path.name for path in self.temporary.iterdir() if path.name not in others]
 
@@ -166,7 +166,7 @@ class Runs:
 
 
 def contents(directory: Path) -> dict[str, str]:
-    """SHA-256 of each file: what differs is told in a line, not in a comparison of megabytes."""
+    """SHA-256 of each file: a difference is one line, not in a comparison of megabytes."""
     files = sorted(directory.iterdir())
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 

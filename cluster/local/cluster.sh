@@ -57,7 +57,7 @@ begin_node() {
     else
         place=(--address "$host:$port")
     fi
-    # A job that is stopped gets a minute for its checkpoint. Without draining a node ends at once when it is told to.
+    # A job that is stopped gets a minute for its checkpoint. Without draining a node ends at once.
     MPSCL_CLUSTER_NODE=$dir/$node RAY_JOB_STOP_WAIT_TIME_S=${RAY_JOB_STOP_WAIT_TIME_S:-60} \
         RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0 \
         nohup ray start --block "${place[@]}" --node-ip-address "$host" --num-cpus "$cpus" \
@@ -76,7 +76,7 @@ begin_node() {
     return 1
 }
 
-stop_node() { # SIGTERM to the command that holds the node, which ends the others; SIGKILL for whoever is left
+stop_node() { # SIGTERM to the command that holds the node, which ends the others; SIGKILL for those that are left
     local pid left
     pid=$(cat "$dir/node-$1.pid")
     # shellcheck disable=SC2046  # one word a pid

@@ -35,7 +35,7 @@ class SegmentationConfig:
 
 @dataclass(frozen=True)
 class AdaBNConfig(SegmentationConfig):
-    """Settings of AdaBN: it has none of its own."""
+    """Settings of AdaBN: it adds none."""
 
     phases: ClassVar[tuple[str, ...]] = (SOURCE_ONLY, ADAPTATION)
 

@@ -64,7 +64,7 @@ class WorkersBatchNorm2d(nn.BatchNorm2d):
     """
 
     parts: Sequence[bool] = (True,)
-    """The batch consists of ``len(parts)`` equal parts, normalised as if each came in a forward of its own; each entry
+    """The batch consists of ``len(parts)`` equal parts, normalised as if each came in its own forward; each entry
     says whether its part updates the running statistics."""
 
     def forward(self, input: Tensor) -> Tensor:

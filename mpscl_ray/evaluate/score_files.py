@@ -1,4 +1,4 @@
-"""The scores of one predicted label map against a label, as files, each with ids of its own."""
+"""The scores of one predicted label map against a label, as files, each with its own ids."""
 
 from __future__ import annotations
 

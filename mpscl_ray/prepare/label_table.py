@@ -100,9 +100,9 @@ def parse_label_table(text: str) -> LabelTable:
         if is_not_annotated(name):
             not_annotated.add(raw)
             continue
-        spelt = next((other for other in classes if other.lower() == name.lower()), name)
-        if spelt != name:
-            raise ConfigError(f"--labels: {spelt} and {name} differ only in upper and lower case; use one spelling")
+        present = next((other for other in classes if other.lower() == name.lower()), name)
+        if present != name:
+            raise ConfigError(f"--labels: {present} and {name} differ only in upper and lower case; use one spelling")
         if name not in classes:
             classes.append(name)
         values[raw] = classes.index(name)

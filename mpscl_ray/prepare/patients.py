@@ -137,5 +137,5 @@ def _look_repeated(cases: Iterable[SourceCase]) -> str:
     examples = "; ".join(", ".join(names[:_LISTED]) for names in repeated[:2])
     return (
         f"cases that may be of one patient by their names, {len(repeated)} groups: {examples}; say which part names "
-        "the patient, e.g. --patient-pattern '^([^_]+)', or --patient-pattern '.+' if each case is a patient of its own"
+        "the patient, e.g. --patient-pattern '^([^_]+)', or --patient-pattern '.+' if each case is its own patient"
     )

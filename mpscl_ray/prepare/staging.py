@@ -1,6 +1,6 @@
 """The two passes over a case: to normalised slices on disk, and to the Parquet file once the intensity range is known.
 
-The range of a modality is known only after all its cases are staged. Each case runs in a worker of its own; little
+The range of a modality is known only after all its cases are staged. Each case runs in its own worker; little
 crosses between processes, the voxels go through files.
 """
 

@@ -6,7 +6,7 @@ cluster by ``cluster/local/cluster.sh``, trains a small network without end as a
 - worker: the process of one of the two workers;
 - spare: all processes of a node that has one of the workers, where a third node has room for it;
 - node: the same where no other node has room, and the node is started again at once;
-- shrink: the same with scaling.num_workers=[1,2]: one worker goes on; the node then comes back, and the run grows;
+- shrink: the same with scaling.num_workers=[1,2]: one worker continues; the node then comes back, and the run grows;
 - driver: the process of the job, ``python -m mpscl_ray.train``; the same job is then submitted again;
 - head: all processes of the head, which has the driver too; the cluster is then started again, and the job submitted.
 

@@ -42,7 +42,7 @@ def trials_of(folder: Path) -> list[Trial]:
 def idle_seconds(folder: Path) -> list[float]:
     """Seconds between the end of a training and the start of the next one on the same place.
 
-    Places are told apart by taking, for each training, the one that has been free for the shortest time.
+    Worker slots are told apart by taking, for each training, the one that has been free for the shortest time.
     """
     spans = []
     for log in folder.glob("trials/*/logs/worker-0.log"):

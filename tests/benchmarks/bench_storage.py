@@ -1,7 +1,7 @@
 """What a bucket costs a run: the same training on a local disk and in a bucket of a server on this machine.
 
 ``python tests/benchmarks/bench_storage.py [--repeats 3] [--iterations 400]`` trains in turn here and there, each time
-on a Ray of its own, and prints the time from the first to the last step, saves included, as a ratio, and the time of
+on its own Ray, and prints the time from the first to the last step, saves included, as a ratio, and the time of
 the whole commands. The server (moto) works in the same processor, so the ratio is a bound, not a forecast.
 """
 

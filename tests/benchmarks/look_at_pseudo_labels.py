@@ -60,7 +60,7 @@ def look(folder: Path, phase: str) -> None:
         method.load_state_dict(state)
     else:
         transfer_weights(method.networks, state["networks"])
-        method.prepare(training_slices(config, data, CPU, dict))
+        method.prepare(training_slices(config, data, CPU, dict, 0, 1))
     truth = LocalSlices(Path(config.data.target), "train", labels=True)
     for name, labeller in labellers(method).items():
         # Rows: true class; columns: pseudo-label, the last one for pixels that are left out.
