@@ -111,7 +111,7 @@ class Command:
         assert self.processes() == []
 
     def temporary_files(self) -> list[str]:
-        """What it has left where temporary files go (torch leaves an empty folder there in each process that imports it)."""
+        """What it left among temporary files (torch leaves an empty folder there in each process that imports it)."""
         others = {self.output.name, "torchinductor_root"}
         return [path.name for path in self.temporary.iterdir() if path.name not in others]
 

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -340,6 +341,7 @@ def test_a_run_that_ctrl_c_ends_is_resumed(tiny: Config, tmp_path: Path, capfd: 
             time.sleep(0.005)
         os.kill(os.getpid(), 2)
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for what runs in the background
     thread = threading.Thread(target=interrupt)
     thread.start()
     with pytest.raises(KeyboardInterrupt):
