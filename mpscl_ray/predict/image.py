@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mpscl_ray.data.slice_selection import evenly_spaced, labelled_slices
-from mpscl_ray.data.volumes.geometry import Geometry, restore_labels, restore_most_probable
+from mpscl_ray.data.volumes.geometry import Geometry, restore_labels
 from mpscl_ray.data.volumes.intensities import few_values, kind_of, other_modality, unusual_intensities
 from mpscl_ray.data.volumes.itk_file import ITK_ENDINGS
 from mpscl_ray.data.volumes.label_maps import write_itksnap_labels
@@ -20,7 +20,8 @@ from mpscl_ray.data.volumes.preprocess import prepare_volume
 from mpscl_ray.data.volumes.recipe import GeometryFrom, NanPolicy
 from mpscl_ray.errors import ConfigError, DataError
 from mpscl_ray.predict.model import Checkpoint, Domain, Model
-from mpscl_ray.predict.predictor import Predictor, cached_predictor, keep_largest_component
+from mpscl_ray.predict.predictor import Predictor, cached_predictor
+from mpscl_ray.predict.segmentation import segment
 from mpscl_ray.runs.atomic_files import write_atomically
 from mpscl_ray.runs.palette import colour
 from mpscl_ray.runs.plots import panel, save_png
@@ -137,37 +138,25 @@ def _predict(predictor: Predictor, domain: Domain, job: Job, folder: Path, image
     )
     geometry = prepared.geometry
     slices = domain.scale(prepared.image)
-    resampled = any(axis.step != 1.0 for axis in geometry.axes)
-    probabilities: npt.NDArray[np.float32] | None = None
-    if resampled or job.probabilities:
-        probabilities = predictor.predict_probabilities(slices)
-        labels = probabilities.argmax(axis=0).astype(np.uint8)
-    else:
-        labels = predictor.predict_slices(slices)
-    if probabilities is not None and resampled:
-        # Smoother than the nearest label if slices are coarser than the image.
-        restored = restore_most_probable(probabilities, geometry)
-    else:
-        restored = restore_labels(labels, geometry)
-    if job.largest_component:
-        labels = keep_largest_component(labels, len(classes))
-        restored = keep_largest_component(restored, len(classes))
+    found = segment(
+        predictor, slices, geometry, largest_component=job.largest_component, probabilities=job.probabilities
+    )
     names = outputs(image, job, classes)
     if job.probabilities:
-        assert probabilities is not None
-        for name, values in zip(names[1:], probabilities[1:], strict=False):
+        assert found.probabilities is not None
+        for name, values in zip(names[1:], found.probabilities[1:], strict=False):
             steps = np.rint(values * PROBABILITY_STEPS).astype(np.uint8)
             write_values(folder / name, restore_labels(steps, geometry), volume, slope=1.0 / PROBABILITY_STEPS)
     if job.preview:
-        save_png(folder / names[-1], preview(slices, labels, classes))
+        save_png(folder / names[-1], preview(slices, found.slices, classes))
     if job.raw_ids is None:
-        write_label_map(folder / names[0], restored, volume, classes)
+        write_label_map(folder / names[0], found.labels, volume, classes)
     else:
         table = np.array([0, *(job.raw_ids[name] for name in classes[1:])])
         kind = np.int16 if np.abs(table).max() < 2**15 else np.int32
-        write_values(folder / names[0], table.astype(kind)[restored], volume)
+        write_values(folder / names[0], table.astype(kind)[found.labels], volume)
     voxel_ml = abs(float(np.linalg.det(volume.affine[:3, :3]))) / 1000.0
-    counts = np.bincount(restored.ravel(order="K"), minlength=len(classes))
+    counts = np.bincount(found.labels.ravel(order="K"), minlength=len(classes))
     return Prediction(
         image,
         files=names,
@@ -176,7 +165,7 @@ def _predict(predictor: Predictor, domain: Domain, job: Job, folder: Path, image
             *volume.notices,
             *((f"the image {few}: is it a label map?",) if (few := few_values(volume.array)) else ()),
             *unusual_intensities(volume.array, domain.modality),
-            *_quality_warnings(labels, geometry),
+            *_quality_warnings(found.slices, geometry),
         ),
     )
 

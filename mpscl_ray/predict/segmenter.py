@@ -10,7 +10,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from mpscl_ray.data.volumes.geometry import restore_labels, restore_most_probable
 from mpscl_ray.data.volumes.nifti import read_image
 from mpscl_ray.data.volumes.nifti_output import write_label_map, write_values
 from mpscl_ray.data.volumes.preprocess import prepare_volume
@@ -18,7 +17,8 @@ from mpscl_ray.errors import ConfigError, DataError
 from mpscl_ray.predict import predictor as predictors
 from mpscl_ray.predict.image import output_ids
 from mpscl_ray.predict.model import Checkpoint, Model
-from mpscl_ray.predict.predictor import Predictor, keep_largest_component
+from mpscl_ray.predict.predictor import Predictor
+from mpscl_ray.predict.segmentation import segment
 from mpscl_ray.runs.atomic_files import storage_errors
 
 LabelValues = Literal["index", "raw"]
@@ -151,12 +151,7 @@ class TrainedSegmenter:
         domain = self._model.domain(modality)
         prepared = prepare_volume(volume, affine, None, replace(domain.recipe, centre="image"), case=name)
         slices = domain.scale(prepared.image)
-        if any(axis.step != 1.0 for axis in prepared.geometry.axes):
-            # Smoother than the nearest label where slices are coarser than the volume.
-            labels = restore_most_probable(self._predictor.predict_probabilities(slices), prepared.geometry)
-        else:
-            labels = restore_labels(self._predictor.predict_slices(slices), prepared.geometry)
-        return keep_largest_component(labels, len(self.class_names)) if largest_component else labels
+        return segment(self._predictor, slices, prepared.geometry, largest_component=largest_component).labels
 
 
 def load_segmenter(
