@@ -22,6 +22,8 @@ from mpscl_ray.runs.storage import S3Path, parse_location
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+LABEL_MAPS = "label_maps"
+"""Folder of the label maps on the grids of the image files."""
 Size = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 """Size of a voxel in mm."""
 _PREPARE = "python -m mpscl_ray.prepare INPUT --layout LAYOUT --out DIR"
@@ -36,6 +38,17 @@ class Scaling:
     high: float
     origin: str
     """Where the range comes from: estimated (from which cases), given, or published."""
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """A file of the dataset besides the Parquet files."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+    file: str
+    """Path below the dataset folder."""
+    sha256: str
+    bytes: int
 
 
 @dataclass(frozen=True)
@@ -73,6 +86,9 @@ class Case:
     sources: dict[str, str]
     """Names and SHA-256 of the input files."""
     notices: tuple[str, ...]
+    label_map: StoredFile | None = None
+    """Class indices on the grid of the image file, a NIfTI file that scores are taken on; None for an unlabelled case
+    and for input that was slices already."""
 
 
 @dataclass(frozen=True)
@@ -179,6 +195,11 @@ def load_manifest(folder: Path | S3Path | str) -> Manifest:
         expected = case_file(case.split, case.id)
         if case.file != expected:
             raise DataError(f"{path}: case {case.id!r} names the file {case.file!r}, expected {expected!r}; {again}")
+        expected = label_map_file(case.split, case.id)
+        if case.label_map is not None and case.label_map.file != expected:
+            raise DataError(
+                f"{path}: case {case.id!r} names the file {case.label_map.file!r}, expected {expected!r}; {again}"
+            )
     return manifest
 
 
@@ -195,6 +216,11 @@ def _no_dataset(folder: Path | S3Path) -> str:
     if inside:
         return f"{folder}: holds the datasets {', '.join(inside)}; give one of them, e.g. {folder / inside[0]}"
     return f"{folder}: no prepared dataset (it has no {MANIFEST}); prepare one: {_PREPARE}"
+
+
+def label_map_file(split: str, case: str) -> str:
+    """Path of a case's label map below the dataset folder."""
+    return f"{LABEL_MAPS}/{split}/{case}.nii.gz"
 
 
 def case_file(split: str, case: str) -> str:

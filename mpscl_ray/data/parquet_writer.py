@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from mpscl_ray.data.compatibility import label_statistics
-from mpscl_ray.data.dataset import FORMAT_VERSION, Case, case_file
+from mpscl_ray.data.dataset import FORMAT_VERSION, Case, StoredFile, case_file
 
 METADATA_KEY = b"mpscl_ray"
 """Key of our entry in the metadata of the Arrow schema: format version, case and split, as JSON."""
@@ -46,6 +46,7 @@ def write_case(
     cropped_around_labels: bool,
     sources: dict[str, str],
     notices: tuple[str, ...] = (),
+    label_map: StoredFile | None = None,
 ) -> Case:
     """Write the Parquet file of one case, sync it to disk, and return its entry for the manifest.
 
@@ -82,6 +83,7 @@ def write_case(
         cropped_around_labels=cropped_around_labels,
         sources=sources,
         notices=notices,
+        label_map=label_map,
     )
 
 

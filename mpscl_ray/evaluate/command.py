@@ -15,8 +15,8 @@ examples:
       the end of the first phase
   python -m mpscl_ray.evaluate runs/mpscl --data DATA/ct --split val
       another dataset or split
-  python -m mpscl_ray.evaluate runs/mpscl --checkpoint mr2ct.pth --released-protocol
-      released weights, scored as in the papers
+  python -m mpscl_ray.evaluate runs/mpscl --checkpoint mr2ct.pth --protocol released
+      released weights, scored as the released code does
 
 Writes per_volume.csv, summary.csv, summary.md and summary.json to RUN/results/NAME/.
 """
@@ -26,7 +26,7 @@ def main(arguments: Sequence[str]) -> int:
     """Evaluate one checkpoint and print its table; returns the exit code."""
     parser = cli.CommandParser(
         prog="python -m mpscl_ray.evaluate",
-        description="Dice and average surface distance of a run's segmenter on labelled volumes, with all slices.",
+        description="Dice and surface distances of what predict gives for labelled volumes.",
         epilog=f"{_EXAMPLES}\n{cli.EXIT_CODES}",
     )
     add = parser.add_argument
@@ -39,9 +39,10 @@ def main(arguments: Sequence[str]) -> int:
     add("--device", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
     add("--largest-component", action="store_true", help="keep only the largest connected part of each structure")
     add(
-        "--released-protocol",
-        action="store_true",
-        help="score as the released code does, to compare with published numbers",
+        "--protocol",
+        choices=("file", "prepared", "released"),
+        help="what is scored: file (default where the dataset has it): label maps as predict writes them; to compare "
+        "with papers: prepared (the prepared slices) or released (these as the released code does)",
     )
     options = parser.parse_args(list(arguments))
     # Imported here: help and refused arguments need no torch.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from mpscl_ray import __version__
 from mpscl_ray.evaluate.metrics import StructureScore
@@ -27,7 +27,15 @@ RELEASED_PROTOCOL = (
     "are left background, ASD is in voxels (mean of two means), a structure missing in prediction or truth has ASD 1, "
     "and Dice of a structure that is in neither is 0."
 )
-_FURTHER = ("asd_mm_mean_of_means", "asd_voxel", "asd_voxel_mean_of_means", "hd95_mm")
+Protocol = Literal["file", "prepared", "released"]
+"""On what scores are taken: the label maps that predict writes, on the grid of the image files; the prepared slices, as
+papers do; or these as the released code does."""
+PROTOCOLS: dict[Protocol, str] = {
+    "file": "label maps as predict writes them, on the grid of the image files, every voxel",
+    "prepared": "PREPARED SLICES, as in papers: the grid after resampling and crop, every slice",
+    "released": RELEASED_PROTOCOL,
+}
+_FURTHER = ("asd_mm_mean_of_means", "asd_voxel", "asd_voxel_mean_of_means")
 """Additional measures in ``summary.md``."""
 
 
@@ -45,7 +53,7 @@ class Evaluation:
     """Fingerprint of the dataset."""
     split: str
     largest_component: bool
-    released_protocol: bool
+    protocol: Protocol
     classes: tuple[str, ...]
     slices: Mapping[str, int]
     """Number of slices of each case; all are predicted."""
@@ -63,7 +71,7 @@ class Evaluation:
     def table(self, style: Style = "text", measures: Sequence[str] | None = None) -> str:
         """The summary as a table with one row."""
         rows = {self.row_label: self.summary}
-        if self.released_protocol:
+        if self.protocol == "released":
             chosen = ("dice", "asd_voxel_mean_of_means")
             table = format_table(rows, chosen, style, legend=False)
             return f"{table}\n\n{RELEASED_PROTOCOL}"
@@ -79,8 +87,8 @@ class Evaluation:
             "dataset": {"path": str(self.dataset), "modality": self.modality, "fingerprint": self.fingerprint},
             "split": self.split,
             "largest_component": self.largest_component,
-            "protocol": "released" if self.released_protocol else "every slice, empty masks counted",
-            "explanation": RELEASED_PROTOCOL if self.released_protocol else LEGEND,
+            "protocol": self.protocol,
+            "explanation": PROTOCOLS[self.protocol] + ("" if self.protocol == "released" else f". {LEGEND}"),
             "classes": list(self.classes),
             "notices": list(self.notices),
             "summary": self.summary.to_json(),
@@ -99,6 +107,7 @@ def write_evaluation(evaluation: Evaluation, folder: Path) -> None:
         + (f" (iteration {evaluation.weights.step})" if evaluation.weights.step is not None else "")
         + f", {len(evaluation.scores)} volumes ({sum(evaluation.slices.values())} slices, all predicted) of the split "
         f"{evaluation.split} of `{evaluation.dataset}` ({evaluation.modality}).",
+        *([] if evaluation.protocol == "released" else [f"Scored: {PROTOCOLS[evaluation.protocol]}."]),
         *(f"Note: {notice}." for notice in evaluation.notices),
         evaluation.table("markdown", (*default_measures([evaluation.summary]), *_FURTHER)),
     ]

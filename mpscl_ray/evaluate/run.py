@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from mpscl_ray.evaluate.evaluation import Evaluation, write_rows
+from mpscl_ray.evaluate.evaluation import PROTOCOLS, Evaluation, write_rows
 from mpscl_ray.evaluate.scoring import evaluate_checkpoint, find_dataset
 from mpscl_ray.evaluate.tables import default_measures
 from mpscl_ray.predict.model import read_model
@@ -58,6 +58,7 @@ def evaluate_phases(
     heading = f"{volumes} labelled {'test' if split == 'test' else 'validation'} volumes of {manifest.modality}"
     if split == "val":
         heading += " (no test volume is labelled)"
+    heading += f"; scored: {PROTOCOLS[next(iter(done.values())).protocol]}"
     write_rows(home.results, "phases", heading, rows, {"split": split, "dataset": str(folder)})
     home.store.upload(home.results)
     return done
@@ -76,10 +77,13 @@ def evaluate(options: argparse.Namespace) -> int:
         device=options.device,
         workers=options.workers,
         largest_component=options.largest_component,
-        released_protocol=options.released_protocol,
+        protocol=options.protocol,
     )
-    measures = (*default_measures([evaluation.summary]), "asd_voxel")
-    print(f"{evaluation.modality}, {len(evaluation.scores)} volumes of the split {evaluation.split}\n")
+    measures = (*default_measures([evaluation.summary]), *(["asd_voxel"] if evaluation.protocol != "file" else []))
+    print(f"{evaluation.modality}, {len(evaluation.scores)} volumes of the split {evaluation.split}")
+    if evaluation.protocol != "released":
+        print(f"scored: {PROTOCOLS[evaluation.protocol]}")
+    print()
     print(evaluation.table(measures=list(dict.fromkeys(measures))))
     for notice in evaluation.notices:
         print(f"note: {notice}")

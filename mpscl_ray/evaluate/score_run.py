@@ -60,7 +60,7 @@ class FolderScores:
 
     def table(self, measures: Sequence[str] = (), style: Any = "text") -> str:
         """The summary as a table with one row."""
-        chosen = (*default_measures([self.summary]), "hd95_mm", *measures)
+        chosen = (*default_measures([self.summary]), *measures)
         return format_table({self.predictions.name or str(self.predictions): self.summary}, chosen, style)
 
     def to_json(self) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Scoring a trained segmenter on the labelled volumes of a prepared dataset.
 
-Every slice of a volume is predicted, and the whole volume is scored on the grid that it was prepared on.
+What is scored is what predict writes: every slice of a volume is predicted, the labels are put back on the grid of its
+image file, and all voxels there are counted. Two other protocols score the prepared slices, for comparison with papers.
 """
 
 from __future__ import annotations
@@ -14,12 +15,15 @@ from pathlib import Path
 from mpscl_ray.config.titles import phase_title
 from mpscl_ray.data import SPLITS
 from mpscl_ray.data.dataset import Case, Manifest, Scaling, load_manifest
+from mpscl_ray.data.label_map_files import read_label_map
 from mpscl_ray.data.parquet_reader import read_case
+from mpscl_ray.data.volumes.geometry import Geometry
 from mpscl_ray.data.volumes.preprocess import unscale
+from mpscl_ray.data.volumes.recipe import Recipe
 from mpscl_ray.distributed.parallel_map import map_volumes
 from mpscl_ray.distributed.ray_session import connect
 from mpscl_ray.errors import DataError
-from mpscl_ray.evaluate.evaluation import Evaluation, write_evaluation
+from mpscl_ray.evaluate.evaluation import Evaluation, Protocol, write_evaluation
 from mpscl_ray.evaluate.metrics import StructureScore, released_protocol_scores, volume_scores
 from mpscl_ray.evaluate.tables import summarise
 from mpscl_ray.predict.model import Checkpoint, Domain, Model, find_checkpoint, read_model
@@ -30,6 +34,7 @@ from mpscl_ray.predict.predictor import (
     load_weights,
     num_inference_workers,
 )
+from mpscl_ray.predict.segmentation import segment
 from mpscl_ray.runs.progress import ProgressLine
 from mpscl_ray.runs.run_directory import RunDirectory, open_run
 from mpscl_ray.runs.storage import S3Path, output_directory, parse_location
@@ -45,7 +50,7 @@ def evaluate_checkpoint(
     device: str | None = None,
     workers: int | None = None,
     largest_component: bool = False,
-    released_protocol: bool = False,
+    protocol: Protocol | None = None,
     progress: bool = True,
 ) -> Evaluation:
     """Predict every labelled volume of a split, score it, and write the tables.
@@ -59,7 +64,9 @@ def evaluate_checkpoint(
         device: None takes a GPU if there is one.
         workers: volumes at a time, on Ray; 0 in this process; None decides by their number.
         largest_component: whether only the largest connected part of each structure is kept.
-        released_protocol: whether to score as the released code does, for comparison with published numbers.
+        protocol: ``file``: the label maps that predict writes, on the grid of the image files. ``prepared``: the
+            prepared slices, resampled and cropped, as papers do. ``released``: these as the released code does. None:
+            ``file``, or ``prepared`` for a dataset without label maps on that grid, and a notice says so.
         progress: whether to show a progress line.
 
     Raises:
@@ -69,7 +76,9 @@ def evaluate_checkpoint(
     """
     home = open_run(run)
     subject = _load(home, checkpoint, data, split, device)
-    name = _result_name(subject, largest_component, released_protocol)
+    protocol, notices = _choose_protocol(protocol, subject)
+    subject = replace(subject, notices=(*subject.notices, *notices))
+    name = _result_name(subject, largest_component, protocol)
     location = parse_location(out or home.results / name)
     _check_writable(location)
     options = _Options(
@@ -81,7 +90,7 @@ def evaluate_checkpoint(
         scaling=subject.manifest.scaling,
         domain=subject.domain,
         largest_component=largest_component,
-        released_protocol=released_protocol,
+        protocol=protocol,
     )
     scores = _score(subject.predictor, options, subject.cases, workers, progress)
     evaluation = _evaluation(name, home.display_path, subject, options, scores)
@@ -134,9 +143,34 @@ def _load(home: RunDirectory, checkpoint: str, data: Path | str | None, split: s
     return _Subject(predictor, weights, folder, manifest, split, cases, domain, is_target, tuple(notices))
 
 
-def _result_name(subject: _Subject, largest_component: bool, released_protocol: bool) -> str:
+def _choose_protocol(protocol: Protocol | None, subject: _Subject) -> tuple[Protocol, list[str]]:
+    """The protocol of an evaluation, and notices on it.
+
+    Raises:
+        DataError: the grid of the files is asked for, and the dataset does not keep it.
+    """
+    without = [case.id for case in subject.cases if case.label_map is None]
+    if protocol is None:
+        protocol = "prepared" if without else "file"
+        if not without:
+            return protocol, []
+        return protocol, [
+            "scored on the prepared slices, not on the grid of image files, because the dataset keeps no label maps "
+            "there: it was made from slices, or by an earlier version"
+        ]
+    if protocol == "file" and without:
+        raise DataError(
+            f"{subject.dataset} keeps no label map on the grid of the image file for {len(without)} of "
+            f"{len(subject.cases)} cases ({', '.join(without[:5])}): it was made from slices, or by an earlier version; "
+            "prepare it again from volumes, or give --protocol prepared"
+        )
+    return protocol, []
+
+
+def _result_name(subject: _Subject, largest_component: bool, protocol: Protocol) -> str:
     parts = [subject.weights.name, *([] if subject.is_target else [subject.manifest.modality]), subject.split]
-    parts += ["largest_component"] * largest_component + ["released_protocol"] * released_protocol
+    parts += ["largest_component"] * largest_component
+    parts += [] if protocol == "file" else [f"{protocol}_protocol"]
     return "_".join(parts)
 
 
@@ -189,7 +223,8 @@ def _dataset_notices(manifest: Manifest, domain: Domain | None, cases: list[Case
     leaking = sum(case.cropped_around_labels for case in cases)
     if leaking:
         notices.append(
-            f"the crop of {leaking} volumes was placed by their own labels, so their scores are slightly too good"
+            f"the crop of {leaking} volumes was placed by their own labels, as in papers; predict has none, so these "
+            "scores are better than its own"
         )
     if any(case.spacing_mm is None for case in cases):
         notices.append("the voxel size of some volumes is unknown, so they have distances in voxels only, not in mm")
@@ -201,6 +236,11 @@ def _dataset_notices(manifest: Manifest, domain: Domain | None, cases: list[Case
             notices.append(
                 f"the dataset is scaled by the range {low:g} to {high:g}; its slices were rescaled to {domain.low:g} "
                 f"to {domain.high:g}, the range of the run's {domain.modality}"
+            )
+        recipe = replace(Recipe.from_json(manifest.recipe), centre="image", hounsfield=False)
+        if recipe != replace(domain.recipe, centre="image", hounsfield=False):
+            notices.append(
+                "the dataset was prepared by another recipe than the training data, by which predict prepares images"
             )
         if own and domain.fingerprint not in (None, manifest.fingerprint):
             notices.append("the dataset was prepared again since the run used it")
@@ -224,7 +264,7 @@ class _Options:
     domain: Domain | None
     """How the run prepared this modality; None if the run does not know it."""
     largest_component: bool
-    released_protocol: bool
+    protocol: Protocol
 
 
 def _score(
@@ -251,14 +291,18 @@ def _score(
 
 
 def _score_case(predictor: Predictor, options: _Options, case: Case) -> list[StructureScore]:
-    arrays = read_case(options.dataset, case)
+    arrays = read_case(options.dataset, case, ("image",) if options.protocol == "file" else ("image", "label"))
     slices, low, high = arrays["image"], options.scaling.low, options.scaling.high
     if options.domain is not None and (low, high) != (options.domain.low, options.domain.high):
         slices = options.domain.scale(unscale(slices, low, high))
+    if options.protocol == "file":
+        geometry = Geometry.from_json(case.geometry)
+        found = segment(predictor, slices, geometry, largest_component=options.largest_component)
+        return volume_scores(found.labels, read_label_map(options.dataset, case), predictor.classes, geometry.voxel_mm)
     labels = predictor.predict_slices(slices)
     if options.largest_component:
         labels = keep_largest_component(labels, len(predictor.classes))
-    if options.released_protocol:
+    if options.protocol == "released":
         return released_protocol_scores(labels, arrays["label"], predictor.classes)
     return volume_scores(labels, arrays["label"], predictor.classes, case.spacing_mm)
 
@@ -280,7 +324,7 @@ def _evaluation(
         fingerprint=subject.manifest.fingerprint,
         split=subject.split,
         largest_component=options.largest_component,
-        released_protocol=options.released_protocol,
+        protocol=options.protocol,
         classes=subject.predictor.classes,
         slices={case.id: case.slices for case in subject.cases},
         scores=scores,

@@ -122,12 +122,13 @@ def summarise(scores: Mapping[str, Sequence[StructureScore]]) -> Summary:
 
 
 def default_measures(summaries: Iterable[Summary]) -> tuple[str, ...]:
-    """Dice and ASD in mm (voxels if no spacing is known), and the worst case if a structure was missed or invented."""
+    """Dice, ASD and HD95 in mm (ASD in voxels if no spacing is known), and the worst case of ASD if a structure was
+    missed or invented."""
     entries = [summary.mean for summary in summaries]
     wrong = any(entry.counts["missed"] or entry.counts["false_alarm"] for entry in entries)
     known = any(entry.measures["asd_mm_worst_case"].n for entry in entries)
     unit = "mm" if known else "voxel"
-    return ("dice", f"asd_{unit}", f"asd_{unit}_worst_case") if wrong else ("dice", f"asd_{unit}")
+    return ("dice", f"asd_{unit}", *["hd95_mm"] * known, *[f"asd_{unit}_worst_case"] * wrong)
 
 
 def format_table(

@@ -321,9 +321,10 @@ def _add_sizes(add: Callable[..., Any]) -> None:
     add("--crop-depth", type=int, metavar="D", help="largest number of slices")
     add(
         "--centre",
-        choices=("auto", "labels", "image"),
+        choices=("image", "labels", "auto"),
         default=default.centre,
-        help="centre of the crop: from the labels, or found without; auto: labels if all splits have them",
+        help="centre of the crop: found in the image (default), as for a new patient; from the labels, as published; "
+        "auto: from the labels if all splits have them",
     )
     add("--size", type=_list(int, 2, "80,80"), metavar="H,W", help="resize the crop; default: keep it")
 

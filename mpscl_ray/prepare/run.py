@@ -16,6 +16,7 @@ from pathlib import Path
 
 from mpscl_ray.data import SPLITS
 from mpscl_ray.data.dataset import Manifest, Scaling, load_manifest, save_manifest
+from mpscl_ray.data.label_map_files import write_class_names
 from mpscl_ray.distributed.ray_session import connect
 from mpscl_ray.errors import DataError
 from mpscl_ray.prepare import plan as prepare_plan
@@ -181,6 +182,7 @@ def _finish(
     )
     shutil.rmtree(dataset.folder / ".staged")
     for split in SPLITS:
+        write_class_names(dataset.folder, split, classes)
         if (dataset.folder / split).is_dir():
             fsync_directory(dataset.folder / split)
     notices = [

@@ -10,10 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpscl_ray.data.compatibility import structure_width
-from mpscl_ray.data.volumes.geometry import Geometry, closest_world_axes
+from mpscl_ray.data.label_map_files import encode_label_map
+from mpscl_ray.data.volumes.geometry import Geometry, closest_world_axes, covered_voxels
 from mpscl_ray.data.volumes.intensities import few_values, other_modality, unusual_intensities
 from mpscl_ray.data.volumes.nifti import Volume, phi_fields, read_image, read_label
-from mpscl_ray.data.volumes.preprocess import intensity_range, prepare_volume
+from mpscl_ray.data.volumes.preprocess import PreparedVolume, intensity_range, prepare_volume
 from mpscl_ray.data.volumes.same_grid import check_same_geometry, turned_to
 from mpscl_ray.errors import DataError
 from mpscl_ray.prepare.copies import sketch
@@ -30,9 +31,12 @@ from mpscl_ray.prepare.staged_case import (
     save_slices,
     to_class_indices,
 )
+from mpscl_ray.runs.atomic_files import write_atomically
 
 _THICK = 2.5
 """Ratio of voxel sizes from which a stack counts as one of thick slices."""
+_NOTABLE_LOSS = 0.05
+"""Part of a structure outside the crop that is worth a warning."""
 _SAID = ("turned to the image", "overlaps")
 """The warnings on a label map that are not those on its image."""
 _PLANE_OF_WORLD_AXIS = ("sagittal", "coronal", "axial")
@@ -61,7 +65,11 @@ def stage_volume(request: Request, settings: Settings) -> StagedCase | list[str]
     recipe = settings.recipe_of(source.modality)
     prepared = prepare_volume(image.array, image.affine, mapped, recipe, case=str(source.images[0]))
     notices += _awkward_slices(image, prepared.geometry)
+    if mapped is not None:
+        notices += _cut_off(mapped, prepared, settings)
     save_slices(request, prepared.image, prepared.label)
+    if mapped is not None and request.folder is not None:
+        write_atomically(request.label_map_file, encode_label_map(mapped, image.affine))
     sources = {"image": printable(source.images[0].name), "image_sha256": image.sha256}
     if label is not None:
         sources |= {"label": printable(",".join(path.name for path in source.labels)), "label_sha256": label.sha256}
@@ -163,6 +171,24 @@ def _class_indices(
     except DataError as error:
         problems.append(str(error))
         return None, []
+
+
+def _cut_off(mapped: NDArray[np.uint8], prepared: PreparedVolume, settings: Settings) -> list[str]:
+    """A warning on structures that the crop leaves out in part; they are lost to training and prediction alike."""
+    assert settings.table is not None
+    kept = mapped[covered_voxels(prepared.geometry)]
+    whole, inside = (np.bincount(part.reshape(-1, order="A"), minlength=256) for part in (mapped, kept))
+    lost = {
+        name: 1 - inside[index] / whole[index]
+        for index, name in enumerate(settings.table.classes)
+        if index and whole[index] and 1 - inside[index] / whole[index] >= _NOTABLE_LOSS
+    }
+    if not lost:
+        return []
+    listed = ", ".join(
+        f"{100 * lost[name]:.0f} % of {name}" for name in sorted(lost, key=lost.__getitem__, reverse=True)
+    )
+    return [f"the crop leaves out {listed}: give a larger --crop or --crop-depth, or cut the scan to the heart"]
 
 
 def _awkward_slices(image: Volume, geometry: Geometry) -> list[str]:

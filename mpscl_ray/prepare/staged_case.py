@@ -67,6 +67,12 @@ class Request:
         assert self.folder is not None
         return self.folder / f"{self.number:06d}_label.npy"
 
+    @property
+    def label_map_file(self) -> Path:
+        """Class indices on the grid of the image file, as compressed NIfTI; there is none for slices."""
+        assert self.folder is not None
+        return self.folder / f"{self.number:06d}_label_map.nii.gz"
+
 
 @dataclass(frozen=True)
 class StagedCase:

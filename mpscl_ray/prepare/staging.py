@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from mpscl_ray.data.dataset import Case, Scaling
+from mpscl_ray.data.label_map_files import write_label_map_file
 from mpscl_ray.data.parquet_writer import write_case
 from mpscl_ray.data.volumes.preprocess import scale, unscale
 from mpscl_ray.errors import DataError, StorageError
@@ -59,6 +60,10 @@ def finish_case(staged: StagedCase, scaling: Scaling, classes: Sequence[str], fo
             image = unscale(image, *staged.scaled_by)
         image = scale(image, scaling.low, scaling.high)
     label = np.load(request.label_file, allow_pickle=False) if staged.class_voxels is not None else None
+    label_map = None
+    if request.label_map_file.exists():
+        content = request.label_map_file.read_bytes()
+        label_map = write_label_map_file(folder, request.split, request.source.id, content)
     with storage_errors(folder, needed=image.nbytes):
         case = write_case(
             folder,
@@ -74,7 +79,9 @@ def finish_case(staged: StagedCase, scaling: Scaling, classes: Sequence[str], fo
             cropped_around_labels=staged.cropped_around_labels,
             sources=staged.sources,
             notices=staged.notices,
+            label_map=label_map,
         )
     request.image_file.unlink()
     request.label_file.unlink(missing_ok=True)
+    request.label_map_file.unlink(missing_ok=True)
     return case

@@ -98,6 +98,12 @@ class Geometry:
     """What was done, in order, in words."""
 
     @property
+    def voxel_mm(self) -> tuple[float, float, float]:
+        """Voxel size of the original array along its axes."""
+        sizes = {axis.array_axis: mm / axis.step for axis, mm in zip(self.axes, self.spacing_mm, strict=True)}
+        return sizes[0], sizes[1], sizes[2]
+
+    @property
     def prepared_shape(self) -> tuple[int, int, int]:
         """Shape (D, H, W) of the prepared volume."""
         depth, height, width = self.axes
@@ -253,6 +259,17 @@ def _positions_in_prepared(axis: Axis) -> tuple[slice, npt.NDArray[np.float64]]:
     (hits,) = np.nonzero((positions >= -0.5) & (positions < axis.samples - 0.5))
     covered = slice(int(hits[0]), int(hits[-1]) + 1) if hits.size else slice(0, 0)
     return covered, positions[covered]
+
+
+def covered_voxels(geometry: Geometry) -> tuple[slice, slice, slice]:
+    """The box of original voxels that the prepared samples cover, along the axes of the array."""
+    box = [slice(0)] * 3
+    for axis in geometry.axes:
+        covered, _ = _positions_in_prepared(axis)
+        if axis.reverse:
+            covered = slice(axis.length - covered.stop, axis.length - covered.start)
+        box[axis.array_axis] = covered
+    return box[0], box[1], box[2]
 
 
 def _check_prepared_shape(found: tuple[int, ...], geometry: Geometry) -> None:

@@ -52,8 +52,9 @@ class Recipe:
     """Rows and columns of the crop around the centre, in voxels after resampling; None keeps whole slices."""
     crop_depth: int | None = None
     """Largest number of slices around the centre; None keeps all."""
-    centre: Centre = "auto"
-    """``labels``: mean coordinate of all labelled voxels. ``image``: found without labels. ``auto``: labels if any."""
+    centre: Centre = "image"
+    """``image``: found without labels, as it has to be for a new patient. ``labels``: mean coordinate of all labelled
+    voxels, as in the published slices. ``auto``: labels if there are any."""
     size: tuple[int, int] | None = None
     """Rows and columns that the crop is resized to; None leaves it as it is."""
     clip_percentile: float = 98.0
