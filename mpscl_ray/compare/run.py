@@ -15,6 +15,7 @@ from mpscl_ray.config.systems import SYSTEMS
 from mpscl_ray.data.dataset import Manifest, load_manifest
 from mpscl_ray.distributed.ray_session import connect
 from mpscl_ray.errors import ConfigError, Interrupted, TrainingError
+from mpscl_ray.evaluate.evaluation import PROTOCOLS
 from mpscl_ray.prepare import phantom_dataset
 from mpscl_ray.runs.atomic_files import write_atomically
 from mpscl_ray.runs.lifecycle import carry_out
@@ -165,9 +166,11 @@ def _directions(
             )
             results.setdefault(cell.system, []).append(result)
         scored = ledger[done[0].name].scored_on if done else {}
+        # Cells of an earlier version name no protocol: they were scored on prepared slices.
+        protocols = {ledger[cell.name].scored_on.get("protocol", "prepared") for cell in done}
         volumes = (
             f"{scored['volumes']} labelled {'test' if scored['split'] == 'test' else 'validation'} volumes of "
-            f"{scored['modality'].upper()} in {scored['dataset']}"
+            f"{scored['modality'].upper()} in {scored['dataset']}: {' or '.join(PROTOCOLS[name] for name in protocols)}"
             if scored
             else "nothing yet"
         )

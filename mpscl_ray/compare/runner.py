@@ -91,6 +91,7 @@ def _scores(folder: RunDirectory, phase: str) -> dict[str, Any]:
         "volumes": len(evaluation.scores),
         "modality": evaluation.modality,
         "dataset": str(evaluation.dataset),
+        "protocol": evaluation.protocol,
     }
     return {"summary": evaluation.summary.to_json(), "scored_on": scored_on}
 

@@ -30,9 +30,9 @@ RELEASED_PROTOCOL = (
 Protocol = Literal["file", "prepared", "released"]
 """On what scores are taken: the label maps that predict writes, on the grid of the image files; the prepared slices, as
 papers do; or these as the released code does."""
-PROTOCOLS: dict[Protocol, str] = {
-    "file": "label maps as predict writes them, on the grid of the image files, every voxel",
-    "prepared": "PREPARED SLICES, as in papers: the grid after resampling and crop, every slice",
+PROTOCOLS: Mapping[str, str] = {
+    "file": "label maps as predict writes them, on the grid of the image files",
+    "prepared": "PREPARED SLICES, as in papers, on the grid after resampling and crop",
     "released": RELEASED_PROTOCOL,
 }
 _FURTHER = ("asd_mm_mean_of_means", "asd_voxel", "asd_voxel_mean_of_means")

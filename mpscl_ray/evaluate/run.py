@@ -58,8 +58,10 @@ def evaluate_phases(
     heading = f"{volumes} labelled {'test' if split == 'test' else 'validation'} volumes of {manifest.modality}"
     if split == "val":
         heading += " (no test volume is labelled)"
-    heading += f"; scored: {PROTOCOLS[next(iter(done.values())).protocol]}"
-    write_rows(home.results, "phases", heading, rows, {"split": split, "dataset": str(folder)})
+    protocol = next(iter(done.values())).protocol
+    heading += f"; scored: {PROTOCOLS[protocol]}"
+    about = {"split": split, "dataset": str(folder), "protocol": protocol}
+    write_rows(home.results, "phases", heading, rows, about)
     home.store.upload(home.results)
     return done
 

@@ -161,8 +161,8 @@ def _choose_protocol(protocol: Protocol | None, subject: _Subject) -> tuple[Prot
     if protocol == "file" and without:
         raise DataError(
             f"{subject.dataset} keeps no label map on the grid of the image file for {len(without)} of "
-            f"{len(subject.cases)} cases ({', '.join(without[:5])}): it was made from slices, or by an earlier version; "
-            "prepare it again from volumes, or give --protocol prepared"
+            f"{len(subject.cases)} cases ({', '.join(without[:5])}): it was made from slices or by an earlier version; "
+            f"prepare it again from volumes, or give --protocol prepared"
         )
     return protocol, []
 

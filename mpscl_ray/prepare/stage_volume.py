@@ -31,7 +31,7 @@ from mpscl_ray.prepare.staged_case import (
     save_slices,
     to_class_indices,
 )
-from mpscl_ray.runs.atomic_files import write_atomically
+from mpscl_ray.runs.atomic_files import storage_errors
 
 _THICK = 2.5
 """Ratio of voxel sizes from which a stack counts as one of thick slices."""
@@ -69,7 +69,9 @@ def stage_volume(request: Request, settings: Settings) -> StagedCase | list[str]
         notices += _cut_off(mapped, prepared, settings)
     save_slices(request, prepared.image, prepared.label)
     if mapped is not None and request.folder is not None:
-        write_atomically(request.label_map_file, encode_label_map(mapped, image.affine))
+        content = encode_label_map(mapped, image.affine)
+        with storage_errors(request.label_map_file, needed=len(content)):
+            request.label_map_file.write_bytes(content)
     sources = {"image": printable(source.images[0].name), "image_sha256": image.sha256}
     if label is not None:
         sources |= {"label": printable(",".join(path.name for path in source.labels)), "label_sha256": label.sha256}

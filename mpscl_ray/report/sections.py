@@ -11,6 +11,7 @@ from typing import Any
 
 from mpscl_ray.data.slice_selection import evenly_spaced, labelled_slices
 from mpscl_ray.errors import DataError
+from mpscl_ray.evaluate.evaluation import PROTOCOLS
 from mpscl_ray.report.figures import angles, losses, pseudo_labels, surfaces
 from mpscl_ray.report.figures.feature_space import PER_CLASS, feature_space
 from mpscl_ray.report.figures.segmentations import confident_share, overconfident, side_by_side
@@ -49,7 +50,7 @@ def sections(groups: Sequence[Group], folder: Path, dpi: float, pdf: bool) -> It
 
 def overview(groups: Sequence[Group]) -> Section:
     """A row for each run: its system, its state, and its scores where it was evaluated."""
-    section = Section("Runs", "Dice and surface distance are means over the evaluated volumes, all slices counted.")
+    section = Section("Runs", "Dice and surface distance are means over the evaluated volumes.")
     for group in groups:
         scores = [_scores(run) for run in group.runs]
         structures, caption = ["mean"], ""
@@ -58,8 +59,9 @@ def overview(groups: Sequence[Group]) -> Section:
             first = next(iter(scored["rows"].values()))
             structures = list(first["structures"])
             caption = (
-                f"Target {group.name}, {first['volumes']} labelled volumes of the split {scored['split']}; a row for "
-                "each phase. There is no ASD where a structure is missed in all volumes."
+                f"Target {group.name}, {first['volumes']} labelled volumes of the split {scored['split']}: "
+                f"{PROTOCOLS[scored.get('protocol', 'prepared')]}; a row for each phase. "
+                "There is no ASD where a structure is missed in all volumes."
             )
         rows = []
         for run, found in zip(group.runs, scores, strict=True):

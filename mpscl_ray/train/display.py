@@ -121,7 +121,7 @@ def print_results(folder: RunDirectory) -> None:
     """Print the table of the phases' scores."""
     table = folder.results / PHASES_TABLE
     if table.exists():
-        print(f"\nDice and average surface distance, every slice counted\n\n{table.read_text(encoding='utf-8')}")
+        print(f"\n{table.read_text(encoding='utf-8')}")
     else:
         print("\nno test or validation volume of the target is labelled, so there is no table of scores")
 

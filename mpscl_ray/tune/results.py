@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mpscl_ray.config import override, to_yaml
-from mpscl_ray.evaluate.evaluation import write_rows
+from mpscl_ray.evaluate.evaluation import PROTOCOLS, write_rows
 from mpscl_ray.evaluate.run import evaluate_phases
 from mpscl_ray.evaluate.table_files import without_nan, write_tables
 from mpscl_ray.evaluate.tables import Summary, csv_text
@@ -176,17 +176,18 @@ def _evaluate(study: Study, trials: list[Trial], best: Trial | None) -> None:
     if _evaluated_phases(study.folder.results / "test.json") == wanted:
         return
     rows: dict[str, Summary] = {}
-    split = ""
+    split = protocol = ""
     for trial in chosen:
         done = evaluate_phases(study.trial_folder(trial.number).uri, wanted[str(trial.number)], progress=False)
         for phase, evaluation in done.items():
             label = phase if phase != phases[-1] else _label(study, trial)
-            rows[label], split = evaluation.summary, evaluation.split
+            rows[label], split, protocol = evaluation.summary, evaluation.split, evaluation.protocol
     if rows:
         volumes = next(iter(rows.values())).volumes
         heading = f"{volumes} labelled {'test' if split == 'test' else 'validation'} volumes of the target, " + (
             "also used to compare trials" if split == "val" and study.metric == ORACLE else "not used for any choice"
         )
+        heading += f"; scored: {PROTOCOLS[protocol]}"
         write_rows(study.folder.results, "test", heading, rows, {"trials": wanted})
 
 

@@ -14,9 +14,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
-import torch
 from medpy.metric import binary
-from torch import nn
 
 from mpscl_ray.data.dataset import Manifest, Scaling, load_manifest, save_manifest
 from mpscl_ray.data.parquet_reader import read_case
@@ -28,28 +26,17 @@ from mpscl_ray.evaluate import command as evaluate
 from mpscl_ray.evaluate.metrics import volume_scores
 from mpscl_ray.evaluate.run import PHASES_TABLE, evaluate_phases
 from mpscl_ray.evaluate.scoring import evaluate_checkpoint
-from mpscl_ray.networks import DeepLabV2
 from mpscl_ray.predict import command as predict
 from mpscl_ray.predict.predictor import load_segmenter
-from mpscl_ray.runs import checkpoint
 from mpscl_ray.runs.run_directory import RunDirectory
 from mpscl_ray.train.phase_images import draw_phases
 from tests.s3 import serve
+from tests.untrained_run import write_run
 
 CLASSES = ("background", "MYO", "LAC", "LVC", "AA")
-NETWORK = {"layers": [1, 1, 1, 1], "base_channels": 4, "output_stride": 4, "in_channels": 1}
 RECIPE = Recipe(crop=(32, 32))
 SPACING = (3.0, 1.5, 1.25)
 LABELS = {"values": {"0": "background", "205": "MYO", "420": "LAC", "500": "LVC", "820": "AA"}}
-
-
-def segmenter(seed: int) -> DeepLabV2:
-    network = DeepLabV2(num_classes=len(CLASSES), **NETWORK)
-    generator = torch.Generator().manual_seed(seed)
-    for layer in network.modules():
-        if isinstance(layer, nn.Conv2d):
-            nn.init.kaiming_normal_(layer.weight, generator=generator)
-    return network
 
 
 def truth(rng: np.random.Generator, depth: int) -> np.ndarray:
@@ -115,40 +102,9 @@ def write_dataset(folder: Path, modality: str, labelled_at_all: bool = True, **c
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a run with two phases, a last and a best checkpoint."""
     base = tmp_path_factory.mktemp("evaluate")
-    folder = RunDirectory(base / "run")
-    folder.create()
-    folder.write_config("method: {name: mpscl}\n")
-
-    def domain(modality: str) -> dict[str, Any]:
-        dataset = write_dataset(base / modality, modality)
-        return {
-            "modality": modality,
-            "scaling": {"low": -2.0, "high": 3.0},
-            "recipe": RECIPE.to_json(),
-            "labels": LABELS,
-            "dataset": str(dataset),
-            "fingerprint": load_manifest(dataset).fingerprint,
-        }
-
-    folder.write_model(
-        {
-            "classes": list(CLASSES),
-            "size": [32, 32],
-            "network": NETWORK,
-            "source": domain("mr"),
-            "target": domain("ct"),
-            "phases": ["source_only", "adaptation"],
-        }
-    )
-    for directory, seed, selected in (
-        (folder.checkpoints / "step-0000020", 2, None),
-        (folder.phases / "source_only", 1, None),
-        (folder.phases / "adaptation", 2, None),
-        (folder.best, 3, "oracle"),
-    ):
-        state = {"method": {"networks": {"segmenter": segmenter(seed).state_dict()}}, "position": {"step": 20}}
-        checkpoint.save(directory, {**state, "classes": list(CLASSES), "phase": "x", "selected_by": selected})
-    return folder.path
+    datasets = [write_dataset(base / modality, modality) for modality in ("mr", "ct")]
+    weights = {"checkpoints/step-0000020": 2, "phases/source_only": 1, "phases/adaptation": 2, "best": 3}
+    return write_run(base / "run", *datasets, weights).path
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:
@@ -157,7 +113,7 @@ def rows_of(path: Path) -> list[dict[str, str]]:
 
 def test_evaluate_scores_every_slice_as_medpy_does(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert evaluate.main([str(run), "--workers", "0"]) == 0
-    results = run / "results" / "last_test"
+    results = run / "results" / "last_test_prepared_protocol"
     assert sorted(path.name for path in results.iterdir()) == [
         "per_volume.csv",
         "summary.csv",
@@ -217,7 +173,7 @@ def test_the_table_of_phases_has_a_row_for_each(run: Path) -> None:
     assert lines[3].startswith("source_only")
     assert lines[4].startswith("adaptation")
     assert {row["row"] for row in rows_of(run / "results" / "phases.csv")} == {"source_only", "adaptation"}
-    assert (run / "results" / "source_only_test" / "summary.json").exists()
+    assert (run / "results" / "source_only_test_prepared_protocol" / "summary.json").exists()
 
 
 def test_a_target_without_labels_and_their_table_has_no_table_of_phases(run: Path, tmp_path: Path) -> None:
@@ -236,12 +192,12 @@ def test_a_target_without_labels_and_their_table_has_no_table_of_phases(run: Pat
 def test_a_choice_by_target_labels_is_called_oracle(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert evaluate.main([str(run), "--checkpoint", "best", "--split", "val", "--workers", "0"]) == 0
     assert "best (oracle)" in capsys.readouterr().out
-    summary = json.loads((run / "results" / "best_val" / "summary.json").read_text(encoding="utf-8"))
+    summary = json.loads((run / "results" / "best_val_prepared_protocol" / "summary.json").read_text(encoding="utf-8"))
     assert summary["checkpoint"]["oracle"] is True
 
 
 def test_the_released_protocol_is_named_and_kept_apart(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert evaluate.main([str(run), "--released-protocol", "--workers", "0"]) == 0
+    assert evaluate.main([str(run), "--protocol", "released", "--workers", "0"]) == 0
     assert "RELEASED PROTOCOL" in capsys.readouterr().out
     rows = rows_of(run / "results" / "last_test_released_protocol" / "per_volume.csv")
     short = [row for row in rows if row["case"] == "case07"]
@@ -391,7 +347,7 @@ def test_predictions_and_tables_in_a_bucket_are_those_on_a_disk(
         assert evaluate.main([str(run), "--workers", "0"]) == 0
         for name in ("per_volume.csv", "summary.csv", "summary.json", "summary.md"):
             tables = (server.folder("tables") / name).read_bytes()
-            assert tables == (run / "results" / "last_test" / name).read_bytes()
+            assert tables == (run / "results" / "last_test_prepared_protocol" / name).read_bytes()
 
         with pytest.raises(StorageError, match="there is no bucket nowhere"):
             predict.main([str(run), images[0], "--out", server.url("out", "nowhere")])

@@ -22,7 +22,7 @@ def test_the_crop_is_centred_on_the_mean_of_the_labels() -> None:
     image = np.random.default_rng(0).normal(size=(40, 50, 6)).astype(np.float32)
     label = np.zeros(image.shape, np.uint8)
     label[10:15, 30:33, 2:5] = 3
-    recipe = Recipe(orientation="stored", slice_axis="2", crop=(9, 7), crop_depth=3)
+    recipe = Recipe(orientation="stored", slice_axis="2", crop=(9, 7), crop_depth=3, centre="labels")
     prepared = prepare_volume(image, np.eye(4), label, recipe)
     assert prepared.geometry.centre == (12.0, 31.0, 3.0)
     assert prepared.geometry.centre_from == "labels"
@@ -53,7 +53,7 @@ def test_a_depth_beyond_the_volume_gives_the_slices_there_are() -> None:
     image, label, affine = ras_volume((6, 7, 8))
     label[:] = 0
     label[2, 3, 6] = 1
-    recipe = Recipe(orientation="stored", slice_axis="2", crop=(6, 6), crop_depth=7)
+    recipe = Recipe(orientation="stored", slice_axis="2", crop=(6, 6), crop_depth=7, centre="labels")
     prepared = prepare_volume(image, affine, label, recipe)
     assert prepared.image.shape == (5, 6, 6)
     assert prepared.geometry.axes[0].start == 3
@@ -63,7 +63,7 @@ def test_clipping_uses_the_crop_only() -> None:
     image, _, _ = ras_volume((30, 30, 4))
     label = np.zeros(image.shape, np.uint8)
     label[8:13, 8:13] = 1
-    recipe = Recipe(orientation="stored", slice_axis="2", crop=(10, 10), clip_percentile=90)
+    recipe = Recipe(orientation="stored", slice_axis="2", crop=(10, 10), centre="labels", clip_percentile=90)
     before = prepare_volume(image, np.eye(4), label, recipe)
     image[25:] = 1e6
     after = prepare_volume(image, np.eye(4), label, recipe)

@@ -138,7 +138,7 @@ def test_label_maps_are_written_on_the_grid_of_odd_images(oddities: Path, name: 
 # --------------------------------------------------------------------------------------------- MS-CMRSeg
 
 
-SHORT_AXIS = Recipe(orientation="stored", slice_axis="2", crop=(144, 144), size=(80, 80))
+SHORT_AXIS = Recipe(orientation="stored", slice_axis="2", crop=(144, 144), centre="labels", size=(80, 80))
 TABLE = {200: 1, 500: 2, 600: 3}
 
 

@@ -40,7 +40,9 @@ def test_two_modalities_become_two_datasets(source: Path) -> None:
     assert manifest.size == (12, 12)
     assert [len(manifest.split(split)) for split in ("train", "val", "test")] == [3, 2, 1]
     files = {path.relative_to(folders["ct"]).as_posix() for path in folders["ct"].rglob("*") if path.is_file()}
-    assert files == {"manifest.json", *(case.file for case in manifest.cases)}
+    maps = {case.label_map.file for case in manifest.cases if case.label_map is not None}
+    names = {f"label_maps/{split}/labels.json" for split in ("train", "val", "test")}
+    assert files == {"manifest.json", *(case.file for case in manifest.cases), *maps, *names}
     for case in manifest.cases:
         arrays = read_case(folders["ct"], case)
         assert arrays["image"].shape == arrays["label"].shape == (case.slices, 12, 12)
@@ -56,7 +58,15 @@ def test_a_dataset_is_synced_before_it_has_its_name(source: Path, monkeypatch: p
     out, number = folder.parent, len(manifest.cases)
     assert synced.pop() == out, "when the dataset has its name"
     assert not any(path.is_relative_to(folder) for path in synced), "until then nothing is written where readers look"
-    written = ["/".join(path.relative_to(out).parts[1:]) for path in synced]
+    every = ["/".join(path.relative_to(out).parts[1:]) for path in synced]
+    written = [path for path in every if not path.startswith("label_maps")]
+    maps = {case.label_map.file for case in manifest.cases if case.label_map is not None}
+    assert {
+        path.replace(".partial", "").split(".nii.gz")[0].replace("/.", "/") + ".nii.gz"
+        for path in every
+        if ".nii.gz" in path
+    } == maps
+    assert {"label_maps/train", "label_maps/val", "label_maps/test"} <= set(every)
     assert sorted(written[:number]) == sorted(case.file for case in manifest.cases)
     assert sorted(written[number:-3]) == ["test", "train", "val"]
     assert written[-3:] == [f".manifest.json.partial-{os.getpid()}", "", ""], "the folder with the manifest in it"
@@ -119,10 +129,9 @@ def test_the_manifest_lists_every_step_and_the_leak(source: Path) -> None:
     for part in ("205 MYO", "[550, 600, 850]", "fractions", "coronal", "2 mm", "16 x 16", "12 x 12", "98", "z-score"):
         assert part in text
     assert f"{manifest.scaling.low:g} to {manifest.scaling.high:g} mapped to [-1, 1]" in text
-    assert all(case.cropped_around_labels for case in manifest.cases)
-    assert all(case.cropped_around_labels for case in manifest.cases)
-    _, without = made(source, recipe=dataclasses.replace(SMALL, centre="image"), overwrite=True)
-    assert not any("own labels" in notice for notice in without.notices)
+    assert not any(case.cropped_around_labels for case in manifest.cases)
+    _, published = made(source, recipe=dataclasses.replace(SMALL, centre="labels"), overwrite=True)
+    assert all(case.cropped_around_labels for case in published.cases)
 
 
 def test_the_command_of_the_manifest_makes_the_same_dataset(source: Path) -> None:
