@@ -23,6 +23,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -55,12 +56,48 @@ def checkpoint_name(step: int) -> str:
     return f"step-{step:07d}"
 
 
+@dataclass(frozen=True)
+class Snapshot:
+    """A state at one moment, ready to be written."""
+
+    encoded: Mapping[str, Any]
+    """The state as JSON, which names its tensors."""
+    tensors: Mapping[str, torch.Tensor]
+    """On the CPU."""
+
+    @classmethod
+    def take(cls, state: Mapping[str, Any], *, copy: bool = True) -> Snapshot:
+        """Keep a state as it is now.
+
+        Args:
+            state: See :mod:`mpscl_ray.runs.checkpoint_format` for what it may hold.
+            copy: Whether the state may change before the snapshot is written; its tensors are then copied.
+
+        Raises:
+            TypeError: The state holds something that cannot be kept exactly.
+        """
+        tensors: dict[str, torch.Tensor] = {}
+        encoded = encode(state, (), tensors, copy=copy)
+        return cls(encoded, tensors)
+
+    def replace(self, **values: Any) -> Snapshot:
+        """The same with other plain values at the top of the state."""
+        return Snapshot({**self.encoded, **values}, self.tensors)
+
+
 def save(directory: Path, state: Mapping[str, Any]) -> Path:
-    """Write a state as the checkpoint ``directory``, replacing one of that name only when the new one is complete.
+    """Write a state as the checkpoint ``directory``; see :meth:`Snapshot.take` and :func:`write`."""
+    return write(directory, Snapshot.take(state, copy=False))
+
+
+def write(directory: Path, snapshot: Snapshot, *, same_tensors: Path | None = None) -> Path:
+    """Write the checkpoint ``directory``, replacing one of that name only when the new one is complete.
 
     Args:
         directory: Folder to make, such as ``RUN/checkpoints/step-0000300``.
-        state: What to keep; see :mod:`mpscl_ray.runs.checkpoint_format` for what it may hold.
+        snapshot: What to keep.
+        same_tensors: Checkpoint, just written, with the tensors of the snapshot: its file gets a second name (a hard
+            link) where the file system can, instead of being written again.
 
     Returns:
         ``directory``.
@@ -68,12 +105,10 @@ def save(directory: Path, state: Mapping[str, Any]) -> Path:
     Raises:
         StorageError: No space (with the bytes needed and free), no permission, or a file in the way. Checkpoints
             that were there are intact, and nothing half-written is left.
-        TypeError: The state holds something that cannot be kept exactly.
     """
-    tensors: dict[str, torch.Tensor] = {}
-    encoded = encode(state, (), tensors)
-    document = json.dumps({"format": FORMAT, "version": VERSION, "state": encoded}, allow_nan=False).encode("ascii")
-    header, ordered = safetensors_layout(tensors)
+    content = {"format": FORMAT, "version": VERSION, "state": snapshot.encoded}
+    document = json.dumps(content, allow_nan=False).encode("ascii")
+    header, ordered = safetensors_layout(snapshot.tensors)
     needed = len(header) + sum(tensor.nbytes for tensor in ordered) + len(document) + _SLACK
 
     parent = directory.parent
@@ -84,14 +119,15 @@ def save(directory: Path, state: Mapping[str, Any]) -> Path:
             raise StorageError(f"cannot write the checkpoint {directory}: a file of that name is in the way; move it")
         _recover(parent)
         _clean(parent)
-        free = free_bytes(parent)
+        free = free_bytes(parent) if same_tensors is None else None
         if free is not None and free < needed:
             raise disk_full(directory, needed, free)
         try:
             partial.mkdir()
+            linked = _link(same_tensors, partial) if same_tensors is not None else None
             sums = [
                 (STATE, _write(partial / STATE, [memoryview(document)])),
-                (TENSORS, _write(partial / TENSORS, safetensors_chunks(header, ordered))),
+                (TENSORS, linked or _write(partial / TENSORS, safetensors_chunks(header, ordered))),
             ]
             _write(partial / SUMS, [memoryview(_sums_text(sums))])
             fsync_directory(partial)
@@ -166,13 +202,14 @@ def latest(folder: Path) -> tuple[Path | None, list[str]]:
     return None, warnings
 
 
-def prune(folder: Path, keep: int) -> None:
+def prune(folder: Path, keep: int, intact: Path | None = None) -> None:
     """Remove all but the newest ``keep`` (1 or more) checkpoints.
 
-    The newest checkpoint that verifies is never removed, even where ``keep`` newer ones are damaged.
+    The newest checkpoint that verifies is never removed, even where ``keep`` newer ones are damaged. ``intact`` is one
+    that the caller has just written: it is not read again.
     """
     older = list_checkpoints(folder)[:-keep]
-    newest_valid = latest(folder)[0] if older else None
+    newest_valid = intact or (latest(folder)[0] if older else None)
     for path in older:
         if path == newest_valid:
             continue
@@ -196,6 +233,18 @@ def _write(path: Path, chunks: Sequence[memoryview] | Iterator[memoryview]) -> s
                     piece = piece[file.write(piece) :]
         os.fsync(file.fileno())
     return digest.hexdigest()
+
+
+def _link(other: Path, partial: Path) -> str | None:
+    """Give the tensors of another checkpoint a second name; returns their SHA-256, None where that is not possible."""
+    try:
+        match = re.search(rf"^([0-9a-f]{{64}})  {re.escape(TENSORS)}$", (other / SUMS).read_text("ascii"), re.MULTILINE)
+        if match is None:
+            return None
+        os.link(other / TENSORS, partial / TENSORS)
+    except OSError:
+        return None
+    return match.group(1)
 
 
 def _sums_text(hashes: Sequence[tuple[str, str]]) -> bytes:

@@ -37,13 +37,14 @@ _DTYPES = {
 }
 
 
-def encode(value: Any, path: tuple[str, ...], tensors: dict[str, torch.Tensor]) -> Any:
+def encode(value: Any, path: tuple[str, ...], tensors: dict[str, torch.Tensor], *, copy: bool = False) -> Any:
     """A value as JSON; its tensors are collected in ``tensors`` under the name that the JSON refers to.
 
     Args:
         value: What to keep.
         path: Keys that lead to it, for names and messages.
         tensors: Filled in: name -> dense tensor on the CPU.
+        copy: Whether tensors share no memory with those of the value.
 
     Raises:
         TypeError: Names the entry that cannot be kept exactly.
@@ -57,16 +58,16 @@ def encode(value: Any, path: tuple[str, ...], tensors: dict[str, torch.Tensor]) 
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else {"$float": repr(float(value))}
     if isinstance(value, torch.Tensor):
-        return _encode_tensor(value, path, tensors)
+        return _encode_tensor(value, path, tensors, copy)
     if isinstance(value, list):
-        return [encode(item, (*path, str(index)), tensors) for index, item in enumerate(value)]
+        return [encode(item, (*path, str(index)), tensors, copy=copy) for index, item in enumerate(value)]
     if type(value) is tuple:
-        return {"$tuple": [encode(item, (*path, str(index)), tensors) for index, item in enumerate(value)]}
+        return {"$tuple": [encode(item, (*path, str(index)), tensors, copy=copy) for index, item in enumerate(value)]}
     if isinstance(value, Mapping):
         for key in value:
             if type(key) not in (str, int):
                 raise TypeError(f"a checkpoint cannot keep the key {key!r} of {_where(path)}: keys are str or int")
-        items = [(key, encode(item, (*path, str(key)), tensors)) for key, item in value.items()]
+        items = [(key, encode(item, (*path, str(key)), tensors, copy=copy)) for key, item in value.items()]
         if all(isinstance(key, str) and not key.startswith("$") for key, _ in items):
             return dict(items)
         return {"$dict": [[key, item] for key, item in items]}
@@ -76,7 +77,9 @@ def encode(value: Any, path: tuple[str, ...], tensors: dict[str, torch.Tensor]) 
     )
 
 
-def _encode_tensor(value: torch.Tensor, path: tuple[str, ...], tensors: dict[str, torch.Tensor]) -> dict[str, str]:
+def _encode_tensor(
+    value: torch.Tensor, path: tuple[str, ...], tensors: dict[str, torch.Tensor], copy: bool
+) -> dict[str, str]:
     tensor = value.detach()
     if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
         raise TypeError(f"a checkpoint cannot keep {_where(path)}: only dense tensors with values")
@@ -90,7 +93,9 @@ def _encode_tensor(value: torch.Tensor, path: tuple[str, ...], tensors: dict[str
     # "a.b" > "c" and "a" > "b.c" are different tensors; and safetensors keeps one name for itself.
     while name in tensors or name == "__metadata__":
         name += "'"
-    tensors[name] = tensor.resolve_neg().cpu().contiguous()
+    kept = tensor.resolve_neg().cpu().contiguous()
+    shared = kept.untyped_storage().data_ptr() == value.untyped_storage().data_ptr()
+    tensors[name] = kept.clone() if copy and shared else kept
     return {kind: name}
 
 

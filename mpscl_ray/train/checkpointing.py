@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,15 +50,29 @@ def newest_checkpoint(run: RunDirectory) -> tuple[Path | None, list[str]]:
 
 
 class Checkpointer:
-    """Saves and loads checkpoints. Every worker calls it at the same steps; worker 0 writes, all read."""
+    """Saves and loads checkpoints. Every worker calls it at the same steps; worker 0 writes, all read.
+
+    The state is copied in the training thread; another thread hashes and writes it while training goes on. A kill in
+    between loses what a kill before :meth:`save` would have lost. Checkpoints of one step share the file of tensors.
+    """
 
     def __init__(self, config: Config, classes: tuple[str, ...], run: RunDirectory, device: torch.device) -> None:
         self.config, self.classes, self.folder, self.device = config, classes, run, device
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._jobs: list[Future[bool]] = []
+        self._snapshot: checkpoint.Snapshot | None = None
+        self._step, self._written, self._completed = -1, Path(), False
 
     def save(self, directory: Path, method: Method, phase: str, state: TrainerState) -> None:
-        """Write a checkpoint, after making sure that all workers would write the same."""
-        collectives.assert_same_weights(method.networks)
-        if collectives.rank() == 0:
+        """Begin to write a checkpoint, after making sure that all workers would write the same."""
+        again = self._step == state.step
+        if not again:
+            collectives.assert_same_weights(method.networks)
+            self._step = state.step
+        if collectives.rank() != 0:
+            return
+        if not again or self._snapshot is None:
+            self._collect(wait=True)  # so that at most one state is kept in memory
             content = {
                 "method": method.state_dict(),
                 "random": _random_state(self.device),
@@ -65,12 +80,54 @@ class Checkpointer:
                 "phase": phase,
                 "network": network_arguments(self.config, len(self.classes), phase),
                 "classes": list(self.classes),
-                "selected_by": self.config.run.select if directory == self.folder.best else None,
+                "selected_by": None,
             }
-            checkpoint.save(directory, content)
-            if directory.parent == self.folder.checkpoints:
-                checkpoint.prune(self.folder.checkpoints, self.config.run.keep_checkpoints)
+            self._snapshot = checkpoint.Snapshot.take(content)
+        snapshot = self._snapshot
+        if directory == self.folder.best:
+            snapshot = snapshot.replace(selected_by=self.config.run.select)
+        same_tensors = self._written if again else None
+        self._jobs.append(self._thread.submit(self._write, directory, snapshot, same_tensors))
+        self._written = directory
+
+    def poll(self) -> bool:
+        """Whether a checkpoint to resume from was completed since the last call. Does not wait.
+
+        Raises:
+            StorageError: a checkpoint could not be written.
+        """
+        self._collect(wait=False)
+        completed, self._completed = self._completed, False
+        return completed
+
+    def finish(self) -> bool:
+        """Wait until all checkpoints are complete and every worker can read them; the rest as :meth:`poll`."""
+        self._collect(wait=True)
         collectives.barrier()
+        return self.poll()
+
+    def close(self) -> None:
+        """Let a checkpoint in work be completed, whatever ended the training."""
+        self._thread.shutdown(wait=True)
+
+    def _collect(self, *, wait: bool) -> None:
+        """Take the results of the checkpoints that are complete, or of all."""
+        jobs, self._jobs = self._jobs, []
+        for job in jobs:
+            if wait or job.done():
+                self._completed |= job.result()
+            else:
+                self._jobs.append(job)
+        if not self._jobs:
+            self._snapshot = None
+
+    def _write(self, directory: Path, snapshot: checkpoint.Snapshot, same_tensors: Path | None) -> bool:
+        """Write a checkpoint; returns whether a run resumes from it."""
+        checkpoint.write(directory, snapshot, same_tensors=same_tensors)
+        resumable = directory.parent == self.folder.checkpoints
+        if resumable:
+            checkpoint.prune(self.folder.checkpoints, self.config.run.keep_checkpoints, intact=directory)
+        return resumable
 
     def load_newest(self, warn: Callable[[str], None]) -> tuple[dict[str, Any], TrainerState] | None:
         """The newest intact checkpoint, chosen by worker 0 for all; None for a new run.

@@ -80,7 +80,7 @@ class Callback:
         """Metrics were read; ``validated`` if the record has those of a validation."""
 
     def on_checkpoint(self) -> None:
-        """A checkpoint was written from which the run can resume."""
+        """Worker 0 only: a checkpoint was completed from which the run can resume."""
 
     def on_images(self, step: int, images: Tensor, predictions: Tensor, labels: Tensor | None) -> None:
         """Worker 0 only: some slices (N, H, W) of a validation volume of the target, predictions and labels."""
@@ -112,7 +112,11 @@ def train(
         StorageError: a checkpoint cannot be written.
     """
     poller = StopPoller(stop_requested, poll_interval_s)
-    return _Trainer(config, data, run, device, callback or Callback(), poller, dtype).run()
+    trainer = _Trainer(config, data, run, device, callback or Callback(), poller, dtype)
+    try:
+        return trainer.run()
+    finally:
+        trainer.checkpointer.close()
 
 
 @dataclass
@@ -157,9 +161,12 @@ class _Trainer:
                 if is_adaptation(name):
                     self._prepare_adaptation(name, method)
             ended = self._run_phase(name, iterations, method)
+            if ended is None:
+                self.checkpointer.save(self.folder.phases / name, method, name, self.state)
+            if self.checkpointer.finish():
+                self.callback.on_checkpoint()
             if ended is not None:
                 return ended
-            self.checkpointer.save(self.folder.phases / name, method, name, self.state)
             weights = {network: module.state_dict() for network, module in method.networks.items()}
         last, iterations = schedule[-1]
         return TrainResult("finished", last, iterations, self.state.step)
@@ -203,6 +210,8 @@ class _Trainer:
                 stopping = self.stop_poller.should_stop(state.step)
                 if not (state.iteration % run.log_every == 0 or validating or saving or stopping):
                     continue
+                if self.checkpointer.poll():
+                    self.callback.on_checkpoint()
                 record = self._read_metrics(name, iterations, metrics, meter)
                 if record["train/non_finite"]:
                     losses = collectives.reduce_metrics(method.non_finite_losses())
@@ -217,7 +226,6 @@ class _Trainer:
                 if saving or stopping:
                     directory = self.folder.checkpoints / checkpoint.checkpoint_name(state.step)
                     self.checkpointer.save(directory, method, name, state)
-                    self.callback.on_checkpoint()
                 if stopping:
                     return TrainResult("interrupted", name, state.iteration, state.step)
                 if saving or validating:
