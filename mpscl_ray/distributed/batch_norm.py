@@ -9,6 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from mpscl_ray.distributed.collectives import all_reduce_sums, world_size
+from mpscl_ray.distributed.folded_batch_norm import (
+    FoldedBatchNorm2d,
+    FoldedSyncBatchNorm,
+    fold_batch_norm,
+    update_running_stats,
+)
 
 
 def batch_norms(network: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
@@ -23,19 +29,18 @@ def set_cumulative_average(network: nn.Module, number: int) -> None:
 
 
 def convert_batch_norm(module: nn.Module, device: torch.device) -> nn.Module:
-    """Make batch normalisation use the statistics of all workers' images together.
+    """Make batch normalisation use the statistics of all workers' images together, and of each domain alone.
 
-    Parameters, buffers and state-dict keys stay the same. On GPUs the layers become SyncBatchNorm, elsewhere
-    :class:`WorkersBatchNorm2d`; in one process nothing changes. Calling it twice is harmless.
+    Parameters, buffers and state-dict keys stay the same. On GPUs the layers become :class:`FoldedBatchNorm2d`, with
+    several workers on nn.SyncBatchNorm; elsewhere :class:`WorkersBatchNorm2d`, and in one process nothing changes.
+    Calling it twice is harmless.
 
     Returns:
         The module, changed in place; where it is a batch normalisation itself, its replacement.
     """
-    if world_size() == 1:
-        return module
     if device.type == "cuda":
-        return nn.SyncBatchNorm.convert_sync_batchnorm(module)  # type: ignore[no-untyped-call, no-any-return]
-    return _replace(module)
+        return fold_batch_norm(module, FoldedBatchNorm2d if world_size() == 1 else FoldedSyncBatchNorm)
+    return module if world_size() == 1 else _replace(module)
 
 
 def _replace(module: nn.Module) -> nn.Module:
@@ -175,7 +180,11 @@ class PerDomainForward(nn.Module):
     def forward(self, *inputs: Tensor) -> tuple[Any, ...]:
         updates = self.update_running_stats or (True,) * len(inputs)
         separable = all(isinstance(layer, WorkersBatchNorm2d) for layer in self._norms)
-        if separable and len({x.shape for x in inputs}) == 1:
+        alike = len({x.shape for x in inputs}) == 1
+        folded = [layer for layer in self._norms if isinstance(layer, FoldedBatchNorm2d)]
+        if alike and len(inputs) > 1 and len(folded) == len(self._norms):
+            return self._folded(inputs, updates, folded)
+        if separable and alike:
             for layer in self._norms:
                 layer.parts = updates  # type: ignore[assignment]
             try:
@@ -194,6 +203,31 @@ class PerDomainForward(nn.Module):
                 for layer in self._norms:
                     layer.track_running_stats = True
         return tuple(outputs)
+
+    def _folded(
+        self, inputs: Sequence[Tensor], updates: Sequence[bool], layers: list[FoldedBatchNorm2d]
+    ) -> tuple[Any, ...]:
+        """All inputs as one batch in which their images alternate."""
+        for layer in layers:
+            layer.parts = updates
+        try:
+            output = self.network(torch.stack(list(inputs), dim=1).flatten(0, 1))
+            if self.training:
+                update_running_stats(layers)
+        finally:
+            for layer in layers:
+                layer.parts = (True,)
+        return _unfold(output, len(inputs))
+
+
+def _unfold(output: Any, number: int) -> tuple[Any, ...]:
+    """Split the output for inputs whose images alternated."""
+    if output is None:
+        return (None,) * number
+    if isinstance(output, Tensor):
+        return output.reshape(-1, number, *output.shape[1:]).unbind(1)
+    kind = type(output)
+    return tuple(kind(*fields) for fields in zip(*(_unfold(field, number) for field in output), strict=True))
 
 
 def _split(output: Any, number: int) -> tuple[Any, ...]:
