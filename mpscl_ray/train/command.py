@@ -26,6 +26,7 @@ examples:
   python -m mpscl_ray.train                             the phantom hearts, two CPU workers, minutes
   python -m mpscl_ray.train mr2ct/mpscl data.source=data/mr data.target=data/ct run.name=mr2ct
   python -m mpscl_ray.train small/mpscl data.source=data/bssfp data.target=data/lge run.name=lge
+  python -m mpscl_ray.train mr2ct/mpscl data.source=data/mr data.target=data/ct --plan
   python -m mpscl_ray.train mr2ct/mpscl method.margin_source=0.3 optim.lr=1e-4 --print-config
   ray job submit --working-dir . -- python -m mpscl_ray.train mr2ct/mpscl run.storage=/shared/runs
 
@@ -44,6 +45,7 @@ def main(arguments: Sequence[str], fit: Fit | None = None) -> int:
     add = parser.add_argument
     parser.add_settings("PRESET", "preset (default: phantom) and settings", complete_settings(preset_names()))
     add("--print-config", action="store_true", help="print the resolved settings as YAML, which train also reads")
+    add("--plan", action="store_true", help="time a few steps, say what the run will take, train nothing")
     add("--dashboard", action="store_true", help="serve the Ray dashboard of a Ray started here")
     add("--allow-change", action="store_true", help="resume a run although settings that matter differ from its own")
     options = parser.parse_settings(arguments, setting_keys())
@@ -59,6 +61,11 @@ def main(arguments: Sequence[str], fit: Fit | None = None) -> int:
         return 0
     parse_location(config.run.storage)
     require_datasets(config)
+    if options.plan:
+        from mpscl_ray.train.plan import plan
+
+        print(plan(config))
+        return 0
     # Imported here: help and refused arguments need not wait for torch and Ray.
     from mpscl_ray.train.run import train
 
