@@ -1,4 +1,4 @@
-"""``python -m mpscl_ray.check DATA ...``: everything wrong with images or datasets at once; nothing is written."""
+"""``python -m mpscl_ray.check DATA ...``: everything wrong with images or datasets at once."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ examples:
         --image-pattern '{case}_image.nii.gz' --label-pattern '{case}_label.nii.gz'
   prepared datasets, and whether the two can be trained together (source first):
     python -m mpscl_ray.check data/mr data/ct
+  a page of pictures, unusual cases first:
+    python -m mpscl_ray.check data --pictures look.html
 
 With --layout, DATA are folders with images, and each gets the checks that prepare makes. No
 split is drawn: a case whose split the layout does not give is undecided. Without --layout,
@@ -68,7 +70,7 @@ def _parser() -> cli.CommandParser:
     parser = cli.CommandParser(
         prog="python -m mpscl_ray.check",
         description="List everything that is wrong with images, before they are prepared, or with prepared datasets.\n"
-        "Nothing is written.",
+        "Nothing is written but the page of --pictures.",
         epilog=f"{_EXAMPLES}\n{cli.EXIT_CODES}",
     )
     parser.add_argument("data", nargs="+", metavar="DATA", help="folder with images, or a prepared dataset")
