@@ -40,7 +40,7 @@ def test_two_modalities_become_two_datasets(source: Path) -> None:
     assert manifest.size == (12, 12)
     assert [len(manifest.split(split)) for split in ("train", "val", "test")] == [3, 2, 1]
     files = {path.relative_to(folders["ct"]).as_posix() for path in folders["ct"].rglob("*") if path.is_file()}
-    assert files == {"manifest.json", *(case.file for case in manifest.cases)}
+    assert files == {"manifest.json", "pictures.html", *(case.file for case in manifest.cases)}
     for case in manifest.cases:
         arrays = read_case(folders["ct"], case)
         assert arrays["image"].shape == arrays["label"].shape == (case.slices, 12, 12)
@@ -58,7 +58,8 @@ def test_a_dataset_is_synced_before_it_has_its_name(source: Path, monkeypatch: p
     assert not any(path.is_relative_to(folder) for path in synced), "until then nothing is written where readers look"
     written = ["/".join(path.relative_to(out).parts[1:]) for path in synced]
     assert sorted(written[:number]) == sorted(case.file for case in manifest.cases)
-    assert sorted(written[number:-3]) == ["test", "train", "val"]
+    assert sorted(written[number:-5]) == ["test", "train", "val"]
+    assert written[-5:-3] == [f".pictures.html.partial-{os.getpid()}", ""]
     assert written[-3:] == [f".manifest.json.partial-{os.getpid()}", "", ""], "the folder with the manifest in it"
 
 
