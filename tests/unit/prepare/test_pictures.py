@@ -95,9 +95,10 @@ def test_all_orientations_of_an_array_give_the_same_picture(plane: str) -> None:
     letters = set()
     for order, senses in itertools.product(itertools.permutations(range(3)), itertools.product((1, -1), repeat=3)):
         turn = np.array([[axis, sense] for axis, sense in zip(order, senses, strict=True)])
-        turned = [nib.orientations.apply_orientation(array, turn) for array in (image, label)]
-        moved = affine @ nib.orientations.inv_ornt_aff(turn, SHAPE)
-        found = pictured(np.asfortranarray(turned[0]), moved, turned[1], plane)
+        sources = nib.Nifti1Image(image, affine), nib.Nifti1Image(label, affine)
+        turned, turned_label = (source.as_reoriented(turn) for source in sources)
+        voxels = np.asfortranarray(turned.dataobj)
+        found = pictured(voxels, turned.affine, np.asarray(turned_label.dataobj), plane)
         letters.add(found.letters)
         assert found.tiles == expected.tiles, found.letters
         assert (found.extent, found.voxel_mm) == (expected.extent, expected.voxel_mm)
