@@ -1,7 +1,8 @@
-"""``python -m mpscl_ray.check DATA ...``: everything wrong with images or datasets at once; nothing is written."""
+"""``python -m mpscl_ray.check DATA ...``: everything wrong with images or datasets at once."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,6 +20,8 @@ examples:
         --image-pattern '{case}_image.nii.gz' --label-pattern '{case}_label.nii.gz'
   prepared datasets, and whether the two can be trained together (source first):
     python -m mpscl_ray.check data/mr data/ct
+  a page of pictures, unusual cases first:
+    python -m mpscl_ray.check data --pictures look.html
 
 With --layout, DATA are folders with images, and each gets the checks that prepare makes. No
 split is drawn: a case whose split the layout does not give is undecided. Without --layout,
@@ -27,7 +30,7 @@ a problem is what prepare or train would refuse, a note is what they would only 
 0 means that there is no problem, 3 that there are some.
 """
 
-_ALWAYS = ("data", "layout", "json", "workers")
+_ALWAYS = ("data", "layout", "json", "workers", "pictures")
 """Arguments that go with images and with datasets."""
 
 
@@ -40,30 +43,39 @@ def main(arguments: Sequence[str]) -> int:
             raise ConfigError(f"{location} is in a bucket, and check reads from a disk; copy it to a folder")
     folders = [Path(location) for location in dict.fromkeys(values.pop("data"))]
     as_json = values.pop("json")
+    pictures: Path | None = values["pictures"]
     if values["layout"] is None:
         given = [name for name, value in values.items() if name not in _ALWAYS and value != parser.get_default(name)]
         if given:
             flags = ", ".join("--" + name.replace("_", "-") for name in given)
             raise ConfigError(f"{flags}: describes images, and without --layout DATA are prepared datasets")
         # Imported here: help and refused arguments need no scipy and no pyarrow.
-        from mpscl_ray.prepare.check_run import check_datasets, report
+        from mpscl_ray.prepare.check_run import check_datasets, report, write_pictures
 
-        return report(check_datasets(folders, values["workers"]), as_json=as_json)
-    options = [from_values({**values, "input": folder, "out": None}) for folder in folders]
-    from mpscl_ray.prepare.check_run import check_images, report
+        checked = check_datasets(folders, values["workers"], pictures=pictures is not None)
+    else:
+        wanted = {"out": None, "pictures": pictures is not None}
+        options = [from_values({**values, **wanted, "input": folder}) for folder in folders]
+        from mpscl_ray.prepare.check_run import check_images, report, write_pictures
 
-    return report([check_images(one) for one in options], as_json=as_json)
+        checked = [check_images(one) for one in options]
+    code = report(checked, as_json=as_json)
+    if pictures is not None:
+        write_pictures(checked, pictures)
+        print(f"pictures: {pictures}", file=sys.stderr if as_json else sys.stdout)
+    return code
 
 
 def _parser() -> cli.CommandParser:
     parser = cli.CommandParser(
         prog="python -m mpscl_ray.check",
         description="List everything that is wrong with images, before they are prepared, or with prepared datasets.\n"
-        "Nothing is written.",
+        "Nothing is written but the page of --pictures.",
         epilog=f"{_EXAMPLES}\n{cli.EXIT_CODES}",
     )
     parser.add_argument("data", nargs="+", metavar="DATA", help="folder with images, or a prepared dataset")
     parser.add_argument("--layout", choices=LAYOUTS, help="how image files are named; without it: prepared datasets")
+    parser.add_argument("--pictures", type=Path, metavar="FILE", help="also write a page of pictures, e.g. look.html")
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
     parser.add_workers()
     add_input(parser)

@@ -17,7 +17,7 @@ import numpy as np
 
 from mpscl_ray.data import SPLITS
 from mpscl_ray.data.compatibility import pair_notices, pair_problems
-from mpscl_ray.data.dataset import MANIFEST, Case, Manifest, load_manifest
+from mpscl_ray.data.dataset import MANIFEST, Case, Manifest, Scaling, load_manifest
 from mpscl_ray.data.parquet_reader import read_case
 from mpscl_ray.distributed.ray_session import connect
 from mpscl_ray.errors import ConfigError, DataError
@@ -27,14 +27,21 @@ from mpscl_ray.prepare.frames import expand_frames
 from mpscl_ray.prepare.label_table import LabelTable
 from mpscl_ray.prepare.layouts import scan
 from mpscl_ray.prepare.options import PrepareOptions
+from mpscl_ray.prepare.pictures.album import Album, PicturedCase, prepared_case, staged_cases
+from mpscl_ray.prepare.pictures.case import CasePicture, picture_of_prepared
+from mpscl_ray.prepare.pictures.page import page
 from mpscl_ray.prepare.source_cases import SourceCase
 from mpscl_ray.prepare.splits import UNDECIDED, overlaps
 from mpscl_ray.prepare.staged_case import Request, StagedCase
 from mpscl_ray.prepare.staging import stage_case
 from mpscl_ray.prepare.workers import map_cases, worker_count
+from mpscl_ray.runs.atomic_files import write_atomically
 
 _LISTED = 6
 _AGAIN = "prepare the dataset again"
+
+Pictured = tuple[str, tuple[str, ...], list[PicturedCase]]
+"""Modality, classes and cases with pictures."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +65,7 @@ class Checked:
     about: str
     """How many cases of what."""
     findings: list[Finding] = field(default_factory=list)
+    pictured: list[Pictured] = field(default_factory=list)
 
     def add(self, level: Literal["problem", "note"], messages: Sequence[str], modality: str | None = None) -> None:
         """Add findings that are not of one case."""
@@ -77,7 +85,11 @@ def report(checked: Sequence[Checked], *, as_json: bool) -> int:
     """Print all findings; returns the exit code."""
     problems = sum(len(one.messages("problem")) for one in checked)
     if as_json:
-        print(json.dumps({"problems": problems, "data": [asdict(one) for one in checked]}, indent=1))
+        data = [
+            {"folder": one.folder, "about": one.about, "findings": [asdict(found) for found in one.findings]}
+            for one in checked
+        ]
+        print(json.dumps({"problems": problems, "data": data}, indent=1))
         return DataError.exit_code if problems else 0
     for one in checked:
         wrong = one.messages("problem")
@@ -89,6 +101,20 @@ def report(checked: Sequence[Checked], *, as_json: bool) -> int:
     if problems:
         print(f"{_count(problems, 'problem')} to solve; nothing was written")
     return DataError.exit_code if problems else 0
+
+
+def write_pictures(checked: Sequence[Checked], file: Path) -> None:
+    """Write the page of pictures of all cases that were drawn. Raises StorageError."""
+    albums = []
+    for one in checked:
+        found = [(level, sentence) for level in ("problem", "note") for sentence in one.messages(level)]
+        albums += [
+            Album(f"{modality}: {one.folder}", classes, cases, [] if number else found)
+            for number, (modality, classes, cases) in enumerate(one.pictured)
+        ]
+        if found and not one.pictured:
+            albums.append(Album(one.folder, (), [], found))
+    write_atomically(file, page(albums, f"Pictures of {', '.join(one.folder for one in checked)}").encode())
 
 
 def _count(number: int, what: str) -> str:
@@ -140,6 +166,9 @@ def check_images(options: PrepareOptions) -> Checked:
         checked.add("note", notices, modality)
     for modality, notice in shared_images(staged):
         checked.add("note", [notice], modality)
+    if options.pictures:
+        classes = table.classes if table else ()
+        checked.pictured = [(modality, classes, staged_cases(good)) for modality, good in staged.items()]
     return checked
 
 
@@ -192,12 +221,13 @@ def _of_case(level: Literal["problem", "note"], message: str, case: SourceCase) 
 # ----------------------------------------------------------------------------------------------------- datasets
 
 
-def check_datasets(folders: Sequence[Path], workers: int | None) -> list[Checked]:
+def check_datasets(folders: Sequence[Path], workers: int | None, *, pictures: bool = False) -> list[Checked]:
     """Check prepared datasets: manifest, files, voxels, patients; and whether two of them can be trained together.
 
     Args:
         folders: datasets, or folders that hold some.
         workers: files at a time, with Ray; None or 0: in this process.
+        pictures: whether to draw the cases.
 
     Raises:
         ConfigError: a folder has no dataset.
@@ -217,7 +247,7 @@ def check_datasets(folders: Sequence[Path], workers: int | None) -> list[Checked
                 continue
             manifests.append(manifest)
             one.about = f"dataset of {manifest.modality}, {_count(len(manifest.cases), 'case')}"
-            _check_dataset(folder, manifest, workers or 0, one)
+            _check_dataset(folder, manifest, workers or 0, one, pictures)
     if len(found) == len(manifests) == 2:
         if len(folders) == 1:  # No order was given: the source is the labelled one.
             manifests.sort(key=lambda manifest: not any(case.labelled for case in manifest.split("train")))
@@ -240,9 +270,15 @@ def _datasets(folder: Path) -> list[Path]:
     return inside
 
 
-def _check_dataset(folder: Path, manifest: Manifest, workers: int, checked: Checked) -> None:
+def _check_dataset(folder: Path, manifest: Manifest, workers: int, checked: Checked, pictures: bool) -> None:
     results = map_cases(
-        partial(_check_case, folder=folder, size=manifest.size, classes=len(manifest.classes)),
+        partial(
+            _check_case,
+            folder=folder,
+            size=manifest.size,
+            classes=len(manifest.classes),
+            drawn=manifest.scaling if pictures else None,
+        ),
         manifest.cases,
         workers,
         lambda case: case.file,
@@ -250,7 +286,10 @@ def _check_dataset(folder: Path, manifest: Manifest, workers: int, checked: Chec
         here=False,
         progress=True,
     )
-    for case, wrong in zip(manifest.cases, results, strict=True):
+    shown: list[PicturedCase] = []
+    for case, (wrong, picture) in zip(manifest.cases, results, strict=True):
+        if picture is not None:
+            shown.append(prepared_case(case, manifest.size, picture))
         file = str(folder / case.file)
         checked.findings += [Finding("problem", line, manifest.modality, case.id, file) for line in wrong]
     transductive = bool(manifest.splitting.get("transductive"))
@@ -258,19 +297,22 @@ def _check_dataset(folder: Path, manifest: Manifest, workers: int, checked: Chec
     wrong, notices = overlaps(entries, transductive=transductive)
     checked.add("problem", [f"{line}; {_AGAIN}, with other splits" for line in wrong])
     checked.add("note", [*notices, *check_cases(manifest.cases)])
+    checked.pictured.append((manifest.modality, manifest.classes, shown))
     listed = {case.file for case in manifest.cases}
     other = sorted({path.relative_to(folder).as_posix() for path in folder.rglob("*.parquet")} - listed)
     if other:
         checked.add("note", [f"{len(other)} files that the manifest does not list: {', '.join(other[:_LISTED])}"])
 
 
-def _check_case(case: Case, folder: Path, size: tuple[int, int], classes: int) -> list[str]:
-    """What is wrong with the file of a case: checksums, sizes, counts, values."""
+def _check_case(
+    case: Case, folder: Path, size: tuple[int, int], classes: int, drawn: Scaling | None
+) -> tuple[list[str], CasePicture | None]:
+    """What is wrong with the file of a case: checksums, sizes, counts, values; and its picture, where it is wanted."""
     path = folder / case.file
     try:
         arrays = read_case(folder, case)
     except DataError as error:
-        return [str(error)]
+        return [str(error)], None
     image, label = arrays["image"], arrays.get("label")
     wrong = []
     if image.shape[1:] != size:
@@ -284,4 +326,4 @@ def _check_case(case: Case, folder: Path, size: tuple[int, int], classes: int) -
             wrong.append(
                 f"{path}: voxels of each class {counts}, the manifest says {case.class_voxels or 'nothing'}; {_AGAIN}"
             )
-    return wrong
+    return wrong, None if drawn is None or wrong else picture_of_prepared(case, image, label, drawn)

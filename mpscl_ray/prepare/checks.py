@@ -126,6 +126,13 @@ def size_outliers(cases: Iterable[tuple[str, float | None, tuple[float, float, f
     ]
 
 
+def notice_kind(notice: str) -> str:
+    """A warning without its numbers: warnings that differ only in numbers are of one kind."""
+    # Unknown label ids are kinds of their own, numbers of voxels are not.
+    kind = re.sub(r"\(\d+ voxels\)", "", notice)
+    return kind if "label id" in kind else re.sub(r"-?\d[\d.]*(e[+-]?\d+)?", "", kind)
+
+
 def summarise_notices(cases: Iterable[tuple[str, Iterable[str]]]) -> list[str]:
     """Warnings of many cases, each kind once: those that differ only in numbers are of one kind.
 
@@ -135,11 +142,7 @@ def summarise_notices(cases: Iterable[tuple[str, Iterable[str]]]) -> list[str]:
     kinds: dict[str, list[tuple[str, str]]] = {}
     for case, notices in cases:
         for notice in notices:
-            # Unknown label ids are kinds of their own, numbers of voxels are not.
-            kind = re.sub(r"\(\d+ voxels\)", "", notice)
-            if "label id" not in kind:
-                kind = re.sub(r"-?\d[\d.]*(e[+-]?\d+)?", "", kind)
-            kinds.setdefault(kind, []).append((case, notice))
+            kinds.setdefault(notice_kind(notice), []).append((case, notice))
     summary = []
     for same in kinds.values():
         names = list(dict.fromkeys(case for case, _ in same))

@@ -47,11 +47,14 @@ def main(arguments: Sequence[str]) -> int:
     """The command line; returns its exit code."""
     options = parse(arguments)
     # Imported here: help and refused arguments need no scipy and no pyarrow.
+    from mpscl_ray.prepare.pictures.page import PICTURES
     from mpscl_ray.prepare.run import next_command, prepare, summary
 
     with _signals_end():
         folders = prepare(options)
     for folder in folders.values():
         print(summary(folder))
+        if options.pictures:
+            print(f"  pictures: {folder / PICTURES}")
     print(f"next: {next_command(folders)}")
     return 0

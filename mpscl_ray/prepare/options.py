@@ -81,6 +81,7 @@ class PrepareOptions:
     any_modality: bool = False
     allow_missing_classes: bool = False
     overwrite: bool = False
+    pictures: bool = True
     workers: int | None = None
     recipe: Recipe = field(default_factory=Recipe)
 
@@ -142,7 +143,7 @@ class PrepareOptions:
         words = ["python", "-m", "mpscl_ray.prepare", str(self.input.absolute())]
         values = {item.name: getattr(self, item.name) for item in fields(self)}
         defaults = {item.name: item.default for item in fields(self)}
-        for name in ("input", "recipe", "workers", "overwrite"):
+        for name in ("input", "recipe", "workers", "overwrite", "pictures"):
             del values[name]
         values |= self.recipe.to_json()
         values["out"] = self.out.absolute() if isinstance(self.out, Path) else self.out
@@ -207,6 +208,7 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--modality", help="name of the modality (folder, nnunet), or the only one to prepare (others)")
     top.add_argument("--overwrite", action="store_true", help="replace a finished dataset of the same name")
+    top.add_argument("--no-pictures", dest="pictures", action="store_false", help="write no page of pictures")
     top.add_argument(
         "--workers", type=int, metavar="N", help="volumes at a time, with Ray; 0: one by one in this process"
     )

@@ -123,7 +123,14 @@ def _make(here: Path, name: str, cases: Mapping[str, int], workers: int | None, 
         dataset = here / "prepared" / modality
         prepare(
             PrepareOptions(
-                raw, dataset.parent, "mmwhs", modality=modality, split=str(file), recipe=RECIPE, workers=workers
+                raw,
+                dataset.parent,
+                "mmwhs",
+                modality=modality,
+                split=str(file),
+                recipe=RECIPE,
+                workers=workers,
+                pictures=False,
             ),
             progress=progress,
         )

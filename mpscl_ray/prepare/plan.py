@@ -88,6 +88,7 @@ def settings(options: PrepareOptions, table: LabelTable | None) -> Settings:
         nan_policy=options.nan_policy,
         any_modality=options.any_modality,
         flip=options.flip,
+        pictures=options.pictures,
     )
 
 

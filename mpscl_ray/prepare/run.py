@@ -26,12 +26,14 @@ from mpscl_ray.prepare.label_table import LabelTable
 from mpscl_ray.prepare.layouts import Scan, scan
 from mpscl_ray.prepare.options import PrepareOptions
 from mpscl_ray.prepare.output_folder import check_target, publish, temporary_output_dir
+from mpscl_ray.prepare.pictures.album import Album, staged_cases
+from mpscl_ray.prepare.pictures.page import PICTURES, page
 from mpscl_ray.prepare.source_cases import SourceCase
 from mpscl_ray.prepare.splits import Splitting
 from mpscl_ray.prepare.staged_case import Request, Settings, StagedCase
 from mpscl_ray.prepare.staging import finish_case, stage_case
 from mpscl_ray.prepare.workers import map_cases, worker_count
-from mpscl_ray.runs.atomic_files import fsync_directory, storage_errors
+from mpscl_ray.runs.atomic_files import fsync_directory, storage_errors, write_atomically
 from mpscl_ray.runs.storage import S3Path
 from mpscl_ray.runs.structures import display_indices
 
@@ -103,7 +105,10 @@ def prepare(options: PrepareOptions, *, progress: bool = True) -> dict[str, Path
             by_modality[modality].notices.append(notice)
         scalings = [prepare_plan.scaling(options, dataset.modality, dataset.staged) for dataset in datasets]
         for dataset, scaling in zip(datasets, scalings, strict=True):
-            save_manifest(dataset.folder, _finish(dataset, scaling, options, settings, workers, progress))
+            manifest = _finish(dataset, scaling, options, settings, workers, progress)
+            if options.pictures:
+                _write_pictures(dataset, manifest)
+            save_manifest(dataset.folder, manifest)
         return {
             dataset.modality: publish(dataset.folder, out / dataset.modality, options.overwrite) for dataset in datasets
         }
@@ -193,6 +198,13 @@ def _finish(
     return prepare_plan.manifest(
         options, settings, dataset.modality, dataset.splitting, scaling, dataset.staged, cases, notices
     )
+
+
+def _write_pictures(dataset: _Dataset, manifest: Manifest) -> None:
+    found = [("note", notice) for notice in manifest.notices]
+    album = Album(dataset.modality, manifest.classes, staged_cases(dataset.staged), found)
+    text = page([album], f"Pictures of the dataset {dataset.modality}")
+    write_atomically(dataset.folder / PICTURES, text.encode())
 
 
 def _listed(folder: Path, problems: Sequence[str], notices: Sequence[str]) -> str:

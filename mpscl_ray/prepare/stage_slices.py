@@ -13,6 +13,7 @@ from mpscl_ray.data.volumes.preprocess import intensity_range, prepare_volume, u
 from mpscl_ray.data.volumes.recipe import Recipe
 from mpscl_ray.errors import DataError
 from mpscl_ray.prepare.file_listing import printable
+from mpscl_ray.prepare.pictures.case import picture
 from mpscl_ray.prepare.released_slices import ReleasedSlices, read_released
 from mpscl_ray.prepare.source_cases import SourceCase
 from mpscl_ray.prepare.staged_case import (
@@ -64,6 +65,7 @@ def stage_slices(request: Request, settings: Settings) -> StagedCase | list[str]
         sources=_hashes(source, label is not None),
         steps=tuple(steps),
         notices=tuple(notices),
+        picture=picture(image, label, None, None) if settings.pictures else None,
     )
 
 

@@ -20,6 +20,7 @@ from mpscl_ray.errors import DataError
 from mpscl_ray.prepare.copies import sketch
 from mpscl_ray.prepare.file_listing import printable
 from mpscl_ray.prepare.masks import read_masks
+from mpscl_ray.prepare.pictures.case import picture
 from mpscl_ray.prepare.source_cases import SourceCase
 from mpscl_ray.prepare.staged_case import (
     MAX_VOXELS,
@@ -92,6 +93,11 @@ def stage_volume(request: Request, settings: Settings) -> StagedCase | list[str]
         sources=sources,
         steps=(),
         notices=tuple(notices),
+        picture=picture(
+            prepared.image, prepared.label, prepared.geometry, prepared.geometry.spacing_mm, original=image.array
+        )
+        if settings.pictures
+        else None,
     )
 
 

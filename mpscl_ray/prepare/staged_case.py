@@ -16,6 +16,7 @@ from mpscl_ray.data.volumes.recipe import GeometryFrom, NanPolicy, Recipe
 from mpscl_ray.errors import DataError
 from mpscl_ray.prepare.copies import Sketch
 from mpscl_ray.prepare.label_table import LabelTable
+from mpscl_ray.prepare.pictures.case import CasePicture
 from mpscl_ray.prepare.source_cases import Flip, SourceCase
 from mpscl_ray.runs.atomic_files import storage_errors
 
@@ -37,6 +38,8 @@ class Settings:
     any_modality: bool = False
     """Accept images whose intensities look like another modality."""
     flip: Flip = "auto"
+    pictures: bool = False
+    """Draw a picture of each case."""
 
     def recipe_of(self, modality: str) -> Recipe:
         """The recipe of a modality: CT is in Hounsfield units unless any intensities are accepted."""
@@ -96,6 +99,8 @@ class StagedCase:
     sources: dict[str, str]
     steps: tuple[str, ...]
     notices: tuple[str, ...]
+    picture: CasePicture | None
+    """None unless pictures are wanted."""
 
 
 def content_hash(image: NDArray[np.float32]) -> str:

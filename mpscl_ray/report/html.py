@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
 
 from mpscl_ray import __version__
 from mpscl_ray.report.figures.style import Picture
+from mpscl_ray.runs.html import render
 
 
 @dataclass(frozen=True)
@@ -62,10 +61,12 @@ def page(
         structures: name and colour of each structure, in display order.
         settings: name of each run and its settings as YAML.
     """
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, undefined=StrictUndefined
-    )
-    environment.filters["base64"] = lambda data: base64.b64encode(data).decode("ascii")
-    return environment.get_template("page.html").render(
-        title=title, summary=summary, sections=sections, structures=structures, settings=settings, version=__version__
+    return render(
+        Path(__file__).parent / "page.html",
+        title=title,
+        summary=summary,
+        sections=sections,
+        structures=structures,
+        settings=settings,
+        version=__version__,
     )

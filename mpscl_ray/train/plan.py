@@ -163,8 +163,8 @@ def _resources(config: Config, costs: list[PhaseCost], device: torch.device) -> 
     return [
         f"time      {_time(total)} in all if {_TIMED} steps tell; without validation, start and scores at the end",
         f"memory    {_size(peak)} a worker at most; {fits}",
-        f"disk      {_size(disk)} of checkpoints in {config.run.storage}: {config.run.keep_checkpoints} to resume from, "
-        "the end of each phase, the best",
+        f"disk      {_size(disk)} of checkpoints in {config.run.storage}: {config.run.keep_checkpoints} to resume "
+        "from, the end of each phase, the best",
     ]
 
 

@@ -174,7 +174,11 @@ def test_prepare_evaluate_and_predict_by_url(server: Server, undisturbed: RunDir
     assert prepare(options, progress=False) == {"mr": server.folder("made/mr")}
     manifest = load_manifest(server.url("made/mr"))
     assert len(manifest.cases) == 2
-    assert server.folder("made/mr").files() == ["manifest.json", *sorted(case.file for case in manifest.cases)]
+    assert server.folder("made/mr").files() == [
+        "manifest.json",
+        "pictures.html",
+        *sorted(case.file for case in manifest.cases),
+    ]
 
     upload_folder(undisturbed.path, server.folder("runs/copied"))
     place = server.url("runs/copied")

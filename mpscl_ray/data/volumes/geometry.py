@@ -21,6 +21,7 @@ With ``orientation="stored"`` nothing is turned: D is the named array axis, H an
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -108,6 +109,12 @@ class Geometry:
         """Shape (D, H, W) of the prepared volume."""
         depth, height, width = self.axes
         return depth.samples, height.samples, width.samples
+
+    @property
+    def letters(self) -> str:
+        """Direction that each array axis of the original increases to, such as ``"RAS"``; empty if it is not known."""
+        found = re.match("orientation ([LRAPIS]{3}):", self.steps[0] if self.steps else "")
+        return found[1] if found else ""
 
     def to_json(self) -> dict[str, Any]:
         """The same as a dictionary of JSON values."""

@@ -42,7 +42,7 @@ def test_two_modalities_become_two_datasets(source: Path) -> None:
     files = {path.relative_to(folders["ct"]).as_posix() for path in folders["ct"].rglob("*") if path.is_file()}
     maps = {case.label_map.file for case in manifest.cases if case.label_map is not None}
     names = {f"label_maps/{split}/labels.json" for split in ("train", "val", "test")}
-    assert files == {"manifest.json", *(case.file for case in manifest.cases), *maps, *names}
+    assert files == {"manifest.json", "pictures.html", *(case.file for case in manifest.cases), *maps, *names}
     for case in manifest.cases:
         arrays = read_case(folders["ct"], case)
         assert arrays["image"].shape == arrays["label"].shape == (case.slices, 12, 12)
@@ -68,7 +68,8 @@ def test_a_dataset_is_synced_before_it_has_its_name(source: Path, monkeypatch: p
     } == maps
     assert {"label_maps/train", "label_maps/val", "label_maps/test"} <= set(every)
     assert sorted(written[:number]) == sorted(case.file for case in manifest.cases)
-    assert sorted(written[number:-3]) == ["test", "train", "val"]
+    assert sorted(written[number:-5]) == ["test", "train", "val"]
+    assert written[-5:-3] == [f".pictures.html.partial-{os.getpid()}", ""]
     assert written[-3:] == [f".manifest.json.partial-{os.getpid()}", "", ""], "the folder with the manifest in it"
 
 
