@@ -16,7 +16,7 @@ _EXAMPLES = """\
 examples:
   python -m mpscl_ray.predict runs/mpscl patient7.nii.gz --out predictions
   python -m mpscl_ray.predict runs/mpscl SCANS --pattern '*_LGE.nii.gz' --out predictions --preview
-  python -m mpscl_ray.predict runs/mpscl BIDS --pattern 'sub-*/**/*_cine.nii.gz' --out predictions --resume
+  python -m mpscl_ray.predict runs/mpscl BIDS --pattern '**/anat/*.nii.gz' --out maps --resume
   python -m mpscl_ray.predict runs/mpscl mr_1001.nii.gz --modality source --out predictions
   python -m mpscl_ray.predict s3://hearts/runs/mpscl patient7.nii.gz --out s3://hearts/predictions
 

@@ -40,7 +40,7 @@ class Record:
         self._added: dict[str, Any] = {}
 
     def to_do(self, images: Sequence[Path], *, resume: bool) -> list[Path]:
-        """The images to segment; with ``resume`` those that have no complete label map yet.
+        """The images to segment; with ``resume`` those that have no complete label map yet. Their entries are removed.
 
         Raises:
             ConfigError: unless files may be overwritten: files of the images are there (with ``resume``: made from
@@ -59,6 +59,12 @@ class Record:
             raise ConfigError(
                 f"{table} names other labels than this run; give another --out, or --overwrite to replace it"
             )
+        # A label map that is replaced has no entry until it is whole, or a kill would leave it with the old one.
+        replaced = {self._outputs(image)[0] for image in left}
+        kept = {name: entry for name, entry in self._entries.items() if name not in replaced}
+        if len(kept) < len(self._entries):
+            with output_directory(self._job.out) as folder:
+                _write_entries(folder, kept)
         return left
 
     def _not_done(self, images: Sequence[Path]) -> list[Path]:
@@ -104,11 +110,10 @@ class Record:
         }
         # Read again: another command may write to this folder at the same time.
         entries = {**_read_entries(self._job.out / VOLUMES, overwrite=True), **self._added}
-        text = json.dumps({"predictions": entries}, indent=1, ensure_ascii=False, allow_nan=False)
         with output_directory(self._job.out) as folder:
             if len(self._added) == 1:
                 _write_label_tables(folder, self._classes, self._job.raw_ids)
-            write_atomically(folder / VOLUMES, (text + "\n").encode())
+            _write_entries(folder, entries)
 
     def _origin(self) -> dict[str, Any]:
         """Weights and settings as JSON has them: what decides a label map, besides the image."""
@@ -135,7 +140,7 @@ class Record:
         if entry.get("checkpoint", {}).get("sha256") != now["checkpoint"]["sha256"]:
             return "other weights"
         if entry.get("prepared_as") != now["prepared_as"]:
-            return f"--modality {entry.get('prepared_as')}"
+            return "another --modality"
         before = entry.get("settings", {})
         changed = [name for name, value in now["settings"].items() if before.get(name) != value]
         return f"another {', '.join('--' + name.replace('_', '-') for name in changed)}" if changed else ""
@@ -160,6 +165,11 @@ def _read_entries(file: Path | S3Path, overwrite: bool) -> dict[str, Any]:
     if overwrite:
         return {}
     raise ConfigError(f"{file} was not written by predict; move it away, or give --overwrite")
+
+
+def _write_entries(folder: Path, entries: Mapping[str, Any]) -> None:
+    text = json.dumps({"predictions": entries}, indent=1, ensure_ascii=False, allow_nan=False)
+    write_atomically(folder / VOLUMES, (text + "\n").encode())
 
 
 def _sha256(file: Path) -> str | None:

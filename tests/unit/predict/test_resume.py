@@ -84,6 +84,9 @@ def test_a_killed_batch_is_resumed(batch: list[str], tmp_path: Path, capsys: pyt
     again = stamps(out)
     assert main([*batch, "--resume"]) == 0
     assert stamps(out) == again
+    words = ["c", *batch, "--overwrite", "--largest-component"]
+    subprocess.run([sys.executable, "-c", KILLED, *words], capture_output=True, check=False)
+    assert not entries(out).keys() & {f"{name}_prediction.nii.gz" for name in "cd"}, "whose they are is not known"
 
 
 def test_label_maps_of_other_images_weights_or_settings_are_not_kept(batch: list[str], tmp_path: Path) -> None:
@@ -96,7 +99,7 @@ def test_label_maps_of_other_images_weights_or_settings_are_not_kept(batch: list
     for more in (["--largest-component"], ["--largest-component", "--preview"]):
         with pytest.raises(ConfigError, match=r"a_prediction.nii.gz \(another --largest-component"):
             main([*batch, "--resume", *more])
-    with pytest.raises(ConfigError, match=r"a_prediction.nii.gz \(--modality mr\)"):
+    with pytest.raises(ConfigError, match=r"a_prediction.nii.gz \(another --modality\)"):
         main([*batch[:5], "ct", *batch[6:], "--resume"])
     assert stamps(out) == before
     assert main([*batch, "--resume", "--overwrite"]) == 0
