@@ -145,9 +145,8 @@ def prepare_volume(
     prepared = np.zeros([axis.samples for axis in axes], dtype=np.float32)
     prepared[tuple(axis.inside() for axis in axes)] = block
     d_mm, h_mm, w_mm = (voxel_mm[axis.array_axis] * axis.step for axis in axes)
-    x, y, z = image.shape
     geometry = Geometry(
-        shape=(x, y, z),
+        shape=image.shape,
         axes=axes,
         spacing_mm=(d_mm, h_mm, w_mm),
         presentation=presentation,
