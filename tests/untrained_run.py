@@ -1,76 +1,59 @@
-"""The folder of a run whose network was never trained: enough to evaluate and to predict with."""
+"""A run folder whose small network was never trained, to predict with: three classes, slices of 32 x 32."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from mpscl_ray.data.dataset import load_manifest
-from mpscl_ray.networks import DeepLabV2
+from mpscl_ray.data.volumes.recipe import Recipe
+from mpscl_ray.networks import DeepLabV2, initialise
 from mpscl_ray.runs import checkpoint
 from mpscl_ray.runs.run_directory import RunDirectory
 
+CLASSES = ("background", "LV", "RV")
 NETWORK = {"layers": [1, 1, 1, 1], "base_channels": 4, "output_stride": 4, "in_channels": 1}
 
 
-def segmenter(num_classes: int, seed: int) -> DeepLabV2:
-    """A network with large random weights, so that it predicts every class somewhere."""
-    network = DeepLabV2(num_classes=num_classes, **NETWORK)
+def segmenter(seed: int = 0) -> DeepLabV2:
+    network = DeepLabV2(num_classes=len(CLASSES), **NETWORK)
+    initialise(network, seed)
     generator = torch.Generator().manual_seed(seed)
     for layer in network.modules():
-        if isinstance(layer, nn.Conv2d):
+        if isinstance(layer, nn.Conv2d):  # larger than for training, so that the classes differ between pixels
             nn.init.kaiming_normal_(layer.weight, generator=generator)
-    return network
+    return network.eval()
 
 
-def domain_of(dataset: Path) -> dict[str, Any]:
-    """The entry of a dataset in ``model.json``."""
-    manifest = load_manifest(dataset)
+def domain(modality: str, recipe: Recipe, raw: dict[str, str] | None = None) -> dict[str, Any]:
     return {
-        "modality": manifest.modality,
-        "scaling": {"low": manifest.scaling.low, "high": manifest.scaling.high},
-        "recipe": manifest.recipe,
-        "labels": manifest.labels,
-        "dataset": str(dataset),
-        "fingerprint": manifest.fingerprint,
+        "modality": modality,
+        "scaling": {"low": -2.0, "high": 3.0},
+        "recipe": recipe.to_json(),
+        "labels": {"values": raw or {}},
+        "dataset": None,
+        "fingerprint": None,
     }
 
 
-def write_run(path: Path, source: Path, target: Path, checkpoints: Mapping[str, int]) -> RunDirectory:
-    """A run on two datasets.
-
-    Args:
-        path: its folder.
-        source: dataset.
-        target: dataset.
-        checkpoints: path below the folder, such as ``phases/adaptation``, and the seed of the weights.
-    """
+def write_run(path: Path, **changes: Any) -> RunDirectory:
     folder = RunDirectory(path)
     folder.create()
     folder.write_config("method: {name: mpscl}\n")
-    manifest = load_manifest(target)
-    folder.write_model(
-        {
-            "classes": list(manifest.classes),
-            "size": list(manifest.size),
-            "network": NETWORK,
-            "source": domain_of(source),
-            "target": domain_of(target),
-            "phases": ["source_only", "adaptation"],
-        }
-    )
-    for name, seed in checkpoints.items():
-        weights = segmenter(len(manifest.classes), seed).state_dict()
-        state = {
-            "method": {"networks": {"segmenter": weights}},
-            "position": {"step": 20},
-            "classes": list(manifest.classes),
-            "phase": "x",
-            "selected_by": "oracle" if name == "best" else None,
-        }
-        checkpoint.save(folder.path / name, state)
+    model = {
+        "classes": list(CLASSES),
+        "size": [32, 32],
+        "network": {"num_classes": len(CLASSES), **NETWORK},
+        "source": domain("mr", Recipe(crop=(32, 32)), {"0": "background", "200": "LV", "600": "RV"}),
+        "target": domain("ct", Recipe(crop=(32, 32))),
+        "phases": ["source_only", "adaptation"],
+    }
+    folder.write_model({**model, **changes})
     return folder
+
+
+def save(directory: Path, network: DeepLabV2, **entries: Any) -> None:
+    state = {"method": {"networks": {"segmenter": network.state_dict()}}, "position": {"step": 300}, **entries}
+    checkpoint.save(directory, {"classes": list(CLASSES), "phase": "adaptation", "selected_by": None, **state})

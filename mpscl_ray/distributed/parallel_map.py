@@ -22,6 +22,8 @@ def map_volumes(
     name: Callable[[Item], str],
     done: Callable[[int], None],
     here: bool = False,
+    keep: Callable[[Result], None] | None = None,
+    lost: Callable[[Item, str], Result] | None = None,
 ) -> list[Result]:
     """Results of ``function`` for each item, in order.
 
@@ -32,19 +34,23 @@ def map_volumes(
         name: what an item is called in an error.
         done: called with the number of finished items whenever it grows.
         here: whether tasks must stay on this node, because they write to its disk.
+        keep: called in this process with each result as soon as it is there; every item is then a task of its own.
+        lost: makes the result of an item whose worker died twice, from the reason; without it that is an error.
 
     Raises:
         MpsclError: the first that the function raised.
-        ClusterError: a worker died.
+        ClusterError: a worker died, and there is no ``lost``.
         Exception: any other error of the function, with the item's name as a note.
     """
     if workers == 0:
         results = []
         for item in items:
             results.append(_named(function, item, name(item)))
+            if keep is not None:
+                keep(results[-1])
             done(len(results))
         return results
-    return _in_tasks(function, items, workers, name, done, here)
+    return _in_tasks(function, items, workers, name, done, here, keep, lost)
 
 
 def _named(function: Callable[[Item], Result], item: Item, name: str) -> Result:
@@ -70,10 +76,12 @@ def _in_tasks(
     name: Callable[[Item], str],
     done: Callable[[int], None],
     here: bool,
+    keep: Callable[[Result], None] | None,
+    lost: Callable[[Item, str], Result] | None,
 ) -> list[Result]:
     import ray  # only here: work in this process needs no Ray
 
-    size = max(1, len(items) // (workers * _TASKS_PER_WORKER))
+    size = 1 if keep or lost else max(1, len(items) // (workers * _TASKS_PER_WORKER))
     starts = list(range(0, len(items), size))
     task = ray.remote(num_cpus=1, max_retries=1)(_batch)
     if here:
@@ -94,18 +102,21 @@ def _in_tasks(
             (ready,), _ = ray.wait(list(running), num_returns=1)
             start = running.pop(ready)
             names = ", ".join(name(item) for item in items[start : start + size][:3])
+            result: list[Result] | MpsclError
             try:
                 result = ray.get(ready)
             except ray.exceptions.RayTaskError as error:
                 raise RuntimeError(f"a defect while working on {names}: {error}") from error
             except ray.exceptions.RayError as error:
-                raise ClusterError(
-                    f"the worker that had {names} died ({type(error).__name__}), most often for lack of memory; give "
-                    "fewer --workers"
-                ) from error
+                reason = f"died ({type(error).__name__}), most often for lack of memory; give fewer --workers"
+                if lost is None:
+                    raise ClusterError(f"the worker that had {names} {reason}") from error
+                result = [lost(items[start], f"its worker {reason}")]
             if isinstance(result, MpsclError):
                 raise result
             results[start] = result
+            if keep is not None:
+                keep(result[0])
             finished += len(result)
             done(finished)
     finally:

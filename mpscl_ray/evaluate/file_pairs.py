@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mpscl_ray.errors import DataError
-from mpscl_ray.prepare.file_listing import Listing, is_dicom, list_files, stem_before
-from mpscl_ray.prepare.volume_layouts import _pattern as case_pattern
+from mpscl_ray.predict.output_names import is_probability_map
+from mpscl_ray.prepare.file_listing import LABEL_ENDINGS, Listing, is_dicom, list_files, stem_before
+from mpscl_ray.prepare.volume_layouts import case_pattern
 
 _NIFTI = (".nii.gz", ".nii")
-LABEL_ENDINGS = ("_label", "_labels", "_manual", "_seg", "_segmentation", "_mask", "_gt", "_truth", "_groundtruth")
-"""Endings of names of label maps."""
-PREDICTION_ENDINGS = (*LABEL_ENDINGS, "_prediction", "_predicted", "_pred", "_image", "_img", "_0000")
-"""Those of predictions, which may be named after the image."""
+_TRUE_ENDINGS = (*LABEL_ENDINGS, "_truth", "_groundtruth")
+_PREDICTION_ENDINGS = (*_TRUE_ENDINGS, "_prediction", "_predicted", "_pred", "_image", "_img", "_0000")
+"""Predictions may be named after the image."""
 _NAMED = 20
 """Number of files named in an error."""
 
@@ -47,7 +47,8 @@ def find_pairs(
     """Pair the label maps of two folders.
 
     A file belongs to the file of the same name on the other side, without ``.nii`` and ``.nii.gz``; where there is
-    none, known endings are taken off one after the other. With a pattern the name is what ``{case}`` stands for.
+    none, known endings are taken off one after the other. Probability maps of predict are left out. With a pattern the
+    name is what ``{case}`` stands for.
 
     Args:
         predictions: folder, or a file.
@@ -67,12 +68,12 @@ def find_pairs(
     by_label = _files(true, label_pattern, "--label-pattern")
     label_names: dict[str, list[Path]] = {}
     for stem, path in by_label.items():
-        for name in _names(stem, () if label_pattern else LABEL_ENDINGS):
+        for name in _names(stem, () if label_pattern else _TRUE_ENDINGS):
             label_names.setdefault(name, []).append(path)
     pairs: dict[Path, Pair] = {}
     alone: list[Path] = []
     for stem, path in by_prediction.items():
-        endings = () if prediction_pattern else PREDICTION_ENDINGS
+        endings = () if prediction_pattern else _PREDICTION_ENDINGS
         case = next((name for name in _names(stem, endings) if name in label_names), None)
         if case is None:
             alone.append(path)
@@ -115,12 +116,13 @@ def _files(listing: Listing, pattern: str | None, option: str) -> dict[str, Path
         raise DataError("; ".join(listing.problems))
     found: dict[str, Path] = {}
     expression = None if pattern is None else case_pattern(pattern, option)
+    beside = {path.name for path in listing.files if path.parent == listing.root}
     for path in listing.files:
         name = stem_before(path.name, _NIFTI)
         if expression is not None and name is not None:
             match = expression.fullmatch(listing.relative(path))
             name = match["case"] if match else None
-        elif path.parent != listing.root:
+        elif path.parent != listing.root or is_probability_map(path.name, beside):
             name = None
         if name is None:
             continue

@@ -16,12 +16,13 @@ _EXAMPLES = """\
 examples:
   python -m mpscl_ray.predict runs/mpscl patient7.nii.gz --out predictions
   python -m mpscl_ray.predict runs/mpscl SCANS --pattern '*_LGE.nii.gz' --out predictions --preview
+  python -m mpscl_ray.predict runs/mpscl BIDS --pattern '**/anat/*.nii.gz' --out maps --resume
   python -m mpscl_ray.predict runs/mpscl mr_1001.nii.gz --modality source --out predictions
   python -m mpscl_ray.predict s3://hearts/runs/mpscl patient7.nii.gz --out s3://hearts/predictions
 
 For patient7.nii.gz the folder gets patient7_prediction.nii.gz (same grid, affine and orientation),
 volumes.json, itksnap_labels.txt and slicer_labels.ctbl. A file that cannot be read is reported and
-does not stop the others.
+does not stop the others. Add --resume to the same command to go on where it was interrupted.
 """
 
 
@@ -46,7 +47,12 @@ def _parser() -> argparse.ArgumentParser:
     add("run", metavar="RUN", help="folder of the run, or its URL")
     add("inputs", type=Path, nargs="+", metavar="INPUT", help="NIfTI files, or folders of them")
     add("--out", required=True, metavar="DIR", help="folder for the label maps, or its URL")
-    add("--pattern", metavar="GLOB", help="which files of a folder (default: all NIfTI files that are no label maps)")
+    add(
+        "--pattern",
+        metavar="GLOB",
+        help="which files of a folder (default: all NIfTI files in it that are no label maps); '**/' is any folders: "
+        "label maps keep these",
+    )
     add("--modality", default="target", help="target (default), source, or the name of one of the run's modalities")
     add("--checkpoint", default="last", help="last (default), best, a phase, a name in RUN/checkpoints, or a path")
     add(
@@ -68,7 +74,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--any-modality", action="store_true", help="segment images whose intensities do not fit the model as well")
     parser.add_workers()
     add("--device", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
-    add("--overwrite", action="store_true", help="replace files of an earlier prediction")
+    add("--resume", action="store_true", help="keep label maps that an interrupted batch completed; make the others")
+    add(
+        "--overwrite",
+        action="store_true",
+        help="replace files of an earlier prediction; with --resume those of other images or settings",
+    )
     return parser
 
 

@@ -3,39 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from mpscl_ray.data.slice_selection import evenly_spaced, labelled_slices
-from mpscl_ray.data.volumes.geometry import Geometry, restore_labels
-from mpscl_ray.data.volumes.intensities import few_values, kind_of, other_modality, unusual_intensities
-from mpscl_ray.data.volumes.itk_file import ITK_ENDINGS
-from mpscl_ray.data.volumes.label_maps import write_itksnap_labels
-from mpscl_ray.data.volumes.nifti import Volume, read_image
+from mpscl_ray.data.volumes.geometry import restore_labels
+from mpscl_ray.data.volumes.nifti import read_image
 from mpscl_ray.data.volumes.nifti_output import write_label_map, write_values
-from mpscl_ray.data.volumes.preprocess import prepare_volume
 from mpscl_ray.data.volumes.recipe import GeometryFrom, NanPolicy
 from mpscl_ray.errors import ConfigError, DataError
 from mpscl_ray.predict.model import Checkpoint, Domain, Model
+from mpscl_ray.predict.output_names import PREVIEW_SUFFIX, SUFFIX, mirrored_folder, probability_name, stem
 from mpscl_ray.predict.predictor import Predictor, cached_predictor
-from mpscl_ray.predict.segmentation import segment
-from mpscl_ray.runs.atomic_files import write_atomically
-from mpscl_ray.runs.palette import colour
+from mpscl_ray.predict.volume import segment_volume
+from mpscl_ray.runs.atomic_files import storage_errors
 from mpscl_ray.runs.plots import panel, save_png
 from mpscl_ray.runs.storage import S3Path, output_directory
 
-SUFFIX = "_prediction.nii.gz"
-"""A label map's name is the stem of the image's with this suffix."""
-ITKSNAP_LABELS = "itksnap_labels.txt"
-SLICER_LABELS = "slicer_labels.ctbl"
 PROBABILITY_STEPS = 255
 """Probabilities are stored as whole numbers, 0..255, with the slope that maps 255 to 1."""
 _PREVIEW_SLICES = 6
-_NOTABLE_EDGE = 0.005
-"""Part of the labelled voxels at the edge of the crop from which structures may be cut off."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +50,9 @@ class Job:
     geometry: GeometryFrom | None = None
     """Part of a header that is right, if its parts contradict each other."""
     nan_policy: NanPolicy = "error"
+    roots: tuple[Path, ...] = ()
+    """Folders that were given; label maps of images below them keep the folders in between."""
+    weights_sha256: str = ""
     any_modality: bool = False
     """Segment images whose intensities look like another modality."""
 
@@ -72,27 +66,19 @@ class Prediction:
     """Reason why there is no label map."""
     files: tuple[str, ...] = ()
     """Names in the output folder, the label map first."""
+    image_sha256: str = ""
     volumes_ml: Mapping[str, float] | None = None
     notices: tuple[str, ...] = ()
 
 
-def stem(image: Path) -> str:
-    """Name of an image without ``.nii``, ``.nii.gz``, ``.nrrd`` or ``.mha``."""
-    name = image.name
-    for ending in (".nii.gz", ".nii", *ITK_ENDINGS):
-        if name.lower().endswith(ending):
-            return name[: -len(ending)]
-    return name
-
-
 def outputs(image: Path, job: Job, classes: Sequence[str]) -> tuple[str, ...]:
-    """Names of the output files of an image, the label map first."""
-    base = stem(image)
+    """Names of the output files of an image, below the output folder; the label map first."""
+    base = mirrored_folder(image, job.roots) + stem(image)
     names = [base + SUFFIX]
     if job.probabilities:
-        names += [f"{base}_probability_{_plain(structure)}.nii.gz" for structure in classes[1:]]
+        names += [probability_name(base, structure) for structure in classes[1:]]
     if job.preview:
-        names.append(f"{base}_preview.png")
+        names.append(base + PREVIEW_SUFFIX)
     return tuple(names)
 
 
@@ -121,7 +107,9 @@ def predict_image(predictor: Predictor, job: Job, image: Path) -> Prediction:
             return _predict(predictor, predictor.model.domain(job.domain), job, folder, image)
     except DataError as error:
         return Prediction(image, error=str(error))
-    except MemoryError:
+    except (MemoryError, RuntimeError) as error:
+        if not (isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)):
+            raise
         return Prediction(image, error=f"{image} does not fit into memory; give fewer --workers, or crop it")
 
 
@@ -130,25 +118,28 @@ def _predict(predictor: Predictor, domain: Domain, job: Job, folder: Path, image
     volume = read_image(
         image, assume_spacing_mm=job.assume_spacing_mm, geometry=job.geometry, nan_policy=job.nan_policy
     )
-    if not job.any_modality:
-        _refuse_other_modality(volume, domain)
-    # Never by labels: a new image has none.
-    prepared = prepare_volume(
-        volume.array, volume.affine, None, replace(domain.recipe, centre="image"), case=str(image)
+    done = segment_volume(
+        predictor,
+        domain,
+        volume.array,
+        volume.affine,
+        str(image),
+        any_modality=job.any_modality,
+        largest_component=job.largest_component,
+        probabilities=job.probabilities,
     )
-    geometry = prepared.geometry
-    slices = domain.scale(prepared.image)
-    found = segment(
-        predictor, slices, geometry, largest_component=job.largest_component, probabilities=job.probabilities
-    )
+    found = done.found
     names = outputs(image, job, classes)
+    parent = (folder / names[0]).parent
+    with storage_errors(parent):
+        parent.mkdir(parents=True, exist_ok=True)
     if job.probabilities:
         assert found.probabilities is not None
         for name, values in zip(names[1:], found.probabilities[1:], strict=False):
             steps = np.rint(values * PROBABILITY_STEPS).astype(np.uint8)
-            write_values(folder / name, restore_labels(steps, geometry), volume, slope=1.0 / PROBABILITY_STEPS)
+            write_values(folder / name, restore_labels(steps, done.geometry), volume, slope=1.0 / PROBABILITY_STEPS)
     if job.preview:
-        save_png(folder / names[-1], preview(slices, found.slices, classes))
+        save_png(folder / names[-1], preview(done.slices, found.slices, classes))
     if job.raw_ids is None:
         write_label_map(folder / names[0], found.labels, volume, classes)
     else:
@@ -160,46 +151,10 @@ def _predict(predictor: Predictor, domain: Domain, job: Job, folder: Path, image
     return Prediction(
         image,
         files=names,
+        image_sha256=volume.sha256,
         volumes_ml={name: float(count * voxel_ml) for name, count in zip(classes[1:], counts[1:], strict=True)},
-        notices=(
-            *volume.notices,
-            *((f"the image {few}: is it a label map?",) if (few := few_values(volume.array)) else ()),
-            *unusual_intensities(volume.array, domain.modality),
-            *_quality_warnings(found.slices, geometry),
-        ),
+        notices=(*volume.notices, *done.notices),
     )
-
-
-def _refuse_other_modality(volume: Volume, domain: Domain) -> None:
-    """Refuse an image of another modality than the model's."""
-    # A model of CT whose intensities were no Hounsfield units expects none.
-    judged = kind_of(domain.modality) != "ct" or domain.recipe.hounsfield
-    if judged and (wrong := other_modality(volume.array, domain.modality)):
-        raise DataError(
-            f"{volume.path}: {wrong}, but the model expects {domain.modality}; give --modality, or --any-modality to "
-            "segment it all the same"
-        )
-
-
-def _quality_warnings(labels: npt.NDArray[np.uint8], geometry: Geometry) -> list[str]:
-    """Warnings on a segmentation that may be wrong."""
-    warnings = []
-    if not labels.any():
-        warnings.append("no structure was found")
-    rows, columns = geometry.axes[1:]
-    for axis, first, last in (
-        (rows, labels[:, 0], labels[:, -1]),
-        (columns, labels[:, :, 0], labels[:, :, -1]),
-    ):
-        before = axis.start > 0.5
-        after = axis.start + axis.step * (axis.samples - 1) < axis.length - 1.5
-        at_edge = np.count_nonzero(first) * before + np.count_nonzero(last) * after
-        if at_edge > _NOTABLE_EDGE * np.count_nonzero(labels):
-            warnings.append(
-                "a structure reaches the edge of the crop and may be cut off; is the heart near the middle?"
-            )
-            break
-    return warnings
 
 
 def preview(
@@ -232,26 +187,3 @@ def output_ids(model: Model, domain: Domain) -> dict[str, int]:
     raise ConfigError(
         "the run does not know the label ids of the files its data was made from; leave out --label-values raw"
     )
-
-
-def write_label_tables(out: Path | S3Path, classes: Sequence[str], raw_ids: Mapping[str, int] | None) -> None:
-    """Write names and colours for 3D Slicer and, if label maps have class indices, for ITK-SNAP."""
-    with output_directory(out) as folder:
-        if raw_ids is None:
-            write_itksnap_labels(folder / ITKSNAP_LABELS, classes)
-        write_atomically(folder / SLICER_LABELS, slicer_table(classes, raw_ids).encode())
-
-
-def slicer_table(classes: Sequence[str], raw_ids: Mapping[str, int] | None = None) -> str:
-    """Colour table for 3D Slicer: id, name, red, green, blue and opacity on each line."""
-    lines = ["# label names and colours for 3D Slicer"]
-    for index, name in enumerate(classes):
-        value = index if raw_ids is None else raw_ids.get(name, 0)
-        red, green, blue = colour(index)
-        lines.append(f"{value} {_plain(name)} {red} {green} {blue} {255 if index else 0}")
-    return "\n".join(lines) + "\n"
-
-
-def _plain(name: str) -> str:
-    """A name without blanks and path separators."""
-    return "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +11,11 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
+from mpscl_ray.data.training_range import TrainingRange
 from mpscl_ray.data.volumes.preprocess import scale
 from mpscl_ray.data.volumes.recipe import Recipe
 from mpscl_ray.errors import ConfigError, DataError
+from mpscl_ray.runs.checkpoint import SUMS
 from mpscl_ray.runs.run_directory import RunDirectory, open_run
 from mpscl_ray.runs.storage import S3Path, parse_location
 
@@ -33,6 +36,8 @@ class Domain:
     fingerprint: str | None
     raw_ids: Mapping[str, int]
     """Label id of each class in the files that the dataset was made from; empty if unknown."""
+    trained_on: TrainingRange | None = None
+    """What its training volumes were like; None in runs of earlier versions, or if the dataset was made from slices."""
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:
@@ -48,6 +53,7 @@ class Domain:
             dataset=parse_location(values["dataset"]) if values.get("dataset") else None,
             fingerprint=values.get("fingerprint"),
             raw_ids=raw_ids,
+            trained_on=TrainingRange.from_json(values["training_volumes"]) if values.get("training_volumes") else None,
         )
 
     def scale(self, image: Slices) -> Slices:
@@ -103,6 +109,11 @@ class Checkpoint:
     def stamp(self) -> int:
         """A number that changes when other weights are written to the same path."""
         return self.path.stat().st_mtime_ns
+
+    def sha256(self) -> str:
+        """SHA-256 of a file with weights; of a checkpoint that of its ``SHA256SUMS``, which covers its files."""
+        with (self.path / SUMS if self.path.is_dir() else self.path).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_model(run: RunDirectory | Path | str) -> Model:

@@ -4,52 +4,41 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
-import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-from mpscl_ray import __version__
 from mpscl_ray.data.volumes.itk_file import ITK_ENDINGS
 from mpscl_ray.distributed.parallel_map import map_volumes
 from mpscl_ray.distributed.ray_session import connect
 from mpscl_ray.errors import ConfigError, DataError
-from mpscl_ray.predict.image import (
+from mpscl_ray.predict.image import Job, Prediction, output_ids, outputs, predict_image, predict_in_worker
+from mpscl_ray.predict.model import Checkpoint, Model, find_checkpoint, read_model
+from mpscl_ray.predict.output_names import (
     ITKSNAP_LABELS,
+    PREVIEW_SUFFIX,
     SLICER_LABELS,
     SUFFIX,
-    Job,
-    Prediction,
-    output_ids,
-    outputs,
-    predict_image,
-    predict_in_worker,
-    slicer_table,
+    VOLUMES,
+    is_probability_map,
+    mirrored_folder,
     stem,
-    write_label_tables,
 )
-from mpscl_ray.predict.model import find_checkpoint, read_model
 from mpscl_ray.predict.predictor import choose_device, load_weights, num_inference_workers
-from mpscl_ray.prepare.file_listing import is_dicom
-from mpscl_ray.runs.atomic_files import write_atomically
+from mpscl_ray.predict.record import Record
+from mpscl_ray.prepare.file_listing import LABEL_ENDINGS, is_dicom
 from mpscl_ray.runs.progress import ProgressLine
-from mpscl_ray.runs.run_directory import open_run
-from mpscl_ray.runs.storage import S3Path, output_directory
+from mpscl_ray.runs.run_directory import RunDirectory, open_run
+from mpscl_ray.runs.storage import S3Path
 from mpscl_ray.runs.structures import display_order
 
-VOLUMES = "volumes.json"
-"""File in the output folder with the volume of each structure in ml, by label map."""
-
-_NO_IMAGES = ("_label", "_labels", "_manual", "_seg", "_segmentation", "_mask", "_gt", SUFFIX.removesuffix(".nii.gz"))
-"""Suffixes of names that are label maps, not images."""
-_OWN_OUTPUT = "_probability_"
 _LONGEST_NAME = 255
+_ENDINGS = (".nii", ".nii.gz", *ITK_ENDINGS)
 
 
 def predict(options: argparse.Namespace, out: Path | S3Path) -> int:
@@ -62,17 +51,45 @@ def predict(options: argparse.Namespace, out: Path | S3Path) -> int:
     device = choose_device(options.device)
     home = open_run(options.run)
     model = read_model(home)
-    domain = model.domain(options.modality)
+    model.domain(options.modality)  # refused before anything is read
     weights, warnings = find_checkpoint(home, options.checkpoint)
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
-    job = Job(
+    predictor = load_weights(model, weights, options.device)  # also before workers start: errors are reported at once
+    job = _job(options, home, model, weights, out)
+    images, failed = find_images(options.inputs, options.pattern)
+    images = _without_long_names(images, job, model.classes, failed)
+    record = Record(job, model.classes, overwrite=options.overwrite)
+    left = record.to_do(images, resume=options.resume)
+    if len(left) < len(images):
+        print(f"{len(images) - len(left)} of {len(images)} images have their label map already")
+    workers = num_inference_workers(len(left), device) if options.workers is None else options.workers
+    line = ProgressLine(len(left), "segmenting, volume")
+    with line, connect(workers) if workers and left else nullcontext():
+        done = map_volumes(
+            partial(predict_in_worker, job) if workers else partial(predict_image, predictor, job),
+            left,
+            workers=workers,
+            name=str,
+            done=line.update,
+            keep=record.add,
+            lost=_lost,
+        )
+    failed += [prediction for prediction in done if prediction.error]
+    good = [prediction for prediction in done if not prediction.error]
+    print_outcome(good, failed, options.out)
+    return DataError.exit_code if failed else 0
+
+
+def _job(options: argparse.Namespace, home: RunDirectory, model: Model, weights: Checkpoint, out: Path | S3Path) -> Job:
+    raw = options.label_values == "raw"
+    return Job(
         run=home.uri,
         weights=replace(weights, path=home.relative_to_run(weights.path)),
         stamp=weights.stamp(),
         domain=options.modality,
         out=out,
-        raw_ids=output_ids(model, domain) if options.label_values == "raw" else None,
+        raw_ids=output_ids(model, model.domain(options.modality)) if raw else None,
         device=options.device,
         largest_component=options.largest_component,
         probabilities=options.probabilities,
@@ -81,28 +98,14 @@ def predict(options: argparse.Namespace, out: Path | S3Path) -> int:
         geometry=options.geometry,
         nan_policy=options.nan_policy,
         any_modality=options.any_modality,
+        roots=tuple(given for given in options.inputs if given.is_dir()),
+        weights_sha256=weights.sha256(),
     )
-    images, failed = find_images(options.inputs, options.pattern)
-    images = _without_long_names(images, job, model.classes, failed)
-    previous = _check_outputs(images, job, model.classes, options.overwrite)
-    workers = num_inference_workers(len(images), device) if options.workers is None else options.workers
-    predictor = load_weights(model, weights, options.device)  # also before workers start: errors are reported at once
-    if images:
-        write_label_tables(job.out, model.classes, job.raw_ids)
-    line = ProgressLine(len(images), "segmenting, volume")
-    with line, connect(workers) if workers else nullcontext():
-        done = map_volumes(
-            partial(predict_in_worker, job) if workers else partial(predict_image, predictor, job),
-            images,
-            workers=workers,
-            name=str,
-            done=line.update,
-        )
-    failed += [prediction for prediction in done if prediction.error]
-    good = [prediction for prediction in done if not prediction.error]
-    _write_volumes(job, previous, good)
-    print_outcome(good, failed, options.out)
-    return DataError.exit_code if failed else 0
+
+
+def _lost(image: Path, reason: str) -> Prediction:
+    """The failure of an image whose worker died."""
+    return Prediction(image, error=f"{image}: {reason}")
 
 
 def find_images(inputs: Sequence[Path], pattern: str | None) -> tuple[list[Path], list[Prediction]]:
@@ -110,52 +113,81 @@ def find_images(inputs: Sequence[Path], pattern: str | None) -> tuple[list[Path]
 
     Args:
         inputs: files of any name, and folders.
-        pattern: which files of a folder; None for NIfTI files that are not named like label maps.
+        pattern: which files of a folder, or below it if the pattern has a slash; None for NIfTI files in the folder
+            that are not named like label maps.
 
     Raises:
         ConfigError: two files would give label maps of the same name.
     """
     images: list[Path] = []
     failed: list[Prediction] = []
+    tree = pattern is not None and "/" in pattern
     for given in inputs:
         if not given.is_dir():
             images.append(given)
             continue
         try:
-            files = sorted(path for path in given.iterdir() if path.is_file() and not path.name.startswith("."))
+            files = _files(given, tree)
         except OSError as refusal:
             failed.append(
                 Prediction(given, error=f"{given} cannot be read ({refusal.strerror}); check its permissions")
             )
             continue
-        siblings = {path.name for path in files}
-        found = [path for path in files if _is_image(path.name, pattern, siblings)]
+        found = _images_among(files, given, pattern)
         images += found
         if found:
-            _say_skipped(given, found)
-        if not found and any(is_dicom(path) for path in files):
-            error = f"{given} holds DICOM files, expected NIfTI; convert them with: dcm2niix -z y -ba y {given}"
-            failed.append(Prediction(given, error=error))
-        elif not found:
-            wanted = (
-                f"that matches {pattern}" if pattern else "ending in .nii, .nii.gz, .nrrd or .mha that is no label map"
-            )
-            failed.append(Prediction(given, error=f"{given} holds no file {wanted} ({len(files)} files); give images"))
+            _say_skipped(given, [*files, *([] if tree else _folders(given))], found)
+        else:
+            failed.append(Prediction(given, error=_no_image(given, pattern, files)))
     images = list({path.absolute(): path for path in images}.values())
-    counts = Counter(stem(path) for path in images)
-    double = [str(path) for path in images if counts[stem(path)] > 1]
+    roots = [given for given in inputs if given.is_dir()]
+    bases = {path: mirrored_folder(path, roots) + stem(path) for path in images}
+    counts = Counter(bases.values())
+    double = [str(path) for path, base in bases.items() if counts[base] > 1]
     if double:
         raise ConfigError(f"{', '.join(double[:6])} would give label maps of the same name; segment them separately")
     return images, failed
 
 
-def _say_skipped(folder: Path, found: Sequence[Path]) -> None:
+def _files(folder: Path, tree: bool) -> list[Path]:
+    """Files in a folder or, of a tree, in those below it as well; hidden ones are left out.
+
+    Raises:
+        OSError: the folder cannot be read.
+    """
+    inside = list(folder.iterdir())
+    return sorted(
+        path for path in (folder.rglob("*") if tree else inside) if path.is_file() and not _hidden(path, folder)
+    )
+
+
+def _folders(folder: Path) -> list[Path]:
+    return [path for path in folder.iterdir() if path.is_dir() and not _hidden(path, folder)]
+
+
+def _hidden(path: Path, folder: Path) -> bool:
+    return any(part.startswith(".") for part in path.relative_to(folder).parts)
+
+
+def _no_image(folder: Path, pattern: str | None, files: Sequence[Path]) -> str:
+    """What is wrong with a folder without an image."""
+    if any(is_dicom(path) for path in files):
+        return f"{folder} holds DICOM files, expected NIfTI; convert them with: dcm2niix -z y -ba y {folder}"
+    wanted = f"that matches {pattern}" if pattern else "ending in .nii, .nii.gz, .nrrd or .mha that is no label map"
+    advice = "give images"
+    if pattern is None and any(path.name.endswith(_ENDINGS) for path in folder.rglob("*")):
+        advice = "for those in its folders give --pattern '**/*.nii.gz', or a narrower one"
+    return f"{folder} holds no file {wanted} ({len(files)} files); {advice}"
+
+
+def _say_skipped(folder: Path, there: Sequence[Path], found: Sequence[Path]) -> None:
     """Warn of what a folder holds besides its images: label maps by their names, other formats, folders."""
-    ours = (SUFFIX, ITKSNAP_LABELS, SLICER_LABELS, VOLUMES, "_preview.png")
+    ours = (SUFFIX, ITKSNAP_LABELS, SLICER_LABELS, VOLUMES, PREVIEW_SUFFIX)
+    taken = set(found)
     skipped = sorted(
-        path.name + ("/" if path.is_dir() else "")
-        for path in folder.iterdir()
-        if path not in set(found) and not path.name.startswith(".") and not path.name.endswith(ours)
+        path.relative_to(folder).as_posix() + "/" * path.is_dir()
+        for path in there
+        if path not in taken and not path.name.endswith(ours)
     )
     if skipped:
         more = f" and {len(skipped) - 6} more" if len(skipped) > 6 else ""
@@ -165,13 +197,30 @@ def _say_skipped(folder: Path, found: Sequence[Path]) -> None:
         )
 
 
-def _is_image(name: str, pattern: str | None, siblings: Collection[str]) -> bool:
-    if pattern is not None:
-        return fnmatch.fnmatch(name, pattern)
-    lower = name.lower()
-    base = stem(Path(lower))
-    own = base.rpartition(_OWN_OUTPUT)[1] and SLICER_LABELS in siblings
-    return lower.endswith((".nii", ".nii.gz", *ITK_ENDINGS)) and not base.endswith(_NO_IMAGES) and not own
+def _images_among(files: Sequence[Path], folder: Path, pattern: str | None) -> list[Path]:
+    """Those of the files in or below a folder that are to be segmented; never what predict wrote itself."""
+    names = {path.relative_to(folder).as_posix() for path in files}
+    inputs = [
+        path
+        for path in files
+        if not path.name.endswith(SUFFIX) and not is_probability_map(path.relative_to(folder).as_posix(), names)
+    ]
+    if pattern is None:
+        lower = {path: path.name.lower() for path in inputs}
+        return [path for path in inputs if lower[path].endswith(_ENDINGS) and not _is_label(lower[path])]
+    if "/" not in pattern:
+        return [path for path in inputs if fnmatch.fnmatch(path.name, pattern)]
+    try:
+        chosen = set(folder.glob(pattern))
+    except (ValueError, NotImplementedError) as error:
+        raise ConfigError(
+            f"--pattern {pattern!r}: {error}; expected a path below the folder, such as '**/anat/*.nii.gz'"
+        ) from error
+    return [path for path in inputs if path in chosen]
+
+
+def _is_label(name: str) -> bool:
+    return stem(Path(name)).endswith(LABEL_ENDINGS)
 
 
 def _without_long_names(
@@ -187,62 +236,6 @@ def _without_long_names(
             error = f"{image} has too long a name: that of a file made from it would have {longest} bytes; rename it"
             failed.append(Prediction(image, error=error))
     return good
-
-
-def _check_outputs(images: Sequence[Path], job: Job, classes: Sequence[str], overwrite: bool) -> dict[str, Any]:
-    """Existing entries of volumes.json.
-
-    Raises:
-        ConfigError: files of an earlier prediction exist, or the folder has label maps with other labels.
-    """
-    names = [name for image in images for name in outputs(image, job, classes)]
-    there = [name for name in names if (job.out / name).exists()]
-    if there and not overwrite:
-        more = f" and {len(there) - 3} more" if len(there) > 3 else ""
-        raise ConfigError(
-            f"{job.out} has {', '.join(there[:3])}{more} already; give another --out, or --overwrite to replace them"
-        )
-    table = job.out / SLICER_LABELS
-    if (
-        table.exists()
-        and not overwrite
-        and table.read_bytes().decode(errors="replace") != slicer_table(classes, job.raw_ids)
-    ):
-        raise ConfigError(f"{table} names other labels than this run; give another --out, or --overwrite to replace it")
-    try:
-        previous = json.loads((job.out / VOLUMES).read_bytes())["predictions"]
-    except (FileNotFoundError, NotADirectoryError):
-        return {}
-    except (OSError, ValueError, KeyError, TypeError):
-        previous = None
-    if isinstance(previous, dict):
-        return previous
-    if overwrite:
-        return {}
-    raise ConfigError(f"{job.out / VOLUMES} was not written by predict; move it away, or give --overwrite")
-
-
-def _write_volumes(job: Job, previous: dict[str, Any], good: Sequence[Prediction]) -> None:
-    """Add the new predictions to volumes.json."""
-    if not good:
-        return
-    weights = job.weights
-    entries = {
-        prediction.files[0]: {
-            "image": prediction.image.name,
-            "files": list(prediction.files),
-            "volumes_ml": dict(prediction.volumes_ml or {}),
-            "run": job.run,
-            "checkpoint": {"name": weights.name, "path": str(weights.path)},
-            "prepared_as": job.domain,
-            "notices": list(prediction.notices),
-            "product_version": __version__,
-        }
-        for prediction in good
-    }
-    text = json.dumps({"predictions": {**previous, **entries}}, indent=1, ensure_ascii=False, allow_nan=False)
-    with output_directory(job.out) as folder:
-        write_atomically(folder / VOLUMES, (text + "\n").encode())
 
 
 def print_outcome(good: Sequence[Prediction], failed: Sequence[Prediction], out: str) -> None:

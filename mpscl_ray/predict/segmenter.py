@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,13 +13,13 @@ import torch
 
 from mpscl_ray.data.volumes.nifti import read_image
 from mpscl_ray.data.volumes.nifti_output import write_label_map, write_values
-from mpscl_ray.data.volumes.preprocess import prepare_volume
+from mpscl_ray.data.volumes.recipe import GEOMETRIES, NAN_POLICIES, GeometryFrom, NanPolicy
 from mpscl_ray.errors import ConfigError, DataError
 from mpscl_ray.predict import predictor as predictors
 from mpscl_ray.predict.image import output_ids
 from mpscl_ray.predict.model import Checkpoint, Model
 from mpscl_ray.predict.predictor import Predictor
-from mpscl_ray.predict.segmentation import segment
+from mpscl_ray.predict.volume import segment_volume
 from mpscl_ray.runs.atomic_files import storage_errors
 
 LabelValues = Literal["index", "raw"]
@@ -71,6 +72,7 @@ class TrainedSegmenter:
         modality: str = "target",
         largest_component: bool = False,
         label_values: LabelValues = "index",
+        any_modality: bool = False,
     ) -> npt.NDArray[np.integer[Any]]:
         """Segment a volume.
 
@@ -82,16 +84,24 @@ class TrainedSegmenter:
             largest_component: whether only the largest connected part of each structure is kept.
             label_values: ``index``: indices into :attr:`class_names`, uint8. ``raw``: those of :attr:`label_values`,
                 int32.
+            any_modality: whether a volume whose intensities look like another modality is segmented as well.
 
         Returns:
             (X, Y, Z) label map on the grid of the volume, what the command predict writes.
 
         Raises:
             ConfigError: the run does not know the modality.
-            DataError: shape, affine or intensities cannot be used, or the weights give values that are not finite.
+            DataError: shape, affine or intensities cannot be used, the volume looks like another modality, or the
+                weights give values that are not finite.
+
+        Warns:
+            UserWarning: each warning that the command predict writes into volumes.json, such as a voxel size that no
+                training volume had, or a structure at the edge of the crop.
         """
         table = self._table(label_values)
-        labels = self._predict(_volume(volume), _affine(affine), modality, largest_component, "the volume")
+        labels = self._predict(
+            _volume(volume), _affine(affine), modality, largest_component, any_modality, "the volume"
+        )
         return labels if table is None else table[labels]
 
     def predict_file(
@@ -102,18 +112,30 @@ class TrainedSegmenter:
         modality: str = "target",
         largest_component: bool = False,
         label_values: LabelValues = "index",
+        any_modality: bool = False,
+        assume_spacing: tuple[float, float, float] | None = None,
+        geometry: GeometryFrom | None = None,
+        nan_policy: NanPolicy = "error",
     ) -> Path:
         """Segment a NIfTI file and write the label map in its geometry.
 
         Args:
             path: image, ``.nii`` or ``.nii.gz``.
             out: label map, ``.nii`` or ``.nii.gz``; its folder is made, and a file of that name replaced. Returned.
-            modality, largest_component, label_values: see :meth:`predict`.
+            modality, largest_component, label_values, any_modality: see :meth:`predict`.
+            assume_spacing: voxel size in mm, for a file without a usable geometry.
+            geometry: ``sform``, ``qform`` or ``pixdim``: which part of a header is right, if its parts contradict each
+                other.
+            nan_policy: what becomes of voxels that are NaN or infinite: ``error``, ``lowest`` or ``zero``.
 
         Raises:
-            ConfigError: the run does not know the modality, or ``out`` is the image or not the name of a NIfTI file.
-            DataError: the image is damaged or cannot be used.
+            ConfigError: the run does not know the modality, an option has another value, or ``out`` is the image or
+                not the name of a NIfTI file.
+            DataError: the image is damaged or cannot be used, or looks like another modality.
             StorageError: ``out`` cannot be written.
+
+        Warns:
+            UserWarning: as :meth:`predict`, and what is unusual in the file.
         """
         path, out = Path(path), Path(out)
         if not out.name.lower().endswith((".nii", ".nii.gz")):
@@ -121,10 +143,20 @@ class TrainedSegmenter:
         if out.resolve() == path.resolve():
             raise ConfigError(f"out is the image {path} itself; give the label map another name")
         table = self._table(label_values)
-        image = read_image(path)
+        _check_choice("geometry", geometry, (None, *GEOMETRIES))
+        if assume_spacing is not None and not (
+            len(assume_spacing) == 3 and all(0 < mm < np.inf for mm in assume_spacing)
+        ):
+            raise ConfigError(
+                f"assume_spacing is {assume_spacing!r}; expected three sizes in mm above 0, such as (1, 1, 5)"
+            )
+        _check_choice("nan_policy", nan_policy, NAN_POLICIES)
+        image = read_image(path, assume_spacing_mm=assume_spacing, geometry=geometry, nan_policy=nan_policy)
         with storage_errors(out.parent):
             out.parent.mkdir(parents=True, exist_ok=True)
-        labels = self._predict(image.array, image.affine, modality, largest_component, str(path))
+        labels = self._predict(
+            image.array, image.affine, modality, largest_component, any_modality, str(path), image.notices
+        )
         if table is None:
             write_label_map(out, labels, image, self.class_names)
         else:
@@ -133,8 +165,7 @@ class TrainedSegmenter:
 
     def _table(self, label_values: str) -> npt.NDArray[np.int32] | None:
         """Value of each class index; None where they are the same."""
-        if label_values not in ("index", "raw"):
-            raise ConfigError(f"label_values is {label_values!r}; expected 'index' or 'raw'")
+        _check_choice("label_values", label_values, ("index", "raw"))
         if label_values == "index":
             return None
         known = self.label_values
@@ -146,12 +177,22 @@ class TrainedSegmenter:
         affine: npt.NDArray[np.float64],
         modality: str,
         largest_component: bool,
+        any_modality: bool,
         name: str,
+        notices: tuple[str, ...] = (),
     ) -> npt.NDArray[np.uint8]:
-        domain = self._model.domain(modality)
-        prepared = prepare_volume(volume, affine, None, replace(domain.recipe, centre="image"), case=name)
-        slices = domain.scale(prepared.image)
-        return segment(self._predictor, slices, prepared.geometry, largest_component=largest_component).labels
+        done = segment_volume(
+            self._predictor,
+            self._model.domain(modality),
+            volume,
+            affine,
+            name,
+            any_modality=any_modality,
+            largest_component=largest_component,
+        )
+        for notice in (*notices, *done.notices):
+            warnings.warn(f"{name}: {notice}", stacklevel=3)  # the line that called predict or predict_file
+        return done.found.labels
 
 
 def load_segmenter(
@@ -173,6 +214,11 @@ def load_segmenter(
         predictor = predictors.load_segmenter(run, checkpoint, device)
     assert predictor.model is not None
     return TrainedSegmenter(predictor, predictor.model)
+
+
+def _check_choice(name: str, value: object, choices: Sequence[object]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{name} is {value!r}; expected {', '.join(map(repr, choices[:-1]))} or {choices[-1]!r}")
 
 
 def _volume(volume: npt.ArrayLike) -> npt.NDArray[np.float32]:

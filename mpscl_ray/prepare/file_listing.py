@@ -9,6 +9,9 @@ from pathlib import Path
 
 from mpscl_ray.errors import DataError
 
+LABEL_ENDINGS = ("_label", "_labels", "_manual", "_seg", "_segmentation", "_mask", "_gt")
+"""Endings of names, before ``.nii``, that make a file a label map and no image."""
+
 
 @dataclass
 class Listing:

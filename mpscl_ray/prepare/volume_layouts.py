@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from mpscl_ray.errors import ConfigError, DataError
-from mpscl_ray.prepare.file_listing import Listing, pair_by_name, stem_before
+from mpscl_ray.prepare.file_listing import LABEL_ENDINGS, Listing, pair_by_name, stem_before
 from mpscl_ray.prepare.label_table import BACKGROUND, MMWHS, LabelTable, is_not_annotated
 from mpscl_ray.prepare.source_cases import Found, LayoutOptions, SourceCase, collect
 
 _NIFTI = (".nii.gz", ".nii")
-_LABEL_WORDS = ("_label", "_labels", "_manual", "_seg", "_segmentation", "_mask", "_gt")
 
 
 def mmwhs_cases(listing: Listing, options: LayoutOptions) -> Found:
@@ -159,13 +158,13 @@ def folder_cases(listing: Listing, options: LayoutOptions) -> Found:
             "--layout folder needs --modality and --image-pattern, e.g. --modality mr --image-pattern "
             "'{case}_C0.nii.gz' --label-pattern '{case}_C0_manual.nii.gz'"
         )
-    image_pattern = _pattern(options.image_pattern, "--image-pattern")
+    image_pattern = case_pattern(options.image_pattern, "--image-pattern")
     if options.masks and "*" not in (options.label_pattern or ""):
         raise ConfigError(
             f"--labels names mask files ({', '.join(options.masks[:3])}), so --label-pattern needs a * for their "
             "names, e.g. '{case}/segmentations/*.nii.gz'"
         )
-    label_pattern = None if options.label_pattern is None else _pattern(options.label_pattern, "--label-pattern")
+    label_pattern = None if options.label_pattern is None else case_pattern(options.label_pattern, "--label-pattern")
     images: dict[str, list[Path]] = {}
     labels: dict[str, list[Path]] = {}
     masks: dict[str, dict[str, Path]] = {}
@@ -187,7 +186,7 @@ def folder_cases(listing: Listing, options: LayoutOptions) -> Found:
         else:
             continue
         used.add(path)
-    maps = [case for case in images if case.lower().endswith(_LABEL_WORDS)]
+    maps = [case for case in images if case.lower().endswith(LABEL_ENDINGS)]
     if 0 < len(maps) < len(images):
         listing.problems.append(
             f"images by --image-pattern that are named like label maps, {len(maps)}: "
@@ -221,7 +220,16 @@ def _masks_of(listing: Listing, case: str, found: Mapping[str, Path], wanted: Se
     return tuple(found[name] for name in wanted if name in found)
 
 
-def _pattern(text: str, option: str) -> re.Pattern[str]:
+def case_pattern(text: str, option: str) -> re.Pattern[str]:
+    """The expression that a path below a folder matches in full, with a group for ``{case}`` and one for ``{patient}``.
+
+    Args:
+        text: path with ``{case}``, ``{patient}``, ``*``, which stays in a folder, and ``**/`` for any folders.
+        option: name of the option that gave it, for messages.
+
+    Raises:
+        ConfigError: no ``{case}``, or another word in braces.
+    """
     if "{case}" not in text:
         raise ConfigError(f"{option} {text!r}: must contain {{case}}, e.g. '{{case}}_image.nii.gz'")
     if unknown := re.search(r"\{(?!case\}|patient\})[^}]*\}", text):

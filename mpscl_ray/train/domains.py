@@ -14,6 +14,7 @@ from mpscl_ray.data.compatibility import check_pair
 from mpscl_ray.data.dataset import Manifest, load_manifest
 from mpscl_ray.data.loader import Slices
 from mpscl_ray.data.ray_source import open_slices
+from mpscl_ray.data.training_range import TrainingRange
 from mpscl_ray.errors import ConfigError
 from mpscl_ray.methods.adversarial import DISCRIMINATORS
 from mpscl_ray.runs.storage import S3Path, parse_location
@@ -94,6 +95,7 @@ def model_description(config: Config, domains: Domains) -> dict[str, Any]:
     """Content of model.json: what evaluation and prediction need beside the weights."""
 
     def domain(manifest: Manifest, folder: Path | S3Path) -> dict[str, Any]:
+        trained_on = TrainingRange.of(manifest)
         return {
             "modality": manifest.modality,
             "scaling": {"low": manifest.scaling.low, "high": manifest.scaling.high},
@@ -101,6 +103,7 @@ def model_description(config: Config, domains: Domains) -> dict[str, Any]:
             "labels": manifest.labels,
             "dataset": str(folder),
             "fingerprint": manifest.fingerprint,
+            "training_volumes": None if trained_on is None else trained_on.to_json(),
         }
 
     return {

@@ -30,8 +30,8 @@ from mpscl_ray.predict import command as predict
 from mpscl_ray.predict.predictor import load_segmenter
 from mpscl_ray.runs.run_directory import RunDirectory
 from mpscl_ray.train.phase_images import draw_phases
+from tests.dataset_run import write_run
 from tests.s3 import serve
-from tests.untrained_run import write_run
 
 CLASSES = ("background", "MYO", "LAC", "LVC", "AA")
 RECIPE = Recipe(crop=(32, 32))
@@ -339,8 +339,13 @@ def test_predictions_and_tables_in_a_bucket_are_those_on_a_disk(
         here = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
         assert {name: (there / name).read_bytes() for name in there.files()} == here
         assert f"are in {place}" in capsys.readouterr().out
-        with pytest.raises(ConfigError, match=r"out.* has a_prediction.nii.gz.* already; give another --out"):
+        with pytest.raises(ConfigError, match=r"out.* has a_prediction.nii.gz.* already; give --resume"):
             predict.main([str(run), images[0], "--out", place])
+        (there / "b_preview.png").delete()
+        capsys.readouterr()
+        assert predict.main([str(run), *images, "--out", place, *more, "--resume"]) == 0
+        assert "1 of 2 images have their label map already" in capsys.readouterr().out
+        assert {name: (there / name).read_bytes() for name in there.files()} == here
         assert predict.main([str(run), images[0], "--out", place, "--workers", "0", "--overwrite"]) == 0
 
         assert evaluate.main([str(run), "--out", server.url("tables"), "--workers", "0"]) == 0

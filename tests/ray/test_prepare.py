@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,27 @@ def test_errors_of_workers_arrive_with_the_name_of_the_volume(cluster: None) -> 
         map_volumes(_fail_on_three, [1, 30], **arguments)
     with pytest.raises(ClusterError, match="the worker that had volume 300 died"):
         map_volumes(_fail_on_three, [300], **arguments)
+
+
+def _killed_on_three(item: int) -> int:
+    if item == 3:
+        os.kill(os.getpid(), signal.SIGKILL)  # as the kernel does where memory is short
+    return item * item
+
+
+def test_a_worker_that_is_killed_costs_its_own_volume_alone(cluster: None) -> None:
+    kept: list[int] = []
+    found = map_volumes(
+        _killed_on_three,
+        [1, 2, 3, 4, 5, 6],
+        workers=2,
+        name=lambda item: f"volume {item}",
+        done=lambda count: None,
+        keep=kept.append,
+        lost=lambda item, reason: -item if "its worker died" in reason else 0,
+    )
+    assert found == [1, 4, -3, 16, 25, 36]
+    assert sorted(kept) == sorted(found)
 
 
 def test_errors_in_this_process_carry_the_name_too() -> None:

@@ -14,7 +14,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +184,7 @@ def test_signatures_in_the_document_are_those_of_the_functions(name: str) -> Non
     assert written == actual or (", ..., " in found[1] and set(written) <= set(actual))
 
 
+@pytest.mark.filterwarnings("ignore:.*no structure was found")  # after a few steps of training
 def test_the_document_runs(hearts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Block after block in an empty folder. The preset phantom is replaced by a tiny one on tiny volumes, which lie
     where a run leaves the phantom hearts."""
@@ -433,8 +435,58 @@ def test_a_volume_that_is_turned_has_its_label_map_turned(speckled: TrainedSegme
 def test_a_volume_is_prepared_as_its_modality(speckled: TrainedSegmenter) -> None:
     array, _ = volume(5)
     target = speckled.predict(array, AFFINE)
-    assert (target != speckled.predict(array, AFFINE, modality="ct")).any()
+    with pytest.raises(DataError, match=r"no Hounsfield units.*but the model expects ct.*any_modality"):
+        speckled.predict(array, AFFINE, modality="ct")
+    with warnings.catch_warnings(record=True, action="always") as caught:
+        other = speckled.predict(array, AFFINE, modality="ct", any_modality=True)
+    assert any(re.search("the crop has the mean .* HU; training volumes had", said) for said in messages(caught))
+    assert (target != other).any()
     np.testing.assert_array_equal(target, speckled.predict(array, AFFINE, modality="mr"))
+
+
+def messages(caught: Sequence[warnings.WarningMessage]) -> list[str]:
+    return [str(warning.message) for warning in caught]
+
+
+def test_what_is_unusual_is_a_python_warning(
+    speckled: TrainedSegmenter, result: TrainingResult, hearts: Path, tmp_path: Path
+) -> None:
+    array, _ = volume(5)
+    large = AFFINE @ np.diag([10, 10, 10, 1])
+    with warnings.catch_warnings(record=True, action="always") as caught:
+        speckled.predict(array, large)
+    assert any(re.match("the volume: voxels are .* mm .*; training volumes had", said) for said in messages(caught))
+    assert {warning.filename for warning in caught} == {__file__}
+    scan = nib.load(hearts / "scans" / "mr_train_1001_image.nii.gz")
+    voxels = scan.get_fdata()
+    voxels[0, 0, 0] = np.nan
+    image = tmp_path / "nan.nii.gz"
+    nib.save(nib.Nifti1Image(voxels.astype(np.float32), scan.affine), image)
+    with pytest.raises(DataError, match="NaN"):
+        speckled.predict_file(image, tmp_path / "out.nii.gz")
+    with warnings.catch_warnings(record=True, action="always") as caught:
+        speckled.predict_file(image, tmp_path / "out.nii.gz", nan_policy="zero")
+    assert any("nan.nii.gz: 1 voxels that are NaN or infinite were set to 0" in said for said in messages(caught))
+    model = json.loads((result.run / "model.json").read_text(encoding="utf-8"))
+    train = [case.id for case in load_manifest(hearts / "data" / "mr").split("train")]
+    assert model["target"]["training_volumes"]["cases"] == len(train)
+    assert not any(name in json.dumps(model) for name in train), "nothing names a case"
+
+
+def test_a_file_without_a_geometry_gets_the_one_that_is_given(speckled: TrainedSegmenter, tmp_path: Path) -> None:
+    array, _ = volume(5)
+    image, out = tmp_path / "bare.nii", tmp_path / "out.nii"
+    bare = nib.Nifti1Image(array, None)
+    bare.header["pixdim"][1:4] = 0
+    image.write_bytes(bare.header.binaryblock + bytes(4) + array.astype(bare.header.get_data_dtype()).tobytes("F"))
+    with pytest.raises(DataError, match="--assume-spacing"):
+        speckled.predict_file(image, out)
+    sizes = tuple(float(size) for size in nib.affines.voxel_sizes(AFFINE))
+    with warnings.catch_warnings(record=True, action="always") as caught:
+        speckled.predict_file(image, out, assume_spacing=sizes)
+    assert any("voxel sizes 0, 0, 0 mm" in said for said in messages(caught))
+    expected = speckled.predict(array, np.diag([*sizes, 1]))
+    np.testing.assert_array_equal(np.asarray(nib.load(out).dataobj), expected)
 
 
 def spoilt(**changes: float) -> np.ndarray[Any, Any]:
@@ -471,10 +523,13 @@ def test_arrays_that_cannot_be_used_are_refused(
 def test_wrong_arguments_of_prediction_are_refused(
     segmenter: TrainedSegmenter, result: TrainingResult, hearts: Path, tmp_path: Path
 ) -> None:
-    image = hearts / "scans" / "mr_train_1001_image.nii.gz"
+    image, out = hearts / "scans" / "mr_train_1001_image.nii.gz", tmp_path / "out.nii"
     calls: list[tuple[Callable[[], object], type[MpsclError], str]] = [
         (lambda: segmenter.predict(GOOD, AFFINE, modality="pet"), ConfigError, "the run knows no modality 'pet'"),
         (lambda: segmenter.predict(GOOD, AFFINE, label_values="ids"), ConfigError, "label_values is 'ids'"),  # type: ignore[arg-type]
+        (lambda: segmenter.predict_file(image, out, geometry="affine"), ConfigError, "expected None, 'sform'"),  # type: ignore[arg-type]
+        (lambda: segmenter.predict_file(image, out, nan_policy=0), ConfigError, "nan_policy is 0"),  # type: ignore[arg-type]
+        (lambda: segmenter.predict_file(image, out, assume_spacing=(1, 0, 1)), ConfigError, "three sizes in mm"),
         (lambda: segmenter.predict_file(image, tmp_path), ConfigError, "expected the name of a file that ends in .nii"),
         (lambda: segmenter.predict_file(image, image), ConfigError, "out is the image"),
         (lambda: segmenter.predict_file(tmp_path / "no.nii", tmp_path / "out.nii"), DataError, "no.nii"),

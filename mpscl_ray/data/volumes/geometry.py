@@ -36,6 +36,8 @@ from mpscl_ray.errors import DataError
 FloatArray = npt.NDArray[np.floating[Any]]
 LabelArray = npt.NDArray[np.integer[Any]]
 
+PERCENTILES = (5, 25, 50, 75, 95)
+"""Percentiles that describe the distribution of intensities of a crop."""
 _LETTERS = (("L", "R"), ("P", "A"), ("I", "S"))
 
 
@@ -97,6 +99,8 @@ class Geometry:
     """Prepared value of samples outside the original volume."""
     steps: tuple[str, ...]
     """What was done, in order, in words."""
+    percentiles: tuple[float, ...] = ()
+    """:data:`PERCENTILES` of the normalised crop; empty in datasets of earlier versions."""
 
     @property
     def voxel_mm(self) -> tuple[float, float, float]:

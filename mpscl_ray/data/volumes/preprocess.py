@@ -9,6 +9,7 @@ import numpy.typing as npt
 import scipy.ndimage
 
 from mpscl_ray.data.volumes.geometry import (
+    PERCENTILES,
     Axis,
     FloatArray,
     Geometry,
@@ -144,9 +145,8 @@ def prepare_volume(
     prepared = np.zeros([axis.samples for axis in axes], dtype=np.float32)
     prepared[tuple(axis.inside() for axis in axes)] = block
     d_mm, h_mm, w_mm = (voxel_mm[axis.array_axis] * axis.step for axis in axes)
-    x, y, z = image.shape
     geometry = Geometry(
-        shape=(x, y, z),
+        shape=image.shape,
         axes=axes,
         spacing_mm=(d_mm, h_mm, w_mm),
         presentation=presentation,
@@ -157,6 +157,7 @@ def prepare_volume(
         standard_deviation=deviation,
         pad_value=0.0,
         steps=_steps(recipe, affine, presentation, axes, bool(from_labels), clip_value, mean, deviation),
+        percentiles=tuple(np.percentile(_sample(block), PERCENTILES).tolist()),
     )
     return PreparedVolume(prepared, None if label is None else sample_labels(label, axes), geometry)
 
@@ -259,15 +260,16 @@ def _normalise(block: npt.NDArray[np.float32], clip_percentile: float, case: str
     block -= np.float32(mean)
     block /= np.float32(deviation)
     # A sample first: sorting all voxels is only worth it for a crop whose sample has no contrast.
-    if (
-        _contrast(block.reshape(-1)[:: block.size // 100_000 + 1]) < _LEAST_CONTRAST
-        and _contrast(block) < _LEAST_CONTRAST
-    ):
+    if _contrast(_sample(block)) < _LEAST_CONTRAST and _contrast(block) < _LEAST_CONTRAST:
         raise DataError(
             f"nearly all of the crop of {case} lies within {_LEAST_CONTRAST} standard deviations because of a few "
             f"voxels down to {float(block.min()) * deviation + mean:g}; set these to the intensity of the background"
         )
     return clip_value, mean, deviation
+
+
+def _sample(block: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    return block.reshape(-1)[:: block.size // 100_000 + 1]
 
 
 def _contrast(image: npt.NDArray[np.float32]) -> float:

@@ -260,6 +260,13 @@ def test_pairs_by_name(predictions: str, labels: str, expected: dict[str, tuple[
     assert len(found) == sum("nii" in name for name in predictions.split())
 
 
+def test_probability_maps_and_pictures_of_predict_are_no_predictions(tmp_path: Path) -> None:
+    written = "a_prediction.nii.gz a_probability_LV.nii.gz a_preview.png volumes.json slicer_labels.ctbl"
+    assert pairs(tmp_path / "1", written, "a.nii.gz") == {"a": ("a_prediction.nii.gz", "a.nii.gz")}
+    with pytest.raises(DataError, match=r"predictions without a label, 1: b_probability_LV.nii.gz"):
+        pairs(tmp_path / "2", "a_prediction.nii.gz b_probability_LV.nii.gz", "a.nii.gz")
+
+
 def test_pairs_by_pattern(tmp_path: Path) -> None:
     files = "x/seg.nii.gz x/seg.png y/seg.nii.gz", "truth-x.nii.gz truth-y.nii.gz image-x.nii.gz"
     patterns = {"prediction_pattern": "{case}/s*", "label_pattern": "truth-{case}.nii.gz"}

@@ -21,8 +21,8 @@ from mpscl_ray.evaluate import score_command as score
 from mpscl_ray.evaluate.run import evaluate_phases
 from mpscl_ray.evaluate.scoring import evaluate_checkpoint
 from mpscl_ray.predict import command as predict
+from tests.dataset_run import write_run
 from tests.raw_volumes import RAW_IDS, made, volume, write
-from tests.untrained_run import write_run
 
 IDS = dict(zip(("MYO", "LAC", "LVC", "AA"), RAW_IDS, strict=True))
 

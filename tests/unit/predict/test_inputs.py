@@ -9,12 +9,14 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from mpscl_ray.data.volumes.nifti import read_image
+from mpscl_ray.data.volumes.nifti import Volume, read_image
 from mpscl_ray.data.volumes.recipe import Recipe
-from mpscl_ray.errors import DataError
-from mpscl_ray.predict.image import SLICER_LABELS, Job, _refuse_other_modality
+from mpscl_ray.errors import ConfigError, DataError
+from mpscl_ray.predict.image import Job, outputs
 from mpscl_ray.predict.model import Checkpoint, Domain
+from mpscl_ray.predict.output_names import SLICER_LABELS
 from mpscl_ray.predict.run import _without_long_names, find_images
+from mpscl_ray.predict.volume import refuse_other_modality
 
 JOB = Job("run", Checkpoint("last", Path("weights")), 0, "target", Path("out"), probabilities=True)
 
@@ -23,12 +25,15 @@ def names(paths: list[Path]) -> list[str]:
     return [path.name for path in paths]
 
 
-def test_own_outputs_are_no_images_and_the_rest_is_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for name in ("a.nii.gz", "b.mha", "a_seg.nii.gz", "note.txt", "a_prediction.nii.gz", "a_probability_LV.nii.gz"):
+@pytest.mark.parametrize("own", [SLICER_LABELS, "a_prediction.nii.gz"])
+def test_own_outputs_are_no_images_and_the_rest_is_listed(
+    own: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("a.nii.gz", "b.mha", "a_seg.nii.gz", "note.txt", "a_probability_LV.nii.gz"):
         (tmp_path / name).touch()
     (tmp_path / "more").mkdir()
-    assert "a_probability_LV.nii.gz" in names(find_images([tmp_path], None)[0])  # not ours without the label table
-    (tmp_path / SLICER_LABELS).touch()
+    assert "a_probability_LV.nii.gz" in names(find_images([tmp_path], None)[0])  # nothing says that it is ours
+    (tmp_path / own).touch()
     capsys.readouterr()
     images, failed = find_images([tmp_path], None)
     assert names(images) == ["a.nii.gz", "b.mha"]
@@ -37,6 +42,46 @@ def test_own_outputs_are_no_images_and_the_rest_is_listed(tmp_path: Path, capsys
     for part in ("a_seg.nii.gz", "note.txt", "more/", "a_probability_LV.nii.gz"):
         assert part in said
     assert "a_prediction" not in said
+
+
+def test_a_pattern_with_folders_finds_images_below_and_label_maps_keep_the_folders(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wanted = ["sub-01/anat/sub-01_cine.nii.gz", "sub-02/ses-1/anat/sub-02_cine.nii.gz"]
+    others = ["top.nii.gz", "sub-01/anat/sub-01_T1w.nii.gz", ".git/anat/x_cine.nii.gz"]
+    written = ["maps/sub-01/anat/sub-01_cine_prediction.nii.gz", "maps/sub-01/anat/sub-01_cine_probability_LV.nii.gz"]
+    for name in (*wanted, *others, *written, "maps/anat/alone.nii.gz"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    images, failed = find_images([tmp_path], "sub-*/**/*_cine.nii.gz")
+    assert [path.relative_to(tmp_path).as_posix() for path in images] == wanted
+    assert not failed
+    said = capsys.readouterr().err
+    assert "4: maps/anat/alone.nii.gz" in said
+    assert "top.nii.gz" in said
+    everything = {path.relative_to(tmp_path).as_posix() for path in find_images([tmp_path], "**/*.nii.gz")[0]}
+    assert everything == {*wanted, *others[:2], "maps/anat/alone.nii.gz"}
+    job = replace(JOB, roots=(tmp_path,))
+    assert outputs(images[1], job, ("background", "LV")) == (
+        "sub-02/ses-1/anat/sub-02_cine_prediction.nii.gz",
+        "sub-02/ses-1/anat/sub-02_cine_probability_LV.nii.gz",
+    )
+    for pattern in ("/abs/*.nii.gz", "a**/*.nii.gz"):
+        with pytest.raises(ConfigError, match=r"expected a path below the folder, such as '\*\*/anat/\*.nii.gz'"):
+            find_images([tmp_path], pattern)
+
+
+def test_images_of_one_name_in_different_folders_of_a_tree_do_not_clash(tmp_path: Path) -> None:
+    for folder in ("a/p1", "a/p2", "b/p1"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "cine.nii.gz").touch()
+    images, _ = find_images([tmp_path / "a"], "**/cine.nii.gz")
+    assert len(images) == 2
+    with pytest.raises(ConfigError, match=r"a/p1/cine.nii.gz.*b/p1/cine.nii.gz would give label maps of the same name"):
+        find_images([tmp_path / "a", tmp_path / "b"], "**/cine.nii.gz")
+    assert len(find_images([tmp_path], "**/cine.nii.gz")[0]) == 3
+    (nothing,) = find_images([tmp_path / "a"], None)[1]
+    assert "'**/*.nii.gz'" in (nothing.error or "")
 
 
 def test_a_name_that_is_too_long_does_not_stop_the_batch() -> None:
@@ -53,10 +98,14 @@ def test_an_image_of_another_modality_is_refused(tmp_path: Path) -> None:
         image = np.abs(random.normal(200, 100, (12, 12, 8))) + low
         nib.save(nib.Nifti1Image(image.astype(np.int16), np.eye(4)), tmp_path / f"{name}.nii.gz")
     mr, ct = (read_image(tmp_path / f"{name}.nii.gz") for name in ("mr", "ct"))
-    _refuse_other_modality(ct, domain)
+
+    def check(volume: Volume, domain: Domain) -> None:
+        refuse_other_modality(volume.array, domain, volume.path.name)
+
+    check(ct, domain)
     with pytest.raises(DataError, match=r"mr\.nii\.gz: .* no Hounsfield units.*--any-modality"):
-        _refuse_other_modality(mr, domain)
-    _refuse_other_modality(mr, replace(domain, recipe=Recipe()))  # trained on CT of any intensities
-    _refuse_other_modality(mr, replace(domain, modality="mr"))
+        check(mr, domain)
+    check(mr, replace(domain, recipe=Recipe()))  # trained on CT of any intensities
+    check(mr, replace(domain, modality="mr"))
     with pytest.raises(DataError, match="are Hounsfield units"):
-        _refuse_other_modality(ct, replace(domain, modality="mr"))
+        check(ct, replace(domain, modality="mr"))

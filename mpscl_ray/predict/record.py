@@ -1,0 +1,201 @@
+"""What an output folder of predict says of its label maps: volumes.json and label tables. It makes a batch resumable.
+
+An image is entered when its files are complete, so a killed batch lacks no more than what it worked on.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mpscl_ray import __version__
+from mpscl_ray.data.volumes.label_maps import write_itksnap_labels
+from mpscl_ray.errors import ConfigError
+from mpscl_ray.predict.image import Job, Prediction, outputs
+from mpscl_ray.predict.output_names import ITKSNAP_LABELS, SLICER_LABELS, VOLUMES, plain
+from mpscl_ray.runs.atomic_files import write_atomically
+from mpscl_ray.runs.palette import colour
+from mpscl_ray.runs.storage import S3Path, output_directory
+
+
+class Record:
+    """The entries of an output folder, read when a command starts and written after each image.
+
+    Args:
+        job: settings of every image.
+        classes: names, background first.
+        overwrite: whether what is there may be replaced.
+
+    Raises:
+        ConfigError: the folder has a volumes.json that predict did not write.
+    """
+
+    def __init__(self, job: Job, classes: Sequence[str], *, overwrite: bool) -> None:
+        self._job, self._classes, self._overwrite = job, classes, overwrite
+        self._entries = _read_entries(job.out / VOLUMES, overwrite)
+        self._added: dict[str, Any] = {}
+
+    def to_do(self, images: Sequence[Path], *, resume: bool) -> list[Path]:
+        """The images to segment; with ``resume`` those that have no complete label map yet. Their entries are removed.
+
+        Raises:
+            ConfigError: unless files may be overwritten: files of the images are there (with ``resume``: made from
+                another image, or by other weights or settings), or the label tables name other labels.
+        """
+        left = self._not_done(images) if resume else list(images)
+        there = [] if resume else [name for image in images for name in self._outputs(image) if self._exists(name)]
+        if there and not self._overwrite:
+            raise ConfigError(
+                f"{self._job.out} has {_some(there)} already; give --resume to keep them and go on with the other "
+                "images, --overwrite to replace them, or another --out"
+            )
+        table = self._job.out / SLICER_LABELS
+        wanted = slicer_table(self._classes, self._job.raw_ids).encode()
+        if not self._overwrite and table.exists() and table.read_bytes() != wanted:
+            raise ConfigError(
+                f"{table} names other labels than this run; give another --out, or --overwrite to replace it"
+            )
+        # A label map that is replaced has no entry until it is whole, or a kill would leave it with the old one.
+        replaced = {self._outputs(image)[0] for image in left}
+        kept = {name: entry for name, entry in self._entries.items() if name not in replaced}
+        if len(kept) < len(self._entries):
+            with output_directory(self._job.out) as folder:
+                _write_entries(folder, kept)
+        return left
+
+    def _not_done(self, images: Sequence[Path]) -> list[Path]:
+        """The images without a complete label map; half-written files of them are removed."""
+        left, others = [], []
+        for image in images:
+            label_map, *more = self._outputs(image)
+            # A label map without an entry was written by a command that was killed before it could enter it.
+            if label_map in self._entries and self._exists(label_map) and image.is_file():
+                if difference := self._difference(image, self._entries[label_map]):
+                    others.append(f"{label_map} ({difference})")
+                elif all(map(self._exists, more)):
+                    continue
+            left.append(image)
+        if others and not self._overwrite:
+            raise ConfigError(
+                f"{self._job.out} has label maps that this command would not make: {_some(others)}; give --overwrite "
+                "as well to make them again, or another --out"
+            )
+        for name in (name for image in left for name in self._outputs(image)):
+            _remove_unfinished(self._job.out / name)
+        return left
+
+    def _outputs(self, image: Path) -> tuple[str, ...]:
+        return outputs(image, self._job, self._classes)
+
+    def _exists(self, name: str) -> bool:
+        return (self._job.out / name).exists()
+
+    def add(self, prediction: Prediction) -> None:
+        """Enter an image whose files are written; the first one brings the label tables with it."""
+        if prediction.error:
+            return
+        self._added[prediction.files[0]] = {
+            "image": prediction.image.name,
+            "image_sha256": prediction.image_sha256,
+            "files": list(prediction.files),
+            "volumes_ml": dict(prediction.volumes_ml or {}),
+            "notices": list(prediction.notices),
+            "run": self._job.run,
+            **self._origin(),
+            "product_version": __version__,
+        }
+        # Read again: another command may write to this folder at the same time.
+        entries = {**_read_entries(self._job.out / VOLUMES, overwrite=True), **self._added}
+        with output_directory(self._job.out) as folder:
+            if len(self._added) == 1:
+                _write_label_tables(folder, self._classes, self._job.raw_ids)
+            _write_entries(folder, entries)
+
+    def _origin(self) -> dict[str, Any]:
+        """Weights and settings as JSON has them: what decides a label map, besides the image."""
+        job, weights = self._job, self._job.weights
+        return {
+            "checkpoint": {"name": weights.name, "path": str(weights.path), "sha256": job.weights_sha256},
+            "prepared_as": job.domain,
+            "settings": {
+                "label_values": None if job.raw_ids is None else dict(job.raw_ids),
+                "largest_component": job.largest_component,
+                "probabilities": job.probabilities,
+                "preview": job.preview,
+                "assume_spacing": None if job.assume_spacing_mm is None else list(job.assume_spacing_mm),
+                "geometry": job.geometry,
+                "nan_policy": job.nan_policy,
+            },
+        }
+
+    def _difference(self, image: Path, entry: Mapping[str, Any]) -> str:
+        """What an entry was made from that this command does not have; empty if it is all the same."""
+        now = self._origin()
+        if entry.get("image_sha256") != _sha256(image):
+            return "another image"
+        if entry.get("checkpoint", {}).get("sha256") != now["checkpoint"]["sha256"]:
+            return "other weights"
+        if entry.get("prepared_as") != now["prepared_as"]:
+            return "another --modality"
+        before = entry.get("settings", {})
+        changed = [name for name, value in now["settings"].items() if before.get(name) != value]
+        return f"another {', '.join('--' + name.replace('_', '-') for name in changed)}" if changed else ""
+
+
+def _remove_unfinished(path: Path | S3Path) -> None:
+    """Remove what a killed command left of a file that it was writing; a bucket has whole files only."""
+    if isinstance(path, Path):
+        for partial in path.parent.glob(f".{glob.escape(path.name)}.partial-*"):
+            partial.unlink(missing_ok=True)
+
+
+def _read_entries(file: Path | S3Path, overwrite: bool) -> dict[str, Any]:
+    try:
+        entries = json.loads(file.read_bytes())["predictions"]
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except (OSError, ValueError, KeyError, TypeError):
+        entries = None
+    if isinstance(entries, dict) and all(isinstance(entry, dict) for entry in entries.values()):
+        return entries
+    if overwrite:
+        return {}
+    raise ConfigError(f"{file} was not written by predict; move it away, or give --overwrite")
+
+
+def _write_entries(folder: Path, entries: Mapping[str, Any]) -> None:
+    text = json.dumps({"predictions": entries}, indent=1, ensure_ascii=False, allow_nan=False)
+    write_atomically(folder / VOLUMES, (text + "\n").encode())
+
+
+def _sha256(file: Path) -> str | None:
+    try:
+        with file.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError:
+        return None
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _write_label_tables(folder: Path, classes: Sequence[str], raw_ids: Mapping[str, int] | None) -> None:
+    """Write names and colours for 3D Slicer and, if label maps have class indices, for ITK-SNAP."""
+    if raw_ids is None:
+        write_itksnap_labels(folder / ITKSNAP_LABELS, classes)
+    write_atomically(folder / SLICER_LABELS, slicer_table(classes, raw_ids).encode())
+
+
+def slicer_table(classes: Sequence[str], raw_ids: Mapping[str, int] | None = None) -> str:
+    """Colour table for 3D Slicer: id, name, red, green, blue and opacity on each line."""
+    lines = ["# label names and colours for 3D Slicer"]
+    for index, name in enumerate(classes):
+        value = index if raw_ids is None else raw_ids.get(name, 0)
+        red, green, blue = colour(index)
+        lines.append(f"{value} {plain(name)} {red} {green} {blue} {255 if index else 0}")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,108 @@
+"""One volume in memory: does it fit the model, its label map, and what to beware of. For files and arrays alike."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from mpscl_ray.data.volumes.geometry import Geometry
+from mpscl_ray.data.volumes.intensities import few_values, kind_of, other_modality, unusual_intensities
+from mpscl_ray.data.volumes.preprocess import prepare_volume
+from mpscl_ray.errors import DataError
+from mpscl_ray.predict.model import Domain, Slices
+from mpscl_ray.predict.predictor import Predictor
+from mpscl_ray.predict.segmentation import Segmentation, segment
+
+_NOTABLE_EDGE = 0.005
+"""Part of the labelled voxels at the edge of the crop from which structures may be cut off."""
+
+
+@dataclass(frozen=True)
+class SegmentedVolume:
+    """A volume with its label map."""
+
+    found: Segmentation
+    slices: Slices
+    """(D, H, W), what the network saw."""
+    geometry: Geometry
+    notices: tuple[str, ...]
+    """Warnings, each a sentence without the name of the volume."""
+
+
+def segment_volume(
+    predictor: Predictor,
+    domain: Domain,
+    array: npt.NDArray[np.float32],
+    affine: npt.NDArray[np.float64],
+    name: str,
+    *,
+    any_modality: bool = False,
+    largest_component: bool = False,
+    probabilities: bool = False,
+) -> SegmentedVolume:
+    """Prepare a volume as those of training, segment it, and compare it with what the model was trained on.
+
+    Args:
+        predictor: segmenter of the run.
+        domain: of the run, whose preparation is repeated.
+        array: (X, Y, Z) intensities in the order of the file.
+        affine: (4, 4), voxel index to RAS+ millimetres.
+        name: of the volume, for messages.
+        any_modality: whether a volume whose intensities look like another modality is segmented as well.
+        largest_component, probabilities: see :func:`mpscl_ray.predict.segmentation.segment`.
+
+    Raises:
+        DataError: another modality, a crop without contrast, or weights that give values that are not finite.
+    """
+    if not any_modality:
+        refuse_other_modality(array, domain, name)
+    # Never by labels: a new image has none.
+    prepared = prepare_volume(array, affine, None, replace(domain.recipe, centre="image"), case=name)
+    geometry, slices = prepared.geometry, domain.scale(prepared.image)
+    found = segment(predictor, slices, geometry, largest_component=largest_component, probabilities=probabilities)
+    few = few_values(array)
+    notices = (
+        *((f"the image {few}: is it a label map?",) if few else ()),
+        *unusual_intensities(array, domain.modality),
+        *(domain.trained_on.unusual(geometry, hounsfield=domain.recipe.hounsfield) if domain.trained_on else ()),
+        *_quality_warnings(found.slices, geometry),
+    )
+    return SegmentedVolume(found, slices, geometry, notices)
+
+
+def refuse_other_modality(array: npt.NDArray[np.float32], domain: Domain, name: str) -> None:
+    """Refuse an image of another modality than the model's.
+
+    Raises:
+        DataError: says what its intensities are.
+    """
+    # A model of CT whose intensities were no Hounsfield units expects none.
+    judged = kind_of(domain.modality) != "ct" or domain.recipe.hounsfield
+    if judged and (wrong := other_modality(array, domain.modality)):
+        raise DataError(
+            f"{name}: {wrong}, but the model expects {domain.modality}; give another modality, or --any-modality "
+            "(any_modality) to segment it all the same"
+        )
+
+
+def _quality_warnings(labels: npt.NDArray[np.uint8], geometry: Geometry) -> list[str]:
+    """Warnings on a segmentation that may be wrong."""
+    warnings = []
+    if not labels.any():
+        warnings.append("no structure was found")
+    rows, columns = geometry.axes[1:]
+    for axis, first, last in (
+        (rows, labels[:, 0], labels[:, -1]),
+        (columns, labels[:, :, 0], labels[:, :, -1]),
+    ):
+        before = axis.start > 0.5
+        after = axis.start + axis.step * (axis.samples - 1) < axis.length - 1.5
+        at_edge = np.count_nonzero(first) * before + np.count_nonzero(last) * after
+        if at_edge > _NOTABLE_EDGE * np.count_nonzero(labels):
+            warnings.append(
+                "a structure reaches the edge of the crop and may be cut off; is the heart near the middle?"
+            )
+            break
+    return warnings
