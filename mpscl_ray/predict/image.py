@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mpscl_ray.data.slice_selection import evenly_spaced, labelled_slices
+from mpscl_ray.data.volumes.dicom_files import is_series
 from mpscl_ray.data.volumes.geometry import Geometry, restore_labels, restore_most_probable
 from mpscl_ray.data.volumes.intensities import few_values, kind_of, other_modality, unusual_intensities
 from mpscl_ray.data.volumes.itk_file import ITK_ENDINGS
@@ -76,8 +77,10 @@ class Prediction:
 
 
 def stem(image: Path) -> str:
-    """Name of an image without ``.nii``, ``.nii.gz``, ``.nrrd`` or ``.mha``."""
-    name = image.name
+    """Name of an image without ``.nii``, ``.nii.gz``, ``.nrrd`` or ``.mha``; of a DICOM series that of its folder."""
+    if image.is_dir():
+        return image.absolute().name
+    name = f"{image.absolute().parent.name}_{image.name}" if is_series(image) else image.name
     for ending in (".nii.gz", ".nii", *ITK_ENDINGS):
         if name.lower().endswith(ending):
             return name[: -len(ending)]
@@ -185,7 +188,7 @@ def _refuse_other_modality(volume: Volume, domain: Domain) -> None:
     """Refuse an image of another modality than the model's."""
     # A model of CT whose intensities were no Hounsfield units expects none.
     judged = kind_of(domain.modality) != "ct" or domain.recipe.hounsfield
-    if judged and (wrong := other_modality(volume.array, domain.modality)):
+    if judged and (wrong := other_modality(volume.array, domain.modality, volume.scanner)):
         raise DataError(
             f"{volume.path}: {wrong}, but the model expects {domain.modality}; give --modality, or --any-modality to "
             "segment it all the same"

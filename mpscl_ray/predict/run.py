@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from mpscl_ray import __version__
+from mpscl_ray.data.volumes.dicom_files import is_dicom
 from mpscl_ray.data.volumes.itk_file import ITK_ENDINGS
 from mpscl_ray.distributed.parallel_map import map_volumes
 from mpscl_ray.distributed.ray_session import connect
 from mpscl_ray.errors import ConfigError, DataError
+from mpscl_ray.predict.dicom_inputs import both_kinds, series_below, single_slices
 from mpscl_ray.predict.image import (
     ITKSNAP_LABELS,
     SLICER_LABELS,
@@ -36,7 +38,6 @@ from mpscl_ray.predict.image import (
 )
 from mpscl_ray.predict.model import find_checkpoint, read_model
 from mpscl_ray.predict.predictor import choose_device, load_weights, num_inference_workers
-from mpscl_ray.prepare.file_listing import is_dicom
 from mpscl_ray.runs.atomic_files import write_atomically
 from mpscl_ray.runs.progress import ProgressLine
 from mpscl_ray.runs.run_directory import open_run
@@ -109,17 +110,19 @@ def find_images(inputs: Sequence[Path], pattern: str | None) -> tuple[list[Path]
     """The files to segment, and a failure for each input that holds none.
 
     Args:
-        inputs: files of any name, and folders.
+        inputs: files of any name, and folders: of files, of a DICOM series, or of folders with DICOM series.
         pattern: which files of a folder; None for NIfTI files that are not named like label maps.
 
     Raises:
         ConfigError: two files would give label maps of the same name.
     """
     images: list[Path] = []
-    failed: list[Prediction] = []
+    slices = single_slices(inputs)
+    failed = [Prediction(folder, error=error) for folder, error in slices.items()]
     for given in inputs:
         if not given.is_dir():
-            images.append(given)
+            if given.parent not in slices or not is_dicom(given):
+                images.append(given)
             continue
         try:
             files = sorted(path for path in given.iterdir() if path.is_file() and not path.name.startswith("."))
@@ -129,14 +132,18 @@ def find_images(inputs: Sequence[Path], pattern: str | None) -> tuple[list[Path]
             )
             continue
         siblings = {path.name for path in files}
-        found = [path for path in files if _is_image(path.name, pattern, siblings)]
+        found = [path for path in files if _is_image(path.name, pattern, siblings) and not is_dicom(path)]
+        if found and pattern is None and (error := both_kinds(given, files)):
+            failed.append(Prediction(given, error=error))
+            continue
         images += found
         if found:
             _say_skipped(given, found)
-        if not found and any(is_dicom(path) for path in files):
-            error = f"{given} holds DICOM files, expected NIfTI; convert them with: dcm2niix -z y -ba y {given}"
-            failed.append(Prediction(given, error=error))
-        elif not found:
+            continue
+        series, wrong = series_below(given)
+        images += series
+        failed += [Prediction(given, error=error) for error in wrong]
+        if not series and not wrong:
             wanted = (
                 f"that matches {pattern}" if pattern else "ending in .nii, .nii.gz, .nrrd or .mha that is no label map"
             )

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from mpscl_ray.data.compatibility import structure_width
 from mpscl_ray.data.volumes.geometry import Geometry, closest_world_axes
 from mpscl_ray.data.volumes.intensities import few_values, other_modality, unusual_intensities
-from mpscl_ray.data.volumes.nifti import Volume, phi_fields, read_image, read_label
+from mpscl_ray.data.volumes.nifti import Volume, read_image, read_label
 from mpscl_ray.data.volumes.preprocess import intensity_range, prepare_volume
 from mpscl_ray.data.volumes.same_grid import check_same_geometry, turned_to
 from mpscl_ray.errors import DataError
@@ -53,11 +53,6 @@ def stage_volume(request: Request, settings: Settings) -> StagedCase | list[str]
     if problems or image is None:
         return problems
     notices += [*image.notices, *unusual_intensities(image.array, source.modality)]
-    private = phi_fields(image.header)
-    if private:
-        notices.append(
-            f"the header has texts that may name a person ({', '.join(sorted(private))}); they are not copied"
-        )
     recipe = settings.recipe_of(source.modality)
     prepared = prepare_volume(image.array, image.affine, mapped, recipe, case=str(source.images[0]))
     notices += _awkward_slices(image, prepared.geometry)
@@ -102,7 +97,7 @@ def _read(request: Request, settings: Settings) -> tuple[Volume | None, Volume |
     except DataError as error:
         problems.append(str(error))
     if image is not None and not settings.any_modality:
-        if wrong := other_modality(image.array, source.modality):
+        if wrong := other_modality(image.array, source.modality, image.scanner):
             problems.append(f"{source.images[0]}: {wrong}; take it out, or give --any-modality if it is none")
         elif found := few_values(image.array):
             problems.append(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mpscl_ray.errors import ConfigError, DataError
+from mpscl_ray.prepare.dicom_cases import with_series
 from mpscl_ray.prepare.file_listing import Listing, pair_by_name, stem_before
 from mpscl_ray.prepare.label_table import BACKGROUND, MMWHS, LabelTable, is_not_annotated
 from mpscl_ray.prepare.source_cases import Found, LayoutOptions, SourceCase, collect
@@ -153,7 +154,10 @@ def _nnunet_labels(path: Path, about: Mapping[str, Any], notices: list[str]) -> 
 
 
 def folder_cases(listing: Listing, options: LayoutOptions) -> Found:
-    """Any folder, by path patterns with ``{case}``, ``{patient}``, ``*``, and ``**/`` for any folders."""
+    """Any folder, by path patterns with ``{case}``, ``{patient}``, ``*``, and ``**/`` for any folders.
+
+    The path of a DICOM series is that of its folder.
+    """
     if options.image_pattern is None or options.modality is None:
         raise ConfigError(
             "--layout folder needs --modality and --image-pattern, e.g. --modality mr --image-pattern "
@@ -171,11 +175,10 @@ def folder_cases(listing: Listing, options: LayoutOptions) -> Found:
     masks: dict[str, dict[str, Path]] = {}
     patients: dict[str, str] = {}
     used: set[Path] = set()
-    for path in listing.files:
-        relative = listing.relative(path)
+    for path, names in with_series(listing, image_pattern):
         # A label may match both patterns ({case}.nii.gz and {case}_seg.nii.gz), an image never does.
-        label = label_pattern.fullmatch(relative) if label_pattern else None
-        image = image_pattern.fullmatch(relative)
+        label = _match(label_pattern, names) if label_pattern else None
+        image = _match(image_pattern, names)
         if label and options.masks:
             masks.setdefault(_name(label), {})[label.groupdict().get("mask") or ""] = path
         elif label:
@@ -203,6 +206,10 @@ def folder_cases(listing: Listing, options: LayoutOptions) -> Found:
         patient = patients.get(case, case)
         cases.append(SourceCase(case, options.modality, patient, "nifti", (image_path,), label_paths, label_hint=hint))
     return cases, None, used
+
+
+def _match(pattern: re.Pattern[str], names: Sequence[str]) -> re.Match[str] | None:
+    return next(filter(None, map(pattern.fullmatch, names)), None)
 
 
 def _name(match: re.Match[str]) -> str:

@@ -29,15 +29,22 @@ def kind_of(modality: str) -> Kind | None:
     return None
 
 
-def other_modality(image: NDArray[np.float32], modality: str) -> str | None:
+def other_modality(image: NDArray[np.float32], modality: str, scanner: str = "") -> str | None:
     """Why the image cannot be of this modality, as a sentence; None if it can, or if the modality is not known.
 
     CT is in Hounsfield units: without air, lung or fat below 0 it is another image, or lost its offset of 1024. MR has
     no large part below -500, and not the two peaks of air and soft tissue of a CT that is stored with that offset.
     Images that are scaled or z-scored already are not judged. No modality has many voxels of one value far from all
     others, but for the padding of CT.
+
+    Args:
+        image: Intensities.
+        modality: Name of the modality.
+        scanner: The modality in the DICOM header, in capitals, if there is one.
     """
     kind = kind_of(modality)
+    if kind and scanner and scanner != kind.upper():
+        return f"its DICOM header says {scanner}, not {kind.upper()} (modality {modality!r})"
     sample = image.ravel(order="K")[:: image.size // _SAMPLE + 1]
     real = sample[sample >= LOWEST_HU]
     if found := _far_value(real if kind == "ct" else sample):

@@ -161,7 +161,7 @@ def test_truncation_names_found_and_expected_bytes(tmp_path: Path) -> None:
         (b"<!DOCTYPE html>", "web page"),
         (b"PK\x03\x04" + b"\0" * 600, "zip archive"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "Git LFS pointer"),
-        (b"\0" * 128 + b"DICM" + b"\0" * 600, "dcm2niix"),
+        (b"\0" * 128 + b"DICM" + b"\0" * 600, "give the folder of its series"),
         (b"NRRD0004\n" + b"\0" * 600, "NRRD"),
         (b"\x01" * 900, "no format known"),
     ],
@@ -189,7 +189,7 @@ def test_missing_folder_pipe_and_link_to_itself_are_refused(tmp_path: Path) -> N
     assert "there is no such file" in refusal(tmp_path / "none.nii.gz")
     assert "there is no such file" in refusal(tmp_path / "none")
     (tmp_path / "folder.nii").mkdir()
-    assert "dcm2niix" in refusal(tmp_path / "folder.nii")
+    assert "a folder without DICOM files" in refusal(tmp_path / "folder.nii")
     (tmp_path / "loop.nii").symlink_to(tmp_path / "loop.nii")
     refusal(tmp_path / "loop.nii")
     os.mkfifo(tmp_path / "pipe.nii")
