@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mpscl_ray.data.volumes.dicom_files import is_dicom
+from mpscl_ray.data.volumes.dicom_paths import is_dicom
 from mpscl_ray.errors import DataError
 from mpscl_ray.prepare.file_listing import Listing, list_files, stem_before
 from mpscl_ray.prepare.volume_layouts import _pattern as case_pattern

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mpscl_ray.data.volumes.dicom import several, volumes_in
-from mpscl_ray.data.volumes.dicom_files import find_series, is_dicom, is_directory_file
+from mpscl_ray.data.volumes.dicom_files import find_series, is_directory_file
+from mpscl_ray.data.volumes.dicom_paths import is_dicom
 from mpscl_ray.errors import DataError
 from mpscl_ray.prepare.file_listing import list_files
 

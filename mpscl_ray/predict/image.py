@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mpscl_ray.data.slice_selection import evenly_spaced, labelled_slices
-from mpscl_ray.data.volumes.dicom_files import is_series
+from mpscl_ray.data.volumes.dicom_paths import is_series
 from mpscl_ray.data.volumes.geometry import Geometry, restore_labels, restore_most_probable
 from mpscl_ray.data.volumes.intensities import few_values, kind_of, other_modality, unusual_intensities
 from mpscl_ray.data.volumes.itk_file import ITK_ENDINGS
@@ -34,8 +34,8 @@ SLICER_LABELS = "slicer_labels.ctbl"
 PROBABILITY_STEPS = 255
 """Probabilities are stored as whole numbers, 0..255, with the slope that maps 255 to 1."""
 _PREVIEW_SLICES = 6
-_NOTABLE_EDGE = 0.005
-"""Part of the labelled voxels at the edge of the crop from which structures may be cut off."""
+_NOTABLE_EDGE = 0.25
+"""Part of the segmented organ's width, over all slices, that lies at the edge of the crop if it may be cut off."""
 
 
 @dataclass(frozen=True)
@@ -200,20 +200,22 @@ def _quality_warnings(labels: npt.NDArray[np.uint8], geometry: Geometry) -> list
     warnings = []
     if not labels.any():
         warnings.append("no structure was found")
+    elif _is_cut_off(labels, geometry):
+        warnings.append("a structure reaches the edge of the crop and may be cut off; is the heart near the middle?")
+    return warnings
+
+
+def _is_cut_off(labels: npt.NDArray[np.uint8], geometry: Geometry) -> bool:
+    """Whether much of the heart, the largest connected part, lies at an edge beyond which the image goes on."""
+    heart = keep_largest_component((labels > 0).astype(np.uint8), 2)
+    width = float(np.sqrt(np.count_nonzero(heart, axis=(1, 2))).sum())
     rows, columns = geometry.axes[1:]
-    for axis, first, last in (
-        (rows, labels[:, 0], labels[:, -1]),
-        (columns, labels[:, :, 0], labels[:, :, -1]),
-    ):
+    at_edge = 0
+    for axis, first, last in ((rows, heart[:, 0], heart[:, -1]), (columns, heart[:, :, 0], heart[:, :, -1])):
         before = axis.start > 0.5
         after = axis.start + axis.step * (axis.samples - 1) < axis.length - 1.5
-        at_edge = np.count_nonzero(first) * before + np.count_nonzero(last) * after
-        if at_edge > _NOTABLE_EDGE * np.count_nonzero(labels):
-            warnings.append(
-                "a structure reaches the edge of the crop and may be cut off; is the heart near the middle?"
-            )
-            break
-    return warnings
+        at_edge += int(np.count_nonzero(first)) * before + int(np.count_nonzero(last)) * after
+    return at_edge > _NOTABLE_EDGE * width
 
 
 def preview(

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mpscl_ray import __version__
-from mpscl_ray.data.volumes.dicom_files import is_dicom
+from mpscl_ray.data.volumes.dicom_paths import is_dicom
 from mpscl_ray.data.volumes.itk_file import ITK_ENDINGS
 from mpscl_ray.distributed.parallel_map import map_volumes
 from mpscl_ray.distributed.ray_session import connect

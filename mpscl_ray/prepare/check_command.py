@@ -35,10 +35,7 @@ def main(arguments: Sequence[str]) -> int:
     """Check the data and print what was found; returns the exit code."""
     parser = _parser()
     values = vars(parser.parse_intermixed_args(with_negative_values(arguments)))
-    for location in values["data"]:
-        if is_url(location):
-            raise ConfigError(f"{location} is in a bucket, and check reads from a disk; copy it to a folder")
-    folders = [Path(location) for location in dict.fromkeys(values.pop("data"))]
+    folders = [local_folder(location) for location in dict.fromkeys(values.pop("data"))]
     as_json = values.pop("json")
     if values["layout"] is None:
         given = [name for name, value in values.items() if name not in _ALWAYS and value != parser.get_default(name)]
@@ -53,6 +50,17 @@ def main(arguments: Sequence[str]) -> int:
     from mpscl_ray.prepare.check_run import check_images, report
 
     return report([check_images(one) for one in options], as_json=as_json)
+
+
+def local_folder(location: str) -> Path:
+    """The folder of data to check.
+
+    Raises:
+        ConfigError: it is in a bucket.
+    """
+    if is_url(location):
+        raise ConfigError(f"{location} is in a bucket, and check reads from a disk; copy it to a folder")
+    return Path(location)
 
 
 def _parser() -> cli.CommandParser:

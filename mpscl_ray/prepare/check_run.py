@@ -22,16 +22,25 @@ from mpscl_ray.data.parquet_reader import read_case
 from mpscl_ray.distributed.ray_session import connect
 from mpscl_ray.errors import ConfigError, DataError
 from mpscl_ray.prepare import plan
-from mpscl_ray.prepare.checks import check_cases, check_staged, shared_images, size_outliers, summarise_notices
+from mpscl_ray.prepare.checks import (
+    check_cases,
+    check_staged,
+    shared_images,
+    size_outliers,
+    summarise_notices,
+    summarise_problems,
+)
 from mpscl_ray.prepare.frames import expand_frames
 from mpscl_ray.prepare.label_table import LabelTable
 from mpscl_ray.prepare.layouts import scan
 from mpscl_ray.prepare.options import PrepareOptions
+from mpscl_ray.prepare.personal_data import personal_notices
 from mpscl_ray.prepare.source_cases import SourceCase
 from mpscl_ray.prepare.splits import UNDECIDED, overlaps
 from mpscl_ray.prepare.staged_case import Request, StagedCase
 from mpscl_ray.prepare.staging import stage_case
 from mpscl_ray.prepare.workers import map_cases, worker_count
+from mpscl_ray.runs.wording import counted
 
 _LISTED = 6
 _AGAIN = "prepare the dataset again"
@@ -63,9 +72,19 @@ class Checked:
         """Add findings that are not of one case."""
         self.findings += [Finding(level, message, modality) for message in messages]
 
+    @property
+    def problems(self) -> list[Finding]:
+        """What prepare or train would refuse."""
+        return [one for one in self.findings if one.level == "problem"]
+
+    @property
+    def notes(self) -> list[Finding]:
+        """What prepare or train would only say."""
+        return [one for one in self.findings if one.level == "note"]
+
     def messages(self, level: Literal["problem", "note"]) -> list[str]:
         """Sentences to print. Notes on cases are summarised: those that differ only in numbers are one."""
-        found = [one for one in self.findings if one.level == level]
+        found = self.problems if level == "problem" else self.notes
         cases = [one for one in found if one.case is not None]
         general = [f"{one.modality}: {one.message}" if one.modality else one.message for one in found if not one.case]
         if level == "problem":
@@ -81,25 +100,21 @@ def report(checked: Sequence[Checked], *, as_json: bool) -> int:
         return DataError.exit_code if problems else 0
     for one in checked:
         wrong = one.messages("problem")
-        print(f"{one.folder}: {one.about}: {_count(len(wrong), 'problem') if wrong else 'nothing is wrong'}")
-        for line in wrong:
+        print(f"{one.folder}: {one.about}: {counted(len(wrong), 'problem') if wrong else 'nothing is wrong'}")
+        for line in summarise_problems(wrong):
             print(f"  - {line}")
         for line in one.messages("note"):
             print(f"  note: {line}")
     if problems:
-        print(f"{_count(problems, 'problem')} to solve; nothing was written")
+        print(f"{counted(problems, 'problem')} to solve; nothing was written")
     return DataError.exit_code if problems else 0
-
-
-def _count(number: int, what: str) -> str:
-    return f"1 {what}" if number == 1 else f"{number} {what}s"
 
 
 # ------------------------------------------------------------------------------------------------------- images
 
 
-def check_images(options: PrepareOptions) -> Checked:
-    """Make the checks of prepare on all cases of a folder.
+def check_images(options: PrepareOptions, *, progress: bool = True) -> Checked:
+    """Make the checks of prepare on all cases of a folder, with a progress line if wanted.
 
     Raises:
         ConfigError: options are wrong or contradict each other.
@@ -113,13 +128,13 @@ def check_images(options: PrepareOptions) -> Checked:
     table = plan.label_table(options, found.table)
     problems = list(found.problems)
     cases = expand_frames(found.cases, options.frames, problems)
-    checked.about += f", {_count(len(cases), 'case')}"
+    checked.about += f", {counted(len(cases), 'case')}"
     if found.ambiguous_patients:
         problems.append(found.ambiguous_patients)
     checked.add("problem", problems)
     checked.add("note", found.notices)
     requests = _requests(options, cases, table, checked)
-    results = _read(options, requests, table)
+    results = _read(options, requests, table, progress)
     staged: dict[str, list[StagedCase]] = {request.source.modality: [] for request in requests}
     for request, result in zip(requests, results, strict=True):
         source = request.source
@@ -137,7 +152,7 @@ def check_images(options: PrepareOptions) -> Checked:
         )
         checked.add("problem", wrong, modality)
         notices += size_outliers((case.request.source.id, case.structure_width, case.spacing_mm) for case in good)
-        checked.add("note", notices, modality)
+        checked.add("note", [*notices, *personal_notices(good, options.input)], modality)
     for modality, notice in shared_images(staged):
         checked.add("note", [notice], modality)
     return checked
@@ -166,7 +181,7 @@ def _requests(
 
 
 def _read(
-    options: PrepareOptions, requests: Sequence[Request], table: LabelTable | None
+    options: PrepareOptions, requests: Sequence[Request], table: LabelTable | None, progress: bool
 ) -> list[StagedCase | list[str]]:
     workers = worker_count(options.workers, requests)
     with ExitStack() as stack:
@@ -179,7 +194,7 @@ def _read(
             lambda request: str(request.source.images[0]),
             f"reading {options.input}",
             here=False,
-            progress=True,
+            progress=progress,
         )
 
 
@@ -192,12 +207,13 @@ def _of_case(level: Literal["problem", "note"], message: str, case: SourceCase) 
 # ----------------------------------------------------------------------------------------------------- datasets
 
 
-def check_datasets(folders: Sequence[Path], workers: int | None) -> list[Checked]:
+def check_datasets(folders: Sequence[Path], workers: int | None, *, progress: bool = True) -> list[Checked]:
     """Check prepared datasets: manifest, files, voxels, patients; and whether two of them can be trained together.
 
     Args:
         folders: datasets, or folders that hold some.
         workers: files at a time, with Ray; None or 0: in this process.
+        progress: whether to show progress lines.
 
     Raises:
         ConfigError: a folder has no dataset.
@@ -216,8 +232,8 @@ def check_datasets(folders: Sequence[Path], workers: int | None) -> list[Checked
                 one.add("problem", [str(error)])
                 continue
             manifests.append(manifest)
-            one.about = f"dataset of {manifest.modality}, {_count(len(manifest.cases), 'case')}"
-            _check_dataset(folder, manifest, workers or 0, one)
+            one.about = f"dataset of {manifest.modality}, {counted(len(manifest.cases), 'case')}"
+            _check_dataset(folder, manifest, workers or 0, one, progress)
     if len(found) == len(manifests) == 2:
         if len(folders) == 1:  # No order was given: the source is the labelled one.
             manifests.sort(key=lambda manifest: not any(case.labelled for case in manifest.split("train")))
@@ -240,7 +256,7 @@ def _datasets(folder: Path) -> list[Path]:
     return inside
 
 
-def _check_dataset(folder: Path, manifest: Manifest, workers: int, checked: Checked) -> None:
+def _check_dataset(folder: Path, manifest: Manifest, workers: int, checked: Checked, progress: bool) -> None:
     results = map_cases(
         partial(_check_case, folder=folder, size=manifest.size, classes=len(manifest.classes)),
         manifest.cases,
@@ -248,7 +264,7 @@ def _check_dataset(folder: Path, manifest: Manifest, workers: int, checked: Chec
         lambda case: case.file,
         f"reading {folder}",
         here=False,
-        progress=True,
+        progress=progress,
     )
     for case, wrong in zip(manifest.cases, results, strict=True):
         file = str(folder / case.file)

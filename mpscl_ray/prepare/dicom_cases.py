@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mpscl_ray.data.volumes.dicom import several, volumes_in
-from mpscl_ray.data.volumes.dicom_files import Series, find_series, is_dicom
+from mpscl_ray.data.volumes.dicom_files import Series, find_series
+from mpscl_ray.data.volumes.dicom_paths import is_dicom
 from mpscl_ray.errors import DataError
 from mpscl_ray.prepare.file_listing import Listing
 

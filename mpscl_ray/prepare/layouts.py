@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mpscl_ray.data.volumes.dicom_files import is_dicom, is_series
+from mpscl_ray.data.volumes.dicom_paths import is_dicom, is_series
 from mpscl_ray.errors import ConfigError, DataError
 from mpscl_ray.prepare.file_listing import Listing, list_files
 from mpscl_ray.prepare.label_table import LabelTable

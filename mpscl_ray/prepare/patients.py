@@ -112,6 +112,11 @@ def patient_in(case: str) -> str:
     return rest
 
 
+def names_no_patient(word: str) -> bool:
+    """Whether a word of a file name is a sequence, phase, side, view or visit."""
+    return bool(_WORD.fullmatch(word.lower()) or _COUNTED_WORD.fullmatch(word.lower()))
+
+
 def _look_repeated(cases: Iterable[SourceCase]) -> str:
     """A sentence if many ids differ from others only in their last part, as those of one patient do; else nothing.
 

@@ -55,7 +55,9 @@ def stage_volume(request: Request, settings: Settings) -> StagedCase | list[str]
     notices += [*image.notices, *unusual_intensities(image.array, source.modality)]
     recipe = settings.recipe_of(source.modality)
     prepared = prepare_volume(image.array, image.affine, mapped, recipe, case=str(source.images[0]))
-    notices += _awkward_slices(image, prepared.geometry)
+    notices += _across_thick_voxels(image, prepared.geometry)
+    if request.folder is not None:  # A check knows no crop.
+        notices += _mostly_padding(prepared.geometry)
     save_slices(request, prepared.image, prepared.label)
     sources = {"image": printable(source.images[0].name), "image_sha256": image.sha256}
     if label is not None:
@@ -77,6 +79,7 @@ def stage_volume(request: Request, settings: Settings) -> StagedCase | list[str]
         sources=sources,
         steps=(),
         notices=tuple(notices),
+        private=tuple(dict.fromkeys([*image.private, *(label.private if label is not None else ())])),
     )
 
 
@@ -160,22 +163,27 @@ def _class_indices(
         return None, []
 
 
-def _awkward_slices(image: Volume, geometry: Geometry) -> list[str]:
-    """Warnings on slices that run across thick voxels, or that are mostly padding."""
-    notices = []
+def _across_thick_voxels(image: Volume, geometry: Geometry) -> list[str]:
+    """A warning on slices that run across thick voxels."""
     depth, rows, columns = geometry.axes
     thick = max((rows, columns), key=lambda axis: image.spacing_mm[axis.array_axis])
     thickness, along = image.spacing_mm[thick.array_axis], image.spacing_mm[depth.array_axis]
-    if thickness >= _THICK * along:
-        plane = _PLANE_OF_WORLD_AXIS[closest_world_axes(image.affine)[thick.array_axis][0]]
-        notices.append(
-            f"slices run across voxels that are {thickness:.3g} mm thick, and {along:.3g} mm along them; --slice-axis "
-            f"{plane} (or --orientation stored --slice-axis {thick.array_axis}) cuts slices as they were acquired"
-        )
+    if thickness < _THICK * along:
+        return []
+    plane = _PLANE_OF_WORLD_AXIS[closest_world_axes(image.affine)[thick.array_axis][0]]
+    return [
+        f"slices run across voxels that are {thickness:.3g} mm thick, and {along:.3g} mm along them; --slice-axis "
+        f"{plane} (or --orientation stored --slice-axis {thick.array_axis}) cuts slices as they were acquired"
+    ]
+
+
+def _mostly_padding(geometry: Geometry) -> list[str]:
+    """A warning on slices of which less than half is in the volume."""
+    _, rows, columns = geometry.axes
     inside = [len(range(axis.samples)[axis.inside()]) for axis in (rows, columns)]
-    if 2 * inside[0] * inside[1] < rows.samples * columns.samples:
-        notices.append(
-            f"most of a slice is padding: {inside[0]} x {inside[1]} of {rows.samples} x {columns.samples} pixels are "
-            "in the volume; give a smaller --crop"
-        )
-    return notices
+    if 2 * inside[0] * inside[1] >= rows.samples * columns.samples:
+        return []
+    return [
+        f"most of a slice is padding: {inside[0]} x {inside[1]} of {rows.samples} x {columns.samples} pixels are in "
+        "the volume; give a smaller --crop"
+    ]

@@ -90,6 +90,8 @@ class StagedCase:
     sources: dict[str, str]
     steps: tuple[str, ...]
     notices: tuple[str, ...]
+    private: tuple[str, ...] = ()
+    """Kinds of texts in the headers of its files that may name a person."""
 
 
 def content_hash(image: NDArray[np.float32]) -> str:

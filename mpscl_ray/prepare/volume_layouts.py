@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from mpscl_ray.errors import ConfigError, DataError
-from mpscl_ray.prepare.dicom_cases import with_series
 from mpscl_ray.prepare.file_listing import Listing, pair_by_name, stem_before
 from mpscl_ray.prepare.label_table import BACKGROUND, MMWHS, LabelTable, is_not_annotated
 from mpscl_ray.prepare.source_cases import Found, LayoutOptions, SourceCase, collect
@@ -147,6 +146,11 @@ def _nnunet_labels(path: Path, about: Mapping[str, Any], notices: list[str]) -> 
     ]
     named = {raw: name for raw, name in pairs if raw != 0 and raw not in ignored}
     classes = list(dict.fromkeys([BACKGROUND, *named.values()]))  # several ids may share a name
+    for first, second in pairwise(sorted(classes, key=str.casefold)):
+        if first.casefold() == second.casefold():
+            raise DataError(
+                f"{path}: the labels {first} and {second} differ only in upper and lower case; use one spelling"
+            )
     values = {0: 0, **{raw: classes.index(name) for raw, name in named.items()}}
     if len(classes) < 2 or len(classes) > 255:
         raise DataError(f"{path}: {len(classes) - 1} labels besides background; expected 1 to 254")
@@ -158,6 +162,9 @@ def folder_cases(listing: Listing, options: LayoutOptions) -> Found:
 
     The path of a DICOM series is that of its folder.
     """
+    # Imported here: help and refused arguments need no numpy.
+    from mpscl_ray.prepare.dicom_cases import with_series
+
     if options.image_pattern is None or options.modality is None:
         raise ConfigError(
             "--layout folder needs --modality and --image-pattern, e.g. --modality mr --image-pattern "

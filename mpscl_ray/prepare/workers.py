@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from mpscl_ray.data.volumes.dicom_files import is_series, series_files
+from mpscl_ray.data.volumes.dicom_paths import is_series, series_files
 from mpscl_ray.distributed.parallel_map import map_volumes
 from mpscl_ray.prepare.staged_case import Request
 from mpscl_ray.runs.progress import ProgressLine

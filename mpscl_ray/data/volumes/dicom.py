@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mpscl_ray.data.volumes.dicom_files import Series, Slice, find_series, is_dicom, series_files
+from mpscl_ray.data.volumes.dicom_files import Series, Slice, find_series
+from mpscl_ray.data.volumes.dicom_paths import is_dicom, series_files
 from mpscl_ray.data.volumes.geometry import FloatArray
 from mpscl_ray.data.volumes.itk_file import LPS_TO_RAS, nifti_header
 from mpscl_ray.errors import DataError

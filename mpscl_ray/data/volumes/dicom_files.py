@@ -1,12 +1,10 @@
 """The headers of DICOM files: which slices a folder holds, by series. No voxels are read here.
 
-A series is called by its folder, or, where a folder holds several, by ``FOLDER/seriesNUMBER``: there is no such file.
 Texts of patients are never kept; only the names of the fields that have some are.
 """
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,17 +13,16 @@ from typing import Any
 
 import numpy as np
 
+from mpscl_ray.data.volumes.dicom_paths import DICOM_MARK
 from mpscl_ray.data.volumes.geometry import FloatArray
 from mpscl_ray.errors import DataError
 
-_MARK = b"DICM"
 _DIRECTORY = "1.2.840.10008.1.3.10"
 _CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
 _NO_IMAGES = re.compile(r"1\.2\.840\.10008\.(1\.3\.10|5\.1\.4\.1\.1\.(11|66|67|88|104|481)(\.\d+)*|5\.1\.4\.3\d.*)")
 """SOP classes of files without voxels that belong to scans: directories, reports, presentation states, plans."""
 _READABLE = re.compile(r"1\.2\.840\.10008\.1\.2(\.1|\.1\.99|\.2|\.5|\.4\.(50|51|53|55|57|70|80|81|90|91))?")
 """Transfer syntaxes that SimpleITK reads."""
-_OTHER_ENDINGS = (".nii", ".gz", ".nrrd", ".mha", ".json", ".txt", ".csv", ".npz", ".npy", ".png", ".pdf", ".tfrecords")
 _PRIVATE = {
     "PatientName": "0010|0010",
     "PatientID": "0010|0020",
@@ -37,7 +34,6 @@ _PRIVATE = {
     "ReferringPhysicianName": "0008|0090",
     "AccessionNumber": "0008|0050",
 }
-_SERIES = re.compile(r"series(\d+)(_\d+)?")
 
 
 @dataclass(frozen=True)
@@ -84,30 +80,6 @@ class Series:
         slices = "1 slice" if len(self.slices) == 1 else f"{len(self.slices)} slices"
         about = ", ".join([slices, *filter(None, [self.no_volume])])
         return f"{self.name} ({'one slice' if self.no_volume == 'one slice' else about})"
-
-
-def is_dicom(path: Path) -> bool:
-    """Whether a file is DICOM, by its name or the mark after the preamble."""
-    if path.suffix.lower() in (".dcm", ".ima") or path.name.upper() == "DICOMDIR":
-        return True
-    if path.name.lower().endswith(_OTHER_ENDINGS):
-        return False
-    try:
-        with path.open("rb") as stream:
-            return stream.read(132)[128:] == _MARK
-    except OSError:
-        return False
-
-
-def is_series(path: Path) -> bool:
-    """Whether a path names a DICOM series: a folder, or a series of a folder that holds several."""
-    return path.is_dir() or (bool(_SERIES.fullmatch(path.name)) and not os.path.lexists(path) and path.parent.is_dir())
-
-
-def series_files(path: Path) -> list[Path]:
-    """The files of the folder that a series is in; several series of a folder share them."""
-    folder = path if path.is_dir() else path.parent
-    return sorted(file for file in folder.iterdir() if file.is_file() and not file.name.startswith("."))
 
 
 def find_series(files: Sequence[Path]) -> list[Series]:
@@ -166,7 +138,7 @@ def _meta(path: Path) -> bytes:
 def _identifier(start: bytes, element: int) -> str:
     """An identifier of the file meta information: element 2 is the kind of object, 16 the transfer syntax."""
     position = start.find(b"\x02\x00" + bytes((element, 0)) + b"UI", 132)
-    if start[128:132] != _MARK or position < 0:
+    if start[128:132] != DICOM_MARK or position < 0:
         return ""
     length = int.from_bytes(start[position + 6 : position + 8], "little")
     return start[position + 8 : position + 8 + length].rstrip(b"\0 ").decode("ascii", "replace")

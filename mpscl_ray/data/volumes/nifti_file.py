@@ -21,7 +21,8 @@ import numpy as np
 import numpy.typing as npt
 
 from mpscl_ray.data.volumes.dicom import read_dicom
-from mpscl_ray.data.volumes.dicom_files import is_dicom, is_directory_file, is_series
+from mpscl_ray.data.volumes.dicom_files import is_directory_file
+from mpscl_ray.data.volumes.dicom_paths import is_dicom, is_series
 from mpscl_ray.data.volumes.itk_file import ITK_ENDINGS, read_itk
 from mpscl_ray.errors import DataError
 

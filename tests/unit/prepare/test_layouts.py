@@ -299,6 +299,7 @@ def test_nnunet_channels_counts_and_ignored_labels(tmp_path: Path) -> None:
         ({"labels": {"background": 0, "whole": [1, 2]}}, "regions are not supported"),
         ({"labels": {}}, "are not NAME: ID pairs"),
         ({"labels": {"background": 0, "MYO": 1, "LV": 1}}, "the label 1 has two names, LV and MYO"),
+        ({"labels": {"background": 0, "MYO": 1, "LV": 2, "myo": 3}}, "MYO and myo differ only in upper and lower case"),
         ({"labels": {"background": 0}}, "0 labels besides background"),
         ({"channel_names": {}}, "no name for channel 0; give --modality"),
         ({"file_ending": ".png"}, r"file_ending '\.png'"),
