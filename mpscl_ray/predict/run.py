@@ -43,6 +43,7 @@ from mpscl_ray.runs.progress import ProgressLine
 from mpscl_ray.runs.run_directory import open_run
 from mpscl_ray.runs.storage import S3Path, output_directory
 from mpscl_ray.runs.structures import display_order
+from mpscl_ray.runs.wording import counted
 
 VOLUMES = "volumes.json"
 """File in the output folder with the volume of each structure in ml, by label map."""
@@ -147,7 +148,9 @@ def find_images(inputs: Sequence[Path], pattern: str | None) -> tuple[list[Path]
             wanted = (
                 f"that matches {pattern}" if pattern else "ending in .nii, .nii.gz, .nrrd or .mha that is no label map"
             )
-            failed.append(Prediction(given, error=f"{given} holds no file {wanted} ({len(files)} files); give images"))
+            failed.append(
+                Prediction(given, error=f"{given} holds no file {wanted} ({counted(len(files), 'file')}); give images")
+            )
     images = list({path.absolute(): path for path in images}.values())
     counts = Counter(stem(path) for path in images)
     double = [str(path) for path in images if counts[stem(path)] > 1]
@@ -261,7 +264,7 @@ def print_outcome(good: Sequence[Prediction], failed: Sequence[Prediction], out:
         for notice in prediction.notices:
             print(f"  note: {notice}")
     if good:
-        print(f"{len(good)} label map{'s' * (len(good) > 1)}, {VOLUMES} and the label tables are in {out}")
+        print(f"{counted(len(good), 'label map')}, {VOLUMES} and the label tables are in {out}")
     if failed:
         total = len(failed) + len(good)
         inputs = "input was" if total == 1 else "inputs were"

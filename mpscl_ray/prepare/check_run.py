@@ -277,7 +277,7 @@ def _check_dataset(folder: Path, manifest: Manifest, workers: int, checked: Chec
     listed = {case.file for case in manifest.cases}
     other = sorted({path.relative_to(folder).as_posix() for path in folder.rglob("*.parquet")} - listed)
     if other:
-        checked.add("note", [f"{len(other)} files that the manifest does not list: {', '.join(other[:_LISTED])}"])
+        checked.add("note", [f"files that the manifest does not list, {len(other)}: {', '.join(other[:_LISTED])}"])
 
 
 def _check_case(case: Case, folder: Path, size: tuple[int, int], classes: int) -> list[str]:
@@ -293,7 +293,7 @@ def _check_case(case: Case, folder: Path, size: tuple[int, int], classes: int) -
         found, expected = (f"{height} x {width}" for height, width in (image.shape[1:], size))
         wrong.append(f"{path}: slices of {found}, the manifest says {expected}; {_AGAIN}")
     if broken := int(image.size - np.count_nonzero(np.isfinite(image))):
-        wrong.append(f"{path}: {broken} voxels that are NaN or infinite, expected finite intensities; {_AGAIN}")
+        wrong.append(f"{path}: NaN or infinite in {counted(broken, 'voxel')}, expected finite intensities; {_AGAIN}")
     if label is not None:
         counts = tuple(int(count) for count in np.bincount(label.reshape(-1), minlength=classes))
         if counts != case.class_voxels:

@@ -139,9 +139,9 @@ def summarise_notices(cases: Iterable[tuple[str, Iterable[str]]]) -> list[str]:
     for case, notices in cases:
         for notice in notices:
             # Unknown label ids are kinds of their own, numbers of voxels are not.
-            kind = re.sub(r"\(\d+ voxels\)", "", notice)
+            kind = re.sub(r"\(\d+ voxels?\)", "", notice)
             if "label id" not in kind:
-                kind = re.sub(r"-?\d[\d.]*(e[+-]?\d+)?", "", kind)
+                kind = re.sub(r"-?\d[\d.]*(e[+-]?\d+)?( voxels?\b)?", "", kind)
             kinds.setdefault(kind, []).append((case, notice))
     summary = []
     for same in kinds.values():

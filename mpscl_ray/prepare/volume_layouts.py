@@ -13,6 +13,7 @@ from mpscl_ray.errors import ConfigError, DataError
 from mpscl_ray.prepare.file_listing import Listing, pair_by_name, stem_before
 from mpscl_ray.prepare.label_table import BACKGROUND, MMWHS, LabelTable, is_not_annotated
 from mpscl_ray.prepare.source_cases import Found, LayoutOptions, SourceCase, collect
+from mpscl_ray.runs.wording import counted
 
 _NIFTI = (".nii.gz", ".nii")
 _LABEL_WORDS = ("_label", "_labels", "_manual", "_seg", "_segmentation", "_mask", "_gt")
@@ -35,8 +36,9 @@ def mmwhs_cases(listing: Listing, options: LayoutOptions) -> Found:
         collect(images if match[4] == "image" else labels, f"{match[1]}_{match[3]}", path)
     if hidden:
         listing.notices.append(
-            f"{len(hidden)} volumes of the challenge's own test set, which has no labels, are left out; segment them "
-            f"with mpscl_ray.predict: {listing.some(hidden)}"
+            f"volumes of the challenge's own test set, which has no labels, are left out, {len(hidden)}; "
+            "segment them with "
+            f"mpscl_ray.predict: {listing.some(hidden)}"
         )
     cases = []
     for case, image, label in pair_by_name(listing, images, labels):
@@ -84,12 +86,12 @@ def nnunet_cases(listing: Listing, options: LayoutOptions) -> Found:
                 other_channels += 1
         if other_channels:
             listing.notices.append(
-                f"{images_name}: only channel {options.channel:04d} is read, {other_channels} files of other channels "
-                "are not; choose with --channel"
+                f"{images_name}: only channel {options.channel:04d} is read, and no other one "
+                f"({counted(other_channels, 'file')}); choose with --channel"
             )
         if split == "test" and images and not labels:
             listing.notices.append(
-                f"{len(images)} test images without labels ({labels_name} is empty) are left out; segment them with "
+                f"{counted(len(images), 'test image')} without labels ({labels_name} is empty), left out; segment with "
                 "mpscl_ray.predict"
             )
             continue
@@ -99,7 +101,7 @@ def nnunet_cases(listing: Listing, options: LayoutOptions) -> Found:
     count = about.get("numTraining")
     training = sum(case.split is None for case in cases)
     if isinstance(count, int) and count != training:
-        listing.notices.append(f"dataset.json says numTraining {count}, imagesTr holds {training} cases")
+        listing.notices.append(f"dataset.json says numTraining {count}, imagesTr holds {counted(training, 'case')}")
     return cases, table, used
 
 

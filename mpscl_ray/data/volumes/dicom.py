@@ -17,6 +17,7 @@ from mpscl_ray.data.volumes.dicom_paths import is_dicom, series_files
 from mpscl_ray.data.volumes.geometry import FloatArray
 from mpscl_ray.data.volumes.itk_file import LPS_TO_RAS, nifti_header
 from mpscl_ray.errors import DataError
+from mpscl_ray.runs.wording import counted
 
 _SAME_POSITION_MM = 1e-3
 _UNEVEN = 0.05
@@ -187,12 +188,15 @@ def _refuse_uneven(path: Path, slices: Sequence[Slice], positions: FloatArray) -
         return
     at = int(odd[np.argmax(gaps[odd])])
     missing = int(np.sum(np.maximum(np.rint(gaps / usual) - 1, 0)))
-    about = "1 slice seems" if missing == 1 else f"{missing} slices seem"
     raise DataError(
         f"{path}: the slices of a DICOM series are {usual:.4g} mm apart, but {gaps[at]:.4g} mm between "
         f"{slices[at].path.name} and {slices[at + 1].path.name}"
         + (f" ({odd.size} such gaps)" if odd.size > 1 else "")
-        + (f"; {about} to be missing: export the series again" if missing else "; resample it to even distances first")
+        + (
+            f"; {counted(missing, 'slice')} missing, it seems: export the series again"
+            if missing
+            else "; resample it to even distances first"
+        )
     )
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from mpscl_ray.data.volumes.dicom_paths import DICOM_MARK
 from mpscl_ray.data.volumes.geometry import FloatArray
 from mpscl_ray.errors import DataError
+from mpscl_ray.runs.wording import counted
 
 _DIRECTORY = "1.2.840.10008.1.3.10"
 _CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
@@ -77,9 +78,9 @@ class Series:
 
     def describe(self) -> str:
         """Name, number of slices, and why it is no volume."""
-        slices = "1 slice" if len(self.slices) == 1 else f"{len(self.slices)} slices"
-        about = ", ".join([slices, *filter(None, [self.no_volume])])
-        return f"{self.name} ({'one slice' if self.no_volume == 'one slice' else about})"
+        reason = self.no_volume
+        slices = [counted(len(self.slices), "slice")] if reason != "one slice" else []
+        return f"{self.name} ({', '.join([*slices, *filter(None, [reason])])})"
 
 
 def find_series(files: Sequence[Path]) -> list[Series]:

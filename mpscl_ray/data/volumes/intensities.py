@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpscl_ray.data.volumes.recipe import AIR_HU, LOWEST_HU
+from mpscl_ray.runs.wording import counted
 
 _SAMPLE = 200_000
 _MOST_LABELS = 12
@@ -124,8 +125,8 @@ def unusual_intensities(image: NDArray[np.float32], modality: str) -> list[str]:
     if kind == "ct" and low < LOWEST_HU:
         voxels = int(np.count_nonzero(image < LOWEST_HU))
         notices.append(
-            f"{voxels} voxels below {LOWEST_HU:g}, down to {low:g}, are padding outside the field of view; set to "
-            f"{AIR_HU:g}"
+            f"padding outside the field of view below {LOWEST_HU:g}, down to {low:g}, was set to {AIR_HU:g}: "
+            f"{counted(voxels, 'voxel')}"
         )
     elif kind == "mr" and low <= -500:
         notices.append(

@@ -17,6 +17,7 @@ from mpscl_ray.data.volumes.nifti_file import StoredVolume, read_stored
 from mpscl_ray.data.volumes.personal_data import private_fields
 from mpscl_ray.data.volumes.recipe import GeometryFrom, NanPolicy
 from mpscl_ray.errors import DataError
+from mpscl_ray.runs.wording import counted
 
 _PIECE = 1 << 22
 
@@ -87,7 +88,7 @@ def read_image(
     notices: tuple[str, ...] = ()
     if broken and (nan_policy == "error" or broken == flat.size):
         raise DataError(
-            f"{path} has {broken} voxels that are NaN, infinite or beyond single precision, the first at index "
+            f"{path} is NaN, infinite or beyond single precision in {counted(broken, 'voxel')}, the first at index "
             f"{opened.index(first)}; expected finite intensities, export it again, or give --nan-policy lowest or zero "
             "to set these voxels to the lowest finite intensity or to 0"
         )
@@ -95,7 +96,7 @@ def read_image(
         value = 0.0 if nan_policy == "zero" else low
         flat[~np.isfinite(flat)] = value
         low, high = min(low, value), max(high, value)
-        notices = (f"{broken} voxels that are NaN or infinite were set to {value:g}",)
+        notices = (f"NaN or infinite intensities were set to {value:g}: {counted(broken, 'voxel')}",)
     if low == high:
         raise DataError(f"{path} has the intensity {low:g} in every voxel and cannot be normalised; leave it out")
     return opened.volume(flat, notices)
@@ -141,7 +142,8 @@ def read_label(
             flat[start : start + _PIECE] = whole
     if wrong:
         raise DataError(
-            f"{path} has {wrong} voxels whose label is no whole number of 32 bits, the first is {example:g} at index "
+            f"{path} has labels that are no whole numbers of 32 bits in {counted(wrong, 'voxel')}, the first is "
+            f"{example:g} at index "
             f"{opened.index(first)}; expected label ids, perhaps the map was interpolated or is an image"
         )
     return opened.volume(flat)

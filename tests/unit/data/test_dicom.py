@@ -116,7 +116,7 @@ def changed(change: Callable[[Path], None]) -> Callable[[Path], None]:
 BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing": (
         lambda folder: (series(folder, STORED) / "IM0003.dcm").unlink(),
-        "3 mm apart, but 6 mm between IM0002.dcm and IM0004.dcm; 1 slice seems to be missing",
+        "3 mm apart, but 6 mm between IM0002.dcm and IM0004.dcm; 1 slice missing, it seems",
     ),
     "uneven": (
         lambda folder: series(folder, STORED, positions=[0, 3, 6, 9, 12, 16, 20, 23]),

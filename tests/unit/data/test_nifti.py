@@ -266,7 +266,7 @@ def test_voxels_that_are_not_finite_are_counted_and_the_first_is_named(tmp_path:
     assert "(3, 1, 0)" in sentence
     array = ramp("f8")
     array[1, 0, 0] = 1e300
-    assert "1 voxels" in refusal(save(tmp_path / "w.nii.gz", array))
+    assert "in 1 voxel," in refusal(save(tmp_path / "w.nii.gz", array))
 
 
 def test_an_image_of_one_intensity_is_refused(tmp_path: Path) -> None:
@@ -494,7 +494,7 @@ def test_voxels_that_are_not_finite_can_be_replaced(tmp_path: Path, policy: NanP
     assert "--nan-policy" in refusal(path)
     volume = read_image(path, nan_policy=policy)
     assert volume.array[1, 1, 1] == volume.array[2, 2, 2] == value
-    assert f"2 voxels that are NaN or infinite were set to {value:g}" in volume.notices
+    assert f"NaN or infinite intensities were set to {value:g}: 2 voxels" in volume.notices
 
 
 @pytest.mark.parametrize("ending", [".nrrd", ".mha"])

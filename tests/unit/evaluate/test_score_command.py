@@ -124,7 +124,7 @@ def test_every_voxel_and_only_those_without_the_ignored_id_count(tmp_path: Path)
     assert float(rows["a", "MYO"]["dice"]) == pytest.approx(200 / 240)
     about = json.loads((tmp_path / "out/summary.json").read_text())
     assert about["volumes"]["a"]["ignored_voxels"] == 3 * 20 * 10
-    assert "600 voxels of 1 cases have the id 9" in "".join(about["notices"])
+    assert "the id 9 in the label is counted nowhere: 600 voxels of 1 case" in "".join(about["notices"])
 
 
 def test_missed_invented_and_absent_structures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

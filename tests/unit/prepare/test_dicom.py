@@ -89,7 +89,7 @@ def test_check_lists_what_is_wrong_with_series(tmp_path: Path, capsys: pytest.Ca
     (found,) = json.loads(capsys.readouterr().out)["data"]
     wrong = {one["case"]: one["message"] for one in found["findings"] if one["level"] == "problem"}
     assert set(wrong) == {"p0", "p1", "p2"}
-    for case, part in (("p0", "1 slice seems to be missing"), ("p1", "is compressed"), ("p2", "has shape")):
+    for case, part in (("p0", "1 slice missing, it seems"), ("p1", "is compressed"), ("p2", "has shape")):
         assert part in wrong[case]
     words[words.index("mr")] = "ct"
     assert main([str(folder), *words, "--workers", "0"]) == 3

@@ -59,7 +59,7 @@ def test_mmwhs_in_one_folder_or_many(tmp_path: Path) -> None:
     }
     assert found.table is MMWHS
     assert found.problems == ()
-    assert found.notices[0].startswith("1 volumes of the challenge's own test set")
+    assert found.notices[0].startswith("volumes of the challenge's own test set")
     assert found.notices[1] == "files that are not part of the layout, 1: README.txt"
     assert ids(scan(tmp_path, "mmwhs", LayoutOptions(modality="ct"))) == ["ct_1001"]
 
@@ -247,7 +247,7 @@ def test_nnunet_test_images_without_labels_are_left_out(tmp_path: Path) -> None:
     found = scan(nnunet(tmp_path, *NAMES, "imagesTs/c_0000.nii.gz"), "nnunet", LayoutOptions())
     assert ids(found) == ["a", "b"]
     assert found.notices == (
-        "1 test images without labels (labelsTs is empty) are left out; segment them with mpscl_ray.predict",
+        "1 test image without labels (labelsTs is empty), left out; segment with mpscl_ray.predict",
     )
 
 

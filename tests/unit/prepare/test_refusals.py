@@ -37,7 +37,7 @@ def test_all_problems_are_reported_at_once(source: Path) -> None:
         "case ct_1003",
         "ct_train_1004_label.nii.gz has shape (5, 5, 5)",
         "421 (3 voxels)",
-        "ct_train_1006_image.nii.gz has 1 voxels that are NaN",
+        "ct_train_1006_image.nii.gz is NaN, infinite or beyond single precision in 1 voxel",
     ):
         assert part in text
 
