@@ -38,18 +38,21 @@ if TYPE_CHECKING:  # What _MODULES says, for type checkers and editors.
     from mpscl_ray.networks.deeplab import DeepLabV2
     from mpscl_ray.networks.discriminators import FCDiscriminator
     from mpscl_ray.predict.segmenter import TrainedSegmenter, load_segmenter
-    from mpscl_ray.prepare.keywords import prepare_dataset
+    from mpscl_ray.prepare.check_run import Checked, Finding
+    from mpscl_ray.prepare.keywords import check_dataset, prepare_dataset
     from mpscl_ray.train.in_process import TrainingResult, train_segmenter
 
 __all__ = [
     "METHODS",
     "METHOD_CONFIGS",
+    "Checked",
     "ClusterError",
     "Config",
     "ConfigError",
     "DataError",
     "DeepLabV2",
     "FCDiscriminator",
+    "Finding",
     "MpsclError",
     "RatioTerms",
     "StorageError",
@@ -58,6 +61,7 @@ __all__ = [
     "TrainingError",
     "TrainingResult",
     "__version__",
+    "check_dataset",
     "class_counts",
     "cosine_to_prototypes",
     "domain_loss",
@@ -81,12 +85,14 @@ __all__ = [
 _MODULES = {
     "METHODS": "mpscl_ray.methods",
     "METHOD_CONFIGS": "mpscl_ray.config",
+    "Checked": "mpscl_ray.prepare.check_run",
     "ClusterError": "mpscl_ray.errors",
     "Config": "mpscl_ray.config",
     "ConfigError": "mpscl_ray.errors",
     "DataError": "mpscl_ray.errors",
     "DeepLabV2": "mpscl_ray.networks.deeplab",
     "FCDiscriminator": "mpscl_ray.networks.discriminators",
+    "Finding": "mpscl_ray.prepare.check_run",
     "MpsclError": "mpscl_ray.errors",
     "StorageError": "mpscl_ray.errors",
     "StructureScore": "mpscl_ray.evaluate.metrics",
@@ -94,6 +100,7 @@ _MODULES = {
     "TrainedSegmenter": "mpscl_ray.predict.segmenter",
     "TrainingError": "mpscl_ray.errors",
     "TrainingResult": "mpscl_ray.train.in_process",
+    "check_dataset": "mpscl_ray.prepare.keywords",
     "class_counts": "mpscl_ray.methods.losses",
     "cosine_to_prototypes": "mpscl_ray.methods.losses",
     "domain_loss": "mpscl_ray.methods.losses",

@@ -22,6 +22,7 @@ from mpscl_ray.runs.lifecycle import carry_out
 from mpscl_ray.runs.run_directory import RunDirectory, open_run
 from mpscl_ray.runs.signals import Interruption
 from mpscl_ray.runs.storage import S3Path, join_location, parse_location
+from mpscl_ray.runs.wording import counted
 from mpscl_ray.train.ray.concurrent import Shared, open_shared
 from mpscl_ray.train.ray.launch import Fit
 from mpscl_ray.train.ray.placement_groups import release_orphaned_placement_groups
@@ -84,11 +85,12 @@ def _run(plan: Plan, base: Config, folder: RunDirectory, resume: str, fit: Fit |
     _print_next_steps(out, cells, ledger)
     failed = [cell.name for cell in cells if ledger[cell.name].state == "failed"]
     if todo and interruption.requested:
-        done = f"{_finished(cells, ledger)} of {len(cells)} run{'s' * (len(cells) != 1)}"
+        done = f"{_finished(cells, ledger)} of {counted(len(cells), 'run')}"
         raise Interrupted(f"stopped by {interruption.signal_name} with {done} finished")
     if failed:
         raise TrainingError(
-            f"{len(failed)} of {len(cells)} runs failed: {', '.join(failed)}; {out / 'cells.json'} says why, and the "
+            f"{len(failed)} of {counted(len(cells), 'run')} failed: {', '.join(failed)}; {out / 'cells.json'} "
+            "says why, and the "
             "same command tries them again"
         )
 
@@ -136,7 +138,7 @@ def _summary(
     names = [f"{source} to {target}" for source, target in _direction_names(plan.directions, manifests).values()]
     return (
         f"comparison in {out}: {titles}\n"
-        f"  {' and '.join(names)}, seeds {', '.join(map(str, plan.seeds))}: {len(cells)} run{'s' * (len(cells) != 1)}, "
+        f"  {' and '.join(names)}, seeds {', '.join(map(str, plan.seeds))}: {counted(len(cells), 'run')}, "
         f"{_finished(cells, ledger)} of them finished\n"
         f"  {spread} iterations each; phases that runs share are trained once, {own} iterations in all"
     )
@@ -168,9 +170,10 @@ def _directions(
         scored = ledger[done[0].name].scored_on if done else {}
         # Cells of an earlier version name no protocol: they were scored on prepared slices.
         protocols = {ledger[cell.name].scored_on.get("protocol", "prepared") for cell in done}
+        kind = "test" if scored.get("split") == "test" else "validation"
         volumes = (
-            f"{scored['volumes']} labelled {'test' if scored['split'] == 'test' else 'validation'} volumes of "
-            f"{scored['modality'].upper()} in {scored['dataset']}: {' or '.join(PROTOCOLS[name] for name in protocols)}"
+            f"{counted(scored['volumes'], f'labelled {kind} volume')} of {scored['modality'].upper()} in "
+            f"{scored['dataset']}: {' or '.join(PROTOCOLS[name] for name in protocols)}"
             if scored
             else "nothing yet"
         )

@@ -16,6 +16,7 @@ from mpscl_ray.config.methods import (
     SegmentationConfig,
     method_name,
 )
+from mpscl_ray.runs.wording import counted
 
 SUPERVISED = "supervised"
 """Name of the first phase where it trains on labels of the target."""
@@ -218,8 +219,8 @@ class ScalingConfig:
     def describe(self, use_gpu: bool) -> str:
         """For a sentence: ``1 CPU worker``, ``2 to 4 GPU workers``."""
         least, most = self.limits
-        number = f"{most}" if least == most else f"{least} to {most}"
-        return f"{number} {'GPU' if use_gpu else 'CPU'} worker{'s' * (most > 1)}"
+        workers = counted(most, f"{'GPU' if use_gpu else 'CPU'} worker")
+        return workers if least == most else f"{least} to {workers}"
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from mpscl_ray.data.dataset import Case, Manifest
 from mpscl_ray.errors import DataError
+from mpscl_ray.runs.wording import counted
 
 _FLIPS = {
     "as they are": np.array([1.0, 1.0]),
@@ -180,7 +181,9 @@ def pair_problems(source: Manifest, target: Manifest) -> list[str]:
     same = sorted({(images[case.content_sha256], case.id) for case in target.cases if case.content_sha256 in images})
     if same:
         pairs = ", ".join(f"{one} = {two}" for one, two in same[:10])
-        problems.append(f"{names}: {len(same)} images are the same in both: {pairs}; a domain must have its own images")
+        problems.append(
+            f"{names}: the same images are in both, {len(same)}: {pairs}; a domain must have its own images"
+        )
     return problems
 
 
@@ -190,7 +193,7 @@ def pair_notices(source: Manifest, target: Manifest) -> list[str]:
     patients = sorted({case.patient for case in source.cases} & {case.patient for case in target.cases})
     if patients:
         notices.append(
-            f"{len(patients)} patients are in source and target ({', '.join(patients[:5])}): fine for paired "
+            f"{counted(len(patients), 'patient')} in source and target ({', '.join(patients[:5])}): fine for paired "
             "examinations, but then the result is not one on unseen patients"
         )
     held_out = [case for case in target.cases if case.split != "train"]

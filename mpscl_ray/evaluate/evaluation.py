@@ -21,6 +21,7 @@ from mpscl_ray.evaluate.tables import (
 )
 from mpscl_ray.predict.model import Checkpoint
 from mpscl_ray.runs.storage import S3Path
+from mpscl_ray.runs.wording import counted
 
 RELEASED_PROTOCOL = (
     "RELEASED PROTOCOL, only for comparison with published numbers: the last (slices mod 32) slices of each volume "
@@ -105,7 +106,8 @@ def write_evaluation(evaluation: Evaluation, folder: Path) -> None:
         f"# {evaluation.name}",
         f"Run `{evaluation.run}`, checkpoint `{evaluation.weights.path}`"
         + (f" (iteration {evaluation.weights.step})" if evaluation.weights.step is not None else "")
-        + f", {len(evaluation.scores)} volumes ({sum(evaluation.slices.values())} slices, all predicted) of the split "
+        + f", {counted(len(evaluation.scores), 'volume')} ("
+        f"{counted(sum(evaluation.slices.values()), 'slice')}, all predicted) of the split "
         f"{evaluation.split} of `{evaluation.dataset}` ({evaluation.modality}).",
         *([] if evaluation.protocol == "released" else [f"Scored: {PROTOCOLS[evaluation.protocol]}."]),
         *(f"Note: {notice}." for notice in evaluation.notices),

@@ -6,10 +6,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from mpscl_ray.data.volumes.dicom_paths import is_dicom
 from mpscl_ray.errors import DataError
 from mpscl_ray.predict.output_names import is_probability_map
-from mpscl_ray.prepare.file_listing import LABEL_ENDINGS, Listing, is_dicom, list_files, stem_before
+from mpscl_ray.prepare.file_listing import LABEL_ENDINGS, Listing, list_files, stem_before
 from mpscl_ray.prepare.volume_layouts import case_pattern
+from mpscl_ray.runs.wording import counted
 
 _NIFTI = (".nii.gz", ".nii")
 _TRUE_ENDINGS = (*LABEL_ENDINGS, "_truth", "_groundtruth")
@@ -106,7 +108,7 @@ def _unpaired(found: Pairs, predicted: Listing, true: Listing) -> str:
         parts.append(f"labels without a prediction, {len(alone)}: {true.some(alone, _NAMED)}")
     advice = "correct the names or give --prediction-pattern and --label-pattern"
     if found.pairs:
-        advice += f"; with --allow-missing the {len(found.pairs)} pairs alone are scored"
+        advice += f"; with --allow-missing {counted(len(found.pairs), 'pair')} alone would be scored"
     return f"{predicted.root} and {true.root}: {'; '.join(parts)}; {advice}"
 
 
@@ -137,7 +139,7 @@ def _files(listing: Listing, pattern: str | None, option: str) -> dict[str, Path
 def _nothing(listing: Listing, pattern: str | None, option: str) -> str:
     if pattern is not None:
         return (
-            f"{listing.root}: none of {len(listing.files)} files matches {option} {pattern!r}: "
+            f"{listing.root}: none of {counted(len(listing.files), 'file')} matches {option} {pattern!r}: "
             f"{listing.some(listing.files)}"
         )
     deeper = [path for path in listing.files if stem_before(path.name, _NIFTI)]
@@ -147,7 +149,7 @@ def _nothing(listing: Listing, pattern: str | None, option: str) -> str:
             f"{option}, e.g. '{{case}}/{deeper[0].name}'"
         )
     hint = "; convert DICOM to NIfTI first" if any(map(is_dicom, listing.files)) else ""
-    return f"{listing.root}: no .nii or .nii.gz file among {len(listing.files)} files{hint}"
+    return f"{listing.root}: no .nii or .nii.gz file among {counted(len(listing.files), 'file')}{hint}"
 
 
 def _stem(path: Path) -> str:

@@ -13,6 +13,7 @@ from mpscl_ray.predict.model import read_model
 from mpscl_ray.predict.predictor import choose_device
 from mpscl_ray.runs.run_directory import RunDirectory, open_run
 from mpscl_ray.runs.storage import join_location
+from mpscl_ray.runs.wording import counted
 
 PHASES_TABLE = "phases.txt"
 """File in a run's results with a row for each phase, as in ``phases.md``, ``.csv`` and ``.json``."""
@@ -55,7 +56,8 @@ def evaluate_phases(
     }
     rows = {evaluation.row_label: evaluation.summary for evaluation in done.values()}
     volumes = next(iter(rows.values())).volumes
-    heading = f"{volumes} labelled {'test' if split == 'test' else 'validation'} volumes of {manifest.modality}"
+    kind = "test" if split == "test" else "validation"
+    heading = f"{counted(volumes, f'labelled {kind} volume')} of {manifest.modality}"
     if split == "val":
         heading += " (no test volume is labelled)"
     protocol = next(iter(done.values())).protocol
@@ -82,7 +84,7 @@ def evaluate(options: argparse.Namespace) -> int:
         protocol=options.protocol,
     )
     measures = (*default_measures([evaluation.summary]), *(["asd_voxel"] if evaluation.protocol != "file" else []))
-    print(f"{evaluation.modality}, {len(evaluation.scores)} volumes of the split {evaluation.split}")
+    print(f"{evaluation.modality}, {counted(len(evaluation.scores), 'volume')} of the split {evaluation.split}")
     if evaluation.protocol != "released":
         print(f"scored: {PROTOCOLS[evaluation.protocol]}")
     print()

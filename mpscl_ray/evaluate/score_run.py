@@ -27,6 +27,7 @@ from mpscl_ray.evaluate.table_files import json_text, score_json, write_tables
 from mpscl_ray.evaluate.tables import LEGEND, Summary, default_measures, format_table, scores_csv, summarise
 from mpscl_ray.runs.progress import ProgressLine
 from mpscl_ray.runs.storage import S3Path, output_directory, parse_location
+from mpscl_ray.runs.wording import counted
 
 CROSS_CHECK_FAILED = TrainingError.exit_code
 """Exit code where a measure differs from medpy's by more than rounding."""
@@ -131,7 +132,7 @@ def score_label_maps(options: argparse.Namespace) -> int:
         summary=summarise({case: result.scores for case, result in results.items()}),
         notices=tuple(_notices(chosen, label_names, prediction_names, pairs, results)),
     )
-    print(f"{len(results)} cases of {scored.predictions} against {scored.labels}")
+    print(f"{counted(len(results), 'case')} of {scored.predictions} against {scored.labels}")
     print(f"ids of labels: {label_names}")
     print(f"ids of predictions: {prediction_names}\n")
     print(scored.table())
@@ -148,7 +149,8 @@ def write_scores(scored: FolderScores, folder: Path) -> None:
     """Write ``scores.csv``, ``summary.json`` and ``summary.md``."""
     about = [
         "# Scores",
-        f"{len(scored.results)} cases of `{scored.predictions}` against `{scored.labels}`, every voxel of the labels.",
+        f"{counted(len(scored.results), 'case')} of `{scored.predictions}` against `{scored.labels}`, every "
+        "voxel of the labels.",
         f"Ids of labels: {scored.label_names}. Ids of predictions: {scored.prediction_names}.",
         *(f"Note: {notice}." for notice in scored.notices),
         scored.table(("asd_mm_mean_of_means",), "markdown"),
@@ -205,7 +207,7 @@ def _score(options: ScoreOptions, pairs: Pairs, workers: int | None) -> dict[str
     errors = [result.error for result in found if result.error]
     if errors:
         raise DataError(
-            f"{len(errors)} of {len(found)} pairs cannot be scored; nothing was written:\n  - "
+            f"{len(errors)} of {counted(len(found), 'pair')} cannot be scored; nothing was written:\n  - "
             + "\n  - ".join(errors[:_LISTED])
             + (f"\n  - ... and {len(errors) - _LISTED} more" if len(errors) > _LISTED else "")
         )
@@ -249,13 +251,13 @@ def _notices(
         known = set(index) | ({options.ignored} if side == "label" else set())
         unknown = Counter(value for result in results.values() for value in _ids(side, result) if value not in known)
         if unknown:
-            listed = _listed(f"{value} ({count} files)" for value, count in sorted(unknown.items()))
+            listed = _listed(f"{value} ({counted(count, 'file')})" for value, count in sorted(unknown.items()))
             yield f"ids in {side}s that {names.origin} does not name, counted as background: {listed}"
     if options.ignored is not None:
         counts = [result.ignored_voxels for result in results.values() if result.ignored_voxels]
         yield (
-            f"{sum(counts)} voxels of {len(counts)} cases have the id {options.ignored} in the label and are counted "
-            "nowhere"
+            f"the id {options.ignored} in the label is counted nowhere: {counted(sum(counts), 'voxel')} of "
+            f"{counted(len(counts), 'case')}"
         )
     resampled = [case for case, result in results.items() if result.resampled]
     if resampled:

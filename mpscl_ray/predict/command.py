@@ -18,6 +18,7 @@ examples:
   python -m mpscl_ray.predict runs/mpscl SCANS --pattern '*_LGE.nii.gz' --out predictions --preview
   python -m mpscl_ray.predict runs/mpscl BIDS --pattern '**/anat/*.nii.gz' --out maps --resume
   python -m mpscl_ray.predict runs/mpscl mr_1001.nii.gz --modality source --out predictions
+  python -m mpscl_ray.predict runs/mpscl patient8_dicom --out predictions
   python -m mpscl_ray.predict s3://hearts/runs/mpscl patient7.nii.gz --out s3://hearts/predictions
 
 For patient7.nii.gz the folder gets patient7_prediction.nii.gz (same grid, affine and orientation),
@@ -39,13 +40,13 @@ def main(arguments: Sequence[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = cli.CommandParser(
         prog="python -m mpscl_ray.predict",
-        description="Segment NIfTI images with a trained run; label maps have the geometry of the images.\n"
+        description="Segment images with a trained run; label maps have the geometry of the images.\n"
         "For research, not a medical device.",
         epilog=f"{_EXAMPLES}\n{cli.EXIT_CODES}",
     )
     add = parser.add_argument
     add("run", metavar="RUN", help="folder of the run, or its URL")
-    add("inputs", type=Path, nargs="+", metavar="INPUT", help="NIfTI files, or folders of them")
+    add("inputs", type=Path, nargs="+", metavar="INPUT", help="images, or folders: of images, or of a DICOM series")
     add("--out", required=True, metavar="DIR", help="folder for the label maps, or its URL")
     add(
         "--pattern",

@@ -124,6 +124,7 @@ def _predict(predictor: Predictor, domain: Domain, job: Job, folder: Path, image
         volume.array,
         volume.affine,
         str(image),
+        scanner=volume.scanner,
         any_modality=job.any_modality,
         largest_component=job.largest_component,
         probabilities=job.probabilities,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
+from mpscl_ray.data.volumes.dicom_paths import is_series
 from mpscl_ray.data.volumes.itk_file import ITK_ENDINGS
 
 SUFFIX = "_prediction.nii.gz"
@@ -18,8 +19,10 @@ _PROBABILITY = "_probability_"
 
 
 def stem(image: Path) -> str:
-    """Name of an image without ``.nii``, ``.nii.gz``, ``.nrrd`` or ``.mha``."""
-    name = image.name
+    """Name of an image without ``.nii``, ``.nii.gz``, ``.nrrd`` or ``.mha``; of a DICOM series that of its folder."""
+    if image.is_dir():
+        return image.absolute().name
+    name = f"{image.absolute().parent.name}_{image.name}" if is_series(image) else image.name
     for ending in (".nii.gz", ".nii", *ITK_ENDINGS):
         if name.lower().endswith(ending):
             return name[: -len(ending)]

@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from mpscl_ray import __version__
+from mpscl_ray.data.volumes.dicom import series_sha256
+from mpscl_ray.data.volumes.dicom_paths import is_series
 from mpscl_ray.data.volumes.label_maps import write_itksnap_labels
-from mpscl_ray.errors import ConfigError
+from mpscl_ray.errors import ConfigError, DataError
 from mpscl_ray.predict.image import Job, Prediction, outputs
 from mpscl_ray.predict.output_names import ITKSNAP_LABELS, SLICER_LABELS, VOLUMES, plain
 from mpscl_ray.runs.atomic_files import write_atomically
@@ -174,9 +176,11 @@ def _write_entries(folder: Path, entries: Mapping[str, Any]) -> None:
 
 def _sha256(file: Path) -> str | None:
     try:
+        if is_series(file):
+            return series_sha256(file)
         with file.open("rb") as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()
-    except OSError:
+    except (OSError, DataError):
         return None
 
 

@@ -13,10 +13,12 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from mpscl_ray.data.volumes.dicom_paths import is_dicom
 from mpscl_ray.data.volumes.itk_file import ITK_ENDINGS
 from mpscl_ray.distributed.parallel_map import map_volumes
 from mpscl_ray.distributed.ray_session import connect
 from mpscl_ray.errors import ConfigError, DataError
+from mpscl_ray.predict.dicom_inputs import both_kinds, series_below, single_slices
 from mpscl_ray.predict.image import Job, Prediction, output_ids, outputs, predict_image, predict_in_worker
 from mpscl_ray.predict.model import Checkpoint, Model, find_checkpoint, read_model
 from mpscl_ray.predict.output_names import (
@@ -31,11 +33,12 @@ from mpscl_ray.predict.output_names import (
 )
 from mpscl_ray.predict.predictor import choose_device, load_weights, num_inference_workers
 from mpscl_ray.predict.record import Record
-from mpscl_ray.prepare.file_listing import LABEL_ENDINGS, is_dicom
+from mpscl_ray.prepare.file_listing import LABEL_ENDINGS
 from mpscl_ray.runs.progress import ProgressLine
 from mpscl_ray.runs.run_directory import RunDirectory, open_run
 from mpscl_ray.runs.storage import S3Path
 from mpscl_ray.runs.structures import display_order
+from mpscl_ray.runs.wording import counted
 
 _LONGEST_NAME = 255
 _ENDINGS = (".nii", ".nii.gz", *ITK_ENDINGS)
@@ -112,7 +115,7 @@ def find_images(inputs: Sequence[Path], pattern: str | None) -> tuple[list[Path]
     """The files to segment, and a failure for each input that holds none.
 
     Args:
-        inputs: files of any name, and folders.
+        inputs: files of any name, and folders: of files, of a DICOM series, or of folders with DICOM series.
         pattern: which files of a folder, or below it if the pattern has a slash; None for NIfTI files in the folder
             that are not named like label maps.
 
@@ -120,11 +123,13 @@ def find_images(inputs: Sequence[Path], pattern: str | None) -> tuple[list[Path]
         ConfigError: two files would give label maps of the same name.
     """
     images: list[Path] = []
-    failed: list[Prediction] = []
+    slices = single_slices(inputs)
+    failed = [Prediction(folder, error=error) for folder, error in slices.items()]
     tree = pattern is not None and "/" in pattern
     for given in inputs:
         if not given.is_dir():
-            images.append(given)
+            if given.parent not in slices or not is_dicom(given):
+                images.append(given)
             continue
         try:
             files = _files(given, tree)
@@ -134,10 +139,17 @@ def find_images(inputs: Sequence[Path], pattern: str | None) -> tuple[list[Path]
             )
             continue
         found = _images_among(files, given, pattern)
+        if found and pattern is None and (error := both_kinds(given, files)):
+            failed.append(Prediction(given, error=error))
+            continue
         images += found
         if found:
             _say_skipped(given, [*files, *([] if tree else _folders(given))], found)
-        else:
+            continue
+        series, wrong = series_below(given)
+        images += series
+        failed += [Prediction(given, error=error) for error in wrong]
+        if not series and not wrong:
             failed.append(Prediction(given, error=_no_image(given, pattern, files)))
     images = list({path.absolute(): path for path in images}.values())
     roots = [given for given in inputs if given.is_dir()]
@@ -171,13 +183,11 @@ def _hidden(path: Path, folder: Path) -> bool:
 
 def _no_image(folder: Path, pattern: str | None, files: Sequence[Path]) -> str:
     """What is wrong with a folder without an image."""
-    if any(is_dicom(path) for path in files):
-        return f"{folder} holds DICOM files, expected NIfTI; convert them with: dcm2niix -z y -ba y {folder}"
     wanted = f"that matches {pattern}" if pattern else "ending in .nii, .nii.gz, .nrrd or .mha that is no label map"
     advice = "give images"
     if pattern is None and any(path.name.endswith(_ENDINGS) for path in folder.rglob("*")):
         advice = "for those in its folders give --pattern '**/*.nii.gz', or a narrower one"
-    return f"{folder} holds no file {wanted} ({len(files)} files); {advice}"
+    return f"{folder} holds no file {wanted} ({counted(len(files), 'file')}); {advice}"
 
 
 def _say_skipped(folder: Path, there: Sequence[Path], found: Sequence[Path]) -> None:
@@ -203,7 +213,9 @@ def _images_among(files: Sequence[Path], folder: Path, pattern: str | None) -> l
     inputs = [
         path
         for path in files
-        if not path.name.endswith(SUFFIX) and not is_probability_map(path.relative_to(folder).as_posix(), names)
+        if not path.name.endswith(SUFFIX)
+        and not is_probability_map(path.relative_to(folder).as_posix(), names)
+        and not is_dicom(path)
     ]
     if pattern is None:
         lower = {path: path.name.lower() for path in inputs}
@@ -247,7 +259,7 @@ def print_outcome(good: Sequence[Prediction], failed: Sequence[Prediction], out:
         for notice in prediction.notices:
             print(f"  note: {notice}")
     if good:
-        print(f"{len(good)} label map{'s' * (len(good) > 1)}, {VOLUMES} and the label tables are in {out}")
+        print(f"{counted(len(good), 'label map')}, {VOLUMES} and the label tables are in {out}")
     if failed:
         total = len(failed) + len(good)
         inputs = "input was" if total == 1 else "inputs were"

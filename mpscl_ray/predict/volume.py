@@ -12,11 +12,11 @@ from mpscl_ray.data.volumes.intensities import few_values, kind_of, other_modali
 from mpscl_ray.data.volumes.preprocess import prepare_volume
 from mpscl_ray.errors import DataError
 from mpscl_ray.predict.model import Domain, Slices
-from mpscl_ray.predict.predictor import Predictor
+from mpscl_ray.predict.predictor import Predictor, keep_largest_component
 from mpscl_ray.predict.segmentation import Segmentation, segment
 
-_NOTABLE_EDGE = 0.005
-"""Part of the labelled voxels at the edge of the crop from which structures may be cut off."""
+_NOTABLE_EDGE = 0.25
+"""Part of the segmented organ's width, over all slices, that lies at the edge of the crop if it may be cut off."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ def segment_volume(
     affine: npt.NDArray[np.float64],
     name: str,
     *,
+    scanner: str = "",
     any_modality: bool = False,
     largest_component: bool = False,
     probabilities: bool = False,
@@ -50,6 +51,7 @@ def segment_volume(
         array: (X, Y, Z) intensities in the order of the file.
         affine: (4, 4), voxel index to RAS+ millimetres.
         name: of the volume, for messages.
+        scanner: modality that its DICOM header names, in capitals, if there is one.
         any_modality: whether a volume whose intensities look like another modality is segmented as well.
         largest_component, probabilities: see :func:`mpscl_ray.predict.segmentation.segment`.
 
@@ -57,7 +59,7 @@ def segment_volume(
         DataError: another modality, a crop without contrast, or weights that give values that are not finite.
     """
     if not any_modality:
-        refuse_other_modality(array, domain, name)
+        refuse_other_modality(array, domain, name, scanner)
     # Never by labels: a new image has none.
     prepared = prepare_volume(array, affine, None, replace(domain.recipe, centre="image"), case=name)
     geometry, slices = prepared.geometry, domain.scale(prepared.image)
@@ -72,7 +74,7 @@ def segment_volume(
     return SegmentedVolume(found, slices, geometry, notices)
 
 
-def refuse_other_modality(array: npt.NDArray[np.float32], domain: Domain, name: str) -> None:
+def refuse_other_modality(array: npt.NDArray[np.float32], domain: Domain, name: str, scanner: str = "") -> None:
     """Refuse an image of another modality than the model's.
 
     Raises:
@@ -80,7 +82,7 @@ def refuse_other_modality(array: npt.NDArray[np.float32], domain: Domain, name: 
     """
     # A model of CT whose intensities were no Hounsfield units expects none.
     judged = kind_of(domain.modality) != "ct" or domain.recipe.hounsfield
-    if judged and (wrong := other_modality(array, domain.modality)):
+    if judged and (wrong := other_modality(array, domain.modality, scanner)):
         raise DataError(
             f"{name}: {wrong}, but the model expects {domain.modality}; give another modality, or --any-modality "
             "(any_modality) to segment it all the same"
@@ -92,17 +94,19 @@ def _quality_warnings(labels: npt.NDArray[np.uint8], geometry: Geometry) -> list
     warnings = []
     if not labels.any():
         warnings.append("no structure was found")
+    elif _is_cut_off(labels, geometry):
+        warnings.append("a structure reaches the edge of the crop and may be cut off; is the heart near the middle?")
+    return warnings
+
+
+def _is_cut_off(labels: npt.NDArray[np.uint8], geometry: Geometry) -> bool:
+    """Whether much of the heart, the largest connected part, lies at an edge beyond which the image goes on."""
+    heart = keep_largest_component((labels > 0).astype(np.uint8), 2)
+    width = float(np.sqrt(np.count_nonzero(heart, axis=(1, 2))).sum())
     rows, columns = geometry.axes[1:]
-    for axis, first, last in (
-        (rows, labels[:, 0], labels[:, -1]),
-        (columns, labels[:, :, 0], labels[:, :, -1]),
-    ):
+    at_edge = 0
+    for axis, first, last in ((rows, heart[:, 0], heart[:, -1]), (columns, heart[:, :, 0], heart[:, :, -1])):
         before = axis.start > 0.5
         after = axis.start + axis.step * (axis.samples - 1) < axis.length - 1.5
-        at_edge = np.count_nonzero(first) * before + np.count_nonzero(last) * after
-        if at_edge > _NOTABLE_EDGE * np.count_nonzero(labels):
-            warnings.append(
-                "a structure reaches the edge of the crop and may be cut off; is the heart near the middle?"
-            )
-            break
-    return warnings
+        at_edge += int(np.count_nonzero(first)) * before + int(np.count_nonzero(last)) * after
+    return at_edge > _NOTABLE_EDGE * width

@@ -38,10 +38,7 @@ def main(arguments: Sequence[str]) -> int:
     """Check the data and print what was found; returns the exit code."""
     parser = _parser()
     values = vars(parser.parse_intermixed_args(with_negative_values(arguments)))
-    for location in values["data"]:
-        if is_url(location):
-            raise ConfigError(f"{location} is in a bucket, and check reads from a disk; copy it to a folder")
-    folders = [Path(location) for location in dict.fromkeys(values.pop("data"))]
+    folders = [local_folder(location) for location in dict.fromkeys(values.pop("data"))]
     as_json = values.pop("json")
     pictures: Path | None = values["pictures"]
     if values["layout"] is None:
@@ -64,6 +61,17 @@ def main(arguments: Sequence[str]) -> int:
         write_pictures(checked, pictures)
         print(f"pictures: {pictures}", file=sys.stderr if as_json else sys.stdout)
     return code
+
+
+def local_folder(location: str) -> Path:
+    """The folder of data to check.
+
+    Raises:
+        ConfigError: it is in a bucket.
+    """
+    if is_url(location):
+        raise ConfigError(f"{location} is in a bucket, and check reads from a disk; copy it to a folder")
+    return Path(location)
 
 
 def _parser() -> cli.CommandParser:

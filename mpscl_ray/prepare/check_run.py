@@ -22,11 +22,19 @@ from mpscl_ray.data.parquet_reader import read_case
 from mpscl_ray.distributed.ray_session import connect
 from mpscl_ray.errors import ConfigError, DataError
 from mpscl_ray.prepare import plan
-from mpscl_ray.prepare.checks import check_cases, check_staged, shared_images, size_outliers, summarise_notices
+from mpscl_ray.prepare.checks import (
+    check_cases,
+    check_staged,
+    shared_images,
+    size_outliers,
+    summarise_notices,
+    summarise_problems,
+)
 from mpscl_ray.prepare.frames import expand_frames
 from mpscl_ray.prepare.label_table import LabelTable
 from mpscl_ray.prepare.layouts import scan
 from mpscl_ray.prepare.options import PrepareOptions
+from mpscl_ray.prepare.personal_data import personal_notices
 from mpscl_ray.prepare.pictures.album import Album, PicturedCase, prepared_case, staged_cases
 from mpscl_ray.prepare.pictures.case import CasePicture, picture_of_prepared
 from mpscl_ray.prepare.pictures.page import page
@@ -36,6 +44,7 @@ from mpscl_ray.prepare.staged_case import Request, StagedCase
 from mpscl_ray.prepare.staging import stage_case
 from mpscl_ray.prepare.workers import map_cases, worker_count
 from mpscl_ray.runs.atomic_files import write_atomically
+from mpscl_ray.runs.wording import counted
 
 _LISTED = 6
 _AGAIN = "prepare the dataset again"
@@ -71,9 +80,19 @@ class Checked:
         """Add findings that are not of one case."""
         self.findings += [Finding(level, message, modality) for message in messages]
 
+    @property
+    def problems(self) -> list[Finding]:
+        """What prepare or train would refuse."""
+        return [one for one in self.findings if one.level == "problem"]
+
+    @property
+    def notes(self) -> list[Finding]:
+        """What prepare or train would only say."""
+        return [one for one in self.findings if one.level == "note"]
+
     def messages(self, level: Literal["problem", "note"]) -> list[str]:
         """Sentences to print. Notes on cases are summarised: those that differ only in numbers are one."""
-        found = [one for one in self.findings if one.level == level]
+        found = self.problems if level == "problem" else self.notes
         cases = [one for one in found if one.case is not None]
         general = [f"{one.modality}: {one.message}" if one.modality else one.message for one in found if not one.case]
         if level == "problem":
@@ -93,13 +112,13 @@ def report(checked: Sequence[Checked], *, as_json: bool) -> int:
         return DataError.exit_code if problems else 0
     for one in checked:
         wrong = one.messages("problem")
-        print(f"{one.folder}: {one.about}: {_count(len(wrong), 'problem') if wrong else 'nothing is wrong'}")
-        for line in wrong:
+        print(f"{one.folder}: {one.about}: {counted(len(wrong), 'problem') if wrong else 'nothing is wrong'}")
+        for line in summarise_problems(wrong):
             print(f"  - {line}")
         for line in one.messages("note"):
             print(f"  note: {line}")
     if problems:
-        print(f"{_count(problems, 'problem')} to solve; nothing was written")
+        print(f"{counted(problems, 'problem')} to solve; nothing was written")
     return DataError.exit_code if problems else 0
 
 
@@ -117,15 +136,11 @@ def write_pictures(checked: Sequence[Checked], file: Path) -> None:
     write_atomically(file, page(albums, f"Pictures of {', '.join(one.folder for one in checked)}").encode())
 
 
-def _count(number: int, what: str) -> str:
-    return f"1 {what}" if number == 1 else f"{number} {what}s"
-
-
 # ------------------------------------------------------------------------------------------------------- images
 
 
-def check_images(options: PrepareOptions) -> Checked:
-    """Make the checks of prepare on all cases of a folder.
+def check_images(options: PrepareOptions, *, progress: bool = True) -> Checked:
+    """Make the checks of prepare on all cases of a folder, with a progress line if wanted.
 
     Raises:
         ConfigError: options are wrong or contradict each other.
@@ -139,13 +154,13 @@ def check_images(options: PrepareOptions) -> Checked:
     table = plan.label_table(options, found.table)
     problems = list(found.problems)
     cases = expand_frames(found.cases, options.frames, problems)
-    checked.about += f", {_count(len(cases), 'case')}"
+    checked.about += f", {counted(len(cases), 'case')}"
     if found.ambiguous_patients:
         problems.append(found.ambiguous_patients)
     checked.add("problem", problems)
     checked.add("note", found.notices)
     requests = _requests(options, cases, table, checked)
-    results = _read(options, requests, table)
+    results = _read(options, requests, table, progress)
     staged: dict[str, list[StagedCase]] = {request.source.modality: [] for request in requests}
     for request, result in zip(requests, results, strict=True):
         source = request.source
@@ -163,7 +178,7 @@ def check_images(options: PrepareOptions) -> Checked:
         )
         checked.add("problem", wrong, modality)
         notices += size_outliers((case.request.source.id, case.structure_width, case.spacing_mm) for case in good)
-        checked.add("note", notices, modality)
+        checked.add("note", [*notices, *personal_notices(good, options.input)], modality)
     for modality, notice in shared_images(staged):
         checked.add("note", [notice], modality)
     if options.pictures:
@@ -195,7 +210,7 @@ def _requests(
 
 
 def _read(
-    options: PrepareOptions, requests: Sequence[Request], table: LabelTable | None
+    options: PrepareOptions, requests: Sequence[Request], table: LabelTable | None, progress: bool
 ) -> list[StagedCase | list[str]]:
     workers = worker_count(options.workers, requests)
     with ExitStack() as stack:
@@ -208,7 +223,7 @@ def _read(
             lambda request: str(request.source.images[0]),
             f"reading {options.input}",
             here=False,
-            progress=True,
+            progress=progress,
         )
 
 
@@ -221,13 +236,16 @@ def _of_case(level: Literal["problem", "note"], message: str, case: SourceCase) 
 # ----------------------------------------------------------------------------------------------------- datasets
 
 
-def check_datasets(folders: Sequence[Path], workers: int | None, *, pictures: bool = False) -> list[Checked]:
+def check_datasets(
+    folders: Sequence[Path], workers: int | None, *, pictures: bool = False, progress: bool = True
+) -> list[Checked]:
     """Check prepared datasets: manifest, files, voxels, patients; and whether two of them can be trained together.
 
     Args:
         folders: datasets, or folders that hold some.
         workers: files at a time, with Ray; None or 0: in this process.
         pictures: whether to draw the cases.
+        progress: whether to show progress lines.
 
     Raises:
         ConfigError: a folder has no dataset.
@@ -246,8 +264,8 @@ def check_datasets(folders: Sequence[Path], workers: int | None, *, pictures: bo
                 one.add("problem", [str(error)])
                 continue
             manifests.append(manifest)
-            one.about = f"dataset of {manifest.modality}, {_count(len(manifest.cases), 'case')}"
-            _check_dataset(folder, manifest, workers or 0, one, pictures)
+            one.about = f"dataset of {manifest.modality}, {counted(len(manifest.cases), 'case')}"
+            _check_dataset(folder, manifest, workers or 0, one, pictures, progress)
     if len(found) == len(manifests) == 2:
         if len(folders) == 1:  # No order was given: the source is the labelled one.
             manifests.sort(key=lambda manifest: not any(case.labelled for case in manifest.split("train")))
@@ -270,7 +288,9 @@ def _datasets(folder: Path) -> list[Path]:
     return inside
 
 
-def _check_dataset(folder: Path, manifest: Manifest, workers: int, checked: Checked, pictures: bool) -> None:
+def _check_dataset(
+    folder: Path, manifest: Manifest, workers: int, checked: Checked, pictures: bool, progress: bool
+) -> None:
     results = map_cases(
         partial(
             _check_case,
@@ -284,7 +304,7 @@ def _check_dataset(folder: Path, manifest: Manifest, workers: int, checked: Chec
         lambda case: case.file,
         f"reading {folder}",
         here=False,
-        progress=True,
+        progress=progress,
     )
     shown: list[PicturedCase] = []
     for case, (wrong, picture) in zip(manifest.cases, results, strict=True):
@@ -301,7 +321,7 @@ def _check_dataset(folder: Path, manifest: Manifest, workers: int, checked: Chec
     listed = {case.file for case in manifest.cases}
     other = sorted({path.relative_to(folder).as_posix() for path in folder.rglob("*.parquet")} - listed)
     if other:
-        checked.add("note", [f"{len(other)} files that the manifest does not list: {', '.join(other[:_LISTED])}"])
+        checked.add("note", [f"files that the manifest does not list, {len(other)}: {', '.join(other[:_LISTED])}"])
 
 
 def _check_case(
@@ -319,7 +339,7 @@ def _check_case(
         found, expected = (f"{height} x {width}" for height, width in (image.shape[1:], size))
         wrong.append(f"{path}: slices of {found}, the manifest says {expected}; {_AGAIN}")
     if broken := int(image.size - np.count_nonzero(np.isfinite(image))):
-        wrong.append(f"{path}: {broken} voxels that are NaN or infinite, expected finite intensities; {_AGAIN}")
+        wrong.append(f"{path}: NaN or infinite in {counted(broken, 'voxel')}, expected finite intensities; {_AGAIN}")
     if label is not None:
         counts = tuple(int(count) for count in np.bincount(label.reshape(-1), minlength=classes))
         if counts != case.class_voxels:

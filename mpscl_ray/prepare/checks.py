@@ -14,6 +14,9 @@ from mpscl_ray.prepare.splits import UNDECIDED, overlaps
 from mpscl_ray.prepare.staged_case import StagedCase
 
 _LISTED = 6
+_REPEATED = 3
+_VARYING = re.compile(r"\bcase \S+|\S*[\d/]\S*")
+"""Parts of a problem that differ where it is the same in several files."""
 _FEWEST_WIDTHS, _NOTABLE_WIDTH = 4, 1.9
 
 
@@ -129,8 +132,8 @@ def size_outliers(cases: Iterable[tuple[str, float | None, tuple[float, float, f
 def notice_kind(notice: str) -> str:
     """A warning without its numbers: warnings that differ only in numbers are of one kind."""
     # Unknown label ids are kinds of their own, numbers of voxels are not.
-    kind = re.sub(r"\(\d+ voxels\)", "", notice)
-    return kind if "label id" in kind else re.sub(r"-?\d[\d.]*(e[+-]?\d+)?", "", kind)
+    kind = re.sub(r"\(\d+ voxels?\)", "", notice)
+    return kind if "label id" in kind else re.sub(r"-?\d[\d.]*(e[+-]?\d+)?( voxels?\b)?", "", kind)
 
 
 def summarise_notices(cases: Iterable[tuple[str, Iterable[str]]]) -> list[str]:
@@ -149,6 +152,22 @@ def summarise_notices(cases: Iterable[tuple[str, Iterable[str]]]) -> list[str]:
         numbers = "" if len({notice for _, notice in same}) == 1 else f" (numbers of {names[0]})"
         summary.append(f"{_some(names)}: {same[0][1]}{numbers}")
     return summary
+
+
+def summarise_problems(problems: Sequence[str]) -> list[str]:
+    """Problems to print: of more than three that differ only in paths and numbers the first, and whose they are."""
+    kinds: dict[str, list[str]] = {}
+    for problem in problems:
+        kinds.setdefault(_VARYING.sub("#", problem), []).append(problem)
+    shown = []
+    for same in kinds.values():
+        others = [found[0].removeprefix("case ").rstrip(":,;") for one in same[1:] if (found := _VARYING.search(one))]
+        if len(same) <= _REPEATED or len(others) < len(same) - 1:
+            shown += same
+        else:
+            names = [other.rpartition("/")[2] for other in others]
+            shown.append(f"{same[0]}; the same of {len(names)} more: {_some(names)}")
+    return shown
 
 
 def _some(names: Sequence[str]) -> str:

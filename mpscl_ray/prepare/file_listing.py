@@ -74,17 +74,6 @@ def printable(name: str) -> str:
     return name.encode(errors="backslashreplace").decode()
 
 
-def is_dicom(path: Path) -> bool:
-    """Whether a file is DICOM, by its name or the mark after the preamble."""
-    if path.suffix.lower() in (".dcm", ".ima") or path.name.upper() == "DICOMDIR":
-        return True
-    try:
-        with path.open("rb") as stream:
-            return stream.read(132)[128:] == b"DICM"
-    except OSError:
-        return False
-
-
 def stem_before(name: str, endings: Sequence[str]) -> str | None:
     """The name without the first of the endings that it has; None if it has none."""
     return next((name[: -len(ending)] for ending in endings if name.endswith(ending)), None)

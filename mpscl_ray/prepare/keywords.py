@@ -1,9 +1,10 @@
-"""Prepare a dataset from Python: the options of the prepare command as keyword arguments."""
+"""Prepare and check data from Python: the options of the prepare command as keyword arguments."""
 
 from __future__ import annotations
 
 import dataclasses
 import typing
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from pydantic import TypeAdapter, ValidationError
 from mpscl_ray.config.load import expected
 from mpscl_ray.data.volumes.recipe import Recipe
 from mpscl_ray.errors import ConfigError
+from mpscl_ray.prepare.check_command import local_folder
+from mpscl_ray.prepare.check_run import Checked, check_datasets, check_images
 from mpscl_ray.prepare.options import PrepareOptions
 from mpscl_ray.prepare.run import prepare
 from mpscl_ray.runs.cli import did_you_mean
@@ -44,17 +47,47 @@ def prepare_dataset(
         DataError: files cannot be used; the message lists all problems, and nothing is written.
         StorageError: ``out`` cannot be written.
     """
+    return prepare(_options(images, parse_location(out), layout, options), progress=progress)
+
+
+def check_dataset(
+    data: Path | str | Sequence[Path | str], layout: str | None = None, *, progress: bool = False, **options: Any
+) -> list[Checked]:
+    """Everything that is wrong with images, before they are prepared, or with prepared datasets; nothing is written.
+
+    Args:
+        data: one or several folders: with images, with a dataset, or with several datasets.
+        layout: how image files are named, as in :func:`prepare_dataset`; without it ``data`` are prepared datasets.
+        progress: whether to show progress lines on standard error.
+        options: the options of ``prepare`` that describe images. With datasets only ``workers``.
+
+    Returns:
+        What was found in each folder; a last one on the pair if there are two datasets. ``problems`` are what prepare
+        or train would refuse, ``notes`` what they would only say.
+
+    Raises:
+        ConfigError: an option does not exist or cannot be used, a folder has no dataset, or is in a bucket.
+    """
+    given = [data] if isinstance(data, Path | str) else list(data)
+    folders = [local_folder(str(one)) for one in given]
+    if layout is not None:
+        return [check_images(_options(one, None, layout, options), progress=progress) for one in folders]
+    workers = options.pop("workers", None)
+    if options:
+        raise ConfigError(f"{', '.join(options)}: describes images, and without layout data are prepared datasets")
+    return check_datasets(folders, _checked("workers", workers), progress=progress)
+
+
+def _options(images: Path | str, out: Path | S3Path | None, layout: str, options: Mapping[str, Any]) -> PrepareOptions:
+    """Options of prepare from keyword arguments; ConfigError for those that it does not have."""
     for name in options.keys() - _RECIPE - _OPTIONS:
         near = did_you_mean(name, sorted(_RECIPE | _OPTIONS), cutoff=0.6)
         hint = near or "python -m mpscl_ray.prepare --help lists them"
         raise ConfigError(f"{name!r} is not an option of prepare; {hint}")
-    options = {name: _checked(name, value) for name, value in options.items()}
-    recipe = Recipe(**{name: value for name, value in options.items() if name in _RECIPE})
-    others = {name: value for name, value in options.items() if name in _OPTIONS}
-    return prepare(
-        PrepareOptions(Path(str(parse_location(images))), parse_location(out), layout, recipe=recipe, **others),
-        progress=progress,
-    )
+    values = {name: _checked(name, value) for name, value in options.items()}
+    recipe = Recipe(**{name: value for name, value in values.items() if name in _RECIPE})
+    others = {name: value for name, value in values.items() if name in _OPTIONS}
+    return PrepareOptions(Path(str(parse_location(images))), out, layout, recipe=recipe, **others)
 
 
 def _checked(name: str, value: Any) -> Any:

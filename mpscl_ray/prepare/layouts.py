@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from mpscl_ray.data.volumes.dicom_paths import is_dicom, is_series
 from mpscl_ray.errors import ConfigError, DataError
-from mpscl_ray.prepare.file_listing import Listing, is_dicom, list_files
+from mpscl_ray.prepare.file_listing import Listing, list_files
 from mpscl_ray.prepare.label_table import LabelTable
 from mpscl_ray.prepare.patients import group_patients
 from mpscl_ray.prepare.slice_layouts import npy_cases, tfrecord_cases
@@ -75,11 +76,11 @@ def _natural(case: SourceCase) -> list[tuple[int, int | str]]:
 
 
 def _nothing_found(listing: Listing, layout: str, options: LayoutOptions, unmatched_files: Sequence[Path]) -> str:
-    dicom = [path for path in unmatched_files[:200] if is_dicom(path)]
+    dicom = [path for path in unmatched_files[:200] if is_series(path) or is_dicom(path)]
     if dicom:
         return (
-            f"{listing.root}: holds DICOM files (e.g. {listing.relative(dicom[0])}), which are not read; convert them "
-            f"first: dcm2niix -ba y -z y -o NIFTI_FOLDER {listing.root}"
+            f"{listing.root}: holds DICOM files ({listing.some(dicom)}); the path of a series is that of its folder: "
+            "--layout folder --image-pattern '{case}', or '{case}/*' for a folder of each patient"
         )
     expected = {
         "mmwhs": "files called like ct_train_1001_image.nii.gz",

@@ -11,6 +11,7 @@ import numpy as np
 
 from mpscl_ray.data.volumes.nifti import Volume
 from mpscl_ray.errors import DataError
+from mpscl_ray.runs.wording import counted
 
 
 def read_masks(
@@ -44,7 +45,7 @@ def read_masks(
         if combined is None:
             combined = replace(mask, array=np.zeros_like(mask.array))
         elif twice := int(np.count_nonzero(inside & (combined.array != 0))):
-            overlaps.append(f"{path.name} overlaps the masks before it ({twice} voxels), and counts there")
+            overlaps.append(f"{path.name} overlaps the masks before it ({counted(twice, 'voxel')}), and counts there")
         combined.array[inside] = number
         digest.update(mask.sha256.encode())
     assert combined is not None, "a case with masks has one at least"

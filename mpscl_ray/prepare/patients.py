@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from mpscl_ray.errors import ConfigError
 from mpscl_ray.prepare.source_cases import SourceCase
+from mpscl_ray.runs.wording import counted
 
 _COUNTED = (
     r"(ses|sess|session|visit|vis|timepoint|time|tp|frame|fr|phase|ph|run|scan|acq|rep|echo|day|week|month|year|"
@@ -65,7 +66,7 @@ def group_patients(cases: Sequence[SourceCase], pattern: str | None, problems: l
         patient, *_ = shared.values()
         members = [case.id for case in found if case.patient == patient]
         notices.append(
-            f"{len(shared)} cases are taken for {len(set(shared.values()))} patients by their names, e.g. "
+            f"{len(shared)} cases are taken for {counted(len(set(shared.values())), 'patient')} by their names, e.g. "
             f"{', '.join(members[:_LISTED])} for {patient}; --patient-pattern REGEX says otherwise ('.+': each case "
             "is a patient)"
         )
@@ -112,6 +113,11 @@ def patient_in(case: str) -> str:
     return rest
 
 
+def names_no_patient(word: str) -> bool:
+    """Whether a word of a file name is a sequence, phase, side, view or visit."""
+    return bool(_WORD.fullmatch(word.lower()) or _COUNTED_WORD.fullmatch(word.lower()))
+
+
 def _look_repeated(cases: Iterable[SourceCase]) -> str:
     """A sentence if many ids differ from others only in their last part, as those of one patient do; else nothing.
 
@@ -136,6 +142,7 @@ def _look_repeated(cases: Iterable[SourceCase]) -> str:
         return ""
     examples = "; ".join(", ".join(names[:_LISTED]) for names in repeated[:2])
     return (
-        f"cases that may be of one patient by their names, {len(repeated)} groups: {examples}; say which part names "
+        f"cases that may be of one patient by their names, {counted(len(repeated), 'group')}: {examples}; say "
+        "which part names "
         "the patient, e.g. --patient-pattern '^([^_]+)', or --patient-pattern '.+' if each case is its own patient"
     )

@@ -23,6 +23,7 @@ from mpscl_ray.prepare.splits import (
     split_published,
 )
 from mpscl_ray.prepare.staged_case import Request, Settings, StagedCase
+from mpscl_ray.runs.wording import counted
 
 _DEFAULT_FRACTIONS = "0.7,0.1,0.2"
 _LEAK_OF_THE_RELEASE = (
@@ -110,7 +111,7 @@ def split_cases(options: PrepareOptions, modality: str, cases: Sequence[SourceCa
         unknown = [case.id for case in cases if case.split is None]
         if unknown:
             raise DataError(
-                f"--split released: neither train, val nor test in the names of {len(unknown)} files, e.g. "
+                f"--split released: neither train, val nor test in the names of {counted(len(unknown), 'file')}, e.g. "
                 f"{unknown[0]}; rename them, or give --split as fractions or a JSON file"
             )
         listed = {split: [case.id for case in cases if case.split == split] for split in SPLITS}
@@ -207,7 +208,7 @@ def scaling(options: PrepareOptions, modality: str, staged: Sequence[StagedCase]
     if not training:
         raise DataError(f"{modality}: no training case to estimate the intensity range from; give --range LO,HI")
     low, high = min(low for low, _ in training), max(high for _, high in training)
-    return Scaling(round(low, 4), round(high, 4), f"estimated from {len(training)} training cases")
+    return Scaling(round(low, 4), round(high, 4), f"estimated from {counted(len(training), 'training case')}")
 
 
 # ------------------------------------------------------------------------------------------------------ manifest

@@ -20,12 +20,13 @@ from mpscl_ray.data.label_map_files import write_class_names
 from mpscl_ray.distributed.ray_session import connect
 from mpscl_ray.errors import DataError
 from mpscl_ray.prepare import plan as prepare_plan
-from mpscl_ray.prepare.checks import check_cases, check_staged, shared_images, summarise_notices
+from mpscl_ray.prepare.checks import check_cases, check_staged, shared_images, summarise_notices, summarise_problems
 from mpscl_ray.prepare.frames import expand_frames
 from mpscl_ray.prepare.label_table import LabelTable
 from mpscl_ray.prepare.layouts import Scan, scan
 from mpscl_ray.prepare.options import PrepareOptions
 from mpscl_ray.prepare.output_folder import check_target, publish, temporary_output_dir
+from mpscl_ray.prepare.personal_data import personal_notices
 from mpscl_ray.prepare.pictures.album import Album, staged_cases
 from mpscl_ray.prepare.pictures.page import PICTURES, page
 from mpscl_ray.prepare.source_cases import SourceCase
@@ -36,6 +37,7 @@ from mpscl_ray.prepare.workers import map_cases, worker_count
 from mpscl_ray.runs.atomic_files import fsync_directory, storage_errors, write_atomically
 from mpscl_ray.runs.storage import S3Path
 from mpscl_ray.runs.structures import display_indices
+from mpscl_ray.runs.wording import counted
 
 _LISTED_PROBLEMS = 50
 _SMALL = 128
@@ -97,7 +99,7 @@ def prepare(options: PrepareOptions, *, progress: bool = True) -> dict[str, Path
                 allow_missing_classes=options.allow_missing_classes,
             )
             problems += [f"{dataset.modality}: {problem}" for problem in wrong]
-            dataset.notices += notices
+            dataset.notices += [*notices, *personal_notices(dataset.staged, options.input)]
         if problems:
             raise DataError(_listed(options.input, problems, found.notices))
         by_modality = {dataset.modality: dataset for dataset in datasets}
@@ -131,9 +133,8 @@ def _plan(
         elif found.ambiguous_patients:
             notices.append(found.ambiguous_patients)
     except DataError as error:
-        # The files are checked all the same, so that one run finds all problems.
-        problems.append(str(error))
-        splitting = Splitting({"train": tuple(case.id for case in cases), "val": (), "test": ()}, {"method": "none"})
+        # Told before volumes are read, which takes much longer.
+        raise DataError(_listed(options.input, [*problems, str(error)], notices)) from None
     staging = folder / ".staged"
     with storage_errors(staging):
         staging.mkdir()
@@ -208,10 +209,13 @@ def _write_pictures(dataset: _Dataset, manifest: Manifest) -> None:
 
 
 def _listed(folder: Path, problems: Sequence[str], notices: Sequence[str]) -> str:
-    count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-    lines = [f"{folder}: {count}, nothing was written:", *(f"  - {problem}" for problem in problems[:_LISTED_PROBLEMS])]
-    if len(problems) > _LISTED_PROBLEMS:
-        lines.append(f"  - and {len(problems) - _LISTED_PROBLEMS} more")
+    shown = summarise_problems(problems)
+    lines = [
+        f"{folder}: {counted(len(problems), 'problem')}, nothing was written:",
+        *(f"  - {problem}" for problem in shown[:_LISTED_PROBLEMS]),
+    ]
+    if len(shown) > _LISTED_PROBLEMS:
+        lines.append(f"  - and {len(shown) - _LISTED_PROBLEMS} more")
     lines += [f"  note: {notice}" for notice in notices]
     return "\n".join(lines)
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from mpscl_ray.data import SPLITS
 from mpscl_ray.errors import ConfigError, DataError
+from mpscl_ray.runs.wording import counted
 
 PUBLISHED_TEST = {
     "ct": ("1003", "1008", "1014", "1019"),
@@ -82,8 +83,9 @@ def split_published(members: Sequence[Member], modality: str) -> Splitting:
     test = [patient for patient in patients if patient.rpartition("_")[2] in numbers]
     if not test:
         raise DataError(
-            f"--split mmwhs: none of the published test volumes {', '.join(numbers)} is among the {len(patients)} "
-            f"{modality} patients ({', '.join(patients[:5])}, ...); give fractions or a JSON file"
+            f"--split mmwhs: none of the published test volumes {', '.join(numbers)} is among "
+            f"{counted(len(patients), f'{modality} patient')} ({', '.join(patients[:5])}, ...); give fractions "
+            "or a JSON file"
         )
     notices = []
     missing = sorted(set(numbers) - {patient.rpartition("_")[2] for patient in test})
@@ -118,7 +120,8 @@ def split_fractions(members: Sequence[Member], fractions: Sequence[float], seed:
     used = [index for index in range(3) if fractions[index] > 0]
     if len(patients) < len(used):
         raise DataError(
-            f"{len(patients)} patients cannot fill {len(used)} splits; give fewer, e.g. --split 1,0,0, or a JSON file"
+            f"{counted(len(patients), 'patient')} cannot fill {counted(len(used), 'split')}; give fewer, e.g. "
+            "--split 1,0,0, or a JSON file"
         )
     free = len(patients) - len(used)
     ideal = [max(fractions[index] * len(patients) - 1, 0.0) for index in used]
@@ -210,7 +213,7 @@ def split_listed(members: Sequence[Member], listed: Mapping[str, Sequence[str]],
     left_out = sorted(cases - {case for names in chosen.values() for case in names})
     notices = []
     if left_out:
-        notices.append(f"{len(left_out)} cases are in no split and are left out: {', '.join(left_out[:8])}")
+        notices.append(f"cases in no split, left out, {len(left_out)}: {', '.join(left_out[:8])}")
     return Splitting(chosen, {"method": origin}, tuple(notices))
 
 

@@ -25,6 +25,7 @@ from mpscl_ray.prepare.staged_case import (
     save_slices,
     to_class_indices,
 )
+from mpscl_ray.runs.wording import counted
 
 
 def stage_slices(request: Request, settings: Settings) -> StagedCase | list[str]:
@@ -92,14 +93,15 @@ def _stack(source: SourceCase, parts: list[ReleasedSlices]) -> tuple[NDArray[np.
     broken = int(image.size - np.count_nonzero(np.isfinite(image)))
     if broken:
         raise DataError(
-            f"{source.images[0]}: {broken} pixels of its slices are NaN or infinite; expected finite intensities"
+            f"{source.images[0]}: NaN or infinite in {counted(broken, 'pixel')} of its slices; expected finite "
+            "intensities"
         )
     constant = int(sum(plane.min() == plane.max() for plane in image))
     if constant == len(image) and source.kind in ("npz", "released_nifti"):
         raise DataError(
             f"{source.images[0]}: every pixel has the intensity {image.flat[0]:g}, so it shows nothing; leave it out"
         )
-    return image, [f"{constant} slices have one intensity throughout"] if constant else []
+    return image, [f"one intensity throughout in {counted(constant, 'slice')}"] if constant else []
 
 
 def _labels(

@@ -13,7 +13,7 @@ from mpscl_ray.data.compatibility import structure_width
 from mpscl_ray.data.label_map_files import encode_label_map
 from mpscl_ray.data.volumes.geometry import Geometry, closest_world_axes, covered_voxels
 from mpscl_ray.data.volumes.intensities import few_values, other_modality, unusual_intensities
-from mpscl_ray.data.volumes.nifti import Volume, phi_fields, read_image, read_label
+from mpscl_ray.data.volumes.nifti import Volume, read_image, read_label
 from mpscl_ray.data.volumes.preprocess import PreparedVolume, intensity_range, prepare_volume
 from mpscl_ray.data.volumes.same_grid import check_same_geometry, turned_to
 from mpscl_ray.errors import DataError
@@ -58,16 +58,12 @@ def stage_volume(request: Request, settings: Settings) -> StagedCase | list[str]
     if problems or image is None:
         return problems
     notices += [*image.notices, *unusual_intensities(image.array, source.modality)]
-    private = phi_fields(image.header)
-    if private:
-        notices.append(
-            f"the header has texts that may name a person ({', '.join(sorted(private))}); they are not copied"
-        )
     recipe = settings.recipe_of(source.modality)
     prepared = prepare_volume(image.array, image.affine, mapped, recipe, case=str(source.images[0]))
-    notices += _awkward_slices(image, prepared.geometry)
-    if mapped is not None:
-        notices += _cut_off(mapped, prepared, settings)
+    notices += _across_thick_voxels(image, prepared.geometry)
+    if request.folder is not None:  # A check knows no crop.
+        notices += _mostly_padding(prepared.geometry)
+        notices += _cut_off(mapped, prepared, settings) if mapped is not None else []
     save_slices(request, prepared.image, prepared.label)
     if mapped is not None and request.folder is not None:
         content = encode_label_map(mapped, image.affine)
@@ -98,6 +94,7 @@ def stage_volume(request: Request, settings: Settings) -> StagedCase | list[str]
         )
         if settings.pictures
         else None,
+        private=tuple(dict.fromkeys([*image.private, *(label.private if label is not None else ())])),
     )
 
 
@@ -118,7 +115,7 @@ def _read(request: Request, settings: Settings) -> tuple[Volume | None, Volume |
     except DataError as error:
         problems.append(str(error))
     if image is not None and not settings.any_modality:
-        if wrong := other_modality(image.array, source.modality):
+        if wrong := other_modality(image.array, source.modality, image.scanner):
             problems.append(f"{source.images[0]}: {wrong}; take it out, or give --any-modality if it is none")
         elif found := few_values(image.array):
             problems.append(
@@ -199,22 +196,27 @@ def _cut_off(mapped: NDArray[np.uint8], prepared: PreparedVolume, settings: Sett
     return [f"the crop leaves out {listed}: give a larger --crop or --crop-depth, or cut the scan to the heart"]
 
 
-def _awkward_slices(image: Volume, geometry: Geometry) -> list[str]:
-    """Warnings on slices that run across thick voxels, or that are mostly padding."""
-    notices = []
+def _across_thick_voxels(image: Volume, geometry: Geometry) -> list[str]:
+    """A warning on slices that run across thick voxels."""
     depth, rows, columns = geometry.axes
     thick = max((rows, columns), key=lambda axis: image.spacing_mm[axis.array_axis])
     thickness, along = image.spacing_mm[thick.array_axis], image.spacing_mm[depth.array_axis]
-    if thickness >= _THICK * along:
-        plane = _PLANE_OF_WORLD_AXIS[closest_world_axes(image.affine)[thick.array_axis][0]]
-        notices.append(
-            f"slices run across voxels that are {thickness:.3g} mm thick, and {along:.3g} mm along them; --slice-axis "
-            f"{plane} (or --orientation stored --slice-axis {thick.array_axis}) cuts slices as they were acquired"
-        )
+    if thickness < _THICK * along:
+        return []
+    plane = _PLANE_OF_WORLD_AXIS[closest_world_axes(image.affine)[thick.array_axis][0]]
+    return [
+        f"slices run across voxels that are {thickness:.3g} mm thick, and {along:.3g} mm along them; --slice-axis "
+        f"{plane} (or --orientation stored --slice-axis {thick.array_axis}) cuts slices as they were acquired"
+    ]
+
+
+def _mostly_padding(geometry: Geometry) -> list[str]:
+    """A warning on slices of which less than half is in the volume."""
+    _, rows, columns = geometry.axes
     inside = [len(range(axis.samples)[axis.inside()]) for axis in (rows, columns)]
-    if 2 * inside[0] * inside[1] < rows.samples * columns.samples:
-        notices.append(
-            f"most of a slice is padding: {inside[0]} x {inside[1]} of {rows.samples} x {columns.samples} pixels are "
-            "in the volume; give a smaller --crop"
-        )
-    return notices
+    if 2 * inside[0] * inside[1] >= rows.samples * columns.samples:
+        return []
+    return [
+        f"most of a slice is padding: {inside[0]} x {inside[1]} of {rows.samples} x {columns.samples} pixels are in "
+        "the volume; give a smaller --crop"
+    ]

@@ -19,6 +19,7 @@ from mpscl_ray.prepare.label_table import LabelTable
 from mpscl_ray.prepare.pictures.case import CasePicture
 from mpscl_ray.prepare.source_cases import Flip, SourceCase
 from mpscl_ray.runs.atomic_files import storage_errors
+from mpscl_ray.runs.wording import counted
 
 MAX_VOXELS = 2**31
 """Largest volume that is read."""
@@ -101,6 +102,8 @@ class StagedCase:
     notices: tuple[str, ...]
     picture: CasePicture | None
     """None unless pictures are wanted."""
+    private: tuple[str, ...] = ()
+    """Kinds of texts in the headers of its files that may name a person."""
 
 
 def content_hash(image: NDArray[np.float32]) -> str:
@@ -138,7 +141,8 @@ def to_class_indices(array: NDArray[Any], table: LabelTable | None, path: Path) 
     for raw in sorted(table.not_annotated):
         if voxels := int(np.count_nonzero(array == raw)):
             raise DataError(
-                f"{path} has {voxels} voxels of the label {raw}, which marks what was not annotated (an ignore label); "
+                f"{path} has {counted(voxels, 'voxel')} of the label {raw}, which marks what was not annotated "
+                "(an ignore label); "
                 f"training would learn them as background: leave the case out, or give --ignore-labels {raw} if they "
                 "are background"
             )

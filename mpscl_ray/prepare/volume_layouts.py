@@ -13,6 +13,7 @@ from mpscl_ray.errors import ConfigError, DataError
 from mpscl_ray.prepare.file_listing import LABEL_ENDINGS, Listing, pair_by_name, stem_before
 from mpscl_ray.prepare.label_table import BACKGROUND, MMWHS, LabelTable, is_not_annotated
 from mpscl_ray.prepare.source_cases import Found, LayoutOptions, SourceCase, collect
+from mpscl_ray.runs.wording import counted
 
 _NIFTI = (".nii.gz", ".nii")
 
@@ -34,8 +35,9 @@ def mmwhs_cases(listing: Listing, options: LayoutOptions) -> Found:
         collect(images if match[4] == "image" else labels, f"{match[1]}_{match[3]}", path)
     if hidden:
         listing.notices.append(
-            f"{len(hidden)} volumes of the challenge's own test set, which has no labels, are left out; segment them "
-            f"with mpscl_ray.predict: {listing.some(hidden)}"
+            f"volumes of the challenge's own test set, which has no labels, are left out, {len(hidden)}; "
+            "segment them with "
+            f"mpscl_ray.predict: {listing.some(hidden)}"
         )
     cases = []
     for case, image, label in pair_by_name(listing, images, labels):
@@ -83,12 +85,12 @@ def nnunet_cases(listing: Listing, options: LayoutOptions) -> Found:
                 other_channels += 1
         if other_channels:
             listing.notices.append(
-                f"{images_name}: only channel {options.channel:04d} is read, {other_channels} files of other channels "
-                "are not; choose with --channel"
+                f"{images_name}: only channel {options.channel:04d} is read, and no other one "
+                f"({counted(other_channels, 'file')}); choose with --channel"
             )
         if split == "test" and images and not labels:
             listing.notices.append(
-                f"{len(images)} test images without labels ({labels_name} is empty) are left out; segment them with "
+                f"{counted(len(images), 'test image')} without labels ({labels_name} is empty), left out; segment with "
                 "mpscl_ray.predict"
             )
             continue
@@ -98,7 +100,7 @@ def nnunet_cases(listing: Listing, options: LayoutOptions) -> Found:
     count = about.get("numTraining")
     training = sum(case.split is None for case in cases)
     if isinstance(count, int) and count != training:
-        listing.notices.append(f"dataset.json says numTraining {count}, imagesTr holds {training} cases")
+        listing.notices.append(f"dataset.json says numTraining {count}, imagesTr holds {counted(training, 'case')}")
     return cases, table, used
 
 
@@ -145,6 +147,11 @@ def _nnunet_labels(path: Path, about: Mapping[str, Any], notices: list[str]) -> 
     ]
     named = {raw: name for raw, name in pairs if raw != 0 and raw not in ignored}
     classes = list(dict.fromkeys([BACKGROUND, *named.values()]))  # several ids may share a name
+    for first, second in pairwise(sorted(classes, key=str.casefold)):
+        if first.casefold() == second.casefold():
+            raise DataError(
+                f"{path}: the labels {first} and {second} differ only in upper and lower case; use one spelling"
+            )
     values = {0: 0, **{raw: classes.index(name) for raw, name in named.items()}}
     if len(classes) < 2 or len(classes) > 255:
         raise DataError(f"{path}: {len(classes) - 1} labels besides background; expected 1 to 254")
@@ -152,7 +159,13 @@ def _nnunet_labels(path: Path, about: Mapping[str, Any], notices: list[str]) -> 
 
 
 def folder_cases(listing: Listing, options: LayoutOptions) -> Found:
-    """Any folder, by path patterns with ``{case}``, ``{patient}``, ``*``, and ``**/`` for any folders."""
+    """Any folder, by path patterns with ``{case}``, ``{patient}``, ``*``, and ``**/`` for any folders.
+
+    The path of a DICOM series is that of its folder.
+    """
+    # Imported here: help and refused arguments need no numpy.
+    from mpscl_ray.prepare.dicom_cases import with_series
+
     if options.image_pattern is None or options.modality is None:
         raise ConfigError(
             "--layout folder needs --modality and --image-pattern, e.g. --modality mr --image-pattern "
@@ -170,11 +183,10 @@ def folder_cases(listing: Listing, options: LayoutOptions) -> Found:
     masks: dict[str, dict[str, Path]] = {}
     patients: dict[str, str] = {}
     used: set[Path] = set()
-    for path in listing.files:
-        relative = listing.relative(path)
+    for path, names in with_series(listing, image_pattern):
         # A label may match both patterns ({case}.nii.gz and {case}_seg.nii.gz), an image never does.
-        label = label_pattern.fullmatch(relative) if label_pattern else None
-        image = image_pattern.fullmatch(relative)
+        label = _match(label_pattern, names) if label_pattern else None
+        image = _match(image_pattern, names)
         if label and options.masks:
             masks.setdefault(_name(label), {})[label.groupdict().get("mask") or ""] = path
         elif label:
@@ -202,6 +214,10 @@ def folder_cases(listing: Listing, options: LayoutOptions) -> Found:
         patient = patients.get(case, case)
         cases.append(SourceCase(case, options.modality, patient, "nifti", (image_path,), label_paths, label_hint=hint))
     return cases, None, used
+
+
+def _match(pattern: re.Pattern[str], names: Sequence[str]) -> re.Match[str] | None:
+    return next(filter(None, map(pattern.fullmatch, names)), None)
 
 
 def _name(match: re.Match[str]) -> str:

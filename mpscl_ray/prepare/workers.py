@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
+from mpscl_ray.data.volumes.dicom_paths import is_series, series_files
 from mpscl_ray.distributed.parallel_map import map_volumes
 from mpscl_ray.prepare.staged_case import Request
 from mpscl_ray.runs.progress import ProgressLine
@@ -28,15 +29,21 @@ def worker_count(wanted: int | None, requests: Sequence[Request]) -> int:
         return 0
     ray = sys.modules.get("ray")
     running = ray is not None and ray.is_initialized()
-    size = sum(path.stat().st_size for request in requests for path in request.source.images)
+    size = sum(map(_size, requests))
     if not running and size < _WORTH_RAY:
         return 0
     return min(os.cpu_count() or 1, len(requests), _fitting(requests))
 
 
+def _size(request: Request) -> int:
+    """Bytes of the images of a case."""
+    images = request.source.images
+    return sum(file.stat().st_size for path in images for file in (series_files(path) if is_series(path) else [path]))
+
+
 def _fitting(requests: Sequence[Request]) -> int:
     """Volumes that fit into the free memory of this machine together, at least 1."""
-    largest = max(path.stat().st_size for request in requests for path in request.source.images)
+    largest = max(map(_size, requests))
     try:
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError):

@@ -16,6 +16,7 @@ from mpscl_ray.report.sections import overview, sections
 from mpscl_ray.runs.atomic_files import storage_errors, write_atomically
 from mpscl_ray.runs.palette import hex_colour
 from mpscl_ray.runs.structures import display_indices
+from mpscl_ray.runs.wording import counted
 
 
 def report(
@@ -60,7 +61,7 @@ def report(
     structures = {group.classes[i]: hex_colour(i) for group in groups for i in display_indices(group.classes)}
     text = page(
         title=f"Adaptation {' and '.join(directions)}",
-        summary=f"{len(found)} run{'s' * (len(found) > 1)}: {names}.",
+        summary=f"{counted(len(found), 'run')}: {names}.",
         sections=[overview(groups), *sections(groups, folder / "figures", dpi, pdf)],
         structures=list(structures.items()),
         settings=[(run.folder.name, yaml.safe_dump(dict(run.config), sort_keys=False)) for run in found],

@@ -20,6 +20,7 @@ from mpscl_ray.report.groups import Group
 from mpscl_ray.report.html import Section, Table
 from mpscl_ray.report.runs import ReportedRun
 from mpscl_ray.runs.structures import display_indices
+from mpscl_ray.runs.wording import counted
 from mpscl_ray.train.feature_log import FeatureRecord
 
 _ROWS = 4
@@ -59,7 +60,7 @@ def overview(groups: Sequence[Group]) -> Section:
             first = next(iter(scored["rows"].values()))
             structures = list(first["structures"])
             caption = (
-                f"Target {group.name}, {first['volumes']} labelled volumes of the split {scored['split']}: "
+                f"Target {group.name}, {counted(first['volumes'], 'labelled volume')} of the split {scored['split']}: "
                 f"{PROTOCOLS[scored.get('protocol', 'prepared')]}; a row for each phase. "
                 "There is no ASD where a structure is missed in all volumes."
             )

@@ -15,6 +15,7 @@ from mpscl_ray.runs.progress import ProgressLine
 from mpscl_ray.runs.run_directory import RunDirectory
 from mpscl_ray.runs.storage import join_location
 from mpscl_ray.runs.structures import display_order
+from mpscl_ray.runs.wording import counted
 from mpscl_ray.train.domains import Domains
 from mpscl_ray.train.streams import TrainingData
 
@@ -24,7 +25,7 @@ def summary(config: Config, folder: RunDirectory, domains: Domains, data: Traini
     source, target = domains.source, domains.target
     phases = ", ".join(f"{phase_title(name)} {iterations}" for name, iterations in config.schedule)
     unlabelled = (
-        f"{data.unlabelled.files.rows} {target.modality} slices without labels"
+        f"{counted(data.unlabelled.files.rows, f'{target.modality} slice')} without labels"
         if data.unlabelled
         else "no other slices"
     )
@@ -32,7 +33,7 @@ def summary(config: Config, folder: RunDirectory, domains: Domains, data: Traini
     return (
         f"run {folder.name} in {folder.display_path}: {config.method_name}, {source.modality} to {target.modality}, "
         f"structures {', '.join(display_order(domains.classes[1:]))}\n"
-        f"  trains on {data.labelled.files.rows} labelled {labelled} slices and {unlabelled}, "
+        f"  trains on {counted(data.labelled.files.rows, f'labelled {labelled} slice')} and {unlabelled}, "
         f"{config.scaling.describe(use_gpu)}\n"
         f"  iterations: {phases}; the target's labels are not used for training"
         + (" (except here: the supervised bound)" if config.data.labelled_domain == "target" else "")

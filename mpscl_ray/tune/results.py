@@ -16,6 +16,7 @@ from mpscl_ray.evaluate.table_files import without_nan, write_tables
 from mpscl_ray.evaluate.tables import Summary, csv_text
 from mpscl_ray.runs.atomic_files import write_atomically
 from mpscl_ray.runs.storage import join_location
+from mpscl_ray.runs.wording import counted
 from mpscl_ray.tune import figures
 from mpscl_ray.tune.agreement import agreements, agreements_text
 from mpscl_ray.tune.criteria import CRITERIA, ORACLE, score
@@ -184,7 +185,8 @@ def _evaluate(study: Study, trials: list[Trial], best: Trial | None) -> None:
             rows[label], split, protocol = evaluation.summary, evaluation.split, evaluation.protocol
     if rows:
         volumes = next(iter(rows.values())).volumes
-        heading = f"{volumes} labelled {'test' if split == 'test' else 'validation'} volumes of the target, " + (
+        kind = "test" if split == "test" else "validation"
+        heading = f"{counted(volumes, f'labelled {kind} volume')} of the target, " + (
             "also used to compare trials" if split == "val" and study.metric == ORACLE else "not used for any choice"
         )
         heading += f"; scored: {PROTOCOLS[protocol]}"
@@ -214,7 +216,7 @@ def print_results(study: Study) -> None:
     best = best_trial(trials, study.metric)
     counts = _counts(trials)
     print(
-        f"\n{len(trials)} trials: {counts['finished']} trained in full, {counts['stopped']} stopped early, "
+        f"\n{counted(len(trials), 'trial')}: {counts['finished']} trained in full, {counts['stopped']} stopped early, "
         f"{counts['failed']} failed; {saving(study).sentence()}"
     )
     for trial in trials:
@@ -228,7 +230,7 @@ def print_results(study: Study) -> None:
     found = agreements(trials)
     number = max((value.trials for value in found.values()), default=0)
     if number >= ENOUGH_TRIALS:
-        print(f"\nlabel-free criteria against target Dice, {number} trials in full")
+        print(f"\nlabel-free criteria against target Dice, {counted(number, 'trial')} in full")
         print(agreements_text(found, study.metric))
     table = study.folder.results / TEST_TABLE
     if table.exists():

@@ -14,6 +14,7 @@ from mpscl_ray.runs.lifecycle import carry_out
 from mpscl_ray.runs.run_directory import RunDirectory, open_run
 from mpscl_ray.runs.signals import Interruption, signals_end
 from mpscl_ray.runs.storage import S3Path, join_location
+from mpscl_ray.runs.wording import counted
 from mpscl_ray.train import run as train_run
 from mpscl_ray.train.domains import load_domains
 from mpscl_ray.train.ray import launch
@@ -132,9 +133,10 @@ def _summary(study: Study) -> str:
     before = sum(length for _, length in study.shared_phases)
     last = phase_title(study.resolved.schedule[-1][0])
     lines = [
-        f"search {study.folder.name} in {study.folder.display_path}: {space.search.method}, {total} trials over "
+        f"search {study.folder.name} in {study.folder.display_path}: {space.search.method}, "
+        f"{counted(total, 'trial')} over "
         f"{', '.join(space.keys)}",
-        f"  {max_concurrent} trial{'s' * (max_concurrent > 1)} at a time with "
+        f"  {counted(max_concurrent, 'trial')} at a time with "
         f"{study.resolved.scaling.describe(study.shared.use_gpu)} each; "
         f"compared by {CRITERIA[study.metric]}" + (" (ORACLE)" if study.metric == "oracle" else ""),
     ]

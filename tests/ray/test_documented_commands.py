@@ -35,6 +35,9 @@ ELSEWHERE = {
     "python -m mpscl_ray.tune": "tests/ray/test_tune.py::test_two_trials_are_really_trained",
     "python -m mpscl_ray.prepare MMWHS --layout mmwhs --out /shared/data": "tests/unit/prepare/test_command.py",
     "python -m mpscl_ray.prepare MMWHS --layout mmwhs --out s3://*": BUCKET,
+    "python -m mpscl_ray.prepare SERIES *": (
+        "tests/unit/prepare/test_dicom.py::test_a_series_gives_the_same_data_as_its_nifti_file"
+    ),
     "python -m mpscl_ray.train mr2ct/mpscl data.source=s3://*": (
         "tests/cluster/test_object_storage.py::test_a_run_that_is_cut_off_and_killed_ends_as_on_a_disk"
     ),

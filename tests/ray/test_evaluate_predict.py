@@ -382,7 +382,7 @@ def test_predict_refuses_what_it_cannot_do(run: Path, tmp_path: Path, capsys: py
     inputs = [str(image), str(tmp_path / "dicom"), str(tmp_path / "empty"), str(tmp_path / "none.nii.gz")]
     assert predict.main([str(run), *inputs, "--out", out, "--workers", "0", "--modality", "mr"]) == 3
     shown = capsys.readouterr().err
-    assert "dcm2niix" in shown
+    assert "truncated or damaged, 1: IM0001" in shown
     assert "3 of 4 inputs" in shown
     assert (tmp_path / "out" / "a_prediction.nii.gz").exists()
 

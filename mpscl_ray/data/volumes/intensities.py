@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpscl_ray.data.volumes.recipe import AIR_HU, LOWEST_HU
+from mpscl_ray.runs.wording import counted
 
 _SAMPLE = 200_000
 _MOST_LABELS = 12
@@ -29,15 +30,22 @@ def kind_of(modality: str) -> Kind | None:
     return None
 
 
-def other_modality(image: NDArray[np.float32], modality: str) -> str | None:
+def other_modality(image: NDArray[np.float32], modality: str, scanner: str = "") -> str | None:
     """Why the image cannot be of this modality, as a sentence; None if it can, or if the modality is not known.
 
     CT is in Hounsfield units: without air, lung or fat below 0 it is another image, or lost its offset of 1024. MR has
     no large part below -500, and not the two peaks of air and soft tissue of a CT that is stored with that offset.
     Images that are scaled or z-scored already are not judged. No modality has many voxels of one value far from all
     others, but for the padding of CT.
+
+    Args:
+        image: Intensities.
+        modality: Name of the modality.
+        scanner: The modality in the DICOM header, in capitals, if there is one.
     """
     kind = kind_of(modality)
+    if kind and scanner and scanner != kind.upper():
+        return f"its DICOM header says {scanner}, not {kind.upper()} (modality {modality!r})"
     sample = image.ravel(order="K")[:: image.size // _SAMPLE + 1]
     real = sample[sample >= LOWEST_HU]
     if found := _far_value(real if kind == "ct" else sample):
@@ -117,8 +125,8 @@ def unusual_intensities(image: NDArray[np.float32], modality: str) -> list[str]:
     if kind == "ct" and low < LOWEST_HU:
         voxels = int(np.count_nonzero(image < LOWEST_HU))
         notices.append(
-            f"{voxels} voxels below {LOWEST_HU:g}, down to {low:g}, are padding outside the field of view; set to "
-            f"{AIR_HU:g}"
+            f"padding outside the field of view below {LOWEST_HU:g}, down to {low:g}, was set to {AIR_HU:g}: "
+            f"{counted(voxels, 'voxel')}"
         )
     elif kind == "mr" and low <= -500:
         notices.append(

@@ -11,18 +11,23 @@ import nibabel as nib
 import numpy as np
 import numpy.typing as npt
 
+from mpscl_ray.data.volumes.geometry import FloatArray
+from mpscl_ray.data.volumes.personal_data import is_private_key
 from mpscl_ray.errors import DataError
 
 ITK_ENDINGS = (".nrrd", ".mha")
-_LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0])
+LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0])
 _UNIT_MM = 2
 
 
-def read_itk(path: Path, max_voxels: int) -> tuple[Any, npt.NDArray[Any], tuple[int, ...], str]:
+def read_itk(
+    path: Path, max_voxels: int
+) -> tuple[Any, npt.NDArray[Any], tuple[int, ...], str, tuple[str, ...], tuple[str, ...]]:
     """Read a whole file.
 
     Returns:
-        nibabel header, flat voxels with the first axis fastest, shape, and SHA-256 of the file.
+        nibabel header, flat voxels with the first axis fastest, shape, SHA-256 of the file, warnings (none), and keys
+        with texts that may name a person.
 
     Raises:
         DataError: The file is damaged, too large, or has vectors or complex numbers as voxels.
@@ -52,15 +57,28 @@ def read_itk(path: Path, max_voxels: int) -> tuple[Any, npt.NDArray[Any], tuple[
     if len(shape) >= 3:
         size = image.GetDimension()
         directions = np.reshape(image.GetDirection(), (size, size))[:3, :3]
-        affine[:3, :3] = _LPS_TO_RAS @ directions * np.asarray(image.GetSpacing()[:3])
-        affine[:3, 3] = _LPS_TO_RAS @ np.asarray(image.GetOrigin()[:3])
+        affine[:3, :3] = LPS_TO_RAS @ directions * np.asarray(image.GetSpacing()[:3])
+        affine[:3, 3] = LPS_TO_RAS @ np.asarray(image.GetOrigin()[:3])
+    header = nifti_header(array.dtype, shape, affine)
+    header["pixdim"][1 : len(shape) + 1] = image.GetSpacing()
+    private = tuple(key for key in reader.GetMetaDataKeys() if is_private_key(key) and reader.GetMetaData(key).strip())
+    return header, array.reshape(-1), shape, digest, (), private
+
+
+def nifti_header(dtype: np.dtype[Any], shape: tuple[int, ...], affine: FloatArray) -> Any:
+    """A NIfTI header without texts.
+
+    Args:
+        dtype: Of the voxels.
+        shape: Of the volume.
+        affine: (4, 4), voxel index to RAS+ millimetres; becomes sform and qform.
+    """
     header_class: Any = nib.Nifti1Header
     header = header_class()
-    header.set_data_dtype(array.dtype)
+    header.set_data_dtype(dtype)
     header.set_data_shape(shape)
-    header["pixdim"][1 : len(shape) + 1] = image.GetSpacing()
     header.set_qform(affine, 1)
     header.set_sform(affine, 1)
     header["xyzt_units"] = _UNIT_MM
     header["scl_slope"], header["scl_inter"] = 1.0, 0.0
-    return header, array.reshape(-1), shape, digest
+    return header

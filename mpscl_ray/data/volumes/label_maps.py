@@ -13,6 +13,7 @@ import numpy.typing as npt
 from mpscl_ray.errors import ConfigError, DataError
 from mpscl_ray.runs.atomic_files import write_atomically
 from mpscl_ray.runs.palette import colour
+from mpscl_ray.runs.wording import counted
 
 KNOWN_TYPOS = {421: 420}
 """Ids that occur in published label maps by mistake, and the ids that were meant (MM-WHS 2017: left atrium)."""
@@ -92,7 +93,7 @@ def _pieces(flat: npt.NDArray[Any]) -> Iterator[npt.NDArray[Any]]:
 
 
 def _describe_unknown(unknown_ids: Mapping[int, int], table: Mapping[int, int], ignored: AbstractSet[int]) -> str:
-    listed = ", ".join(f"{i} ({n} voxels)" for i, n in sorted(unknown_ids.items())[:_LISTED])
+    listed = ", ".join(f"{i} ({counted(n, 'voxel')})" for i, n in sorted(unknown_ids.items())[:_LISTED])
     more = f" and {len(unknown_ids) - _LISTED} more" if len(unknown_ids) > _LISTED else ""
     sentence = f"label ids that the label table does not know: {listed}{more}"
     for typo, meant in KNOWN_TYPOS.items():

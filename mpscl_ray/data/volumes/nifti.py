@@ -14,11 +14,12 @@ from mpscl_ray.data.volumes.geometry import voxel_sizes
 from mpscl_ray.data.volumes.header_geometry import header_affine
 from mpscl_ray.data.volumes.label_maps import whole_ids
 from mpscl_ray.data.volumes.nifti_file import StoredVolume, read_stored
+from mpscl_ray.data.volumes.personal_data import private_fields
 from mpscl_ray.data.volumes.recipe import GeometryFrom, NanPolicy
 from mpscl_ray.errors import DataError
+from mpscl_ray.runs.wording import counted
 
 _PIECE = 1 << 22
-_TEXT_FIELDS = ("descrip", "db_name", "aux_file", "intent_name", "data_type", "unused_str")
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,10 @@ class Volume:
     """nibabel header as stored, for writing a label map of the same geometry."""
     notices: tuple[str, ...]
     """Warnings, each a sentence without the path."""
+    private: tuple[str, ...] = ()
+    """Kinds of texts in the header that may name a person; the texts themselves are not kept."""
+    scanner: str = ""
+    """Modality by the DICOM header, such as CT or MR; empty for files of other formats."""
 
 
 def read_image(
@@ -52,7 +57,7 @@ def read_image(
     """Read a grey-value image.
 
     Args:
-        path: ``.nii`` or ``.nii.gz``, NIfTI-1 or NIfTI-2.
+        path: ``.nii`` or ``.nii.gz``, NIfTI-1 or NIfTI-2; ``.nrrd``, ``.mha``, or a folder with a DICOM series.
         assume_spacing_mm: Voxel size to assume, axes as right, anterior, superior, if the header has no usable one.
         geometry: Which part of the header is right; None refuses a header whose parts contradict each other.
         frame: Time point to read of a volume that has a time axis; None refuses one.
@@ -83,7 +88,7 @@ def read_image(
     notices: tuple[str, ...] = ()
     if broken and (nan_policy == "error" or broken == flat.size):
         raise DataError(
-            f"{path} has {broken} voxels that are NaN, infinite or beyond single precision, the first at index "
+            f"{path} is NaN, infinite or beyond single precision in {counted(broken, 'voxel')}, the first at index "
             f"{opened.index(first)}; expected finite intensities, export it again, or give --nan-policy lowest or zero "
             "to set these voxels to the lowest finite intensity or to 0"
         )
@@ -91,7 +96,7 @@ def read_image(
         value = 0.0 if nan_policy == "zero" else low
         flat[~np.isfinite(flat)] = value
         low, high = min(low, value), max(high, value)
-        notices = (f"{broken} voxels that are NaN or infinite were set to {value:g}",)
+        notices = (f"NaN or infinite intensities were set to {value:g}: {counted(broken, 'voxel')}",)
     if low == high:
         raise DataError(f"{path} has the intensity {low:g} in every voxel and cannot be normalised; leave it out")
     return opened.volume(flat, notices)
@@ -108,7 +113,7 @@ def read_label(
     """Read a label map; ids may be stored as real numbers, such as 200.0.
 
     Args:
-        path: ``.nii`` or ``.nii.gz``, NIfTI-1 or NIfTI-2.
+        path: ``.nii`` or ``.nii.gz``, NIfTI-1 or NIfTI-2; ``.nrrd``, ``.mha``, or a folder with a DICOM series.
         assume_spacing_mm: Voxel size to assume, axes as right, anterior, superior, if the header has no usable one.
         geometry: Which part of the header is right; None refuses a header whose parts contradict each other.
         frame: Time point to read of a volume that has a time axis; None refuses one.
@@ -137,7 +142,8 @@ def read_label(
             flat[start : start + _PIECE] = whole
     if wrong:
         raise DataError(
-            f"{path} has {wrong} voxels whose label is no whole number of 32 bits, the first is {example:g} at index "
+            f"{path} has labels that are no whole numbers of 32 bits in {counted(wrong, 'voxel')}, the first is "
+            f"{example:g} at index "
             f"{opened.index(first)}; expected label ids, perhaps the map was interpolated or is an image"
         )
     return opened.volume(flat)
@@ -169,7 +175,19 @@ class _Opened:
     def volume(self, flat: npt.NDArray[Any], notices: tuple[str, ...] = ()) -> Volume:
         array = flat.reshape(self.shape, order="F")
         told = (*self.notices, *notices)
-        return Volume(array, self.affine, self.spacing_mm, self.path, self.stored.sha256, self.stored.header, told)
+        stored = self.stored
+        private = stored.private or private_fields(stored.header)
+        return Volume(
+            array,
+            self.affine,
+            self.spacing_mm,
+            self.path,
+            stored.sha256,
+            stored.header,
+            told,
+            private,
+            stored.scanner,
+        )
 
 
 def _open(
@@ -221,19 +239,3 @@ def _slope(path: Path, header: Any, notices: list[str]) -> tuple[float, float]:
             f"{path} has intensity slope {slope:g} but intercept {intercept}; expected a finite one, export it again"
         )
     return slope, intercept
-
-
-def phi_fields(header: Any) -> dict[str, str]:
-    """Non-empty header fields that may hold names of people or places.
-
-    Returns:
-        Field to text; extensions as ``extension 1`` and so on, with their code and length only.
-    """
-    found = {}
-    for field in (name for name in _TEXT_FIELDS if name in header):
-        text = bytes(header[field].item()).strip(b"\0 ").decode("latin-1")
-        if text:
-            found[field] = text
-    for number, extension in enumerate(header.extensions, start=1):
-        found[f"extension {number}"] = f"code {extension.get_code()}, {len(extension.get_content())} bytes"
-    return found

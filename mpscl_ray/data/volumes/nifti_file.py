@@ -20,6 +20,9 @@ import nibabel as nib
 import numpy as np
 import numpy.typing as npt
 
+from mpscl_ray.data.volumes.dicom import read_dicom
+from mpscl_ray.data.volumes.dicom_files import is_directory_file
+from mpscl_ray.data.volumes.dicom_paths import is_dicom, is_series
 from mpscl_ray.data.volumes.itk_file import ITK_ENDINGS, read_itk
 from mpscl_ray.errors import DataError
 
@@ -75,35 +78,39 @@ class StoredVolume:
     shape: tuple[int, ...]
     """As in the header."""
     sha256: str
-    """SHA-256 of the file on disk."""
+    """SHA-256 of the file on disk; of a DICOM series, of its files in the order of the slices."""
     notices: tuple[str, ...]
+    private: tuple[str, ...] = ()
+    """Kinds of texts that may name a person and are not in the header."""
+    scanner: str = ""
+    """Modality by the DICOM header."""
 
 
 def read_stored(path: Path, max_voxels: int) -> StoredVolume:
-    """Read a whole ``.nii``, ``.nii.gz``, ``.nrrd`` or ``.mha``.
+    """Read a whole ``.nii``, ``.nii.gz``, ``.nrrd``, ``.mha`` or DICOM series.
 
     Args:
-        path: File of a single volume, NIfTI-1 or NIfTI-2, either byte order.
+        path: File of a single volume, NIfTI-1 or NIfTI-2, either byte order; or the folder of a DICOM series.
         max_voxels: Largest volume that is read.
 
     Raises:
         DataError: The file is missing, truncated, damaged, not NIfTI, not what its name says, or too large.
     """
     name = path.name.lower()
-    if path.is_dir():
-        raise DataError(
-            f"{path} is a folder, expected a .nii or .nii.gz file; convert a DICOM folder with 'dcm2niix -ba y' first"
-        )
+    if is_series(path):
+        return StoredVolume(*read_dicom(path, max_voxels))
     if not os.path.lexists(path):
         raise DataError(f"{path}: there is no such file; check the path")
     if not name.endswith((".nii", ".nii.gz", *ITK_ENDINGS)):
-        raise DataError(f"{path} is {_other_format(path)}; expected .nii, .nii.gz, .nrrd or .mha, convert it first")
+        raise DataError(
+            f"{path} is {_other_format(path)}; expected .nii, .nii.gz, .nrrd, .mha or a folder with a DICOM series"
+        )
     try:
         if not path.is_file() and path.exists():
             raise DataError(f"{path} is no regular file, expected a NIfTI volume; check the path")
         size = path.stat().st_size
         if name.endswith(ITK_ENDINGS) and size:
-            return StoredVolume(*read_itk(path, max_voxels), ())
+            return StoredVolume(*read_itk(path, max_voxels))
         with path.open("rb") as file:
             return _read(path, file, size, name.endswith(".gz"), max_voxels)
     except OSError as error:
@@ -239,12 +246,9 @@ def _times(shape: tuple[int, ...]) -> str:
 
 
 def _other_format(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            if file.read(132)[128:] == b"DICM":
-                return "a DICOM file (dcm2niix -ba y FOLDER converts a series)"
-    except OSError:
-        pass
+    if is_dicom(path):
+        what = "the index of a DICOM disc" if is_directory_file(path) else "one file of a DICOM series"
+        return f"{what}: give the folder that holds the slices"
     return f"a file that ends in {path.suffix!r}" if path.suffix else "a file without an ending"
 
 
@@ -258,7 +262,7 @@ def _kind_of(start: bytes) -> tuple[int, str] | None:
 
 def _looks_like(start: bytes) -> str:
     if start[128:132] == b"DICM":
-        return "a DICOM file; convert its folder with 'dcm2niix -ba y'"
+        return "a DICOM file; give the folder of its series"
     for magic, description in _LOOKS_LIKE:
         if start.lstrip().startswith(magic):
             return description

@@ -90,7 +90,10 @@ def test_a_pair_that_fits_is_silent() -> None:
         (domain("ct", case("b"), size=(80, 80)), "100 x 100 and 80 x 80"),
         (domain("ct", case("b"), classes=("background", "AA", "LAC", "MYO")), "same class names in the same order"),
         (domain("ct", case("b", "test")), "there is no training case"),
-        (domain("ct", dataclasses.replace(case("b"), content_sha256="content of a")), "1 images are the same.*a = b"),
+        (
+            domain("ct", dataclasses.replace(case("b"), content_sha256="content of a")),
+            "the same images are in both, 1: .*a = b",
+        ),
     ],
 )
 def test_a_pair_that_cannot_be_trained_is_refused(target: Manifest, message: str) -> None:
@@ -108,7 +111,7 @@ def test_the_same_patients_are_reported() -> None:
     source = domain("mr", case("a", label=labels()))
     target = domain("ct", dataclasses.replace(case("a"), content_sha256="another image"))
     (notice,) = check_pair(source, target)
-    assert notice.startswith("1 patients are in source and target (a)")
+    assert notice.startswith("1 patient in source and target (a)")
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ def test_unknown_ids_are_background_and_reported_with_counts() -> None:
     mapped, notices = map_labels(array, MMWHS, REST, Path("some/mr_1010.nii.gz"))
     np.testing.assert_array_equal(mapped, [[[1, 0, 0], [0, 0, 0]]])
     (notice,) = notices
-    for part in ("mr_1010.nii.gz", "-3 (1 voxels)", "5 (1 voxels)", "421 (2 voxels)", "mistake for 420"):
+    for part in ("mr_1010.nii.gz", "-3 (1 voxel)", "5 (1 voxel)", "421 (2 voxels)", "mistake for 420"):
         assert part in notice
     assert "205" not in notice
 

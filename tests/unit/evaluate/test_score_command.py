@@ -124,7 +124,7 @@ def test_every_voxel_and_only_those_without_the_ignored_id_count(tmp_path: Path)
     assert float(rows["a", "MYO"]["dice"]) == pytest.approx(200 / 240)
     about = json.loads((tmp_path / "out/summary.json").read_text())
     assert about["volumes"]["a"]["ignored_voxels"] == 3 * 20 * 10
-    assert "600 voxels of 1 cases have the id 9" in "".join(about["notices"])
+    assert "the id 9 in the label is counted nowhere: 600 voxels of 1 case" in "".join(about["notices"])
 
 
 def test_missed_invented_and_absent_structures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -289,7 +289,7 @@ def test_pairs_by_pattern(tmp_path: Path) -> None:
         ("a.nii", "a_seg.nii a_gt.nii", "a.nii belongs to .*a_gt.nii and .*a_seg.nii alike; give --label-pattern"),
         ("a.nii a_pred.nii", "a.nii", "a.nii belongs to .*a.nii and .*a_pred.nii alike; give --prediction-pattern"),
         ("a.nii a.nii.gz", "a.nii", "are both of the case a"),
-        ("a.nii", "readme.txt", "no .nii or .nii.gz file among 1 files"),
+        ("a.nii", "readme.txt", "no .nii or .nii.gz file among 1 file$"),
         ("a.nii", "a.dcm", "convert DICOM to NIfTI first"),
         ("a_image.nii", "a_image.nii a_label.nii", "labels without a prediction, 1: a_label.nii"),
     ],
@@ -392,7 +392,7 @@ def test_ids_without_a_name_are_named(cohort: Path, capsys: pytest.CaptureFixtur
     capsys.readouterr()
     assert scored(cohort, *NAMES) == before
     printed = capsys.readouterr().out
-    assert "ids in labels that --labels does not name, counted as background: 9 (1 files)" in printed
+    assert "ids in labels that --labels does not name, counted as background: 9 (1 file)" in printed
     assert "ids in predictions that --labels does not name, counted as background: 77 (3 files)" in printed
 
 

@@ -125,10 +125,10 @@ def test_prepared_slices_are_another_protocol_named_wherever_its_numbers_stand(
     assert "label maps as predict writes them, on the grid of the image files" in capsys.readouterr().out
     assert evaluate.main([*words, "--protocol", "prepared"]) == 0
     assert "PREPARED SLICES" in capsys.readouterr().out
-    about = json.loads((run / "results" / "adaptation_test_prepared_protocol" / "summary.json").read_text())
+    about = json.loads((run / "results" / "adaptation_test_prepared_protocol" / "summary.json").read_text(encoding="utf-8"))
     assert about["protocol"] == "prepared"
-    assert "PREPARED SLICES" in (run / "results" / "adaptation_test_prepared_protocol" / "summary.md").read_text()
-    own = json.loads((run / "results" / "adaptation_test" / "summary.json").read_text())
+    assert "PREPARED SLICES" in (run / "results" / "adaptation_test_prepared_protocol" / "summary.md").read_text(encoding="utf-8")
+    own = json.loads((run / "results" / "adaptation_test" / "summary.json").read_text(encoding="utf-8"))
     assert own["protocol"] == "file"
     # The crop leaves out part of a structure, which only the grid of the files counts.
     truth = [

@@ -37,9 +37,19 @@ def test_all_problems_are_reported_at_once(source: Path) -> None:
         "case ct_1003",
         "ct_train_1004_label.nii.gz has shape (5, 5, 5)",
         "421 (3 voxels)",
-        "ct_train_1006_image.nii.gz has 1 voxels that are NaN",
+        "ct_train_1006_image.nii.gz is NaN, infinite or beyond single precision in 1 voxel",
     ):
         assert part in text
+
+
+def test_a_split_that_cannot_be_is_told_before_volumes_are_read(source: Path) -> None:
+    for number in range(1001, 1007):
+        (source / f"ct_train_{number}_image.nii.gz").write_bytes(b"")  # none can be read
+        if number == 1003:
+            (source / f"ct_train_{number}_image.nii.gz").unlink()
+            (source / f"ct_train_{number}_label.nii.gz").unlink()
+    (problem,) = refusal(source, split="mmwhs")
+    assert problem.startswith("--split mmwhs: none of the published test volumes 1003, 1008, 1014, 1019 is among")
 
 
 def test_labels_that_the_table_does_not_know(source: Path) -> None:

@@ -124,7 +124,7 @@ def test_wrong_split_files(tmp_path: Path, content: object, message: str) -> Non
 def test_lists_name_patients_or_cases() -> None:
     found = split_listed(members(4, scans=2), {"train": ["p00", "p01_1"], "test": ["p03"]}, "a file")
     assert found.cases == {"train": ("p00_0", "p00_1", "p01_1"), "val": (), "test": ("p03_0", "p03_1")}
-    assert found.notices == ("3 cases are in no split and are left out: p01_0, p02_0, p02_1",)
+    assert found.notices == ("cases in no split, left out, 3: p01_0, p02_0, p02_1",)
     with pytest.raises(DataError, match="ids that no case has: train: p09, test: p10; known patients: p00, p01"):
         split_listed(members(2), {"train": ["p09"], "test": ["p10"]}, "a file")
 

@@ -193,7 +193,7 @@ def test_nan_by_policy(tmp_path: Path) -> None:
     change(folder / "c1_image.nii.gz", with_nan)
     assert "--nan-policy lowest or zero" in problems(folder)
     _, manifest = prepared(folder, nan_policy="lowest")
-    assert any("1 voxels that are NaN" in notice for notice in manifest.notices)
+    assert any("NaN or infinite intensities were set to" in notice for notice in manifest.notices)
 
 
 # --------------------------------------------------------------------------------------------------------- labels
