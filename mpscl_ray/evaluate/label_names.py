@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mpscl_ray.errors import ConfigError, DataError
-from mpscl_ray.prepare.label_table import BACKGROUND, parse_label_table
+from mpscl_ray.prepare.label_table import BACKGROUND, is_region, parse_label_table
 from mpscl_ray.runs.cli import did_you_mean
 
 _IGNORE = "ignore"
@@ -92,9 +92,15 @@ def _entry(path: Path, key: str, value: Any) -> tuple[int, str]:
         return value, key
     if isinstance(value, str) and key.strip().lstrip("-").isdecimal():
         return int(key), value
+    if is_region(value):
+        one = ",".join(f"{number}={key}" for number in value)
+        raise DataError(
+            f"{path}: the label {key!r} is a region of the ids {', '.join(map(str, value))}, and regions may overlap; "
+            f"score one region at a time: --labels {one} --prediction-labels {one}, with --ignore-label ID if there is "
+            "one; or name each id, e.g. 1=MYO,2=LV"
+        )
     raise DataError(
-        f"{path}: the label {key!r}: {json.dumps(value)[:60]} is no NAME: ID pair (regions of several ids are not "
-        "supported); give the names as 1=MYO,2=LV"
+        f"{path}: the label {key!r}: {json.dumps(value)[:60]} is no NAME: ID pair; give the names as 1=MYO,2=LV"
     )
 
 

@@ -191,6 +191,8 @@ def _dataset_notices(manifest: Manifest, domain: Domain | None, cases: list[Case
         notices.append(
             f"the crop of {leaking} volumes was placed by their own labels, so their scores are slightly too good"
         )
+    if manifest.labels.get("not_annotated"):
+        notices.append("voxels that are not annotated count nowhere")
     if any(case.spacing_mm is None for case in cases):
         notices.append("the voxel size of some volumes is unknown, so they have distances in voxels only, not in mm")
     if domain is None:

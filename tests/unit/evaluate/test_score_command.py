@@ -425,7 +425,10 @@ def test_tables_that_do_not_fit_are_refused(
         ("{", "not JSON"),
         ("[]", 'expected {"NAME": ID, ...}'),
         ("{}", 'expected {"NAME": ID, ...}'),
-        ('{"labels": {"whole": [1, 2]}}', "regions of several ids are not supported"),
+        (
+            '{"labels": {"whole": [1, 2]}}',
+            "whole' is a region of the ids 1, 2, and regions may overlap; score one region at a time: --labels 1=whole",
+        ),
         ('{"MYO": true}', "is no NAME: ID pair"),
         ('{"MYO": 1, "LV": 1}', "the id 1 has two names, LV and MYO"),
         ('{"background": 0}', "0 names besides background"),
