@@ -300,9 +300,7 @@ def _add_transductive(add: Callable[..., Any]) -> None:
 def _add_slices(add: Callable[..., Any]) -> None:
     default = Recipe()
     add("--orientation", choices=("canonical", "stored"), default=default.orientation)
-    add(
-        "--slice-axis", default=default.slice_axis, help="coronal, axial, sagittal; with --orientation stored 0, 1 or 2"
-    )
+    add("--slice-axis", default=default.slice_axis, help="coronal, axial, sagittal; with --orientation stored 0, 1, 2")
 
 
 def _add_sizes(add: Callable[..., Any]) -> None:

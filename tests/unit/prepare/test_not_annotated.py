@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from mpscl_ray.data.parquet_reader import read_case
 from mpscl_ray.errors import ConfigError
 from mpscl_ray.prepare.check_run import check_datasets
 from mpscl_ray.prepare.run import summary
-from tests.raw_volumes import RAW_IDS, made, options, volume, write
+from tests.raw_volumes import RAW_IDS, SMALL, made, options, volume, write
 
 IGNORE = 5
 NNUNET: dict[str, Any] = {"layout": "nnunet", "modality": "ct"}
@@ -48,8 +49,9 @@ def arrays(made_dataset: tuple[Path, Manifest]) -> dict[str, dict[str, np.ndarra
 
 
 def test_an_ignore_label_becomes_a_value_of_its_own(tmp_path: Path) -> None:
-    background = made(nnunet(tmp_path / "background/in", 0), **NNUNET)
-    ignored = made(nnunet(tmp_path / "ignored/in", IGNORE), **NNUNET)
+    around_labels = replace(SMALL, centre="labels")
+    background = made(nnunet(tmp_path / "background/in", 0), **NNUNET, recipe=around_labels)
+    ignored = made(nnunet(tmp_path / "ignored/in", IGNORE), **NNUNET, recipe=around_labels)
     assert ignored[1].classes == ("background", *NAMES)
     for name, expected in arrays(background).items():
         found = arrays(ignored)[name]
