@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from mpscl_ray.config import METHOD_CONFIGS, Config, load_config, reads_target
-from mpscl_ray.data import TARGET_DOMAIN
+from mpscl_ray.data import NOT_ANNOTATED, TARGET_DOMAIN
 from mpscl_ray.data.dataset import Manifest, Scaling, load_manifest, save_manifest
 from mpscl_ray.data.loader import LocalSlices
 from mpscl_ray.data.parquet_writer import write_case
@@ -64,6 +64,7 @@ def make_dataset(
     shown: tuple[int, ...] = (1, 2),
     permuted: tuple[str, ...] = (),
     size: tuple[int, int] = SIZE,
+    hidden: int = 0,
 ) -> Path:
     """Write a dataset of discs with rings, brighter or darker than the ground by modality; labels on the given splits.
 
@@ -78,6 +79,7 @@ def make_dataset(
         shown: classes that are labelled; the others are background in the label.
         permuted: splits whose labels are wrong: each class has the number of the next.
         size: height and width of a slice.
+        hidden: first rows of each slice that are not annotated.
     """
     counts = {"train": 3, "val": 2, "test": 2} if cases is None else cases
     rng = np.random.default_rng(seed)
@@ -97,6 +99,7 @@ def make_dataset(
             label[~np.isin(label, shown)] = 0
             if split in permuted:
                 label = (label + 1) % 3
+            label[:, :hidden] = NOT_ANNOTATED
             name = f"{modality}_{split}_{number}"
             entries.append(
                 write_case(

@@ -1,5 +1,7 @@
 """Volumes, slices, datasets and streams of batches."""
 
+from mpscl_ray.runs.structures import NOT_ANNOTATED
+
 SOURCE_DOMAIN = "source"
 """The labelled domain."""
 
@@ -9,4 +11,4 @@ TARGET_DOMAIN = "target"
 SPLITS = ("train", "val", "test")
 """Parts of a dataset. Each patient is in one of them."""
 
-__all__ = ["SOURCE_DOMAIN", "SPLITS", "TARGET_DOMAIN"]
+__all__ = ["NOT_ANNOTATED", "SOURCE_DOMAIN", "SPLITS", "TARGET_DOMAIN"]

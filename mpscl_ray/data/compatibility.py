@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpscl_ray.data.dataset import Case, Manifest
+from mpscl_ray.data.label_values import count_voxels, is_structure
 from mpscl_ray.errors import DataError
 from mpscl_ray.runs.wording import counted
 
@@ -36,18 +37,18 @@ def label_statistics(label: NDArray[np.uint8] | None, num_classes: int) -> dict[
     if label is None:
         return {"class_voxels": None, "class_centres": None, "structure_width": None}
     _, height, width = label.shape
-    voxels = np.bincount(label.reshape(-1), minlength=num_classes)
+    voxels = count_voxels(label, num_classes)
     centres: list[tuple[float, float] | None] = []
     for index in range(num_classes):
         if voxels[index] == 0:
             centres.append(None)
             continue
         inside = label == index
-        rows = float(inside.sum(axis=(0, 2)) @ (np.arange(height) + 0.5)) / float(voxels[index])
-        columns = float(inside.sum(axis=(0, 1)) @ (np.arange(width) + 0.5)) / float(voxels[index])
+        rows = float(inside.sum(axis=(0, 2)) @ (np.arange(height) + 0.5)) / voxels[index]
+        columns = float(inside.sum(axis=(0, 1)) @ (np.arange(width) + 0.5)) / voxels[index]
         centres.append((rows / height, columns / width))
     return {
-        "class_voxels": tuple(int(count) for count in voxels),
+        "class_voxels": voxels,
         "class_centres": tuple(centres),
         "structure_width": structure_width(label),
     }
@@ -55,7 +56,7 @@ def label_statistics(label: NDArray[np.uint8] | None, num_classes: int) -> dict[
 
 def structure_width(label: NDArray[np.uint8] | None) -> float | None:
     """Side in pixels of a square as large as all structures of a (D, H, W) label in the slice that shows most."""
-    largest = 0 if label is None else int((label > 0).sum(axis=(1, 2)).max())
+    largest = 0 if label is None else int(is_structure(label).sum(axis=(1, 2)).max())
     return float(np.sqrt(largest)) if largest else None
 
 

@@ -56,7 +56,8 @@ class Case:
     """One prepared case: a volume, or a group of slices that belong together.
 
     ``id`` is unique within a split; splits are made by ``patient``. Tuples by class have one entry for each
-    class of the manifest, background first, and are None if the case is not labelled.
+    class of the manifest, background first, and are None if the case is not labelled. Voxels that are not annotated
+    are in no number here.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -107,7 +108,7 @@ class Manifest:
     """Steps from a volume to slices; with the scaling, enough to prepare a new volume in the same way."""
     splitting: dict[str, Any]
     labels: dict[str, Any]
-    """Raw label ids: the class of each, and those that are background on purpose."""
+    """Raw label ids: the class of each, those that are background on purpose, and those that nobody annotated."""
     steps: tuple[str, ...]
     notices: tuple[str, ...]
     command: str

@@ -18,6 +18,7 @@ import nibabel as nib
 import numpy as np
 import numpy.typing as npt
 
+from mpscl_ray.data import NOT_ANNOTATED
 from mpscl_ray.data.dataset import LABEL_MAPS, Case, StoredFile, label_map_file
 from mpscl_ray.errors import DataError
 from mpscl_ray.runs.atomic_files import write_atomically
@@ -49,11 +50,12 @@ def write_label_map_file(folder: Path, split: str, case: str, content: bytes) ->
     return StoredFile(file, hashlib.sha256(content).hexdigest(), len(content))
 
 
-def write_class_names(folder: Path, split: str, classes: Sequence[str]) -> None:
-    """Write ``labels.json`` beside the label maps of a split, if it has any."""
+def write_class_names(folder: Path, split: str, classes: Sequence[str], *, partly: bool) -> None:
+    """Write ``labels.json`` beside the label maps of a split, if it has any; ``partly``: some voxels have no label."""
     maps = folder / LABEL_MAPS / split
     if maps.is_dir():
         names = {name: index for index, name in enumerate(classes) if index}
+        names |= {"ignore": NOT_ANNOTATED} if partly else {}
         write_atomically(maps / "labels.json", (json.dumps(names, indent=1, ensure_ascii=False) + "\n").encode())
 
 

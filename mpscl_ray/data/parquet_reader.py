@@ -26,7 +26,8 @@ from mpscl_ray.errors import DataError
 from mpscl_ray.runs.storage import S3Path, cached_file, parse_location
 
 Arrays = dict[str, NDArray[Any]]
-"""``image`` (B, H, W) float32 and, if labels were asked for, ``label`` (B, H, W) uint8."""
+"""``image`` (B, H, W) float32 and, if labels were asked for, ``label`` (B, H, W) uint8, class indices or
+``NOT_ANNOTATED``."""
 
 _DTYPES: dict[str, type[np.generic]] = {"image": np.float32, "label": np.uint8}
 _AGAIN = "prepare the dataset again"

@@ -1,8 +1,9 @@
 """Writing the Parquet file of one case.
 
 ``FOLDER/<split>/<case>.parquet`` has one row for each slice: ``case`` (string), ``slice_index`` (int32), ``image``
-(float32 tensor [H, W], scaled to [-1, 1]) and, for a labelled case, ``label`` (uint8 tensor [H, W]). Any Arrow reader
-can read the files. Every page carries a checksum.
+(float32 tensor [H, W], scaled to [-1, 1]) and, for a labelled case, ``label`` (uint8 tensor [H, W]): class indices,
+and 255 (``NOT_ANNOTATED``) for voxels that nobody annotated. Any Arrow reader can read the files. Every page carries a
+checksum.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from mpscl_ray.data import NOT_ANNOTATED
 from mpscl_ray.data.compatibility import label_statistics
 from mpscl_ray.data.dataset import FORMAT_VERSION, Case, StoredFile, case_file
 
@@ -52,13 +54,14 @@ def write_case(
 
     Args:
         image: (D, H, W), scaled to [-1, 1].
-        label: (D, H, W) with values below ``len(classes)``, or None.
+        label: (D, H, W) with values below ``len(classes)``, or ``NOT_ANNOTATED``; or None.
     """
     assert image.ndim == 3, image.shape
     assert image.dtype == np.float32, image.dtype
     assert label is None or label.shape == image.shape, label.shape
     assert label is None or label.dtype == np.uint8, label.dtype
-    assert label is None or int(label.max(initial=0)) < max(len(classes), 1), f"label value without a class in {id}"
+    known = None if label is None else label[label != NOT_ANNOTATED]
+    assert known is None or int(known.max(initial=0)) < max(len(classes), 1), f"label value without a class in {id}"
     file = case_file(split, id)
     content = _parquet(id, split, image, label)
     path = folder / file

@@ -5,10 +5,12 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from mpscl_ray.data.label_values import is_structure
+
 
 def labelled_slices(labels: NDArray[np.integer]) -> NDArray[np.intp]:
     """Indices of the slices of (D, H, W) labels that show a structure; of all slices if none does."""
-    shown = np.flatnonzero(labels.any(axis=(1, 2)))
+    shown = np.flatnonzero(is_structure(labels).any(axis=(1, 2)))
     return shown if len(shown) else np.arange(len(labels))
 
 

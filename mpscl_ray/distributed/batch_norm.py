@@ -182,7 +182,7 @@ class PerDomainForward(nn.Module):
         separable = all(isinstance(layer, WorkersBatchNorm2d) for layer in self._norms)
         alike = len({x.shape for x in inputs}) == 1
         folded = [layer for layer in self._norms if isinstance(layer, FoldedBatchNorm2d)]
-        if alike and len(inputs) > 1 and len(folded) == len(self._norms):
+        if alike and len(inputs) > 1 and folded and len(folded) == len(self._norms):
             return self._folded(inputs, updates, folded)
         if separable and alike:
             for layer in self._norms:

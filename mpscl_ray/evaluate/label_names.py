@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mpscl_ray.errors import ConfigError, DataError
-from mpscl_ray.prepare.label_table import BACKGROUND, parse_label_table
+from mpscl_ray.prepare.label_table import BACKGROUND, is_not_annotated, is_region, parse_label_table
 from mpscl_ray.runs.cli import did_you_mean
 
-_IGNORE = "ignore"
-"""What nnU-Net calls the id of voxels that count nowhere."""
 _MOST = 254
 
 
@@ -26,7 +24,7 @@ class LabelNames:
     background: frozenset[int]
     """Ids that are background by name; 0 is one of them."""
     ignored: int | None
-    """Id of voxels that count nowhere."""
+    """Id of voxels that count nowhere: the one called ``ignore`` (nnU-Net), ``void``, ``unlabelled`` or the like."""
     origin: str
     """Option or file, for messages."""
 
@@ -50,7 +48,8 @@ def given_names(option: str, text: str | None) -> LabelNames | None:
     except ConfigError as error:
         raise ConfigError(str(error).replace("--labels", option)) from None
     names = {value: table.classes[index] for value, index in table.values.items() if index}
-    return LabelNames(names, frozenset(table.values) - frozenset(names), None, option)
+    ignored = _ignored(table.not_annotated, option)
+    return LabelNames(names, frozenset(table.values) - frozenset(names), ignored, option)
 
 
 def names_beside(location: Path) -> LabelNames | None:
@@ -92,9 +91,15 @@ def _entry(path: Path, key: str, value: Any) -> tuple[int, str]:
         return value, key
     if isinstance(value, str) and key.strip().lstrip("-").isdecimal():
         return int(key), value
+    if is_region(value):
+        one = ",".join(f"{number}={key}" for number in value)
+        raise DataError(
+            f"{path}: the label {key!r} is a region of the ids {', '.join(map(str, value))}, and regions may overlap; "
+            f"score one region at a time: --labels {one} --prediction-labels {one}, with --ignore-label ID if there is "
+            "one; or name each id, e.g. 1=MYO,2=LV"
+        )
     raise DataError(
-        f"{path}: the label {key!r}: {json.dumps(value)[:60]} is no NAME: ID pair (regions of several ids are not "
-        "supported); give the names as 1=MYO,2=LV"
+        f"{path}: the label {key!r}: {json.dumps(value)[:60]} is no NAME: ID pair; give the names as 1=MYO,2=LV"
     )
 
 
@@ -111,7 +116,7 @@ def _checked(path: Path, pairs: Iterable[tuple[int, str]]) -> LabelNames:
     for value, name in sorted(pairs):
         if names.setdefault(value, name) != name:
             raise DataError(f"{path}: the id {value} has two names, {names[value]} and {name}; correct the file")
-    ignored = next((value for value, name in names.items() if name == _IGNORE), None)
+    ignored = _ignored([value for value, name in names.items() if is_not_annotated(name)], str(path))
     background = {0} | {value for value, name in names.items() if name.lower() == BACKGROUND}
     structures = {value: name for value, name in names.items() if value not in background and value != ignored}
     if not 1 <= len(set(structures.values())) <= _MOST:
@@ -120,6 +125,15 @@ def _checked(path: Path, pairs: Iterable[tuple[int, str]]) -> LabelNames:
             "--labels"
         )
     return LabelNames(structures, frozenset(background), ignored, str(path))
+
+
+def _ignored(ids: Collection[int], origin: str) -> int | None:
+    if len(ids) > 1:
+        raise ConfigError(
+            f"{origin}: {', '.join(map(str, sorted(ids)))} are all called not annotated, and one id can be left out; "
+            "give the label maps one id for all of them"
+        )
+    return next(iter(ids), None)
 
 
 def match_names(labels: LabelNames, predictions: LabelNames) -> tuple[tuple[str, ...], dict[int, int], dict[int, int]]:

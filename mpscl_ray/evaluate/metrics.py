@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
+from mpscl_ray.data import NOT_ANNOTATED
 from mpscl_ray.evaluate.surface_distance import (
     Array,
     FloatArray,
@@ -23,6 +24,7 @@ from mpscl_ray.evaluate.surface_distance import (
     voxel_size,
 )
 
+Scalar = TypeVar("Scalar", bound=np.generic)
 CaseKind = Literal["ok", "missed", "false_alarm", "absent"]
 """``ok``: in truth and prediction; ``missed``: in the truth only; ``false_alarm``: in the prediction only; ``absent``:
 in neither."""
@@ -91,6 +93,17 @@ def dice(prediction: Array, truth: Array, label: int | None = None) -> float:
     return 2.0 * int(np.count_nonzero(p & t)) / total if total else math.nan
 
 
+def left_out_where(
+    mask: npt.NDArray[np.bool_], prediction: npt.NDArray[Scalar], truth: npt.NDArray[Scalar]
+) -> tuple[npt.NDArray[Scalar], npt.NDArray[Scalar]]:
+    """Both label maps with background where a mask is true, so that nothing there counts; the same ones if nowhere."""
+    if not mask.any():
+        return prediction, truth
+    predicted, true = prediction.copy(), truth.copy()
+    predicted[mask] = true[mask] = 0
+    return predicted, true
+
+
 def volume_scores(
     prediction: Array,
     truth: Array,
@@ -98,11 +111,11 @@ def volume_scores(
     spacing_mm: Sequence[float] | None,
     connectivity: int = 1,
 ) -> list[StructureScore]:
-    """Score every structure of one volume.
+    """Score every structure of one volume. Voxels that are not annotated are background in both label maps.
 
     Args:
         prediction: class indices (D, H, W), or any number of axes.
-        truth: class indices of the same shape.
+        truth: class indices of the same shape, or ``NOT_ANNOTATED``.
         classes: names of all classes; index 0 is the background, which is not scored.
         spacing_mm: voxel size per axis in mm, or None if it is unknown (distances in mm are then NaN).
         connectivity: see :func:`surface_distances`.
@@ -114,6 +127,7 @@ def volume_scores(
         ValueError: the shapes differ, the spacing does not fit them, or a label is not an index into ``classes``.
     """
     require_same_shape(prediction, truth)
+    prediction, truth = left_out_where(truth == NOT_ANNOTATED, prediction, truth)
     p, t = _labels(prediction, len(classes), "prediction"), _labels(truth, len(classes), "truth")
     size = None if spacing_mm is None else voxel_size(spacing_mm, p.ndim)
     diagonal_voxel = math.dist(p.shape, [0] * p.ndim)
@@ -202,8 +216,8 @@ def _case_kind(predicted: int, true: int) -> CaseKind:
 
 
 def _labels(labels: Array, classes: int, name: str) -> npt.NDArray[np.uint8]:
-    if not 2 <= classes <= 256:
-        raise ValueError(f"2 to 256 classes are expected, background first, not {classes}")
+    if not 2 <= classes <= NOT_ANNOTATED:
+        raise ValueError(f"2 to {NOT_ANNOTATED} classes are expected, background first, not {classes}")
     if labels.dtype.kind not in "iub":
         raise ValueError(f"labels of the {name} must be integers, not {labels.dtype}")
     if labels.size and (labels.min() < 0 or labels.max() >= classes):

@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from mpscl_ray.data import NOT_ANNOTATED
 from mpscl_ray.data.volumes.label_maps import whole_ids
 from mpscl_ray.data.volumes.nifti import Volume, read_label
 from mpscl_ray.errors import ConfigError, DataError
-from mpscl_ray.evaluate.metrics import StructureScore, volume_scores
+from mpscl_ray.evaluate.metrics import StructureScore, left_out_where, volume_scores
 
-_MOST_LABELS = 255
+_MOST_LABELS = NOT_ANNOTATED - 1
 _GRID_TOLERANCE = 0.01
 """Largest distance between the corners of two equal grids, as part of the smallest voxel size."""
 
@@ -26,6 +27,7 @@ def score(
     *,
     spacing: float | Sequence[float] | None = None,
     class_names: Sequence[str] | Mapping[str, int] | None = None,
+    ignore_label: int | None = None,
 ) -> dict[str, StructureScore]:
     """Score each structure of a label map: Dice, average surface distance (ASD), 95th percentile (HD95).
 
@@ -37,6 +39,8 @@ def score(
         class_names: names by label value, background first, as :attr:`TrainedSegmenter.class_names`. Or the value of
             each structure, as :attr:`TrainedSegmenter.label_values`; other values are background then. None: every
             value but 0 that occurs in either is a structure, and its name is the value.
+        ignore_label: value of voxels of the label that nobody annotated, 255 in prepared datasets: they are background
+            in both.
 
     Returns:
         Structure -> its scores: ``dice`` (0 to 1), ``asd_mm``, ``hd95_mm``, ``asd_voxel`` and the others of
@@ -56,6 +60,8 @@ def score(
         predicted, true = _whole(prediction, "prediction"), _whole(label, "label")
         if predicted.shape != true.shape:
             raise DataError(f"the prediction has shape {predicted.shape} and the label {true.shape}; expected the same")
+    if ignore_label is not None:
+        predicted, true = left_out_where(true == ignore_label, predicted, true)
     predicted, true, names = _class_indices(predicted, true, class_names)
     sizes = _spacing(spacing, predicted.ndim)
     return {row.structure: row for row in volume_scores(predicted, true, names, sizes)}

@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mpscl_ray.data import NOT_ANNOTATED
 from mpscl_ray.data.volumes.label_maps import map_labels
 from mpscl_ray.data.volumes.nifti import Volume, read_label
 from mpscl_ray.errors import DataError
 from mpscl_ray.evaluate.file_pairs import Pair
 from mpscl_ray.evaluate.medpy_check import Comparison, compare_with_medpy
-from mpscl_ray.evaluate.metrics import StructureScore, volume_scores
+from mpscl_ray.evaluate.metrics import StructureScore, left_out_where, volume_scores
 from mpscl_ray.evaluate.score import same_grid
 
 _TABLE_LIMIT = 1 << 20
@@ -71,7 +72,8 @@ def _score(options: ScoreOptions, pair: Pair) -> PairScores:
     prediction, label = read_label(pair.prediction), read_label(pair.label)
     label_ids, prediction_ids = present_ids(label.array), present_ids(prediction.array)
     predicted = _indices(prediction, prediction_ids, options.prediction_index)
-    true = _indices(label, label_ids, options.label_index)
+    index = dict(options.label_index) | ({} if options.ignored is None else {options.ignored: NOT_ANNOTATED})
+    true = _indices(label, label_ids, index)
     resampled = not same_grid(prediction, label)
     if resampled and not options.resample:
         raise DataError(
@@ -80,11 +82,8 @@ def _score(options: ScoreOptions, pair: Pair) -> PairScores:
         )
     if resampled:
         predicted = resample_nearest(predicted, prediction.affine, label.array.shape, label.affine)
-    ignored = 0
-    if options.ignored is not None and options.ignored in label_ids:
-        voxels = label.array == options.ignored
-        predicted[voxels] = true[voxels] = 0
-        ignored = int(np.count_nonzero(voxels))
+    ignored = true == NOT_ANNOTATED
+    predicted, true = left_out_where(ignored, predicted, true)
     scores = volume_scores(predicted, true, options.classes, label.spacing_mm)
     return PairScores(
         scores=tuple(scores),
@@ -92,7 +91,7 @@ def _score(options: ScoreOptions, pair: Pair) -> PairScores:
         spacing_mm=label.spacing_mm,
         label_ids=label_ids,
         prediction_ids=prediction_ids,
-        ignored_voxels=ignored,
+        ignored_voxels=int(np.count_nonzero(ignored)),
         resampled=resampled,
         notices=label.notices,
         comparisons=compare_with_medpy(predicted, true, scores, label.spacing_mm) if options.cross_check else (),

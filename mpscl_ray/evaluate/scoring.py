@@ -226,6 +226,8 @@ def _dataset_notices(manifest: Manifest, domain: Domain | None, cases: list[Case
             f"the crop of {leaking} volumes was placed by their own labels, as in papers; predict has none, so these "
             "scores are better than its own"
         )
+    if manifest.labels.get("not_annotated"):
+        notices.append("voxels that are not annotated count nowhere")
     if any(case.spacing_mm is None for case in cases):
         notices.append("the voxel size of some volumes is unknown, so they have distances in voxels only, not in mm")
     if domain is None:

@@ -14,7 +14,13 @@ from mpscl_ray.config import OptimConfig, PrecisionConfig
 from mpscl_ray.config.schema import NetworkConfig
 from mpscl_ray.distributed import collectives
 from mpscl_ray.errors import DataError
-from mpscl_ray.methods.losses import at_least_float32, soft_dice_loss, weighted_cross_entropy
+from mpscl_ray.methods.losses import (
+    annotated_pixels,
+    at_least_float32,
+    focal_loss,
+    soft_dice_loss,
+    weighted_cross_entropy,
+)
 from mpscl_ray.methods.optim import autocast
 from mpscl_ray.methods.prototypes import PrototypeClassifier
 from mpscl_ray.networks.deeplab import DeepLabV2, SegmenterOutput, network_input, upsample_logits
@@ -27,7 +33,7 @@ class Batch:
     source_image: Tensor
     """(B, 1, H, W) in [-1, 1]."""
     source_label: Tensor
-    """(B, H, W) int64."""
+    """(B, H, W) int64, class indices, or ``NOT_ANNOTATED`` where a pixel counts in no loss."""
     target_image: Tensor | None = None
     """(B, 1, H, W) in [-1, 1]; None for plain segmentation."""
 
@@ -175,9 +181,10 @@ def segmentation_loss(logits: dict[str, Tensor], labels: Tensor, counts: Tensor,
     Source: the segmentation term of Eq. (2), Liu et al. 2022; auxiliary weight as released.
     """
     # Sum over all pixels of the weight of their class: it follows from the global counts without another collective.
-    weights = 1.0 - counts / counts.sum()
+    annotated = annotated_pixels(counts)
+    weights = 1.0 - counts / annotated
     weight_sum = (counts * weights).sum()
-    weight_sum = torch.where(weight_sum > 0, weight_sum, counts.sum())
+    weight_sum = torch.where(weight_sum > 0, weight_sum, annotated)
     parts: dict[str, Tensor] = {}
     total = torch.zeros((), device=labels.device)
     for head, factor in (("main", 1.0), ("aux", aux_weight)):
@@ -188,6 +195,15 @@ def segmentation_loss(logits: dict[str, Tensor], labels: Tensor, counts: Tensor,
             parts[f"loss_cross_entropy_{head}"], parts[f"loss_dice_{head}"] = entropy, dice
             total = total + factor * (entropy + dice)
     return SegmentationLoss(total, parts)
+
+
+def mean_focal_loss(logits: Tensor, labels: Tensor, gamma: float, counts: Tensor) -> Tensor:
+    """This worker's share of :func:`~mpscl_ray.methods.losses.focal_loss`, mean over the annotated global batch.
+
+    ``counts`` (C,) are the pixels of each class in the global batch.
+    """
+    numerator = focal_loss(logits, labels, gamma).numerator
+    return collectives.ddp_ratio(numerator, annotated_pixels(counts).to(numerator.dtype))
 
 
 def upsampled(output: SegmenterOutput, size: torch.Size) -> dict[str, Tensor]:

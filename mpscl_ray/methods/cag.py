@@ -14,7 +14,7 @@ from mpscl_ray.distributed import collectives
 from mpscl_ray.distributed.batch_norm import set_cumulative_average
 from mpscl_ray.methods import base
 from mpscl_ray.methods.base import Batch, TrainingSlices
-from mpscl_ray.methods.losses import at_least_float32, class_counts, focal_loss
+from mpscl_ray.methods.losses import at_least_float32, class_counts
 from mpscl_ray.methods.optim import autocast, prepare_network
 from mpscl_ray.methods.prototypes import downsample_labels
 from mpscl_ray.methods.segmenter_method import SegmenterMethod
@@ -166,7 +166,9 @@ class CAG(SegmenterMethod[CAGConfig]):
     def _segmentation(self, logits: dict[str, Tensor], labels: Tensor, counts: Tensor) -> base.SegmentationLoss:
         if self.config.segmentation_loss == "wce_dice":
             return self.segmentation_loss(logits, labels, counts)
-        parts = {f"loss_cross_entropy_{head}": focal_loss(x, labels, gamma=0.0) for head, x in logits.items()}
+        parts = {
+            f"loss_cross_entropy_{head}": base.mean_focal_loss(x, labels, 0.0, counts) for head, x in logits.items()
+        }
         main, *aux = parts.values()
         return base.SegmentationLoss(sum((self.config.segmentation_aux_weight * x for x in aux), main), parts)
 

@@ -13,7 +13,7 @@ from mpscl_ray.distributed import collectives
 from mpscl_ray.methods import base
 from mpscl_ray.methods.adversarial import AdversarialMethod
 from mpscl_ray.methods.base import Batch
-from mpscl_ray.methods.losses import SOURCE_LABEL, TARGET_LABEL, at_least_float32, class_counts, domain_loss, focal_loss
+from mpscl_ray.methods.losses import SOURCE_LABEL, TARGET_LABEL, at_least_float32, class_counts, domain_loss
 from mpscl_ray.networks.deeplab import DeepLabV2, upsample_logits
 
 
@@ -70,12 +70,14 @@ class CLAN(AdversarialMethod[CLANConfig]):
 
     def _segmentation(self, logits: dict[str, Tensor], labels: Tensor) -> dict[str, Tensor]:
         """Segmentation losses on both heads, with equal weight."""
+        counts = collectives.all_reduce_sum(class_counts(labels, self.num_classes))
         if self.config.segmentation_loss == "wce_dice":
-            counts = collectives.all_reduce_sum(class_counts(labels, self.num_classes))
             return base.segmentation_loss(logits, labels, counts, 1.0).parts
         gamma = 2.0 if self.config.segmentation_loss == "focal" else 0.0
         name = "focal" if gamma else "cross_entropy"
-        return {f"loss_{name}_{head}": focal_loss(logits[head], labels, gamma) for head in ("main", "aux")}
+        return {
+            f"loss_{name}_{head}": base.mean_focal_loss(logits[head], labels, gamma, counts) for head in ("main", "aux")
+        }
 
     def _adversarial(self, verdict: Tensor, domain: int, weights: Tensor | None) -> Tensor:
         """Cross-entropy of a verdict at image size, self-adaptive where weights (B, 1, H, W) are given."""

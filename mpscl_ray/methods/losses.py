@@ -2,7 +2,8 @@
 
 A loss that is divided by a quantity of the whole global batch is returned as :class:`RatioTerms`: the caller adds
 numerator and denominator over all workers before it divides. Everything is computed in at least float32 (float64 stays
-float64), and nothing here waits for the device.
+float64), and nothing here waits for the device. Pixels with the label ``NOT_ANNOTATED`` count in no loss of labels; one
+of them alone is 0.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from typing import Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from mpscl_ray.data import NOT_ANNOTATED
 
 SOURCE_LABEL, TARGET_LABEL = 0, 1
 """Labels of the domains for discriminators."""
@@ -45,7 +48,7 @@ def class_counts(labels: Tensor, num_classes: int) -> Tensor:
     """Pixels of each class: (C,) float64, exact, ready to be added over workers.
 
     Args:
-        labels: (...) int64, classes 0 to C - 1.
+        labels: (...) int64, classes 0 to C - 1, or ``NOT_ANNOTATED``, which is not counted.
         num_classes: C.
     """
     # A comparison instead of torch.bincount, which reads the largest label back from the device.
@@ -53,11 +56,17 @@ def class_counts(labels: Tensor, num_classes: int) -> Tensor:
     return (labels.reshape(1, -1) == classes[:, None]).sum(dim=1).double()
 
 
+def annotated_pixels(counts: Tensor) -> Tensor:
+    """The number of annotated pixels, 0-dim, from those of each class (C,); at least 1, as it is a denominator."""
+    return counts.sum().clamp(min=1)
+
+
 def weighted_cross_entropy(logits: Tensor, labels: Tensor, counts: Tensor) -> RatioTerms:
     """Cross-entropy in which frequent classes weigh less.
 
     w_c = 1 - n_c / sum_k n_k;  value = sum_i w_{y_i} CE_i / sum_i w_{y_i}.
-    In a batch of one class w = 0 everywhere; all pixels then weigh 1, the limit of the ratio.
+    In a batch of one class w = 0 everywhere; all pixels then weigh 1, the limit of the ratio. Both sums are over the
+    annotated pixels, and 0 where there are none.
 
     Args:
         logits: (B, C, H, W).
@@ -68,18 +77,21 @@ def weighted_cross_entropy(logits: Tensor, labels: Tensor, counts: Tensor) -> Ra
     Differs from the released code: a batch of one class is the plain cross-entropy instead of NaN.
     """
     logits = at_least_float32(logits)
-    weights = 1.0 - counts / counts.sum()
+    weights = 1.0 - counts / annotated_pixels(counts)
     single_class = (counts * weights).sum() == 0
     weights = torch.where(single_class, torch.ones_like(weights), weights).to(logits.dtype)
-    numerator = F.nll_loss(F.log_softmax(logits, dim=1), labels, weight=weights, reduction="sum")
-    return RatioTerms(numerator, weights[labels].sum())
+    log_p = F.log_softmax(logits, dim=1)
+    numerator = F.nll_loss(log_p, labels, weight=weights, ignore_index=NOT_ANNOTATED, reduction="sum")
+    by_value = F.pad(weights, (0, NOT_ANNOTATED + 1 - len(weights)))
+    return RatioTerms(numerator, by_value[labels].sum())
 
 
 def soft_dice_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Soft Dice loss with squared denominator, of each image and class, background included.
 
     d_{b,c} = 2 sum_i p g / (sum_i p^2 + sum_i g^2 + 1e-5);  value = 1 - mean_{b,c} d_{b,c}.
-    It is a plain mean over images: with equal local batches the mean over workers is the value of the global batch.
+    It is a plain mean over images: with equal local batches the mean over workers is the value of the global batch. The
+    sums are over the annotated pixels; an image without any has d = 1, and so adds no loss and no gradient.
 
     Args:
         logits: (B, C, H, W).
@@ -90,22 +102,26 @@ def soft_dice_loss(logits: Tensor, labels: Tensor) -> Tensor:
     probabilities = F.softmax(at_least_float32(logits), dim=1).flatten(2)
     classes = torch.arange(logits.shape[1], device=labels.device)
     truth = labels.flatten(1)[:, None, :] == classes[:, None]
+    annotated = (labels != NOT_ANNOTATED).flatten(1)[:, None, :]
     intersection = (probabilities * truth).sum(dim=2)
-    total = probabilities.square().sum(dim=2) + truth.sum(dim=2)
-    return 1.0 - (2.0 * intersection / (total + _DICE_EPS)).mean()
+    total = (probabilities.square() * annotated).sum(dim=2) + truth.sum(dim=2)
+    dice = 2.0 * intersection / (total + _DICE_EPS)
+    return 1.0 - torch.where(annotated.any(dim=2), dice, 1.0).mean()
 
 
-def focal_loss(logits: Tensor, labels: Tensor, gamma: float) -> Tensor:
-    """Mean over pixels of (1 - p_y)^gamma (-log p_y), p_y kept within [1e-9, 1 - 1e-9]; cross-entropy for gamma = 0.
+def focal_loss(logits: Tensor, labels: Tensor, gamma: float) -> RatioTerms:
+    """Sum of (1 - p_y)^gamma (-log p_y) over the annotated pixels, and their number; cross-entropy for gamma = 0.
 
-    Logits are (B, C, H, W), labels (B, H, W) int64.
+    p_y is kept within [1e-9, 1 - 1e-9]. Logits are (B, C, H, W), labels (B, H, W) int64.
 
     Source: the segmentation loss of the released code of Luo et al. 2019 (CLAN), with gamma = 2; the paper has
     cross-entropy.
     """
-    log_p = F.log_softmax(at_least_float32(logits), dim=1).gather(1, labels[:, None])
+    annotated, labels = _annotated(labels)
+    log_p = F.log_softmax(at_least_float32(logits), dim=1).gather(1, labels[:, None])[:, 0]
     log_p = log_p.clamp(min=math.log(1e-9))
-    return ((1.0 - log_p.exp()).clamp(min=1e-9) ** gamma * -log_p).mean()
+    loss = (1.0 - log_p.exp()).clamp(min=1e-9) ** gamma * -log_p
+    return RatioTerms((loss * annotated).sum(), annotated.sum().to(loss.dtype))
 
 
 def self_information(logits: Tensor, eps: float = 1e-7, normalised: bool = True) -> Tensor:
@@ -200,13 +216,15 @@ def margin_contrastive_loss(
         weights: (B, h, w), bool or float: the self-paced mask. None counts every pixel.
 
     Returns:
-        numerator: sum of weights times loss; denominator: sum of weights (number of pixels without weights). For the
+        numerator: sum of weights times loss over annotated pixels; denominator: sum of these weights (number of
+        annotated pixels without weights). For the
         target domain the released code adds ``MASK_EPS`` to the denominator: add it once, to the global sum.
 
     Source: Eq. (8), Liu et al. 2022.
     Differs from the paper: mean instead of sum over pixels, at feature resolution, as released.
     """
     cosine = at_least_float32(cosine)
+    annotated, labels = _annotated(labels)
     positive = cosine.gather(1, labels[:, None]).squeeze(1)
     is_positive = labels[:, None] == torch.arange(cosine.shape[1], device=labels.device)[:, None, None]
     if form == "paper":
@@ -221,10 +239,14 @@ def margin_contrastive_loss(
         loss = (torch.log(logits.exp().sum(dim=1) + _LOG_EPS) - logit) * (temperature / base_temperature)
     else:
         raise ValueError(f"the margin form must be 'released' or 'paper', got {form!r}")
-    if weights is None:
-        return RatioTerms(loss.sum(), torch.full((), loss.numel(), dtype=loss.dtype, device=loss.device))
-    weights = weights.to(loss.dtype)
+    weights = annotated.to(loss.dtype) if weights is None else weights.to(loss.dtype) * annotated
     return RatioTerms((weights * loss).sum(), weights.sum())
+
+
+def _annotated(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Where labels are annotated, as bool; and labels with class 0 elsewhere, so that they can be indices."""
+    annotated = labels != NOT_ANNOTATED
+    return annotated, labels * annotated
 
 
 def _inverse_norm(x: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from mpscl_ray.methods.adversarial import AlignmentMethod
 from mpscl_ray.methods.base import Batch, TrainingSlices
 from mpscl_ray.methods.losses import (
     MASK_EPS,
+    annotated_pixels,
     class_counts,
     cosine_to_prototypes,
     margin_contrastive_loss,
@@ -74,7 +75,9 @@ class MPSCL(AlignmentMethod[MPSCLConfig]):
         information = self.maps(target_logits)
         total = self.add_weighted(segmentation.total, losses, "adversarial", self.adversarial_losses(information))
         if self._contrast:
-            contrastive, selected = self._contrastive_losses(source, target, labels_small, prototypes)
+            contrastive, selected = self._contrastive_losses(
+                source, target, labels_small, prototypes, annotated_pixels(pixels)
+            )
             losses |= contrastive
             total = total + c.gamma * losses["loss_contrastive_source"] + c.beta * losses["loss_contrastive_target"]
             metrics["pseudo_label_fraction"] = selected.to(total.dtype).mean()
@@ -90,9 +93,17 @@ class MPSCL(AlignmentMethod[MPSCLConfig]):
         return base.metrics(losses, metrics, accuracies, non_finite=flag)
 
     def _contrastive_losses(
-        self, source: SegmenterOutput, target: SegmenterOutput, labels_small: Tensor, prototypes: Tensor
+        self,
+        source: SegmenterOutput,
+        target: SegmenterOutput,
+        labels_small: Tensor,
+        prototypes: Tensor,
+        annotated: Tensor,
     ) -> tuple[dict[str, Tensor], Tensor]:
-        """Eq. (8) on all source pixels and on the selected target pixels, and the mask (B, h, w) of these."""
+        """Eq. (8) on all annotated source pixels and on the selected target pixels, and the mask (B, h, w) of these.
+
+        ``annotated`` is the number of the former in the global batch.
+        """
         c = self.config
         cosine = cosine_to_prototypes(source.features, prototypes)
         on_source = margin_contrastive_loss(
@@ -106,7 +117,7 @@ class MPSCL(AlignmentMethod[MPSCLConfig]):
         selected = collectives.all_reduce_sum(on_target.denominator)
         selected = selected + MASK_EPS if c.margin_form == "released" else selected.clamp(min=1.0)
         losses = {
-            "loss_contrastive_source": on_source.numerator / on_source.denominator,
+            "loss_contrastive_source": collectives.ddp_ratio(on_source.numerator, annotated.to(cosine.dtype)),
             "loss_contrastive_target": collectives.ddp_ratio(on_target.numerator, selected),
         }
         return losses, mask

@@ -44,8 +44,9 @@ class SIFA(SIFANetworks):
 
     Source: Chen et al. 2020 and 2019.
     Differs from the released code: each network has an Adam with its own step count, where six losses of the release
-    share one; the encoder's running statistics are updated in its own sub-step alone. As there, labels outside the
-    classes, which occur in the released files, count for no class.
+    share one; the encoder's running statistics are updated in its own sub-step alone; labels
+    outside the classes, which occur in the released files and count for no class there, are background after
+    preparation.
     """
 
     @classmethod

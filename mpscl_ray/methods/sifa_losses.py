@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from mpscl_ray.data import NOT_ANNOTATED
 from mpscl_ray.distributed import collectives
-from mpscl_ray.methods.losses import at_least_float32
+from mpscl_ray.methods.losses import annotated_pixels, at_least_float32
 
 
 def lsgan_generator_loss(verdict: Tensor) -> Tensor:
@@ -25,31 +26,35 @@ def half_squared_norm(module: nn.Module) -> Tensor:
 
 
 def clipped_cross_entropy(logits: Tensor, labels: Tensor, counts: Tensor) -> Tensor:
-    """Weighted cross-entropy, mean over all pixels of -w_y log clip(p_y, 0.005, 1), with w_c = 1 - n_c / sum n.
+    """Weighted cross-entropy, mean over the annotated pixels of -w_y log clip(p_y, 0.005, 1), w_c = 1 - n_c / sum n.
 
-    Logits are (B, C, H, W), labels (B, H, W) int64, ``counts`` the pixels (C,) of each class in the global batch. A
-    pixel with a label outside the classes adds 0, but counts in the mean.
+    Logits are (B, C, H, W), labels (B, H, W) int64, ``counts`` the pixels (C,) of each class in the global batch. The
+    value is this worker's share. A pixel that is not annotated counts nowhere.
 
     Source: the released code of Chen et al. 2020, which divides by the number of pixels, not by the sum of weights.
     """
     probabilities = at_least_float32(logits).softmax(dim=1).clamp(0.005, 1.0)
     classes = torch.arange(logits.shape[1], device=labels.device)
     truth = labels[:, None] == classes[:, None, None]
-    weights = (1.0 - counts / counts.sum().clamp(min=1)).to(probabilities.dtype)
-    return -(weights[:, None, None] * truth * probabilities.log()).sum(dim=1).mean()
+    annotated = annotated_pixels(counts)
+    weights = (1.0 - counts / annotated).to(probabilities.dtype)
+    total = -(weights[:, None, None] * truth * probabilities.log()).sum(dim=1).sum()
+    return collectives.ddp_ratio(total, annotated.to(total.dtype))
 
 
 def batch_dice_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Dice loss of the global batch: 1 - 1/C sum_c 2 sum pg / (sum p^2 + sum g + 1e-7), sums over all images.
 
     It is not a mean over images, so the three sums of each class are added over the workers before the division. Logits
-    are (B, C, H, W), labels (B, H, W) int64; one outside the classes counts for no class.
+    are (B, C, H, W), labels (B, H, W) int64. The loss of a batch without annotated pixels is 0.
 
     Source: the released code of Chen et al. 2020.
     """
     probabilities = at_least_float32(logits).softmax(dim=1)
     classes = torch.arange(logits.shape[1], device=labels.device)
     truth = (labels[:, None] == classes[:, None, None]).to(probabilities.dtype)
-    sums = [x.sum(dim=(0, 2, 3)) for x in (probabilities * truth, probabilities.square(), truth)]
+    squares = probabilities.square() * (labels != NOT_ANNOTATED)[:, None]
+    sums = [x.sum(dim=(0, 2, 3)) for x in (probabilities * truth, squares, truth)]
     overlap, squares, sizes = collectives.sum_with_gradient(torch.stack(sums)).unbind()
-    return 1.0 - (2.0 * overlap / (squares + sizes + 1e-7)).mean()
+    loss = 1.0 - (2.0 * overlap / (squares + sizes + 1e-7)).mean()
+    return torch.where(squares.sum() > 0, loss, 0.0)

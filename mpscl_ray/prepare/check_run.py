@@ -18,6 +18,7 @@ import numpy as np
 from mpscl_ray.data import SPLITS
 from mpscl_ray.data.compatibility import pair_notices, pair_problems
 from mpscl_ray.data.dataset import MANIFEST, Case, Manifest, Scaling, load_manifest
+from mpscl_ray.data.label_values import count_voxels
 from mpscl_ray.data.parquet_reader import read_case
 from mpscl_ray.distributed.ray_session import connect
 from mpscl_ray.errors import ConfigError, DataError
@@ -341,7 +342,7 @@ def _check_case(
     if broken := int(image.size - np.count_nonzero(np.isfinite(image))):
         wrong.append(f"{path}: NaN or infinite in {counted(broken, 'voxel')}, expected finite intensities; {_AGAIN}")
     if label is not None:
-        counts = tuple(int(count) for count in np.bincount(label.reshape(-1), minlength=classes))
+        counts = count_voxels(label, classes)
         if counts != case.class_voxels:
             wrong.append(
                 f"{path}: voxels of each class {counts}, the manifest says {case.class_voxels or 'nothing'}; {_AGAIN}"

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from mpscl_ray.data import NOT_ANNOTATED
 from mpscl_ray.errors import ConfigError
 
 BACKGROUND = "background"
@@ -29,7 +30,7 @@ class LabelTable:
     unknown: UnknownLabels = "error"
     """What becomes of any other raw id: an error, or background with a warning."""
     not_annotated: frozenset[int] = frozenset()
-    """Raw ids of voxels that nobody annotated (nnU-Net's ``ignore``); refused, because training has no such label."""
+    """Raw ids of voxels that nobody annotated (nnU-Net's ``ignore``): they count in no loss and no score."""
     masks: tuple[str, ...] = ()
     """Names of the mask files of a case, whose raw ids are 1, 2, ...; empty if a label map holds all structures."""
     corrections: Mapping[int, int] = field(default_factory=dict)
@@ -42,12 +43,13 @@ class LabelTable:
             "background": sorted(self.ignored),
             "unknown": self.unknown,
             "corrections": {str(wrong): right for wrong, right in sorted(self.corrections.items())},
+            **({"not_annotated": sorted(self.not_annotated)} if self.not_annotated else {}),
             **({"masks": list(self.masks)} if self.masks else {}),
         }
 
     def effective(self) -> dict[int, int]:
         """Raw id -> prepared label value with the corrections applied."""
-        values = dict(self.values)
+        values = {**self.values, **dict.fromkeys(self.not_annotated, NOT_ANNOTATED)}
         for wrong, right in self.corrections.items():
             values[wrong] = 0 if right in self.ignored else values[right]
         return values
@@ -56,6 +58,11 @@ class LabelTable:
 def is_not_annotated(name: str) -> bool:
     """Whether the name of a label says that its voxels were not annotated."""
     return re.sub(r"[\W_]+", "", name.lower()) in _NOT_ANNOTATED
+
+
+def is_region(value: object) -> bool:
+    """Whether the value of a label in nnU-Net's ``dataset.json`` is a region: a list of ids, which may overlap."""
+    return isinstance(value, list) and len(value) > 0 and all(type(raw) is int for raw in value)
 
 
 MMWHS = LabelTable(
@@ -108,8 +115,8 @@ def parse_label_table(text: str) -> LabelTable:
         values[raw] = classes.index(name)
     if len(classes) < 2:
         raise ConfigError("--labels: no class but background; write e.g. 200=MYO,500=LV,600=RV")
-    if len(classes) > 255:
-        raise ConfigError(f"--labels: {len(classes)} classes; at most 255 fit the label type uint8")
+    if len(classes) > NOT_ANNOTATED:
+        raise ConfigError(f"--labels: {len(classes)} classes; at most {NOT_ANNOTATED} fit the label type uint8")
     return LabelTable(tuple(classes), values, not_annotated=frozenset(not_annotated), masks=masks)
 
 
@@ -137,19 +144,41 @@ def with_ignored(table: LabelTable, text: str) -> LabelTable:
     Raises:
         ConfigError: the text is anything else, or an id means a class.
     """
+    ids = _without_class(table, "--ignore-labels", text)
+    return replace(table, ignored=table.ignored | ids, not_annotated=table.not_annotated - ids)
+
+
+def with_not_annotated(table: LabelTable, text: str) -> LabelTable:
+    """Table in which the ids of ``5,6`` mark voxels that nobody annotated.
+
+    Raises:
+        ConfigError: the text is anything else, or an id means a class.
+    """
+    ids = _without_class(table, "--not-annotated-labels", text)
+    return replace(table, ignored=table.ignored - ids, not_annotated=table.not_annotated | ids)
+
+
+def label_ids(option: str, text: str) -> frozenset[int]:
+    """The ids of ``550,600,850``.
+
+    Raises:
+        ConfigError: the text is anything else.
+    """
     try:
-        ids = frozenset(int(part) for part in text.split(",") if part.strip())
+        return frozenset(int(part) for part in text.split(",") if part.strip())
     except ValueError:
-        raise ConfigError(
-            f"--ignore-labels {text!r}: expected comma-separated whole numbers, e.g. 550,600,850"
-        ) from None
+        raise ConfigError(f"{option} {text!r}: expected comma-separated whole numbers, e.g. 550,600,850") from None
+
+
+def _without_class(table: LabelTable, option: str, text: str) -> frozenset[int]:
+    ids = label_ids(option, text)
     for raw in sorted(ids):
         if table.values.get(raw, 0) != 0:
             raise ConfigError(
-                f"--ignore-labels {text}: {raw} means {table.classes[table.values[raw]]}; a table without it "
-                "(--labels) leaves that class out"
+                f"{option} {text}: {raw} means {table.classes[table.values[raw]]}; a table without it (--labels) "
+                "leaves that class out"
             )
-    return replace(table, ignored=table.ignored | ids, not_annotated=table.not_annotated - ids)
+    return ids
 
 
 def with_corrections(table: LabelTable, text: str) -> LabelTable:
@@ -164,8 +193,9 @@ def with_corrections(table: LabelTable, text: str) -> LabelTable:
         if not match:
             raise ConfigError(f"--fix-label: {entry!r} is not WRONG=MEANT; write e.g. 421=420")
         wrong, meant = int(match[1]), int(match[2])
-        if meant not in table.values and meant not in table.ignored:
-            known = ", ".join(str(raw) for raw in sorted({*table.values, *table.ignored}))
+        known_ids = {*table.values, *table.ignored, *table.not_annotated}
+        if meant not in known_ids:
+            known = ", ".join(str(raw) for raw in sorted(known_ids))
             raise ConfigError(f"--fix-label {entry}: {meant} is not in the label table, which has {known}")
         if wrong in table.values:
             raise ConfigError(f"--fix-label {entry}: {wrong} already means {table.classes[table.values[wrong]]}")

@@ -65,6 +65,7 @@ class PrepareOptions:
     frames: str | None = None
     labels: str | None = None
     ignore_labels: str | None = None
+    not_annotated_labels: str | None = None
     fix_label: str | None = None
     unknown_labels: Literal["error", "background"] | None = None
     split: str | None = None
@@ -256,7 +257,8 @@ def _add_files(add: Callable[..., Any]) -> None:
 
 def _add_labels(add: Callable[..., Any]) -> None:
     add("--labels", metavar="TABLE", help="raw ids, or names of mask files, and class names, e.g. 200=MYO,500=LV")
-    add("--ignore-labels", metavar="IDS", help="raw ids that are background on purpose, e.g. 550,600")
+    add("--ignore-labels", metavar="IDS", help="raw ids that are background on purpose, e.g. 550,600: trained as such")
+    add("--not-annotated-labels", metavar="IDS", help="raw ids that nobody annotated, e.g. 5: they count nowhere")
     add("--fix-label", metavar="WRONG=MEANT", help="wrong ids in label files, e.g. 421=420 in MM-WHS")
     add(
         "--unknown-labels",
@@ -300,9 +302,7 @@ def _add_transductive(add: Callable[..., Any]) -> None:
 def _add_slices(add: Callable[..., Any]) -> None:
     default = Recipe()
     add("--orientation", choices=("canonical", "stored"), default=default.orientation)
-    add(
-        "--slice-axis", default=default.slice_axis, help="coronal, axial, sagittal; with --orientation stored 0, 1 or 2"
-    )
+    add("--slice-axis", default=default.slice_axis, help="coronal, axial, sagittal; with --orientation stored 0, 1, 2")
 
 
 def _add_sizes(add: Callable[..., Any]) -> None:

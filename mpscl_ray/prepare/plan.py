@@ -7,11 +7,19 @@ from dataclasses import replace
 from pathlib import Path
 
 import mpscl_ray
-from mpscl_ray.data import SPLITS
+from mpscl_ray.data import NOT_ANNOTATED, SPLITS
 from mpscl_ray.data.dataset import FORMAT_VERSION, Case, Manifest, Scaling
 from mpscl_ray.data.volumes.recipe import AIR_HU, LOWEST_HU, Recipe
 from mpscl_ray.errors import ConfigError, DataError
-from mpscl_ray.prepare.label_table import LabelTable, mask_names, parse_label_table, with_corrections, with_ignored
+from mpscl_ray.prepare.label_table import (
+    LabelTable,
+    label_ids,
+    mask_names,
+    parse_label_table,
+    with_corrections,
+    with_ignored,
+    with_not_annotated,
+)
 from mpscl_ray.prepare.options import SLICE_LAYOUTS, PrepareOptions, numbers
 from mpscl_ray.prepare.source_cases import LayoutOptions, SourceCase
 from mpscl_ray.prepare.splits import (
@@ -59,9 +67,21 @@ def label_table(options: PrepareOptions, implied: LabelTable | None) -> LabelTab
             not_annotated = given.not_annotated | (implied.not_annotated - given.values.keys())
             table = replace(given, unknown=implied.unknown, not_annotated=not_annotated)
     if table is None:
-        if options.ignore_labels or options.fix_label or options.unknown_labels:
-            raise ConfigError("--ignore-labels, --fix-label and --unknown-labels need a label table: give --labels")
+        if options.ignore_labels or options.not_annotated_labels or options.fix_label or options.unknown_labels:
+            raise ConfigError(
+                "--ignore-labels, --not-annotated-labels, --fix-label and --unknown-labels need a label table: give "
+                "--labels"
+            )
         return None
+    if options.not_annotated_labels:
+        both = label_ids("--not-annotated-labels", options.not_annotated_labels)
+        both &= label_ids("--ignore-labels", options.ignore_labels or "")
+        if both:
+            raise ConfigError(
+                f"{min(both)} is in --ignore-labels, by which it is background, and in --not-annotated-labels, by "
+                "which it counts nowhere; give it in one of the two"
+            )
+        table = with_not_annotated(table, options.not_annotated_labels)
     if options.ignore_labels:
         table = with_ignored(table, options.ignore_labels)
     if options.fix_label:
@@ -229,8 +249,11 @@ def manifest(
     size = (staged[0].shape[1], staged[0].shape[2])
     steps = [f"files of layout {options.layout}"]
     if table is not None:
-        meaning = ", ".join(f"{raw} {table.classes[value]}" for raw, value in sorted(table.effective().items()))
-        steps.append(f"raw labels: {meaning}; ignored on purpose: {sorted(table.ignored) or 'none'}")
+        names = dict(enumerate(table.classes)) | {NOT_ANNOTATED: "not annotated"}
+        meaning = ", ".join(f"{raw} {names[value]}" for raw, value in sorted(table.effective().items()))
+        steps.append(f"raw labels: {meaning}; background on purpose: {sorted(table.ignored) or 'none'}")
+        if table.not_annotated:
+            steps.append(f"not annotated: label value {NOT_ANNOTATED}, which counts in no loss and no score")
     if options.splits_without_labels:
         steps.append(f"labels left out of {', '.join(options.splits_without_labels)}")
     steps.append(f"split by patient: {splitting.record['method']}{', transductive' if options.transductive else ''}")

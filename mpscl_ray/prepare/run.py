@@ -188,7 +188,7 @@ def _finish(
     )
     shutil.rmtree(dataset.folder / ".staged")
     for split in SPLITS:
-        write_class_names(dataset.folder, split, classes)
+        write_class_names(dataset.folder, split, classes, partly=bool(settings.table and settings.table.not_annotated))
         if (dataset.folder / split).is_dir():
             fsync_directory(dataset.folder / split)
     notices = [

@@ -10,16 +10,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mpscl_ray.data import NOT_ANNOTATED
+from mpscl_ray.data.label_values import count_voxels
 from mpscl_ray.data.volumes.intensities import kind_of
 from mpscl_ray.data.volumes.label_maps import map_labels
 from mpscl_ray.data.volumes.recipe import GeometryFrom, NanPolicy, Recipe
-from mpscl_ray.errors import DataError
 from mpscl_ray.prepare.copies import Sketch
 from mpscl_ray.prepare.label_table import LabelTable
 from mpscl_ray.prepare.pictures.case import CasePicture
 from mpscl_ray.prepare.source_cases import Flip, SourceCase
 from mpscl_ray.runs.atomic_files import storage_errors
-from mpscl_ray.runs.wording import counted
 
 MAX_VOXELS = 2**31
 """Largest volume that is read."""
@@ -118,7 +118,7 @@ def count_class_voxels(label: NDArray[np.uint8] | None, table: LabelTable | None
     """Voxels of each class; None without a label."""
     if label is None or table is None:
         return None
-    return tuple(int(count) for count in np.bincount(label.reshape(-1), minlength=len(table.classes)))
+    return count_voxels(label, len(table.classes))
 
 
 def save_slices(request: Request, image: NDArray[np.float32], label: NDArray[np.uint8] | None) -> None:
@@ -136,17 +136,11 @@ def save_slices(request: Request, image: NDArray[np.float32], label: NDArray[np.
 
 
 def to_class_indices(array: NDArray[Any], table: LabelTable | None, path: Path) -> tuple[NDArray[np.uint8], list[str]]:
-    """Class indices of raw label ids, and notices."""
+    """Class indices of raw label ids, ``NOT_ANNOTATED`` where nobody annotated, and notices."""
     assert table is not None, "labels without a label table"
-    for raw in sorted(table.not_annotated):
-        if voxels := int(np.count_nonzero(array == raw)):
-            raise DataError(
-                f"{path} has {counted(voxels, 'voxel')} of the label {raw}, which marks what was not annotated "
-                "(an ignore label); "
-                f"training would learn them as background: leave the case out, or give --ignore-labels {raw} if they "
-                "are background"
-            )
     mapped, notices = map_labels(array, table.effective(), table.ignored, path, table.unknown)
     # That nothing is labelled is reported for all cases together.
-    kept = [notice for notice in notices if mapped.any() or "no voxel" not in notice]
-    return mapped, [notice.removeprefix(f"{path.name}: ") for notice in kept]
+    kept = [notice.removeprefix(f"{path.name}: ") for notice in notices if mapped.any() or "no voxel" not in notice]
+    if table.not_annotated and (voxels := int(np.count_nonzero(mapped == NOT_ANNOTATED))):
+        kept.append(f"{100 * voxels / mapped.size:.1f} % of the voxels are not annotated; they count nowhere")
+    return mapped, kept

@@ -11,7 +11,7 @@ from typing import Any
 
 from mpscl_ray.errors import ConfigError, DataError
 from mpscl_ray.prepare.file_listing import LABEL_ENDINGS, Listing, pair_by_name, stem_before
-from mpscl_ray.prepare.label_table import BACKGROUND, MMWHS, LabelTable, is_not_annotated
+from mpscl_ray.prepare.label_table import BACKGROUND, MMWHS, LabelTable, is_not_annotated, is_region
 from mpscl_ray.prepare.source_cases import Found, LayoutOptions, SourceCase, collect
 from mpscl_ray.runs.wording import counted
 
@@ -126,13 +126,19 @@ def _nnunet_labels(path: Path, about: Mapping[str, Any], notices: list[str]) -> 
     try:
         if not isinstance(labels, dict) or not labels:
             raise ValueError("expected an object")
+        regions = [name for name, value in labels.items() if is_region(value)]
+        if regions:
+            raise DataError(
+                f"{path}: the labels {', '.join(regions)} are regions of several ids, and a voxel has one label here; "
+                "name each id instead, e.g. --layout folder --labels 1=MYO,2=LV (ids with one name are one structure)"
+            )
         for key, value in labels.items():
             # nnU-Net v2 writes name: id, the older form and MSD id: name.
             raw, name = (int(value), key) if isinstance(value, int) else (int(key), str(value))
             pairs.append((raw, name))
     except (TypeError, ValueError):
         raise DataError(
-            f"{path}: labels {json.dumps(labels)[:120]} are not NAME: ID pairs (regions are not supported); correct "
+            f"{path}: labels {json.dumps(labels)[:120]} are not NAME: ID pairs; correct "
             "dataset.json or use --layout folder with --labels"
         ) from None
     pairs.sort()

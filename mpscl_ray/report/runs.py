@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from mpscl_ray.config import config_from_dict
 from mpscl_ray.config.titles import system_of, title_of
+from mpscl_ray.data import NOT_ANNOTATED
 from mpscl_ray.data.dataset import Case, load_manifest
 from mpscl_ray.data.parquet_reader import read_case
 from mpscl_ray.data.slice_selection import evenly_spaced, labelled_slices
@@ -186,11 +187,13 @@ def predict_case(predictor: Predictor, shown: ShownCase, title: str) -> Predicti
     labels = probabilities.argmax(axis=0).astype(np.uint8)
     loss = math.nan
     if shown.label is not None:
-        of_label = np.take_along_axis(probabilities, shown.label[None].astype(np.intp), axis=0)[0]
+        annotated = shown.label != NOT_ANNOTATED
+        label = shown.label[annotated].astype(np.intp)
+        of_label = np.take_along_axis(probabilities[:, annotated], label[None], axis=0)[0]
         information = -np.log(np.maximum(of_label.astype(np.float64), 1e-12))
         number = len(predictor.classes)
-        sums = np.bincount(shown.label.ravel(), information.ravel(), number)
-        pixels = np.bincount(shown.label.ravel(), minlength=number)
+        sums = np.bincount(label, information, number)
+        pixels = np.bincount(label, minlength=number)
         loss = weighted_mean(torch.from_numpy(np.stack([sums, pixels], axis=1)))
     step = predictor.weights.step if predictor.weights else None
     return Prediction(title, labels, entropy, step, loss)

@@ -9,6 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from mpscl_ray.data.label_values import is_structure
 from mpscl_ray.data.slice_selection import evenly_spaced, labelled_slices
 from mpscl_ray.errors import DataError
 from mpscl_ray.evaluate.evaluation import PROTOCOLS
@@ -134,7 +137,7 @@ def _surfaces(group: Group) -> Section | None:
     )
     volumes = {prediction.title: prediction.labels for prediction in group.predictions}
     if group.shown.label is not None:
-        volumes["ground truth"] = group.shown.label
+        volumes["ground truth"] = np.where(is_structure(group.shown.label), group.shown.label, 0)
     if not any((volume > 0).any() for volume in volumes.values()):
         section.notes.append("No surfaces are drawn: no segmenter predicts a structure in this volume.")
         return section

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from mpscl_ray.runs.structures import NOT_ANNOTATED
+
 COLOURS: tuple[tuple[int, int, int], ...] = (
     (0, 0, 0),
     (230, 159, 0),
@@ -16,9 +18,13 @@ COLOURS: tuple[tuple[int, int, int], ...] = (
 
 Further classes repeat the colours after the background."""
 
+_NOT_ANNOTATED_GREY = (128, 128, 128)
+
 
 def colour(index: int) -> tuple[int, int, int]:
-    """RGB of a class index."""
+    """RGB of a class index; grey for ``NOT_ANNOTATED``."""
+    if index == NOT_ANNOTATED:
+        return _NOT_ANNOTATED_GREY
     return COLOURS[index] if index < len(COLOURS) else COLOURS[1 + (index - 1) % (len(COLOURS) - 1)]
 
 

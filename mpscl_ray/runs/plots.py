@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from mpscl_ray.runs.atomic_files import write_atomically
 from mpscl_ray.runs.palette import COLOURS, colour, hex_colour
-from mpscl_ray.runs.structures import display_indices, display_order
+from mpscl_ray.runs.structures import NOT_ANNOTATED, display_indices, display_order
 
 _CURVES = tuple(hex_colour(index) for index in range(1, len(COLOURS) - 1))
 """The colours of the classes without the last, yellow, which is too pale for a line on white."""
@@ -80,7 +80,8 @@ def panel(
 
     Args:
         images: (N, H, W), in any unit: grey runs from their 1st to their 99th percentile.
-        label_maps: Title -> (N, H, W) with values 0..C-1, such as source-only, adaptation, label. 0 stays clear.
+        label_maps: Title -> (N, H, W) with values 0..C-1, such as source-only, adaptation, label. 0 stays clear, and
+            what is not annotated is grey.
         classes: Names, background first.
 
     Returns:
@@ -97,7 +98,11 @@ def panel(
             top, left = row * (height + _GAP), index * (width + _GAP)
             grid[top : top + height, left : left + width] = tile
     return np.concatenate(
-        [_titles(["image", *label_maps], width, grid.shape[1]), grid, _legend(classes, grid.shape[1])]
+        [
+            _titles(["image", *label_maps], width, grid.shape[1]),
+            grid,
+            _legend(classes, label_maps.values(), grid.shape[1]),
+        ]
     )
 
 
@@ -182,10 +187,18 @@ def _titles(titles: Sequence[str], tile: int, width: int) -> NDArray[np.uint8]:
     return _pixels(figure)
 
 
-def _legend(classes: Sequence[str], width: int) -> NDArray[np.uint8]:
-    """Colour and name of each class but the background, in as many rows as the width needs."""
-    handles = [Patch(facecolor=hex_colour(index), label=classes[index]) for index in display_indices(classes)]
-    longest = max((len(name) for name in classes[1:]), default=1)
+def legend_handles(classes: Sequence[str], label_maps: Iterable[NDArray[np.integer[Any]]]) -> list[Patch]:
+    """Colour and name of each class but the background, and of what is not annotated where a map has some."""
+    names = {index: classes[index] for index in display_indices(classes)}
+    if any((labels == NOT_ANNOTATED).any() for labels in label_maps):
+        names[NOT_ANNOTATED] = "not annotated"
+    return [Patch(facecolor=hex_colour(index), label=name) for index, name in names.items()]
+
+
+def _legend(classes: Sequence[str], label_maps: Iterable[NDArray[np.integer[Any]]], width: int) -> NDArray[np.uint8]:
+    """:func:`legend_handles` in as many rows as the width needs."""
+    handles = legend_handles(classes, label_maps)
+    longest = max((len(str(handle.get_label())) for handle in handles), default=1)
     in_a_row = max(1, min(len(handles), width // (7 * longest + 45)))
     figure = _strip(width, _HEADER * max(1, math.ceil(len(handles) / in_a_row)))
     if handles:

@@ -1,8 +1,11 @@
-"""The order of structures, the same in every table and figure."""
+"""What all parts agree on about label values: the order of structures, and the value of what nobody annotated."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+
+NOT_ANNOTATED = 255
+"""Prepared label value of a voxel that nobody annotated: it is of no class, and counts in no loss and no score."""
 
 PAPER_ORDER = ("AA", "LAC", "LVC", "MYO")
 """Columns of Table III in Liu et al. 2022."""

@@ -32,6 +32,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mpscl_ray.data import NOT_ANNOTATED
 from mpscl_ray.data.loader import Slices, collate
 from mpscl_ray.data.parquet_reader import Arrays
 from mpscl_ray.data.slice_selection import evenly_spaced
@@ -157,8 +158,10 @@ class _Counts:
         self.selected += self._pairs(nearest[mask], of_nearest[mask], DEGREES)
         if labels is not None:
             small = downsample_labels(labels.to(self.device), (cosine.shape[2], cosine.shape[3]))
-            self.label += self._pairs(small, degrees.gather(1, small[:, None])[:, 0], DEGREES)
-            self.confusion += self._pairs(small[mask], nearest[mask], self.num_classes)
+            known = small != NOT_ANNOTATED
+            of_label = degrees.gather(1, (small * known)[:, None])[:, 0]
+            self.label += self._pairs(small[known], of_label[known], DEGREES)
+            self.confusion += self._pairs(small[mask & known], nearest[mask & known], self.num_classes)
 
     def _pairs(self, rows: Tensor, columns: Tensor, number: int) -> Tensor:
         size = self.num_classes * number

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mpscl_ray.data import TARGET_DOMAIN
+from mpscl_ray.data import NOT_ANNOTATED, TARGET_DOMAIN
 from mpscl_ray.data.loader import Slices, collate
 from mpscl_ray.distributed import collectives
 from mpscl_ray.train import unsupervised_criteria
@@ -24,7 +24,8 @@ class Validation:
 
     dice: dict[str, float]
     """Mean over volumes per foreground structure, in [0, 1]; empty for a domain without labels. A volume that has a
-    structure neither in the label nor in the prediction does not count for it."""
+    structure neither in the label nor in the prediction does not count for it, nor do pixels that are not
+    annotated."""
     entropy: float
     """Mean over pixels of the prediction's entropy over log C, in [0, 1]. Needs no labels."""
     predicted: Tensor
@@ -91,10 +92,12 @@ class _Totals:
             neighbours.append(pixels[-(start * images[0].numel()) % stride :: stride])
             if "label" in volume:
                 labels = volume["label"][start : start + batch_size].to(self.device)
-                pairs = (labels * number + probabilities.argmax(1)).flatten()
+                annotated = labels != NOT_ANNOTATED
+                labels, predicted = labels[annotated], probabilities.argmax(1)[annotated]
+                pairs = labels * number + predicted
                 confusion = torch.bincount(pairs, minlength=number**2).view(number, number)
                 self.overlap[index] += torch.stack([confusion.diag(), confusion.sum(0), confusion.sum(1)], dim=1)
-                self.information += _information(probabilities, labels)
+                self.information += _information(probabilities.movedim(1, -1)[annotated], labels)
         self.unlabelled[2] += unsupervised_criteria.neighbourhood_density(torch.cat(neighbours))
         self.unlabelled[3] += 1
 
@@ -132,11 +135,10 @@ def validation_metrics(results: Mapping[str, Validation], labelled: str) -> dict
 
 
 def _information(probabilities: Tensor, labels: Tensor) -> Tensor:
-    """For each class of the labels, the sum of -log p of its pixels and their number: (C, 2)."""
+    """For each class, the sum of -log p of its pixels and their number (C, 2), of probabilities (N, C), labels (N,)."""
     losses = -probabilities.gather(1, labels[:, None])[:, 0].clamp_min(_SMALLEST_PROBABILITY).log()
     number = probabilities.shape[1]
-    pixels = torch.bincount(labels.flatten(), minlength=number)
-    return torch.stack([torch.bincount(labels.flatten(), losses.flatten(), number), pixels], dim=1)
+    return torch.stack([torch.bincount(labels, losses, number), torch.bincount(labels, minlength=number)], dim=1)
 
 
 def weighted_mean(information: Tensor) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,7 @@ from mpscl_ray.config import (
     SegmentationConfig,
     SIFAConfig,
 )
+from mpscl_ray.data import NOT_ANNOTATED
 from mpscl_ray.distributed import collectives
 from mpscl_ray.distributed.batch_norm import PerDomainForward, WorkersBatchNorm2d, convert_batch_norm
 from mpscl_ray.errors import TrainingError
@@ -33,6 +35,8 @@ SIZE = 32
 STEPS = 6
 WARM_UP = 3
 CPU = torch.device("cpu")
+HIDDEN = False
+"""Whether a part of the source labels is not annotated."""
 
 
 def global_batch(step: int) -> Batch:
@@ -45,7 +49,20 @@ def global_batch(step: int) -> Batch:
     source = label[:, None] * 0.7 - 0.5 + 0.2 * noise[0]
     target = 0.5 - label.flip(0)[:, None] * 0.6 + 0.2 * noise[1]
     target[GLOBAL_BATCH // 2 :] *= 0.01
+    if HIDDEN:
+        label = label.clone()
+        label[:3] = label[4, : SIZE // 2] = NOT_ANNOTATED
     return Batch(source, label, target)
+
+
+def partly_annotated(case: str) -> dict[str, Any]:
+    """A case whose global batches have three source images, and half of the fifth, that are not annotated."""
+    global HIDDEN
+    HIDDEN = True
+    try:
+        return CASES[case]()
+    finally:
+        HIDDEN = False
 
 
 def my_part(batch: Batch) -> Batch:
@@ -355,6 +372,10 @@ CASES: dict[str, Callable[[], dict[str, Any]]] = {
     "sifa": lambda: sifa(pool_size=2),
     "sifa-first": lambda: sifa(version="v1", pool_size=2, dropout=0.25, adversarial_prediction_ramp=(0.1, 0.4)),
     "adabn": lambda: look_and_train("adabn"),
+    **{
+        f"{case}-partly-annotated": functools.partial(partly_annotated, case)
+        for case in ("fc-released", "clan-focal", "cag-ce", "sifa")
+    },
     "non-finite-source": lambda: non_finite("source"),
     "non-finite-target": lambda: non_finite("target"),
     "batch-norm": batch_norm,

@@ -32,9 +32,13 @@ OTHER_CASES = [
     "sifa",
     "sifa-first",
 ]
+PARTLY_ANNOTATED = [f"{case}-partly-annotated" for case in ("fc-released", "clan-focal", "cag-ce", "sifa")]
 RANK_DEPENDENT = ["fc-released", "intrada", "cag"]
 """Shares, splits and anchors; the others sum, or take their part of a draw, which two workers show."""
-SEVERAL = [*((case, 2) for case in (*MPSCL_CASES, *OTHER_CASES)), *((case, 4) for case in RANK_DEPENDENT)]
+SEVERAL = [
+    *((case, 2) for case in (*MPSCL_CASES, *OTHER_CASES, *PARTLY_ANNOTATED)),
+    *((case, 4) for case in RANK_DEPENDENT),
+]
 
 
 def relative_deviation(ours: np.ndarray[Any, Any], reference: np.ndarray[Any, Any]) -> float:
@@ -86,6 +90,16 @@ def test_the_batches_are_as_uneven_as_the_claim_needs(run: Run, case: str) -> No
     (reference,) = run(case, 1)
     assert np.all(reference["state.prototypes"][3] == 0)
     assert np.all(reference["state.prototypes"][2].any())
+
+
+@pytest.mark.parametrize("case", PARTLY_ANNOTATED)
+def test_what_is_not_annotated_changes_the_result_and_spares_a_worker(run: Run, case: str) -> None:
+    """Otherwise the comparison of partly annotated batches would show nothing."""
+    (whole,), (partly,) = run(case.removesuffix("-partly-annotated"), 1), run(case, 1)
+    assert np.abs(partly["metric.loss_segmentation"][0] - whole["metric.loss_segmentation"][0]) > 1e-4
+    assert np.isfinite(partly["metric.loss_segmentation"]).all()
+    first, second = (ours["local.loss_segmentation"][0] for ours in run(case, 2))
+    assert first < 0.6 * second
 
 
 def test_training_moved_the_weights(run: Run) -> None:

@@ -579,6 +579,9 @@ def test_scores_of_two_boxes_are_those_computed_by_hand() -> None:
     chosen = score(prediction, label, spacing=1, class_names={"MYO": 205, "LVC": 500})
     assert {name: row.case_kind for name, row in chosen.items()} == {"MYO": "ok", "LVC": "absent"}
     assert score(0 * label, label)["205"].case_kind == "missed"
+    label[2], label[6] = 255, 255  # what the prediction has there counts nowhere
+    row = score(prediction, label, ignore_label=255)["205"]
+    assert (row.dice, row.predicted_voxels, row.truth_voxels) == (pytest.approx(2 * 18 / (27 + 18)), 27, 18)
 
 
 def test_scores_of_files_have_their_spacing(tmp_path: Path) -> None:
@@ -612,7 +615,7 @@ ONES = np.ones((4, 4, 4), dtype=int)
         (ONES, ONES * 0.5, {}, DataError, "the label has the value 0.5; expected whole numbers"),
         (ONES.astype(str), ONES, {}, DataError, "expected an array of label values"),
         (0 * ONES, 0 * ONES, {}, DataError, "0 everywhere"),
-        (-ONES, ONES, {}, DataError, "expected 1 to 255 structures with values above 0"),
+        (-ONES, ONES, {}, DataError, "expected 1 to 254 structures with values above 0"),
         (
             ONES,
             3 * ONES,

@@ -42,7 +42,8 @@ def map_labels(
 
     Args:
         array: Ids, any shape.
-        table: Id to class index, 0..255. The id 0 is background unless the table says otherwise.
+        table: Id to class index, 0..254, or 255 for what nobody annotated. The id 0 is background unless the table says
+            otherwise.
         ignored: Ids of known structures that become background without a warning.
         path: File, for messages.
         unknown: What becomes of any other id: ``background`` with a warning, or an ``error``.
@@ -74,7 +75,8 @@ def map_labels(
         message = _describe_unknown(unknown_ids, table, ignored)
         if unknown == "error":
             raise DataError(
-                f"{path} holds {message}; correct the file, or add the id to the label table or the ignored ids"
+                f"{path} holds {message}; correct the file, or name the id in --labels, in --ignore-labels if it is "
+                "background, or in --not-annotated-labels if nobody annotated it"
             )
         notices.append(f"{path.name}: {message}; set to background")
     classes = np.array([known.get(int(i), 0) for i in ids], dtype=np.uint8)

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import scipy.ndimage
 
+from mpscl_ray.data.label_values import is_structure
 from mpscl_ray.data.volumes.geometry import (
     PERCENTILES,
     Axis,
@@ -52,8 +53,8 @@ class PreparedVolume:
 
 
 def label_centre(label: LabelArray) -> tuple[float, float, float] | None:
-    """Mean voxel coordinate of everything that is not background; None if there is nothing."""
-    mask = label > 0
+    """Mean voxel coordinate of all structures; None if there is none."""
+    mask = is_structure(label)
     voxels = int(np.count_nonzero(mask))
     if voxels == 0:
         return None

@@ -15,7 +15,8 @@ from mpscl_ray.data.dataset import Case, Scaling
 from mpscl_ray.data.slice_selection import evenly_spaced
 from mpscl_ray.data.volumes.geometry import Axis, Geometry, oriented_view
 from mpscl_ray.data.volumes.preprocess import unscale
-from mpscl_ray.prepare.pictures.tiles import NOT_ANNOTATED, Plane, Tile, draw
+from mpscl_ray.prepare.pictures.tiles import Plane, Tile, draw
+from mpscl_ray.runs.structures import NOT_ANNOTATED
 
 COARSE = 12
 """Side of the cube that a case is reduced to."""

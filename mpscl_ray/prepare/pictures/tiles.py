@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from mpscl_ray.runs.palette import COLOURS
+from mpscl_ray.runs.structures import NOT_ANNOTATED
 
-NOT_ANNOTATED = 255
-"""Label value of voxels that nobody annotated; hatched in grey."""
 HATCH = (150, 150, 150)
+"""Colour of the hatch over voxels that nobody annotated."""
 BOX = (255, 64, 64)
 """Colour of the crop; no structure has it."""
 

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
+from mpscl_ray.data.label_values import is_structure
 from mpscl_ray.report.figures.style import class_colours, class_legend, evenly_drawn, image_grid, run_style
 from mpscl_ray.runs.plots import grey_slices, overlay
 from mpscl_ray.train.feature_log import PseudoLabels
@@ -64,7 +65,7 @@ def refinement(
     scale.outline.set_visible(False)
     if delta_th < highest:
         scale.ax.axhline(delta_th, color="white", linewidth=1.5)
-    class_legend(figure, classes)
+    class_legend(figure, classes, shown.get("label"))
     if len(slices) > 1:
         _dotted_line(figure, axes)
     return figure
@@ -139,7 +140,7 @@ def _shares(record: Mapping[str, Any]) -> tuple[float, float, float]:
 def _largest(panels: Sequence[PseudoLabels], shown: Mapping[str, NDArray[Any]]) -> list[int]:
     """The slices with the largest structures: by their labels, else by the last record."""
     maps = shown["label"] if "label" in shown else panels[-1].nearest
-    sizes = np.count_nonzero(maps.reshape(len(maps), -1), axis=1)
+    sizes = is_structure(maps).sum(axis=(1, 2))
     return sorted(int(index) for index in np.argsort(-sizes, kind="stable")[:_SLICES])
 
 

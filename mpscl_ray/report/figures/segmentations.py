@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 
+from mpscl_ray.data import NOT_ANNOTATED
 from mpscl_ray.data.slice_selection import evenly_spaced, labelled_slices
 from mpscl_ray.report.figures.style import ERROR, class_legend, image_grid, wrapped
 from mpscl_ray.runs.plots import grey_slices, overlay
@@ -43,10 +44,14 @@ class Segmented:
     entropy: NDArray[np.float32]
     """(D, H, W) of its probabilities over log C, in [0, 1]."""
 
+    def errors(self, truth: NDArray[np.uint8]) -> NDArray[np.bool_]:
+        """(D, H, W): where it is wrong."""
+        errors: NDArray[np.bool_] = (self.labels != truth) & (truth != NOT_ANNOTATED)
+        return errors
+
     def confident_errors(self, truth: NDArray[np.uint8]) -> NDArray[np.bool_]:
         """(D, H, W): where it is wrong and confident."""
-        errors: NDArray[np.bool_] = (self.labels != truth) & (self.entropy < CONFIDENT)
-        return errors
+        return self.errors(truth) & (self.entropy < CONFIDENT)
 
 
 def side_by_side(
@@ -70,7 +75,7 @@ def side_by_side(
     if truth is not None:
         shown.append(("ground truth", overlay(grey, truth[slices])))
     figure, _ = _rows_of_slices(shown, slices)
-    class_legend(figure, classes)
+    class_legend(figure, classes, truth)
     return figure
 
 
@@ -110,13 +115,13 @@ def overconfident(
     )
     scale.set_label("entropy / log C")
     scale.outline.set_visible(False)
-    class_legend(figure, classes)
+    class_legend(figure, classes, truth)
     return figure
 
 
 def confident_share(column: Segmented, truth: NDArray[np.uint8]) -> float:
     """Share of a segmenter's wrong pixels whose entropy is low; NaN where none is wrong."""
-    wrong = int((column.labels != truth).sum())
+    wrong = int(column.errors(truth).sum())
     return float(column.confident_errors(truth).sum()) / wrong if wrong else math.nan
 
 

@@ -14,12 +14,11 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
 from mpscl_ray.runs.atomic_files import write_atomically
-from mpscl_ray.runs.palette import colour, hex_colour
-from mpscl_ray.runs.structures import display_indices
+from mpscl_ray.runs.palette import colour
+from mpscl_ray.runs.plots import legend_handles
 
 T = TypeVar("T")
 
@@ -82,9 +81,9 @@ def class_colours(number: int) -> NDArray[np.uint8]:
     return np.array([colour(index) for index in range(number)], dtype=np.uint8)
 
 
-def class_legend(figure: Figure, classes: Sequence[str]) -> None:
-    """Names and colours of the structures below a figure, in display order."""
-    handles = [Patch(facecolor=hex_colour(i), label=classes[i]) for i in display_indices(classes)]
+def class_legend(figure: Figure, classes: Sequence[str], truth: NDArray[np.uint8] | None = None) -> None:
+    """Names and colours of the structures below a figure, and of what is not annotated in the truth."""
+    handles = legend_handles(classes, [] if truth is None else [truth])
     figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 8), handlelength=1.2)
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from pydantic import TypeAdapter, ValidationError
 
+from mpscl_ray.data import NOT_ANNOTATED
 from mpscl_ray.data.augment import AugmentConfig, augment
 from mpscl_ray.data.sampler import sample_keys
 
@@ -116,7 +117,7 @@ def test_rotation_turns_about_the_centre_of_any_slice() -> None:
 
 
 def test_labels_keep_their_values_and_edges_repeat() -> None:
-    label = torch.full((8, 40, 40), 3, dtype=torch.int64)
+    label = torch.full((8, 40, 40), NOT_ANNOTATED, dtype=torch.uint8)
     image, moved = augment(torch.full((8, 1, 40, 40), 0.25), label, KEYS[:8], AugmentConfig(45, (0.5, 2), 0.5))
     assert torch.equal(moved, label)
     torch.testing.assert_close(image, torch.full_like(image, 0.25))

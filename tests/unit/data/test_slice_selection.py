@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from mpscl_ray.data import NOT_ANNOTATED
 from mpscl_ray.data.slice_selection import evenly_spaced, labelled_slices
 
 
@@ -12,6 +13,8 @@ def test_slices_that_show_a_structure_are_chosen_evenly() -> None:
     labels = np.zeros((40, 2, 2), np.uint8)
     labels[10:31, 0, 0] = 1
     assert evenly_spaced(labelled_slices(labels), 3).tolist() == [15, 20, 25]
+    labels[5:8] = NOT_ANNOTATED
+    assert labelled_slices(labels)[0] == 10
     assert labelled_slices(np.zeros((3, 2, 2), np.uint8)).tolist() == [0, 1, 2]
 
 

@@ -224,7 +224,7 @@ def test_the_released_protocol_drops_the_last_slices_and_scores_a_missed_organ_a
         ((np.zeros((2, 2), int), np.full((2, 2), -1), CLASSES, None), "truth must be class indices"),
         ((np.zeros((2, 2)), np.zeros((2, 2)), CLASSES, None), "must be integers"),
         ((np.zeros((2, 2), int), np.zeros((2, 2), int), CLASSES, (1.0, 0.0)), "spacing must be positive"),
-        ((np.zeros((2, 2), int), np.zeros((2, 2), int), ["background"], None), "2 to 256 classes"),
+        ((np.zeros((2, 2), int), np.zeros((2, 2), int), ["background"], None), "2 to 255 classes"),
     ],
 )
 def test_what_cannot_be_scored_is_refused(arguments: tuple[object, ...], message: str) -> None:

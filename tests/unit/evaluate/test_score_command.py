@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -125,6 +126,7 @@ def test_every_voxel_and_only_those_without_the_ignored_id_count(tmp_path: Path)
     about = json.loads((tmp_path / "out/summary.json").read_text())
     assert about["volumes"]["a"]["ignored_voxels"] == 3 * 20 * 10
     assert "the id 9 in the label is counted nowhere: 600 voxels of 1 case" in "".join(about["notices"])
+    assert scored(tmp_path, "--labels", "1=MYO,2=LV,9=void") == rows
 
 
 def test_missed_invented_and_absent_structures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -382,6 +384,29 @@ def test_nnunets_table_and_its_ignore_label(cohort: Path) -> None:
     assert not any("does not name" in notice for notice in summary["notices"])
 
 
+def test_a_region_of_nnunet_is_scored_by_the_words_of_its_refusal(cohort: Path) -> None:
+    (cohort / "truth").rename(cohort / "labelsTr")
+    about = {"labels": {"background": 0, "whole": [1, 2], "LV": [2]}, "regions_class_order": [1, 2]}
+    (cohort / "dataset.json").write_text(json.dumps(about))
+    words = [str(cohort / "pred"), str(cohort / "labelsTr"), "--out", str(cohort / "out"), "--workers", "0"]
+    with pytest.raises(DataError) as refused:
+        main(words)
+    advice = re.search(r"--labels \S+ --prediction-labels \S+(?=,)", str(refused.value))
+    assert advice is not None
+    assert main([*words, *advice[0].split()]) == 0
+    for (case, structure), row in rows_of(cohort / "out").items():
+        one, other = (read_label(cohort / name / f"{case}.nii.gz").array > 0 for name in ("pred", "labelsTr"))
+        assert structure == "whole"
+        assert float(row["dice"]) == pytest.approx(2 * (one & other).sum() / (one.sum() + other.sum()))
+
+
+@pytest.mark.parametrize("table", ["1=MYO,2=LV,8=void,9=ignore", '{"MYO": 1, "void": 8, "ignore": 9}'])
+def test_one_id_at_most_is_left_out(table: str, cohort: Path) -> None:
+    (cohort / "table.json").write_text(table)
+    with pytest.raises(ConfigError, match="8, 9 are all called not annotated, and one id can be left out"):
+        scored(cohort, "--labels", str(cohort / "table.json") if table[0] == "{" else table)
+
+
 def test_ids_without_a_name_are_named(cohort: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = scored(cohort, *NAMES)
     renumber(cohort, "pred", lambda array: np.where(array[::-1] * (array == 0) > 0, 77, array).astype(np.uint8))
@@ -432,7 +457,10 @@ def test_tables_that_do_not_fit_are_refused(
         ("{", "not JSON"),
         ("[]", 'expected {"NAME": ID, ...}'),
         ("{}", 'expected {"NAME": ID, ...}'),
-        ('{"labels": {"whole": [1, 2]}}', "regions of several ids are not supported"),
+        (
+            '{"labels": {"whole": [1, 2]}}',
+            "whole' is a region of the ids 1, 2, and regions may overlap; score one region at a time: --labels 1=whole",
+        ),
         ('{"MYO": true}', "is no NAME: ID pair"),
         ('{"MYO": 1, "LV": 1}', "the id 1 has two names, LV and MYO"),
         ('{"background": 0}', "0 names besides background"),

@@ -125,9 +125,13 @@ def test_prepared_slices_are_another_protocol_named_wherever_its_numbers_stand(
     assert "label maps as predict writes them, on the grid of the image files" in capsys.readouterr().out
     assert evaluate.main([*words, "--protocol", "prepared"]) == 0
     assert "PREPARED SLICES" in capsys.readouterr().out
-    about = json.loads((run / "results" / "adaptation_test_prepared_protocol" / "summary.json").read_text(encoding="utf-8"))
+    about = json.loads(
+        (run / "results" / "adaptation_test_prepared_protocol" / "summary.json").read_text(encoding="utf-8")
+    )
     assert about["protocol"] == "prepared"
-    assert "PREPARED SLICES" in (run / "results" / "adaptation_test_prepared_protocol" / "summary.md").read_text(encoding="utf-8")
+    assert "PREPARED SLICES" in (run / "results" / "adaptation_test_prepared_protocol" / "summary.md").read_text(
+        encoding="utf-8"
+    )
     own = json.loads((run / "results" / "adaptation_test" / "summary.json").read_text(encoding="utf-8"))
     assert own["protocol"] == "file"
     # The crop leaves out part of a structure, which only the grid of the files counts.
@@ -136,6 +140,38 @@ def test_prepared_slices_are_another_protocol_named_wherever_its_numbers_stand(
         for content in (own, about)
     ]
     assert truth[0] != truth[1]
+
+
+def test_what_nobody_annotated_counts_nowhere(run: Path, tmp_path: Path) -> None:
+    """An id of voxels without annotation, from the label file to the scores of evaluate and of score."""
+    copied = tmp_path / "raw"
+    for path in (run.parent / "raw").glob("ct_*"):
+        image: Any = nib.load(path)
+        array = np.asarray(image.dataobj).copy()
+        if path.name.endswith("_label.nii.gz"):
+            array[:7] = 9
+        write(copied / path.name, array, image.affine)
+    recipe = Recipe.from_json(load_manifest(run.parent / "out" / "ct").recipe)
+    folder, manifest = made(copied, recipe=dataclasses.replace(recipe, hounsfield=False), not_annotated_labels="9")
+    done = evaluate_checkpoint(run, "adaptation", data=folder, out=tmp_path / "e", workers=0, progress=False)
+    whole = evaluate_checkpoint(run, "adaptation", workers=0, progress=False)
+    out = written(run, tmp_path)
+    for case in manifest.split("test"):
+        label = np.asarray(nib.load(copied / case.sources["label"]).dataobj)
+        prediction = nib.load(out / case.sources["image"].replace(".nii.gz", "_prediction.nii.gz"))
+        for found in done.scores[case.id]:
+            p = (np.asarray(prediction.dataobj) == IDS[found.structure]) & (label != 9)
+            assert (found.predicted_voxels, found.truth_voxels) == (p.sum(), (label == IDS[found.structure]).sum())
+    assert done.scores != whole.scores
+    for path in out.glob("*_prediction.nii.gz"):
+        path.rename(out / path.name.replace("train_", "").replace("_image_prediction", ""))
+    maps = folder / "label_maps" / "test"
+    assert score.main([str(out), str(maps), "--workers", "0", "--out", str(tmp_path / "s")]) == 0
+    scored = json.loads((tmp_path / "s" / "summary.json").read_text(encoding="utf-8"))
+    assert scored["ignore_label"] == 255
+    for name, entry in done.to_json()["summary"]["structures"].items():
+        expected = entry["dice"]["mean"]
+        assert scored["summary"]["structures"][name]["dice"]["mean"] == (expected and pytest.approx(expected))
 
 
 def test_a_label_map_that_was_changed_is_refused(run: Path, tmp_path: Path) -> None:

@@ -296,7 +296,10 @@ def test_nnunet_channels_counts_and_ignored_labels(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("about", "message"),
     [
-        ({"labels": {"background": 0, "whole": [1, 2]}}, "regions are not supported"),
+        (
+            {"labels": {"background": 0, "whole": [1, 2]}},
+            "the labels whole are regions of several ids, and a voxel has one label here",
+        ),
         ({"labels": {}}, "are not NAME: ID pairs"),
         ({"labels": {"background": 0, "MYO": 1, "LV": 1}}, "the label 1 has two names, LV and MYO"),
         ({"labels": {"background": 0, "MYO": 1, "LV": 2, "myo": 3}}, "MYO and myo differ only in upper and lower case"),

@@ -24,8 +24,9 @@ from mpscl_ray.prepare.pictures.album import Album, PicturedCase
 from mpscl_ray.prepare.pictures.case import CasePicture, picture
 from mpscl_ray.prepare.pictures.outliers import oddness
 from mpscl_ray.prepare.pictures.page import page
-from mpscl_ray.prepare.pictures.tiles import BOX, HATCH, NOT_ANNOTATED, Plane, Tile, draw
+from mpscl_ray.prepare.pictures.tiles import BOX, HATCH, Plane, Tile, draw
 from mpscl_ray.runs.palette import colour
+from mpscl_ray.runs.structures import NOT_ANNOTATED
 from tests.raw_volumes import made, mmwhs, volume, write
 from tests.tiny import make_dataset
 

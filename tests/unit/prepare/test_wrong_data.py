@@ -199,34 +199,6 @@ def test_nan_by_policy(tmp_path: Path) -> None:
 # --------------------------------------------------------------------------------------------------------- labels
 
 
-def nnunet(folder: Path, names: tuple[str, ...], labels: dict[str, int]) -> Path:
-    cohort(folder, names, image="imagesTr/{}_0000.nii.gz", label="labelsTr/{}.nii.gz")
-    about = {"channel_names": {"0": "cineMRI"}, "labels": labels, "numTraining": len(names), "file_ending": ".nii.gz"}
-    (folder / "dataset.json").write_text(json.dumps(about))
-    return folder
-
-
-def test_an_ignore_label_is_not_background(tmp_path: Path) -> None:
-    folder = nnunet(tmp_path / "in", ("a1", "b2", "c3", "d4", "e5"), {"background": 0, "MYO": 1, "LV": 2, "ignore": 3})
-    options = {"layout": "nnunet", "labels": None, "modality": None, "image_pattern": None, "label_pattern": None}
-    prepared(folder, "cinemri", **options)  # the label is declared and occurs nowhere
-
-    def partly(label: NDArray[Any]) -> NDArray[Any]:
-        label[:2] = 3
-        return label
-
-    change(folder / "labelsTr/b2.nii.gz", partly)
-    said = problems(folder, **options)
-    assert f"{2 * SHAPE[1] * SHAPE[2]} voxels of the label 3" in said
-    assert "ignore label" in said
-    assert "--ignore-labels 3" in said
-    _, manifest = prepared(folder, "cinemri", **options, ignore_labels="3")
-    assert manifest.labels["background"] == [3]
-    other = cohort(tmp_path / "other")
-    change(other / "c1_label.nii.gz", partly)
-    assert "voxels of the label 3" in problems(other, labels="1=MYO,2=LV,3=void")
-
-
 def test_a_mask_for_each_structure(tmp_path: Path) -> None:
     folder = cohort(tmp_path / "whole")
     expected, manifest = prepared(folder, out=tmp_path / "expected")

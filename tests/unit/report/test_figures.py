@@ -10,6 +10,7 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from mpscl_ray.config.titles import system_of
+from mpscl_ray.data import NOT_ANNOTATED
 from mpscl_ray.data.slice_selection import evenly_spaced, labelled_slices
 from mpscl_ray.report.figures import angles, losses, surfaces
 from mpscl_ray.report.figures.feature_space import plane, sample_of
@@ -83,6 +84,9 @@ def test_confident_errors_are_wrong_and_of_low_entropy() -> None:
     assert column.confident_errors(truth).tolist() == [[[False, True, False, False]]]
     assert confident_share(column, truth) == 0.5
     assert math.isnan(confident_share(column, column.labels))
+    truth[0, 0, 1] = NOT_ANNOTATED  # nobody knows whether it is wrong
+    assert not column.confident_errors(truth).any()
+    assert confident_share(column, truth) == 0
 
 
 @pytest.mark.parametrize("labelled", [True, False])

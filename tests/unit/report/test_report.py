@@ -15,6 +15,7 @@ from mpscl_ray.config import to_yaml
 from mpscl_ray.data.dataset import load_manifest
 from mpscl_ray.data.parquet_reader import read_case
 from mpscl_ray.errors import ConfigError, DataError
+from mpscl_ray.evaluate.scoring import evaluate_checkpoint
 from mpscl_ray.methods.losses import class_counts, weighted_cross_entropy
 from mpscl_ray.predict.model import find_checkpoint
 from mpscl_ray.predict.predictor import load_weights
@@ -24,6 +25,7 @@ from mpscl_ray.report.runs import choose_case, predict_case, read_runs
 from mpscl_ray.runs.run_directory import RunDirectory
 from mpscl_ray.train.domains import load_domains, model_description
 from mpscl_ray.train.feature_log import FeatureRecord
+from mpscl_ray.train.phase_images import draw_phases
 from tests.s3 import serve, upload_folder
 from tests.tiny import CLASSES, make_dataset, make_pair, tiny_config
 from tests.tiny_runs import train
@@ -193,6 +195,27 @@ def test_entropy_and_loss_of_the_shown_case(data: Path, margin: Path) -> None:
     assert prediction.cross_entropy == pytest.approx(float(sums.numerator / sums.denominator), rel=1e-5)
     assert prediction.step == 12
     assert np.isfinite(prediction.entropy).all()
+
+
+def test_partly_annotated_data_are_trained_scored_and_drawn(tmp_path: Path) -> None:
+    """Of each label map a part, into which structures reach, is not annotated; in both domains and all splits."""
+    for modality in ("mr", "ct"):
+        make_dataset(tmp_path / modality, modality, hidden=15)
+    run = tiny_run(tmp_path / "run", tmp_path / "mr", tmp_path / "ct")
+    records = RunDirectory(run).read_metrics()
+    for tag in ("train/loss_segmentation", "val/dice/mean", "val/loss_cross_entropy", "val/source/dice/mean"):
+        assert math.isfinite(records[-1][tag]), tag
+    evaluation = evaluate_checkpoint(run, "adaptation", device="cpu", workers=0, progress=False)
+    predictor = load_weights(read_runs([run])[0].model, find_checkpoint(run, "adaptation")[0], "cpu")
+    for case in load_manifest(tmp_path / "ct").split("test"):
+        arrays = read_case(tmp_path / "ct", case)
+        below = predictor.predict_slices(arrays["image"])[:, 15:]
+        for index, row in enumerate(evaluation.scores[case.id], start=1):
+            assert row.truth_voxels == (arrays["label"][:, 15:] == index).sum() > 0
+            assert row.predicted_voxels == (below == index).sum()
+    page = assert_whole(quick([run], tmp_path / "report"), FIGURES | {"angles-run", "pseudo-labels-run", "selection"})
+    assert "ct_test_0" in page.text
+    assert draw_phases(run, ["source_only", "adaptation"]) is not None
 
 
 def test_a_report_that_cannot_be_made_is_refused_in_one_sentence(margin: Path, tmp_path: Path) -> None:

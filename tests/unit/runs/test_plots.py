@@ -11,7 +11,8 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from mpscl_ray.runs.palette import COLOURS
+from mpscl_ray.data import NOT_ANNOTATED
+from mpscl_ray.runs.palette import COLOURS, colour
 from mpscl_ray.runs.plots import panel, plot_progress, progress_figure, save_png
 
 CLASSES = ["background", "MYO", "LAC", "LVC", "AA"]
@@ -84,6 +85,20 @@ def test_panel_names_columns_and_classes(images: np.ndarray) -> None:
     renamed = panel(images, {"adaptation": labels, "label": labels}, [*CLASSES[:-1], "aorta"])
     assert np.array_equal(one[:-24], renamed[: len(one) - 24])
     assert not np.array_equal(one[-24:], renamed[-24:])
+
+
+def test_what_is_not_annotated_is_grey_and_has_a_name(images: np.ndarray) -> None:
+    labels = np.zeros((3, 64, 64), np.uint8)
+    plain = panel(np.zeros_like(images), {"label": labels}, CLASSES)
+    labels[0, :32] = NOT_ANNOTATED
+    shown = panel(np.zeros_like(images), {"label": labels}, CLASSES)
+    tile = shown[24:152, 132:]
+    assert np.ptp(tile.astype(int), axis=-1).max() == 0
+    assert tile[:64].min() == tile[:64].max() > 50
+    assert tile[64:].max() == 0
+    assert np.array_equal(plain[152:280], shown[152:280])
+    assert not np.array_equal(plain[-24:], shown[-24:])
+    assert all(colour(index) != colour(NOT_ANNOTATED) for index in range(NOT_ANNOTATED))
 
 
 def test_panel_greys_run_over_the_intensities(images: np.ndarray) -> None:

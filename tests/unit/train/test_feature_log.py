@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from mpscl_ray.config import Config
+from mpscl_ray.data import NOT_ANNOTATED
 from mpscl_ray.data.loader import LocalSlices
 from mpscl_ray.errors import StorageError
 from mpscl_ray.methods import MPSCL
@@ -64,15 +65,19 @@ def by_loop(method: MPSCL, slices: LocalSlices) -> dict[str, Any]:
                     first, second = np.argsort(-cosine, kind="stable")[:2]
                     truth = arrays["label"][number, row * SIZE[0] // height, column * SIZE[1] // width]
                     counts["nearest"][first, degrees[first]] += 1
-                    counts["label"][truth, degrees[truth]] += 1
+                    if truth != NOT_ANNOTATED:
+                        counts["label"][truth, degrees[truth]] += 1
                     if cosine[first] - cosine[second] > method.config.delta_th:
                         counts["selected"][first, degrees[first]] += 1
-                        confusion[truth, first] += 1
+                        if truth != NOT_ANNOTATED:
+                            confusion[truth, first] += 1
     return {**counts, "selected_confusion": confusion}
 
 
-def test_histograms_count_each_pixel_at_its_angle(method: MPSCL, data: Path, tmp_path: Path) -> None:
-    slices = LocalSlices(data / "ct", "val", labels=True)
+@pytest.mark.parametrize("hidden", [0, 16])
+def test_histograms_count_each_pixel_at_its_angle(hidden: int, method: MPSCL, tmp_path: Path) -> None:
+    """Those by label count the annotated pixels, here all or half of them."""
+    slices = LocalSlices(make_dataset(tmp_path / "ct", "ct", seed=1, slices=5, hidden=hidden), "val", labels=True)
     record = FeatureRecord(tmp_path)
     record.record(method, slices, 4, POSITION)
     (found,) = record.read()
@@ -83,7 +88,10 @@ def test_histograms_count_each_pixel_at_its_angle(method: MPSCL, data: Path, tmp
         counts = np.array(found[name])
         # An angle on the edge of a degree, or a difference at the threshold, may fall to either side.
         assert abs(counts - expected).sum() <= 0.01 * pixels, name
-        assert counts.sum() == (pixels if name in ("nearest", "label") else pytest.approx(expected.sum(), abs=2))
+        total = expected.sum() if name in ("nearest", "label") else pytest.approx(expected.sum(), abs=2)
+        assert counts.sum() == total
+    assert np.sum(found["nearest"]) == pixels
+    assert (np.sum(found["label"]) == pixels) == (hidden == 0)
     assert 0 < np.sum(found["selected"]) < pixels, "the threshold should split the pixels"
 
 
