@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import platform
 import re
 import signal
 import subprocess
@@ -249,7 +250,7 @@ def test_status_keeps_what_is_not_given(run: RunDirectory) -> None:
     )
     run.write_status("failed", exit_code=6, reason="loss_contrastive_target is not finite")
     status = run.read_status()
-    assert status.pop("pid") == os.getpid()
+    assert (status.pop("pid"), status.pop("host")) == (os.getpid(), platform.node())
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", status.pop("updated"))
     assert status == {
         "state": "failed",
