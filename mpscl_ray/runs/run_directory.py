@@ -48,6 +48,7 @@ from mpscl_ray.runs.control_files import WARNINGS_FILE
 from mpscl_ray.runs.environment import environment, now
 from mpscl_ray.runs.json_lines import MetricsLog
 from mpscl_ray.runs.local_store import PARTS, LocalStore
+from mpscl_ray.runs.moved import with_moved_datasets, with_relative_paths
 from mpscl_ray.runs.storage import S3Path, parse_location
 
 State = Literal["running", "finished", "failed", "interrupted"]
@@ -186,11 +187,13 @@ class RunDirectory:
 
     def write_model(self, model: Mapping[str, Any]) -> None:
         """Keep what a prediction needs besides the weights, as JSON."""
-        self.store.write(self.model_file, _json(model))
+        on_disk = isinstance(self.store, LocalStore)
+        self.store.write(self.model_file, _json(with_relative_paths(model, self.path) if on_disk else model))
 
     def read_model(self) -> dict[str, Any]:
-        """Raises DataError where model.json is missing or damaged."""
-        return _read_json(self.model_file)
+        """Raises DataError where model.json is missing or damaged. Datasets may have moved together with the run."""
+        model = _read_json(self.model_file)
+        return with_moved_datasets(model, self.path) if isinstance(self.store, LocalStore) else model
 
     def write_environment(self, command: list[str] | None = None) -> None:
         """Keep versions and platform; what an earlier start wrote moves to ``logs/environment-<its time>.json``."""
