@@ -50,6 +50,8 @@ def stage_volume(request: Request, settings: Settings) -> StagedCase | list[str]
     notices: list[str] = []
     if label is not None:
         mapped, notices = _class_indices(image, label, source.labels[0], settings, problems)
+        if mapped is not None:
+            label = replace(label, array=mapped)  # the ids take four times as much memory
     if problems or image is None:
         return problems
     notices += [*image.notices, *unusual_intensities(image.array, source.modality)]
