@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpscl_ray.data.dataset import Case, Manifest
+from mpscl_ray.data.volumes.label_maps import class_voxels
 from mpscl_ray.errors import DataError
 
 _FLIPS = {
@@ -35,7 +36,7 @@ def label_statistics(label: NDArray[np.uint8] | None, num_classes: int) -> dict[
     if label is None:
         return {"class_voxels": None, "class_centres": None, "structure_width": None}
     _, height, width = label.shape
-    voxels = np.bincount(label.reshape(-1), minlength=num_classes)
+    voxels = class_voxels(label, num_classes)
     centres: list[tuple[float, float] | None] = []
     for index in range(num_classes):
         if voxels[index] == 0:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpscl_ray.data.volumes.intensities import kind_of
-from mpscl_ray.data.volumes.label_maps import map_labels
+from mpscl_ray.data.volumes.label_maps import class_voxels, map_labels
 from mpscl_ray.data.volumes.recipe import GeometryFrom, NanPolicy, Recipe
 from mpscl_ray.errors import DataError
 from mpscl_ray.prepare.copies import Sketch
@@ -104,7 +104,7 @@ def count_class_voxels(label: NDArray[np.uint8] | None, table: LabelTable | None
     """Voxels of each class; None without a label."""
     if label is None or table is None:
         return None
-    return tuple(int(count) for count in np.bincount(label.reshape(-1), minlength=len(table.classes)))
+    return tuple(int(count) for count in class_voxels(label, len(table.classes)))
 
 
 def save_slices(request: Request, image: NDArray[np.float32], label: NDArray[np.uint8] | None) -> None:

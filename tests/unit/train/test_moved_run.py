@@ -113,8 +113,8 @@ def test_a_run_that_was_moved_alone(moved: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"old/data/b, no longer exists; give its folder with --data"):
         evaluate.main([str(run), "--split", "val"])
     # Both have one modality: it is the fingerprint that tells the source from the target.
-    assert evaluated(run, "--data", str(moved / "data/b"))["name"] == "last_val"
-    assert evaluated(run, "--data", str(moved / "data/a"))["name"] == "last_mr_val"
+    assert evaluated(run, "--data", str(moved / "data/b"))["name"].startswith("last_val")
+    assert evaluated(run, "--data", str(moved / "data/a"))["name"].startswith("last_mr_val")
 
 
 def test_the_path_that_the_run_was_started_with_comes_first(moved: Path, project: Path) -> None:
