@@ -60,6 +60,17 @@ def test_a_position_has_the_last_validation_and_the_newest_checkpoint(
     }
 
 
+def test_a_position_without_the_checkpoints_of_a_bucket_that_does_not_answer(
+    run: RunDirectory, at: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def silent() -> list[str]:
+        raise StorageError("the bucket does not answer")
+
+    at(20)
+    monkeypatch.setattr(run.store, "step_checkpoints", silent)
+    assert position(run) == {"phase": "warm_up", "iteration": 10, "iterations": 40, "global_step": 20}
+
+
 def test_speed_and_remaining_time(run: RunDirectory, at: Callable[..., None]) -> None:
     clock = Clock()
     at(15)  # of an earlier start, which the workers rewind
