@@ -35,11 +35,11 @@ def position(run: RunDirectory) -> dict[str, Any]:
         phase, iteration, iterations (of the phase) and global_step; where there is one, ``validation``, the last one
         with its global_step and scores, and ``checkpoint``, the newest to resume from.
     """
-    try:
+    records: list[dict[str, Any]] = []
+    checkpoints: list[str] = []
+    with suppress(MpsclError):  # The status has a more important error to report.
         records = run.read_metrics()
         checkpoints = run.store.step_checkpoints()
-    except MpsclError:
-        return {}  # The status has a more important error to report.
     if not records:
         return {}
     last = records[-1]
