@@ -9,6 +9,10 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import numpy.typing as npt
+import pytest
+
+from mpscl_ray.data.volumes.nifti import read_image
+from mpscl_ray.errors import DataError
 
 SHAPE = (5, 4, 3)
 AFFINE = np.array([[-1.5, 0, 0, 10], [0, 2.0, 0, -20], [0, 0, 3.0, 30], [0, 0, 0, 1.0]])
@@ -44,3 +48,16 @@ def rotated(degrees: float) -> npt.NDArray[np.float64]:
     affine = AFFINE.copy()
     affine[:3, :3] = turn @ AFFINE[:3, :3]
     return affine
+
+
+OFFSETS_1 = {"dim": 40, "datatype": 70, "pixdim": 76, "vox_offset": 108, "slope": 112, "inter": 116, "forms": 252}
+
+
+def refusal(path: Path, **options: Any) -> str:
+    """The error for a file: a single sentence that names it."""
+    with pytest.raises(DataError) as caught:
+        read_image(path, **options)
+    sentence = str(caught.value)
+    assert str(path) in sentence
+    assert "\n" not in sentence
+    return sentence

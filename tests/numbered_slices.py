@@ -6,8 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mpscl_ray.data.dataset import FORMAT_VERSION, Manifest, Scaling, save_manifest
-from mpscl_ray.data.parquet_writer import write_case
+from tests.written_dataset import save_plain_manifest, write_plain_case
 
 CLASSES = ("background", "MYO", "LAC")
 DEPTHS = (3, 140, 1, 26)
@@ -22,36 +21,7 @@ def write_dataset(folder: Path, depths: tuple[int, ...] = DEPTHS, *, labelled: b
         image = rng.uniform(-1, 1, (depth, *SIZE)).astype(np.float32)
         image[:, 0, 0] = np.arange(depth) + sum(depths[:number])
         images.append(image)
-        cases.append(
-            write_case(
-                folder,
-                id=f"case-{number}",
-                patient=f"patient-{number}",
-                split="train",
-                image=image,
-                label=rng.integers(0, 3, image.shape).astype(np.uint8) if labelled else None,
-                classes=CLASSES,
-                content_sha256="0" * 64,
-                geometry={},
-                spacing_mm=None,
-                cropped_around_labels=False,
-                sources={},
-            )
-        )
-    manifest = Manifest(
-        version=FORMAT_VERSION,
-        modality="mr",
-        classes=CLASSES,
-        size=SIZE,
-        scaling=Scaling(-1.0, 1.0, "given"),
-        recipe={},
-        splitting={},
-        labels={},
-        steps=(),
-        notices=(),
-        command="",
-        product_version="0",
-        cases=tuple(cases),
-    )
-    save_manifest(folder, manifest)
+        label = rng.integers(0, 3, image.shape).astype(np.uint8) if labelled else None
+        cases.append(write_plain_case(folder, f"case-{number}", "train", image, label, CLASSES))
+    save_plain_manifest(folder, "mr", CLASSES, SIZE, cases)
     return np.concatenate(images)

@@ -9,10 +9,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from pyarrow import fs
 
 from mpscl_ray.runs.storage import S3Path
@@ -152,3 +153,17 @@ def upload_folder(folder: Path, remote: S3Path) -> S3Path:
             with path.open("rb") as stream:
                 (remote / path.relative_to(folder)).upload(stream)
     return remote
+
+
+PATIENCE_S = 120.0
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < deadline, "the condition did not become true"
+        time.sleep(0.05)
+
+
+def state(step: int, size: int = 1000) -> dict[str, object]:
+    return {"step": step, "weights": torch.full((size,), float(step))}

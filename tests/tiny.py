@@ -11,10 +11,10 @@ import numpy as np
 
 from mpscl_ray.config import METHOD_CONFIGS, Config, load_config, reads_target
 from mpscl_ray.data import NOT_ANNOTATED, TARGET_DOMAIN
-from mpscl_ray.data.dataset import Manifest, Scaling, load_manifest, save_manifest
+from mpscl_ray.data.dataset import load_manifest
 from mpscl_ray.data.loader import LocalSlices
-from mpscl_ray.data.parquet_writer import write_case
 from mpscl_ray.train.streams import TrainingData
+from tests.written_dataset import save_plain_manifest, write_plain_case
 
 CLASSES = ("background", "ventricle", "wall")
 SIZE = (32, 32)
@@ -102,37 +102,18 @@ def make_dataset(
             label[:, :hidden] = NOT_ANNOTATED
             name = f"{modality}_{split}_{number}"
             entries.append(
-                write_case(
+                write_plain_case(
                     folder,
-                    id=name,
-                    patient=name,
-                    split=split,
-                    image=image.clip(-1, 1),
-                    label=label if split in labelled else None,
-                    classes=classes,
+                    name,
+                    split,
+                    image.clip(-1, 1),
+                    label if split in labelled else None,
+                    classes,
                     content_sha256=hashlib.sha256(f"{name}{seed}".encode()).hexdigest(),
-                    geometry={},
                     spacing_mm=(2.0, 1.5, 1.5),
-                    cropped_around_labels=False,
-                    sources={},
                 )
             )
-    manifest = Manifest(
-        version=1,
-        modality=modality,
-        classes=classes,
-        size=size,
-        scaling=Scaling(-1.0, 1.0, "given"),
-        recipe={},
-        splitting={},
-        labels={},
-        steps=(),
-        notices=(),
-        command="",
-        product_version="",
-        cases=tuple(entries),
-    )
-    save_manifest(folder, manifest)
+    save_plain_manifest(folder, modality, classes, size, entries)
     return folder
 
 

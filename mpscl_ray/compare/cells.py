@@ -70,7 +70,7 @@ class Cell:
     @property
     def iterations(self) -> int:
         """Iterations of all its phases."""
-        return sum(iterations for _, iterations in self.config.schedule)
+        return self.config.total_iterations
 
 
 def check_presets(plan: Plan) -> Config:

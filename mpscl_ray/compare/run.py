@@ -19,6 +19,7 @@ from mpscl_ray.evaluate.evaluation import PROTOCOLS
 from mpscl_ray.prepare import phantom_dataset
 from mpscl_ray.runs.atomic_files import write_atomically
 from mpscl_ray.runs.lifecycle import carry_out
+from mpscl_ray.runs.next_steps import command_line
 from mpscl_ray.runs.run_directory import RunDirectory, open_run
 from mpscl_ray.runs.signals import Interruption
 from mpscl_ray.runs.storage import S3Path, join_location, parse_location
@@ -194,9 +195,9 @@ def _directions(
 
 def _print_next_steps(out: Path | S3Path, cells: Sequence[Cell], ledger: CellLedger) -> None:
     first = [cell for cell in cells if (cell.direction, cell.seed) == (cells[0].direction, cells[0].seed)]
-    runs = " ".join(str(out / "cells" / cell.name) for cell in first if is_done(ledger[cell.name]))
+    runs = [out / "cells" / cell.name for cell in first if is_done(ledger[cell.name])]
     print(f"{out} has the table as comparison.txt, .md, .csv and .tex, and each run in cells/. Next:")
     if runs:
         page = out / "report" if isinstance(out, Path) else "report"
-        print(f"  python -m mpscl_ray.report {runs} --out {page}")
+        print(f"  {command_line('report', *runs, '--out', page)}")
     print("  the same command with more systems or --seeds; it trains only what is missing", flush=True)

@@ -17,6 +17,7 @@ from mpscl_ray.errors import MpsclError, StorageError
 from mpscl_ray.evaluate.run import evaluate_phases
 from mpscl_ray.runs.control_files import STOP_FILE
 from mpscl_ray.runs.fork import fork
+from mpscl_ray.runs.position import StatusUpdates
 from mpscl_ray.runs.progress import ProgressLine
 from mpscl_ray.runs.run_directory import RunDirectory, open_run
 from mpscl_ray.runs.signals import Interruption
@@ -122,6 +123,7 @@ class Comparison:
         """How often the process beside a cell's workers was lost, for example with its node."""
         self._task = ray.remote(num_cpus=0, max_retries=0)(run_cell)
         self._line = ProgressLine(sum(cell.own_iterations for cell in self.waiting), "all runs, iteration")
+        self._status = StatusUpdates(self.folder, self._counts)
         self._done = 0
 
     def run(self, interruption: Interruption) -> None:
@@ -142,6 +144,7 @@ class Comparison:
                     ready = ray.wait(list(self.running), timeout=_POLL_S)[0]
                     for reference in ready:
                         self._end(self.running.pop(reference), reference)
+                    self._status.update()
                     if time.monotonic() - last_progress >= _PROGRESS_S:
                         last_progress = time.monotonic()
                         now_running = sum(self._iterations(cell) for cell in self.running.values())
@@ -153,6 +156,7 @@ class Comparison:
                     ray.cancel(reference, force=True)
                     self.ledger[cell.name].state = "interrupted"
                 self.ledger.write()
+                self._status.update(at_once=True)
 
     def _poll(self, interruption: Interruption) -> None:
         """Ask the cells to stop where the comparison is interrupted, else start those that there is room for."""
@@ -227,6 +231,13 @@ class Comparison:
             self._done += cell.own_iterations
         self._line.message(f"{cell.name} {_description(entry)}")
         self.finished()
+
+    def _counts(self) -> dict[str, Any]:
+        """How many runs there are and how many of them are over or run, for the status."""
+        states = Counter(self.ledger[cell.name].state for cell in self.cells)
+        return {
+            "runs": {"total": len(self.cells)} | {state: states[state] for state in ("finished", "failed", "running")}
+        }
 
     def _iterations(self, cell: Cell) -> int:
         """Iterations that a running cell has trained itself."""

@@ -259,6 +259,11 @@ class Config:
             lengths.append((name, share))
         return [(name, iterations) for name, iterations in lengths if iterations > 0]
 
+    @property
+    def total_iterations(self) -> int:
+        """Iterations of all phases."""
+        return sum(iterations for _, iterations in self.schedule)
+
 
 def method_of_phase(config: Config, phase: str) -> Any:
     """Settings of what trains a phase: the method's, or those that plain segmentation or AdvEnt share with it.

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpscl_ray.data import NOT_ANNOTATED
+from mpscl_ray.data.volumes.label_maps import class_voxels
 
 
 def is_structure(labels: NDArray[np.integer[Any]]) -> NDArray[np.bool_]:
@@ -18,4 +19,4 @@ def is_structure(labels: NDArray[np.integer[Any]]) -> NDArray[np.bool_]:
 
 def count_voxels(label: NDArray[np.uint8], num_classes: int) -> tuple[int, ...]:
     """Voxels of each class, background first; those that are not annotated are in no count."""
-    return tuple(np.bincount(label.reshape(-1), minlength=num_classes)[:num_classes].tolist())
+    return tuple(class_voxels(label, num_classes)[:num_classes].tolist())

@@ -15,8 +15,8 @@ from mpscl_ray.runs.run_directory import RunDirectory, open_run
 from mpscl_ray.runs.storage import join_location
 from mpscl_ray.runs.wording import counted
 
-PHASES_TABLE = "phases.txt"
-"""File in a run's results with a row for each phase, as in ``phases.md``, ``.csv`` and ``.json``."""
+PHASES_TABLE, PHASES_JSON = "phases.txt", "phases.json"
+"""Files in a run's results with a row for each phase, as in ``phases.md`` and ``.csv``."""
 
 
 def evaluate_phases(

@@ -199,7 +199,7 @@ def find_dataset(run: str, model: Model, data: Path | str | None) -> tuple[Path 
             "dataset with the crop and size of the training data"
         )
     domains = [target, model.domains["source"]]
-    same = [domain for domain in domains if domain.dataset == folder]
+    same = [domain for domain in domains if domain.dataset == folder or domain.fingerprint == manifest.fingerprint]
     return folder, manifest, next(iter(same + [d for d in domains if d.modality == manifest.modality]), None)
 
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mpscl_ray.errors import ConfigError
+from mpscl_ray.prepare.arguments import add_input, from_values, with_negative_values
 from mpscl_ray.prepare.layouts import LAYOUTS
-from mpscl_ray.prepare.options import add_input, from_values, with_negative_values
 from mpscl_ray.runs import cli
 from mpscl_ray.runs.storage import is_url
 

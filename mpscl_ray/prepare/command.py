@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 from mpscl_ray.errors import Interrupted
-from mpscl_ray.prepare.options import parse
+from mpscl_ray.prepare.arguments import parse
 
 
 @contextmanager

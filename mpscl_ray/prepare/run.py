@@ -6,7 +6,6 @@ a finished folder. Until then its files are in a hidden folder next to it, which
 
 from __future__ import annotations
 
-import shlex
 import shutil
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -35,6 +34,7 @@ from mpscl_ray.prepare.staged_case import Request, Settings, StagedCase
 from mpscl_ray.prepare.staging import finish_case, stage_case
 from mpscl_ray.prepare.workers import map_cases, worker_count
 from mpscl_ray.runs.atomic_files import fsync_directory, storage_errors, write_atomically
+from mpscl_ray.runs.next_steps import command_line
 from mpscl_ray.runs.storage import S3Path
 from mpscl_ray.runs.structures import display_indices
 from mpscl_ray.runs.wording import counted
@@ -258,4 +258,4 @@ def next_command(folders: dict[str, Path | S3Path]) -> str:
     first = next(iter(folders.values()))
     source, target = (str(folders["mr"]), str(folders["ct"])) if {"ct", "mr"} <= set(folders) else (str(first), "OTHER")
     preset = "small/mpscl" if max(load_manifest(first).size) <= _SMALL else "mr2ct/mpscl"
-    return shlex.join(["python", "-m", "mpscl_ray.train", preset, f"data.source={source}", f"data.target={target}"])
+    return command_line("train", preset, f"data.source={source}", f"data.target={target}")

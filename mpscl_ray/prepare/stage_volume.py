@@ -13,6 +13,7 @@ from mpscl_ray.data.compatibility import structure_width
 from mpscl_ray.data.label_map_files import encode_label_map
 from mpscl_ray.data.volumes.geometry import Geometry, closest_world_axes, covered_voxels
 from mpscl_ray.data.volumes.intensities import few_values, other_modality, unusual_intensities
+from mpscl_ray.data.volumes.label_maps import class_voxels
 from mpscl_ray.data.volumes.nifti import Volume, read_image, read_label
 from mpscl_ray.data.volumes.preprocess import PreparedVolume, intensity_range, prepare_volume
 from mpscl_ray.data.volumes.same_grid import check_same_geometry, turned_to
@@ -55,6 +56,8 @@ def stage_volume(request: Request, settings: Settings) -> StagedCase | list[str]
     notices: list[str] = []
     if label is not None:
         mapped, notices = _class_indices(image, label, source.labels[0], settings, problems)
+        if mapped is not None:
+            label = replace(label, array=mapped)  # the ids take four times as much memory
     if problems or image is None:
         return problems
     notices += [*image.notices, *unusual_intensities(image.array, source.modality)]
@@ -182,7 +185,7 @@ def _cut_off(mapped: NDArray[np.uint8], prepared: PreparedVolume, settings: Sett
     """A warning on structures that the crop leaves out in part; they are lost to training and prediction alike."""
     assert settings.table is not None
     kept = mapped[covered_voxels(prepared.geometry)]
-    whole, inside = (np.bincount(part.reshape(-1, order="A"), minlength=256) for part in (mapped, kept))
+    whole, inside = (class_voxels(part, 256) for part in (mapped, kept))
     lost = {
         name: 1 - inside[index] / whole[index]
         for index, name in enumerate(settings.table.classes)

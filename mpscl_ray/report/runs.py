@@ -103,9 +103,9 @@ def _read(folder: RunDirectory) -> ReportedRun:
 def _state(folder: RunDirectory) -> str:
     status = folder.read_status()
     state = str(status.get("state", "unknown"))
-    if state == "running" and folder.store.lock_owner() is None:
-        return "killed; the same command resumes it"
     position = f" (iteration {status['iteration']} of {status['phase']})" if status.get("phase") else ""
+    if state == "running" and folder.store.lock_owner() is None:
+        return f"killed{position}; the same command resumes it"
     return state if state == "finished" else f"{state}{position}"
 
 

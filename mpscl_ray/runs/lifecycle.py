@@ -1,12 +1,12 @@
-"""The life of a run: status.json says how it ended, however it ended."""
+"""The life of a run: status.json says how it ended, however it ended; how far it is: :mod:`mpscl_ray.runs.position`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from mpscl_ray.errors import Interrupted, MpsclError
+from mpscl_ray.runs.position import position
 from mpscl_ray.runs.run_directory import RunDirectory, State
 
 
@@ -58,12 +58,3 @@ def record_failure(run: RunDirectory) -> Iterator[None]:
         state: State = "interrupted" if code == Interrupted.exit_code else "failed"
         run.write_status(state, exit_code=code, reason=reason, **position(run))
         raise
-
-
-def position(run: RunDirectory) -> dict[str, Any]:
-    """Phase, iteration and global_step of the last record of metrics, for the status; {} without metrics."""
-    try:
-        records = run.read_metrics()
-    except MpsclError:
-        return {}  # The status has a more important error to report.
-    return {key: records[-1][key] for key in ("phase", "iteration", "global_step")} if records else {}

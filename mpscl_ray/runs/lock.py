@@ -52,7 +52,7 @@ def _acquire(folder: Path, descriptor: int) -> None:
         if error.errno not in (errno.EWOULDBLOCK, errno.EACCES, *_NO_FLOCK):
             raise StorageError(f"cannot lock {folder / '.lock'}: {error.strerror}") from error
         supported = error.errno not in _NO_FLOCK
-    pid, host, since = [*os.pread(descriptor, 1000, 0).decode("utf-8", "replace").split(), "?", "?", "?"][:3]
+    pid, host, since = _owner(descriptor)
     # Some network file systems have no flock: there the pid in the file decides.
     if not supported and (host != platform.node() or not process_alive(pid)):
         return
@@ -60,6 +60,12 @@ def _acquire(folder: Path, descriptor: int) -> None:
         f"the run {folder.name} is in use by process {pid} on {host} since {since} ({folder}); wait for it, "
         f'stop it with "kill {pid}", or give this one another run.name'
     )
+
+
+def _owner(descriptor: int) -> tuple[str, str, str]:
+    """Pid, host and time that the file of a lock names; ``?`` where it names none."""
+    pid, host, since = [*os.pread(descriptor, 1000, 0).decode("utf-8", "replace").split(), "?", "?", "?"][:3]
+    return pid, host, since
 
 
 def lock_owner(folder: Path) -> int | None:
@@ -71,8 +77,9 @@ def lock_owner(folder: Path) -> int | None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except OSError:
-        pid = os.pread(descriptor, 1000, 0).decode("utf-8", "replace").split(" ")[0]
-        return int(pid) if pid.isdigit() and process_alive(pid) else None
+        pid, host, _ = _owner(descriptor)
+        # Processes of another host cannot be seen: there the lock has to do.
+        return int(pid) if pid.isdigit() and (host != platform.node() or process_alive(pid)) else None
     else:
         return None
     finally:

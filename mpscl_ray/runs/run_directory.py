@@ -8,8 +8,8 @@ Layout::
         environment.json   versions, platform, GPUs, commit, command line of the newest start (logs/ has older ones)
         metrics.jsonl      one record a line (mpscl_ray.runs.json_lines): global_step, phase, iteration and tags of
                            mpscl_ray.runs.tensorboard
-        status.json        state (running, finished, failed, interrupted), exit_code, reason, resume_command, phase,
-                           iteration, global_step, pid, updated
+        status.json        state (running, finished, failed, interrupted), exit_code, reason, resume_command; how far it
+                           is (mpscl_ray.runs.position); pid, host and time of who wrote it
         progress.png       curves of the run so far
         features.jsonl     angles to the prototypes at each validation (mpscl_ray.train.feature_log)
         pseudo_labels/     a few target slices with their pseudo-labels at each validation
@@ -31,6 +31,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import re
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -47,9 +48,13 @@ from mpscl_ray.runs.control_files import WARNINGS_FILE
 from mpscl_ray.runs.environment import environment, now
 from mpscl_ray.runs.json_lines import MetricsLog
 from mpscl_ray.runs.local_store import PARTS, LocalStore
+from mpscl_ray.runs.moved import with_moved_datasets, with_relative_paths
 from mpscl_ray.runs.storage import S3Path, parse_location
 
 State = Literal["running", "finished", "failed", "interrupted"]
+
+_OF_ONE_STATE = ("state", "exit_code", "reason", "iterations_per_s", "eta_s", "pid", "host", "updated")
+"""Keys of status.json that are not kept when a run changes its state."""
 
 
 def open_run(
@@ -182,11 +187,13 @@ class RunDirectory:
 
     def write_model(self, model: Mapping[str, Any]) -> None:
         """Keep what a prediction needs besides the weights, as JSON."""
-        self.store.write(self.model_file, _json(model))
+        on_disk = isinstance(self.store, LocalStore)
+        self.store.write(self.model_file, _json(with_relative_paths(model, self.path) if on_disk else model))
 
     def read_model(self) -> dict[str, Any]:
-        """Raises DataError where model.json is missing or damaged."""
-        return _read_json(self.model_file)
+        """Raises DataError where model.json is missing or damaged. Datasets may have moved together with the run."""
+        model = _read_json(self.model_file)
+        return with_moved_datasets(model, self.path) if isinstance(self.store, LocalStore) else model
 
     def write_environment(self, command: list[str] | None = None) -> None:
         """Keep versions and platform; what an earlier start wrote moves to ``logs/environment-<its time>.json``."""
@@ -205,22 +212,18 @@ class RunDirectory:
         exit_code: int | None = None,
         reason: str = "",
         resume_command: str | None = None,
-        phase: str | None = None,
-        iteration: int | None = None,
-        global_step: int | None = None,
+        **position: Any,
     ) -> None:
-        """Replace status.json; resume_command, phase, iteration and global_step keep their values unless given."""
-        kept = _lenient(self.status_file)
-        given = {"resume_command": resume_command, "phase": phase, "iteration": iteration, "global_step": global_step}
-        status = {
-            "state": state,
-            "exit_code": exit_code,
-            "reason": reason,
-            **{key: kept.get(key) if value is None else value for key, value in given.items()},
-            "pid": os.getpid(),
-            "updated": now(),
-        }
-        self.store.write(self.status_file, _json(status))
+        """Replace status.json; resume_command and position (:mod:`mpscl_ray.runs.position`) stay unless given."""
+        before = _lenient(self.status_file)
+        kept = {key: value for key, value in before.items() if key not in _OF_ONE_STATE}
+        kept["resume_command"] = kept.get("resume_command") if resume_command is None else resume_command
+        status = {"state": state, "exit_code": exit_code, "reason": reason, **kept, **position}
+        self.store.write(self.status_file, _json(status | _writer()))
+
+    def update_status(self, **position: Any) -> None:
+        """Replace the position in status.json; its state stays. Only the process that holds the run may call it."""
+        self.store.write(self.status_file, _json(_lenient(self.status_file) | position | _writer()))
 
     def read_status(self) -> dict[str, Any]:
         """status.json, or {}. A killed run still says ``running``: its store's ``lock_owner()`` is None then."""
@@ -239,6 +242,10 @@ class RunDirectory:
     def rewind_metrics(self, global_step: int) -> None:
         """Drop the records after the global step that the run resumes from."""
         self._metrics.rewind(global_step)
+
+
+def _writer() -> dict[str, Any]:
+    return {"pid": os.getpid(), "host": platform.node(), "updated": now()}
 
 
 def _json(content: Mapping[str, Any]) -> bytes:

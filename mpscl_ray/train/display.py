@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,8 +10,9 @@ from typing import Any
 
 from mpscl_ray.config import Config, reads_target
 from mpscl_ray.config.titles import phase_title
-from mpscl_ray.evaluate.run import PHASES_TABLE
+from mpscl_ray.evaluate.run import PHASES_JSON, PHASES_TABLE
 from mpscl_ray.runs.control_files import WARNINGS_FILE, WORKER_FAILURES_FILE
+from mpscl_ray.runs.next_steps import command_line, tensorboard_lines
 from mpscl_ray.runs.progress import ProgressLine
 from mpscl_ray.runs.run_directory import RunDirectory
 from mpscl_ray.runs.storage import join_location
@@ -129,14 +131,17 @@ def print_results(folder: RunDirectory) -> None:
 
 def print_next_steps(folder: RunDirectory) -> None:
     """Print the commands that work with a finished run."""
+    run = folder.display_path
     commands = [
-        f"python -m mpscl_ray.predict {folder.display_path} IMAGE.nii.gz --out predictions",
-        f"python -m mpscl_ray.report {folder.display_path} --out report",
-        f"tensorboard --logdir {join_location(folder.display_path, 'tensorboard')}",
+        command_line("predict", run, "IMAGE.nii.gz", "--out", "predictions"),
+        command_line("report", run, "--out", "report"),
+        *tensorboard_lines(join_location(run, "tensorboard")),
     ]
-    if (folder.results / PHASES_TABLE).exists():
-        commands.insert(0, f"python -m mpscl_ray.evaluate {folder.display_path}")
+    table = folder.results / PHASES_JSON
+    if table.exists():
+        split = json.loads(table.read_text(encoding="utf-8"))["split"]
+        commands.insert(0, command_line("evaluate", run, *(["--split", split] if split != "test" else [])))
     print(
-        f"\n{folder.display_path} has the tables (results/), curves (progress.png), TensorBoard events and "
+        f"\n{run} has the tables (results/), curves (progress.png), TensorBoard events and "
         "checkpoints. Next:\n  " + "\n  ".join(commands)
     )

@@ -26,6 +26,7 @@ from mpscl_ray.predict.predictor import choose_device
 from mpscl_ray.prepare import phantom_dataset
 from mpscl_ray.runs import checkpoint
 from mpscl_ray.runs.lifecycle import record_status
+from mpscl_ray.runs.position import StatusUpdates, training_status
 from mpscl_ray.runs.run_directory import RunDirectory
 from mpscl_ray.runs.storage import is_url
 from mpscl_ray.train import loop
@@ -118,7 +119,7 @@ def _train_and_evaluate(config: Config, folder: RunDirectory, device: torch.devi
         warnings.warn(sentence, stacklevel=3)  # shown at the line that calls train_segmenter
     data = open_data(config, domains, _open_slices)
     with ProgressDisplay(config, folder) if progress else nullcontext() as display:
-        callback = _Callback(folder, domains.classes, display)
+        callback = _Callback(folder, domains.classes, training_status(folder, config.total_iterations), display)
         with closing(callback), folder.store.worker_lock(folder.store.fencing_token, rank=0):
             outcome = loop.train(config, data, folder, device, callback)
     if outcome.state == "non_finite":
@@ -156,11 +157,13 @@ def _number(value: float | None) -> float:
 
 
 class _Callback(RunCallback):
-    """Shows progress lines as well, if asked to."""
+    """Keeps the status up to date as well, and shows progress lines if asked to."""
 
-    def __init__(self, folder: RunDirectory, classes: tuple[str, ...], display: ProgressDisplay | None) -> None:
+    def __init__(
+        self, folder: RunDirectory, classes: tuple[str, ...], status: StatusUpdates, display: ProgressDisplay | None
+    ) -> None:
         super().__init__(folder, classes)
-        self.display = display
+        self.status, self.display = status, display
 
     def on_warning(self, text: str) -> None:
         log.info("%s", text)
@@ -169,6 +172,7 @@ class _Callback(RunCallback):
 
     def on_metrics(self, record: Mapping[str, Any], validated: bool) -> None:
         super().on_metrics(record, validated)
+        self.status.update()
         self._show()
 
     def _show(self) -> None:

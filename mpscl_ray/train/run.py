@@ -11,7 +11,8 @@ from mpscl_ray.errors import ConfigError, Interrupted, TrainingError
 from mpscl_ray.evaluate.run import evaluate_phases
 from mpscl_ray.prepare import phantom_dataset
 from mpscl_ray.runs.control_files import STOP_FILE
-from mpscl_ray.runs.lifecycle import carry_out, position
+from mpscl_ray.runs.lifecycle import carry_out
+from mpscl_ray.runs.position import position, training_status
 from mpscl_ray.runs.run_directory import RunDirectory, open_run
 from mpscl_ray.runs.signals import Interruption, signals_end
 from mpscl_ray.runs.storage import join_location
@@ -150,6 +151,7 @@ def _train_and_evaluate(config: Config, folder: RunDirectory, fit: launch.Fit | 
 
 def _wait(config: Config, folder: RunDirectory, training: launch.Launch, interruption: Interruption) -> TrainResult:
     """Start a training, show its progress, and let a signal stop it after a checkpoint."""
+    status = training_status(folder, config.total_iterations)
     with ProgressDisplay(config, folder) as display:
 
         def poll() -> None:
@@ -159,6 +161,7 @@ def _wait(config: Config, folder: RunDirectory, training: launch.Launch, interru
                 reason = f"stopped by {interruption.signal_name}; resumes from the last complete checkpoint"
                 folder.write_status("interrupted", exit_code=Interrupted.exit_code, reason=reason, **position(folder))
             display.update()
+            status.update()
 
         training.start()
         return training.wait(poll)

@@ -20,6 +20,7 @@ from ray.tune import Callback
 from ray.tune.search import Searcher
 
 from mpscl_ray.errors import Interrupted, StorageError
+from mpscl_ray.runs.position import StatusUpdates
 from mpscl_ray.runs.run_directory import RunDirectory
 from mpscl_ray.runs.signals import Interruption
 from mpscl_ray.tune.study import Study
@@ -75,10 +76,17 @@ def run_trials(
     # The main thread stays free for signals and for the display.
     thread = threading.Thread(target=fit, name="ray tune", daemon=True)
     thread.start()
-    _wait(thread, study, interruption, redraw)
+    status = StatusUpdates(study.folder, study.counts)
+
+    def show() -> None:
+        redraw()
+        status.update()
+
+    _wait(thread, study, interruption, show)
     if not failures:
         study.stop_waiting_trials()
     redraw()
+    status.update(at_once=True)
     study.close()
     shutil.rmtree(storage, ignore_errors=True)
     for error in (*failures, *study.errors):

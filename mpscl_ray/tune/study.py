@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -87,6 +88,12 @@ class Study:
     def shared_phases(self) -> list[tuple[str, int]]:
         """Phases, with their iterations, that are trained once for all trials."""
         return common_phases(self.resolved, self.space.keys)
+
+    def counts(self) -> dict[str, Any]:
+        """How many trials there are and how many of them are over or run, for the status."""
+        ended = Counter(trial.state for trial in list(self.ledger.trials.values()))  # another thread adds some
+        states = {state: ended[state] for state in ("finished", "stopped", "failed")}
+        return {"trials": {"total": self.sampler.total, **states, "running": len(self.started)}}
 
     def score(self, trial: Trial) -> float | None:
         """Last score of a trial; None before its first."""

@@ -64,7 +64,9 @@ def test_a_table_with_shared_phases_that_resumes_and_grows(
     for file in ("comparison.txt", "comparison.md", "comparison.tex"):
         assert "MPSCL" in (out / file).read_text()
     assert "mpscl_ray.report" in capsys.readouterr().out
-    assert json.loads((out / "status.json").read_text())["state"] == "finished"
+    status = json.loads((out / "status.json").read_text())
+    assert status["state"] == "finished"
+    assert status["runs"] == {"total": len(METHOD), "finished": len(METHOD), "failed": 0, "running": 0}
 
     before = {name: run.metrics_file.stat().st_mtime_ns for name, run in cells.items()}
     assert compare.main([*words, *METHOD], fit=fit) == 0
@@ -83,7 +85,9 @@ def test_a_cell_that_fails_does_not_stop_the_rest_and_is_tried_again(cluster: No
     cells = json.loads((out / "cells.json").read_text())["cells"]
     assert "not finite" in cells["ct2mr-seed1-baseline"]["reason"]
     assert cells["ct2mr-seed1-mpscl"]["state"] == "finished"
-    assert json.loads((out / "status.json").read_text())["exit_code"] == 6
+    status = json.loads((out / "status.json").read_text())
+    assert status["exit_code"] == 6
+    assert status["runs"] == {"total": 2, "finished": 1, "failed": 1, "running": 0}
     assert "MPSCL" in (out / "comparison.md").read_text()
 
     write_presets(tmp_path / "presets")

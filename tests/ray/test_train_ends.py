@@ -166,10 +166,14 @@ def test_interrupted_during_the_evaluation(here: Here, runs: Runs, monkeypatch: 
 
 
 def test_a_stopped_run_is_resumable_before_its_checkpoint_is_written(here: Here, runs: Runs) -> None:
+    while_running: dict[str, Any] = {}
     seen: dict[str, Any] = {}
 
     def stopped_in_the_middle(config: Config, folder: RunDirectory, *more: Any) -> dict[str, Any]:
         fit(config, folder, *more)
+        while folder.read_status().get("global_step") != 12:
+            time.sleep(0.01)
+        while_running.update(folder.read_status())
         os.kill(os.getpid(), signal.SIGTERM)
         while not (folder.path / STOP_FILE).exists():
             time.sleep(0.01)
@@ -179,6 +183,12 @@ def test_a_stopped_run_is_resumable_before_its_checkpoint_is_written(here: Here,
         return {"state": "interrupted", "phase": "adaptation", "iteration": 3, "step": 11, "losses": {}}
 
     assert here(train, *runs.arguments("middle", "scaling.num_workers=1"), fit=stopped_in_the_middle)[0] == 130
+    assert (while_running["state"], while_running["phase"], while_running["total_steps"]) == (
+        "running",
+        "adaptation",
+        12,
+    )
+    assert (while_running["checkpoint"], while_running["validation"]["global_step"]) == ("step-0000012", 12)
     assert (seen["state"], seen["exit_code"], seen["global_step"]) == ("interrupted", 130, 12)
     assert seen["reason"] == "stopped by SIGTERM; resumes from the last complete checkpoint"
 

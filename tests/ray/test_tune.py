@@ -76,7 +76,9 @@ def test_a_search_stops_what_falls_behind_records_what_fails_and_leaves_a_preset
     assert not (folder / "results" / "test.json").exists()
     assert all((folder / "results" / f"{name}.png").stat().st_size for name in ("curves", "parallel", "effects"))
     assert len(list((folder / "tensorboard").glob("*/events*"))) == 4
-    assert RunDirectory(folder).read_status()["state"] == "finished"
+    status = RunDirectory(folder).read_status()
+    assert status["state"] == "finished"
+    assert status["trials"] == {"total": 4, "finished": 1, "stopped": 2, "failed": 1, "running": 0}
     assert "best: trial 001" in text
     assert "8 iterations) are trained once for all trials: 24 iterations less" in text
 

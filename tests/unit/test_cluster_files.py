@@ -34,7 +34,7 @@ PATIENCE_S = 60
 
 
 def read(name: str) -> dict[str, Any]:
-    return dict(yaml.safe_load((CLUSTER / name).read_text()))
+    return dict(yaml.safe_load((CLUSTER / name).read_text(encoding="utf-8")))
 
 
 def pods(cluster: dict[str, Any]) -> list[dict[str, Any]]:
@@ -67,7 +67,7 @@ def closed(schema: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def schema() -> dict[str, Any]:
-    return dict(closed(json.loads((ROOT / "tests" / "schemas" / "rayjob-v1.schema.json").read_text())))
+    return dict(closed(json.loads((ROOT / "tests" / "schemas" / "rayjob-v1.schema.json").read_text(encoding="utf-8"))))
 
 
 def check(document: dict[str, Any], schema: dict[str, Any]) -> None:
@@ -83,7 +83,7 @@ def test_every_yaml_is_one_of_those_tested_here() -> None:
     tested |= {"monitoring/prometheus.yaml", "monitoring/prometheus-kubernetes.yaml", "runtime_env.yaml"}
     assert {str(file.relative_to(CLUSTER)) for file in YAML_FILES} == tested
     for file in YAML_FILES:
-        assert yaml.safe_load(file.read_text())
+        assert yaml.safe_load(file.read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize("name", RAY_FILES)
@@ -113,20 +113,20 @@ def test_the_dockerfile_and_the_scripts_are_clean() -> None:
 
 
 def test_what_the_files_name_exists() -> None:
-    text = DOCKERFILE.read_text()
+    text = DOCKERFILE.read_text(encoding="utf-8")
     copied = [source for group in re.findall(r"^COPY (.+) \S+$", text, re.MULTILINE) for source in group.split()]
     for source in copied:
         assert (ROOT / source).exists(), source
-        assert f"!{source}" in (CLUSTER / "Dockerfile.dockerignore").read_text().splitlines()
+        assert f"!{source}" in (CLUSTER / "Dockerfile.dockerignore").read_text(encoding="utf-8").splitlines()
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg")
     packages = setup["options"]["package_dir"].split()[2::3]
     assert set(packages) <= set(copied), "all that is installed is in the image"
-    for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", (CLUSTER / "README.md").read_text()):
+    for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", (CLUSTER / "README.md").read_text(encoding="utf-8")):
         assert (CLUSTER / link).exists(), link
     for name in (*RAY_FILES, *RAY_UP_FILES):
-        assert f"/mpscl_ray:{__version__}" in (CLUSTER / name).read_text()
-    constraints = (ROOT / "constraints.txt").read_text()
+        assert f"/mpscl_ray:{__version__}" in (CLUSTER / name).read_text(encoding="utf-8")
+    constraints = (ROOT / "constraints.txt").read_text(encoding="utf-8")
     for name in RAY_FILES:
         assert f"ray=={cluster_spec(name)['rayVersion']}\n" in constraints
     _, _, _, preset, *overrides = read("kubernetes/rayjob.yaml")["spec"]["entrypoint"].split()
@@ -185,7 +185,7 @@ def test_every_node_of_ray_up_is_started_with_the_token(name: str) -> None:
 
 
 def test_the_image_has_no_root_no_token_and_no_telemetry() -> None:
-    text = DOCKERFILE.read_text()
+    text = DOCKERFILE.read_text(encoding="utf-8")
     assert re.findall(r"^USER (.+)$", text, re.MULTILINE) == ["1000:1000"]
     assert "RAY_AUTH_MODE=token" in text
     assert "RAY_USAGE_STATS_ENABLED=0" in text
@@ -249,7 +249,7 @@ BATCH = ["bash", str(CLUSTER / "slurm" / "train.sbatch")]
 def test_the_batch_file_starts_ray_once_a_node_and_ends_as_the_training(slurm: dict[str, str], code: int) -> None:
     done = subprocess.run(BATCH, env={**slurm, "CODE": str(code)}, timeout=PATIENCE_S)
     assert done.returncode == code
-    log = Path(slurm["LOG"]).read_text().splitlines()
+    log = Path(slurm["LOG"]).read_text(encoding="utf-8").splitlines()
     assert log[0] == "scontrol show hostnames node-[a-b]"
     assert log[1].startswith(
         "ray symmetric-run --address node-a:22345 --min-nodes 2 --disable-usage-stats --num-cpus 32"
@@ -267,25 +267,25 @@ def test_a_job_whose_time_is_up_asks_for_a_checkpoint_and_is_queued_again(slurm:
     log = Path(slurm["LOG"])
     batch = subprocess.Popen(BATCH, env={**slurm, "ENDLESS": "1"})
     deadline = time.monotonic() + PATIENCE_S
-    while not (log.exists() and "trains" in log.read_text()) and time.monotonic() < deadline:
+    while not (log.exists() and "trains" in log.read_text(encoding="utf-8")) and time.monotonic() < deadline:
         time.sleep(0.05)
     batch.send_signal(signal.SIGTERM)
     assert batch.wait(PATIENCE_S) == 130
     assert (Path(slurm["MPSCL_STORAGE"]) / "mr2ct" / STOP_FILE).exists()
-    assert log.read_text().splitlines()[-1] == "scontrol requeue 412345"
+    assert log.read_text(encoding="utf-8").splitlines()[-1] == "scontrol requeue 412345"
 
 
 # ---------------------------------------------------------------------------------------------- monitoring
 
 
 def expressions() -> list[str]:
-    dashboard = json.loads((CLUSTER / "monitoring" / "grafana-dashboard.json").read_text())
+    dashboard = json.loads((CLUSTER / "monitoring" / "grafana-dashboard.json").read_text(encoding="utf-8"))
     return [target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", [])]
 
 
 def test_every_metric_of_the_dashboard_is_exported_by_the_code_or_by_ray() -> None:
     ours = {f"ray_{name}{'_total' * (name == 'mpscl_restarts')}" for name in prometheus.TAGS}
-    rays = "".join(file.read_text() for file in Path(ray_dashboards.__path__[0]).glob("*_panels.py"))
+    rays = "".join(file.read_text(encoding="utf-8") for file in Path(ray_dashboards.__path__[0]).glob("*_panels.py"))
     named = set()
     for expression in expressions():
         bare = re.sub(r"\{[^}]*\}|by \([^)]*\)", "", expression)
@@ -300,7 +300,7 @@ def test_every_metric_of_the_dashboard_is_exported_by_the_code_or_by_ray() -> No
 
 
 def test_the_metrics_are_documented_with_their_tags() -> None:
-    lines = (CLUSTER / "README.md").read_text().splitlines()
+    lines = (CLUSTER / "README.md").read_text(encoding="utf-8").splitlines()
     for name, tags in prometheus.TAGS.items():
         (line,) = [line for line in lines if re.match(rf"\W*{name}(_total)?\b", line)]
         for tag in tags:

@@ -12,6 +12,7 @@ from mpscl_ray.data.volumes.recipe import AIR_HU, LOWEST_HU
 from mpscl_ray.runs.wording import counted
 
 _SAMPLE = 200_000
+_PIECE = 1 << 22
 _MOST_LABELS = 12
 _PADDING_SHARE = 0.005
 _MR_NAMES = frozenset(("t1", "t1w", "t2", "t2w", "t2star", "flair", "pd", "lge", "cine", "bssfp", "c0", "dwi", "adc"))
@@ -132,13 +133,18 @@ def unusual_intensities(image: NDArray[np.float32], modality: str) -> list[str]:
         notices.append(
             f"intensities from {low:g} to {high:g} look like Hounsfield units: a CT image among the {modality} ones?"
         )
-    mean, deviation = float(image.mean(dtype=np.float64)), float(image.std(dtype=np.float64))
+    flat = image.ravel(order="K")
+    pieces = [flat[start : start + _PIECE] for start in range(0, flat.size, _PIECE)]
+    mean = float(image.mean(dtype=np.float64))
+    # Piece by piece, so that no double-precision copy of the volume is made.
+    squares = sum(float(np.square(np.subtract(piece, mean, dtype=np.float64)).sum()) for piece in pieces)
+    deviation = float(np.sqrt(squares / image.size))
     if -1.0001 <= low < 0 and high <= 1.0001:
         notices.append("intensities are within [-1, 1], as if scaled already; they are normalised again")
     elif low >= 0 and high <= 1.0001:
         notices.append("intensities are within [0, 1], as if scaled already; they are normalised again")
     elif abs(mean) < 0.02 and abs(deviation - 1) < 0.02:
         notices.append("intensities have mean 0 and deviation 1, as if z-scored already; they are normalised again")
-    elif low >= 0 and high <= 255 and bool(np.all(image == np.rint(image))):
+    elif low >= 0 and high <= 255 and all(np.array_equal(piece, np.rint(piece)) for piece in pieces):
         notices.append("intensities are whole numbers within 0..255, as if reduced to 8 bits")
     return notices

@@ -89,6 +89,15 @@ def map_labels(
     return mapped.reshape(array.shape, order="F" if fortran else "C"), tuple(notices)
 
 
+def class_voxels(label: npt.NDArray[np.uint8], num_classes: int) -> npt.NDArray[np.int64]:
+    """Number of voxels of each class index; longer than ``num_classes`` where the map has larger indices."""
+    counts = [np.bincount(piece, minlength=num_classes) for piece in _pieces(label.ravel(order="K"))]
+    total = np.zeros(max([num_classes, *map(len, counts)]), dtype=np.int64)
+    for count in counts:
+        total[: len(count)] += count
+    return total
+
+
 def _pieces(flat: npt.NDArray[Any]) -> Iterator[npt.NDArray[Any]]:
     """Views of a few million elements: no temporary array is as large as a volume."""
     return (flat[start : start + _PIECE] for start in range(0, flat.size, _PIECE))

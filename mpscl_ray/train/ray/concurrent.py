@@ -11,12 +11,12 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
 
 from mpscl_ray.config import Config, to_yaml
 from mpscl_ray.distributed.ray_session import enable_state_tracking, state_tracking_enabled
 from mpscl_ray.errors import InsufficientResources, MpsclError, StorageError, TrainingError
 from mpscl_ray.runs.lifecycle import record_failure
+from mpscl_ray.runs.position import position, training_status
 from mpscl_ray.runs.run_directory import RunDirectory
 from mpscl_ray.train.domains import Domains, load_domains, model_description, open_data
 from mpscl_ray.train.loop import TrainResult
@@ -124,19 +124,25 @@ def run_trial(
             with suppress(StorageError):  # the next start releases it, or the end of the lock
                 release(folder)
         code, reason = (130, "stopped from outside") if result.state == "interrupted" else (0, "")
-        position: dict[str, Any] = {"phase": result.phase, "iteration": result.iteration, "global_step": result.step}
-        folder.write_status(result.state, exit_code=code, reason=reason, **position)
+        position_at_end = {"phase": result.phase, "iteration": result.iteration, "global_step": result.step}
+        folder.write_status(result.state, exit_code=code, reason=reason, **position(folder) | position_at_end)
         return result
 
 
 def _train(config: Config, folder: RunDirectory, shared: Shared, poll: Poll, display_name: str | None) -> TrainResult:
     """Train to the end, again after each loss of the placement group."""
     failed_with_room = 0
+    status = training_status(folder, config.total_iterations)
+
+    def poll_and_write(training: Launch) -> None:
+        status.update()
+        poll(training)
+
     while True:
         training = Launch(config, folder, shared.data, shared.use_gpu, display_name=display_name, fit=shared.fit)
         training.start()
         try:
-            return _wait(training, poll)
+            return _wait(training, poll_and_write)
         except InsufficientResources:
             release(folder)
             failed_with_room += _has_room(config, shared)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mpscl_ray.data.volumes import label_maps
 from mpscl_ray.data.volumes.label_maps import map_labels
 from mpscl_ray.errors import ConfigError, DataError
 
@@ -67,3 +68,12 @@ def test_an_image_taken_for_a_label_map_is_one_short_sentence() -> None:
 def test_a_class_index_beyond_a_byte_is_refused() -> None:
     with pytest.raises(ConfigError, match="256"):
         map_labels(np.zeros(3, np.int32), {1: 256}, set(), Path("a.nii"))
+
+
+def test_voxels_of_each_class_are_counted_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(label_maps, "_PIECE", 5)
+    label = np.random.default_rng(0).integers(0, 4, (3, 4, 5)).astype(np.uint8)
+    for order in ("C", "F"):
+        counts = label_maps.class_voxels(np.array(label, order=order), 6)
+        assert counts.tolist() == [*np.bincount(label.ravel(), minlength=4), 0, 0]
+    assert label_maps.class_voxels(label, 2).sum() == label.size

@@ -20,7 +20,8 @@ from mpscl_ray.data.volumes.nifti import read_image
 from mpscl_ray.data.volumes.preprocess import prepare_volume, scale
 from mpscl_ray.data.volumes.recipe import Recipe
 from mpscl_ray.errors import ConfigError
-from mpscl_ray.prepare.options import PrepareOptions, parse
+from mpscl_ray.prepare.arguments import parse
+from mpscl_ray.prepare.options import PrepareOptions
 from mpscl_ray.prepare.run import prepare
 from tests.raw_volumes import RAW_IDS, SMALL, made, mmwhs, options, refusal, volume, write
 

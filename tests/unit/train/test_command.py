@@ -206,7 +206,7 @@ def test_datasets_that_cannot_be_trained_on(command: Command, pair: Path, tmp_pa
         (f"data.target={other}", f"the classes are {', '.join(CLASSES)} and background, a, b"),
         (f"data.target={no_train}", "there is no training case"),
         (f"data.source={unlabelled}", "no training case is labelled"),
-        (f"data.target={pair / 'mr'}", "images are the same in both"),
+        (f"data.target={pair / 'mr'}", "the same images are in both"),
         (f"data.target={edited}", "damaged or edited"),
     ):
         code, _, error = command(*tiny(pair, tmp_path / "runs", setting))

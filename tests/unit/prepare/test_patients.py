@@ -1,0 +1,136 @@
+"""Which cases are of one patient or one scan, and in which split they are."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from mpscl_ray.errors import ConfigError, DataError
+from mpscl_ray.prepare.copies import same_scans, sketch
+from mpscl_ray.prepare.patients import group_patients, patient_in
+from mpscl_ray.prepare.source_cases import SourceCase
+from tests.heart_scans import cohort, prepared, problems, scan
+
+# ------------------------------------------------------------------------------------------------------- patients
+
+
+@pytest.mark.parametrize(
+    ("case", "patient"),
+    [
+        ("patient001_frame01", "patient001"),
+        ("patient001_ED", "patient001"),
+        ("ED-patient001", "patient001"),
+        ("patient7_C0", "patient7"),
+        ("A0S9V9_sa_ES", "A0S9V9"),
+        ("sub-01_ses-02_run-1_T1w", "sub-01"),
+        ("p12_visit_2", "p12"),
+        ("p12_20210304", "p12"),
+        ("p12_left", "p12"),
+        ("smith_ED", "smith"),
+        ("scan_1", "scan_1"),
+        ("heart_scan_1", "heart_scan_1"),
+        ("case_0003", "case_0003"),
+        ("BRATS_001", "BRATS_001"),
+        ("c1", "c1"),
+    ],
+)
+def test_the_patient_in_a_name(case: str, patient: str) -> None:
+    assert patient_in(case) == patient
+
+
+def grouped(*names: str, pattern: str | None = None) -> tuple[list[str], str, list[str]]:
+    wrong: list[str] = []
+    found = group_patients([SourceCase(name, "mr", name, "nifti", ()) for name in names], pattern, wrong)
+    return [case.patient for case in found.cases], found.ambiguous, wrong
+
+
+def test_a_pattern_decides_which_part_is_the_patient() -> None:
+    assert grouped("p1_ED", "p1_ES", pattern=".+")[0] == ["p1_ED", "p1_ES"]
+    assert grouped("a7_x", "b7_y", pattern=r"a(\d+)|b(\d+)")[0] == ["7", "7"]
+    assert grouped("a7", "b", pattern=r"\d+")[2] == [r"case b: --patient-pattern '\\d+' does not match it"]
+
+
+@pytest.mark.parametrize(
+    "names", [("p01_a", "p01_b", "p02_a", "p02_b"), ("case12a", "case12b", "case13a"), ("p1-1", "p1-2", "p2-1", "p3-1")]
+)
+def test_names_that_may_be_of_one_patient_are_not_split_at_random(tmp_path: Path, names: tuple[str, ...]) -> None:
+    folder = cohort(tmp_path / "in", names)
+    said = problems(folder)
+    assert "may be of one patient" in said
+    assert "--patient-pattern" in said
+    assert "may be of one patient" not in "\n".join(prepared(folder, patient_pattern=".+")[1].notices)
+    _, manifest = prepared(folder, split="1,0,0")
+    assert any("may be of one patient" in notice for notice in manifest.notices)
+
+
+@pytest.mark.parametrize("names", [tuple(f"c{i}" for i in range(9)), ("la_003", "la_004"), ("1a2b", "77x", "8y")])
+def test_names_of_different_patients_are_left_alone(names: tuple[str, ...]) -> None:
+    assert grouped(*names) == (list(names), "", [])
+
+
+def test_frames_of_a_patient_are_in_one_split(tmp_path: Path) -> None:
+    names = tuple(f"patient{patient:03d}_frame{frame:02d}" for patient in range(1, 6) for frame in (1, 12))
+    _, manifest = prepared(cohort(tmp_path / "in", names))
+    splits: dict[str, set[str]] = {}
+    for case in manifest.cases:
+        assert case.patient == case.id.partition("_")[0]
+        splits.setdefault(case.patient, set()).add(case.split)
+    assert all(len(found) == 1 for found in splits.values())
+    assert sum("10 cases are taken for 5 patients" in notice for notice in manifest.notices) == 1
+
+
+def test_patients_by_the_folder(tmp_path: Path) -> None:
+    names = tuple(f"{patient}/t{time}/x" for patient in ("anna", "bob", "cleo") for time in (1, 2))
+    folder = cohort(tmp_path / "in", names, image="{}/image.nii.gz", label="{}/label.nii.gz")
+    patterns = {
+        "image_pattern": "{patient}/{case}/**/image.nii.gz",
+        "label_pattern": "{patient}/{case}/**/label.nii.gz",
+    }
+    _, manifest = prepared(folder, **patterns)
+    assert {case.id: case.patient for case in manifest.cases}["bob_t2"] == "bob"
+    assert len({(case.patient, case.split) for case in manifest.cases}) == 3
+
+
+def test_one_scan_under_two_names(tmp_path: Path) -> None:
+    folder = cohort(tmp_path / "in")
+    for kind in ("image", "label"):
+        volume = nib.load(folder / f"c0_{kind}.nii.gz")
+        nib.save(volume.as_reoriented(np.array([[2, 1], [0, -1], [1, 1]])), folder / f"c9_{kind}.nii.gz")
+    split = tmp_path / "split.json"
+    split.write_text(json.dumps({"train": ["c0", "c1", "c2"], "test": ["c3", "c9"]}))
+    assert "the same image under several names: c0 (train), c9 (test)" in problems(folder, split=str(split)).replace(
+        "c9 (test), c0 (train)", "c0 (train), c9 (test)"
+    )
+
+
+def test_sketches_know_a_scan_and_no_other() -> None:
+    one, other = (scan(seed, shape=(60, 50, 30))[0].astype(np.float32) for seed in (1, 2))
+    retouched = one.copy()
+    retouched[30, 25, 15] += 100
+    copies = [np.asfortranarray(one), one[::-1].transpose(2, 0, 1), retouched, one[8:, :, 3:]]
+    assert same_scans([sketch(one), *(sketch(copy) for copy in copies), sketch(other)]) == [0, 0, 0, 0, 0, 5]
+    assert sketch(np.zeros((30, 30, 30), np.float32)) == ()
+    assert same_scans([(), ()]) == [0, 1]
+
+
+# --------------------------------------------------------------------------------------------------------- splits
+
+
+def test_folds_of_nnunet(tmp_path: Path) -> None:
+    folder = cohort(tmp_path / "in")
+    path = tmp_path / "splits_final.json"
+    folds = [{"train": ["c0", "c1", "c2"], "val": ["c3", "c4"]}, {"train": ["c2", "c3", "c4"], "val": ["c0", "c1"]}]
+    path.write_text(json.dumps(folds))
+    for fold, options in ((0, {}), (1, {"fold": 1})):
+        _, manifest = prepared(folder, split=str(path), **options)
+        assert [case.id for case in manifest.split("train")] == folds[fold]["train"]
+        assert [case.id for case in manifest.split("val")] == folds[fold]["val"]
+        assert any("the first of 2 folds" in notice for notice in manifest.notices) == (fold == 0)
+    with pytest.raises((ConfigError, DataError), match="has the folds 0 to 1"):
+        prepared(folder, split=str(path), fold=2)
+    with pytest.raises((ConfigError, DataError), match="--fold 1 needs --split FILE"):
+        prepared(folder, fold=1)
