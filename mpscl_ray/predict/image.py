@@ -154,7 +154,7 @@ def _predict(predictor: Predictor, domain: Domain, job: Job, folder: Path, image
         files=names,
         image_sha256=volume.sha256,
         volumes_ml={name: float(count * voxel_ml) for name, count in zip(classes[1:], counts[1:], strict=True)},
-        notices=(*volume.notices, *done.notices),
+        notices=(*volume.notices_for(domain.recipe), *done.notices),
     )
 
 

@@ -155,7 +155,13 @@ class TrainedSegmenter:
         with storage_errors(out.parent):
             out.parent.mkdir(parents=True, exist_ok=True)
         labels = self._predict(
-            image.array, image.affine, modality, largest_component, any_modality, str(path), image.notices
+            image.array,
+            image.affine,
+            modality,
+            largest_component,
+            any_modality,
+            str(path),
+            image.notices_for(self._model.domain(modality).recipe),
         )
         if table is None:
             write_label_map(out, labels, image, self.class_names)

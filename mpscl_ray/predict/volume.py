@@ -15,7 +15,7 @@ from mpscl_ray.predict.model import Domain, Slices
 from mpscl_ray.predict.predictor import Predictor, keep_largest_component
 from mpscl_ray.predict.segmentation import Segmentation, segment
 
-_NOTABLE_EDGE = 0.25
+_NOTABLE_EDGE = 0.5
 """Part of the segmented organ's width, over all slices, that lies at the edge of the crop if it may be cut off."""
 
 

@@ -60,7 +60,7 @@ def stage_volume(request: Request, settings: Settings) -> StagedCase | list[str]
             label = replace(label, array=mapped)  # the ids take four times as much memory
     if problems or image is None:
         return problems
-    notices += [*image.notices, *unusual_intensities(image.array, source.modality)]
+    notices += [*image.notices_for(settings.recipe), *unusual_intensities(image.array, source.modality)]
     recipe = settings.recipe_of(source.modality)
     prepared = prepare_volume(image.array, image.affine, mapped, recipe, case=str(source.images[0]))
     notices += _across_thick_voxels(image, prepared.geometry)

@@ -123,7 +123,7 @@ def test_a_killed_search_in_a_bucket_goes_on_and_stops_what_falls_behind(
     trial = f"runs/search/trials/{summary['best']:03d}"
     assert f"python -m mpscl_ray.predict {server.url(trial)}" in text
 
-    table = server.folder(trial) / "results" / "adaptation_test" / "summary.json"
+    table = server.folder(trial) / "results" / "adaptation_test_prepared_protocol" / "summary.json"
     evaluated = table.version_stamp()
     assert tune.main(words[1:]) == 0
     assert count(folder, "end") == 3
@@ -175,7 +175,9 @@ def test_a_killed_comparison_in_a_bucket_goes_on_with_what_is_missing(
     assert [record["global_step"] for record in mpscl.read_metrics()] == [10, 12], "it trains its own phase alone"
     assert cells()["mr2ct-seed1-mpscl"]["forked"] == ["mr2ct-seed1-baseline", "warm_up"]
     rows = list(csv.DictReader(io.StringIO((out / "comparison.csv").read_bytes().decode())))
-    scores = json.loads((out / "cells" / mpscl.name / "results" / "adaptation_test" / "summary.json").read_bytes())
+    scores = json.loads(
+        (out / "cells" / mpscl.name / "results" / "adaptation_test_prepared_protocol" / "summary.json").read_bytes()
+    )
     (row,) = (row for row in rows if (row["system"], row["structure"]) == ("mpscl", "mean"))
     assert float(row["dice_percent_mean"]) == pytest.approx(
         100 * scores["summary"]["structures"]["mean"]["dice"]["mean"]

@@ -35,7 +35,7 @@ def test_two_real_cells_share_their_first_phases_and_are_scored(cluster: None, d
         assert len({(run.phases / "warm_up" / file).read_bytes() for run in (baseline, mpscl)}) == 1
     assert baseline.read_metrics()[0]["global_step"] == 2
     assert [record["global_step"] for record in mpscl.read_metrics()] == [10, 12], "it trains its own phase alone"
-    scores = json.loads((mpscl.results / "adaptation_test" / "summary.json").read_text())
+    scores = json.loads((mpscl.results / "adaptation_test_prepared_protocol" / "summary.json").read_text())
     rows = list(csv.DictReader((out / "comparison.csv").open()))
     (row,) = (row for row in rows if (row["system"], row["structure"]) == ("mpscl", "mean"))
     dice = scores["summary"]["structures"]["mean"]["dice"]["mean"]
@@ -55,7 +55,9 @@ def test_a_table_with_shared_phases_that_resumes_and_grows(
     assert [record["global_step"] for record in mpscl.read_metrics()] == [10, 12], "it trains its own phase alone"
     rows = list(csv.DictReader((out / "comparison.csv").open()))
     for system, last in (("mpscl", "adaptation"), ("supervised", "supervised"), ("source_only", "source_only")):
-        scores = json.loads((cells[f"mr2ct-seed1-{system}"].results / f"{last}_test" / "summary.json").read_text())
+        scores = json.loads(
+            (cells[f"mr2ct-seed1-{system}"].results / f"{last}_test_prepared_protocol" / "summary.json").read_text()
+        )
         (row,) = (row for row in rows if (row["system"], row["structure"]) == (system, "mean"))
         dice = scores["summary"]["structures"]["mean"]["dice"]["mean"]
         assert float(row["dice_percent_mean"]) == pytest.approx(100 * dice)

@@ -46,7 +46,7 @@ ELSEWHERE = {
     ),
     "python -m mpscl_ray.predict s3://*": BUCKET,
     "python -m mpscl_ray.score totalsegmentator *": (
-        "tests/unit/evaluate/test_score_command.py::test_swapped_ids_are_told_apart_by_the_tables"
+        "tests/unit/evaluate/test_score_labels.py::test_swapped_ids_are_told_apart_by_the_tables"
     ),
     "ray job submit *": JOB,
 }
@@ -110,7 +110,7 @@ def make_volumes(folder: Path) -> None:
     about = {"channel_names": {"0": "MRI"}, "labels": {"background": 0, "MYO": 1, "LV": 2}, "numTraining": 5}
     (nnunet / "dataset.json").write_text(json.dumps({**about, "file_ending": ".nii.gz"}))
     indices = {raw_id: index for index, raw_id in enumerate(RAW_IDS, 1)}
-    write(folder / "patient.nii.gz", volume(7, low=-1000.0)[0])
+    write(folder / "patient.nii.gz", volume(7)[0])
     write(folder / "label.nii.gz", np.vectorize(lambda value: indices.get(value, 0))(volume(7)[1]).astype(np.int16))
 
 

@@ -14,6 +14,8 @@ from mpscl_ray.data.volumes.geometry import FloatArray, orientation_letters, vox
 from mpscl_ray.data.volumes.recipe import GeometryFrom
 from mpscl_ray.errors import DataError
 
+OBLIQUE = "the volume is oblique"
+"""Begin of the warning that turning to the nearest orientation is inexact."""
 _OBLIQUE_DEGREES = 15.0
 _LARGEST_POSITION = 1e9
 _VOXEL_MM = (0.005, 100.0)
@@ -65,7 +67,7 @@ def header_affine(
     angle = math.degrees(math.acos(min(1.0, float(np.abs(directions).max(axis=0).min()))))
     if angle > _OBLIQUE_DEGREES:
         notices.append(
-            f"the volume is oblique: its axes are up to {angle:.0f} degrees from the patient's "
+            f"{OBLIQUE}: its axes are up to {angle:.0f} degrees from the patient's "
             f"(nearest orientation {orientation_letters(affine)})"
         )
     if (shear := float(np.abs(directions.T @ directions - np.eye(3)).max())) > 0.01:

@@ -11,11 +11,11 @@ import numpy as np
 import numpy.typing as npt
 
 from mpscl_ray.data.volumes.geometry import voxel_sizes
-from mpscl_ray.data.volumes.header_geometry import header_affine
+from mpscl_ray.data.volumes.header_geometry import OBLIQUE, header_affine
 from mpscl_ray.data.volumes.label_maps import whole_ids
 from mpscl_ray.data.volumes.nifti_file import StoredVolume, read_stored
 from mpscl_ray.data.volumes.personal_data import private_fields
-from mpscl_ray.data.volumes.recipe import GeometryFrom, NanPolicy
+from mpscl_ray.data.volumes.recipe import GeometryFrom, NanPolicy, Recipe
 from mpscl_ray.errors import DataError
 from mpscl_ray.runs.wording import counted
 
@@ -43,6 +43,11 @@ class Volume:
     """Kinds of texts in the header that may name a person; the texts themselves are not kept."""
     scanner: str = ""
     """Modality by the DICOM header, such as CT or MR; empty for files of other formats."""
+
+    def notices_for(self, recipe: Recipe) -> tuple[str, ...]:
+        """The warnings that matter to a recipe: slices that are taken as stored may be oblique."""
+        stored = recipe.orientation == "stored"
+        return tuple(notice for notice in self.notices if not (stored and notice.startswith(OBLIQUE)))
 
 
 def read_image(
