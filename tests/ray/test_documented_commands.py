@@ -175,6 +175,7 @@ def test_the_commands_fit_together(here: Here, workplace: Path, monkeypatch: pyt
 
 
 @pytest.mark.skipif(not hasattr(mpscl_ray, "load_segmenter"), reason="there is no Python API")
+@pytest.mark.filterwarnings("ignore:.*no structure was found")  # after a few steps of training
 def test_the_python_of_the_readme_runs(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """After the commands, whose datasets it takes instead of the phantom hearts."""
     monkeypatch.chdir(workplace)
