@@ -1,0 +1,73 @@
+"""CLAN against its released code: losses, gradients, schedule, and four iterations of its loop, to 1e-9 in float64."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from mpscl_ray.methods.clan import disagreement
+from mpscl_ray.methods.losses import SOURCE_LABEL, TARGET_LABEL, focal_loss
+from mpscl_ray.methods.optim import poly_lr
+from tests.golden.released_comparison import (
+    Numbers,
+    assert_equal,
+    assert_gradient,
+    assert_same_training,
+    batches,
+    method_of,
+    part,
+    released,
+)
+from tests.golden.released_inputs import CLASSES, ITERATIONS, STEPS, classes, values
+
+
+@pytest.fixture(scope="module")
+def numbers() -> Numbers:
+    return released("clan")
+
+
+def test_losses(numbers: Numbers) -> None:
+    numbers = part(numbers, "losses_")
+    one, other = (values(seed, 1, CLASSES, 8, 8).mul(2).requires_grad_() for seed in (1, 2))
+    weights = disagreement(one, other)
+    assert_equal(weights, numbers["map"])
+    product = (weights * values(3, *weights.shape)).sum()
+    assert_gradient(product, one, numbers["map_grad_one"])
+    assert_gradient(product, other, numbers["map_grad_other"])
+    adversarial = method_of("clan")._adversarial
+    for label in (SOURCE_LABEL, TARGET_LABEL):
+        verdict, weight = values(4, 1, 1, 8, 8).requires_grad_(), values(5, 1, 1, 8, 8).abs().requires_grad_()
+        loss = adversarial(verdict, label, weight)
+        assert_equal(loss, numbers[f"weighted_{label}"])
+        assert_gradient(loss, verdict, numbers[f"weighted_{label}_grad"])
+        assert_gradient(loss, weight, numbers[f"weighted_{label}_grad_map"])
+    loss = focal_loss(one, classes(6, 1, 8, 8), gamma=2.0)
+    assert_equal(loss, numbers["focal"])
+    assert_gradient(loss, one, numbers["focal_grad"])
+
+
+def test_four_iterations(numbers: Numbers) -> None:
+    """Two of the warm-up, one in which the rate decays and pixels still count alike, and one with the weight map."""
+    numbers = part(numbers, "main_")
+    method = method_of("clan", segmentation_loss="focal", warmup_fraction=2 / STEPS)
+    metrics = assert_same_training(method, batches(1), numbers)
+    assert_equal(metrics["loss_segmentation"], numbers["seg"])
+    assert_equal(metrics["loss_discriminator_main"], numbers["D_s"] + numbers["D_t"])
+    # The released code prints terms with their weights and damping.
+    damping = 1 - np.arange(ITERATIONS) / STEPS
+    assert_equal(0.001 * damping * metrics["loss_adversarial_main"], numbers["adv"])
+    assert_equal(2 * 0.01 * damping * metrics["loss_weight_similarity"], numbers["weight"])
+
+
+def test_learning_rate(numbers: Numbers) -> None:
+    """Of the released run of 100000 iterations: from 0 in the first 5 %, then the decay without a new beginning."""
+    method = method_of("clan")
+    rates: list[float] = []
+    method.optimisers.start_iteration = lambda _, factor=None: rates.append(factor) or 1 / 0
+    for iteration in numbers["losses_lr_at"].tolist():
+        method.optimisers.iterations = 100_000
+        with pytest.raises(ZeroDivisionError):
+            method.step(next(batches(1)), iteration)
+        if rates[-1] is None:
+            rates[-1] = poly_lr(1.0, iteration, 100_000)
+    assert_equal(2.5e-4 * np.array(rates), numbers["losses_lr"])
