@@ -20,6 +20,7 @@ from mpscl_ray.methods.losses import (
     MASK_EPS,
     class_counts,
     cosine_to_prototypes,
+    exact_matmul,
     margin_contrastive_loss,
     self_information,
 )
@@ -119,7 +120,12 @@ class MPSCL(AlignmentMethod[MPSCLConfig]):
         return PrototypeClassifier(lambda images: self.evaluate(images).features, self.prototypes, self.config.delta_th)
 
     def prepare(self, slices: TrainingSlices) -> None:
-        """Start from the prototypes of the whole source set, or those of a file where one is configured."""
+        """Start from the prototypes of the whole source set, or those of a file where one is configured.
+
+        Without the contrastive losses (beta = gamma = 0) nothing reads prototypes, and they stay zero.
+        """
+        if not self._contrast:
+            return
         if slices.pretrained_prototypes is None:
             self.initialise_prototypes(slices.labelled())
         else:
@@ -166,7 +172,7 @@ def prototype_angles(prototypes: Tensor) -> tuple[Tensor, Tensor]:
     Zero prototypes are left out.
     """
     directions = F.normalize(prototypes, dim=1)
-    angles = torch.arccos((directions @ directions.T).clamp(-1.0, 1.0))
+    angles = torch.arccos(exact_matmul(directions, directions.T).clamp(-1.0, 1.0))
     known = prototypes.any(dim=1)
     pairs = (known[:, None] & known).triu(diagonal=1)
     number = pairs.sum()

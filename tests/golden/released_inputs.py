@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,10 @@ RANKED, RANKED_SIZE = 10, 33
 """Images that IntraDA sorts, and their height and width."""
 ANCHORED_CLASSES, ANCHORED_SIZE = 19, 129
 """Classes of CAG, which its released code fixes like the 256 channels of its features; features have 17 x 17 pixels."""
+FAR_ANCHORS = {5: 8.0}
+"""Added to the anchor of a class after all are made, so that the distance to it is above the released cap."""
+OTHER_ANCHORS = 1000.0
+"""All channels of the anchors of classes that occur nowhere, which the released code leaves at zero."""
 ANCHORED_SEGMENTER = {"layers": (1, 1, 1, 1), "base_channels": 8, "multi_level": False}
 
 
@@ -48,7 +52,25 @@ def training_batches(number: int, seed: int, iterations: int = ITERATIONS) -> It
 
 def ranked_images() -> Tensor:
     """Network inputs (N, 3, H, W) that differ in scale, so that their scores differ clearly."""
-    return values(40, RANKED, 3, RANKED_SIZE, RANKED_SIZE) * torch.linspace(0.1, 4, RANKED).double()[:, None, None, None]
+    return values(40, RANKED, 3, RANKED_SIZE, RANKED_SIZE) * torch.linspace(0.1, 4, RANKED, dtype=torch.float64)[:, None, None, None]
+
+
+def anchored_batches(logits: Callable[[Tensor], Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """As training_batches, with labels that logits (B, C, h, w) of the image agree with in part."""
+    for step in range(50, 50 + ITERATIONS):
+        image, target = (values(step + more, 2, 3, ANCHORED_SIZE, ANCHORED_SIZE) for more in (0, 100))
+        with torch.no_grad():
+            likely = logits(image).argmax(dim=1)
+        likely = torch.where(values(step + 200, *likely.shape) < 1, likely, (likely + 1) % ANCHORED_CLASSES)
+        yield image, nn.functional.interpolate(likely[:, None].double(), ANCHORED_SIZE)[:, 0].long(), target
+
+
+def class_vectors() -> tuple[list[int], Tensor, Tensor]:
+    """Classes (5,) and vectors (5, 256) whose mean smooth L1 distances to anchors (19, 256) are .1 to 60."""
+    ids = [0, 3, 3, 7, 18]
+    anchors = values(61, ANCHORED_CLASSES, 256)
+    shift = torch.tensor([0.1, 1.0, 4.0, 6.0, 60.0], dtype=torch.float64)
+    return ids, anchors[ids] + shift[:, None] * (1 + 0.1 * values(62, len(ids), 256)), anchors
 
 
 @torch.no_grad()

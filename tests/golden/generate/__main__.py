@@ -7,12 +7,13 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.golden.generate import adversarial, intrada
+from tests.golden.generate import adversarial, cag, intrada
 
 RUNS = {
     "advent": adversarial.advent,
     "adaptsegnet": adversarial.adaptsegnet,
     "clan": adversarial.clan,
+    "cag": cag.cag,
     "intrada": intrada.intrada,
 }
 

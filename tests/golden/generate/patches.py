@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import sys
 import types
@@ -44,15 +45,25 @@ def prepare(*folders: Path) -> None:
     torch.FloatTensor = torch.DoubleTensor  # type: ignore[misc]
     nn.Module.cuda = lambda self, *_: self  # type: ignore[assignment, return-value, method-assign]
     yaml.load = partial(yaml.load, Loader=yaml.SafeLoader)  # type: ignore[assignment]
-    names = {"easydict": {"EasyDict": Attributes}, "sklearn.manifold": {"TSNE": None}, "sklearn.decomposition": {"PCA": 0}}
-    for name in ("torchvision", "torchvision.utils", "torchvision.models", "torchvision.transforms", "imageio", "sklearn", *names):
+    stand_ins: dict[str, dict[str, Any]] = {
+        "easydict": {"EasyDict": Attributes},
+        "imageio": {},
+        "scipy.misc": {},
+        "sklearn": {},
+        "sklearn.manifold": {"TSNE": None},
+        "sklearn.decomposition": {"PCA": None},
+        "torchvision": {},
+        "torchvision.utils": {"make_grid": None},
+        "torchvision.transforms": {},
+        "torchvision.transforms.functional": {},
+    }
+    for name, content in stand_ins.items():
         module = types.ModuleType(name)
-        module.__dict__.update({"make_grid": None, **names.get(name, {})})
+        module.__dict__.update(content)
         sys.modules[name] = module
-        if "." in name:
-            setattr(sys.modules[name.split(".")[0]], name.split(".")[1], module)
-    scipy = importlib.import_module("scipy")
-    scipy.misc = sys.modules["scipy.misc"] = types.ModuleType("scipy.misc")  # type: ignore[attr-defined]
+        parent, _, child = name.rpartition(".")
+        if parent:
+            setattr(importlib.import_module(parent), child, module)
     sys.path[:0] = [str(folder) for folder in folders]
 
 
