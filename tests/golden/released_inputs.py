@@ -22,8 +22,8 @@ RANKED, RANKED_SIZE = 10, 33
 """Images that IntraDA sorts, and their height and width."""
 ANCHORED_CLASSES, ANCHORED_SIZE = 19, 129
 """Classes of CAG, which its released code fixes like the 256 channels of its features; features have 17 x 17 pixels."""
-FAR_ANCHORS = {5: 8.0}
-"""Added to the anchor of a class after all are made, so that the distance to it is above the released cap."""
+FAR_ANCHORS = {1: 8.0, 12: 8.0}
+"""Added to the anchors of these classes after all are made, so that distances to them are above the released cap."""
 OTHER_ANCHORS = 1000.0
 """All channels of the anchors of classes that occur nowhere, which the released code leaves at zero."""
 ANCHORED_SEGMENTER = {"layers": (1, 1, 1, 1), "base_channels": 8, "multi_level": False}
