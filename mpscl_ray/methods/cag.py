@@ -23,6 +23,7 @@ from mpscl_ray.networks.deeplab import DeepLabV2, SegmenterOutput
 IGNORE = -1
 """Pseudo-label of a pixel that does not count."""
 
+
 class CAG(SegmenterMethod[CAGConfig]):
     """One round: follow the teacher's pseudo-labels, and draw class features of both domains to the source's anchors.
 

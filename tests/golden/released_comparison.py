@@ -63,14 +63,16 @@ def cross_entropy_of(self: Any, logits: dict[str, Tensor], labels: Tensor, count
     return SegmentationLoss(total, parts)
 
 
-def method_of(name: str, network: DeepLabV2 | None = None, *, plain: bool = True, **settings: Any) -> Any:
-    """A method with the weights of the released run; ``plain``: with its segmentation loss."""
-    kind: Any = METHODS[name]
-    network = network or DeepLabV2(CLASSES, **SEGMENTER, **kind.segmenter_arguments)
+AS_RELEASED = {"segmentation_loss": cross_entropy_of}
+"""What a method has from its released code in the place of its own, by name."""
+
+
+def method_of(name: str, own: dict[str, Any] = AS_RELEASED, **settings: Any) -> Any:
+    """A method with the weights of the released run, with other settings, and with functions of its own by name."""
+    base: Any = METHODS[name]
+    network = DeepLabV2(CLASSES, **SEGMENTER, **base.segmenter_arguments).double()
     network.in_channels = 1  # The images are network inputs already, which are left as they are.
-    network.double()
-    if plain:
-        kind = type(kind.__name__, (kind,), {"segmentation_loss": cross_entropy_of})
+    kind: Any = type(base.__name__, (base,), own)
     config = METHOD_CONFIGS[name](discriminator_width=DISCRIMINATOR_WIDTH, **settings)
     optim = OptimConfig(lr=2.5e-3, head_lr_factor=10, weight_decay=5e-4, lr_discriminator=1e-4)
     method = kind(network, config, optim, CLASSES, torch.device("cpu"), PrecisionConfig(), 0)

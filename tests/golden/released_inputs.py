@@ -36,8 +36,8 @@ def values(seed: int, *shape: int) -> Tensor:
 
 def classes(seed: int, *shape: int, number: int = CLASSES) -> Tensor:
     """Labels in blocks of 5 x 5 pixels, int64 (B, H, W)."""
-    coarse = np.random.RandomState(seed).randint(number, size=(*shape[:-2], *(-(-x // 5) for x in shape[-2:])))
-    return torch.from_numpy(coarse.repeat(5, axis=-2).repeat(5, axis=-1)[..., : shape[-2], : shape[-1]].copy())
+    coarse = np.random.RandomState(seed).randint(number, size=(shape[0], *(-(-x // 5) for x in shape[1:])))
+    return torch.from_numpy(coarse.repeat(5, axis=1).repeat(5, axis=2)[:, : shape[1], : shape[2]].copy())
 
 
 def training_batches(number: int, seed: int, iterations: int = ITERATIONS) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -52,7 +52,10 @@ def training_batches(number: int, seed: int, iterations: int = ITERATIONS) -> It
 
 def ranked_images() -> Tensor:
     """Network inputs (N, 3, H, W) that differ in scale, so that their scores differ clearly."""
-    return values(40, RANKED, 3, RANKED_SIZE, RANKED_SIZE) * torch.linspace(0.1, 4, RANKED, dtype=torch.float64)[:, None, None, None]
+    return (
+        values(40, RANKED, 3, RANKED_SIZE, RANKED_SIZE)
+        * torch.linspace(0.1, 4, RANKED, dtype=torch.float64)[:, None, None, None]
+    )
 
 
 def anchored_batches(logits: Callable[[Tensor], Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:

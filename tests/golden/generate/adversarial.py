@@ -154,23 +154,7 @@ def adaptsegnet(folder: Path) -> Results:
                 *f"--learning-rate 2.5e-3 --input-size {SIZE},{SIZE} --input-size-target {SIZE},{SIZE}".split(),
                 *f"--snapshot-dir {temporary} --batch-size 2".split(),
             )
-            run = Run()
-            loaders = loaders_of(list(training_batches(2, 10)), 4, 3)
-            train.DeeplabMulti = lambda num_classes: run.segmenter
-            train.model_zoo.load_url = lambda url: {}
-            train.FCDiscriminator = run.discriminator(train.FCDiscriminator)
-            train.data.DataLoader = lambda *_, **__: next(loaders)
-            train.GTA5DataSet = train.cityscapesDataSet = lambda *_, **__: None
-            losses = {"cross_entropy": "loss_seg", "adversarial": "loss_adv_target", "discriminator": "loss_D_value"}
-            heads = {"aux": 1, "main": 2}
-            train.optim = recording(
-                partial(
-                    run.note,
-                    {f"loss_{a}_{head}": f"{b}{i}" for a, b in losses.items() for head, i in heads.items()},
-                )
-            )
-            train.main()
-            results |= {f"{gan.lower()}_{key}": value for key, value in run.finish().items()}
+            results |= {f"{gan.lower()}_{key}": value for key, value in adaptsegnet_loop(train).items()}
     from model import deeplab_multi  # type: ignore[import-not-found]
     from utils.loss import CrossEntropy2d  # type: ignore[import-not-found]
 
@@ -180,6 +164,21 @@ def adaptsegnet(folder: Path) -> Results:
     results["losses_loss_cross_entropy_grad"] = gradient_of(loss, logits)[0].numpy()
     network = deeplab_multi.ResNetMulti(deeplab_multi.Bottleneck, [1, 1, 1, 1], CLASSES)
     return results | network_outputs(network)
+
+
+def adaptsegnet_loop(train: Any) -> Results:
+    """``main`` with known weights and batches."""
+    run = Run()
+    train.DeeplabMulti = lambda num_classes: run.segmenter
+    train.model_zoo.load_url = lambda url: {}
+    give_batches(train, list(training_batches(2, 10)), 4, 3)
+    train.FCDiscriminator = run.discriminator(train.FCDiscriminator)
+    losses = {"cross_entropy": "loss_seg", "adversarial": "loss_adv_target", "discriminator": "loss_D_value"}
+    heads = {"aux": 1, "main": 2}
+    names = {f"loss_{ours}_{head}": f"{name}{level}" for ours, name in losses.items() for head, level in heads.items()}
+    train.optim = recording(partial(run.note, names))
+    train.main()
+    return run.finish()
 
 
 def network_outputs(network: nn.Module) -> Results:
@@ -195,10 +194,16 @@ def network_outputs(network: nn.Module) -> Results:
     return results
 
 
-def loaders_of(batches: list[tuple[Tensor, Tensor, Tensor]], source_fields: int, target_fields: int) -> Any:
-    source = [(image, label, *[None] * (source_fields - 2)) for image, label, _ in batches]
-    target = [(image, *[None] * (target_fields - 1)) for _, _, image in batches]
-    return iter([source, target])
+def give_batches(train: Any, batches: list[tuple[Tensor, Tensor, Tensor]], source: int, target: int) -> None:
+    """Let a released script find these batches, of so many fields, in the place of its data sets."""
+    loaders = iter(
+        [
+            [(image, label, *[None] * (source - 2)) for image, label, _ in batches],
+            [(image, *[None] * (target - 1)) for _, _, image in batches],
+        ]
+    )
+    train.data.DataLoader = lambda *_, **__: next(loaders)
+    train.GTA5DataSet = train.cityscapesDataSet = lambda *_, **__: None
 
 
 def clan(folder: Path) -> Results:
@@ -207,22 +212,19 @@ def clan(folder: Path) -> Results:
     with tempfile.TemporaryDirectory() as temporary:
         train = load(
             folder / "CLAN_train.py",
-            *f"--num-classes {CLASSES} --num-steps {STEPS} --num-steps-stop {ITERATIONS} --learning-rate 2.5e-3".split(),
+            *f"--num-classes {CLASSES} --num-steps {STEPS} --num-steps-stop {ITERATIONS}".split(),
             *f"--input-size-source {SIZE},{SIZE} --input-size-target {SIZE},{SIZE}".split(),
-            *f"--snapshot-dir {temporary}".split(),
+            *f"--learning-rate 2.5e-3 --snapshot-dir {temporary}".split(),
         )
         released_steps, warm_up = train.NUM_STEPS, train.PREHEAT_STEPS
         train.NUM_STEPS, train.PREHEAT_STEPS, train.NUM_CLASSES = STEPS, 2, CLASSES
         run = Run(twin_heads=True)
-        loaders = loaders_of(list(training_batches(1, 10)), 5, 4)
+        give_batches(train, list(training_batches(1, 10)), 5, 4)
         train.Res_Deeplab = lambda num_classes: run.segmenter
         train.torch.load = lambda file: {}
         train.FCDiscriminator = run.discriminator(train.FCDiscriminator)
-        train.data.DataLoader = lambda *_, **__: next(loaders)
-        train.GTA5DataSet = train.cityscapesDataSet = lambda *_, **__: None
         names = {name: f"loss_{name}" for name in ("seg", "adv", "weight", "D_s", "D_t")}
-        optim = recording(partial(run.note, names))
-        train.optim = optim
+        train.optim = recording(partial(run.note, names))
         train.main()
         results = {f"main_{key}": value for key, value in run.finish().items()}
 

@@ -50,4 +50,3 @@ def intrada(folder: Path) -> dict[str, Any]:
         **{name: np.array(value) for name, value in rows.items()},
         **{f"train_{key}": value for key, value in training.items()},
     }
-
