@@ -39,6 +39,8 @@ class MPSCL(AlignmentMethod[MPSCLConfig]):
     """Adapt a segmenter from a labelled source to an unlabelled target domain.
 
     Source: Liu et al. 2022; total loss Eq. (11).
+    Differs in the schedule: warm-up and adaptation each decay to 0 over their own iterations; the released warm-up is
+    the beginning of a decay of 50000 iterations, and ends at nine tenths of its rate.
     """
 
     def __init__(self, *arguments: Any, **named: Any) -> None:

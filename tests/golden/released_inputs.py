@@ -15,7 +15,7 @@ SIZE = 65
 ITERATIONS = 4
 STEPS = 8
 """Iterations of the schedules, of which ITERATIONS are run."""
-SEGMENTER = {"layers": (1, 1, 1, 1), "base_channels": 4}
+SEGMENTER: dict[str, Any] = {"layers": (1, 1, 1, 1), "base_channels": 4}
 DISCRIMINATOR_WIDTH = 4
 
 RANKED, RANKED_SIZE = 10, 33
@@ -26,7 +26,7 @@ FAR_ANCHORS = {1: 8.0, 12: 8.0}
 """Added to the anchors of these classes after all are made, so that distances to them are above the released cap."""
 OTHER_ANCHORS = 1000.0
 """All channels of the anchors of classes that occur nowhere, which the released code leaves at zero."""
-ANCHORED_SEGMENTER = {"layers": (1, 1, 1, 1), "base_channels": 8, "multi_level": False}
+ANCHORED_SEGMENTER: dict[str, Any] = {"layers": (1, 1, 1, 1), "base_channels": 8, "multi_level": False}
 
 
 def values(seed: int, *shape: int) -> Tensor:

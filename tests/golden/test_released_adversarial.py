@@ -33,7 +33,7 @@ from tests.golden.released_comparison import (
 )
 from tests.golden.released_inputs import CLASSES, SIZE, classes, fill, values
 
-OWN_WEIGHTS = {"lambda_main": 0.001, "lambda_aux": 0.0002}
+OWN_WEIGHTS: dict[str, Any] = {"lambda_main": 0.001, "lambda_aux": 0.0002}
 """The released weights; those of MPSCL's fork are the default here."""
 
 
