@@ -28,8 +28,7 @@ class CAG(SegmenterMethod[CAGConfig]):
     """One round: follow the teacher's pseudo-labels, and draw class features of both domains to the source's anchors.
 
     Source: Zhang et al. 2019, anchors (their Eq. 2), active target samples (Eqs. 3 and 4) and losses (Eqs. 5 to 9).
-    The cap on distances, the scale of their gradient and the fewest pixels of a feature are those of the released code,
-    which the paper does not have.
+    The cap on distances, the scale of their gradient and the fewest pixels of a feature are those of the released code.
     Differs from the released code: the network is the DeepLab that all methods here share, with the output of its
     fourth stage as features; the warm-up, which was not released, is AdvEnt; anchors are plain means over all images,
     where the released running mean forgets after 3000 of them; a class without an anchor takes no part, where the
