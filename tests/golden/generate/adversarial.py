@@ -247,8 +247,6 @@ def clan(folder: Path) -> Results:
         loss = train.WeightedBCEWithLogitsLoss()(verdict, torch.full_like(verdict, label), weight, 0.4, 40)
         grads = gradient_of(loss, verdict, weight)
         found |= {f"weighted_{label}": loss, f"weighted_{label}_grad": grads[0], f"weighted_{label}_grad_map": grads[1]}
-    loss = train.CrossEntropy2d(CLASSES)(one, classes(6, 1, 8, 8))
-    found |= {"focal": loss, "focal_grad": gradient_of(loss, one)[0]}
     results |= {f"losses_{name}": value.detach().numpy() for name, value in found.items()}
     from model import CLAN_G  # type: ignore[import-not-found]
 
