@@ -134,7 +134,7 @@ class AdvEntConfig(AdversarialConfig):
 
 @dataclass(frozen=True)
 class CLANConfig(DiscriminatorConfig):
-    """Settings of CLAN; the defaults are those of its released GTA5 run."""
+    """Settings of CLAN; the defaults are those of its released GTA5 run, but for the segmentation loss."""
 
     phases: ClassVar[tuple[str, ...]] = (SOURCE_ONLY, ADAPTATION)
     main_settings: ClassVar[tuple[str, ...]] = (

@@ -17,7 +17,11 @@ class AdaOutput(AlignmentMethod[AdaOutputConfig]):
     """Align the class probabilities of the target with those of the source, on both heads.
 
     Source: Tsai et al. 2018, L_seg + lambda_adv L_adv on softmax outputs of two levels (their Eq. 5).
-    Differs from the released code: weighted cross-entropy and Dice instead of plain cross-entropy.
+    Differs from the released code: weighted cross-entropy and Dice instead of plain cross-entropy; adversarial weights
+    are those of MPSCL's fork of ADVENT; both heads sum all four dilated convolutions, where the loop of the released
+    heads returns after the second.
+    Differs in the schedule: the rate decays to 0 at the end of the phase; the released decay is of 250000 iterations,
+    of which 150000 are run.
     Differs from the paper: the discriminators' outputs are not brought to image size, as released.
     """
 

@@ -18,6 +18,8 @@ class AdvEnt(AlignmentMethod[AdvEntConfig]):
     Liu et al. 2022 it is Eq. (11) with beta = gamma = 0.
     Differs from the released code: segmentation loss, adversarial weights and the constant in the logarithm (1e-7
     instead of 1e-30) are those of MPSCL's fork of it. AdvEnt and MinEnt are not averaged into one prediction.
+    Differs in the schedule: the rate decays to 0 at the end of the phase; the released decay is of 250000 iterations,
+    of which 120000 are run.
     """
 
     @property

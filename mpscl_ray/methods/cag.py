@@ -14,7 +14,7 @@ from mpscl_ray.distributed import collectives
 from mpscl_ray.distributed.batch_norm import set_cumulative_average
 from mpscl_ray.methods import base
 from mpscl_ray.methods.base import Batch, TrainingSlices
-from mpscl_ray.methods.losses import at_least_float32, class_counts
+from mpscl_ray.methods.losses import at_least_float32, class_counts, exact_matmul
 from mpscl_ray.methods.optim import autocast, prepare_network
 from mpscl_ray.methods.prototypes import downsample_labels
 from mpscl_ray.methods.segmenter_method import SegmenterMethod
@@ -23,18 +23,22 @@ from mpscl_ray.networks.deeplab import DeepLabV2, SegmenterOutput
 IGNORE = -1
 """Pseudo-label of a pixel that does not count."""
 
-QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
-
 
 class CAG(SegmenterMethod[CAGConfig]):
     """One round: follow the teacher's pseudo-labels, and draw class features of both domains to the source's anchors.
 
     Source: Zhang et al. 2019, anchors (their Eq. 2), active target samples (Eqs. 3 and 4) and losses (Eqs. 5 to 9).
+    The cap on distances, the scale of their gradient and the fewest pixels of a feature are those of the released code.
     Differs from the released code: the network is the DeepLab that all methods here share, with the output of its
-    fourth stage as features; the warm-up is AdvEnt; anchors are plain means over all images, where the released running
-    mean forgets after 3000 of them; with bn_running_stats=target, which the released code does not have, anchors are
-    computed with statistics of the source, averaged over batches; the distance threshold is a quantile unless it is
-    set; a round's teacher is the last network of the round before, not the best on labels of the target.
+    fourth stage as features; the warm-up, which was not released, is AdvEnt; anchors are plain means over all images,
+    where the released running mean forgets after 3000 of them; a class without an anchor takes no part, where the
+    released one has an anchor of zeros; no class feature in a batch is a distance of 0 instead of NaN; with
+    bn_running_stats=target, which the released code does not have, anchors are computed with statistics of the source,
+    averaged over batches; the distance threshold is a quantile unless it is set; the loss on the source is that of
+    MPSCL, on both heads, unless segmentation_loss=ce; a round's teacher is the last network of the round before, not
+    the best on labels of the target.
+    Differs in the schedule: the rounds share the iterations and have the optimiser of MPSCL; released are 90000 of each
+    round with learning rate 1e-4 for all parts and weight decay 2e-4, where the decay is one iteration ahead.
     """
 
     def __init__(self, segmenter: DeepLabV2, *arguments: Any, **named: Any) -> None:
@@ -46,7 +50,6 @@ class CAG(SegmenterMethod[CAGConfig]):
         self.anchors = torch.zeros(self.num_classes, segmenter.feature_channels, dtype=dtype, device=device)
         self.anchor_counts = torch.zeros(self.num_classes, dtype=torch.float64, device=device)
         self.threshold = torch.full((), self.config.distance_threshold, dtype=dtype, device=device)
-        self.gap_quantiles = torch.zeros(len(QUANTILES), dtype=torch.float64)
 
     @torch.no_grad()
     def prepare(self, slices: TrainingSlices) -> None:
@@ -67,7 +70,8 @@ class CAG(SegmenterMethod[CAGConfig]):
         self.anchors = (sums / counts.clamp(min=1)[:, None]).to(self.anchors.dtype)
         self.anchor_counts = counts
         self.teacher.load_state_dict(self.segmenter.state_dict())
-        self._measure_gaps(slices)
+        if self.config.distance_quantile is not None:
+            self._set_threshold(slices, self.config.distance_quantile)
 
     def _use_source_statistics(self, slices: TrainingSlices) -> None:
         """Set the teacher's running statistics to those of the source.
@@ -81,8 +85,8 @@ class CAG(SegmenterMethod[CAGConfig]):
                 self.teacher(base.to_network(image.to(self.device), self.teacher, self.precision))
         self.teacher.eval()
 
-    def _measure_gaps(self, slices: TrainingSlices) -> None:
-        """Quantiles, over all pixels of the target, of the distance to the second nearest anchor minus the nearest."""
+    def _set_threshold(self, slices: TrainingSlices, quantile: float) -> None:
+        """Set it to a quantile, over all pixels of the target, of the gap between the two nearest anchors."""
         number = sum(len(volume) for volume in slices.target_volumes)
         shape = self.segmenter.feature_size(slices.size)
         gaps = torch.zeros(number, *shape, dtype=torch.float64, device=self.device)
@@ -90,11 +94,7 @@ class CAG(SegmenterMethod[CAGConfig]):
             output = base.evaluate(self.teacher, image.to(self.device), self.precision)
             gaps[rows.to(self.device)] = self._nearest(output.features)[1].double()
         values = collectives.all_reduce_sum(gaps).flatten().sort().values
-        quantiles = (*QUANTILES, self.config.distance_quantile or 0.0)
-        found = values[[round(quantile * (len(values) - 1)) for quantile in quantiles]].cpu()
-        self.gap_quantiles = found[:-1].clone()
-        if self.config.distance_quantile is not None:
-            self.threshold = found[-1].to(self.threshold)
+        self.threshold = values[round(quantile * (len(values) - 1))].to(self.threshold)
 
     def _nearest(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Class of the nearest anchor, and the gap to the second nearest; both (B, h, w)."""
@@ -135,17 +135,13 @@ class CAG(SegmenterMethod[CAGConfig]):
             "loss_distance_source": self._distance(source, labels_small),
             "loss_distance_target": self._distance(target, by_anchor),
         }
-        totals = collectives.all_reduce_sums(
-            class_counts(labels, self.num_classes), *(value for pair in sums.values() for value in pair)
+        counts, *numbers = collectives.all_reduce_sums(
+            class_counts(labels, self.num_classes), *(number for _, number in sums.values())
         )
-        counts = totals[0]
-        losses: dict[str, Tensor] = {}
-        for number, (name, (numerator, _)) in enumerate(sums.items()):
-            numerator_sum, count = totals[1 + 2 * number : 3 + 2 * number]
-            count = count.clamp(min=1)
-            losses[name] = collectives.ddp_ratio(numerator, count)
-            if "distance" in name:
-                losses[name] = losses[name] * power_of_ten_scale(numerator_sum / count)
+        losses = {
+            name: collectives.ddp_ratio(total, number.clamp(min=1))
+            for (name, (total, _)), number in zip(sums.items(), numbers, strict=True)
+        }
 
         segmentation = self._segmentation(source_logits, labels, counts)
         total = segmentation.total
@@ -175,7 +171,8 @@ class CAG(SegmenterMethod[CAGConfig]):
     def _distance(self, output: SegmenterOutput, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Ten times the distance of class features to their anchors, summed over images and classes, and their number.
 
-        The gradient of a feature is scaled by twice the fraction of the image that its class covers, as released.
+        A distance is the mean smooth L1 over channels, divided by ten until it is at most 5. The gradient of a feature
+        is scaled by twice the fraction of the image that its class covers. Both are as released.
         """
         vectors, pixels = class_features(at_least_float32(output.features), output.main, labels)
         valid = (pixels >= self.config.min_pixels) & (self.anchor_counts > 0)
@@ -183,7 +180,8 @@ class CAG(SegmenterMethod[CAGConfig]):
         vectors = vectors.detach() + (vectors - vectors.detach()) * scale[..., None].to(vectors.dtype)
         anchors = self.anchors.expand_as(vectors).to(vectors.dtype)
         smooth = F.smooth_l1_loss(vectors, anchors, reduction="none").mean(dim=2)
-        return 10.0 * (smooth * valid).sum(), valid.sum().to(smooth.dtype)
+        capped = smooth * power_of_ten_scale(smooth.detach())
+        return 10.0 * (capped * valid).sum(), valid.sum().to(capped.dtype)
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -193,7 +191,6 @@ class CAG(SegmenterMethod[CAGConfig]):
                 "features": self.anchors,
                 "counts": self.anchor_counts,
                 "threshold": self.threshold,
-                "gap_quantiles": self.gap_quantiles,
             },
         }
 
@@ -204,7 +201,6 @@ class CAG(SegmenterMethod[CAGConfig]):
         self.anchors = anchors["features"].to(self.anchors, copy=True)
         self.anchor_counts = anchors["counts"].to(self.anchor_counts, copy=True)
         self.threshold = anchors["threshold"].to(self.threshold, copy=True)
-        self.gap_quantiles = anchors["gap_quantiles"].clone()
 
 
 FAR = 1e6
@@ -222,7 +218,7 @@ def class_features(features: Tensor, logits: Tensor, labels: Tensor) -> tuple[Te
         agreed = torch.where(labels == logits.argmax(dim=1), labels, IGNORE)
         members = agreed.flatten(1)[:, :, None] == classes
         pixels = members.sum(dim=1).double()
-        sums = torch.matmul(features.flatten(2), members.to(features.dtype)).transpose(1, 2)
+        sums = exact_matmul(features.flatten(2), members.to(features.dtype)).transpose(1, 2)
         return sums / pixels.clamp(min=1)[..., None].to(features.dtype), pixels
 
 
@@ -243,6 +239,6 @@ def masked_cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor
 
 
 def power_of_ten_scale(value: Tensor) -> Tensor:
-    """Power of ten that scales a 0-dim loss to at most 5; the released code divides by ten until it is."""
+    """Power of ten that scales each value to at most 5; the released code divides by ten until it is."""
     steps = torch.log10(value.clamp(min=1.0) / 5.0).ceil().clamp(min=0.0)
     return torch.pow(10.0, -steps).to(value.dtype)

@@ -22,9 +22,11 @@ class CLAN(AdversarialMethod[CLANConfig]):
 
     Source: Luo et al. 2019, L_seg + lambda_weight L_weight + lambda_adv L_adv with self-adaptive weights (their Eqs. 3
     to 6).
-    Differs from the released code: the weight map is correct for batches of more than one image; damping and
-    warmup_fraction follow the length of the phase instead of a constant; the similarity of the heads counts once for
-    all workers; the second head starts untrained, because the source-only phase has another one.
+    Differs from the released code: the weight map and the focal loss are correct for batches of more than one image;
+    the segmentation loss is that of MPSCL unless segmentation_loss is set; damping and warmup_fraction follow the
+    length of the phase instead of a constant; the similarity of the heads counts once for all workers; the main head
+    comes from the source-only phase and the second starts untrained, because that phase has another one, where both
+    released heads start untrained; images are neither scaled nor mirrored unless data.augmentation says so.
     """
 
     segmenter_arguments: ClassVar[dict[str, Any]] = {"twin_heads": True}

@@ -22,16 +22,19 @@ _EPS = 1e-30
 
 
 class IntraDA(AdvEnt):
-    """Train from scratch on the target alone: easy slices with pseudo-labels as the source, hard ones as the target.
+    """Train a new segmenter on the target alone: easy slices with pseudo-labels as the source, hard ones as the target.
 
     The first stage is the warm-up, AdvEnt from source to target. Before the second stage its segmenter predicts all
-    slices of the target. The more confident half gets the predictions as labels, and AdvEnt trains a new segmenter and
-    new discriminators, with the initial weights of the first stage, between the two halves.
+    slices of the target. The more confident part gets the predictions as labels, and AdvEnt trains a new segmenter and
+    new discriminators, with the initial weights of the first stage, between the two parts.
 
     Source: Pan et al. 2020, ranking by R(x) = mean I(x) and the losses of AdvEnt in both steps (their Eqs. 1 to 6).
     Differs from the released code: equal scores are ordered by the slices' position in the data; no normaliser for
     rare classes, which is made for city scenes; the last weights of the first stage are used, not the best on labels of
-    the target; both stages use the losses of AdvEnt here.
+    the target; the second stage starts from the weights after the source-only phase, from ImageNet's only in a run
+    without that phase; both stages use the losses of AdvEnt here.
+    Differs in the schedule: the second stage has the iterations of the adaptation, the first those of the warm-up;
+    released stages are equally long.
     """
 
     config: IntraDAConfig
@@ -108,7 +111,8 @@ def uncertainty(probabilities: Tensor, foreground: bool) -> Tensor:
 def sort_units(scores: Tensor, units: Sequence[range], easy_fraction: float) -> tuple[Tensor, Tensor]:
     """Rows of the floor(easy_fraction N) units with the lowest mean score, and of the others.
 
-    Units of equal score stay in their order. The fraction is taken as it is written: 0.29 of 100 units are 29.
+    Units of equal score stay in their order. The fraction is taken as it is written: 0.29 of 100 units are 29, where
+    the rounded product of the released code gives 28.
 
     Scores are (rows,) float64, and no unit is empty. Returns easy and hard rows, (n,) and (m,) int64, both ascending.
     """

@@ -175,15 +175,22 @@ def cosine_to_prototypes(features: Tensor, prototypes: Tensor) -> Tensor:
 
     Source: Eq. (6), Liu et al. 2022.
     """
-    # Autocast and TF32 would round the factors of this product, which the sine near cosine 1 cannot afford. TF32 is a
-    # process-wide switch that does not apply to float64.
+    # Autocast and TF32 would round the factors of this product, which the sine near cosine 1 cannot afford.
     with torch.autocast(features.device.type, enabled=False):
         features = at_least_float32(features)
         directions = at_least_float32(prototypes)
         directions = (directions * _inverse_norm(directions)).to(features.dtype)
-        exact = torch.float64 if features.is_cuda else features.dtype
-        product = torch.matmul(directions.to(exact), features.flatten(2).to(exact)).to(features.dtype)
+        product = exact_matmul(directions, features.flatten(2))
         return product.reshape(*product.shape[:2], *features.shape[2:]) * _inverse_norm(features)
+
+
+def exact_matmul(one: Tensor, other: Tensor) -> Tensor:
+    """Matrix product of factors of one dtype, in that dtype, without the rounding of TF32.
+
+    TF32 is a switch of the process that does not apply to float64, so a GPU multiplies in float64.
+    """
+    exact = torch.float64 if one.is_cuda else one.dtype
+    return torch.matmul(one.to(exact), other.to(exact)).to(one.dtype)
 
 
 def margin_contrastive_loss(

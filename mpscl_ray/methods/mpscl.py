@@ -21,6 +21,7 @@ from mpscl_ray.methods.losses import (
     annotated_pixels,
     class_counts,
     cosine_to_prototypes,
+    exact_matmul,
     margin_contrastive_loss,
     self_information,
 )
@@ -39,6 +40,8 @@ class MPSCL(AlignmentMethod[MPSCLConfig]):
     """Adapt a segmenter from a labelled source to an unlabelled target domain.
 
     Source: Liu et al. 2022; total loss Eq. (11).
+    Differs in the schedule: warm-up and adaptation each decay to 0 over their own iterations; the released warm-up is
+    the beginning of a decay of 50000 iterations, and ends at nine tenths of its rate.
     """
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
@@ -130,7 +133,12 @@ class MPSCL(AlignmentMethod[MPSCLConfig]):
         return PrototypeClassifier(lambda images: self.evaluate(images).features, self.prototypes, self.config.delta_th)
 
     def prepare(self, slices: TrainingSlices) -> None:
-        """Start from the prototypes of the whole source set, or those of a file where one is configured."""
+        """Start from the prototypes of the whole source set, or those of a file where one is configured.
+
+        Without the contrastive losses (beta = gamma = 0) nothing reads prototypes, and they stay zero.
+        """
+        if not self._contrast:
+            return
         if slices.pretrained_prototypes is None:
             self.initialise_prototypes(slices.labelled())
         else:
@@ -177,7 +185,7 @@ def prototype_angles(prototypes: Tensor) -> tuple[Tensor, Tensor]:
     Zero prototypes are left out.
     """
     directions = F.normalize(prototypes, dim=1)
-    angles = torch.arccos((directions @ directions.T).clamp(-1.0, 1.0))
+    angles = torch.arccos(exact_matmul(directions, directions.T).clamp(-1.0, 1.0))
     known = prototypes.any(dim=1)
     pairs = (known[:, None] & known).triu(diagonal=1)
     number = pairs.sum()

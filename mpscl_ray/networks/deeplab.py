@@ -110,8 +110,9 @@ class AtrousHead(nn.Module):
             else:
                 rows.append(weight[:, :, 1, 1])
         products = torch.matmul(torch.cat(rows), x.flatten(2))
-        biases = torch.stack([conv.get_parameter("bias") for conv in self.conv2d_list])
-        out = biases.sum(dim=0)[:, None, None]
+        # Added one by one: gradients of stacked biases would be one memory, which in-place changes reach four times.
+        first, *others = (conv.get_parameter("bias") for conv in self.conv2d_list)
+        out = sum(others, first)[:, None, None]
         taps = torch.split(products, [len(row) for row in rows], dim=1)
         for values, rate in zip(taps, ATROUS_RATES, strict=True):
             if rate < max(size):

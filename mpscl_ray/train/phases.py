@@ -63,12 +63,18 @@ def source_only_weights(config: Config, num_classes: int, run: RunDirectory, dty
 def transfer_weights(networks: Mapping[str, nn.Module], weights: Mapping[str, Mapping[str, Tensor]]) -> None:
     """Load the weights that networks of the same name had at the end of the phase before.
 
-    A head that moved to another stage, and so has another shape, keeps its initial weights.
+    A head that moved to another stage, and so has another shape, keeps its initial weights and biases.
     """
     for name in networks.keys() & weights.keys():
         own = networks[name].state_dict()
-        fitting = {key: tensor for key, tensor in weights[name].items() if own[key].shape == tensor.shape}
+        moved = {_layer(key) for key, tensor in weights[name].items() if own[key].shape != tensor.shape}
+        fitting = {key: tensor for key, tensor in weights[name].items() if _layer(key) not in moved}
         networks[name].load_state_dict({**own, **fitting})
+
+
+def _layer(key: str) -> str:
+    """The layer of a tensor, by its state-dict key."""
+    return key.rpartition(".")[0]
 
 
 def build_method(config: Config, phase: str, segmenter: Segmenter, num_classes: int, device: torch.device) -> Method:

@@ -56,6 +56,18 @@ def test_every_trainable_parameter_gets_a_gradient_and_norms_are_frozen(small_se
             assert parameter.grad.abs().sum() > 0, name
 
 
+def test_each_parameter_has_a_gradient_in_its_own_memory(small_segmenter: DeepLabV2) -> None:
+    """Optimisers change gradients in place, and a second backward pass adds to them in place."""
+    for _ in range(2):
+        out = small_segmenter(torch.ones(2, 1, 64, 64))
+        (out.main.sum() + out.aux.sum()).backward()
+    gradients = [parameter.grad for parameter in small_segmenter.parameters() if parameter.grad is not None]
+    assert len({gradient.data_ptr() for gradient in gradients}) == len(gradients)
+    bias = small_segmenter.layer6.conv2d_list[3].get_parameter("bias")
+    assert bias.grad is not None
+    torch.testing.assert_close(bias.grad, torch.full_like(bias, 2.0 * out.main[:, 0].numel()))
+
+
 def test_train_norm_affine() -> None:
     network = DeepLabV2(3, layers=SMALL, base_channels=2, train_bn_affine=True)
     assert all(parameter.requires_grad for parameter in network.parameters())

@@ -10,8 +10,9 @@ import torch
 from mpscl_ray.config import load_config
 from mpscl_ray.errors import DataError
 from mpscl_ray.runs import checkpoint
-from mpscl_ray.train.phases import build_segmenter, load_pretrained_weights
+from mpscl_ray.train.phases import build_segmenter, load_pretrained_weights, transfer_weights
 from tests.tiny import SETTINGS
+from tests.tiny_methods import segmenter
 
 
 def stored(folder: Path, num_classes: int) -> Path:
@@ -51,3 +52,12 @@ def test_a_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
     config = load_config("small/mpscl", [*SETTINGS, f"network.pretrained={path}"])
     with pytest.raises(DataError, match=r"tensors\.safetensors"):
         load_pretrained_weights(build_segmenter(config, 3), config)
+
+
+def test_a_head_that_moved_keeps_its_weights_and_its_biases() -> None:
+    """CLAN has its second head on another stage than the phase before it."""
+    before, own, moved = segmenter(1), segmenter(2, twin_heads=True), segmenter(2, twin_heads=True)
+    transfer_weights({"segmenter": moved}, {"segmenter": before.state_dict()})
+    for name, tensor in moved.state_dict().items():
+        expected = own if name.startswith("layer5.") else before
+        assert torch.equal(tensor, expected.state_dict()[name]), name
