@@ -142,5 +142,7 @@ def to_class_indices(array: NDArray[Any], table: LabelTable | None, path: Path) 
     # That nothing is labelled is reported for all cases together.
     kept = [notice.removeprefix(f"{path.name}: ") for notice in notices if mapped.any() or "no voxel" not in notice]
     if table.not_annotated and (voxels := int(np.count_nonzero(mapped == NOT_ANNOTATED))):
-        kept.append(f"{100 * voxels / mapped.size:.1f} % of the voxels are not annotated; they count nowhere")
+        kept.append(
+            f"{100 * voxels / mapped.size:.1f} % of the voxels have the ignore label (not annotated); they count nowhere"
+        )
     return mapped, kept
