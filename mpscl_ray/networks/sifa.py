@@ -1,8 +1,9 @@
 """The networks of SIFA: image translators, a shared encoder with classifiers, and their discriminators.
 
 Padding, resizing, norms, dropout and initial weights are those of the released code, tested against its numbers. Of its
-biases there are those that count. The others stand right before a norm, which subtracts them: their gradients are
-rounding errors, which Adam would scale to whole steps, different ones for each number of workers.
+biases only that of the translator's last convolution counts. Those of dilated convolutions are not added there; the
+others stand right before a norm, which subtracts them: their gradients are rounding errors, which Adam would scale to
+whole steps, different ones for each number of workers.
 """
 
 from __future__ import annotations
@@ -64,23 +65,19 @@ class _SameTranspose2d(nn.ConvTranspose2d):
 
 
 class _Residual(nn.Module):
-    """Two 3x3 convolutions added to the input, which is padded with zero channels.
-
-    Dilated ones have a bias if dropout stands between them and their norm.
-    """
+    """Two 3x3 convolutions added to the input, which is padded with zero channels."""
 
     def __init__(
         self, in_channels: int, channels: int, norm: Norm = InstanceNorm, dilation: int = 1, dropout: float = 0.0
     ) -> None:
         super().__init__()
         self.added = channels - in_channels
-        bias = dilation > 1 and dropout > 0
         self.body = nn.Sequential(
-            _conv(in_channels, channels, 3, dilation=dilation, bias=bias),
+            _conv(in_channels, channels, 3, dilation=dilation, bias=False),
             GlobalDropout(dropout),
             norm(channels),
             nn.ReLU(inplace=True),
-            _conv(channels, channels, 3, dilation=dilation, bias=bias),
+            _conv(channels, channels, 3, dilation=dilation, bias=False),
             GlobalDropout(dropout),
             norm(channels),
         )

@@ -1,17 +1,22 @@
 """SIFA's networks, gradients and three training iterations against those of the released code, both versions.
 
-``sifa_v1.npz`` and ``sifa_v2.npz`` are numbers of https://github.com/cchen-cc/SIFA, be5b792 (master) and cd8a232 (branch
-SIFA-v1). Its own ``model.py``, ``losses.py`` and ``SIFA.train`` of ``main.py`` ran on a CPU with TensorFlow 2.15
-(``tensorflow.compat.v1``) and tf_slim 1.1, which has ``tf.contrib.layers``. Changed were: Python 2's ``print`` and
-``xrange``; the sizes, as in ``settings``; ``tf.nn.dropout``, which takes its random numbers from :func:`uniform`; the
-reader of files, which gives the images stored here. Weights follow from the names of variables, see :func:`value`.
-Epochs are one iteration, so that v1 reaches the decay of its rate. The pool has one batch and may swap twice.
+``sifa_v1.npz`` and ``sifa_v2.npz`` are numbers of https://github.com/cchen-cc/SIFA, be5b792 (v2) and cd8a232 (v1). Its
+own ``model.py``, ``losses.py`` and ``SIFA.train`` of ``main.py`` ran on a CPU with TensorFlow 2.15
+(``tensorflow.compat.v1``) and tf_slim 1.1, which has ``tf.contrib.layers``, with these changes:
+
+- Python 2's ``print`` and ``xrange``; the sizes, as in ``settings``;
+- double precision, for which ``batch_norm`` is not fused, and ``resize_images`` is applied as its own matrix;
+- ``tf.nn.dropout`` takes its random numbers from :func:`uniform`;
+- the reader of files gives the images stored here; an epoch is one iteration, so that v1 reaches the decay of its rate.
+
+Weights follow from the names of variables, see :func:`value`. The pool has one batch and may swap twice.
 
 A tensor is compared by two numbers, its absolute sum and its product with fixed random numbers, or whole.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import zlib
@@ -71,7 +76,7 @@ def uniform(shape: tuple[int, ...]) -> Tensor:
     """The random numbers of dropout for activations (B, C, H, W)."""
     seed = zlib.crc32(repr((shape[0], shape[2], shape[3], shape[1])).encode())
     x = np.random.RandomState(seed).uniform(size=(shape[0], shape[2], shape[3], shape[1])).astype(np.float32)
-    return torch.from_numpy(x).permute(0, 3, 1, 2)
+    return torch.from_numpy(x.transpose(0, 3, 1, 2))
 
 
 def project(x: Tensor) -> NDArray[np.float64]:
@@ -81,18 +86,17 @@ def project(x: Tensor) -> NDArray[np.float64]:
 
 def counterparts(golden: Golden, method: SIFA, network: str) -> list[tuple[int, str, nn.Parameter]]:
     """Number and name of the released variable, and the parameter here, in order."""
-    ours = []
+    ours: list[nn.Parameter] = []
     for layer in method.networks[network].modules():
         if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
-            ours += [layer.weight] if layer.bias is None else [layer.weight, layer.bias]
+            ours += [p for p in (layer.weight, layer.bias) if p is not None]
         elif isinstance(layer, nn.BatchNorm2d | nn.InstanceNorm2d):
-            ours += [layer.bias, layer.weight]
-    counts = r"g_A/c6|e_B/d[12]" if method.config.version == "v1" else r"g_A/c6"
+            ours += [p for p in (layer.bias, layer.weight) if isinstance(p, nn.Parameter)]
     released = [
         (number, name)
         for scope in SCOPES[network]
         for number, name in enumerate(golden["names"].tolist())
-        if name.startswith(f"Model/{scope}/") and not (name.endswith("/biases") and not re.search(counts, name))
+        if name.startswith(f"Model/{scope}/") and not (name.endswith("/biases") and "g_A/c6/" not in name)
     ]
     return [(number, name, p) for (number, name), p in zip(released, ours, strict=True)]
 
@@ -124,7 +128,7 @@ def method(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> SIFA:
     sizes = {name: settings[name] for name in ("generator_width", "encoder_width", "discriminator_width")}
     config = SIFAConfig(**sizes, **(first if golden["version"] == "v1" else {}))
     network = build({"num_classes": 5, **config.network_arguments()})
-    method = SIFA(network, config, OptimConfig(), 5, torch.device("cpu"), PrecisionConfig(), 0)
+    method = SIFA(network.double(), config, OptimConfig(), 5, torch.device("cpu"), PrecisionConfig(), 0)
     with torch.no_grad():
         for name in method.networks:
             for number, released, parameter in counterparts(golden, method, name):
@@ -138,7 +142,7 @@ def method(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> SIFA:
 
 
 def images(golden: Golden, domain: str, iteration: int) -> Tensor:
-    return torch.from_numpy(golden[domain][iteration].astype(np.float32) / np.float32(127.5) - 1)[:, None]
+    return torch.from_numpy(golden[domain][iteration] / 127.5 - 1)[:, None]
 
 
 @pytest.mark.parametrize("mode", ["eval", "train"])
@@ -165,36 +169,38 @@ def test_networks(golden: Golden, method: SIFA, mode: str) -> None:
     for name, output in ours.items():
         expected = golden[f"{mode}/{name}"]
         scale = float(np.abs(expected).max())
-        np.testing.assert_allclose(output, expected, rtol=0, atol=1e-5 * scale, err_msg=name)
+        np.testing.assert_allclose(output, expected, rtol=0, atol=1e-6 * scale, err_msg=name)
 
 
 def test_three_iterations(golden: Golden, method: SIFA) -> None:
+    """Adam's first steps take the sign of gradients that nearly vanish, so rounding grows from step to step."""
     method.start_phase(1000)
-    start = {name: {p: p.detach().clone() for p in network.parameters()} for name, network in method.networks.items()}
-    for iteration in range(len(golden["labels"])):
+    start = {name: copy.deepcopy(network) for name, network in method.networks.items()}
+    for iteration, relative in enumerate((1e-6, 1e-4, 1e-2)):
         labels = torch.from_numpy(golden["labels"][iteration].astype(np.int64))
         part = Batch(images(golden, "source", iteration), labels, images(golden, "target", iteration))
         metrics = method.step(part, iteration)
         for released, names in LOSSES.items():
             if f"loss/{released}" in golden:
                 ours = sum(float(metrics[name]) for name in names)
-                assert ours == pytest.approx(golden[f"loss/{released}"][iteration], rel=1e-4), (released, iteration)
-        if iteration == 0:
-            for network in method.networks:
-                largest = max(float(p.grad.abs().max()) for p in method.networks[network].parameters())  # type: ignore
-                for number, name, parameter in counterparts(golden, method, network):
-                    assert parameter.grad is not None
-                    compare(golden, "gradient", number, name, parameter.grad, 1e-3, 1e-4 * largest)
-    for network in method.networks:
-        for number, name, parameter in counterparts(golden, method, network):
-            compare(golden, "move", number, name, parameter - start[network][parameter], 1e-2, 1e-5)
+                assert ours == pytest.approx(golden[f"loss/{released}"][iteration], rel=relative), (released, iteration)
+        for network in method.networks if iteration < 2 else ():
+            before = {
+                id(p): old
+                for p, old in zip(method.networks[network].parameters(), start[network].parameters(), strict=True)
+            }
+            for number, name, p in counterparts(golden, method, network):
+                if iteration == 0:
+                    assert p.grad is not None
+                    compare(golden, "gradient", number, name, p.grad, 1e-5)
+                else:
+                    compare(golden, "move", number, name, p - before[id(p)], 1e-2)
 
 
-def compare(golden: Golden, kind: str, number: int, name: str, ours: Tensor, rtol: float, atol: float) -> None:
+def compare(golden: Golden, kind: str, number: int, name: str, ours: Tensor, relative: float) -> None:
     """By two numbers, and whole where it is stored."""
-    size = ours.numel()
-    np.testing.assert_allclose(
-        project(ours), golden[f"{kind}s"][number], rtol=rtol, atol=atol * size**0.5, err_msg=f"{kind} {name}"
-    )
-    if f"{kind}/{name}" in golden:
-        np.testing.assert_allclose(ours.detach(), golden[f"{kind}/{name}"], rtol=rtol, atol=atol, err_msg=name)
+    numbers = golden[f"{kind}s"][number]
+    np.testing.assert_allclose(project(ours), numbers, rtol=0, atol=relative * numbers[0], err_msg=f"{kind} {name}")
+    if (whole := golden.get(f"{kind}/{name}")) is not None:
+        difference = np.abs(ours.detach().numpy() - whole).sum()
+        assert difference < relative * numbers[0], f"{kind} {name}: {difference / numbers[0]:.1e}"
