@@ -89,7 +89,7 @@ def counterparts(golden: Golden, method: SIFA, network: str) -> list[tuple[int, 
     ours: list[nn.Parameter] = []
     for layer in method.networks[network].modules():
         if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
-            ours += [p for p in (layer.weight, layer.bias) if p is not None]
+            ours += [p for p in (layer.weight, layer.bias) if isinstance(p, nn.Parameter)]
         elif isinstance(layer, nn.BatchNorm2d | nn.InstanceNorm2d):
             ours += [p for p in (layer.bias, layer.weight) if isinstance(p, nn.Parameter)]
     released = [
