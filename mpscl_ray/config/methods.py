@@ -239,7 +239,9 @@ class SIFAConfig:
     segmenter_decay_every: Annotated[int, Field(ge=0)] = 0
     """Iterations between two decays of lr_segmenter to nine tenths; 0: none (v2)."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Fraction of the encoder's activations that is dropped; 0.25 in v1."""
+    """Fraction that is dropped of the outputs of the encoder's and classifiers' convolutions; 0.25 in v1."""
+    decoder_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.25
+    """The same in the residual blocks of the decoder; the papers have none, the released code of both versions has."""
     lambda_cycle: Weight = 10.0
     """Weight of the cycle loss, the mean absolute difference of an image and its reconstruction."""
     lambda_low: Weight = 0.1
@@ -259,8 +261,9 @@ class SIFAConfig:
     """Fractions of the phase between which lambda_prediction grows from 0; v1 grows it from epoch 5 to 7."""
     lambda_l2: Weight = 1e-4
     """Weight of half the squared norm of all parameters of encoder and classifiers."""
-    pool_size: Annotated[int, Field(ge=0)] = 50
-    """Global batches of earlier translated images that discriminators may take instead of the newest."""
+    pool_size: Annotated[int, Field(ge=0)] = 0
+    """Global batches of earlier translated images that discriminators may take instead of the newest: 50 is what the
+    release sets, 0 what it does, as its pool overwrites an image before it is given back."""
 
     def network_arguments(self) -> dict[str, Any]:
         """The segmenter, as model.json and checkpoints describe it."""
@@ -270,6 +273,7 @@ class SIFAConfig:
             "output_stride": self.output_stride,
             "low_level": self.version == "v2",
             "dropout": self.dropout,
+            "in_channels": 3 if self.version == "v1" else 1,
         }
 
 

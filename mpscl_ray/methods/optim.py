@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -151,6 +152,17 @@ class NetworkAdam(Optimiser):
         named = dict(network.named_parameters())
         adam = torch.optim.Adam([{"params": list(named.values()), "base_lr": lr}], lr=lr, betas=betas, fused=True)
         super().__init__(adam, named, power)
+
+    def set_step(self, number: int) -> None:
+        """Make the next update number ``number``, from 0, in the bias correction, with epsilon as TensorFlow has it.
+
+        TensorFlow adds 1e-8 to the root of the second moment before its bias is corrected, torch after that.
+        """
+        (group,) = self._optimiser.param_groups
+        group["eps"] = 1e-8 / math.sqrt(1.0 - group["betas"][1] ** (number + 1))
+        steps = [self._optimiser.state[parameter]["step"] for parameter in group["params"]]
+        torch._foreach_zero_(steps)
+        torch._foreach_add_(steps, number)
 
 
 def parameter_kind(name: str) -> ParameterKind:

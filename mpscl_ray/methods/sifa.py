@@ -26,6 +26,17 @@ from mpscl_ray.methods.sifa_losses import (
 from mpscl_ray.methods.sifa_networks import SIFANetworks
 from mpscl_ray.networks.sifa import SIFAOutput
 
+ONE_ADAM = (
+    "generator",
+    "discriminator_target",
+    "decoder",
+    "discriminator_source",
+    "discriminator_prediction",
+    "discriminator_low",
+)
+"""Networks that one Adam of the released code updates, one after the other in this order. Its bias correction counts
+updates of all of them, so that early steps of each are up to sqrt(6) times as long as with an Adam of its own."""
+
 
 class SIFA(SIFANetworks):
     """Translate source images into the appearance of the target and segment them, with one encoder for both tasks.
@@ -34,7 +45,7 @@ class SIFA(SIFANetworks):
     s_B, ``decoder`` de_B, ``discriminator_source`` d_A (with auxiliary output), ``discriminator_target`` d_B,
     ``discriminator_prediction`` d_P, ``discriminator_low`` its second one. An iteration has seven sub-steps, in the
     order of the release: g_A, d_B, e_B with s_B, de_B, d_A, d_P and its second one. Each uses the weights that the
-    sub-steps before it have updated, its own Adam and its own check that everything is finite.
+    sub-steps before it have updated and its own check that everything is finite.
 
     After a sub-step that is not finite nothing is updated any more. What earlier sub-steps of that iteration updated
     stays updated, and the pools keep counting; the run ends there without a checkpoint, so none resumes from half an
@@ -42,11 +53,19 @@ class SIFA(SIFANetworks):
 
     The settings of the optimisers are unused: SIFA has its own.
 
-    Source: Chen et al. 2020 and 2019.
-    Differs from the released code: each network has an Adam with its own step count, where six losses of the release
-    share one; the encoder's running statistics are updated in its own sub-step alone; labels
-    outside the classes, which occur in the released files and count for no class there, are background after
-    preparation.
+    Source: Chen et al. 2020 and 2019, and their released code, whose numbers three iterations reproduce. As there,
+    labels outside the classes, which occur in the released files, count for no class, and without ``pool_size``
+    discriminators get the newest images alone: the pool there overwrites an earlier image before it is given back.
+    Differs from the released code:
+
+    - running statistics of the encoder are updated in its own sub-step alone, first with translated, then with target
+      images. There every sub-step that runs the encoder updates them, in no defined order of the two, so that they are
+      in effect those of the last iteration;
+    - the sub-steps after the encoder's share one pass of it, so in the first version they share dropped activations,
+      which are drawn anew for each there;
+    - in the first version the weight of the adversarial loss on predictions grows in a line; there it is a third in one
+      epoch and two thirds in the next;
+    - the loader may augment images while training; the released files are augmented before.
     """
 
     @classmethod
@@ -84,8 +103,11 @@ class SIFA(SIFANetworks):
         c = self.config
         a, b = (image.to(self.dtype) for image in batch.images)
         decay = 0.9 ** (iteration // c.segmenter_decay_every) if c.segmenter_decay_every else 1.0
+        together = [name for name in ONE_ADAM if name in self.networks]
         for name, optimiser in self._optimisers.items():
-            optimiser.start_iteration(iteration, self._iterations, decay if name == "segmenter" else 1.0)
+            alone = name == "segmenter"
+            optimiser.start_iteration(iteration, self._iterations, decay if alone else 1.0)
+            optimiser.set_step(iteration if alone else iteration * len(together) + together.index(name))
         self.dropout.manual_seed(derive_seed(self.seed, "dropout", iteration) % 2**63)
         counts = collectives.all_reduce_sum(class_counts(batch.source_label, self.num_classes))
 

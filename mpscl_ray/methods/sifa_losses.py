@@ -29,17 +29,18 @@ def clipped_cross_entropy(logits: Tensor, labels: Tensor, counts: Tensor) -> Ten
     """Weighted cross-entropy, mean over the annotated pixels of -w_y log clip(p_y, 0.005, 1), w_c = 1 - n_c / sum n.
 
     Logits are (B, C, H, W), labels (B, H, W) int64, ``counts`` the pixels (C,) of each class in the global batch. The
-    value is this worker's share. A pixel that is not annotated counts nowhere.
+    value is this worker's share. A pixel that is not annotated counts nowhere; one with another label outside the
+    classes adds 0, but counts in the mean.
 
     Source: the released code of Chen et al. 2020, which divides by the number of pixels, not by the sum of weights.
     """
     probabilities = at_least_float32(logits).softmax(dim=1).clamp(0.005, 1.0)
     classes = torch.arange(logits.shape[1], device=labels.device)
     truth = labels[:, None] == classes[:, None, None]
-    annotated = annotated_pixels(counts)
-    weights = (1.0 - counts / annotated).to(probabilities.dtype)
+    weights = (1.0 - counts / annotated_pixels(counts)).to(probabilities.dtype)
     total = -(weights[:, None, None] * truth * probabilities.log()).sum(dim=1).sum()
-    return collectives.ddp_ratio(total, annotated.to(total.dtype))
+    annotated = collectives.all_reduce_sum((labels != NOT_ANNOTATED).sum().to(total.dtype))
+    return collectives.ddp_ratio(total, annotated.clamp(min=1))
 
 
 def batch_dice_loss(logits: Tensor, labels: Tensor) -> Tensor:

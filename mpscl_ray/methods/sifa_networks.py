@@ -35,8 +35,10 @@ class SIFANetworks(Method):
         c, classes, discriminator = self.config, self.num_classes, self.config.discriminator_width
         self.networks = {
             "segmenter": self.segmenter,
-            "generator": Translator(c.generator_width, c.generator_blocks),
-            "decoder": Decoder(self.segmenter.feature_channels, c.generator_width, c.output_stride, c.decoder_blocks),
+            "generator": Translator(c.generator_width, c.generator_blocks, self.segmenter.in_channels),
+            "decoder": Decoder(
+                self.segmenter.feature_channels, c.generator_width, c.output_stride, c.decoder_blocks, c.decoder_dropout
+            ),
             "discriminator_source": SIFADiscriminator(1, discriminator, outputs=2),
             "discriminator_target": SIFADiscriminator(1, discriminator),
             "discriminator_prediction": SIFADiscriminator(classes, discriminator),
@@ -49,11 +51,12 @@ class SIFANetworks(Method):
             collectives.broadcast_parameters(network.to(self.device, self.dtype))
             prepare_network(network, self.device, self.precision)
         self.dropout = torch.Generator(self.device)
-        """Draws the masks of the segmenter's dropout."""
-        for layer in self.segmenter.modules():
-            if isinstance(layer, GlobalDropout):
-                layer.generator = self.dropout
-                layer.part, layer.parts = collectives.rank(), collectives.world_size()
+        """Draws all masks of dropout."""
+        for network in self.networks.values():
+            for layer in network.modules():
+                if isinstance(layer, GlobalDropout):
+                    layer.generator = self.dropout
+                    layer.part, layer.parts = collectives.rank(), collectives.world_size()
         self.norms = batch_norms(self.segmenter)
 
     def train_only(self, name: str) -> None:

@@ -143,6 +143,6 @@ def to_class_indices(array: NDArray[Any], table: LabelTable | None, path: Path) 
     kept = [notice.removeprefix(f"{path.name}: ") for notice in notices if mapped.any() or "no voxel" not in notice]
     if table.not_annotated and (voxels := int(np.count_nonzero(mapped == NOT_ANNOTATED))):
         kept.append(
-            f"{100 * voxels / mapped.size:.1f} % of the voxels have the ignore label (not annotated); they count nowhere"
+            f"{100 * voxels / mapped.size:.1f} % of the voxels have the ignore label (not annotated) and count nowhere"
         )
     return mapped, kept

@@ -72,7 +72,7 @@ def test_an_ignore_label_becomes_a_value_of_its_own(tmp_path: Path) -> None:
         assert (one.sha256 == other.sha256) == (one.id != "p1")
     assert ignored[1].labels["not_annotated"] == [IGNORE]
     assert f"not annotated: label value {NOT_ANNOTATED}, which counts in no loss and no score" in ignored[1].steps
-    assert "p1: 35.0 % of the voxels have the ignore label (not annotated); they count nowhere" in summary(ignored[0])
+    assert "p1: 35.0 % of the voxels have the ignore label (not annotated) and count nowhere" in summary(ignored[0])
     assert [one.messages("problem") for one in check_datasets([ignored[0]], 0)] == [[]]
 
 
