@@ -59,6 +59,8 @@ class RunConfig:
     ("oracle")."""
     max_failures: Annotated[int, Field(ge=0)] = 3
     """Worker failures after which the run restarts by itself; the next one ends it (resumable)."""
+    profile: Annotated[int, Field(ge=0)] = 0
+    """Steps of each phase that torch.profiler records in `profile/`: a trace for Perfetto, and a table; 0: none."""
 
 
 @dataclass(frozen=True)

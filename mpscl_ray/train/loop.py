@@ -32,6 +32,7 @@ from mpscl_ray.train.phases import (
     source_only_weights,
     transfer_weights,
 )
+from mpscl_ray.train.profiling import profiled_steps
 from mpscl_ray.train.streams import TrainingData, open_streams, training_slices
 from mpscl_ray.train.timing import POLL_INTERVAL_S, StopPoller, ThroughputMeter
 from mpscl_ray.train.validation import selection_score, validate, validation_metrics
@@ -196,12 +197,15 @@ class _Trainer:
             self.config, self.data, method, name, state.step, self.device, self.rank, self.world_size
         )
         meter = ThroughputMeter(state.step, source, target)
-        with source, target or nullcontext():
+        steps = run.profile if self.rank == 0 else 0
+        profiler = profiled_steps(self.folder.path, name, steps, self.device)
+        with source, target or nullcontext(), profiler as step_done:
             while state.iteration < iterations:
                 labelled = source.next()
                 batch = Batch(labelled["image"], labelled["label"], target.next()["image"] if target else None)
                 self.callback.on_batch(batch)
                 metrics = method.step(batch, state.iteration)
+                step_done()
                 state.iteration += 1
                 state.step += 1
                 at_end = state.iteration == iterations

@@ -34,6 +34,7 @@ MAY_CHANGE = (
     "run.checkpoint_every",
     "run.keep_checkpoints",
     "run.max_failures",
+    "run.profile",
     "run.storage",
     "run.storage_retry_minutes",
     "data.source",
