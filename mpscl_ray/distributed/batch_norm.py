@@ -28,19 +28,31 @@ def set_cumulative_average(network: nn.Module, number: int) -> None:
         layer.momentum = 1.0 / number
 
 
-def convert_batch_norm(module: nn.Module, device: torch.device) -> nn.Module:
+def convert_batch_norm(module: nn.Module, device: torch.device, *, fold: bool = True) -> nn.Module:
     """Make batch normalisation use the statistics of all workers' images together, and of each domain alone.
 
     Parameters, buffers and state-dict keys stay the same. On GPUs the layers become :class:`FoldedBatchNorm2d`, with
     several workers on nn.SyncBatchNorm; elsewhere :class:`WorkersBatchNorm2d`, and in one process nothing changes.
     Calling it twice is harmless.
 
+    Args:
+        module: the network.
+        device: where it trains.
+        fold: whether layers on a GPU are folded. In channels-last memory that would copy every activation: without, all
+            inputs of a :class:`PerDomainForward` pass one after the other, through nn.SyncBatchNorm where there are
+            several workers.
+
     Returns:
         The module, changed in place; where it is a batch normalisation itself, its replacement.
     """
+    alone = world_size() == 1
+    if device.type == "cuda" and fold:
+        return fold_batch_norm(module, FoldedBatchNorm2d if alone else FoldedSyncBatchNorm)
+    if alone:
+        return module
     if device.type == "cuda":
-        return fold_batch_norm(module, FoldedBatchNorm2d if world_size() == 1 else FoldedSyncBatchNorm)
-    return module if world_size() == 1 else _replace(module)
+        return nn.SyncBatchNorm.convert_sync_batchnorm(module)  # type: ignore[no-untyped-call, no-any-return]
+    return _replace(module)
 
 
 def _replace(module: nn.Module) -> nn.Module:

@@ -29,7 +29,7 @@ def prepare_network(network: nn.Module, device: torch.device, precision: Precisi
     network.to(device)
     if precision.channels_last:
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    convert_batch_norm(network, device)
+    convert_batch_norm(network, device, fold=not precision.channels_last)
     if precision.compile:
         network.compile()
 

@@ -143,14 +143,7 @@ class TrainedSegmenter:
         if out.resolve() == path.resolve():
             raise ConfigError(f"out is the image {path} itself; give the label map another name")
         table = self._table(label_values)
-        _check_choice("geometry", geometry, (None, *GEOMETRIES))
-        if assume_spacing is not None and not (
-            len(assume_spacing) == 3 and all(0 < mm < np.inf for mm in assume_spacing)
-        ):
-            raise ConfigError(
-                f"assume_spacing is {assume_spacing!r}; expected three sizes in mm above 0, such as (1, 1, 5)"
-            )
-        _check_choice("nan_policy", nan_policy, NAN_POLICIES)
+        _check_reading(assume_spacing, geometry, nan_policy)
         image = read_image(path, assume_spacing_mm=assume_spacing, geometry=geometry, nan_policy=nan_policy)
         with storage_errors(out.parent):
             out.parent.mkdir(parents=True, exist_ok=True)
@@ -220,6 +213,16 @@ def load_segmenter(
         predictor = predictors.load_segmenter(run, checkpoint, device)
     assert predictor.model is not None
     return TrainedSegmenter(predictor, predictor.model)
+
+
+def _check_reading(assume_spacing: tuple[float, float, float] | None, geometry: str | None, nan_policy: str) -> None:
+    """Check how a file is to be read. Raises ConfigError."""
+    _check_choice("geometry", geometry, (None, *GEOMETRIES))
+    _check_choice("nan_policy", nan_policy, NAN_POLICIES)
+    if assume_spacing is not None and not (len(assume_spacing) == 3 and all(0 < mm < np.inf for mm in assume_spacing)):
+        raise ConfigError(
+            f"assume_spacing is {assume_spacing!r}; expected three sizes in mm above 0, such as (1, 1, 5)"
+        )
 
 
 def _check_choice(name: str, value: object, choices: Sequence[object]) -> None:

@@ -41,7 +41,7 @@ def batches(number: int) -> list[Batch]:
 def method(name: str, folded: bool, monkeypatch: pytest.MonkeyPatch, **network: Any) -> Any:
     with monkeypatch.context() as patch:
         if folded:
-            patch.setattr(optim, "convert_batch_norm", lambda module, device: fold_batch_norm(module))
+            patch.setattr(optim, "convert_batch_norm", lambda module, device, fold: fold_batch_norm(module))
         own = getattr(METHODS[name], "segmenter_arguments", {})
         made = make(name, network=segmenter(0, **own, **network).double())
     for module in made.networks.values():
