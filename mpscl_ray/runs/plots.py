@@ -56,7 +56,8 @@ def progress_figure(records: Sequence[Record], title: str = "") -> Figure:
     dice = [f"val/dice/{name}" for name in (*display_order(structures), "mean")]
     figure = Figure(figsize=(9, 9), dpi=_DPI, layout="constrained")
     losses_axes, shares_axes, dice_axes = figure.subplots(3, 1, sharex=True)
-    _curves(losses_axes, records, sorted(_tags(records, "train/loss_")), "train/loss_", "training loss")
+    # In the order of their first record, not of their names: a loss that comes later changes no colour.
+    _curves(losses_axes, records, _tags(records, "train/loss_"), "train/loss_", "training loss")
     _curves(shares_axes, records, shares, "train/", "share")
     shares_axes.set_ylim(-0.02, 1.02)
     _curves(dice_axes, records, [*dice, "val/source/dice/mean"], "val/", "validation Dice")
@@ -130,9 +131,8 @@ def _phases(records: Sequence[Record]) -> list[tuple[int, str]]:
 
 
 def _curves(axes: Axes, records: Sequence[Record], tags: Sequence[str], prefix: str, label: str) -> None:
-    """One line for each tag; its colour and its dash each tell it from the others."""
-    drawn = 0
-    for tag in tags:
+    """One line for each tag; its colour and its dash each tell it from the others, and stay while the run goes on."""
+    for number, tag in enumerate(tags):
         points = [(record["global_step"], float(record[tag])) for record in records if tag in record]
         points = [point for point in points if math.isfinite(point[1])]
         if not points:
@@ -140,17 +140,16 @@ def _curves(axes: Axes, records: Sequence[Record], tags: Sequence[str], prefix: 
         mean = tag.endswith("/mean")
         axes.plot(
             *zip(*points, strict=True),
-            color="black" if mean else _CURVES[drawn % len(_CURVES)],
-            linestyle=_LINES[(drawn // len(_CURVES) + drawn) % len(_LINES)],
+            color="black" if mean else _CURVES[number % len(_CURVES)],
+            linestyle=_LINES[(number // len(_CURVES) + number) % len(_LINES)],
             linewidth=2 if mean else 1.2,
             marker="o" if len(points) < 30 else "",
             markersize=3,
             label=tag.removeprefix(prefix).removeprefix("dice/").replace("/dice/", " ").replace("_", " "),
         )
-        drawn += 1
     axes.set_ylabel(label)
     axes.grid(alpha=0.3)
-    if drawn:
+    if axes.lines:
         axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize="small", frameon=False)
     else:
         axes.text(0.5, 0.5, "nothing measured yet", transform=axes.transAxes, ha="center", color=_GREY)

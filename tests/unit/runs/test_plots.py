@@ -159,6 +159,19 @@ def test_progress_draws_each_curve_and_boundary() -> None:
     assert styles[0][1] != styles[1][1]
 
 
+def test_a_curve_keeps_its_colour_when_others_come() -> None:
+    first = {"global_step": 10, "phase": "source_only", "train/loss_segmentation": 1.0, "train/loss_dice_main": 0.5}
+    later = {"global_step": 20, "phase": "warm_up", "train/loss_adversarial": 0.7, **first, "train/loss_aux": 2.0}
+
+    def colours(records: list[dict[str, Any]]) -> dict[Any, Any]:
+        lines = progress_figure(records).axes[0].get_lines()
+        return {line.get_label(): line.get_color() for line in lines if not str(line.get_label()).startswith("_")}
+
+    before, after = colours([first]), colours([first, later])
+    assert len(before) == 2
+    assert before.items() <= after.items()
+
+
 @pytest.mark.parametrize(
     "records", [[], [{"global_step": 1, "phase": "warm_up"}], [{"global_step": 1, "train/loss_a": math.inf}]]
 )
