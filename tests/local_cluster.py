@@ -88,7 +88,7 @@ class LocalCluster:
         for process in Path("/proc").glob("[0-9]*"):
             with suppress(OSError):  # ended meanwhile
                 if mark in (process / "environ").read_bytes().split(b"\0"):
-                    found.append((process / "cmdline").read_text().replace("\0", " ").strip())
+                    found.append((process / "cmdline").read_text(encoding="utf-8").replace("\0", " ").strip())
         return found
 
     @property
@@ -104,7 +104,7 @@ class LocalCluster:
     @property
     def token(self) -> str:
         """What guards it."""
-        return (self.folder / "token").read_text().strip()
+        return (self.folder / "token").read_text(encoding="utf-8").strip()
 
     def metrics_port(self, node: int) -> int:
         """Where a node shows its metrics."""

@@ -39,7 +39,7 @@ class Node:
             script = 'mount -t tmpfs none "$0" && exec "$@"'
             command = ["unshare", "--mount", "--propagation", "private", "sh", "-c", script, str(hide), *command]
         self.mark = secrets.token_hex(8)
-        with Path(environment["NODE_LOG"]).open("a") as log:
+        with Path(environment["NODE_LOG"]).open("a", encoding="utf-8") as log:
             self.process = subprocess.Popen(
                 command,
                 env=environment | {MARK: self.mark},
@@ -132,12 +132,12 @@ class Cluster:
     def _wait(self, condition: Callable[[], bool]) -> None:
         deadline = time.monotonic() + START_S
         while not condition():
-            assert time.monotonic() < deadline, (self.folder / "nodes.log").read_text()
+            assert time.monotonic() < deadline, (self.folder / "nodes.log").read_text(encoding="utf-8")
             time.sleep(0.5)
 
     def command(self, output: Path, *words: str) -> subprocess.Popen[bytes]:
         """A command of the package on the cluster, printing to a file."""
-        with output.open("w") as stream:
+        with output.open("w", encoding="utf-8") as stream:
             return subprocess.Popen(
                 [sys.executable, "-m", *words],
                 env=self.environment,
@@ -170,4 +170,4 @@ def wait_for(process: subprocess.Popen[bytes], output: Path, seconds: float) -> 
         return process.wait(seconds)
     except subprocess.TimeoutExpired:
         process.kill()
-        pytest.fail(f"the command hangs; it printed:\n{output.read_text()}")
+        pytest.fail(f"the command hangs; it printed:\n{output.read_text(encoding='utf-8')}")

@@ -111,7 +111,7 @@ class Server:
         while True:
             with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
                 break
-            assert self.process.poll() is None, (folder / "moto.log").read_text()
+            assert self.process.poll() is None, (folder / "moto.log").read_text(encoding="utf-8")
             assert time.monotonic() < deadline
             time.sleep(0.1)
         self.door = Door(port)

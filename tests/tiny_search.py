@@ -37,5 +37,5 @@ def trials_of(folder: Path) -> list[Trial]:
 def ends(folder: Path) -> list[int]:
     """Number of each trial that has an end in the ledger, as often as it has."""
     ledger = folder / "ledger.jsonl"
-    records = [json.loads(line) for line in ledger.read_text().splitlines()] if ledger.exists() else []
+    records = [json.loads(line) for line in ledger.read_text(encoding="utf-8").splitlines()] if ledger.exists() else []
     return sorted(record["number"] for record in records if record["event"] == "end")

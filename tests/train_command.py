@@ -71,7 +71,7 @@ class Command:
     @property
     def text(self) -> str:
         """What it has printed."""
-        return self.output.read_text()
+        return self.output.read_text(encoding="utf-8")
 
     def wait(self) -> int:
         """Its exit code."""
@@ -185,7 +185,7 @@ def assert_same_run(run: RunDirectory, other: RunDirectory) -> None:
 def starts(run: RunDirectory) -> list[int]:
     """The steps at which worker 0 has started, in turn."""
     file = run.logs / "worker-0.log"
-    log = file.read_text() if file.exists() else ""
+    log = file.read_text(encoding="utf-8") if file.exists() else ""
     return [int(step) for step in re.findall(r"training starts at step (\d+)", log)]
 
 

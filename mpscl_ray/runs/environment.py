@@ -59,7 +59,7 @@ def _blank(argument: str) -> str:
 
 def _cpus() -> str:
     try:
-        models = re.findall(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        models = re.findall(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
     except OSError:
         models = []
     return f"{len(models)} x {models[0]}" if models else platform.processor() or platform.machine()

@@ -142,7 +142,7 @@ def private_bytes() -> int:
     total = 0
     for status in Path("/proc").glob("[0-9]*/status"):
         try:
-            text = status.read_text()
+            text = status.read_text(encoding="utf-8")
         except (FileNotFoundError, ProcessLookupError):
             continue
         own = int(status.parent.name) == threading.main_thread().native_id

@@ -72,7 +72,7 @@ class Job:
         """Steps at which workers have started."""
         log = self.run.logs / "worker-0.log"
         return (
-            [int(step) for step in re.findall(r"training starts at step (\d+)", log.read_text())]
+            [int(step) for step in re.findall(r"training starts at step (\d+)", log.read_text(encoding="utf-8"))]
             if log.exists()
             else []
         )
@@ -96,7 +96,7 @@ class Job:
         """Process of a worker that is not on the head, or of any if all are there, and its node."""
         found = []
         for rank in (0, 1):
-            log = (self.run.logs / f"worker-{rank}.log").read_text()
+            log = (self.run.logs / f"worker-{rank}.log").read_text(encoding="utf-8")
             pid = int(re.findall(r"pid (\d+) INFO worker starts", log)[-1])
             environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
             mark = next(word for word in environment if word.startswith(b"MPSCL_CLUSTER_NODE="))
@@ -133,7 +133,7 @@ def kill(kind: str, job: Job) -> tuple[float, int]:
 def command_line(process: Path) -> str:
     """Arguments of a process, if it is the Python of a train command."""
     try:
-        words = (process / "cmdline").read_text().split("\0")
+        words = (process / "cmdline").read_text(encoding="utf-8").split("\0")
     except OSError:
         return ""
     return " ".join(words) if Path(words[0]).name.startswith("python") else ""

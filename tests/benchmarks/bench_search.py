@@ -48,7 +48,7 @@ def idle_seconds(folder: Path) -> list[float]:
     for log in folder.glob("trials/*/logs/worker-0.log"):
         moments = [
             datetime.datetime.strptime(time, "%Y-%m-%d %H:%M:%S,%f").timestamp()
-            for time, _ in _MOMENT.findall(log.read_text())
+            for time, _ in _MOMENT.findall(log.read_text(encoding="utf-8"))
         ]
         spans += list(zip(moments[::2], moments[1::2], strict=False))
     idle, free = [], []

@@ -35,7 +35,7 @@ def seconds(storage: str, name: str, settings: list[str]) -> tuple[float, float]
     assert done.returncode == 0, done.stdout + done.stderr
     run = open_run(join_location(storage, name))
     run.require()
-    log = (run.logs / "worker-0.log").read_text()
+    log = (run.logs / "worker-0.log").read_text(encoding="utf-8")
     stamp = r"^(\S+ \S+?),(\d+) .*"
     times = [
         datetime.fromisoformat(match[1]).timestamp() + int(match[2]) / 1000

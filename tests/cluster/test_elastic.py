@@ -59,7 +59,7 @@ def starts(run: RunDirectory) -> list[int]:
 
 def log(run: RunDirectory) -> str:
     file = run.logs / "worker-0.log"
-    return file.read_text() if file.exists() else ""
+    return file.read_text(encoding="utf-8") if file.exists() else ""
 
 
 def test_a_node_that_does_not_see_the_run_folder_is_named_before_the_first_step(pair: Cluster, tmp_path: Path) -> None:
@@ -75,9 +75,9 @@ def test_a_node_that_does_not_see_the_run_folder_is_named_before_the_first_step(
         ):
             output = tmp_path / f"{name}.txt"
             code = wait_for(pair.command(output, *command), output, PATIENCE_S)
-            assert code == StorageError.exit_code, output.read_text()
+            assert code == StorageError.exit_code, output.read_text(encoding="utf-8")
             sentence = rf"error: node 127.0.0.2: {tmp_path / 'runs' / name} is another folder there than where the"
-            assert re.search(sentence, output.read_text()), output.read_text()
+            assert re.search(sentence, output.read_text(encoding="utf-8")), output.read_text(encoding="utf-8")
     finally:
         pair.lose(stray)
     assert steps(RunDirectory(tmp_path / "runs" / "stray")) == 0
@@ -98,8 +98,8 @@ def test_a_lost_node_shrinks_the_run_and_a_new_one_grows_it(pair: Cluster, folde
     def wait_until_trained_by(workers: list[int]) -> None:
         deadline = time.monotonic() + PATIENCE_S
         while sizes(run) != workers or steps(run) < starts(run)[-1] + 2 * EVERY:
-            assert process.poll() is None, output.read_text()
-            assert time.monotonic() < deadline, output.read_text()
+            assert process.poll() is None, output.read_text(encoding="utf-8")
+            assert time.monotonic() < deadline, output.read_text(encoding="utf-8")
             time.sleep(0.1)
 
     wait_until_trained_by([2])
@@ -110,8 +110,8 @@ def test_a_lost_node_shrinks_the_run_and_a_new_one_grows_it(pair: Cluster, folde
     pair.add()
     wait_until_trained_by([2, 1, 2])
     process.terminate()
-    assert wait_for(process, output, PATIENCE_S) == Interrupted.exit_code, output.read_text()
-    text = output.read_text()
+    assert wait_for(process, output, PATIENCE_S) == Interrupted.exit_code, output.read_text(encoding="utf-8")
+    text = output.read_text(encoding="utf-8")
     for notice in (
         "training with 2 of 1 to 2 workers",
         "training with 1 of 1 to 2 workers",

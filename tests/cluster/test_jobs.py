@@ -88,7 +88,9 @@ def starts(run: RunDirectory) -> list[int]:
     """The steps at which worker 0 has started, in turn."""
     file = run.logs / "worker-0.log"
     return (
-        [int(step) for step in re.findall(r"training starts at step (\d+)", file.read_text())] if file.exists() else []
+        [int(step) for step in re.findall(r"training starts at step (\d+)", file.read_text(encoding="utf-8"))]
+        if file.exists()
+        else []
     )
 
 

@@ -22,7 +22,7 @@ def test_a_killed_search_resumes_and_accounts_for_each_trial_once(tmp_path: Path
     ledger = folder / "ledger.jsonl"
 
     def reports() -> int:
-        return ledger.read_text().count('"report"') if ledger.exists() else 0
+        return ledger.read_text(encoding="utf-8").count('"report"') if ledger.exists() else 0
 
     with connect(2, object_store_memory=200 * 2**20):
         run_until_killed(["mpscl_ray.tune", file], lambda: (folder / "shared" / "metrics.jsonl").exists())
@@ -45,7 +45,7 @@ def test_a_killed_search_resumes_and_accounts_for_each_trial_once(tmp_path: Path
     for trial in trials:
         assert trial.state == "finished"
         assert list(trial.reports) == list(range(2, ITERATIONS + 1, 2)), "no report twice, none left out"
-        log = (folder / "trials" / f"{trial.number:03d}" / "logs" / "worker-0.log").read_text()
+        log = (folder / "trials" / f"{trial.number:03d}" / "logs" / "worker-0.log").read_text(encoding="utf-8")
         starts = [int(step) for step in re.findall(r"training starts at step (\d+)", log)]
         assert starts[0] == SHARED_STEPS, "a trial begins where the shared phases ended"
         if begun.get(trial.number, 0) > SHARED_STEPS + 2:

@@ -28,10 +28,10 @@ def processes_of_cells() -> list[int]:
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         with suppress(OSError, ValueError):  # ended meanwhile
-            if (process / "cmdline").read_text().startswith("ray::run_cell"):
+            if (process / "cmdline").read_text(encoding="utf-8").startswith("ray::run_cell"):
                 parents = [int(process.name)]
                 while parents[-1] > 1 and parents[-1] != os.getpid():
-                    status = (Path("/proc") / str(parents[-1]) / "status").read_text()
+                    status = (Path("/proc") / str(parents[-1]) / "status").read_text(encoding="utf-8")
                     parents.append(int(status.partition("PPid:")[2].split()[0]))
                 found += parents[:1] if parents[-1] == os.getpid() else []
     return found
@@ -59,7 +59,9 @@ def test_a_lost_cell_resumes_a_signal_stops_it_after_a_checkpoint_and_the_same_c
             deadline = time.monotonic() + PATIENCE_S
             for start in (1, 2):
                 while time.monotonic() < deadline and process.poll() is None:
-                    begun = re.findall(r"training starts at step (\d+)", log.read_text() if log.exists() else "")
+                    begun = re.findall(
+                        r"training starts at step (\d+)", log.read_text(encoding="utf-8") if log.exists() else ""
+                    )
                     if len(begun) == start and len(run.read_metrics()) >= int(begun[-1]) + 3:
                         break
                     time.sleep(0.1)
@@ -68,12 +70,12 @@ def test_a_lost_cell_resumes_a_signal_stops_it_after_a_checkpoint_and_the_same_c
                     os.kill(cell, signal.SIGKILL)
             assert int(begun[1]) > 0, "it resumes from a checkpoint"
             process.send_signal(signal.SIGTERM)
-            assert process.wait(PATIENCE_S) == 130, output.read_text()
+            assert process.wait(PATIENCE_S) == 130, output.read_text(encoding="utf-8")
         finally:
             process.kill()
     assert 3 <= run.read_metrics()[-1]["global_step"] < 180
-    assert "to resume" in output.read_text()
-    assert json.loads((out / "status.json").read_text())["state"] == "interrupted"
+    assert "to resume" in output.read_text(encoding="utf-8")
+    assert json.loads((out / "status.json").read_text(encoding="utf-8"))["state"] == "interrupted"
     assert compare.main(words) == 0
     assert [record["global_step"] for record in run.read_metrics()] == list(range(1, 181))
-    assert json.loads((out / "cells.json").read_text())["cells"][run.name]["state"] == "finished"
+    assert json.loads((out / "cells.json").read_text(encoding="utf-8"))["cells"][run.name]["state"] == "finished"

@@ -83,7 +83,7 @@ def test_the_node_shows_every_documented_metric(run: RunDirectory, cluster: Loca
 
 @pytest.mark.skipif(shutil.which("prometheus") is None, reason="no prometheus on this machine (apt install prometheus)")
 def test_every_expression_of_the_dashboard_has_data(run: RunDirectory, cluster: LocalCluster, tmp_path: Path) -> None:
-    config = yaml.safe_load((MONITORING / "prometheus.yaml").read_text())
+    config = yaml.safe_load((MONITORING / "prometheus.yaml").read_text(encoding="utf-8"))
     (files,) = config["scrape_configs"][0]["file_sd_configs"]
     files["files"] = [str(cluster.folder / "ray" / Path(files["files"][0]).name)]
     config["global"] = {"scrape_interval": "2s", "evaluation_interval": "2s"}
@@ -101,12 +101,12 @@ def test_every_expression_of_the_dashboard_has_data(run: RunDirectory, cluster: 
             stderr=subprocess.STDOUT,
         )
     try:
-        dashboard = json.loads((MONITORING / "grafana-dashboard.json").read_text())
+        dashboard = json.loads((MONITORING / "grafana-dashboard.json").read_text(encoding="utf-8"))
         silent = [target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", [])]
         assert len(silent) > 15
 
         def answered() -> bool:
-            assert server.poll() is None, (tmp_path / "log").read_text()
+            assert server.poll() is None, (tmp_path / "log").read_text(encoding="utf-8")
             silent[:] = [expression for expression in silent if not ask(port, expression.replace("$run", run.name))]
             return not silent
 

@@ -74,7 +74,7 @@ def on_the_second_node(cluster: LocalCluster) -> list[str]:
 
 def starts(run: RunDirectory) -> list[int]:
     """Steps at which it started."""
-    log = (run.logs / "worker-0.log").read_text()
+    log = (run.logs / "worker-0.log").read_text(encoding="utf-8")
     return [int(step) for step in re.findall(r"training starts at step (\d+)", log)]
 
 
@@ -151,7 +151,7 @@ def test_a_search_that_loses_a_node_and_a_process_ends_each_trial_once_and_shows
     assert_ended(cluster, "search")
 
     trials = Ledger(folder / "ledger.jsonl").trials
-    records = [json.loads(line) for line in (folder / "ledger.jsonl").read_text().splitlines()]
+    records = [json.loads(line) for line in (folder / "ledger.jsonl").read_text(encoding="utf-8").splitlines()]
     assert sorted(record["number"] for record in records if record["event"] == "end") == [1, 2, 3]
     for trial in trials.values():
         assert (trial.state, list(trial.reports)) == ("finished", list(range(EVERY, OWN + 1, EVERY)))

@@ -56,7 +56,7 @@ def start(server: Server, cache: Path, output: Path, *words: str) -> subprocess.
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_AUTH", "RAY_ADDRESS"))}
     environment |= {"MPSCL_RAY_CACHE": str(cache), "TMPDIR": str(temporary), "PYTHONPATH": str(ROOT)}
     data = [f"data.source={server.url('data/mr')}", f"data.target={server.url('data/ct')}"]
-    with output.open("w") as stream:
+    with output.open("w", encoding="utf-8") as stream:
         return subprocess.Popen(
             [sys.executable, "-m", "mpscl_ray.train", "small/mpscl", *LONG, *data, *words],
             env=environment | {"OMP_NUM_THREADS": "1"},
@@ -76,17 +76,17 @@ def steps_there(server: Server, name: str) -> int:
 def wait_for_step(server: Server, name: str, step: int, process: subprocess.Popen[bytes], output: Path) -> int:
     deadline = time.monotonic() + PATIENCE_S
     while (found := steps_there(server, name)) < step:
-        assert process.poll() is None, output.read_text()
-        assert time.monotonic() < deadline, output.read_text()
+        assert process.poll() is None, output.read_text(encoding="utf-8")
+        assert time.monotonic() < deadline, output.read_text(encoding="utf-8")
         time.sleep(0.2)
     return found
 
 
 def wait_for_words(words: str, process: subprocess.Popen[bytes], output: Path) -> None:
     deadline = time.monotonic() + PATIENCE_S
-    while words not in output.read_text():
-        assert process.poll() is None, output.read_text()
-        assert time.monotonic() < deadline, output.read_text()
+    while words not in output.read_text(encoding="utf-8"):
+        assert process.poll() is None, output.read_text(encoding="utf-8")
+        assert time.monotonic() < deadline, output.read_text(encoding="utf-8")
         time.sleep(0.1)
 
 
@@ -107,7 +107,7 @@ def undisturbed(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Run
     folder = tmp_path_factory.mktemp("disk")
     output = folder / "output.txt"
     process = start(server, folder / "cache", output, f"run.storage={folder}", "run.name=calm")
-    assert wait_for(process, output, PATIENCE_S) == 0, output.read_text()
+    assert wait_for(process, output, PATIENCE_S) == 0, output.read_text(encoding="utf-8")
     return RunDirectory(folder / "calm")
 
 
@@ -124,8 +124,8 @@ def test_a_run_that_is_cut_off_and_killed_ends_as_on_a_disk(
     process = start(server, tmp_path / "first", output, *words, "run.storage_retry_minutes=0.02")
     wait_for_step(server, "hard", EVERY, process, output)
     with server.door.shut():
-        assert wait_for(process, output, PATIENCE_S) == StorageError.exit_code, output.read_text()
-    text = output.read_text()
+        assert wait_for(process, output, PATIENCE_S) == StorageError.exit_code, output.read_text(encoding="utf-8")
+    text = output.read_text(encoding="utf-8")
     assert "error: the storage of the run has failed for" in text
     assert "Traceback" not in text
     stopped = steps_there(server, "hard")
@@ -145,9 +145,9 @@ def test_a_run_that_is_cut_off_and_killed_ends_as_on_a_disk(
     wait_for_words("resuming from the checkpoint step-", process, output)
     with server.door.shut():
         time.sleep(OUTAGE_S)
-        assert process.poll() is None, output.read_text()
-    assert wait_for(process, output, PATIENCE_S) == 0, output.read_text()
-    text = output.read_text()
+        assert process.poll() is None, output.read_text(encoding="utf-8")
+    assert wait_for(process, output, PATIENCE_S) == 0, output.read_text(encoding="utf-8")
+    text = output.read_text(encoding="utf-8")
     assert text.count("meanwhile the run continues") == 1, text
     assert text.count("answers again") == 1, text
     assert "Traceback" not in text
@@ -186,5 +186,5 @@ def test_prepare_evaluate_and_predict_by_url(server: Server, undisturbed: RunDir
     assert "results/warm_up_val/summary.json" in server.folder("runs/copied").files()
     ours = json.loads((server.folder("runs/copied") / "results/warm_up_val/summary.json").read_bytes())
     assert evaluate.main([str(undisturbed.path), "--checkpoint", "warm_up", "--split", "val", "--workers", "0"]) == 0
-    theirs = json.loads((undisturbed.results / "warm_up_val/summary.json").read_text())
+    theirs = json.loads((undisturbed.results / "warm_up_val/summary.json").read_text(encoding="utf-8"))
     assert ours["summary"] == theirs["summary"]

@@ -33,7 +33,7 @@ def test_every_document_is_in_the_index() -> None:
 
 
 def test_the_readme_is_short_and_keeps_the_blocks_of_ci() -> None:
-    lines = (ROOT / "README.md").read_text().splitlines()
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
     assert len(lines) <= 150
     for heading, last in (("## Run it", "python -m mpscl_ray.train"), ("## Test it", "pytest -n 2")):
         block = "\n".join(lines[lines.index(heading) :]).partition("```bash\n")[2].partition("\n```")[0]
@@ -71,7 +71,7 @@ EQUATIONS = [
 @pytest.mark.parametrize("row", EQUATIONS, ids=lambda row: row[0])
 def test_functions_and_tests_of_equations_exist(row: list[str]) -> None:
     _, functions, tests = row
-    texts = [(ROOT / "tests" / test).read_text() for test in code(tests)]
+    texts = [(ROOT / "tests" / test).read_text(encoding="utf-8") for test in code(tests)]
     for function in code(functions):
         assert named(function) is not None
         # A method's step is tested through the method, a module through what it has.
@@ -82,7 +82,7 @@ def test_functions_and_tests_of_equations_exist(row: list[str]) -> None:
 def test_design_names_all_packages_and_only_files_that_exist() -> None:
     file = DOCS / "design.md"
     assert [code(row[0])[0] for row in table_rows(file, "## Packages")] == list(ORDER)
-    text = file.read_text()
+    text = file.read_text(encoding="utf-8")
     paths = re.findall(r"(?:mpscl_ray|tests)/[\w/]+(?:\.py)?", text)
     assert len(paths) > 30
     for path in paths:
@@ -92,7 +92,7 @@ def test_design_names_all_packages_and_only_files_that_exist() -> None:
         for name in names:
             if "/" not in name and "." not in name:
                 files = [ROOT / part for part in code(row[1]) if part.endswith(".py")]
-                assert any(name in part.read_text() for part in files), name
+                assert any(name in part.read_text(encoding="utf-8") for part in files), name
 
 
 def test_methods_are_the_systems_with_their_phases() -> None:

@@ -26,7 +26,9 @@ def golden() -> dict[str, Tensor]:
 
 @pytest.fixture(scope="module")
 def keys() -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((Path(__file__).parent / "networks_state_dict_keys.json").read_text())
+    content: dict[str, Any] = json.loads(
+        (Path(__file__).parent / "networks_state_dict_keys.json").read_text(encoding="utf-8")
+    )
     return content
 
 

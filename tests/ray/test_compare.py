@@ -35,7 +35,9 @@ def test_two_real_cells_share_their_first_phases_and_are_scored(cluster: None, d
         assert len({(run.phases / "warm_up" / file).read_bytes() for run in (baseline, mpscl)}) == 1
     assert baseline.read_metrics()[0]["global_step"] == 2
     assert [record["global_step"] for record in mpscl.read_metrics()] == [10, 12], "it trains its own phase alone"
-    scores = json.loads((mpscl.results / "adaptation_test_prepared_protocol" / "summary.json").read_text())
+    scores = json.loads(
+        (mpscl.results / "adaptation_test_prepared_protocol" / "summary.json").read_text(encoding="utf-8")
+    )
     rows = list(csv.DictReader((out / "comparison.csv").open()))
     (row,) = (row for row in rows if (row["system"], row["structure"]) == ("mpscl", "mean"))
     dice = scores["summary"]["structures"]["mean"]["dice"]["mean"]
@@ -56,7 +58,9 @@ def test_a_table_with_shared_phases_that_resumes_and_grows(
     rows = list(csv.DictReader((out / "comparison.csv").open()))
     for system, last in (("mpscl", "adaptation"), ("supervised", "supervised"), ("source_only", "source_only")):
         scores = json.loads(
-            (cells[f"mr2ct-seed1-{system}"].results / f"{last}_test_prepared_protocol" / "summary.json").read_text()
+            (cells[f"mr2ct-seed1-{system}"].results / f"{last}_test_prepared_protocol" / "summary.json").read_text(
+                encoding="utf-8"
+            )
         )
         (row,) = (row for row in rows if (row["system"], row["structure"]) == (system, "mean"))
         dice = scores["summary"]["structures"]["mean"]["dice"]["mean"]
@@ -64,9 +68,9 @@ def test_a_table_with_shared_phases_that_resumes_and_grows(
         assert (row["iterations"], row["seeds"]) == ("12", "1")
         assert float(row["minutes"]) > 0
     for file in ("comparison.txt", "comparison.md", "comparison.tex"):
-        assert "MPSCL" in (out / file).read_text()
+        assert "MPSCL" in (out / file).read_text(encoding="utf-8")
     assert "mpscl_ray.report" in capsys.readouterr().out
-    status = json.loads((out / "status.json").read_text())
+    status = json.loads((out / "status.json").read_text(encoding="utf-8"))
     assert status["state"] == "finished"
     assert status["runs"] == {"total": len(METHOD), "finished": len(METHOD), "failed": 0, "running": 0}
 
@@ -84,15 +88,15 @@ def test_a_cell_that_fails_does_not_stop_the_rest_and_is_tried_again(cluster: No
     words = arguments(data, presets, out, "--seeds", "1", "--directions", "backward", "baseline", "mpscl")
     with pytest.raises(TrainingError, match="1 of 2 runs failed: ct2mr-seed1-baseline"):
         compare.main(words, fit=fit)
-    cells = json.loads((out / "cells.json").read_text())["cells"]
+    cells = json.loads((out / "cells.json").read_text(encoding="utf-8"))["cells"]
     assert "not finite" in cells["ct2mr-seed1-baseline"]["reason"]
     assert cells["ct2mr-seed1-mpscl"]["state"] == "finished"
-    status = json.loads((out / "status.json").read_text())
+    status = json.loads((out / "status.json").read_text(encoding="utf-8"))
     assert status["exit_code"] == 6
     assert status["runs"] == {"total": 2, "finished": 1, "failed": 1, "running": 0}
-    assert "MPSCL" in (out / "comparison.md").read_text()
+    assert "MPSCL" in (out / "comparison.md").read_text(encoding="utf-8")
 
     write_presets(tmp_path / "presets")
     assert compare.main(words, fit=fit) == 0
-    cells = json.loads((out / "cells.json").read_text())["cells"]
+    cells = json.loads((out / "cells.json").read_text(encoding="utf-8"))["cells"]
     assert {cell["state"] for cell in cells.values()} == {"finished"}

@@ -78,8 +78,8 @@ def test_what_is_run_elsewhere_is_run_there() -> None:
     for pattern, test in ELSEWHERE.items():
         assert any(fnmatchcase(text, pattern) for text in ALL), f"{pattern} is in no document any more"
         file, _, name = test.partition("::")
-        assert not name or f"def {name}(" in (ROOT / file).read_text(), test
-    assert 'readme "Run it"' in (ROOT / ".ci" / "run").read_text()
+        assert not name or f"def {name}(" in (ROOT / file).read_text(encoding="utf-8"), test
+    assert 'readme "Run it"' in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
 
 
 def make_volumes(folder: Path) -> None:

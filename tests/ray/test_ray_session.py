@@ -22,7 +22,7 @@ with connect(3):
     assert ray.cluster_resources()["CPU"] == 3
     token = Path(os.environ["RAY_AUTH_TOKEN_PATH"])
     assert stat.S_IMODE(token.stat().st_mode) == 0o600
-    assert len(token.read_text()) >= 32
+    assert len(token.read_text(encoding="utf-8")) >= 32
     mode = ray.remote(lambda: os.environ.get("RAY_AUTH_MODE"))
     assert ray.get(mode.remote()) == "token"
     from ray._common.usage.usage_lib import usage_stats_enabled

@@ -98,6 +98,8 @@ def test_scores_of_predicted_files_are_those_of_evaluate(here: Here, raw: Path, 
         assert [found.pop(name) for name in exact] == [row.pop(name) for name in exact]
         for name, value in row.items():
             assert (float(found[name] or "nan"), name) == (pytest.approx(float(value or "nan"), nan_ok=True), name)
-    summaries = [json.loads((tmp_path / part / "summary.json").read_text()) for part in ("0", "evaluated")]
+    summaries = [
+        json.loads((tmp_path / part / "summary.json").read_text(encoding="utf-8")) for part in ("0", "evaluated")
+    ]
     dice = [summary["summary"]["structures"]["mean"]["dice"] for summary in summaries]
     assert dice[0] == dice[1]

@@ -69,7 +69,7 @@ def test_what_a_run_leaves(calm: tuple[str, RunDirectory], runs: Runs) -> None:
     model = run.read_model()
     assert model["classes"] == ["background", "ventricle", "wall"]
     assert model["target"]["dataset"] == str(runs.data / "ct")
-    environment = json.loads(run.environment_file.read_text())
+    environment = json.loads(run.environment_file.read_text(encoding="utf-8"))
     assert environment["command"][:3] == ["python", "-m", "mpscl_ray.train"]
     assert run.progress_image.read_bytes().startswith(b"\x89PNG")
     assert (run.results / "phases.png").read_bytes().startswith(b"\x89PNG")
@@ -143,7 +143,7 @@ def test_a_run_that_loses_a_worker_and_is_stopped_ends_as_if_it_had_not(
     run, words = runs["disturbed"], runs.arguments("disturbed", *LONG)
     command = start(words)
     reached = command.wait_for_steps(run, PHASE + 3)
-    pid = re.findall(r"pid (\d+) INFO worker starts", (run.logs / "worker-1.log").read_text())[-1]
+    pid = re.findall(r"pid (\d+) INFO worker starts", (run.logs / "worker-1.log").read_text(encoding="utf-8"))[-1]
     os.kill(int(pid), signal.SIGKILL)
     command.wait_for_steps(run, 3, start=2)
     os.killpg(command.process.pid, signal.SIGINT)  # as a terminal does, to all processes of the command

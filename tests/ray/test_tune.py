@@ -65,7 +65,7 @@ def test_a_search_stops_what_falls_behind_records_what_fails_and_leaves_a_preset
     assert {record["phase"] for record in RunDirectory(folder / "shared").read_metrics()} == {"source_only", "warm_up"}
     assert {record["phase"] for run in runs for record in run.read_metrics()} == {"adaptation"}
 
-    summary = json.loads((folder / "results" / "summary.json").read_text())
+    summary = json.loads((folder / "results" / "summary.json").read_text(encoding="utf-8"))
     assert (summary["metric"], summary["oracle"], summary["best"]) == ("information", False, 1)
     assert summary["trials"] == {"finished": 1, "stopped": 2, "failed": 1}
     config = load_config(str(folder / "best.yaml"))
@@ -82,20 +82,20 @@ def test_a_search_stops_what_falls_behind_records_what_fails_and_leaves_a_preset
     assert "best: trial 001" in text
     assert "8 iterations) are trained once for all trials: 24 iterations less" in text
 
-    before = (folder / "ledger.jsonl").read_text()
+    before = (folder / "ledger.jsonl").read_text(encoding="utf-8")
     code, evaluated = here(tune, file, "search.evaluate=all", fit=fit)
     assert code == 0
     assert "search.evaluate: " in evaluated
-    rows = json.loads((folder / "results" / "test.json").read_text())["rows"]
+    rows = json.loads((folder / "results" / "test.json").read_text(encoding="utf-8"))["rows"]
     assert list(rows) == ["source_only", "warm_up", "trial 1: gamma = 10"], "of one trial, the end of each phase"
     tables = [folder / "results" / "test.json", *folder.glob("trials/*/results/*/summary.json")]
     assert len(tables) == 4
     written = [table.stat().st_mtime_ns for table in tables]
     code, again = here(tune, file, "search.evaluate=all", fit=fit)
     assert (code, "4 trials" in again) == (0, True)
-    assert (folder / "ledger.jsonl").read_text() == before, "a finished search is not run again"
+    assert (folder / "ledger.jsonl").read_text(encoding="utf-8") == before, "a finished search is not run again"
     assert [table.stat().st_mtime_ns for table in tables] == written, "and not evaluated again"
-    assert (folder / "results" / "test.txt").read_text() in again
+    assert (folder / "results" / "test.txt").read_text(encoding="utf-8") in again
     code, refused = here(tune, file, "method.delta_th=0.3", fit=fit)
     assert code == 2
     assert "was started with another config: method.delta_th: 0.25 in the run, 0.3 now" in refused
@@ -116,7 +116,7 @@ def test_two_trials_are_really_trained(here: Here, data: Path) -> None:
     metrics = RunDirectory(folder / "trials" / "001").read_metrics()
     values = {tag: value for tag, value in metrics[-1].items() if tag.startswith("val/")}
     assert one.last == values, "the ledger has what the worker measured"
-    rows = json.loads((folder / "results" / "test.json").read_text())["rows"]
+    rows = json.loads((folder / "results" / "test.json").read_text(encoding="utf-8"))["rows"]
     assert list(rows) == ["source_only", "warm_up", "trial 1: lr = 0.01"]
 
 
@@ -147,7 +147,7 @@ def test_a_target_without_labels_is_searched_by_a_label_free_criterion_from_a_ru
     assert "optim.momentum is 0.9 there and 0.5 here" in text
     code, text = here(tune, file, target, fit=fit)
     assert code == 0, text
-    summary = json.loads((data / "runs" / "free" / "results" / "summary.json").read_text())
+    summary = json.loads((data / "runs" / "free" / "results" / "summary.json").read_text(encoding="utf-8"))
     assert not summary["oracle"]
     assert summary["best"] == 1
     assert "uses their labels" not in text
@@ -177,7 +177,7 @@ def test_ctrl_c_stops_all_trials_with_checkpoints_and_the_command_resumes(here: 
     assert code == 0, text
     assert ends(folder) == [1, 2]
     for name, step in steps.items():
-        log = (folder / "trials" / name / "logs" / "worker-0.log").read_text()
+        log = (folder / "trials" / name / "logs" / "worker-0.log").read_text(encoding="utf-8")
         assert f"training starts at step {step} " in log, "an interrupted trial resumes from its own checkpoint"
     for trial in trials_of(folder):
         assert list(trial.reports) == list(range(2, ITERATIONS + 1, 2)), "no report twice, none left out"

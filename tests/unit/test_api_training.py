@@ -114,7 +114,7 @@ def test_the_document_runs(hearts: Path, tmp_path: Path, monkeypatch: pytest.Mon
             place = place.setdefault(section, {})
         place[last] = yaml.safe_load(value)
     settings["data"] |= {"source": str(hearts / "data" / "ct"), "target": str(hearts / "data" / "mr")}
-    Path("tiny.yaml").write_text(yaml.safe_dump(settings))
+    Path("tiny.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
     text = DOCUMENT.read_text(encoding="utf-8")
     assert len(text.splitlines()) <= 150
     blocks = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
@@ -138,7 +138,7 @@ def test_training_leaves_what_the_command_leaves(
 ) -> None:
     assert result.run == Path(tiny.run.storage) / "phantom"
     assert (result.run / "status.json").exists()
-    status = json.loads((result.run / "status.json").read_text())
+    status = json.loads((result.run / "status.json").read_text(encoding="utf-8"))
     assert (status["state"], status["exit_code"], status["phase"]) == ("finished", 0, "adaptation")
     assert differences(load_config(result.run / "config.yaml"), tiny).keys() == {"scaling.num_workers"}
     assert list(result.scores) == ["source_only", "warm_up", "adaptation"]
@@ -192,7 +192,7 @@ def test_a_run_that_ctrl_c_ends_is_resumed(tiny: Config, tmp_path: Path, capfd: 
     with pytest.raises(KeyboardInterrupt):
         train_segmenter(tiny, changes, device="cpu")
     thread.join()
-    status = json.loads((run / "status.json").read_text())
+    status = json.loads((run / "status.json").read_text(encoding="utf-8"))
     assert (status["state"], status["exit_code"]) == ("interrupted", 130)
     assert status["resume_command"].endswith("config.yaml")
     assert status["global_step"] < 100
@@ -202,14 +202,14 @@ def test_a_run_that_ctrl_c_ends_is_resumed(tiny: Config, tmp_path: Path, capfd: 
 
     result = train_segmenter(tiny, changes, device="cpu", progress=True)
     assert [record["global_step"] for record in result.history] == list(range(10, 101, 10))
-    assert "resuming from the checkpoint" in (run / "logs" / "warnings.log").read_text()
+    assert "resuming from the checkpoint" in (run / "logs" / "warnings.log").read_text(encoding="utf-8")
     assert "source-only" in capfd.readouterr().err
 
 
 def test_errors_of_training_are_exceptions(tiny: Config, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(TrainingError, match="not finite, seen at iteration 2 of the phase source_only"):
         train_segmenter(tiny, {"run.storage": tmp_path, "optim.lr": 1e30, "run.log_every": 1}, device="cpu")
-    status = json.loads((tmp_path / "phantom" / "status.json").read_text())
+    status = json.loads((tmp_path / "phantom" / "status.json").read_text(encoding="utf-8"))
     assert (status["state"], status["exit_code"]) == ("failed", TrainingError.exit_code)
     with pytest.raises(DataError, match="nowhere"):
         train_segmenter(tiny, {"run.storage": tmp_path, "run.name": "b", "data.source": "nowhere"}, device="cpu")

@@ -79,4 +79,4 @@ def test_completion_in_a_shell(line: str, expected: list[str], tmp_path: Path) -
         COMP_LINE=line,
         COMP_POINT=str(len(line)),
     )
-    assert file.read_text().split("\n") == expected, done.stderr
+    assert file.read_text(encoding="utf-8").split("\n") == expected, done.stderr

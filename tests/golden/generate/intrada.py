@@ -38,7 +38,7 @@ def intrada(folder: Path) -> dict[str, Any]:
         config = folder / "ADVENT" / "advent" / "scripts" / "configs" / "advent.yml"
         entropy.main(SimpleNamespace(cfg=str(config), best_iter=0, normalize=False, lambda1=0.67))
         rows = {
-            name: [int(Path(line).stem) for line in Path(f"{name}_split.txt").read_text().split()]
+            name: [int(Path(line).stem) for line in Path(f"{name}_split.txt").read_text(encoding="utf-8").split()]
             for name in ("easy", "hard")
         }
         labels = [np.array(Image.open(f"color_masks/{row:02}.png")) for row in range(RANKED)]

@@ -217,7 +217,7 @@ def test_the_fingerprint_is_that_of_the_data(tmp_path: Path) -> None:
 
 def edit(folder: Path, **changes: Any) -> None:
     path = folder / "manifest.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), **changes}))
 
 
 @pytest.mark.parametrize(("version", "age"), [(0, "older"), (99, "newer"), (None, "older or unknown"), ("1", "older")])

@@ -117,7 +117,9 @@ def test_a_broken_extension_is_ignored(tmp_path: Path) -> None:
 def test_itksnap_reads_index_colour_and_name(tmp_path: Path) -> None:
     classes = ["background", 'the "left" atrium', *(f"class {i}" for i in range(2, 12))]
     write_itksnap_labels(tmp_path / "labels.txt", classes)
-    rows = [line for line in (tmp_path / "labels.txt").read_text().splitlines() if not line.startswith("#")]
+    rows = [
+        line for line in (tmp_path / "labels.txt").read_text(encoding="utf-8").splitlines() if not line.startswith("#")
+    ]
     assert len(rows) == 12
     for index, row in enumerate(rows):
         numbers, name = row.split('"')[0].split(), row.split('"')[1]

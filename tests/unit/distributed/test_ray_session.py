@@ -30,7 +30,7 @@ class Starts:
     def __call__(self, *, _temp_dir: str, **options: Any) -> None:
         command = [sys.executable, "-c", "import time; time.sleep(600)", f"--session-dir={_temp_dir}/session"]
         process = subprocess.Popen(command)
-        while _temp_dir not in Path(f"/proc/{process.pid}/cmdline").read_text():
+        while _temp_dir not in Path(f"/proc/{process.pid}/cmdline").read_text(encoding="utf-8"):
             time.sleep(0.01)  # it is being executed
         self.processes.append(process)
         if len(self.processes) <= self.failing:

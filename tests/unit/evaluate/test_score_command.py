@@ -40,14 +40,14 @@ def test_scores_are_medpys_on_rotated_and_anisotropic_grids(cohort: Path, capsys
         assert float(row["hd95_mm"]) == pytest.approx(binary.hd95(*masks, spacing), rel=1e-6)
         api = score(cohort / "pred" / f"{case}.nii.gz", cohort / "truth" / f"{case}.nii.gz")[str(index)]
         assert (float(row["dice"]), float(row["asd_mm"])) == (api.dice, api.asd_mm)
-    summary = json.loads((cohort / "out" / "summary.json").read_text())
+    summary = json.loads((cohort / "out" / "summary.json").read_text(encoding="utf-8"))
     mean = summary["summary"]["structures"]["LV"]["dice"]["mean"]
     assert mean == pytest.approx(np.mean([float(rows[f"c{n}", "LV"]["dice"]) for n in range(3)]))
     printed = capsys.readouterr().out
     assert "3 cases of" in printed
     assert f"{100 * mean:.1f} ±" in printed
     assert "HD95 mm" in printed
-    assert "HD95 mm" in (cohort / "out" / "summary.md").read_text()
+    assert "HD95 mm" in (cohort / "out" / "summary.md").read_text(encoding="utf-8")
 
 
 def test_every_voxel_and_only_those_without_the_ignored_id_count(tmp_path: Path) -> None:
@@ -68,7 +68,7 @@ def test_every_voxel_and_only_those_without_the_ignored_id_count(tmp_path: Path)
     rows = scored(tmp_path, *NAMES, "--ignore-label", "9")
     assert (rows["a", "MYO"]["predicted_voxels"], rows["a", "MYO"]["truth_voxels"]) == ("100", "140")
     assert float(rows["a", "MYO"]["dice"]) == pytest.approx(200 / 240)
-    about = json.loads((tmp_path / "out/summary.json").read_text())
+    about = json.loads((tmp_path / "out/summary.json").read_text(encoding="utf-8"))
     assert about["volumes"]["a"]["ignored_voxels"] == 3 * 20 * 10
     assert "the id 9 in the label is counted nowhere: 600 voxels of 1 case" in "".join(about["notices"])
     assert scored(tmp_path, "--labels", "1=MYO,2=LV,9=void") == rows
@@ -99,7 +99,7 @@ def test_the_cross_check_compares_each_structure(
     assert run(cohort, *NAMES, "--cross-check", "medpy", "--out", str(cohort / "out")) == (6 if worse else 0)
     printed = capsys.readouterr()
     assert "dice: 0.0e+00 in 6 comparisons" in printed.out
-    check = json.loads((cohort / "out/summary.json").read_text())["cross_check"]
+    check = json.loads((cohort / "out/summary.json").read_text(encoding="utf-8"))["cross_check"]
     assert {name: entry["compared"] for name, entry in check.items()} == dict.fromkeys(medpy_check.TOLERANCES, 6)
     for name, entry in check.items():
         assert (entry["difference"] <= medpy_check.TOLERANCES[name]) == (not worse or name != "asd_mm")
@@ -123,7 +123,7 @@ def test_another_grid_is_refused_unless_resampling_is_asked_for(cohort: Path) ->
     assert "shape (22, 18, 12)" in str(refused.value)
     assert not list((cohort / "out").iterdir())
     scored(cohort, *NAMES, "--resample", "nearest")
-    about = json.loads((cohort / "out/summary.json").read_text())
+    about = json.loads((cohort / "out/summary.json").read_text(encoding="utf-8"))
     assert [about["volumes"][case]["resampled"] for case in ("c0", "c1", "c2")] == [True, True, False]
     assert "resampled to the grid of the label (nearest voxel): c0, c1" in about["notices"]
 
@@ -258,7 +258,7 @@ def test_extra_files_are_left_out_only_when_asked(cohort: Path, capsys: pytest.C
         run(cohort, *NAMES)
     assert {case for case, _ in scored(cohort, *NAMES, "--allow-missing")} == {"c0", "c1"}
     assert "note: predictions without a label, left out: c2.nii.gz, more.nii.gz" in capsys.readouterr().out
-    about = json.loads((cohort / "out/summary.json").read_text())
+    about = json.loads((cohort / "out/summary.json").read_text(encoding="utf-8"))
     assert [Path(path).name for path in about["predictions_without_label"]] == ["c2.nii.gz", "more.nii.gz"]
 
 
@@ -266,7 +266,7 @@ def test_warnings_on_labels_are_one_line_for_each_kind(cohort: Path) -> None:
     for side, array in zip(("pred", "truth"), hearts(2), strict=True):
         save(cohort / side / "c2.nii.gz", array, rotated(40.0))
     scored(cohort, *NAMES)
-    about = json.loads((cohort / "out/summary.json").read_text())
+    about = json.loads((cohort / "out/summary.json").read_text(encoding="utf-8"))
     (notice,) = about["notices"]
     assert notice.startswith("label of c1, and 1 more likewise: the volume is oblique: its axes are up to 25 degrees")
     assert "up to 40 degrees" in about["volumes"]["c2"]["notices"][0]

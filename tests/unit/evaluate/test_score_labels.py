@@ -61,7 +61,7 @@ def test_nnunets_table_and_its_ignore_label(cohort: Path) -> None:
     (cohort / "pred/dataset.json").write_text(json.dumps(about))
     renumber(cohort, "pred", lambda array: np.where(array == 0, 3, array).astype(np.uint8))
     assert main([str(cohort / "pred"), str(cohort / "labelsTr"), "--out", str(cohort / "out"), "--workers", "0"]) == 0
-    summary = json.loads((cohort / "out/summary.json").read_text())
+    summary = json.loads((cohort / "out/summary.json").read_text(encoding="utf-8"))
     assert (summary["ignore_label"], summary["volumes"]["c0"]["ignored_voxels"]) == (3, 10 * 18 * 12)
     assert not any("does not name" in notice for notice in summary["notices"])
 

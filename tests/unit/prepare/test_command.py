@@ -42,7 +42,7 @@ def test_something_else_in_the_output_folder_is_never_touched(source: Path) -> N
     precious.write_text("years of work")
     with pytest.raises(StorageError, match="something else than a dataset"):
         prepare(options(source, overwrite=True), progress=False)
-    assert precious.read_text() == "years of work"
+    assert precious.read_text(encoding="utf-8") == "years of work"
 
 
 def test_a_failure_while_writing_leaves_the_old_dataset(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:

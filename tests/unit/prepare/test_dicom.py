@@ -46,7 +46,7 @@ def test_a_series_gives_the_same_data_as_its_nifti_file(tmp_path: Path) -> None:
         for part, values in read_case(first, case).items():
             np.testing.assert_array_equal(values, read_case(second, same)[part])
         assert case.spacing_mm == pytest.approx(same.spacing_mm)
-    written = "".join(path.read_text() for path in first.rglob("*.json"))
+    written = "".join(path.read_text(encoding="utf-8") for path in first.rglob("*.json"))
     assert not any(text in written for text in ("DOE", "ID7719", "1951"))
 
 

@@ -41,7 +41,7 @@ def test_texts_of_headers_are_said_once_by_kind(tmp_path: Path, capsys: pytest.C
     assert notes(folder, capsys) == [f"ct: {expected}"]
     out, manifest = made(folder)
     assert [notice for notice in manifest.notices if " may name " in notice] == [expected]
-    assert "DOE" not in (out / "manifest.json").read_text().upper()
+    assert "DOE" not in (out / "manifest.json").read_text(encoding="utf-8").upper()
 
 
 def test_descriptions_by_programs_are_none(tmp_path: Path) -> None:

@@ -181,7 +181,7 @@ def test_the_odd_case_is_first_and_explained(tmp_path: Path, spoil: Any, said: s
     write(folder / "mr_train_1005_image.nii.gz", image, affine)
     write(folder / "mr_train_1005_label.nii.gz", label, affine)
     dataset, _ = made(folder, "mr")
-    html = (dataset / "pictures.html").read_text()
+    html = (dataset / "pictures.html").read_text(encoding="utf-8")
     assert shown(html)[0] == "mr_1005"
     assert re.search(said, " ".join(reasons(html))), reasons(html)
     assert html.count('class="unusual"') == 1
@@ -189,7 +189,7 @@ def test_the_odd_case_is_first_and_explained(tmp_path: Path, spoil: Any, said: s
 
 def test_cases_that_are_alike_are_not_odd(tmp_path: Path) -> None:
     dataset, _ = made(mmwhs(tmp_path / "in", "mr", range(1001, 1009)), "mr")
-    html = (dataset / "pictures.html").read_text()
+    html = (dataset / "pictures.html").read_text(encoding="utf-8")
     assert "No case is unlike the others." in html
     assert reasons(html) == []
 
@@ -233,13 +233,13 @@ def test_prepare_writes_the_page_and_nothing_else_changes(tmp_path: Path, capsys
     assert prepare([*words, "--out", str(tmp_path / "out")]) == 0
     path = tmp_path / "out" / "ct" / "pictures.html"
     assert f"  pictures: {path}\n" in capsys.readouterr().out
-    html = path.read_text()
+    html = path.read_text(encoding="utf-8")
     assert len(shown(html)) == 6
     assert not re.search(r"https?:|//[a-z]|<script|<link|@import|url\(", re.sub(r"base64,[\w+/=]+", "", html))
     assert {source[:22] for source in re.findall(r'src="([^"]*)"', html)} == {"data:image/png;base64,"}
     assert html.count("<img ") == 6 * 6
     assert check([str(path.parent), "--pictures", str(tmp_path / "look.html")]) == 0
-    again = (tmp_path / "look.html").read_text()
+    again = (tmp_path / "look.html").read_text(encoding="utf-8")
     assert sorted(shown(again)) == sorted(shown(html))
     assert again.count("<img ") == 6 * 5  # the image is not read again
     assert html.count("stored as RAS") == again.count("stored as RAS") == 6
@@ -260,7 +260,7 @@ def test_check_draws_images_and_escapes_their_names(tmp_path: Path, capsys: pyte
     words = ["--layout", "folder", "--modality", "mr", "--image-pattern", "{case}.nii.gz", "--unlabelled"]
     assert check([str(folder), *words, "--workers", "0", "--pictures", str(file)]) == 3
     assert f"pictures: {file}\n" in capsys.readouterr().out
-    html = file.read_text()
+    html = file.read_text(encoding="utf-8")
     assert shown(html) == [f"&lt;i&gt;{number}&amp;" for number in range(3)]
     assert "<i>0" not in html
     assert "<b>bad" not in html
@@ -276,7 +276,7 @@ def test_check_draws_datasets(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     out, err = capsys.readouterr()
     assert set(json.loads(out)["data"][0]) == {"folder", "about", "findings"}
     assert err.endswith(f"pictures: {file}\n")
-    html = file.read_text()
+    html = file.read_text(encoding="utf-8")
     assert sorted(shown(html)) == sorted(
         f"{modality}_{split}_{number}"
         for modality in ("mr", "ct")

@@ -92,7 +92,7 @@ def test_too_few_patients_for_the_splits() -> None:
 
 
 def write(path: Path, content: object) -> Path:
-    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
     return path
 
 

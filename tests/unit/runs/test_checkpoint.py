@@ -125,10 +125,10 @@ def test_files_are_plain(tmp_path: Path) -> None:
     assert_same(
         dict(sorted(tensors.items())), {"model.bias": state["model"]["bias"], "model.weight": state["model"]["weight"]}
     )
-    document = json.loads((path / "state.json").read_text())
+    document = json.loads((path / "state.json").read_text(encoding="utf-8"))
     assert document["format"] == "mpscl_ray checkpoint"
     assert document["state"]["iteration"] == 300
-    for line in (path / "SHA256SUMS").read_text().splitlines():
+    for line in (path / "SHA256SUMS").read_text(encoding="utf-8").splitlines():
         digest, name = line.split("  ")
         assert hashlib.sha256((path / name).read_bytes()).hexdigest() == digest
 

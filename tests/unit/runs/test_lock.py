@@ -60,7 +60,7 @@ def test_second_process_is_refused_and_a_dead_one_is_not_waited_for(run: RunDire
         process.wait(10)
         assert run.store.lock_owner() is None
         with run.lock():
-            assert (run.path / ".lock").read_text().startswith(f"{os.getpid()} ")
+            assert (run.path / ".lock").read_text(encoding="utf-8").startswith(f"{os.getpid()} ")
             assert not (run.path / ".status.json.partial-123").exists()
     with run.lock():
         pass

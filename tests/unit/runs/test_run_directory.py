@@ -161,7 +161,7 @@ def test_metrics_round_trip(run: RunDirectory) -> None:
     assert first == {"global_step": 1, "phase": "warm_up", "train/loss": 0.1 + 0.2, "none": None}
     assert math.isnan(second.pop("e"))
     assert second == {"global_step": 2, "a": 0.5, "b": 2.5, "c": math.inf, "d": -math.inf}
-    for line in run.metrics_file.read_text().splitlines():
+    for line in run.metrics_file.read_text(encoding="utf-8").splitlines():
         json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
 
 
@@ -273,7 +273,7 @@ def test_damaged_status_can_be_replaced(run: RunDirectory) -> None:
 def test_environment_says_what_ran_and_no_secrets(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOME_TOKEN", "environment-secret")
     run.write_environment(["train", "data=https://user:url-secret@host/x", "api_key=key-secret", "run.name=demo"])
-    text = run.environment_file.read_text()
+    text = run.environment_file.read_text(encoding="utf-8")
     content = json.loads(text)
     assert content["command"] == ["train", "data=https://***@host/x", "api_key=***", "run.name=demo"]
     assert "secret" not in text
@@ -286,12 +286,12 @@ def test_environment_says_what_ran_and_no_secrets(run: RunDirectory, monkeypatch
 
 def test_environments_of_earlier_starts_are_kept(run: RunDirectory) -> None:
     run.write_environment(["first"])
-    started = json.loads(run.environment_file.read_text())["started"]
+    started = json.loads(run.environment_file.read_text(encoding="utf-8"))["started"]
     run.write_environment(["second"])
-    assert json.loads(run.environment_file.read_text())["command"] == ["second"]
+    assert json.loads(run.environment_file.read_text(encoding="utf-8"))["command"] == ["second"]
     (kept,) = run.logs.glob("environment-*.json")
     assert kept.stem == "environment-" + re.sub(r"\D", "", started.removesuffix("+00:00"))
-    assert json.loads(kept.read_text())["command"] == ["first"]
+    assert json.loads(kept.read_text(encoding="utf-8"))["command"] == ["first"]
 
 
 def test_gpus_are_read_from_the_driver(tmp_path: Path) -> None:

@@ -199,7 +199,7 @@ def test_datasets_that_cannot_be_trained_on(command: Command, pair: Path, tmp_pa
     unlabelled = make_dataset(tmp_path / "unlabelled", "mr", labelled=("val",))
     edited = make_dataset(tmp_path / "edited", "ct", seed=1)
     manifest = edited / "manifest.json"
-    manifest.write_text(manifest.read_text().replace('"low": -1.0', '"low": -2.0'))
+    manifest.write_text(manifest.read_text(encoding="utf-8").replace('"low": -1.0', '"low": -2.0'))
     for setting, expected in (
         (f"data.target={tmp_path / 'missing'}", "no such folder; prepare a dataset first"),
         (f"data.target={tmp_path}", "give one of them"),
@@ -381,7 +381,7 @@ def test_interrupted_before_ray_starts(
     before = signal.getsignal(signal.SIGTERM)
     code, text, _ = command(*tiny(pair, tmp_path))
     assert code == 130
-    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    status = json.loads((tmp_path / "run" / "status.json").read_text(encoding="utf-8"))
     assert (status["state"], status["exit_code"]) == ("interrupted", 130)
     assert "SIGTERM before training began" in status["reason"]
     assert status["resume_command"] in text

@@ -64,7 +64,7 @@ def evaluated(run: Path, *words: str) -> dict[str, str]:
     """What the newest evaluation of the validation cases says of its dataset."""
     assert evaluate.main([str(run), "--split", "val", "--workers", "0", *words]) == 0
     newest = max(run.glob("results/last*/summary.json"), key=lambda file: file.stat().st_mtime_ns)
-    return {"name": newest.parent.name, **json.loads(newest.read_text())["dataset"]}
+    return {"name": newest.parent.name, **json.loads(newest.read_text(encoding="utf-8"))["dataset"]}
 
 
 def test_the_printed_commands_work(
@@ -97,14 +97,14 @@ def test_a_run_that_was_moved_with_its_data(moved: Path, tmp_path: Path) -> None
     scan = save_scan(tmp_path / "scan.nii.gz")
     assert predict.main([str(run), str(scan), "--out", str(tmp_path / "predictions"), "--workers", "0"]) == 0
     report_run.report([run], tmp_path / "report", dpi=20)
-    assert "does not exist any more" not in (tmp_path / "report" / "index.html").read_text()
+    assert "does not exist any more" not in (tmp_path / "report" / "index.html").read_text(encoding="utf-8")
 
     shutil.rmtree(run / "checkpoints" / "step-0000012")
     shutil.rmtree(run / "phases" / "adaptation")
     RunDirectory(run).write_status("interrupted", exit_code=130)
     result = train_segmenter(run / "config.yaml", places(moved), device="cpu")
     assert result.last_checkpoint == run / "checkpoints" / "step-0000012"
-    assert "resuming from the checkpoint step-0000010" in (run / "logs" / "warnings.log").read_text()
+    assert "resuming from the checkpoint step-0000010" in (run / "logs" / "warnings.log").read_text(encoding="utf-8")
     assert RunDirectory(run).read_model()["target"]["dataset"] == str(moved / "data/b")
 
 

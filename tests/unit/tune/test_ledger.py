@@ -183,7 +183,7 @@ def test_the_best_trial_is_one_that_was_trained_in_full(tmp_path: Path) -> None:
     space = load_space("phantom")
     file = tmp_path / "best.yaml"
     file.write_text(preset_text(space, best, "oracle"))
-    assert "an oracle" in file.read_text()
+    assert "an oracle" in file.read_text(encoding="utf-8")
     config = load_config(str(file))
     assert config.run.name == "tune-phantom-best"
     assert config.method == space.config(best.settings).method

@@ -56,7 +56,7 @@ def test_the_example_of_the_help_is_a_space(tmp_path: Path) -> None:
 
 
 def test_all_subpackages_and_the_folder_of_spaces_are_installed() -> None:
-    listed = re.findall(r"^    (mpscl_ray[\w.]*)$", (ROOT / "setup.cfg").read_text(), re.MULTILINE)
+    listed = re.findall(r"^    (mpscl_ray[\w.]*)$", (ROOT / "setup.cfg").read_text(encoding="utf-8"), re.MULTILINE)
     folders = {path.parent for path in (ROOT / "mpscl_ray").rglob("__init__.py")}
     found = {".".join(folder.relative_to(ROOT).parts) for folder in folders}
     assert set(listed) == found | {"mpscl_ray.tune_spaces"}
