@@ -80,10 +80,12 @@ def _not_hounsfield(real: NDArray[np.float32], modality: str) -> str | None:
     if rest.size and rest.min() - real.min() > 300:  # one value far below all others is padding
         real = rest
     low, high = np.percentile(real, (0.1, 99.9))
-    if low <= -20 or high <= 20:
+    if _stored_with_offset(real):
+        meaning = "as in a CT whose offset of -1024 was lost, or one of -1000"
+    elif low > -20 and high > 20:
+        meaning = f"an MR image among the {modality} ones"
+    else:
         return None
-    offset = _stored_with_offset(real)
-    meaning = "as in a CT whose offset of -1024 was lost" if offset else f"an MR image among the {modality} ones"
     return f"the intensities, {low:.4g} to {high:.4g}, are no Hounsfield units: {meaning}"
 
 

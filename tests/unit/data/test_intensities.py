@@ -1,0 +1,26 @@
+"""Intensities that look right and are not: they are refused or said, and those of real scans are not."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from mpscl_ray.data.volumes.intensities import other_modality
+from tests.heart_scans import scan
+
+LARGE = (60, 60, 20)
+
+
+def heart(kind: str) -> NDArray[np.float32]:
+    return scan(0, kind, LARGE)[0].astype(np.float32)
+
+
+@pytest.mark.parametrize("offset", [1000, 1024])
+def test_a_ct_that_lost_its_offset(offset: int) -> None:
+    """With 1000, noise takes the air below 0, down to where fat is in Hounsfield units."""
+    noise = np.random.default_rng(0).normal(0, 10, LARGE).astype(np.float32)
+    image = heart("ct") + noise + offset
+    assert (np.percentile(image, 0.1) < -20) == (offset == 1000)
+    assert "offset of -1024 was lost" in str(other_modality(image, "ct"))
+    assert other_modality(image - offset, "ct") is None
