@@ -82,11 +82,21 @@ def _not_hounsfield(real: NDArray[np.float32], modality: str) -> str | None:
     low, high = np.percentile(real, (0.1, 99.9))
     if _stored_with_offset(real):
         meaning = "as in a CT whose offset of -1024 was lost, or one of -1000"
+    elif _in_thousandths(real):
+        meaning = "as in a CT that was divided by 1000"
     elif low > -20 and high > 20:
         meaning = f"an MR image among the {modality} ones"
     else:
         return None
     return f"the intensities, {low:.4g} to {high:.4g}, are no Hounsfield units: {meaning}"
+
+
+def _in_thousandths(real: NDArray[np.float32]) -> bool:
+    """Whether the intensities are Hounsfield units by 1000, and not just scaled to [-1, 1] or z-scored."""
+    hounsfield = 1000 * real[real >= LOWEST_HU / 1000]
+    if not hounsfield.size or abs(real.std() - 1) < 0.02 or (real.min() >= -1.0001 and real.max() <= 1.0001):
+        return False
+    return _stored_with_offset(hounsfield + 1024)
 
 
 def _not_mr(real: NDArray[np.float32], modality: str) -> str | None:

@@ -24,3 +24,14 @@ def test_a_ct_that_lost_its_offset(offset: int) -> None:
     assert (np.percentile(image, 0.1) < -20) == (offset == 1000)
     assert "offset of -1024 was lost" in str(other_modality(image, "ct"))
     assert other_modality(image - offset, "ct") is None
+
+
+@pytest.mark.parametrize("padding", [None, -3.024])
+def test_a_ct_in_thousandths(padding: float | None) -> None:
+    image = heart("ct") / 1000
+    if padding is not None:
+        image[:4] = padding
+    assert "a CT that was divided by 1000" in str(other_modality(image, "ct"))
+    low, high = image.min(), image.max()
+    assert other_modality(2 * (image - low) / (high - low) - 1, "ct") is None
+    assert other_modality((image - image.mean()) / image.std(), "ct") is None
