@@ -15,6 +15,8 @@ _SAMPLE = 200_000
 _PIECE = 1 << 22
 _MOST_LABELS = 12
 _PADDING_SHARE = 0.005
+_FAT = 860
+"""Where fat begins in a CT plus 1024."""
 _MR_NAMES = frozenset(("t1", "t1w", "t2", "t2w", "t2star", "flair", "pd", "lge", "cine", "bssfp", "c0", "dwi", "adc"))
 _CT_NAMES = re.compile(r"(cb|c|ce|nc|ld|pet)?cta?")
 
@@ -36,7 +38,7 @@ def other_modality(image: NDArray[np.float32], modality: str, scanner: str = "")
 
     CT is in Hounsfield units: without air, lung or fat below 0 it is another image, or lost its offset of 1024. MR has
     no large part below -500, and not the two peaks of air and soft tissue of a CT that is stored with that offset.
-    Images that are scaled or z-scored already are not judged. No modality has many voxels of one value far from all
+    Images that are scaled or z-scored already are not judged. No modality has nothing above 0, and none has many voxels of one value far from all
     others, but for the padding of CT.
 
     Args:
@@ -48,6 +50,9 @@ def other_modality(image: NDArray[np.float32], modality: str, scanner: str = "")
     if kind and scanner and scanner != kind.upper():
         return f"its DICOM header says {scanner}, not {kind.upper()} (modality {modality!r})"
     sample = image.ravel(order="K")[:: image.size // _SAMPLE + 1]
+    low, high = (float(image.min()), float(image.max())) if image.size else (0.0, 0.0)
+    if low < high <= 0:
+        return f"no intensity is above 0 ({low:.4g} to {high:.4g}), as if their sign was changed; correct the file"
     real = sample[sample >= LOWEST_HU]
     if found := _far_value(real if kind == "ct" else sample):
         return found
@@ -80,10 +85,12 @@ def _not_hounsfield(real: NDArray[np.float32], modality: str) -> str | None:
     if rest.size and rest.min() - real.min() > 300:  # one value far below all others is padding
         real = rest
     low, high = np.percentile(real, (0.1, 99.9))
-    if _stored_with_offset(real):
+    if _stored_with_offset(real, _FAT):
         meaning = "as in a CT whose offset of -1024 was lost, or one of -1000"
     elif _in_thousandths(real):
         meaning = "as in a CT that was divided by 1000"
+    elif _stored_with_offset(1024 - real, _FAT):
+        meaning = "as in a CT whose sign was changed, so that air is brightest"
     elif low > -20 and high > 20:
         meaning = f"an MR image among the {modality} ones"
     else:
@@ -96,7 +103,7 @@ def _in_thousandths(real: NDArray[np.float32]) -> bool:
     hounsfield = 1000 * real[real >= LOWEST_HU / 1000]
     if not hounsfield.size or abs(real.std() - 1) < 0.02 or (real.min() >= -1.0001 and real.max() <= 1.0001):
         return False
-    return _stored_with_offset(hounsfield + 1024)
+    return _stored_with_offset(hounsfield + 1024, _FAT)
 
 
 def _not_mr(real: NDArray[np.float32], modality: str) -> str | None:
@@ -111,13 +118,16 @@ def _not_mr(real: NDArray[np.float32], modality: str) -> str | None:
     return None
 
 
-def _stored_with_offset(real: NDArray[np.float32]) -> bool:
-    """Whether air and lung, then nearly nothing, then soft tissue follow each other as in CT plus 1024."""
+def _stored_with_offset(real: NDArray[np.float32], tissue: float = 1000) -> bool:
+    """Whether air and lung, then nearly nothing, then soft tissue follow each other as in CT plus 1024.
+
+    ``tissue`` is where soft tissue begins: without fat, or with it where the image is known to be CT.
+    """
 
     def share(low: float, high: float) -> float:
         return float(np.mean((real >= low) & (real < high)))
 
-    soft = share(1000, 1150)
+    soft = share(tissue, 1150)
     return real.min() > -200 and share(-200, 400) > 0.1 and soft > 0.1 and soft > 3 * share(450, 850)
 
 

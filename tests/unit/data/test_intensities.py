@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from mpscl_ray.data.phantom.case import make_case
 from mpscl_ray.data.volumes.intensities import other_modality
 from tests.heart_scans import scan
 
@@ -35,3 +36,18 @@ def test_a_ct_in_thousandths(padding: float | None) -> None:
     low, high = image.min(), image.max()
     assert other_modality(2 * (image - low) / (high - low) - 1, "ct") is None
     assert other_modality((image - image.mean()) / image.std(), "ct") is None
+
+
+def test_an_image_whose_sign_was_changed() -> None:
+    assert "no intensity is above 0" in str(other_modality(-heart("mr"), "mr"))
+    assert "no intensity is above 0" in str(other_modality(-heart("mr"), "heart"))
+    assert "so that air is brightest" in str(other_modality(-heart("ct"), "ct"))
+    assert other_modality(np.zeros(LARGE, np.float32), "mr") is None
+
+
+@pytest.mark.parametrize("number", [1002, 1007])
+def test_the_same_of_a_chest_with_fat_and_lung(number: int) -> None:
+    image = make_case("ct", number, 7).image.astype(np.float32)
+    assert other_modality(image, "ct") is None
+    for changed, said in ((image + 1000, "was lost"), (image / 1000, "by 1000"), (-image, "air is brightest")):
+        assert said in str(other_modality(changed, "ct"))
