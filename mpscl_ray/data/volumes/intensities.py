@@ -15,6 +15,7 @@ _SAMPLE = 200_000
 _PIECE = 1 << 22
 _MOST_LABELS = 12
 _PADDING_SHARE = 0.005
+_BORDER_SHARE = 0.1
 _FAT = 860
 """Where fat begins in a CT plus 1024."""
 _MR_NAMES = frozenset(("t1", "t1w", "t2", "t2w", "t2star", "flair", "pd", "lge", "cine", "bssfp", "c0", "dwi", "adc"))
@@ -38,8 +39,8 @@ def other_modality(image: NDArray[np.float32], modality: str, scanner: str = "")
 
     CT is in Hounsfield units: without air, lung or fat below 0 it is another image, or lost its offset of 1024. MR has
     no large part below -500, and not the two peaks of air and soft tissue of a CT that is stored with that offset.
-    Images that are scaled or z-scored already are not judged. No modality has nothing above 0, and none has many voxels of one value far from all
-    others, but for the padding of CT.
+    Images that are scaled or z-scored already are not judged. An image of any modality has something above 0, and not
+    many voxels of one value far from all others, but for the padding of CT.
 
     Args:
         image: Intensities.
@@ -155,6 +156,8 @@ def unusual_intensities(image: NDArray[np.float32], modality: str) -> list[str]:
         notices.append(
             f"intensities from {low:g} to {high:g} look like Hounsfield units: a CT image among the {modality} ones?"
         )
+    if kind == "ct":
+        notices += _cut_or_padded(image, low, high)
     flat = image.ravel(order="K")
     pieces = [flat[start : start + _PIECE] for start in range(0, flat.size, _PIECE)]
     mean = float(image.mean(dtype=np.float64))
@@ -170,3 +173,28 @@ def unusual_intensities(image: NDArray[np.float32], modality: str) -> list[str]:
     elif low >= 0 and high <= 255 and all(np.array_equal(piece, np.rint(piece)) for piece in pieces):
         notices.append("intensities are whole numbers within 0..255, as if reduced to 8 bits")
     return notices
+
+
+def _cut_or_padded(image: NDArray[np.float32], low: float, high: float) -> list[str]:
+    """Warnings on a CT that was cut to a window, or has padding around it that is not air."""
+    if high - low < 200 or low > -20:  # no Hounsfield units
+        return []
+    at_low, at_high = (float(np.mean(image == end)) for end in (low, high))
+    if low > -800 and at_low > 0.01 and at_high > 0.0005:
+        return [
+            f"intensities were cut to {low:g} to {high:g}, as by a window: {100 * at_low:.3g} % and {100 * at_high:.3g} "
+            f"% of the voxels have just these values; a CT begins with air at about -1000"
+        ]
+    if image.ndim != 3:
+        return []
+    border = np.concatenate([image.take(end, axis).ravel() for axis in range(3) for end in (0, -1)])
+    values, counts = np.unique(border, return_counts=True)
+    value, share = float(values[counts.argmax()]), counts.max() / border.size
+    # A uniform tissue has one value often too, but values next to it nearly as often.
+    near = int(np.count_nonzero(np.abs(border - value) <= 5)) - int(counts.max())
+    if value <= -500 or share < _BORDER_SHARE or near > 0.5 * counts.max():
+        return []
+    return [
+        f"{100 * share:.3g} % of the border and {100 * np.mean(image == value):.3g} % of all voxels have the intensity "
+        f"{value:g}, as padding has, but air is at about -1000; set them to {AIR_HU:g}"
+    ]

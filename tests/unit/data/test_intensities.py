@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
 from mpscl_ray.data.phantom.case import make_case
-from mpscl_ray.data.volumes.intensities import other_modality
+from mpscl_ray.data.volumes.intensities import other_modality, unusual_intensities
 from tests.heart_scans import scan
 
 LARGE = (60, 60, 20)
@@ -51,3 +53,28 @@ def test_the_same_of_a_chest_with_fat_and_lung(number: int) -> None:
     assert other_modality(image, "ct") is None
     for changed, said in ((image + 1000, "was lost"), (image / 1000, "by 1000"), (-image, "air is brightest")):
         assert said in str(other_modality(changed, "ct"))
+
+
+@pytest.mark.parametrize("padding", [0, 3071, 200])
+def test_padding_of_a_ct_that_is_not_air(padding: float) -> None:
+    image = heart("ct")
+    x, y = np.ogrid[:60, :60]
+    image[(x - 29.5) ** 2 + (y - 29.5) ** 2 > 29**2] = padding
+    assert other_modality(image, "ct") is None
+    (notice,) = unusual_intensities(image, "ct")
+    assert f"have the intensity {padding:g}, as padding has" in notice
+    assert re.search(r"\d\d(\.\d)? % of the border and 2\d(\.\d)? % of all voxels", notice)
+
+
+@pytest.mark.parametrize("padding", [-1024, -1000])
+def test_padding_of_a_ct_with_air(padding: float) -> None:
+    image = heart("ct")
+    image[:10] = padding
+    assert unusual_intensities(image, "ct") == []
+
+
+def test_a_ct_cut_to_a_window() -> None:
+    (notice,) = unusual_intensities(np.clip(heart("ct"), -160, 240), "ct")
+    assert "intensities were cut to -160 to 240, as by a window" in notice
+    assert unusual_intensities(np.clip(heart("ct"), -1024, 240), "ct") == []
+    assert unusual_intensities(heart("ct")[20:40, 20:40], "ct") == []  # no air in it
