@@ -182,8 +182,8 @@ def _cut_or_padded(image: NDArray[np.float32], low: float, high: float) -> list[
     at_low, at_high = (float(np.mean(image == end)) for end in (low, high))
     if low > -800 and at_low > 0.01 and at_high > 0.0005:
         return [
-            f"intensities were cut to {low:g} to {high:g}, as by a window: {100 * at_low:.3g} % and {100 * at_high:.3g} "
-            f"% of the voxels have just these values; a CT begins with air at about -1000"
+            f"intensities were cut to {low:g} to {high:g}, as by a window: {100 * at_low:.3g} % and "
+            f"{100 * at_high:.3g} % of the voxels have just these values; a CT begins with air at about -1000"
         ]
     if image.ndim != 3:
         return []
