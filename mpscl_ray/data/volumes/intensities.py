@@ -15,6 +15,9 @@ _SAMPLE = 200_000
 _PIECE = 1 << 22
 _MOST_LABELS = 12
 _PADDING_SHARE = 0.005
+_BORDER_SHARE = 0.1
+_FAT = 860
+"""Where fat begins in a CT plus 1024."""
 _MR_NAMES = frozenset(("t1", "t1w", "t2", "t2w", "t2star", "flair", "pd", "lge", "cine", "bssfp", "c0", "dwi", "adc"))
 _CT_NAMES = re.compile(r"(cb|c|ce|nc|ld|pet)?cta?")
 
@@ -36,8 +39,8 @@ def other_modality(image: NDArray[np.float32], modality: str, scanner: str = "")
 
     CT is in Hounsfield units: without air, lung or fat below 0 it is another image, or lost its offset of 1024. MR has
     no large part below -500, and not the two peaks of air and soft tissue of a CT that is stored with that offset.
-    Images that are scaled or z-scored already are not judged. No modality has many voxels of one value far from all
-    others, but for the padding of CT.
+    Images that are scaled or z-scored already are not judged. An image of any modality has something above 0, and not
+    many voxels of one value far from all others, but for the padding of CT.
 
     Args:
         image: Intensities.
@@ -48,6 +51,9 @@ def other_modality(image: NDArray[np.float32], modality: str, scanner: str = "")
     if kind and scanner and scanner != kind.upper():
         return f"its DICOM header says {scanner}, not {kind.upper()} (modality {modality!r})"
     sample = image.ravel(order="K")[:: image.size // _SAMPLE + 1]
+    low, high = (float(image.min()), float(image.max())) if image.size else (0.0, 0.0)
+    if low < high <= 0:
+        return f"no intensity is above 0 ({low:.4g} to {high:.4g}), as if their sign was changed; correct the file"
     real = sample[sample >= LOWEST_HU]
     if found := _far_value(real if kind == "ct" else sample):
         return found
@@ -80,11 +86,25 @@ def _not_hounsfield(real: NDArray[np.float32], modality: str) -> str | None:
     if rest.size and rest.min() - real.min() > 300:  # one value far below all others is padding
         real = rest
     low, high = np.percentile(real, (0.1, 99.9))
-    if low <= -20 or high <= 20:
+    if _stored_with_offset(real, _FAT):
+        meaning = "as in a CT whose offset of -1024 was lost, or one of -1000"
+    elif _in_thousandths(real):
+        meaning = "as in a CT that was divided by 1000"
+    elif _stored_with_offset(1024 - real, _FAT):
+        meaning = "as in a CT whose sign was changed, so that air is brightest"
+    elif low > -20 and high > 20:
+        meaning = f"an MR image among the {modality} ones"
+    else:
         return None
-    offset = _stored_with_offset(real)
-    meaning = "as in a CT whose offset of -1024 was lost" if offset else f"an MR image among the {modality} ones"
     return f"the intensities, {low:.4g} to {high:.4g}, are no Hounsfield units: {meaning}"
+
+
+def _in_thousandths(real: NDArray[np.float32]) -> bool:
+    """Whether the intensities are Hounsfield units by 1000, and not just scaled to [-1, 1] or z-scored."""
+    hounsfield = 1000 * real[real >= LOWEST_HU / 1000]
+    if not hounsfield.size or abs(real.std() - 1) < 0.02 or (real.min() >= -1.0001 and real.max() <= 1.0001):
+        return False
+    return _stored_with_offset(hounsfield + 1024, _FAT)
 
 
 def _not_mr(real: NDArray[np.float32], modality: str) -> str | None:
@@ -99,13 +119,16 @@ def _not_mr(real: NDArray[np.float32], modality: str) -> str | None:
     return None
 
 
-def _stored_with_offset(real: NDArray[np.float32]) -> bool:
-    """Whether air and lung, then nearly nothing, then soft tissue follow each other as in CT plus 1024."""
+def _stored_with_offset(real: NDArray[np.float32], tissue: float = 1000) -> bool:
+    """Whether air and lung, then nearly nothing, then soft tissue follow each other as in CT plus 1024.
+
+    ``tissue`` is where soft tissue begins: without fat, or with it where the image is known to be CT.
+    """
 
     def share(low: float, high: float) -> float:
         return float(np.mean((real >= low) & (real < high)))
 
-    soft = share(1000, 1150)
+    soft = share(tissue, 1150)
     return real.min() > -200 and share(-200, 400) > 0.1 and soft > 0.1 and soft > 3 * share(450, 850)
 
 
@@ -133,6 +156,8 @@ def unusual_intensities(image: NDArray[np.float32], modality: str) -> list[str]:
         notices.append(
             f"intensities from {low:g} to {high:g} look like Hounsfield units: a CT image among the {modality} ones?"
         )
+    if kind == "ct":
+        notices += _cut_or_padded(image, low, high)
     flat = image.ravel(order="K")
     pieces = [flat[start : start + _PIECE] for start in range(0, flat.size, _PIECE)]
     mean = float(image.mean(dtype=np.float64))
@@ -148,3 +173,28 @@ def unusual_intensities(image: NDArray[np.float32], modality: str) -> list[str]:
     elif low >= 0 and high <= 255 and all(np.array_equal(piece, np.rint(piece)) for piece in pieces):
         notices.append("intensities are whole numbers within 0..255, as if reduced to 8 bits")
     return notices
+
+
+def _cut_or_padded(image: NDArray[np.float32], low: float, high: float) -> list[str]:
+    """Warnings on a CT that was cut to a window, or has padding around it that is not air."""
+    if high - low < 200 or low > -20:  # no Hounsfield units
+        return []
+    at_low, at_high = (float(np.mean(image == end)) for end in (low, high))
+    if low > -800 and at_low > 0.01 and at_high > 0.0005:
+        return [
+            f"intensities were cut to {low:g} to {high:g}, as by a window: {100 * at_low:.3g} % and "
+            f"{100 * at_high:.3g} % of the voxels have just these values; a CT begins with air at about -1000"
+        ]
+    if image.ndim != 3:
+        return []
+    border = np.concatenate([image.take(end, axis).ravel() for axis in range(3) for end in (0, -1)])
+    values, counts = np.unique(border, return_counts=True)
+    value, share = float(values[counts.argmax()]), counts.max() / border.size
+    # A uniform tissue has one value often too, but values next to it nearly as often.
+    near = int(np.count_nonzero(np.abs(border - value) <= 5)) - int(counts.max())
+    if value <= -500 or share < _BORDER_SHARE or near > 0.5 * counts.max():
+        return []
+    return [
+        f"{100 * share:.3g} % of the border and {100 * np.mean(image == value):.3g} % of all voxels have the intensity "
+        f"{value:g}, as padding has, but air is at about -1000; set them to {AIR_HU:g}"
+    ]

@@ -134,7 +134,7 @@ def _read(path: Path, file: BinaryIO, size: int, zipped: bool, max_voxels: int) 
     header_class: Any = _SIZE_OF_HEADER[header_size]
     header = header_class(start[:header_size], endianness=endianness, check=False)
     shape, dtype = _check_header(path, header, max_voxels)
-    offset = _check_offset(path, header, len(start))
+    offset = _check_offset(path, header, len(start), dtype.itemsize)
     wanted = math.prod(shape) * dtype.itemsize
     room = size * _DEFLATE_LIMIT if zipped else size
     if offset + wanted > room:
@@ -162,7 +162,9 @@ def _read(path: Path, file: BinaryIO, size: int, zipped: bool, max_voxels: int) 
         )
     if surplus:
         notices.append(f"{surplus} bytes after the voxels were ignored")
-    return StoredVolume(header, voxels.view(dtype), shape, digest.hexdigest(), tuple(notices))
+    stored = voxels.view(dtype)
+    _check_byte_order(path, stored)
+    return StoredVolume(header, stored, shape, digest.hexdigest(), tuple(notices))
 
 
 class _Stream:
@@ -321,7 +323,7 @@ def _check_header(path: Path, header: Any, max_voxels: int) -> tuple[tuple[int, 
     return shape, np.dtype(READABLE_TYPES[code]).newbyteorder(header.endianness)
 
 
-def _check_offset(path: Path, header: Any, header_bytes: int) -> int:
+def _check_offset(path: Path, header: Any, header_bytes: int, itemsize: int) -> int:
     offset = float(header["vox_offset"])
     # Zero is written by some tools and means: directly after the header.
     if offset == 0:
@@ -331,7 +333,36 @@ def _check_offset(path: Path, header: Any, header_bytes: int) -> int:
             f"{path} says that its voxels begin at byte {offset:g}; expected {header_bytes} or a little more, "
             f"export it again"
         )
+    # NIfTI-1 asks for a multiple of 16; any whole voxel is fine, but half a voxel turns the image into noise.
+    if offset % math.gcd(itemsize, 16):
+        raise DataError(
+            f"{path} says that its voxels of {itemsize} bytes begin at byte {offset:g}; expected {header_bytes} or "
+            f"another multiple of 16, export it again"
+        )
     return int(offset)
+
+
+def _check_byte_order(path: Path, voxels: npt.NDArray[Any]) -> None:
+    """Refuse integers that are noise as stored and an image when their bytes are swapped."""
+    if voxels.dtype.kind not in "iu" or voxels.dtype.itemsize == 1:
+        return
+    middle = voxels[max(0, (voxels.size - _CHUNK) // 2) :][:_CHUNK]
+    types = np.iinfo(voxels.dtype)
+    if float(middle.max()) - float(middle.min()) < 0.5 * (float(types.max) - float(types.min)):
+        return  # low bytes in place of high ones fill most of the range
+    found = _roughness(middle)
+    if found > 0.3 and _roughness(middle.byteswap()) < 0.7 * found:
+        raise DataError(
+            f"{path} has noise as voxels, but an image if the bytes of each are swapped: the byte order in its "
+            f"header is not that of its voxels; export it again"
+        )
+
+
+def _roughness(voxels: npt.NDArray[Any]) -> float:
+    """Mean difference of neighbours by the standard deviation."""
+    values = voxels.astype(np.float64)
+    deviation = float(values.std())
+    return float(np.abs(np.diff(values)).mean()) / deviation if deviation > 0 else 0.0
 
 
 def _add_extensions(header: Any, block: bytes, endianness: str) -> str:
