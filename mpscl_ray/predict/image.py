@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,6 +68,7 @@ class Prediction:
     files: tuple[str, ...] = ()
     """Names in the output folder, the label map first."""
     image_sha256: str = ""
+    label_map_sha256: str = ""
     volumes_ml: Mapping[str, float] | None = None
     notices: tuple[str, ...] = ()
 
@@ -153,6 +155,7 @@ def _predict(predictor: Predictor, domain: Domain, job: Job, folder: Path, image
         image,
         files=names,
         image_sha256=volume.sha256,
+        label_map_sha256=hashlib.sha256((folder / names[0]).read_bytes()).hexdigest(),
         volumes_ml={name: float(count * voxel_ml) for name, count in zip(classes[1:], counts[1:], strict=True)},
         notices=(*volume.notices_for(domain.recipe), *done.notices),
     )

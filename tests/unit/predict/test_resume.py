@@ -139,3 +139,55 @@ def test_label_maps_of_a_tree_are_resumed_by_their_folders(batch: list[str], tmp
     assert main([*words, "--probabilities", "--resume"]) == 0
     after = [(tmp_path / "out" / name).stat().st_mtime_ns for name in label_maps]
     assert [old == new for old, new in zip(before, after, strict=True)] == [False, True]
+
+
+def test_a_damaged_or_changed_label_map_is_not_kept(
+    batch: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert main(batch) == 0
+    whole = {name: (out / f"{name}_prediction.nii.gz").read_bytes() for name in NAMES}
+    (out / "a_prediction.nii.gz").write_bytes(whole["a"][:100])
+    capsys.readouterr()
+    assert main([*batch, "--resume"]) == 0
+    shown = capsys.readouterr()
+    assert "note: damaged, made again: a_prediction.nii.gz" in shown.err
+    assert "3 of 4 images have their label map already" in shown.out
+    assert (out / "a_prediction.nii.gz").read_bytes() == whole["a"]
+    (out / "b_prediction.nii.gz").write_bytes(whole["c"])
+    with pytest.raises(ConfigError, match=r"b_prediction.nii.gz \(changed since it was written\); give --overwrite as"):
+        main([*batch, "--resume"])
+    assert (out / "b_prediction.nii.gz").read_bytes() == whole["c"]
+    assert main([*batch, "--resume", "--overwrite"]) == 0
+    assert {name: (out / f"{name}_prediction.nii.gz").read_bytes() for name in NAMES} == whole
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"settings": None}, r"volumes\.json is damaged \(the entry of b_prediction.nii.gz\); give --overwrite"),
+        ({"checkpoint": []}, r"volumes\.json is damaged"),
+        ({"prepared_as": None}, r"b_prediction.nii.gz \(another --modality\); give --overwrite as well"),
+        (None, r"b_prediction.nii.gz \(entry incomplete\); give --overwrite as well"),
+    ],
+)
+def test_a_damaged_entry_is_said(change: dict[str, Any] | None, said: str, batch: list[str], tmp_path: Path) -> None:
+    file = tmp_path / "out" / "volumes.json"
+    assert main(batch) == 0
+    good = entries(file.parent)
+    entry = {**good["b_prediction.nii.gz"], **change} if change is not None else {}
+    file.write_text(json.dumps({"predictions": {**good, "b_prediction.nii.gz": entry}}), encoding="utf-8")
+    with pytest.raises(ConfigError, match=said):
+        main([*batch, "--resume"])
+    assert main([*batch, "--resume", "--overwrite"]) == 0
+    assert entries(file.parent) == good
+
+
+def test_a_truncated_record_is_called_damaged(batch: list[str], tmp_path: Path) -> None:
+    file = tmp_path / "out" / "volumes.json"
+    assert main(batch) == 0
+    content = file.read_bytes()
+    for broken, said in ((content[:-40], "is damaged"), (b"[]", "was not written by predict")):
+        file.write_bytes(broken)
+        with pytest.raises(ConfigError, match=f"volumes.json {said}"):
+            main([*batch, "--resume"])
