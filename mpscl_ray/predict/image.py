@@ -20,13 +20,16 @@ from mpscl_ray.errors import ConfigError, DataError
 from mpscl_ray.predict.model import Checkpoint, Domain, Model
 from mpscl_ray.predict.output_names import PREVIEW_SUFFIX, SUFFIX, mirrored_folder, probability_name, stem
 from mpscl_ray.predict.predictor import Predictor, cached_predictor
-from mpscl_ray.predict.volume import segment_volume
+from mpscl_ray.predict.volume import (
+    PROBABILITY_INTENT,
+    PROBABILITY_STEPS,
+    refuse_probability_map,
+    segment_volume,
+)
 from mpscl_ray.runs.atomic_files import storage_errors
 from mpscl_ray.runs.plots import panel, save_png
 from mpscl_ray.runs.storage import S3Path, output_directory
 
-PROBABILITY_STEPS = 255
-"""Probabilities are stored as whole numbers, 0..255, with the slope that maps 255 to 1."""
 _PREVIEW_SLICES = 6
 
 
@@ -120,6 +123,7 @@ def _predict(predictor: Predictor, domain: Domain, job: Job, folder: Path, image
     volume = read_image(
         image, assume_spacing_mm=job.assume_spacing_mm, geometry=job.geometry, nan_policy=job.nan_policy
     )
+    refuse_probability_map(volume)
     done = segment_volume(
         predictor,
         domain,
@@ -140,7 +144,13 @@ def _predict(predictor: Predictor, domain: Domain, job: Job, folder: Path, image
         assert found.probabilities is not None
         for name, values in zip(names[1:], found.probabilities[1:], strict=False):
             steps = np.rint(values * PROBABILITY_STEPS).astype(np.uint8)
-            write_values(folder / name, restore_labels(steps, done.geometry), volume, slope=1.0 / PROBABILITY_STEPS)
+            write_values(
+                folder / name,
+                restore_labels(steps, done.geometry),
+                volume,
+                slope=1.0 / PROBABILITY_STEPS,
+                intent=PROBABILITY_INTENT,
+            )
     if job.preview:
         save_png(folder / names[-1], preview(done.slices, found.slices, classes))
     if job.raw_ids is None:

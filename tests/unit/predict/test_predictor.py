@@ -238,7 +238,8 @@ def stub(image: np.ndarray, affine: np.ndarray, recipe: Recipe) -> Predictor:
 
 
 def job(out: Path, **options: Any) -> Job:
-    return Job(out, Checkpoint("last", out), 0, "target", out, **options)
+    # The landmarks have three intensities, as a label map has.
+    return Job(out, Checkpoint("last", out), 0, "target", out, **{"any_modality": True, **options})
 
 
 def affine_of(
