@@ -63,7 +63,7 @@ def segment_volume(
         largest_component, probabilities: see :func:`mpscl_ray.predict.segmentation.segment`.
 
     Raises:
-        any_modality: whether what looks like another modality or a label map is segmented as well.
+        DataError: another modality, a label map, a crop without contrast, or weights that give no finite values.
     """
     if not any_modality:
         refuse_other_modality(array, domain, name, scanner, option)

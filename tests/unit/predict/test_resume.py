@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -13,8 +14,11 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from mpscl_ray.errors import ConfigError
+from mpscl_ray.errors import ConfigError, Interrupted
 from mpscl_ray.predict.command import main
+from mpscl_ray.predict.image import Prediction
+from mpscl_ray.predict.record import Record
+from mpscl_ray.runs.atomic_files import replacing
 from tests.untrained_run import save, segmenter, write_run
 
 NAMES = ("a", "b", "c", "d")
@@ -191,3 +195,26 @@ def test_a_truncated_record_is_called_damaged(batch: list[str], tmp_path: Path) 
         file.write_bytes(broken)
         with pytest.raises(ConfigError, match=f"volumes.json {said}"):
             main([*batch, "--resume"])
+
+
+def test_a_batch_that_a_scheduler_ends_says_how_to_go_on(
+    batch: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, add = tmp_path / "out", Record.add
+
+    def ended(self: Record, prediction: Prediction) -> None:
+        if prediction.image.name.startswith("c"):
+            with replacing(out / "d_prediction.nii.gz") as partial:
+                partial.touch()
+                os.kill(os.getpid(), signal.SIGTERM)
+        add(self, prediction)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Record, "add", ended)
+        with pytest.raises(Interrupted, match=r"stopped by SIGTERM before all images .* command with --resume"):
+            main(batch)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert not list(out.glob(".*"))
+    assert sorted(entries(out)) == ["a_prediction.nii.gz", "b_prediction.nii.gz"]
+    assert main([*batch, "--resume"]) == 0
+    assert len(entries(out)) == 4
