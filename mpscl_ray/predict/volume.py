@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from mpscl_ray.data.volumes.geometry import Geometry
+from mpscl_ray.data.volumes.geometry import Geometry, across_thick_voxels
 from mpscl_ray.data.volumes.intensities import few_values, kind_of, other_modality, unusual_intensities
 from mpscl_ray.data.volumes.nifti import Volume
 from mpscl_ray.data.volumes.preprocess import prepare_volume
@@ -73,7 +73,9 @@ def segment_volume(
     prepared = prepare_volume(array, affine, None, replace(domain.recipe, centre="image"), case=name)
     geometry, slices = prepared.geometry, domain.scale(prepared.image)
     found = segment(predictor, slices, geometry, largest_component=largest_component, probabilities=probabilities)
+    thick = across_thick_voxels(affine, geometry)
     notices = (
+        *((f"{thick[0]}, as the model takes them: the scan was acquired in another direction",) if thick else ()),
         *unusual_intensities(array, domain.modality),
         *(domain.trained_on.unusual(geometry, hounsfield=domain.recipe.hounsfield) if domain.trained_on else ()),
         *_quality_warnings(found.slices, geometry),

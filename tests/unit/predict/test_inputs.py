@@ -144,3 +144,21 @@ def test_label_maps_and_own_probability_maps_are_refused_whatever_their_names(
             trained.predict_file(scans / f"{name}.nii.gz", tmp_path / "new.nii.gz", modality="mr")
     with pytest.raises(DataError, match="the volume has only 2 different values, 0, 1, as a label map"):
         trained.predict(image > 100, np.eye(4), modality="mr")
+
+
+def test_slices_across_thick_voxels_and_several_volumes_are_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = write_run(tmp_path / "run").path
+    save(run / "checkpoints" / "step-0000300", segmenter())
+    image = np.random.default_rng(0).normal(100, 30, (34, 36, 5, 2)).astype(np.float32)
+    for name, array in (("thick", image[..., 0]), ("cine", image)):
+        nib.save(nib.Nifti1Image(array, np.diag([2.0, 2.0, 20.0, 1.0])), tmp_path / f"{name}.nii.gz")
+    files = [str(tmp_path / f"{name}.nii.gz") for name in ("thick", "cine")]
+    options = ["--out", str(tmp_path / "out"), "--modality", "mr", "--workers", "0", "--device", "cpu"]
+    assert main([str(run), *files, *options]) == 3
+    shown = capsys.readouterr()
+    assert "note: slices run across voxels that are 20 mm thick, and 2 mm along them, as the model" in shown.out
+    assert "cine.nii.gz has 4 axes" in shown.err
+    assert "extract one time point" in shown.err
+    assert "--frames" not in shown.err
