@@ -10,6 +10,7 @@ from pathlib import Path
 from mpscl_ray.data.volumes.recipe import GEOMETRIES, NAN_POLICIES
 from mpscl_ray.errors import ConfigError
 from mpscl_ray.runs import cli
+from mpscl_ray.runs.signals import first_signal_ends
 from mpscl_ray.runs.storage import S3Path, is_url, parse_location
 
 _EXAMPLES = """\
@@ -34,7 +35,8 @@ def main(arguments: Sequence[str]) -> int:
     # Imported here: help and refused arguments need no torch and no Ray.
     from mpscl_ray.predict.run import predict
 
-    return predict(options, out)
+    with first_signal_ends("before all images were segmented; to go on, give the same command with --resume"):
+        return predict(options, out)
 
 
 def _parser() -> argparse.ArgumentParser:

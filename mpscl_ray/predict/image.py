@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,13 +20,16 @@ from mpscl_ray.errors import ConfigError, DataError
 from mpscl_ray.predict.model import Checkpoint, Domain, Model
 from mpscl_ray.predict.output_names import PREVIEW_SUFFIX, SUFFIX, mirrored_folder, probability_name, stem
 from mpscl_ray.predict.predictor import Predictor, cached_predictor
-from mpscl_ray.predict.volume import segment_volume
+from mpscl_ray.predict.volume import (
+    PROBABILITY_INTENT,
+    PROBABILITY_STEPS,
+    refuse_probability_map,
+    segment_volume,
+)
 from mpscl_ray.runs.atomic_files import storage_errors
 from mpscl_ray.runs.plots import panel, save_png
 from mpscl_ray.runs.storage import S3Path, output_directory
 
-PROBABILITY_STEPS = 255
-"""Probabilities are stored as whole numbers, 0..255, with the slope that maps 255 to 1."""
 _PREVIEW_SLICES = 6
 
 
@@ -67,6 +71,7 @@ class Prediction:
     files: tuple[str, ...] = ()
     """Names in the output folder, the label map first."""
     image_sha256: str = ""
+    label_map_sha256: str = ""
     volumes_ml: Mapping[str, float] | None = None
     notices: tuple[str, ...] = ()
 
@@ -118,6 +123,7 @@ def _predict(predictor: Predictor, domain: Domain, job: Job, folder: Path, image
     volume = read_image(
         image, assume_spacing_mm=job.assume_spacing_mm, geometry=job.geometry, nan_policy=job.nan_policy
     )
+    refuse_probability_map(volume)
     done = segment_volume(
         predictor,
         domain,
@@ -138,7 +144,13 @@ def _predict(predictor: Predictor, domain: Domain, job: Job, folder: Path, image
         assert found.probabilities is not None
         for name, values in zip(names[1:], found.probabilities[1:], strict=False):
             steps = np.rint(values * PROBABILITY_STEPS).astype(np.uint8)
-            write_values(folder / name, restore_labels(steps, done.geometry), volume, slope=1.0 / PROBABILITY_STEPS)
+            write_values(
+                folder / name,
+                restore_labels(steps, done.geometry),
+                volume,
+                slope=1.0 / PROBABILITY_STEPS,
+                intent=PROBABILITY_INTENT,
+            )
     if job.preview:
         save_png(folder / names[-1], preview(done.slices, found.slices, classes))
     if job.raw_ids is None:
@@ -153,6 +165,7 @@ def _predict(predictor: Predictor, domain: Domain, job: Job, folder: Path, image
         image,
         files=names,
         image_sha256=volume.sha256,
+        label_map_sha256=hashlib.sha256((folder / names[0]).read_bytes()).hexdigest(),
         volumes_ml={name: float(count * voxel_ml) for name, count in zip(classes[1:], counts[1:], strict=True)},
         notices=(*volume.notices_for(domain.recipe), *done.notices),
     )

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +20,7 @@ from mpscl_ray.runs.checkpoint import SUMS
 from mpscl_ray.runs.run_directory import RunDirectory, open_run
 from mpscl_ray.runs.storage import S3Path, parse_location
 
+Result = TypeVar("Result")
 Slices = npt.NDArray[np.float32]
 
 
@@ -41,19 +43,19 @@ class Domain:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:
-        """From an entry of ``model.json``; raises KeyError, TypeError or ValueError if it is none."""
-        raw_ids: dict[str, int] = {}
-        for raw, name in sorted(values.get("labels", {}).get("values", {}).items(), key=lambda item: int(item[0])):
-            raw_ids.setdefault(name, int(raw))
+        """From an entry of ``model.json``; raises ValueError, which names what is wrong, if it is none."""
+        low, high = _read(values, "scaling", _scaling)
         return cls(
             modality=str(values["modality"]),
-            low=float(values["scaling"]["low"]),
-            high=float(values["scaling"]["high"]),
-            recipe=Recipe.from_json(values["recipe"]),
+            low=low,
+            high=high,
+            recipe=_read(values, "recipe", Recipe.from_json),
             dataset=parse_location(values["dataset"]) if values.get("dataset") else None,
             fingerprint=values.get("fingerprint"),
-            raw_ids=raw_ids,
-            trained_on=TrainingRange.from_json(values["training_volumes"]) if values.get("training_volumes") else None,
+            raw_ids=_read(values, "labels", _raw_ids) if "labels" in values else {},
+            trained_on=_read(values, "training_volumes", TrainingRange.from_json)
+            if values.get("training_volumes")
+            else None,
         )
 
     def scale(self, image: Slices) -> Slices:
@@ -116,6 +118,38 @@ class Checkpoint:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+class _EntryError(ValueError):
+    """What is wrong with an entry of ``model.json``, after its name."""
+
+
+def _read(values: Mapping[str, Any], name: str, read: Callable[[Any], Result]) -> Result:
+    """An entry of ``model.json``; raises _EntryError, which begins with its name."""
+    try:
+        return read(values[name])
+    except _EntryError as error:
+        raise _EntryError(f"{name}.{error}") from error
+    except (KeyError, TypeError, ValueError, AttributeError, ConfigError) as error:
+        if name not in values:
+            raise _EntryError(f"{name} is missing") from error
+        reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+        raise _EntryError(f"{name} is {str(values[name])[:200]}: {reason}") from error
+
+
+def _scaling(values: Mapping[str, Any]) -> tuple[float, float]:
+    low, high = float(values["low"]), float(values["high"])
+    if not -math.inf < low < high < math.inf:
+        raise ValueError("expected a low below a high")
+    return low, high
+
+
+def _raw_ids(labels: Mapping[str, Any]) -> dict[str, int]:
+    """The lowest label id of each class."""
+    ids: dict[str, int] = {}
+    for raw, name in sorted(labels.get("values", {}).items(), key=lambda item: int(item[0])):
+        ids.setdefault(name, int(raw))
+    return ids
+
+
 def read_model(run: RunDirectory | Path | str) -> Model:
     """Read ``model.json``. Raises ConfigError if there is no run, DataError for a damaged one."""
     folder = open_run(run)
@@ -126,13 +160,14 @@ def read_model(run: RunDirectory | Path | str) -> Model:
             classes=tuple(str(name) for name in values["classes"]),
             size=(int(values["size"][0]), int(values["size"][1])),
             network={"num_classes": len(values["classes"]), **values["network"]},
-            domains={"source": Domain.from_json(values["source"]), "target": Domain.from_json(values["target"])},
+            domains={role: _read(values, role, Domain.from_json) for role in ("source", "target")},
             phases=tuple(values.get("phases", ())),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
+        reason = str(error) if isinstance(error, _EntryError) else f"{type(error).__name__}: {error}"
         raise DataError(
-            f"{folder.model_file} is not what a run writes ({type(error).__name__}: {error}); restore it from a copy, "
-            "or run the training command again, which writes it"
+            f"{folder.model_file} is not what a run writes ({reason}); restore it from a copy, or run the training "
+            "command again, which writes it"
         ) from error
     if model.network["num_classes"] != len(model.classes):
         raise DataError(

@@ -158,9 +158,9 @@ def load_weights(
     except KeyError as error:
         raise DataError(f"{weights.path} is no checkpoint of a training: it has no entry {error}") from error
     except RuntimeError as error:
-        reason = " ".join(str(error).split())
         raise DataError(
-            f"{weights.path} does not fit the network of this run: {reason[:500]}; give a checkpoint of this run"
+            f"{weights.path} does not fit the network of this run: {_misfit(network, tensors)}; give a checkpoint of "
+            "this run"
         ) from error
     stored = state.get("classes")
     if stored is not None and tuple(stored) != model.classes:
@@ -175,6 +175,20 @@ def load_weights(
         selected_by=state.get("selected_by"),
     )
     return Predictor(network, model.classes, device=device, batch_slices=batch_slices, model=model, weights=weights)
+
+
+def _misfit(network: Segmenter, stored: Mapping[str, Tensor]) -> str:
+    """How stored tensors differ from those of a network, with counts and an example."""
+    wanted = network.state_dict()
+    other = [
+        f"{name}, {tuple(stored[name].shape)} instead of {tuple(tensor.shape)}"
+        for name, tensor in wanted.items()
+        if name in stored and tensor.shape != stored[name].shape
+    ]
+    missing, unknown = sorted(wanted.keys() - stored.keys()), sorted(stored.keys() - wanted.keys())
+    differences = (("of another shape", other), ("missing", missing), ("unknown", unknown))
+    said = [f"{len(names)} {what} (such as {names[0]})" for what, names in differences if names]
+    return f"of {len(wanted)} tensors {', '.join(said)}"
 
 
 def _build(description: Mapping[str, Any], origin: str) -> Segmenter:

@@ -6,8 +6,11 @@ An image is entered when its files are complete, so a killed batch lacks no more
 from __future__ import annotations
 
 import glob
+import gzip
 import hashlib
 import json
+import sys
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,10 @@ from mpscl_ray.runs.atomic_files import write_atomically
 from mpscl_ray.runs.palette import colour
 from mpscl_ray.runs.storage import S3Path, output_directory
 
+_MAPPINGS = ("checkpoint", "settings")
+"""What is a mapping in each entry."""
+_DAMAGED = "damaged"
+
 
 class Record:
     """The entries of an output folder, read when a command starts and written after each image.
@@ -33,7 +40,7 @@ class Record:
         overwrite: whether what is there may be replaced.
 
     Raises:
-        ConfigError: the folder has a volumes.json that predict did not write.
+        ConfigError: the folder has a volumes.json that is damaged, or that predict did not write.
     """
 
     def __init__(self, job: Job, classes: Sequence[str], *, overwrite: bool) -> None:
@@ -71,13 +78,18 @@ class Record:
 
     def _not_done(self, images: Sequence[Path]) -> list[Path]:
         """The images without a complete label map; half-written files of them are removed."""
-        left, others = [], []
+        left, others, damaged = [], [], []
         for image in images:
             label_map, *more = self._outputs(image)
             # A label map without an entry was written by a command that was killed before it could enter it.
             if label_map in self._entries and self._exists(label_map) and image.is_file():
                 if difference := self._difference(image, self._entries[label_map]):
                     others.append(f"{label_map} ({difference})")
+                elif change := self._change(label_map):
+                    if change == _DAMAGED:
+                        damaged.append(label_map)
+                    else:
+                        others.append(f"{label_map} ({change})")
                 elif all(map(self._exists, more)):
                     continue
             left.append(image)
@@ -86,6 +98,8 @@ class Record:
                 f"{self._job.out} has label maps that this command would not make: {_some(others)}; give --overwrite "
                 "as well to make them again, or another --out"
             )
+        if damaged:
+            print(f"note: damaged, made again: {_some(damaged)}", file=sys.stderr)
         for name in (name for image in left for name in self._outputs(image)):
             _remove_unfinished(self._job.out / name)
         return left
@@ -103,6 +117,7 @@ class Record:
         self._added[prediction.files[0]] = {
             "image": prediction.image.name,
             "image_sha256": prediction.image_sha256,
+            "label_map_sha256": prediction.label_map_sha256,
             "files": list(prediction.files),
             "volumes_ml": dict(prediction.volumes_ml or {}),
             "notices": list(prediction.notices),
@@ -137,15 +152,28 @@ class Record:
     def _difference(self, image: Path, entry: Mapping[str, Any]) -> str:
         """What an entry was made from that this command does not have; empty if it is all the same."""
         now = self._origin()
-        if entry.get("image_sha256") != _sha256(image):
+        if not entry.keys() >= {"image_sha256", "label_map_sha256", "prepared_as", *_MAPPINGS}:
+            return "entry incomplete"
+        if entry["image_sha256"] != _sha256(image):
             return "another image"
-        if entry.get("checkpoint", {}).get("sha256") != now["checkpoint"]["sha256"]:
+        if entry["checkpoint"].get("sha256") != now["checkpoint"]["sha256"]:
             return "other weights"
-        if entry.get("prepared_as") != now["prepared_as"]:
+        if entry["prepared_as"] != now["prepared_as"]:
             return "another --modality"
-        before = entry.get("settings", {})
+        before = entry["settings"]
         changed = [name for name, value in now["settings"].items() if before.get(name) != value]
         return f"another {', '.join('--' + name.replace('_', '-') for name in changed)}" if changed else ""
+
+    def _change(self, label_map: str) -> str:
+        """What became of a label map since it was written; empty if it is the same file."""
+        content = (self._job.out / label_map).read_bytes()
+        if hashlib.sha256(content).hexdigest() == self._entries[label_map]["label_map_sha256"]:
+            return ""
+        try:
+            gzip.decompress(content)
+        except (OSError, EOFError, zlib.error):
+            return _DAMAGED
+        return "changed since it was written"  # by hand, perhaps: such work is not replaced unasked
 
 
 def _remove_unfinished(path: Path | S3Path) -> None:
@@ -156,17 +184,28 @@ def _remove_unfinished(path: Path | S3Path) -> None:
 
 
 def _read_entries(file: Path | S3Path, overwrite: bool) -> dict[str, Any]:
+    wrong = "was not written by predict"
     try:
         entries = json.loads(file.read_bytes())["predictions"]
+        if all(isinstance(entry, dict) for entry in entries.values()):
+            bad = [name for name, entry in entries.items() if not _well_formed(entry)]
+            if not bad:
+                return dict(entries)
+            wrong = f"is damaged (the entry of {bad[0]})"
     except (FileNotFoundError, NotADirectoryError):
         return {}
-    except (OSError, ValueError, KeyError, TypeError):
-        entries = None
-    if isinstance(entries, dict) and all(isinstance(entry, dict) for entry in entries.values()):
-        return entries
+    except ValueError:
+        wrong = "is damaged (it is not whole JSON)"
+    except (OSError, KeyError, TypeError, AttributeError):
+        pass
     if overwrite:
         return {}
-    raise ConfigError(f"{file} was not written by predict; move it away, or give --overwrite")
+    raise ConfigError(f"{file} {wrong}; give --overwrite, or move it away")
+
+
+def _well_formed(entry: Mapping[str, Any]) -> bool:
+    """Whether what an entry has is of the right kind; it may lack parts."""
+    return all(isinstance(entry.get(name, {}), dict) for name in _MAPPINGS)
 
 
 def _write_entries(folder: Path, entries: Mapping[str, Any]) -> None:

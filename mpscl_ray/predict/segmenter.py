@@ -19,7 +19,7 @@ from mpscl_ray.predict import predictor as predictors
 from mpscl_ray.predict.image import output_ids
 from mpscl_ray.predict.model import Checkpoint, Model
 from mpscl_ray.predict.predictor import Predictor
-from mpscl_ray.predict.volume import segment_volume
+from mpscl_ray.predict.volume import refuse_probability_map, segment_volume
 from mpscl_ray.runs.atomic_files import storage_errors
 
 LabelValues = Literal["index", "raw"]
@@ -84,15 +84,15 @@ class TrainedSegmenter:
             largest_component: whether only the largest connected part of each structure is kept.
             label_values: ``index``: indices into :attr:`class_names`, uint8. ``raw``: those of :attr:`label_values`,
                 int32.
-            any_modality: whether a volume whose intensities look like another modality is segmented as well.
+            any_modality: whether what looks like another modality or a label map is segmented as well.
 
         Returns:
             (X, Y, Z) label map on the grid of the volume, what the command predict writes.
 
         Raises:
             ConfigError: the run does not know the modality.
-            DataError: shape, affine or intensities cannot be used, the volume looks like another modality, or the
-                weights give values that are not finite.
+            DataError: shape, affine or intensities cannot be used, the volume looks like another modality or a label
+                map, or the weights give values that are not finite.
 
         Warns:
             UserWarning: each warning that the command predict writes into volumes.json, such as a voxel size that no
@@ -131,7 +131,8 @@ class TrainedSegmenter:
         Raises:
             ConfigError: the run does not know the modality, an option has another value, or ``out`` is the image or
                 not the name of a NIfTI file.
-            DataError: the image is damaged or cannot be used, or looks like another modality.
+            DataError: the image is damaged or cannot be used, or looks like another modality, a label map, or a
+                probability map of predict.
             StorageError: ``out`` cannot be written.
 
         Warns:
@@ -145,6 +146,7 @@ class TrainedSegmenter:
         table = self._table(label_values)
         _check_reading(assume_spacing, geometry, nan_policy)
         image = read_image(path, assume_spacing_mm=assume_spacing, geometry=geometry, nan_policy=nan_policy)
+        refuse_probability_map(image)
         with storage_errors(out.parent):
             out.parent.mkdir(parents=True, exist_ok=True)
         labels = self._predict(
@@ -187,6 +189,7 @@ class TrainedSegmenter:
             affine,
             name,
             any_modality=any_modality,
+            option="any_modality=True",
             largest_component=largest_component,
         )
         for notice in (*notices, *done.notices):

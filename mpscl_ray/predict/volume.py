@@ -7,14 +7,19 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from mpscl_ray.data.volumes.geometry import Geometry
+from mpscl_ray.data.volumes.geometry import Geometry, across_thick_voxels
 from mpscl_ray.data.volumes.intensities import few_values, kind_of, other_modality, unusual_intensities
+from mpscl_ray.data.volumes.nifti import Volume
 from mpscl_ray.data.volumes.preprocess import prepare_volume
 from mpscl_ray.errors import DataError
 from mpscl_ray.predict.model import Domain, Slices
 from mpscl_ray.predict.predictor import Predictor, keep_largest_component
 from mpscl_ray.predict.segmentation import Segmentation, segment
 
+PROBABILITY_STEPS = 255
+"""Probabilities are stored as whole numbers, 0..255, with the slope that maps 255 to 1."""
+PROBABILITY_INTENT = "estimate"
+"""NIfTI's intent of a probability map. With the slope it tells one of predict, whatever its name; no text is needed."""
 _NOTABLE_EDGE = 0.5
 """Part of the segmented organ's width, over all slices, that lies at the edge of the crop if it may be cut off."""
 
@@ -40,6 +45,7 @@ def segment_volume(
     *,
     scanner: str = "",
     any_modality: bool = False,
+    option: str = "--any-modality",
     largest_component: bool = False,
     probabilities: bool = False,
 ) -> SegmentedVolume:
@@ -52,21 +58,24 @@ def segment_volume(
         affine: (4, 4), voxel index to RAS+ millimetres.
         name: of the volume, for messages.
         scanner: modality that its DICOM header names, in capitals, if there is one.
-        any_modality: whether a volume whose intensities look like another modality is segmented as well.
+        any_modality: whether what looks like another modality or a label map is segmented as well.
+        option: what a user sets for that, for messages.
         largest_component, probabilities: see :func:`mpscl_ray.predict.segmentation.segment`.
 
     Raises:
-        DataError: another modality, a crop without contrast, or weights that give values that are not finite.
+        DataError: another modality, a label map, a crop without contrast, or weights that give no finite values.
     """
     if not any_modality:
-        refuse_other_modality(array, domain, name, scanner)
+        refuse_other_modality(array, domain, name, scanner, option)
+        if few := few_values(array):
+            raise DataError(f"{name} {few}, as a label map; give the image, or {option} if it is one")
     # Never by labels: a new image has none.
     prepared = prepare_volume(array, affine, None, replace(domain.recipe, centre="image"), case=name)
     geometry, slices = prepared.geometry, domain.scale(prepared.image)
     found = segment(predictor, slices, geometry, largest_component=largest_component, probabilities=probabilities)
-    few = few_values(array)
+    thick = across_thick_voxels(affine, geometry)
     notices = (
-        *((f"the image {few}: is it a label map?",) if few else ()),
+        *((f"{thick[0]}, as the model takes them: the scan was acquired in another direction",) if thick else ()),
         *unusual_intensities(array, domain.modality),
         *(domain.trained_on.unusual(geometry, hounsfield=domain.recipe.hounsfield) if domain.trained_on else ()),
         *_quality_warnings(found.slices, geometry),
@@ -74,7 +83,21 @@ def segment_volume(
     return SegmentedVolume(found, slices, geometry, notices)
 
 
-def refuse_other_modality(array: npt.NDArray[np.float32], domain: Domain, name: str, scanner: str = "") -> None:
+def refuse_probability_map(volume: Volume) -> None:
+    """Refuse a file that predict wrote itself, also under another name.
+
+    Raises:
+        DataError: it is a probability map.
+    """
+    header = volume.header
+    slope = np.float32(1.0 / PROBABILITY_STEPS)
+    if header.get_intent()[0] == PROBABILITY_INTENT and np.float32(header["scl_slope"]) == slope:
+        raise DataError(f"{volume.path} is a probability map that predict wrote; give the image")
+
+
+def refuse_other_modality(
+    array: npt.NDArray[np.float32], domain: Domain, name: str, scanner: str = "", option: str = "--any-modality"
+) -> None:
     """Refuse an image of another modality than the model's.
 
     Raises:
@@ -84,8 +107,8 @@ def refuse_other_modality(array: npt.NDArray[np.float32], domain: Domain, name: 
     judged = kind_of(domain.modality) != "ct" or domain.recipe.hounsfield
     if judged and (wrong := other_modality(array, domain.modality, scanner)):
         raise DataError(
-            f"{name}: {wrong}, but the model expects {domain.modality}; give another modality, or --any-modality "
-            "(any_modality) to segment it all the same"
+            f"{name}: {wrong}, but the model expects {domain.modality}; give another modality, or {option} to segment "
+            "it all the same"
         )
 
 

@@ -2,45 +2,10 @@
 
 from __future__ import annotations
 
-import signal
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from types import FrameType
+from collections.abc import Sequence
 
-from mpscl_ray.errors import Interrupted
 from mpscl_ray.prepare.arguments import parse
-
-
-@contextmanager
-def _signals_end() -> Iterator[None]:
-    """SIGTERM, SIGHUP and Ctrl-C raise an error, so that the hidden folder is removed; the second one changes nothing.
-
-    Raises:
-        Interrupted: on the first signal.
-    """
-
-    def end(number: int, frame: FrameType | None) -> None:
-        for one in previous:
-            signal.signal(one, signal.SIG_IGN)  # removing the files is not interrupted
-        raise Interrupted(
-            f"stopped by {signal.Signals(number).name} before the dataset was finished; nothing was written, give the "
-            "same command again"
-        )
-
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread may handle signals
-        return
-    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    if previous[signal.SIGHUP] is signal.SIG_IGN:
-        del previous[signal.SIGHUP]  # nohup
-    try:
-        for number in previous:
-            signal.signal(number, end)
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+from mpscl_ray.runs.signals import first_signal_ends
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -50,7 +15,7 @@ def main(arguments: Sequence[str]) -> int:
     from mpscl_ray.prepare.pictures.page import PICTURES
     from mpscl_ray.prepare.run import next_command, prepare, summary
 
-    with _signals_end():
+    with first_signal_ends("before the dataset was finished; nothing was written, give the same command again"):
         folders = prepare(options)
     for folder in folders.values():
         print(summary(folder))

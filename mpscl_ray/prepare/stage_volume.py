@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 
 from mpscl_ray.data.compatibility import structure_width
 from mpscl_ray.data.label_map_files import encode_label_map
-from mpscl_ray.data.volumes.geometry import Geometry, closest_world_axes, covered_voxels
+from mpscl_ray.data.volumes.geometry import Geometry, across_thick_voxels, closest_world_axes, covered_voxels
 from mpscl_ray.data.volumes.intensities import few_values, other_modality, unusual_intensities
 from mpscl_ray.data.volumes.label_maps import class_voxels
-from mpscl_ray.data.volumes.nifti import Volume, read_image, read_label
+from mpscl_ray.data.volumes.nifti import SeveralVolumesError, Volume, read_image, read_label
 from mpscl_ray.data.volumes.preprocess import PreparedVolume, intensity_range, prepare_volume
 from mpscl_ray.data.volumes.same_grid import check_same_geometry, turned_to
 from mpscl_ray.errors import DataError
@@ -35,8 +35,6 @@ from mpscl_ray.prepare.staged_case import (
 )
 from mpscl_ray.runs.atomic_files import storage_errors
 
-_THICK = 2.5
-"""Ratio of voxel sizes from which a stack counts as one of thick slices."""
 _NOTABLE_LOSS = 0.05
 """Part of a structure outside the crop that is worth a warning."""
 _SAID = ("turned to the image", "overlaps")
@@ -63,7 +61,7 @@ def stage_volume(request: Request, settings: Settings) -> StagedCase | list[str]
     notices += [*image.notices_for(settings.recipe), *unusual_intensities(image.array, source.modality)]
     recipe = settings.recipe_of(source.modality)
     prepared = prepare_volume(image.array, image.affine, mapped, recipe, case=str(source.images[0]))
-    notices += _across_thick_voxels(image, prepared.geometry)
+    notices += _thick(image, prepared.geometry)
     if request.folder is not None:  # A check knows no crop.
         notices += _mostly_padding(prepared.geometry)
         notices += _cut_off(mapped, prepared, settings) if mapped is not None else []
@@ -115,6 +113,8 @@ def _read(request: Request, settings: Settings) -> tuple[Volume | None, Volume |
             nan_policy=settings.nan_policy,
             max_voxels=MAX_VOXELS,
         )
+    except SeveralVolumesError as error:
+        problems.append(f"{error}, or choose time points (--frames labelled, --frames 0,9)")
     except DataError as error:
         problems.append(str(error))
     if image is not None and not settings.any_modality:
@@ -199,17 +199,15 @@ def _cut_off(mapped: NDArray[np.uint8], prepared: PreparedVolume, settings: Sett
     return [f"the crop leaves out {listed}: give a larger --crop or --crop-depth, or cut the scan to the heart"]
 
 
-def _across_thick_voxels(image: Volume, geometry: Geometry) -> list[str]:
+def _thick(image: Volume, geometry: Geometry) -> list[str]:
     """A warning on slices that run across thick voxels."""
-    depth, rows, columns = geometry.axes
-    thick = max((rows, columns), key=lambda axis: image.spacing_mm[axis.array_axis])
-    thickness, along = image.spacing_mm[thick.array_axis], image.spacing_mm[depth.array_axis]
-    if thickness < _THICK * along:
+    found = across_thick_voxels(image.affine, geometry)
+    if found is None:
         return []
-    plane = _PLANE_OF_WORLD_AXIS[closest_world_axes(image.affine)[thick.array_axis][0]]
+    said, axis = found
+    plane = _PLANE_OF_WORLD_AXIS[closest_world_axes(image.affine)[axis][0]]
     return [
-        f"slices run across voxels that are {thickness:.3g} mm thick, and {along:.3g} mm along them; --slice-axis "
-        f"{plane} (or --orientation stored --slice-axis {thick.array_axis}) cuts slices as they were acquired"
+        f"{said}; --slice-axis {plane} (or --orientation stored --slice-axis {axis}) cuts slices as they were acquired"
     ]
 
 

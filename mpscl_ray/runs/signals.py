@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from types import FrameType
@@ -67,6 +68,37 @@ def signals_end(when: str) -> Iterator[None]:
 
     with _handlers(end):
         yield
+
+
+@contextmanager
+def first_signal_ends(when: str) -> Iterator[None]:
+    """Inside the block SIGTERM, SIGHUP and Ctrl-C raise an error, so that files are cleaned up; further ones do
+    nothing.
+
+    In another thread than the main one, which alone may handle signals, nothing changes.
+
+    Raises:
+        Interrupted: on the first signal; says ``when``.
+    """
+
+    def end(number: int, frame: FrameType | None) -> None:
+        for one in previous:
+            signal.signal(one, signal.SIG_IGN)  # removing the files is not interrupted
+        raise Interrupted(f"stopped by {signal.Signals(number).name} {when}")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    if previous[signal.SIGHUP] is signal.SIG_IGN:
+        del previous[signal.SIGHUP]  # nohup
+    try:
+        for number in previous:
+            signal.signal(number, end)
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 @contextmanager

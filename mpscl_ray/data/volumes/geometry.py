@@ -39,6 +39,8 @@ LabelArray = npt.NDArray[np.integer[Any]]
 PERCENTILES = (5, 25, 50, 75, 95)
 """Percentiles that describe the distribution of intensities of a crop."""
 _LETTERS = (("L", "R"), ("P", "A"), ("I", "S"))
+_THICK = 2.5
+"""Ratio of voxel sizes from which a stack counts as one of thick slices."""
 
 
 @dataclass(frozen=True)
@@ -167,6 +169,22 @@ def closest_world_axes(affine: FloatArray) -> tuple[tuple[int, int], tuple[int, 
         found[int(array_axis)] = (world_axis, 1 if column[world_axis] > 0 else -1)
         rotation[world_axis, :] = 0.0
     return found[0], found[1], found[2]
+
+
+def across_thick_voxels(affine: FloatArray, geometry: Geometry) -> tuple[str, int] | None:
+    """That slices run across thick voxels, and the array axis along which those are thick; None if they do not.
+
+    Args:
+        affine: (4, 4) of the original array.
+        geometry: how slices were made from it.
+    """
+    sizes = voxel_sizes(affine)
+    depth, *in_slice = (axis.array_axis for axis in geometry.axes)
+    thick = max(in_slice, key=lambda axis: sizes[axis])
+    if sizes[thick] < _THICK * sizes[depth]:
+        return None
+    said = f"slices run across voxels that are {sizes[thick]:.3g} mm thick, and {sizes[depth]:.3g} mm along them"
+    return said, thick
 
 
 def orientation_letters(affine: FloatArray) -> str:

@@ -50,6 +50,10 @@ class Volume:
         return tuple(notice for notice in self.notices if not (stored and notice.startswith(OBLIQUE)))
 
 
+class SeveralVolumesError(DataError):
+    """The file has more than one volume, such as time points."""
+
+
 def read_image(
     path: Path | str,
     *,
@@ -224,9 +228,9 @@ def _volume_shape(path: Path, stored: StoredVolume, frame: int | None) -> tuple[
             f"patient to a volume"
         )
     if math.prod(shape[3:]) > 1 and (frame is None or len(shape) != 4):
-        raise DataError(
-            f"{path} has {len(shape)} axes ({text}), expected one volume with three axes; save one time point or "
-            f"channel as a separate file, or choose time points in prepare (--frames labelled, --frames 0,9)"
+        raise SeveralVolumesError(
+            f"{path} has {len(shape)} axes ({text}), expected one volume with three axes; extract one time point "
+            f"or channel as a separate file"
         )
     if len(shape) > 3 and math.prod(shape[3:]) == 1:
         notices.append(f"the trailing axes of length 1 of {text} were dropped")

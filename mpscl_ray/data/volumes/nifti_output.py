@@ -45,7 +45,9 @@ def write_label_map(path: Path, labels: npt.NDArray[np.uint8], like: Volume, cla
     _write(path, np.asarray(labels, dtype=np.uint8), like, brightest=len(classes) - 1, intent="label")
 
 
-def write_values(path: Path, values: npt.NDArray[np.generic], like: Volume, slope: float = 1.0) -> None:
+def write_values(
+    path: Path, values: npt.NDArray[np.generic], like: Volume, slope: float = 1.0, intent: str = "none"
+) -> None:
     """Write whole numbers in the geometry of an image, without its texts.
 
     Args:
@@ -53,11 +55,12 @@ def write_values(path: Path, values: npt.NDArray[np.generic], like: Volume, slop
         values: Shape of the image's array, in a type that NIfTI has.
         like: The image.
         slope: Factor that readers multiply stored numbers by.
+        intent: What the values are, one of NIfTI's intents.
 
     Raises:
         StorageError: The file cannot be written; it appears whole or not at all.
     """
-    _write(path, values, like, slope=slope)
+    _write(path, values, like, slope=slope, intent=intent)
 
 
 def _write(

@@ -10,13 +10,17 @@ import numpy as np
 import pytest
 
 from mpscl_ray.data.volumes.nifti import Volume, read_image
+from mpscl_ray.data.volumes.personal_data import private_fields
 from mpscl_ray.data.volumes.recipe import Recipe
 from mpscl_ray.errors import ConfigError, DataError
+from mpscl_ray.predict.command import main
 from mpscl_ray.predict.image import Job, outputs
 from mpscl_ray.predict.model import Checkpoint, Domain
 from mpscl_ray.predict.output_names import SLICER_LABELS
 from mpscl_ray.predict.run import _without_long_names, find_images
+from mpscl_ray.predict.segmenter import load_segmenter
 from mpscl_ray.predict.volume import refuse_other_modality
+from tests.untrained_run import save, segmenter, write_run
 
 JOB = Job("run", Checkpoint("last", Path("weights")), 0, "target", Path("out"), probabilities=True)
 
@@ -109,3 +113,52 @@ def test_an_image_of_another_modality_is_refused(tmp_path: Path) -> None:
     check(mr, replace(domain, modality="mr"))
     with pytest.raises(DataError, match="are Hounsfield units"):
         check(ct, replace(domain, modality="mr"))
+
+
+def test_label_maps_and_own_probability_maps_are_refused_whatever_their_names(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, scans, out = write_run(tmp_path / "run").path, tmp_path / "scans", tmp_path / "out"
+    save(run / "checkpoints" / "step-0000300", segmenter())
+    image = np.random.default_rng(0).normal(100, 30, (34, 12, 36)).astype(np.float32)
+    scans.mkdir()
+    nib.save(nib.Nifti1Image(image, np.eye(4)), scans / "a.nii.gz")
+    options = ["--modality", "mr", "--workers", "0", "--device", "cpu"]
+    assert main([str(run), str(scans), "--out", str(out), *options, "--probabilities"]) == 0
+    (out / "a_prediction.nii.gz").rename(scans / "labels.nii.gz")
+    probability = (out / "a_probability_LV.nii.gz").rename(scans / "a_probability_LV.nii.gz")
+    assert private_fields(nib.load(probability).header) == ()
+    capsys.readouterr()
+    assert main([str(run), str(scans), "--out", str(tmp_path / "again"), *options]) == 3
+    shown = capsys.readouterr()
+    assert "a_prediction.nii.gz: " in shown.out
+    assert "labels.nii.gz has only" in shown.err
+    assert "as a label map; give the image, or --any-modality if it is one" in shown.err
+    assert "a_probability_LV.nii.gz is a probability map that predict wrote; give the image" in shown.err
+    assert [path.name for path in (tmp_path / "again").glob("*.nii.gz")] == ["a_prediction.nii.gz"]
+    arguments = [str(run), str(scans / "labels.nii.gz"), "--out", str(tmp_path / "any"), *options]
+    assert main([*arguments, "--any-modality"]) == 0
+    trained = load_segmenter(run, device="cpu")
+    for name, said in (("labels", "or any_modality=True if it is one"), ("a_probability_LV", "a probability map")):
+        with pytest.raises(DataError, match=said):
+            trained.predict_file(scans / f"{name}.nii.gz", tmp_path / "new.nii.gz", modality="mr")
+    with pytest.raises(DataError, match="the volume has only 2 different values, 0, 1, as a label map"):
+        trained.predict(image > 100, np.eye(4), modality="mr")
+
+
+def test_slices_across_thick_voxels_and_several_volumes_are_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = write_run(tmp_path / "run").path
+    save(run / "checkpoints" / "step-0000300", segmenter())
+    image = np.random.default_rng(0).normal(100, 30, (34, 36, 5, 2)).astype(np.float32)
+    for name, array in (("thick", image[..., 0]), ("cine", image)):
+        nib.save(nib.Nifti1Image(array, np.diag([2.0, 2.0, 20.0, 1.0])), tmp_path / f"{name}.nii.gz")
+    files = [str(tmp_path / f"{name}.nii.gz") for name in ("thick", "cine")]
+    options = ["--out", str(tmp_path / "out"), "--modality", "mr", "--workers", "0", "--device", "cpu"]
+    assert main([str(run), *files, *options]) == 3
+    shown = capsys.readouterr()
+    assert "note: slices run across voxels that are 20 mm thick, and 2 mm along them, as the model" in shown.out
+    assert "cine.nii.gz has 4 axes" in shown.err
+    assert "extract one time point" in shown.err
+    assert "--frames" not in shown.err

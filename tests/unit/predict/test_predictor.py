@@ -30,7 +30,7 @@ from mpscl_ray.predict.predictor import (
 )
 from mpscl_ray.predict.run import print_outcome
 from mpscl_ray.runs import checkpoint
-from tests.untrained_run import CLASSES, save, segmenter, write_run
+from tests.untrained_run import CLASSES, domain, save, segmenter, write_run
 
 
 def some_slices(depth: int = 11) -> np.ndarray:
@@ -169,7 +169,9 @@ def test_errors_of_loading_are_one_sentence(tmp_path: Path) -> None:
         load_segmenter(folder.path, "sourceonly")
     other = DeepLabV2(num_classes=3, layers=(1, 1, 1, 1), base_channels=8, output_stride=4, in_channels=1)
     save(folder.checkpoints / "step-0000200", other)
-    with pytest.raises(DataError, match="does not fit the network"):
+    with pytest.raises(
+        DataError, match=r"does not fit .*: of \d+ tensors \d+ of another shape \(such as conv1.weight, \(8, "
+    ):
         load_segmenter(folder.path)
     save(folder.checkpoints / "step-0000300", segmenter(), classes=["background", "RV", "LV"])
     with pytest.raises(DataError, match="trained on the classes background, RV, LV"):
@@ -177,9 +179,24 @@ def test_errors_of_loading_are_one_sentence(tmp_path: Path) -> None:
     checkpoint.save(folder.checkpoints / "step-0000400", {"something": 1})
     with pytest.raises(DataError, match="no checkpoint of a training"):
         load_segmenter(folder.path)
-    for broken in ({"classes": ["background", "LV"]}, {"size": 3}, {"source": {"modality": "mr"}}):
-        write_run(tmp_path / "run", **broken)
-        with pytest.raises(DataError, match=r"model\.json"):
+
+
+def test_a_wrong_entry_of_the_description_is_named(tmp_path: Path) -> None:
+    good = domain("ct", Recipe(crop=(32, 32)))
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"classes": ["background", "LV"]}, "names 2 classes"),
+        ({"size": 3}, "TypeError"),
+        ({"source": {"modality": "mr"}}, "source.scaling is missing"),
+        ({"target": {**good, "scaling": {"low": 2, "high": -1}}}, "target.scaling is .*: expected a low below a high"),
+        ({"target": {**good, "scaling": {"low": 2}}}, "target.scaling is .*: it has no 'high'"),
+        ({"target": {**good, "scaling": None}}, "target.scaling is None"),
+        ({"target": {**good, "recipe": {**good["recipe"], "crop": "x"}}}, "target.recipe is .*: crop is x; expected"),
+        ({"target": {**good, "labels": {"values": {"a": "LV"}}}}, "target.labels is .*'a'"),
+        ({"target": None}, "target is None"),
+    ]
+    for entry, said in wrong:
+        write_run(tmp_path / "run", **entry)
+        with pytest.raises(DataError, match=rf"model\.json .*{said}"):
             read_model(tmp_path / "run")
 
 
@@ -238,7 +255,8 @@ def stub(image: np.ndarray, affine: np.ndarray, recipe: Recipe) -> Predictor:
 
 
 def job(out: Path, **options: Any) -> Job:
-    return Job(out, Checkpoint("last", out), 0, "target", out, **options)
+    # The landmarks have three intensities, as a label map has.
+    return Job(out, Checkpoint("last", out), 0, "target", out, **{"any_modality": True, **options})
 
 
 def affine_of(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -13,8 +14,11 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from mpscl_ray.errors import ConfigError
+from mpscl_ray.errors import ConfigError, Interrupted
 from mpscl_ray.predict.command import main
+from mpscl_ray.predict.image import Prediction
+from mpscl_ray.predict.record import Record
+from mpscl_ray.runs.atomic_files import replacing
 from tests.untrained_run import save, segmenter, write_run
 
 NAMES = ("a", "b", "c", "d")
@@ -139,3 +143,78 @@ def test_label_maps_of_a_tree_are_resumed_by_their_folders(batch: list[str], tmp
     assert main([*words, "--probabilities", "--resume"]) == 0
     after = [(tmp_path / "out" / name).stat().st_mtime_ns for name in label_maps]
     assert [old == new for old, new in zip(before, after, strict=True)] == [False, True]
+
+
+def test_a_damaged_or_changed_label_map_is_not_kept(
+    batch: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert main(batch) == 0
+    whole = {name: (out / f"{name}_prediction.nii.gz").read_bytes() for name in NAMES}
+    (out / "a_prediction.nii.gz").write_bytes(whole["a"][:100])
+    capsys.readouterr()
+    assert main([*batch, "--resume"]) == 0
+    shown = capsys.readouterr()
+    assert "note: damaged, made again: a_prediction.nii.gz" in shown.err
+    assert "3 of 4 images have their label map already" in shown.out
+    assert (out / "a_prediction.nii.gz").read_bytes() == whole["a"]
+    (out / "b_prediction.nii.gz").write_bytes(whole["c"])
+    with pytest.raises(ConfigError, match=r"b_prediction.nii.gz \(changed since it was written\); give --overwrite as"):
+        main([*batch, "--resume"])
+    assert (out / "b_prediction.nii.gz").read_bytes() == whole["c"]
+    assert main([*batch, "--resume", "--overwrite"]) == 0
+    assert {name: (out / f"{name}_prediction.nii.gz").read_bytes() for name in NAMES} == whole
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"settings": None}, r"volumes\.json is damaged \(the entry of b_prediction.nii.gz\); give --overwrite"),
+        ({"checkpoint": []}, r"volumes\.json is damaged"),
+        ({"prepared_as": None}, r"b_prediction.nii.gz \(another --modality\); give --overwrite as well"),
+        (None, r"b_prediction.nii.gz \(entry incomplete\); give --overwrite as well"),
+    ],
+)
+def test_a_damaged_entry_is_said(change: dict[str, Any] | None, said: str, batch: list[str], tmp_path: Path) -> None:
+    file = tmp_path / "out" / "volumes.json"
+    assert main(batch) == 0
+    good = entries(file.parent)
+    entry = {**good["b_prediction.nii.gz"], **change} if change is not None else {}
+    file.write_text(json.dumps({"predictions": {**good, "b_prediction.nii.gz": entry}}), encoding="utf-8")
+    with pytest.raises(ConfigError, match=said):
+        main([*batch, "--resume"])
+    assert main([*batch, "--resume", "--overwrite"]) == 0
+    assert entries(file.parent) == good
+
+
+def test_a_truncated_record_is_called_damaged(batch: list[str], tmp_path: Path) -> None:
+    file = tmp_path / "out" / "volumes.json"
+    assert main(batch) == 0
+    content = file.read_bytes()
+    for broken, said in ((content[:-40], "is damaged"), (b"[]", "was not written by predict")):
+        file.write_bytes(broken)
+        with pytest.raises(ConfigError, match=f"volumes.json {said}"):
+            main([*batch, "--resume"])
+
+
+def test_a_batch_that_a_scheduler_ends_says_how_to_go_on(
+    batch: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, add = tmp_path / "out", Record.add
+
+    def ended(self: Record, prediction: Prediction) -> None:
+        if prediction.image.name.startswith("c"):
+            with replacing(out / "d_prediction.nii.gz") as partial:
+                partial.touch()
+                os.kill(os.getpid(), signal.SIGTERM)
+        add(self, prediction)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Record, "add", ended)
+        with pytest.raises(Interrupted, match=r"stopped by SIGTERM before all images .* command with --resume"):
+            main(batch)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert not list(out.glob(".*"))
+    assert sorted(entries(out)) == ["a_prediction.nii.gz", "b_prediction.nii.gz"]
+    assert main([*batch, "--resume"]) == 0
+    assert len(entries(out)) == 4
