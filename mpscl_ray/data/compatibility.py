@@ -197,11 +197,11 @@ def pair_notices(source: Manifest, target: Manifest) -> list[str]:
             f"{counted(len(patients), 'patient')} in source and target ({', '.join(patients[:5])}): fine for paired "
             "examinations, but then the result is not one on unseen patients"
         )
-    held_out = [case for case in target.cases if case.split != "train"]
-    for notice in (
-        orientation_notice(source.cases, held_out, ("the source", "the target")),
-        size_notice(source.cases, held_out),
-    ):
-        if notice:
-            notices.append(notice)
+    if source.classes == target.classes:  # The structures of others cannot be compared.
+        held_out = [case for case in target.cases if case.split != "train"]
+        found = (
+            orientation_notice(source.cases, held_out, ("the source", "the target")),
+            size_notice(source.cases, held_out),
+        )
+        notices += [notice for notice in found if notice]
     return notices

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from mpscl_ray.data.compatibility import check_pair, label_statistics, orientation_notice
+from mpscl_ray.data.compatibility import check_pair, label_statistics, orientation_notice, pair_notices, pair_problems
 from mpscl_ray.data.dataset import Case, Manifest, Scaling
 from mpscl_ray.errors import DataError
 
@@ -99,6 +99,15 @@ def test_a_pair_that_fits_is_silent() -> None:
 def test_a_pair_that_cannot_be_trained_is_refused(target: Manifest, message: str) -> None:
     with pytest.raises(DataError, match=message):
         check_pair(domain("mr", case("a", label=labels())), target)
+
+
+def test_structures_of_other_classes_are_not_compared() -> None:
+    other = dataclasses.replace(case("b", label=labels(1.4)), class_voxels=(1, 1), class_centres=(None, (0.5, 0.5)))
+    pair = domain("mr", case("a", label=labels())), domain("ct", other, classes=("background", "MYO"))
+    for source, target in (pair, pair[::-1]):
+        (problem,) = pair_problems(source, target)
+        assert "the classes are" in problem
+        assert pair_notices(source, target) == []
 
 
 def test_a_source_needs_labels_and_a_target_needs_none() -> None:
