@@ -188,9 +188,24 @@ def pair_problems(source: Manifest, target: Manifest) -> list[str]:
     return problems
 
 
+def plane_notice(source: Manifest, target: Manifest) -> str | None:
+    """A warning if the volumes of two domains were cut into slices along other axes, else None."""
+    if not all(any(case.geometry for case in domain.cases) for domain in (source, target)):
+        return None  # How slices were cut that were slices already is not known.
+    ways = [(domain.recipe.get("orientation"), domain.recipe.get("slice_axis")) for domain in (source, target)]
+    if ways[0] == ways[1]:
+        return None
+    cut = [f"along array axis {axis} as stored" if kind == "stored" else f"{axis}" for kind, axis in ways]
+    return (
+        f"the slices of source and target are cut in two ways, {cut[0]} and {cut[1]}: unless you know that they show "
+        "the same view in the same orientation, prepare both with the same --orientation and --slice-axis, e.g. "
+        "--slice-axis coronal"
+    )
+
+
 def pair_notices(source: Manifest, target: Manifest) -> list[str]:
-    """Warnings on a source and a target: shared patients, orientation, size of the structures."""
-    notices = []
+    """Warnings on a source and a target: plane of the slices, shared patients, orientation, size of the structures."""
+    notices = [notice] if (notice := plane_notice(source, target)) else []
     patients = sorted({case.patient for case in source.cases} & {case.patient for case in target.cases})
     if patients:
         notices.append(

@@ -123,6 +123,29 @@ def test_the_same_patients_are_reported() -> None:
     assert notice.startswith("1 patient in source and target (a)")
 
 
+CORONAL, AXIAL = ({"orientation": "canonical", "slice_axis": axis} for axis in ("coronal", "axial"))
+STORED = {"orientation": "stored", "slice_axis": "2"}
+
+
+@pytest.mark.parametrize(
+    ("recipes", "words"),
+    [
+        ((CORONAL, CORONAL), None),
+        ((STORED, STORED), None),
+        ((CORONAL, AXIAL), "cut in two ways, coronal and axial: "),
+        ((STORED, AXIAL), "cut in two ways, along array axis 2 as stored and axial: "),
+    ],
+)
+def test_slices_in_other_planes_are_reported(recipes: tuple[dict[str, str], ...], words: str | None) -> None:
+    volumes = [dataclasses.replace(case(name, label=labels()), geometry={"axes": []}) for name in "ab"]
+    source, target = (domain(one.id, one, recipe=recipe) for one, recipe in zip(volumes, recipes, strict=True))
+    notices = check_pair(source, target)
+    assert len(notices) == (words is not None)
+    assert words is None or (words in notices[0] and "--slice-axis" in notices[0])
+    slices = domain("b", dataclasses.replace(volumes[1], geometry={}), recipe=recipes[1])
+    assert check_pair(source, slices) == []
+
+
 @pytest.mark.parametrize(
     ("flip", "words"),
     [
