@@ -112,7 +112,10 @@ def test_sketches_know_a_scan_and_no_other() -> None:
     retouched = one.copy()
     retouched[30, 25, 15] += 100
     copies = [np.asfortranarray(one), one[::-1].transpose(2, 0, 1), retouched, one[8:, :, 3:]]
-    assert same_scans([sketch(one), *(sketch(copy) for copy in copies), sketch(other)]) == [0, 0, 0, 0, 0, 5]
+    copies += [one * 0.5 + 7, one + 1, one.max() - one, ((one - one.mean()) / one.std())[::-1].transpose(2, 0, 1)]
+    sketches = [sketch(one), *(sketch(np.asarray(copy, np.float32)) for copy in copies), sketch(other)]
+    assert same_scans(sketches) == [0] * 9 + [9]
+    assert same_scans([sketch(other), *sketches[1:5], sketch(one)]) == [0, 1, 1, 1, 1, 1]
     assert sketch(np.zeros((30, 30, 30), np.float32)) == ()
     assert same_scans([(), ()]) == [0, 1]
 
