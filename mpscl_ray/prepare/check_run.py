@@ -28,6 +28,7 @@ from mpscl_ray.prepare.checks import (
     check_cases,
     check_staged,
     shared_images,
+    shared_label_files,
     size_outliers,
     summarise_notices,
     summarise_problems,
@@ -180,6 +181,7 @@ def check_images(options: PrepareOptions, *, progress: bool = True) -> Checked:
         )
         checked.add("problem", wrong, modality)
         notices += size_outliers((case.request.source.id, case.structure_width, case.spacing_mm) for case in good)
+        notices += shared_label_files((case.request.source.id, case.sources, case.class_voxels) for case in good)
         checked.add("note", [*notices, *personal_notices(good, options.input)], modality)
     for modality, notice in shared_images(staged):
         checked.add("note", [notice], modality)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import nibabel as nib
@@ -105,6 +106,14 @@ def test_one_scan_under_two_names(tmp_path: Path) -> None:
     assert "the same image under several names: c0 (train), c9 (test)" in problems(folder, split=str(split)).replace(
         "c9 (test), c0 (train)", "c0 (train), c9 (test)"
     )
+
+
+def test_one_label_map_of_two_images(tmp_path: Path) -> None:
+    folder = cohort(tmp_path / "in")
+    shutil.copy(folder / "c0_label.nii.gz", folder / "c2_label.nii.gz")
+    _, manifest = prepared(folder)
+    (notice,) = [notice for notice in manifest.notices if "the same label map" in notice]
+    assert {"c0", "c2"} == set(notice.split(" have ")[0].split(", "))
 
 
 def test_sketches_know_a_scan_and_no_other() -> None:
