@@ -188,20 +188,35 @@ def pair_problems(source: Manifest, target: Manifest) -> list[str]:
     return problems
 
 
+def plane_notice(source: Manifest, target: Manifest) -> str | None:
+    """A warning if the volumes of two domains were cut into slices along other axes, else None."""
+    if not all(any(case.geometry for case in domain.cases) for domain in (source, target)):
+        return None  # How slices were cut that were slices already is not known.
+    ways = [(domain.recipe.get("orientation"), domain.recipe.get("slice_axis")) for domain in (source, target)]
+    if ways[0] == ways[1]:
+        return None
+    cut = [f"along array axis {axis} as stored" if kind == "stored" else f"{axis}" for kind, axis in ways]
+    return (
+        f"the slices of source and target are cut in two ways, {cut[0]} and {cut[1]}: unless you know that they show "
+        "the same view in the same orientation, prepare both with the same --orientation and --slice-axis, e.g. "
+        "--slice-axis coronal"
+    )
+
+
 def pair_notices(source: Manifest, target: Manifest) -> list[str]:
-    """Warnings on a source and a target: shared patients, orientation, size of the structures."""
-    notices = []
+    """Warnings on a source and a target: plane of the slices, shared patients, orientation, size of the structures."""
+    notices = [notice] if (notice := plane_notice(source, target)) else []
     patients = sorted({case.patient for case in source.cases} & {case.patient for case in target.cases})
     if patients:
         notices.append(
             f"{counted(len(patients), 'patient')} in source and target ({', '.join(patients[:5])}): fine for paired "
             "examinations, but then the result is not one on unseen patients"
         )
-    held_out = [case for case in target.cases if case.split != "train"]
-    for notice in (
-        orientation_notice(source.cases, held_out, ("the source", "the target")),
-        size_notice(source.cases, held_out),
-    ):
-        if notice:
-            notices.append(notice)
+    if source.classes == target.classes:  # The structures of others cannot be compared.
+        held_out = [case for case in target.cases if case.split != "train"]
+        found = (
+            orientation_notice(source.cases, held_out, ("the source", "the target")),
+            size_notice(source.cases, held_out),
+        )
+        notices += [notice for notice in found if notice]
     return notices

@@ -18,6 +18,7 @@ import numpy as np
 from mpscl_ray.data import SPLITS
 from mpscl_ray.data.compatibility import pair_notices, pair_problems
 from mpscl_ray.data.dataset import MANIFEST, Case, Manifest, Scaling, load_manifest
+from mpscl_ray.data.label_map_files import read_label_map
 from mpscl_ray.data.label_values import count_voxels
 from mpscl_ray.data.parquet_reader import read_case
 from mpscl_ray.distributed.ray_session import connect
@@ -27,6 +28,7 @@ from mpscl_ray.prepare.checks import (
     check_cases,
     check_staged,
     shared_images,
+    shared_label_files,
     size_outliers,
     summarise_notices,
     summarise_problems,
@@ -179,6 +181,7 @@ def check_images(options: PrepareOptions, *, progress: bool = True) -> Checked:
         )
         checked.add("problem", wrong, modality)
         notices += size_outliers((case.request.source.id, case.structure_width, case.spacing_mm) for case in good)
+        notices += shared_label_files((case.request.source.id, case.sources, case.class_voxels) for case in good)
         checked.add("note", [*notices, *personal_notices(good, options.input)], modality)
     for modality, notice in shared_images(staged):
         checked.add("note", [notice], modality)
@@ -311,8 +314,10 @@ def _check_dataset(
     for case, (wrong, picture) in zip(manifest.cases, results, strict=True):
         if picture is not None:
             shown.append(prepared_case(case, manifest.size, picture))
-        file = str(folder / case.file)
-        checked.findings += [Finding("problem", line, manifest.modality, case.id, file) for line in wrong]
+        files = [folder / case.file, *([folder / case.label_map.file] if case.label_map else [])]
+        for line in wrong:
+            file = next((file for file in files if line.startswith(str(file))), files[0])
+            checked.findings.append(Finding("problem", line, manifest.modality, case.id, str(file)))
     transductive = bool(manifest.splitting.get("transductive"))
     entries = [(case.split, case.id, case.patient, case.content_sha256) for case in manifest.cases]
     wrong, notices = overlaps(entries, transductive=transductive)
@@ -328,14 +333,19 @@ def _check_dataset(
 def _check_case(
     case: Case, folder: Path, size: tuple[int, int], classes: int, drawn: Scaling | None
 ) -> tuple[list[str], CasePicture | None]:
-    """What is wrong with the file of a case: checksums, sizes, counts, values; and its picture, where it is wanted."""
+    """What is wrong with the files of a case: checksums, sizes, counts, values; and its picture, where it is wanted."""
     path = folder / case.file
+    wrong = []
+    try:
+        if case.label_map is not None:
+            read_label_map(folder, case)
+    except DataError as error:
+        wrong.append(str(error))
     try:
         arrays = read_case(folder, case)
     except DataError as error:
-        return [str(error)], None
+        return [str(error), *wrong], None
     image, label = arrays["image"], arrays.get("label")
-    wrong = []
     if image.shape[1:] != size:
         found, expected = (f"{height} x {width}" for height, width in (image.shape[1:], size))
         wrong.append(f"{path}: slices of {found}, the manifest says {expected}; {_AGAIN}")

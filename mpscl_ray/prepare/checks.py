@@ -104,7 +104,24 @@ def check_cases(cases: Sequence[Case]) -> list[str]:
     )
     if notice:
         notices.append(notice)
-    return notices
+    return [*notices, *shared_label_files((case.id, case.sources, case.class_voxels) for case in cases)]
+
+
+def shared_label_files(cases: Iterable[tuple[str, Mapping[str, str], tuple[int, ...] | None]]) -> list[str]:
+    """A warning for each label file that is that of several images.
+
+    Args:
+        cases: id, sources and voxels of each class of each case.
+    """
+    images: dict[str, dict[str, str]] = {}
+    for case, sources, voxels in cases:
+        if "label_sha256" in sources and voxels is not None and sum(voxels[1:]):
+            images.setdefault(sources["label_sha256"], {}).setdefault(sources["image_sha256"], case)
+    return [
+        f"{_some(sorted(names.values()))} have the same label map, though their images differ; give each its own"
+        for names in images.values()
+        if len(names) > 1
+    ]
 
 
 def size_outliers(cases: Iterable[tuple[str, float | None, tuple[float, float, float] | None]]) -> list[str]:

@@ -1,8 +1,12 @@
-"""Finding one scan under several names, also if it was stored in another orientation, cropped, or retouched."""
+"""Finding one scan under several names.
+
+It is also found if it was stored in another orientation, cropped, or retouched, or with other intensities of which each
+is a linear function of the old one: another slope, offset or unit, a z-score, black for white.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,8 +16,10 @@ _CHOSEN = 20_000
 _KEPT = 256
 _LEAST = 128
 """Distinct hashes that a volume needs to be recognised by."""
+_LEVELS, _SHIFT = 10_000.0, 0.382
+"""Steps from the lowest to the highest intensity; shifted, so that whole numbers are rarely at the border of two."""
 _SAME_SHARE = 0.25
-"""Shared part of two sketches from which they are of one scan; those of two scans share nearly nothing."""
+"""Shared part of two sketches, of one kind, from which they are of one scan; those of two scans share nearly nothing."""
 _COMMON = 0.01
 """Part of the voxels from which a value counts as background."""
 _SAMPLE = 100_000
@@ -30,15 +36,30 @@ def sketch(image: NDArray[np.float32]) -> Sketch:
 
     A voxel is chosen by the hash of its own value, so the same ones are chosen wherever they are stored. Its hash is
     that of its value and its six neighbours, in any order. The smallest hashes are kept: two volumes share as large a
-    part of them as they share of their voxels.
+    part of them as they share of their voxels. This is done for the intensities as they are, which a crop leaves alone,
+    and for their levels between lowest and highest, which a linear function leaves alone.
 
     Returns:
-        Sorted hashes; none for a volume with too few distinct patterns, which tell nothing.
+        Distinct hashes; none for a volume with too few distinct patterns, which tell nothing.
     """
     if min(image.shape) < 3:
         return ()
     image = image.transpose(np.argsort(image.strides)[::-1])  # contiguous: the order of the axes does not matter
-    sample = image.ravel()[:: image.size // _SAMPLE + 1]
+    low, high = float(image.min()), float(image.max())
+    if low == high:
+        return ()
+    if float(image.mean(dtype=np.float64)) > 0.5 * (low + high):
+        low, high = high, low  # black for white
+
+    def levels(part: NDArray[np.float32]) -> NDArray[np.float32]:
+        return np.floor((part - np.float32(low)) * np.float32(_LEVELS / (high - low)) + np.float32(_SHIFT))
+
+    return tuple(dict.fromkeys([*_hashes(image, lambda part: part), *_hashes(image, levels)]))
+
+
+def _hashes(image: NDArray[np.float32], values_of: Callable[[NDArray[np.float32]], NDArray[np.float32]]) -> Sketch:
+    """Sorted hashes of the patterns of some function of the intensities."""
+    sample = values_of(image.ravel()[:: image.size // _SAMPLE + 1])
     values, counts = np.unique(sample + np.float32(0), return_counts=True)
     values = values[counts <= max(1, _COMMON * sample.size)]  # background tells nothing
     if not values.size:
@@ -47,7 +68,7 @@ def sketch(image: NDArray[np.float32]) -> Sketch:
     limit = max(int(choice[min(_VALUES, choice.size) - 1]), int(2**32 * min(1.0, _CHOSEN / image.size)) - 1)
     parts = []
     for start in range(1, image.shape[0] - 1, _SLAB):
-        slab = image[start - 1 : min(start + _SLAB, image.shape[0] - 1) + 1]
+        slab = values_of(image[start - 1 : min(start + _SLAB, image.shape[0] - 1) + 1])
         x, y, z = np.nonzero(_choice(slab[1:-1, 1:-1, 1:-1]) <= np.uint32(limit))
         x, y, z = x + 1, y + 1, z + 1
         own = slab[x, y, z]
@@ -96,7 +117,7 @@ def same_scans(sketches: Sequence[Sketch]) -> list[int]:
 
 
 def _best(shared: Mapping[int, int], sketches: Sequence[Sketch], number: int) -> int | None:
-    """The other sketch that shares the largest part, if that is enough."""
-    parts = {other: count / min(len(sketches[other]), len(sketches[number])) for other, count in shared.items()}
+    """The other sketch that shares the largest part, if that is enough: intensities or levels, half of it each."""
+    parts = {other: 2 * count / min(len(sketches[other]), len(sketches[number])) for other, count in shared.items()}
     best = max(parts, key=lambda other: parts[other], default=None)
     return best if best is not None and parts[best] >= _SAME_SHARE else None

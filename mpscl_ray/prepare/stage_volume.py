@@ -35,6 +35,8 @@ from mpscl_ray.prepare.staged_case import (
 )
 from mpscl_ray.runs.atomic_files import storage_errors
 
+_SMALL_MM = 20.0
+"""Extent below which a volume shows no human heart."""
 _NOTABLE_LOSS = 0.05
 """Part of a structure outside the crop that is worth a warning."""
 _SAID = ("turned to the image", "overlaps")
@@ -61,7 +63,7 @@ def stage_volume(request: Request, settings: Settings) -> StagedCase | list[str]
     notices += [*image.notices_for(settings.recipe), *unusual_intensities(image.array, source.modality)]
     recipe = settings.recipe_of(source.modality)
     prepared = prepare_volume(image.array, image.affine, mapped, recipe, case=str(source.images[0]))
-    notices += _thick(image, prepared.geometry)
+    notices += [*_hardly_a_heart(image), *_thick(image, prepared.geometry)]
     if request.folder is not None:  # A check knows no crop.
         notices += _mostly_padding(prepared.geometry)
         notices += _cut_off(mapped, prepared, settings) if mapped is not None else []
@@ -197,6 +199,23 @@ def _cut_off(mapped: NDArray[np.uint8], prepared: PreparedVolume, settings: Sett
         f"{100 * lost[name]:.0f} % of {name}" for name in sorted(lost, key=lost.__getitem__, reverse=True)
     )
     return [f"the crop leaves out {listed}: give a larger --crop or --crop-depth, or cut the scan to the heart"]
+
+
+def _hardly_a_heart(image: Volume) -> list[str]:
+    """Warnings on a volume that is a single picture, or smaller than a heart."""
+    notices = []
+    shape, sizes = image.array.shape, image.spacing_mm
+    if min(shape) == 1:
+        voxels = " x ".join(str(length) for length in shape)
+        notices.append(f"the volume has one slice ({voxels} voxels); join the slices of a patient to a volume")
+    extent = max(size * length for size, length in zip(sizes, shape, strict=True))
+    if extent < _SMALL_MM:
+        notices.append(
+            f"by its header the whole volume is at most {extent:.3g} mm large, its voxels "
+            f"{' x '.join(f'{size:.3g}' for size in sizes)} mm: no heart fits in; if the sizes are not in mm, correct "
+            "xyzt_units or the voxel sizes of the header"
+        )
+    return notices
 
 
 def _thick(image: Volume, geometry: Geometry) -> list[str]:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from mpscl_ray.data.compatibility import check_pair, label_statistics, orientation_notice
+from mpscl_ray.data.compatibility import check_pair, label_statistics, orientation_notice, pair_notices, pair_problems
 from mpscl_ray.data.dataset import Case, Manifest, Scaling
 from mpscl_ray.errors import DataError
 
@@ -101,6 +101,15 @@ def test_a_pair_that_cannot_be_trained_is_refused(target: Manifest, message: str
         check_pair(domain("mr", case("a", label=labels())), target)
 
 
+def test_structures_of_other_classes_are_not_compared() -> None:
+    other = dataclasses.replace(case("b", label=labels(1.4)), class_voxels=(1, 1), class_centres=(None, (0.5, 0.5)))
+    pair = domain("mr", case("a", label=labels())), domain("ct", other, classes=("background", "MYO"))
+    for source, target in (pair, pair[::-1]):
+        (problem,) = pair_problems(source, target)
+        assert "the classes are" in problem
+        assert pair_notices(source, target) == []
+
+
 def test_a_source_needs_labels_and_a_target_needs_none() -> None:
     with pytest.raises(DataError, match="no training case is labelled"):
         check_pair(domain("mr", case("a")), domain("ct", case("b")))
@@ -112,6 +121,29 @@ def test_the_same_patients_are_reported() -> None:
     target = domain("ct", dataclasses.replace(case("a"), content_sha256="another image"))
     (notice,) = check_pair(source, target)
     assert notice.startswith("1 patient in source and target (a)")
+
+
+CORONAL, AXIAL = ({"orientation": "canonical", "slice_axis": axis} for axis in ("coronal", "axial"))
+STORED = {"orientation": "stored", "slice_axis": "2"}
+
+
+@pytest.mark.parametrize(
+    ("recipes", "words"),
+    [
+        ((CORONAL, CORONAL), None),
+        ((STORED, STORED), None),
+        ((CORONAL, AXIAL), "cut in two ways, coronal and axial: "),
+        ((STORED, AXIAL), "cut in two ways, along array axis 2 as stored and axial: "),
+    ],
+)
+def test_slices_in_other_planes_are_reported(recipes: tuple[dict[str, str], ...], words: str | None) -> None:
+    volumes = [dataclasses.replace(case(name, label=labels()), geometry={"axes": []}) for name in "ab"]
+    source, target = (domain(one.id, one, recipe=recipe) for one, recipe in zip(volumes, recipes, strict=True))
+    notices = check_pair(source, target)
+    assert len(notices) == (words is not None)
+    assert words is None or (words in notices[0] and "--slice-axis" in notices[0])
+    slices = domain("b", dataclasses.replace(volumes[1], geometry={}), recipe=recipes[1])
+    assert check_pair(source, slices) == []
 
 
 @pytest.mark.parametrize(

@@ -209,6 +209,19 @@ def test_damaged_datasets(prepared: Path, capsys: pytest.CaptureFixture[str]) ->
         assert part in one["message"]
 
 
+def test_damaged_label_maps(prepared: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    maps = [prepared / "ct" / case.label_map.file for case in load_manifest(prepared / "ct").cases if case.label_map]
+    write(maps[0], np.zeros((20, 24, 18), dtype=np.uint8))
+    maps[1].write_bytes(maps[1].read_bytes()[:-30])
+    maps[2].unlink()
+    code, lines = checked(capsys, prepared / "ct", "--json")
+    wrong = [one for one in json.loads("\n".join(lines))["data"][0]["findings"] if one["level"] == "problem"]
+    assert code == 3
+    assert [one["file"] for one in wrong] == [str(path) for path in maps[:3]]
+    for one, part in zip(wrong, ("its SHA-256 is not", "its SHA-256 is not", "missing, though"), strict=True):
+        assert part in one["message"]
+
+
 def test_what_only_the_manifest_can_tell(prepared: Path, capsys: pytest.CaptureFixture[str]) -> None:
     manifest = load_manifest(prepared / "ct")
     first, *others = manifest.cases
@@ -234,7 +247,8 @@ def test_two_datasets_that_do_not_fit(prepared: Path, capsys: pytest.CaptureFixt
     classes = (*mr.classes[:2], "LV", *mr.classes[3:])
     save_manifest(prepared / "mr", dataclasses.replace(mr, classes=classes, cases=(*ct.cases[:1], *mr.cases)))
     code, lines = checked(capsys, prepared / "ct", prepared / "mr")
-    pair = problems(lines)[1:]
+    pair = problems(lines)[2:]
     assert code == 3
-    assert ct.cases[0].file in problems(lines)[0]  # which the folder of mr does not hold
+    for file, problem in zip((ct.cases[0].file, ct.cases[0].label_map.file), problems(lines), strict=False):
+        assert file in problem  # which the folder of mr does not hold
     assert ["the classes are" in pair[0], "the same images are in both, 1: " in pair[1], len(pair)] == [True, True, 2]

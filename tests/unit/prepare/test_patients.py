@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import nibabel as nib
@@ -107,12 +108,23 @@ def test_one_scan_under_two_names(tmp_path: Path) -> None:
     )
 
 
+def test_one_label_map_of_two_images(tmp_path: Path) -> None:
+    folder = cohort(tmp_path / "in")
+    shutil.copy(folder / "c0_label.nii.gz", folder / "c2_label.nii.gz")
+    _, manifest = prepared(folder)
+    (notice,) = [notice for notice in manifest.notices if "the same label map" in notice]
+    assert {"c0", "c2"} == set(notice.split(" have ")[0].split(", "))
+
+
 def test_sketches_know_a_scan_and_no_other() -> None:
     one, other = (scan(seed, shape=(60, 50, 30))[0].astype(np.float32) for seed in (1, 2))
     retouched = one.copy()
     retouched[30, 25, 15] += 100
     copies = [np.asfortranarray(one), one[::-1].transpose(2, 0, 1), retouched, one[8:, :, 3:]]
-    assert same_scans([sketch(one), *(sketch(copy) for copy in copies), sketch(other)]) == [0, 0, 0, 0, 0, 5]
+    copies += [one * 0.5 + 7, one + 1, one.max() - one, ((one - one.mean()) / one.std())[::-1].transpose(2, 0, 1)]
+    sketches = [sketch(one), *(sketch(np.asarray(copy, np.float32)) for copy in copies), sketch(other)]
+    assert same_scans(sketches) == [0] * 9 + [9]
+    assert same_scans([sketch(other), *sketches[1:5], sketch(one)]) == [0, 1, 1, 1, 1, 1]
     assert sketch(np.zeros((30, 30, 30), np.float32)) == ()
     assert same_scans([(), ()]) == [0, 1]
 

@@ -65,6 +65,18 @@ def test_slices_across_thick_voxels_are_said(tmp_path: Path, plane: str, said: b
     assert ("most of a slice is padding: 9 x 24 of 24 x 24" in text) == said
 
 
+def test_a_single_picture_and_sizes_in_cm_are_said(tmp_path: Path) -> None:
+    folder = cohort(tmp_path / "in")
+    for kind in ("image", "label"):
+        change(folder / f"c2_{kind}.nii.gz", lambda array: array[:, :, 5:6])
+        path = folder / f"c3_{kind}.nii.gz"
+        array, affine = np.asarray(nib.load(path).dataobj), np.diag([0.2, 0.2, 0.4, 1.0])
+        write(path, array, affine)
+    text = "\n".join(prepared(folder)[1].notices)
+    assert "c2: the volume has one slice (28 x 26 x 1 voxels)" in text
+    assert "c3: by its header the whole volume is at most 5.6 mm large, its voxels 0.2 x 0.2 x 0.4 mm" in text
+
+
 # ---------------------------------------------------------------------------------------------------- intensities
 
 
