@@ -1,0 +1,54 @@
+"""Files that are no label maps, or whose header is wrong, in folders to score."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mpscl_ray.data.volumes.nifti import read_label
+from mpscl_ray.errors import DataError
+from tests.scored_maps import AFFINE, NAMES, SHAPE, hearts, run, save, scored
+
+
+def refused(folder: Path, *words: str) -> str:
+    with pytest.raises(DataError) as caught:
+        run(folder, *NAMES, *words)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("side", ["pred", "truth"])
+def test_an_image_is_refused(side: str, cohort: Path) -> None:
+    image = np.random.default_rng(0).integers(0, 200, SHAPE, np.int16)
+    save(cohort / side / "c0.nii.gz", image)
+    said = refused(cohort)
+    assert "1 of 3 pairs" in said
+    assert f"{cohort / side / 'c0.nii.gz'} looks like an image, not a label map: 197 values from 3 to 199" in said
+
+
+def test_an_atlas_of_many_structures_is_none(tmp_path: Path) -> None:
+    atlas, label = hearts(0)
+    save(tmp_path / "truth/a.nii.gz", label)
+    save(tmp_path / "pred/a.nii.gz", atlas)
+    before = scored(tmp_path, *NAMES)
+    blocks = np.arange(100).reshape(4, 5, 5).repeat(6, 0).repeat(4, 1).repeat(3, 2)[: SHAPE[0], : SHAPE[1], : SHAPE[2]]
+    save(tmp_path / "pred/a.nii.gz", np.where(atlas == 0, blocks + 10, atlas).astype(np.uint8))
+    assert scored(tmp_path, *NAMES) == before
+
+
+@pytest.mark.parametrize("side", ["pred", "truth"])
+@pytest.mark.parametrize("words", [(), ("--resample", "nearest")])
+def test_a_lost_header_is_not_resampled(side: str, words: tuple[str, ...], cohort: Path) -> None:
+    path = cohort / side / "c0.nii.gz"
+    save(path, read_label(path).array.astype(np.uint8), np.eye(4))
+    said = refused(cohort, *words)
+    assert f"the header of {path} was probably lost" in said
+    assert "--resample" not in said
+
+
+def test_grids_that_do_not_overlap_are_not_resampled(cohort: Path) -> None:
+    far = AFFINE.copy()
+    far[0, 3] += 4000
+    save(cohort / "pred/c0.nii.gz", hearts(0)[0], far)
+    assert "they do not overlap" in refused(cohort, "--resample", "nearest")
