@@ -25,6 +25,7 @@ from mpscl_ray.evaluate.medpy_check import TOLERANCES, Comparison, largest_diffe
 from mpscl_ray.evaluate.score_files import PairScores, ScoreOptions, present_ids, score_pair
 from mpscl_ray.evaluate.table_files import json_text, score_json, write_tables
 from mpscl_ray.evaluate.tables import LEGEND, Summary, default_measures, format_table, scores_csv, summarise
+from mpscl_ray.prepare.label_table import doubtful_names
 from mpscl_ray.runs.progress import ProgressLine
 from mpscl_ray.runs.storage import S3Path, output_directory, parse_location
 from mpscl_ray.runs.wording import counted
@@ -244,6 +245,7 @@ def _notices(
     extra = [name for name in dict.fromkeys(predictions.names.values()) if name not in options.classes]
     if extra:
         yield f"not scored, as {labels.origin} has no such structure: {_listed(extra)}"
+    yield from doubtful_names(options.classes)
     for side, index, names in (
         ("label", options.label_index, labels),
         ("prediction", options.prediction_index, predictions),
