@@ -12,6 +12,7 @@ import numpy.typing as npt
 from mpscl_ray.data import NOT_ANNOTATED
 from mpscl_ray.data.volumes.label_maps import map_labels
 from mpscl_ray.data.volumes.nifti import Volume, read_label
+from mpscl_ray.data.volumes.recipe import GeometryFrom
 from mpscl_ray.errors import DataError
 from mpscl_ray.evaluate.file_pairs import Pair
 from mpscl_ray.evaluate.medpy_check import Comparison, compare_with_medpy
@@ -41,6 +42,10 @@ class ScoreOptions:
     """Whether a prediction on another grid is brought to that of its label; otherwise it is refused."""
     cross_check: bool
     """Whether medpy computes the measures too."""
+    geometry: GeometryFrom | None = None
+    """Which part of a header is right; None refuses headers that contradict themselves."""
+    assume_spacing_mm: tuple[float, float, float] | None = None
+    """Voxel size of files without a usable geometry; None refuses them."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +77,10 @@ def score_pair(options: ScoreOptions, pair: Pair) -> PairScores:
 
 
 def _score(options: ScoreOptions, pair: Pair) -> PairScores:
-    prediction, label = read_label(pair.prediction), read_label(pair.label)
+    prediction, label = (
+        read_label(path, assume_spacing_mm=options.assume_spacing_mm, geometry=options.geometry)
+        for path in (pair.prediction, pair.label)
+    )
     label_ids, prediction_ids = present_ids(label.array), present_ids(prediction.array)
     index = dict(options.label_index) | ({} if options.ignored is None else {options.ignored: NOT_ANNOTATED})
     _refuse_image(prediction, prediction_ids - set(options.prediction_index))

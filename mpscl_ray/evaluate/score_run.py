@@ -77,6 +77,8 @@ class FolderScores:
             "prediction_ids": _names_json(self.prediction_names),
             "ignore_label": self.options.ignored,
             "resample": "nearest" if self.options.resample else None,
+            "geometry": self.options.geometry,
+            "assume_spacing_mm": self.options.assume_spacing_mm,
             "explanation": LEGEND,
             "notices": list(self.notices),
             "predictions_without_label": [str(path) for path in self.pairs.predictions_alone],
@@ -170,7 +172,10 @@ def _names(options: argparse.Namespace, pairs: Pairs) -> tuple[LabelNames, Label
     labels = given_names("--labels", options.labels) or names_beside(options.label_maps)
     if labels is None:
         first = pairs.pairs[0].label
-        found = sorted(present_ids(read_label(first).array) - {0})
+        found = sorted(
+            present_ids(read_label(first, assume_spacing_mm=options.assume_spacing, geometry=options.geometry).array)
+            - {0}
+        )
         raise ConfigError(
             f"{options.label_maps} has no dataset.json or labels.json with the names of its ids; give --labels, e.g. "
             f"1=MYO,2=LV ({first} has the ids {_listed(map(str, found)) or 'none but 0'})"
@@ -187,7 +192,14 @@ def _score_options(options: argparse.Namespace, labels: LabelNames, predictions:
             f"--ignore-label {ignored} is {labels.names[ignored]} in {labels.origin}; leave it out of one of the two"
         )
     return ScoreOptions(
-        classes, label_index, prediction_index, ignored, options.resample is not None, options.cross_check is not None
+        classes,
+        label_index,
+        prediction_index,
+        ignored,
+        options.resample is not None,
+        options.cross_check is not None,
+        options.geometry,
+        options.assume_spacing,
     )
 
 

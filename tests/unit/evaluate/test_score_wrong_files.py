@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 
@@ -52,3 +53,31 @@ def test_grids_that_do_not_overlap_are_not_resampled(cohort: Path) -> None:
     far[0, 3] += 4000
     save(cohort / "pred/c0.nii.gz", hearts(0)[0], far)
     assert "they do not overlap" in refused(cohort, "--resample", "nearest")
+
+
+def test_headers_that_contradict_themselves_are_scored_by_the_part_named(cohort: Path) -> None:
+    before = scored(cohort, *NAMES)
+    path = cohort / "truth/c0.nii.gz"
+    image = nib.Nifti1Image(hearts(0)[1], AFFINE)
+    image.set_sform(AFFINE, 2)
+    image.set_qform(AFFINE @ np.diag([0.5, 0.5, 0.5, 1]), 1)
+    nib.save(image, path)
+    assert "--geometry sform or --geometry qform" in refused(cohort)
+    assert scored(cohort, *NAMES, "--geometry", "sform") == before
+
+
+def test_files_without_a_position_are_scored_with_an_assumed_spacing(tmp_path: Path) -> None:
+    prediction, label = hearts(0)
+    for side, array in (("pred", prediction), ("truth", label)):
+        save(tmp_path / side / "a.nii.gz", array, np.diag([1.25, 1.5, 4.0, 1.0]))
+    before = scored(tmp_path, *NAMES)
+    for side in ("pred", "truth"):
+        image = nib.load(tmp_path / side / "a.nii.gz")
+        image.set_sform(None, 0)
+        image.set_qform(None, 0)
+        nib.save(image, tmp_path / side / "b.nii.gz")
+        (tmp_path / side / "a.nii.gz").unlink()
+        (tmp_path / side / "b.nii.gz").rename(tmp_path / side / "a.nii.gz")
+    assert "--assume-spacing X,Y,Z" in refused(tmp_path)
+    assert scored(tmp_path, *NAMES, "--assume-spacing", "1.25,1.5,4") == before
+    assert scored(tmp_path, *NAMES, "--geometry", "pixdim") == before
