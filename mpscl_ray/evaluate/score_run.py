@@ -172,10 +172,8 @@ def _names(options: argparse.Namespace, pairs: Pairs) -> tuple[LabelNames, Label
     labels = given_names("--labels", options.labels) or names_beside(options.label_maps)
     if labels is None:
         first = pairs.pairs[0].label
-        found = sorted(
-            present_ids(read_label(first, assume_spacing_mm=options.assume_spacing, geometry=options.geometry).array)
-            - {0}
-        )
+        volume = read_label(first, assume_spacing_mm=options.assume_spacing, geometry=options.geometry)
+        found = sorted(present_ids(volume.array) - {0})
         raise ConfigError(
             f"{options.label_maps} has no dataset.json or labels.json with the names of its ids; give --labels, e.g. "
             f"1=MYO,2=LV ({first} has the ids {_listed(map(str, found)) or 'none but 0'})"
@@ -282,6 +280,7 @@ def _notices(
     ):
         if alone:
             yield f"{what}, left out: {_listed(path.name for path in alone)}"
+    yield from pairs.passed_over
     alike: dict[str, list[tuple[str, str]]] = {}  # warnings that differ in their numbers are one
     for case, result in results.items():
         for text in result.notices:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import nibabel as nib
@@ -81,3 +82,27 @@ def test_files_without_a_position_are_scored_with_an_assumed_spacing(tmp_path: P
     assert "--assume-spacing X,Y,Z" in refused(tmp_path)
     assert scored(tmp_path, *NAMES, "--assume-spacing", "1.25,1.5,4") == before
     assert scored(tmp_path, *NAMES, "--geometry", "pixdim") == before
+
+
+def test_files_that_are_not_read_are_said(cohort: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = cohort / "pred"
+    (folder / "c9.mha").touch()
+    (folder / "volumes.json").touch()
+    shutil.copy(folder / "c0.nii.gz", folder / "C7.NII.GZ")
+    (folder / "fold").mkdir()
+    shutil.copy(folder / "c0.nii.gz", folder / "fold")
+    assert run(cohort, *NAMES) == 0
+    (note,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: not read")]
+    assert f"not read in {folder}, 3: C7.NII.GZ, c9.mha, fold/c0.nii.gz (only .nii and .nii.gz files in" in note
+    assert "write their endings in lower case" in note
+    assert "for those in folders give --prediction-pattern" in note
+    (folder / "c0.nii.gz").rename(folder / "C0.NII.GZ")
+    said = refused(cohort)
+    assert "labels without a prediction, 1: c0.nii.gz" in said
+    assert "C0.NII.GZ" in said
+
+
+def test_endings_in_upper_case_alone_are_said(cohort: Path) -> None:
+    for path in (cohort / "pred").iterdir():
+        path.rename(path.with_name(path.name.upper()))
+    assert "no .nii or .nii.gz file among 3 files; write the endings in lower case: C0.NII.GZ" in refused(cohort)
