@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,7 @@ _NIFTI = (".nii.gz", ".nii")
 _TRUE_ENDINGS = (*LABEL_ENDINGS, "_truth", "_groundtruth")
 _PREDICTION_ENDINGS = (*_TRUE_ENDINGS, "_prediction", "_predicted", "_pred", "_image", "_img", "_0000")
 """Predictions may be named after the image."""
+_VOLUMES = (*_NIFTI, ".mha", ".mhd", ".nrrd", ".nhdr", ".dcm", ".hdr", ".img", ".mgz")
 _NAMED = 20
 """Number of files named in an error."""
 
@@ -37,6 +38,8 @@ class Pairs:
     pairs: tuple[Pair, ...]
     predictions_alone: tuple[Path, ...]
     labels_alone: tuple[Path, ...]
+    passed_over: tuple[str, ...] = ()
+    """What else the folders hold that may be a label map, a sentence for each folder."""
 
 
 def find_pairs(
@@ -92,6 +95,15 @@ def find_pairs(
         tuple(sorted(pairs.values(), key=lambda pair: pair.case)),
         tuple(alone),
         tuple(path for path in by_label.values() if path not in pairs),
+        tuple(
+            filter(
+                None,
+                (
+                    _passed_over(predicted, prediction_pattern, by_prediction.values(), "--prediction-pattern"),
+                    _passed_over(true, label_pattern, by_label.values(), "--label-pattern"),
+                ),
+            )
+        ),
     )
     if not found.pairs or (not allow_missing and (found.predictions_alone or found.labels_alone)):
         raise DataError(_unpaired(found, predicted, true))
@@ -106,6 +118,7 @@ def _unpaired(found: Pairs, predicted: Listing, true: Listing) -> str:
     if found.labels_alone:
         alone = found.labels_alone
         parts.append(f"labels without a prediction, {len(alone)}: {true.some(alone, _NAMED)}")
+    parts += found.passed_over
     advice = "correct the names or give --prediction-pattern and --label-pattern"
     if found.pairs:
         advice += f"; with --allow-missing {counted(len(found.pairs), 'pair')} alone would be scored"
@@ -136,6 +149,30 @@ def _files(listing: Listing, pattern: str | None, option: str) -> dict[str, Path
     return found
 
 
+def _passed_over(listing: Listing, pattern: str | None, taken: Collection[Path], option: str) -> str:
+    """Files that may be label maps and are not read, as a sentence; empty with a pattern, which chooses files."""
+    if pattern is not None:
+        return ""
+    beside = {path.name for path in listing.files}
+    left = [
+        path
+        for path in listing.files
+        if path not in taken and path.name.lower().endswith(_VOLUMES) and not is_probability_map(path.name, beside)
+    ]
+    if not left:
+        return ""
+    reasons = [f"only {' and '.join(reversed(_NIFTI))} files in the folder itself are"]
+    if any(path.parent != listing.root for path in left):
+        reasons.append(f"for those in folders give {option}")
+    if any(_spelled_otherwise(path) for path in left):
+        reasons.append("write their endings in lower case")
+    return f"not read in {listing.root}, {len(left)}: {listing.some(left, _NAMED)} ({'; '.join(reasons)})"
+
+
+def _spelled_otherwise(path: Path) -> bool:
+    return path.name.lower().endswith(_NIFTI) and not path.name.endswith(_NIFTI)
+
+
 def _nothing(listing: Listing, pattern: str | None, option: str) -> str:
     if pattern is not None:
         return (
@@ -149,6 +186,8 @@ def _nothing(listing: Listing, pattern: str | None, option: str) -> str:
             f"{option}, e.g. '{{case}}/{deeper[0].name}'"
         )
     hint = "; convert DICOM to NIfTI first" if any(map(is_dicom, listing.files)) else ""
+    if upper := [path for path in listing.files if _spelled_otherwise(path)]:
+        hint += f"; write the endings in lower case: {listing.some(upper, 3)}"
     return f"{listing.root}: no .nii or .nii.gz file among {counted(len(listing.files), 'file')}{hint}"
 
 

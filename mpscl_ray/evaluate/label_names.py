@@ -9,7 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from mpscl_ray.errors import ConfigError, DataError
-from mpscl_ray.prepare.label_table import BACKGROUND, is_not_annotated, is_region, parse_label_table
+from mpscl_ray.prepare.label_table import (
+    BACKGROUND,
+    check_names,
+    is_not_annotated,
+    is_region,
+    parse_label_table,
+    read_json,
+)
 from mpscl_ray.runs.cli import did_you_mean
 
 _MOST = 254
@@ -74,11 +81,9 @@ def read_names(path: Path) -> LabelNames:
         DataError: it is none.
     """
     try:
-        about = json.loads(path.read_text(encoding="utf-8-sig"))
+        about = read_json(path)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); it should hold the label table") from None
-    except ValueError as error:
-        raise DataError(f"{path}: not JSON: {error}") from None
     entries = about.get("labels", about) if isinstance(about, dict) else None
     if not isinstance(entries, dict) or not entries:
         raise DataError(f'{path}: expected {{"NAME": ID, ...}}, alone or as "labels"; or give the names as 1=MYO,2=LV')
@@ -116,6 +121,7 @@ def _checked(path: Path, pairs: Iterable[tuple[int, str]]) -> LabelNames:
     for value, name in sorted(pairs):
         if names.setdefault(value, name) != name:
             raise DataError(f"{path}: the id {value} has two names, {names[value]} and {name}; correct the file")
+    check_names(path, names.items())
     ignored = _ignored([value for value, name in names.items() if is_not_annotated(name)], str(path))
     background = {0} | {value for value, name in names.items() if name.lower() == BACKGROUND}
     structures = {value: name for value, name in names.items() if value not in background and value != ignored}

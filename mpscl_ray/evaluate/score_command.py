@@ -6,8 +6,10 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from mpscl_ray.data.volumes.recipe import GEOMETRIES
 from mpscl_ray.errors import ConfigError
 from mpscl_ray.evaluate.label_names import given_names
+from mpscl_ray.predict.command import spacing
 from mpscl_ray.runs import cli
 from mpscl_ray.runs.storage import is_url, parse_location
 
@@ -66,6 +68,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--label-pattern", metavar="PATTERN", help="the same for a label")
     add("--ignore-label", type=int, metavar="ID", help="voxels that have this id in the label are counted nowhere")
     add("--resample", choices=["nearest"], help="bring predictions on another grid to that of their label")
+    add("--geometry", choices=GEOMETRIES, help="which part of a header is right where they contradict each other")
+    add("--assume-spacing", type=spacing, metavar="X,Y,Z", help="voxel size in mm for files without a usable geometry")
     add("--allow-missing", action="store_true", help="score the pairs although some files have no counterpart")
     add("--cross-check", choices=["medpy"], help="compute Dice, ASD and HD95 with medpy too, and compare")
     add("--out", metavar="DIR", help="folder for scores.csv, summary.json and summary.md, or its URL")

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from mpscl_ray.data import NOT_ANNOTATED
 from mpscl_ray.data.volumes.label_maps import map_labels
 from mpscl_ray.data.volumes.nifti import Volume, read_label
+from mpscl_ray.data.volumes.recipe import GeometryFrom
 from mpscl_ray.errors import DataError
 from mpscl_ray.evaluate.file_pairs import Pair
 from mpscl_ray.evaluate.medpy_check import Comparison, compare_with_medpy
@@ -20,6 +21,9 @@ from mpscl_ray.evaluate.score import same_grid
 
 _TABLE_LIMIT = 1 << 20
 _PIECE = 1 << 22
+_MANY_IDS = 36
+"""More ids without a name than this are looked at: an atlas of the body, or an image?"""
+_MOST_IDS = 254
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,10 @@ class ScoreOptions:
     """Whether a prediction on another grid is brought to that of its label; otherwise it is refused."""
     cross_check: bool
     """Whether medpy computes the measures too."""
+    geometry: GeometryFrom | None = None
+    """Which part of a header is right; None refuses headers that contradict themselves."""
+    assume_spacing_mm: tuple[float, float, float] | None = None
+    """Voxel size of files without a usable geometry; None refuses them."""
 
 
 @dataclass(frozen=True)
@@ -69,18 +77,19 @@ def score_pair(options: ScoreOptions, pair: Pair) -> PairScores:
 
 
 def _score(options: ScoreOptions, pair: Pair) -> PairScores:
-    prediction, label = read_label(pair.prediction), read_label(pair.label)
+    prediction, label = (
+        read_label(path, assume_spacing_mm=options.assume_spacing_mm, geometry=options.geometry)
+        for path in (pair.prediction, pair.label)
+    )
     label_ids, prediction_ids = present_ids(label.array), present_ids(prediction.array)
-    predicted = _indices(prediction, prediction_ids, options.prediction_index)
     index = dict(options.label_index) | ({} if options.ignored is None else {options.ignored: NOT_ANNOTATED})
+    _refuse_image(prediction, prediction_ids - set(options.prediction_index))
+    _refuse_image(label, label_ids - set(index))
+    predicted = _indices(prediction, prediction_ids, options.prediction_index)
     true = _indices(label, label_ids, index)
     resampled = not same_grid(prediction, label)
-    if resampled and not options.resample:
-        raise DataError(
-            f"{pair.prediction} is not on the grid of {pair.label}: {_grid(prediction)} and {_grid(label)}; export it "
-            "on the grid of the label, or give --resample nearest"
-        )
     if resampled:
+        _refuse_grid(prediction, label, options.resample)
         predicted = resample_nearest(predicted, prediction.affine, label.array.shape, label.affine)
     ignored = true == NOT_ANNOTATED
     predicted, true = left_out_where(ignored, predicted, true)
@@ -110,6 +119,43 @@ def present_ids(array: npt.NDArray[np.integer[Any]]) -> frozenset[int]:
     for start in range(0, flat.size, _PIECE):
         found[flat[start : start + _PIECE].astype(np.int64) - low] = True
     return frozenset((np.flatnonzero(found) + low).tolist())
+
+
+def _refuse_image(volume: Volume, unknown: frozenset[int]) -> None:
+    """Refuse an image: it has more ids than any atlas, or many ids without an area of their own."""
+    if len(unknown) <= _MANY_IDS:
+        return
+    at = np.isin(volume.array, list(unknown))
+    inside = at[1:] & at[:-1]
+    alike = np.count_nonzero(inside & (volume.array[1:] == volume.array[:-1]))
+    if len(unknown) > _MOST_IDS or alike < np.count_nonzero(inside) / 2:
+        low, high = min(unknown), max(unknown)
+        raise DataError(
+            f"{volume.path} looks like an image, not a label map: {len(unknown)} values from {low} to {high} that the "
+            "table of ids does not name; give the label map"
+        )
+
+
+def _refuse_grid(prediction: Volume, label: Volume, resample: bool) -> None:
+    """Refuse two grids that differ, unless they can be resampled: both headers are right and they overlap."""
+    grids = f"{prediction.path} is not on the grid of {label.path}: {_grid(prediction)} and {_grid(label)}"
+    if prediction.array.shape == label.array.shape:
+        for one, other in ((prediction, label), (label, prediction)):
+            if _is_default(one) and not _is_default(other):
+                raise DataError(
+                    f"{grids}; the shape is the same, so the header of {one.path} was probably lost; write it again "
+                    f"with the header of {other.path}"
+                )
+    if not resample:
+        raise DataError(f"{grids}; export it on the grid of the label, or give --resample nearest")
+    everywhere = np.broadcast_to(np.uint8(1), prediction.array.shape)
+    if not resample_nearest(everywhere, prediction.affine, label.array.shape, label.affine).any():
+        raise DataError(f"{grids}; they do not overlap, so there is nothing to resample; correct the wrong header")
+
+
+def _is_default(volume: Volume) -> bool:
+    """Whether the affine has voxel sizes alone, without position, as programs write that do not know the geometry."""
+    return bool(np.array_equal(volume.affine, np.diag(np.diag(volume.affine))))
 
 
 def _indices(volume: Volume, ids: frozenset[int], index: Mapping[int, int]) -> npt.NDArray[np.uint8]:

@@ -25,6 +25,7 @@ from mpscl_ray.evaluate.medpy_check import TOLERANCES, Comparison, largest_diffe
 from mpscl_ray.evaluate.score_files import PairScores, ScoreOptions, present_ids, score_pair
 from mpscl_ray.evaluate.table_files import json_text, score_json, write_tables
 from mpscl_ray.evaluate.tables import LEGEND, Summary, default_measures, format_table, scores_csv, summarise
+from mpscl_ray.prepare.label_table import doubtful_names
 from mpscl_ray.runs.progress import ProgressLine
 from mpscl_ray.runs.storage import S3Path, output_directory, parse_location
 from mpscl_ray.runs.wording import counted
@@ -76,6 +77,8 @@ class FolderScores:
             "prediction_ids": _names_json(self.prediction_names),
             "ignore_label": self.options.ignored,
             "resample": "nearest" if self.options.resample else None,
+            "geometry": self.options.geometry,
+            "assume_spacing_mm": self.options.assume_spacing_mm,
             "explanation": LEGEND,
             "notices": list(self.notices),
             "predictions_without_label": [str(path) for path in self.pairs.predictions_alone],
@@ -169,7 +172,8 @@ def _names(options: argparse.Namespace, pairs: Pairs) -> tuple[LabelNames, Label
     labels = given_names("--labels", options.labels) or names_beside(options.label_maps)
     if labels is None:
         first = pairs.pairs[0].label
-        found = sorted(present_ids(read_label(first).array) - {0})
+        volume = read_label(first, assume_spacing_mm=options.assume_spacing, geometry=options.geometry)
+        found = sorted(present_ids(volume.array) - {0})
         raise ConfigError(
             f"{options.label_maps} has no dataset.json or labels.json with the names of its ids; give --labels, e.g. "
             f"1=MYO,2=LV ({first} has the ids {_listed(map(str, found)) or 'none but 0'})"
@@ -186,7 +190,14 @@ def _score_options(options: argparse.Namespace, labels: LabelNames, predictions:
             f"--ignore-label {ignored} is {labels.names[ignored]} in {labels.origin}; leave it out of one of the two"
         )
     return ScoreOptions(
-        classes, label_index, prediction_index, ignored, options.resample is not None, options.cross_check is not None
+        classes,
+        label_index,
+        prediction_index,
+        ignored,
+        options.resample is not None,
+        options.cross_check is not None,
+        options.geometry,
+        options.assume_spacing,
     )
 
 
@@ -244,6 +255,7 @@ def _notices(
     extra = [name for name in dict.fromkeys(predictions.names.values()) if name not in options.classes]
     if extra:
         yield f"not scored, as {labels.origin} has no such structure: {_listed(extra)}"
+    yield from doubtful_names(options.classes)
     for side, index, names in (
         ("label", options.label_index, labels),
         ("prediction", options.prediction_index, predictions),
@@ -268,6 +280,7 @@ def _notices(
     ):
         if alone:
             yield f"{what}, left out: {_listed(path.name for path in alone)}"
+    yield from pairs.passed_over
     alike: dict[str, list[tuple[str, str]]] = {}  # warnings that differ in their numbers are one
     for case, result in results.items():
         for text in result.notices:

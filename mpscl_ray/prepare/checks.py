@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from mpscl_ray.data.compatibility import orientation_notice
 from mpscl_ray.data.dataset import Case
 from mpscl_ray.prepare.copies import same_scans
+from mpscl_ray.prepare.label_table import doubtful_names
 from mpscl_ray.prepare.splits import UNDECIDED, overlaps
 from mpscl_ray.prepare.staged_case import StagedCase
 
@@ -37,6 +38,7 @@ def check_staged(
         for case, original in zip(staged, originals, strict=True)
     ]
     problems, notices = overlaps(entries, transductive=transductive)
+    notices += doubtful_names(classes)
     by_size: dict[tuple[int, ...], list[str]] = {}
     for case in staged:
         by_size.setdefault(case.shape[1:], []).append(case.request.source.id)

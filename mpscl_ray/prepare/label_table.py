@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 from mpscl_ray.data import NOT_ANNOTATED
-from mpscl_ray.errors import ConfigError
+from mpscl_ray.errors import ConfigError, DataError
 
 BACKGROUND = "background"
-_NOT_ANNOTATED = frozenset(
-    ("ignore", "ignored", "void", "unannotated", "notannotated", "unlabelled", "unlabeled", "dontcare")
-)
+_NOT_ANNOTATED = frozenset(("void", "unannotated", "notannotated", "unlabelled", "unlabeled", "dontcare"))
+_DOUBTFUL = ("unknown", "uncertain", "exclude", "ambiguous")
 UnknownLabels = Literal["error", "background"]
 
 
@@ -56,8 +58,70 @@ class LabelTable:
 
 
 def is_not_annotated(name: str) -> bool:
-    """Whether the name of a label says that its voxels were not annotated."""
-    return re.sub(r"[\W_]+", "", name.lower()) in _NOT_ANNOTATED
+    """Whether the name of a label says that its voxels were not annotated, as every one with ``ignore`` does."""
+    letters = re.sub(r"[\W_]+", "", name.lower())
+    return "ignore" in letters or letters in _NOT_ANNOTATED
+
+
+def doubtful_names(classes: Iterable[str]) -> list[str]:
+    """Warnings on classes whose name may mean voxels that nobody annotated."""
+    return [
+        f"{name!r} is a class like the others, trained and scored; if it marks voxels that nobody annotated, "
+        "call it ignore"
+        for name in classes
+        if any(word in name.lower() for word in _DOUBTFUL)
+    ]
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file with a label table.
+
+    Raises:
+        OSError: it cannot be read.
+        DataError: it is not JSON, or a name in it has two values.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=partial(_once, path))
+    except ValueError as error:
+        raise DataError(f"{path}: not JSON: {error}") from None
+
+
+def _once(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if found.setdefault(key, value) != value:
+            raise DataError(
+                f"{path}: {key!r} is there twice, as {json.dumps(found[key])[:60]} and {json.dumps(value)[:60]}; "
+                "correct the file"
+            )
+    return found
+
+
+def check_names(path: Path, names: Iterable[tuple[int, str]]) -> None:
+    """Refuse names in a file that differ only in blanks or case, and a background that is not 0 where 0 has a name.
+
+    Raises:
+        DataError: there are such names.
+    """
+    spellings: dict[str, str] = {}
+    background: list[int] = []
+    zero = BACKGROUND
+    for value, name in names:
+        plain = " ".join(name.split()).casefold()
+        if spellings.setdefault(plain, name) != name and plain != BACKGROUND:
+            raise DataError(
+                f"{path}: the labels {spellings[plain]!r} and {name!r} differ only in upper and lower case or blanks; "
+                "use one spelling, or two names"
+            )
+        if plain == BACKGROUND:
+            background.append(value)
+        elif value == 0:
+            zero = name
+    if background and zero != BACKGROUND:
+        raise DataError(
+            f"{path}: the label 0 is called {zero!r} and {background[0]} background; 0 is background here, so give "
+            f"{zero!r} another id in the label maps"
+        )
 
 
 def is_region(value: object) -> bool:

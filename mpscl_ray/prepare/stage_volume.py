@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from mpscl_ray.data.compatibility import structure_width
 from mpscl_ray.data.label_map_files import encode_label_map
 from mpscl_ray.data.volumes.geometry import Geometry, across_thick_voxels, closest_world_axes, covered_voxels
+from mpscl_ray.data.volumes.header_geometry import NoPosition
 from mpscl_ray.data.volumes.intensities import few_values, other_modality, unusual_intensities
 from mpscl_ray.data.volumes.label_maps import class_voxels
 from mpscl_ray.data.volumes.nifti import SeveralVolumesError, Volume, read_image, read_label
@@ -129,6 +130,9 @@ def _read(request: Request, settings: Settings) -> tuple[Volume | None, Volume |
     if request.keep_labels and source.labels:
         try:
             label = _read_label(source, image, settings)
+        except NoPosition as error:
+            advice = "; or take the geometry of its image: --fix-geometry copy-from-image"
+            problems.append(f"{error}{'' if image is None else advice}")
         except DataError as error:
             problems.append(str(error))
     return image, label, problems

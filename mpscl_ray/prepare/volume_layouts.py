@@ -11,7 +11,15 @@ from typing import Any
 
 from mpscl_ray.errors import ConfigError, DataError
 from mpscl_ray.prepare.file_listing import LABEL_ENDINGS, Listing, pair_by_name, stem_before
-from mpscl_ray.prepare.label_table import BACKGROUND, MMWHS, LabelTable, is_not_annotated, is_region
+from mpscl_ray.prepare.label_table import (
+    BACKGROUND,
+    MMWHS,
+    LabelTable,
+    check_names,
+    is_not_annotated,
+    is_region,
+    read_json,
+)
 from mpscl_ray.prepare.source_cases import Found, LayoutOptions, SourceCase, collect
 from mpscl_ray.runs.wording import counted
 
@@ -51,13 +59,11 @@ def nnunet_cases(listing: Listing, options: LayoutOptions) -> Found:
     """``imagesTr labelsTr imagesTs labelsTs dataset.json``; files without a channel suffix are its MSD form."""
     path = listing.root / "dataset.json"
     try:
-        about = json.loads(path.read_text(encoding="utf-8-sig"))
-        if not isinstance(about, dict):
-            raise ValueError("expected an object")
+        about = read_json(path)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); layout nnunet needs it for the labels") from error
-    except ValueError as error:
-        raise DataError(f"{path}: not JSON: {error}") from None
+    if not isinstance(about, dict):
+        raise DataError(f"{path}: expected a JSON object with the labels")
     table = _nnunet_labels(path, about, listing.notices)
     ending = str(about.get("file_ending", ""))
     endings = (ending,) if ending else _NIFTI
@@ -146,18 +152,14 @@ def _nnunet_labels(path: Path, about: Mapping[str, Any], notices: list[str]) -> 
     for (raw, name), (other, another) in pairwise(pairs):
         if raw == other:
             raise DataError(f"{path}: the label {raw} has two names, {name} and {another}; correct dataset.json")
+    check_names(path, pairs)
     notices += [
         f"dataset.json: the label 0, called {name!r}, becomes background"
         for raw, name in pairs
-        if raw == 0 and name.lower() != BACKGROUND
+        if raw == 0 and name.strip().lower() != BACKGROUND
     ]
     named = {raw: name for raw, name in pairs if raw != 0 and raw not in ignored}
     classes = list(dict.fromkeys([BACKGROUND, *named.values()]))  # several ids may share a name
-    for first, second in pairwise(sorted(classes, key=str.casefold)):
-        if first.casefold() == second.casefold():
-            raise DataError(
-                f"{path}: the labels {first} and {second} differ only in upper and lower case; use one spelling"
-            )
     values = {0: 0, **{raw: classes.index(name) for raw, name in named.items()}}
     if len(classes) < 2 or len(classes) > 255:
         raise DataError(f"{path}: {len(classes) - 1} labels besides background; expected 1 to 254")

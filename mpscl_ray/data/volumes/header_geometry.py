@@ -25,6 +25,13 @@ _MM_PER_UNIT = {1: 1000.0, 3: 0.001}
 """NIfTI codes of metres and micrometres."""
 
 
+_FORMS: tuple[GeometryFrom, ...] = ("sform", "qform")
+
+
+class NoPosition(DataError):
+    """A header without any usable geometry."""
+
+
 def header_affine(
     path: Path,
     header: Any,
@@ -48,7 +55,7 @@ def header_affine(
     """
     affine, problem = _stored_affine(header, geometry)
     if problem:
-        return _assumed(path, header, problem, assume_spacing_mm, notices)
+        return _assumed(path, header, problem, assume_spacing_mm, notices, geometry)
     if geometry is None:
         _refuse_two_meanings(path, header)
     unit = _MM_PER_UNIT.get(int(header["xyzt_units"]) & 7)
@@ -74,6 +81,11 @@ def header_affine(
         notices.append(
             f"the volume's axes are not at right angles (off by {math.degrees(math.asin(min(1.0, shear))):.0f} degrees)"
         )
+    if assume_spacing_mm is not None and not np.allclose(spacing, assume_spacing_mm, rtol=0.01):
+        notices.append(
+            f"the header has voxels of {_times(spacing)} mm and was taken; --assume-spacing is only for headers "
+            "without a usable geometry"
+        )
     if np.array_equal(affine, np.eye(4)):
         notices.append("the header says 1 x 1 x 1 mm at the origin, as programs write that do not know the geometry")
     _note_forms_apart(header, shape, geometry, notices)
@@ -86,12 +98,15 @@ def _assumed(
     problem: str,
     assume_spacing_mm: tuple[float, float, float] | None,
     notices: list[str],
+    geometry: GeometryFrom | None = None,
 ) -> npt.NDArray[np.float64]:
     if assume_spacing_mm is None:
+        if other := _other_form(header, geometry):
+            raise DataError(f"{path} {problem}; {other}")
         ways = ["correct the header", "assume a spacing (--assume-spacing X,Y,Z)"]
-        if _usable_sizes(header):
+        if _usable_sizes(header) and int(header["sform_code"]) <= 0 and int(header["qform_code"]) <= 0:
             ways.append(f"take that of the header's pixdim, {_times(_pixdim(header))} mm (--geometry pixdim)")
-        raise DataError(
+        raise NoPosition(
             f"{path} {problem}, so the position of its voxels is unknown; expected an sform or qform, "
             f"{', or '.join(ways)}, to take the axes as right, anterior, superior"
         )
@@ -101,6 +116,20 @@ def _assumed(
         f"the header {problem}; voxels of {_times(assume_spacing_mm)} mm assumed, axes right, anterior, superior"
     )
     return np.diag([*assume_spacing_mm, 1.0]).astype(np.float64)
+
+
+def _other_form(header: Any, geometry: GeometryFrom | None) -> str:
+    """What to do where the sform or qform that was to be used is missing or wrong, and the other is good."""
+    good = [kind for kind in _FORMS if not _stored_affine(header, kind)[1]]
+    if not good:
+        return ""
+    if geometry in _FORMS and int(header[f"{geometry}_code"]) <= 0:
+        return f"it has {_article(good[0])}: leave --geometry out"
+    return f"its {good[0]} is good: give --geometry {good[0]}"
+
+
+def _article(kind: GeometryFrom) -> str:
+    return "an sform" if kind == "sform" else "a qform"
 
 
 def _implausible(spacing: tuple[float, ...], shape: tuple[int, ...], unit: float | None) -> str:
@@ -152,12 +181,12 @@ def _stored_affine(header: Any, geometry: GeometryFrom | None) -> tuple[npt.NDAr
     if geometry in ("sform", "qform") and {"sform": sform, "qform": qform}[geometry] <= 0:
         return none, f"has no {geometry}, which --geometry asks for"
     if geometry == "sform" or (sform > 0 and geometry != "qform"):
-        affine, kind = np.asarray(header.get_sform(), dtype=np.float64), "an sform"
+        affine, kind = np.asarray(header.get_sform(), dtype=np.float64), _article("sform")
     else:
         found = _qform(header)
         if found is None:
             return none, "has a qform whose quaternion is no rotation"
-        affine, kind = found, "a qform"
+        affine, kind = found, _article("qform")
     if not (np.abs(affine) < _LARGEST_POSITION).all():
         return none, f"has {kind} with numbers that are not finite or beyond any scan"
     columns = np.sqrt((affine[:3, :3] ** 2).sum(axis=0))
@@ -203,8 +232,10 @@ def _note_forms_apart(header: Any, shape: tuple[int, int, int], geometry: str | 
     if qform is None:
         return
     difference = largest_shift(np.asarray(header.get_sform()), qform, shape)
-    if not difference <= 1.0:
-        used = "the qform" if geometry == "qform" else "the sform"
+    if 1.0 < difference < math.inf:
+        used = {"qform": "the qform", "pixdim": "the sform with the voxel sizes of pixdim"}.get(
+            geometry or "", "the sform"
+        )
         notices.append(f"sform and qform disagree by up to {difference:.1f} mm; {used} is used")
 
 

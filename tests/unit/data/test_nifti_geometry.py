@@ -32,7 +32,9 @@ def test_without_sform_and_qform_a_spacing_has_to_be_assumed(tmp_path: Path) -> 
 def test_an_assumed_spacing_does_not_override_a_usable_header(tmp_path: Path) -> None:
     volume = read_image(save(tmp_path / "v.nii.gz"), assume_spacing_mm=(9.0, 9.0, 9.0))
     np.testing.assert_allclose(volume.affine, AFFINE)
-    assert volume.notices == ()
+    (said,) = volume.notices
+    assert said.startswith("the header has voxels of 1.5 x 2 x 3 mm and was taken; --assume-spacing is only for")
+    assert read_image(tmp_path / "v.nii.gz", assume_spacing_mm=volume.spacing_mm).notices == ()
 
 
 @pytest.mark.parametrize("sizes", [(0.0, 1.0, 1.0), (1.0, -1.0, 1.0), (1.0, float("nan"), 1.0), (1.0, 1.0)])
@@ -65,8 +67,23 @@ def test_negative_voxel_sizes_count_as_positive(tmp_path: Path) -> None:
     [([0.0, 0.0, 0.0, 1.0], "singular"), ([0.0, 2.0, 0.0, 1.0], "singular"), ([float("nan"), 0, 0, 0], "not finite")],
 )
 def test_an_affine_without_inverse_is_refused(tmp_path: Path, row: list[float], said: str) -> None:
-    path = save(tmp_path / "v.nii.gz", patch={280: struct.pack("<4f", *row)})
+    path = save(tmp_path / "v.nii.gz", patch={280: struct.pack("<4f", *row), **forms(0, 1)})
     assert said in refusal(path)
+    assert "--geometry" not in refusal(path)
+    path = save(tmp_path / "v.nii.gz", patch={280: struct.pack("<4f", *row)})
+    for words in ({}, {"geometry": "sform"}, {"geometry": "pixdim"}):
+        assert said in refusal(path, **words)
+        assert refusal(path, **words).endswith("; its qform is good: give --geometry qform")
+    volume = read_image(path, geometry="qform")
+    np.testing.assert_allclose(volume.affine, AFFINE, atol=1e-5)
+    assert not any("nan" in notice for notice in volume.notices)
+
+
+@pytest.mark.parametrize(("asked", "codes"), [("qform", (0, 1)), ("sform", (1, 0))])
+def test_a_part_that_the_header_lacks_need_not_be_named(tmp_path: Path, asked: str, codes: tuple[int, int]) -> None:
+    said = refusal(save(tmp_path / "v.nii.gz", patch=forms(*codes)), geometry=asked)
+    assert f"has no {asked}, which --geometry asks for; it has a" in said
+    assert said.endswith("form: leave --geometry out")
 
 
 def test_a_quaternion_that_is_no_rotation_is_refused(tmp_path: Path) -> None:
@@ -99,6 +116,11 @@ def test_forms_that_disagree_are_noticed(tmp_path: Path) -> None:
     volume = read_image(path)
     assert any("disagree by up to 5.0 mm" in notice for notice in volume.notices)
     np.testing.assert_allclose(volume.affine, moved)
+
+
+def test_the_note_on_forms_that_disagree_says_which_sizes_are_used(tmp_path: Path) -> None:
+    (said,) = read_image(two_sizes(tmp_path / "v.nii.gz", 1), geometry="pixdim").notices
+    assert said.endswith("mm; the sform with the voxel sizes of pixdim is used")
 
 
 def two_sizes(path: Path, qform: int) -> Path:

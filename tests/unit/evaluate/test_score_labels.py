@@ -80,6 +80,11 @@ def test_ids_without_a_name_are_named(cohort: Path, capsys: pytest.CaptureFixtur
     assert "ids in predictions that --labels does not name, counted as background: 77 (3 files)" in printed
 
 
+def test_a_name_that_may_mean_what_nobody_annotated_is_said(cohort: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(cohort, "--labels", "1=MYO,2=LV,3=unknown") == 0
+    assert "note: 'unknown' is a class like the others" in capsys.readouterr().out
+
+
 def test_structures_of_the_predictions_alone_are_named(cohort: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = scored(cohort, *NAMES)
     renumber(cohort, "pred", lambda array: np.where(array == 0, 7, array).astype(np.uint8))
@@ -122,6 +127,9 @@ def test_tables_that_do_not_fit_are_refused(
         ),
         ('{"MYO": true}', "is no NAME: ID pair"),
         ('{"MYO": 1, "LV": 1}', "the id 1 has two names, LV and MYO"),
+        ('{"MYO": 1, "LV": 2, "LV": 3}', "'LV' is there twice, as 2 and 3"),
+        ('{"LV": 1, "LV ": 2}', "'LV' and 'LV ' differ only in upper and lower case or blanks"),
+        ('{"MYO": 0, "LV": 1, "background": 2}', "the label 0 is called 'MYO' and 2 background"),
         ('{"background": 0}', "0 names besides background"),
     ],
 )

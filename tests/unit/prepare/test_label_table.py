@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 
 from mpscl_ray.errors import ConfigError
-from mpscl_ray.prepare.label_table import MMWHS, RELEASED, parse_label_table, with_corrections, with_ignored
+from mpscl_ray.prepare.label_table import (
+    MMWHS,
+    RELEASED,
+    doubtful_names,
+    parse_label_table,
+    with_corrections,
+    with_ignored,
+)
 
 
 def test_label_tables_from_text() -> None:
@@ -46,3 +53,17 @@ def test_wrong_ids_are_corrected() -> None:
         with_ignored(MMWHS, "a,b")
     with pytest.raises(ConfigError, match="--ignore-labels 600,420: 420 means LAC; a table without it"):
         with_ignored(MMWHS, "600,420")
+
+
+@pytest.mark.parametrize("name", ["ignore", "IGNORED", "ignore_label", "Ignore region", "void", "not annotated"])
+def test_names_of_what_nobody_annotated(name: str) -> None:
+    table = parse_label_table(f"1=MYO,2=LV,3={name}")
+    assert (table.classes, table.not_annotated) == (("background", "MYO", "LV"), {3})
+
+
+@pytest.mark.parametrize("name", ["unknown", "Uncertain region", "exclude"])
+def test_names_that_may_mean_it_are_classes_with_a_warning(name: str) -> None:
+    classes = parse_label_table(f"1=MYO,2={name}").classes
+    assert classes == ("background", "MYO", name)
+    (said,) = doubtful_names(classes)
+    assert said.startswith(f"{name!r} is a class like the others, trained and scored")

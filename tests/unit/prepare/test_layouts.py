@@ -281,7 +281,18 @@ def test_nnunet_channels_counts_and_ignored_labels(tmp_path: Path) -> None:
         ),
         ({"labels": {}}, "are not NAME: ID pairs"),
         ({"labels": {"background": 0, "MYO": 1, "LV": 1}}, "the label 1 has two names, LV and MYO"),
-        ({"labels": {"background": 0, "MYO": 1, "LV": 2, "myo": 3}}, "MYO and myo differ only in upper and lower case"),
+        (
+            {"labels": {"background": 0, "MYO": 1, "LV": 2, "myo": 3}},
+            "'MYO' and 'myo' differ only in upper and lower",
+        ),
+        (
+            {"labels": {"background": 0, "LV": 1, "LV ": 2}},
+            "'LV' and 'LV ' differ only in .*blanks",
+        ),
+        (
+            {"labels": {"MYO": 0, "LV": 1, "background": 2}},
+            "the label 0 is called 'MYO' and 2 background; 0 is background here",
+        ),
         ({"labels": {"background": 0}}, "0 labels besides background"),
         ({"channel_names": {}}, "no name for channel 0; give --modality"),
         ({"file_ending": ".png"}, r"file_ending '\.png'"),
@@ -298,6 +309,9 @@ def test_nnunet_needs_its_json(tmp_path: Path) -> None:
         scan(tmp_path, "nnunet", LayoutOptions())
     (tmp_path / "dataset.json").write_text("{")
     with pytest.raises(DataError, match="not JSON"):
+        scan(tmp_path, "nnunet", LayoutOptions())
+    (tmp_path / "dataset.json").write_text('{"labels": {"background": 0, "LV": 1, "LV": 2}}')
+    with pytest.raises(DataError, match=r"dataset\.json: 'LV' is there twice, as 1 and 2; correct the file"):
         scan(tmp_path, "nnunet", LayoutOptions())
 
 

@@ -1,0 +1,108 @@
+"""Files that are no label maps, or whose header is wrong, in folders to score."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from mpscl_ray.data.volumes.nifti import read_label
+from mpscl_ray.errors import DataError
+from tests.scored_maps import AFFINE, NAMES, SHAPE, hearts, run, save, scored
+
+
+def refused(folder: Path, *words: str) -> str:
+    with pytest.raises(DataError) as caught:
+        run(folder, *NAMES, *words)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("side", ["pred", "truth"])
+def test_an_image_is_refused(side: str, cohort: Path) -> None:
+    image = np.random.default_rng(0).integers(0, 200, SHAPE, np.int16)
+    save(cohort / side / "c0.nii.gz", image)
+    said = refused(cohort)
+    assert "1 of 3 pairs" in said
+    assert f"{cohort / side / 'c0.nii.gz'} looks like an image, not a label map: 197 values from 3 to 199" in said
+
+
+def test_an_atlas_of_many_structures_is_none(tmp_path: Path) -> None:
+    atlas, label = hearts(0)
+    save(tmp_path / "truth/a.nii.gz", label)
+    save(tmp_path / "pred/a.nii.gz", atlas)
+    before = scored(tmp_path, *NAMES)
+    blocks = np.arange(100).reshape(4, 5, 5).repeat(6, 0).repeat(4, 1).repeat(3, 2)[: SHAPE[0], : SHAPE[1], : SHAPE[2]]
+    save(tmp_path / "pred/a.nii.gz", np.where(atlas == 0, blocks + 10, atlas).astype(np.uint8))
+    assert scored(tmp_path, *NAMES) == before
+
+
+@pytest.mark.parametrize("side", ["pred", "truth"])
+@pytest.mark.parametrize("words", [(), ("--resample", "nearest")])
+def test_a_lost_header_is_not_resampled(side: str, words: tuple[str, ...], cohort: Path) -> None:
+    path = cohort / side / "c0.nii.gz"
+    save(path, read_label(path).array.astype(np.uint8), np.eye(4))
+    said = refused(cohort, *words)
+    assert f"the header of {path} was probably lost" in said
+    assert "--resample" not in said
+
+
+def test_grids_that_do_not_overlap_are_not_resampled(cohort: Path) -> None:
+    far = AFFINE.copy()
+    far[0, 3] += 4000
+    save(cohort / "pred/c0.nii.gz", hearts(0)[0], far)
+    assert "they do not overlap" in refused(cohort, "--resample", "nearest")
+
+
+def test_headers_that_contradict_themselves_are_scored_by_the_part_named(cohort: Path) -> None:
+    before = scored(cohort, *NAMES)
+    path = cohort / "truth/c0.nii.gz"
+    image = nib.Nifti1Image(hearts(0)[1], AFFINE)
+    image.set_sform(AFFINE, 2)
+    image.set_qform(AFFINE @ np.diag([0.5, 0.5, 0.5, 1]), 1)
+    nib.save(image, path)
+    assert "--geometry sform or --geometry qform" in refused(cohort)
+    assert scored(cohort, *NAMES, "--geometry", "sform") == before
+
+
+def test_files_without_a_position_are_scored_with_an_assumed_spacing(tmp_path: Path) -> None:
+    prediction, label = hearts(0)
+    for side, array in (("pred", prediction), ("truth", label)):
+        save(tmp_path / side / "a.nii.gz", array, np.diag([1.25, 1.5, 4.0, 1.0]))
+    before = scored(tmp_path, *NAMES)
+    for side in ("pred", "truth"):
+        image = nib.load(tmp_path / side / "a.nii.gz")
+        image.set_sform(None, 0)
+        image.set_qform(None, 0)
+        nib.save(image, tmp_path / side / "b.nii.gz")
+        (tmp_path / side / "a.nii.gz").unlink()
+        (tmp_path / side / "b.nii.gz").rename(tmp_path / side / "a.nii.gz")
+    assert "--assume-spacing X,Y,Z" in refused(tmp_path)
+    assert scored(tmp_path, *NAMES, "--assume-spacing", "1.25,1.5,4") == before
+    assert scored(tmp_path, *NAMES, "--geometry", "pixdim") == before
+
+
+def test_files_that_are_not_read_are_said(cohort: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = cohort / "pred"
+    (folder / "c9.mha").touch()
+    (folder / "volumes.json").touch()
+    shutil.copy(folder / "c0.nii.gz", folder / "C7.NII.GZ")
+    (folder / "fold").mkdir()
+    shutil.copy(folder / "c0.nii.gz", folder / "fold")
+    assert run(cohort, *NAMES) == 0
+    (note,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: not read")]
+    assert f"not read in {folder}, 3: C7.NII.GZ, c9.mha, fold/c0.nii.gz (only .nii and .nii.gz files in" in note
+    assert "write their endings in lower case" in note
+    assert "for those in folders give --prediction-pattern" in note
+    (folder / "c0.nii.gz").rename(folder / "C0.NII.GZ")
+    said = refused(cohort)
+    assert "labels without a prediction, 1: c0.nii.gz" in said
+    assert "C0.NII.GZ" in said
+
+
+def test_endings_in_upper_case_alone_are_said(cohort: Path) -> None:
+    for path in (cohort / "pred").iterdir():
+        path.rename(path.with_name(path.name.upper()))
+    assert "no .nii or .nii.gz file among 3 files; write the endings in lower case: C0.NII.GZ" in refused(cohort)
