@@ -117,7 +117,7 @@ def shared_label_files(cases: Iterable[tuple[str, Mapping[str, str], tuple[int, 
     """
     images: dict[str, dict[str, str]] = {}
     for case, sources, voxels in cases:
-        if "label_sha256" in sources and voxels is not None and sum(voxels[1:]):
+        if "label_sha256" in sources and voxels is not None and any(voxels[1:]):
             images.setdefault(sources["label_sha256"], {}).setdefault(sources["image_sha256"], case)
     return [
         f"{_some(sorted(names.values()))} have the same label map, though their images differ; give each its own"

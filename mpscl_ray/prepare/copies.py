@@ -19,7 +19,7 @@ _LEAST = 128
 _LEVELS, _SHIFT = 10_000.0, 0.382
 """Steps from the lowest to the highest intensity; shifted, so that whole numbers are rarely at the border of two."""
 _SAME_SHARE = 0.25
-"""Shared part of two sketches, of one kind, from which they are of one scan; those of two scans share nearly nothing."""
+"""Shared part of two sketches of one kind from which they are of one scan; those of two scans share nearly nothing."""
 _COMMON = 0.01
 """Part of the voxels from which a value counts as background."""
 _SAMPLE = 100_000
@@ -52,7 +52,10 @@ def sketch(image: NDArray[np.float32]) -> Sketch:
         low, high = high, low  # black for white
 
     def levels(part: NDArray[np.float32]) -> NDArray[np.float32]:
-        return np.floor((part - np.float32(low)) * np.float32(_LEVELS / (high - low)) + np.float32(_SHIFT))
+        steps: NDArray[np.float32] = np.floor(
+            (part - np.float32(low)) * np.float32(_LEVELS / (high - low)) + np.float32(_SHIFT)
+        )
+        return steps
 
     return tuple(dict.fromkeys([*_hashes(image, lambda part: part), *_hashes(image, levels)]))
 
