@@ -19,7 +19,7 @@ _LEAST = 128
 _LEVELS, _SHIFT = 10_000.0, 0.382
 """Steps from the lowest to the highest intensity; shifted, so that whole numbers are rarely at the border of two."""
 _SAME_SHARE = 0.25
-"""Shared part of two sketches of one kind from which they are of one scan; those of two scans share nearly nothing."""
+"""Shared part of two sketches, of one kind, from which they are of one scan; others share nearly nothing."""
 _COMMON = 0.01
 """Part of the voxels from which a value counts as background."""
 _SAMPLE = 100_000
