@@ -222,7 +222,7 @@ def _repeated_in(names: Sequence[str]) -> list[tuple[str, ...]]:
 
 
 def _are_patients(words: Mapping[str, Sequence[str]]) -> bool:
-    """Whether prefixes without a number name patients: some of them, of few cases each, and not c0, c1, c2, anna, bob."""
+    """Whether prefixes without a number name patients: some, of few cases each, and not c0, c1, c2, anna, bob."""
     if len(words) < _FEWEST_NAMES or max(map(len, words.values())) > _MOST_OF_A_NAME:
         return False
     longer = [key for key, names in words.items() if key not in names and len(names) > 1]
