@@ -41,6 +41,8 @@ class Scan:
     notices: tuple[str, ...]
     ambiguous_patients: str = ""
     """Why it is not certain which cases are of one patient."""
+    uncertain_patients: tuple[tuple[str, ...], ...] = ()
+    """Cases that may be of one patient."""
 
 
 def scan(folder: Path, layout: str, options: LayoutOptions) -> Scan:
@@ -66,7 +68,7 @@ def scan(folder: Path, layout: str, options: LayoutOptions) -> Scan:
     _check_ids(listing, cases)
     found = group_patients(sorted(cases, key=_natural), options.patient_pattern, listing.problems)
     notices = (*listing.notices, *found.notices)
-    return Scan(found.cases, table, tuple(listing.problems), notices, found.ambiguous)
+    return Scan(found.cases, table, tuple(listing.problems), notices, found.ambiguous, found.uncertain)
 
 
 def _natural(case: SourceCase) -> list[tuple[int, int | str]]:

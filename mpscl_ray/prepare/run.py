@@ -25,6 +25,7 @@ from mpscl_ray.prepare.label_table import LabelTable
 from mpscl_ray.prepare.layouts import Scan, scan
 from mpscl_ray.prepare.options import PrepareOptions
 from mpscl_ray.prepare.output_folder import check_target, publish, temporary_output_dir
+from mpscl_ray.prepare.patients import apart
 from mpscl_ray.prepare.personal_data import personal_notices
 from mpscl_ray.prepare.pictures.album import Album, staged_cases
 from mpscl_ray.prepare.pictures.page import PICTURES, page
@@ -132,6 +133,7 @@ def _plan(
             problems.append(f"{modality}: {found.ambiguous_patients}")
         elif found.ambiguous_patients:
             notices.append(found.ambiguous_patients)
+        notices += apart(found.uncertain_patients, splitting.cases)
     except DataError as error:
         # Told before volumes are read, which takes much longer.
         raise DataError(_listed(options.input, [*problems, str(error)], notices)) from None

@@ -30,6 +30,10 @@ from tests.heart_scans import cohort, prepared, problems, scan
         ("sub-01_ses-02_run-1_T1w", "sub-01"),
         ("p12_visit_2", "p12"),
         ("p12_20210304", "p12"),
+        ("p12_2021-03-04", "p12"),
+        ("04.03.2021_p12", "p12"),
+        ("2021-03-04", "2021-03-04"),
+        ("p_13-14-2021", "p_13-14-2021"),
         ("p12_left", "p12"),
         ("smith_ED", "smith"),
         ("scan_1", "scan_1"),
@@ -68,7 +72,80 @@ def test_names_that_may_be_of_one_patient_are_not_split_at_random(tmp_path: Path
     assert any("may be of one patient" in notice for notice in manifest.notices)
 
 
-@pytest.mark.parametrize("names", [tuple(f"c{i}" for i in range(9)), ("la_003", "la_004"), ("1a2b", "77x", "8y")])
+def two(*forms: str) -> tuple[str, ...]:
+    return tuple(form.format(number) for number in range(1, 6) for form in forms)
+
+
+@pytest.mark.parametrize(
+    ("names", "example"),
+    [
+        (two("k{}_190301", "k{}_200405"), "^([^_]+)"),
+        (two("P{}ED", "P{}ES"), r"^(\D*\d+)"),
+        (two("Pat{}Visit1", "Pat{}Visit2"), r"^(\D*\d+)"),
+        (two("pat_00{}_1", "pat_00{}_2"), r"^(\D*\d+)"),
+        (two("1_P00{}", "2_P00{}"), r"([^\W_]+)$"),
+        (two("ED00{}", "ES00{}"), r"(\d+)$"),
+        (two("p{}", "p0{}"), r"0*(\d+)"),
+        (tuple(f"{name}_{end}" for name in ("meier", "huber", "wolf") for end in "ab"), "^([^_]+)"),
+        (tuple(f"{name}_{day}-03-2019" for name in ("meier", "huber", "wolf") for day in (1, 2)), "^([^_]+)"),
+        (("anna1", "anna2", "bob1", "cleo1"), r"^(\D+)"),
+        (("h0", "h1", "h2", "h3", "h0_copy", "h1_aug"), "^([^_]+)"),
+    ],
+)
+def test_the_example_of_a_pattern_fits_the_names(names: tuple[str, ...], example: str) -> None:
+    _, said, _ = grouped(*names)
+    assert f"--patient-pattern '{example}'," in said
+    assert grouped(*names, pattern=example)[1:] == ("", [])
+
+
+def test_cases_in_the_folder_of_a_patient_are_not_split_at_random(tmp_path: Path) -> None:
+    options = {"image_pattern": "**/{case}_image.nii.gz", "label_pattern": "**/{case}_label.nii.gz"}
+    names = tuple(f"{{}}{patient}/{case}{patient}" for patient in (1, 2, 3) for case in "xy")
+    folder = cohort(tmp_path / "in", tuple(name.format("pat") for name in names))
+    assert "may be of one patient by their names, 3 groups: x1, y1; x2, y2" in problems(folder, **options)
+    sites = cohort(tmp_path / "sites", tuple(name.format("site") for name in names))
+    assert len(prepared(sites, **options)[1].cases) == 6
+
+
+def test_a_repeated_name_among_many_is_said() -> None:
+    for many, more in ((12, "case003_b"), (10, "case003-2")):
+        names = [*(f"case{number:03d}" for number in range(many)), more]
+        found = group_patients([SourceCase(name, "mr", name, "nifti", ()) for name in names], None, [])
+        assert found.ambiguous == ""
+        assert [f"1 group: case003, {more}; " in notice for notice in found.notices] == [True]
+
+
+def test_other_names_with_the_stem_of_a_patient_are_its_own() -> None:
+    names = [f"A1D0{patient}_{end}" for patient in (1, 2) for end in ("ED", "ES", "MID")]
+    assert grouped(*names) == (["A1D01"] * 3 + ["A1D02"] * 3, "", [])
+    assert grouped("scan_ED", "scan_ES", "scan_7")[0] == ["scan", "scan", "scan_7"]
+
+
+def test_what_may_be_one_patient_in_two_splits_of_a_file_is_named(tmp_path: Path) -> None:
+    split = tmp_path / "split.json"
+    split.write_text(json.dumps({"train": ["k1a", "k1b", "k2a"], "val": ["k2b"], "test": ["k3a", "k3b"]}))
+    names = tuple(f"k{patient}{end}" for patient in (1, 2, 3) for end in "ab")
+    _, manifest = prepared(cohort(tmp_path / "in", names), split=str(split))
+    said = [notice for notice in manifest.notices if "in several splits" in notice]
+    assert [notice.partition(": ")[2] for notice in said] == ["k2a (train), k2b (val)"]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        tuple(f"c{i}" for i in range(9)),
+        ("la_003", "la_004"),
+        ("1a2b", "77x", "8y"),
+        tuple(f"case{i:02d}" for i in range(1, 41)),
+        tuple(f"patient{i:03d}" for i in range(1, 31)),
+        tuple(f"ct_train_{i}" for i in range(1001, 1021)),
+        tuple(f"{i}" for i in range(1, 30)),
+        tuple(f"site{site}_{i:03d}" for site in (1, 2) for i in range(40)),
+        ("c0", "c1", "c2", "c3", "anna", "bob", "cleo"),
+        ("john_smith", "john_doe", "mary_jones", "peter_x", "eva_y"),
+        ("2019-03-01", "2019-03-02", "2019-04-01"),
+    ],
+)
 def test_names_of_different_patients_are_left_alone(names: tuple[str, ...]) -> None:
     assert grouped(*names) == (list(names), "", [])
 
