@@ -53,7 +53,7 @@ def other_modality(image: NDArray[np.float32], modality: str, scanner: str = "")
     sample = image.ravel(order="K")[:: image.size // _SAMPLE + 1]
     low, high = (float(image.min()), float(image.max())) if image.size else (0.0, 0.0)
     if low < high <= 0:
-        return f"no intensity is above 0 ({low:.4g} to {high:.4g}), as if their sign was changed; correct the file"
+        return f"no intensity is above 0 ({low:.4g} to {high:.4g}), as if their sign was changed"
     real = sample[sample >= LOWEST_HU]
     if found := _far_value(real if kind == "ct" else sample):
         return found
