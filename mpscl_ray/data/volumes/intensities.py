@@ -39,7 +39,7 @@ def other_modality(image: NDArray[np.float32], modality: str, scanner: str = "")
 
     CT is in Hounsfield units: without air, lung or fat below 0 it is another image, or lost its offset of 1024. MR has
     no large part below -500, and not the two peaks of air and soft tissue of a CT that is stored with that offset.
-    Images that are scaled or z-scored already are not judged. An image of any modality has something above 0, and not
+    Images that are scaled or z-scored already are not judged. An image has something above 0, CT aside, and not
     many voxels of one value far from all others, but for the padding of CT.
 
     Args:
@@ -51,15 +51,17 @@ def other_modality(image: NDArray[np.float32], modality: str, scanner: str = "")
     if kind and scanner and scanner != kind.upper():
         return f"its DICOM header says {scanner}, not {kind.upper()} (modality {modality!r})"
     sample = image.ravel(order="K")[:: image.size // _SAMPLE + 1]
-    low, high = (float(image.min()), float(image.max())) if image.size else (0.0, 0.0)
-    if low < high <= 0:
-        return f"no intensity is above 0 ({low:.4g} to {high:.4g}), as if their sign was changed; correct the file"
     real = sample[sample >= LOWEST_HU]
     if found := _far_value(real if kind == "ct" else sample):
         return found
-    if kind is None or not real.size:
-        return None
-    return _not_hounsfield(real, modality) if kind == "ct" else _not_mr(real, modality)
+    if kind == "ct":
+        return _not_hounsfield(real, modality) if real.size else None
+    if kind == "mr" and real.size and (found := _not_mr(real, modality)):
+        return found
+    low, high = (float(image.min()), float(image.max())) if image.size else (0.0, 0.0)
+    if low < high <= 0:
+        return f"no intensity is above 0 ({low:.4g} to {high:.4g}), as if their sign was changed"
+    return None
 
 
 def _far_value(sample: NDArray[np.float32]) -> str | None:
