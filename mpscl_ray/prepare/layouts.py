@@ -18,7 +18,7 @@ from mpscl_ray.prepare.label_table import LabelTable
 from mpscl_ray.prepare.patients import group_patients
 from mpscl_ray.prepare.slice_layouts import npy_cases, tfrecord_cases
 from mpscl_ray.prepare.source_cases import Found, LayoutOptions, SourceCase
-from mpscl_ray.prepare.volume_layouts import folder_cases, mmwhs_cases, nnunet_cases
+from mpscl_ray.prepare.volume_layouts import case_pattern, folder_cases, mmwhs_cases, nnunet_cases
 
 LAYOUTS: dict[str, Callable[[Listing, LayoutOptions], Found]] = {
     "mmwhs": mmwhs_cases,
@@ -27,6 +27,7 @@ LAYOUTS: dict[str, Callable[[Listing, LayoutOptions], Found]] = {
     "tfrecord": tfrecord_cases,
     "npy": npy_cases,
 }
+_NIFTI = (".nii", ".nii.gz")
 _MAX_ID_BYTES = 200
 
 
@@ -64,6 +65,7 @@ def scan(folder: Path, layout: str, options: LayoutOptions) -> Scan:
     if unmatched_files:
         listing.notices.append(
             f"files that are not part of the layout, {len(unmatched_files)}: {listing.some(unmatched_files)}"
+            f"{_other_case(listing, options, unmatched_files)}"
         )
     _check_ids(listing, cases)
     found = group_patients(sorted(cases, key=_natural), options.patient_pattern, listing.problems)
@@ -92,7 +94,21 @@ def _nothing_found(listing: Listing, layout: str, options: LayoutOptions, unmatc
         "npy": "*.npy or *.npz files",
     }[layout]
     which = f" of the modality {options.modality!r}" if options.modality else ""
-    return f"{listing.root}: no {expected}{which} (layout {layout}); it holds {listing.some(listing.files)}"
+    hint = _other_case(listing, options, unmatched_files)
+    return f"{listing.root}: no {expected}{which} (layout {layout}); it holds {listing.some(listing.files)}{hint}"
+
+
+def _other_case(listing: Listing, options: LayoutOptions, files: Sequence[Path]) -> str:
+    """That files would fit if upper and lower case were the same, if any would."""
+    given = ((options.image_pattern, "--image-pattern"), (options.label_pattern, "--label-pattern"))
+    patterns = [re.compile(case_pattern(text, option).pattern, re.IGNORECASE) for text, option in given if text]
+    found = [
+        path
+        for path in files
+        if any(pattern.fullmatch(listing.relative(path)) for pattern in patterns)
+        or (path.name.lower().endswith(_NIFTI) and not path.name.endswith(_NIFTI))
+    ]
+    return f"; upper and lower case count: {listing.some(found, 2)}" if found else ""
 
 
 def _check_ids(listing: Listing, cases: Iterable[SourceCase]) -> None:

@@ -11,6 +11,9 @@ import numpy as np
 import pytest
 
 from mpscl_ray.data.volumes.recipe import Recipe
+from mpscl_ray.errors import DataError
+from mpscl_ray.prepare.layouts import scan
+from mpscl_ray.prepare.source_cases import LayoutOptions
 from tests.raw_volumes import made, mmwhs, refusal, volume, write
 
 
@@ -195,3 +198,31 @@ def test_a_geometry_that_differs_is_refused_by_default(source: Path) -> None:
     nib.save(nib.Nifti1Image(label, None), source / "ct_train_1002_label.nii.gz")  # nor need it have a geometry at all
     _, manifest = made(source, fix_geometry="copy-from-image", overwrite=True)
     assert len(manifest.cases) == 6
+
+
+def test_a_label_alone_without_a_position_may_take_that_of_its_image(source: Path) -> None:
+    path = source / "ct_train_1002_label.nii.gz"
+    image = nib.Nifti1Image(volume(1002)[1], np.diag([1.5, 1.5, 2.0, 1.0]))
+    image.set_sform(None, 0)
+    image.set_qform(None, 0)
+    nib.save(image, path)
+    (problem,) = refusal(source)
+    assert problem.endswith("or take the geometry of its image: --fix-geometry copy-from-image")
+    made(source, fix_geometry="copy-from-image")
+
+
+@pytest.mark.parametrize(("change", "hit"), [("IMAGE.nii.gz", "c0_IMAGE.nii.gz"), ("image.NII.GZ", "c0_image.NII.GZ")])
+def test_names_in_another_case_are_said(tmp_path: Path, change: str, hit: str) -> None:
+    for number in range(4):
+        (tmp_path / f"c{number}_{change}").touch()
+    options = LayoutOptions(modality="mr", image_pattern="{case}_image.nii.gz")
+    with pytest.raises(DataError, match=f"no files that match .*; upper and lower case count: {hit}, c1_"):
+        scan(tmp_path, "folder", options)
+
+
+def test_an_ending_in_upper_case_is_said_among_the_files_left_out(source: Path) -> None:
+    for kind in ("image", "label"):
+        path = source / f"ct_train_1002_{kind}.nii.gz"
+        path.rename(path.with_suffix(".GZ"))
+    notices = scan(source, "mmwhs", LayoutOptions()).notices
+    assert any("; upper and lower case count: ct_train_1002_image.nii.GZ" in notice for notice in notices)
