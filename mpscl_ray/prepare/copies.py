@@ -52,8 +52,9 @@ def sketch(image: NDArray[np.float32]) -> Sketch:
         low, high = high, low  # black for white
 
     def levels(part: NDArray[np.float32]) -> NDArray[np.float32]:
-        found = (part - np.float32(low)) * np.float32(_LEVELS / (high - low)) + np.float32(_SHIFT)
-        return np.floor(found, out=found)
+        found: NDArray[np.float32] = (part - np.float32(low)) * np.float32(_LEVELS / (high - low)) + np.float32(_SHIFT)
+        np.floor(found, out=found)
+        return found
 
     return tuple(dict.fromkeys([*_hashes(image, lambda part: part), *_hashes(image, levels)]))
 
