@@ -61,7 +61,7 @@ def group(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     dist.init_process_group(f"meta:{ONLY_META}", rank=0, world_size=2, store=dist.HashStore())
     monkeypatch.setattr(collectives, "DistributedDataParallel", broadcasting)
     # On GPUs batch normalisation is torch's own, whose layers see one process here.
-    monkeypatch.setattr(optim, "convert_batch_norm", lambda module, device: module)
+    monkeypatch.setattr(optim, "convert_batch_norm", lambda module, device, fold: module)
     # None of these exists for this device; an update sends nothing.
     monkeypatch.setattr(optim.Optimiser, "step", lambda self, non_finite: None)
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
