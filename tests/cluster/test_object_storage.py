@@ -174,17 +174,17 @@ def test_prepare_evaluate_and_predict_by_url(server: Server, undisturbed: RunDir
     assert prepare(options, progress=False) == {"mr": server.folder("made/mr")}
     manifest = load_manifest(server.url("made/mr"))
     assert len(manifest.cases) == 2
-    assert server.folder("made/mr").files() == [
-        "manifest.json",
-        "pictures.html",
-        *sorted(case.file for case in manifest.cases),
-    ]
+    maps = [case.label_map.file for case in manifest.cases if case.label_map is not None]
+    names = [f"label_maps/{split}/labels.json" for split in ("test", "train")]
+    files = ["manifest.json", "pictures.html", *(case.file for case in manifest.cases), *maps, *names]
+    assert len(maps) == 2
+    assert server.folder("made/mr").files() == sorted(files)
 
     upload_folder(undisturbed.path, server.folder("runs/copied"))
     place = server.url("runs/copied")
     assert evaluate.main([place, "--checkpoint", "warm_up", "--split", "val", "--workers", "0"]) == 0
-    assert "results/warm_up_val/summary.json" in server.folder("runs/copied").files()
-    ours = json.loads((server.folder("runs/copied") / "results/warm_up_val/summary.json").read_bytes())
+    assert "results/warm_up_val_prepared_protocol/summary.json" in server.folder("runs/copied").files()
+    ours = json.loads((server.folder("runs/copied") / "results/warm_up_val_prepared_protocol/summary.json").read_bytes())
     assert evaluate.main([str(undisturbed.path), "--checkpoint", "warm_up", "--split", "val", "--workers", "0"]) == 0
-    theirs = json.loads((undisturbed.results / "warm_up_val/summary.json").read_text(encoding="utf-8"))
+    theirs = json.loads((undisturbed.results / "warm_up_val_prepared_protocol/summary.json").read_text(encoding="utf-8"))
     assert ours["summary"] == theirs["summary"]
