@@ -184,7 +184,11 @@ def test_prepare_evaluate_and_predict_by_url(server: Server, undisturbed: RunDir
     place = server.url("runs/copied")
     assert evaluate.main([place, "--checkpoint", "warm_up", "--split", "val", "--workers", "0"]) == 0
     assert "results/warm_up_val_prepared_protocol/summary.json" in server.folder("runs/copied").files()
-    ours = json.loads((server.folder("runs/copied") / "results/warm_up_val_prepared_protocol/summary.json").read_bytes())
+    ours = json.loads(
+        (server.folder("runs/copied") / "results/warm_up_val_prepared_protocol/summary.json").read_bytes()
+    )
     assert evaluate.main([str(undisturbed.path), "--checkpoint", "warm_up", "--split", "val", "--workers", "0"]) == 0
-    theirs = json.loads((undisturbed.results / "warm_up_val_prepared_protocol/summary.json").read_text(encoding="utf-8"))
+    theirs = json.loads(
+        (undisturbed.results / "warm_up_val_prepared_protocol/summary.json").read_text(encoding="utf-8")
+    )
     assert ours["summary"] == theirs["summary"]

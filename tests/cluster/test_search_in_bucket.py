@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -112,7 +113,7 @@ def test_a_killed_search_in_a_bucket_goes_on_and_stops_what_falls_behind(
     summary = json.loads((folder / "results" / "summary.json").read_bytes())
     best = train.config_from_arguments([server.url("runs/search/best.yaml"), "run.seed=7"])
     assert (best.run.name, best.run.storage, best.run.seed) == ("search-best", server.url("runs"), 7)
-    assert f"python -m mpscl_ray.train {server.url('runs/search/best.yaml')}" in text
+    assert f"python -m mpscl_ray.train {shlex.quote(server.url('runs/search/best.yaml'))}" in text
     with pytest.raises(ConfigError, match=r"there is no preset file s3://bucket/runs/search/none\.yaml"):
         train.config_from_arguments([server.url("runs/search/none.yaml")])
     assert summary["trials"] == {"finished": len(finished), "stopped": len(stopped), "failed": 0}
@@ -121,7 +122,7 @@ def test_a_killed_search_in_a_bucket_goes_on_and_stops_what_falls_behind(
     )
     assert json.loads((folder / "status.json").read_bytes())["state"] == "finished"
     trial = f"runs/search/trials/{summary['best']:03d}"
-    assert f"python -m mpscl_ray.predict {server.url(trial)}" in text
+    assert f"python -m mpscl_ray.predict {shlex.quote(server.url(trial))}" in text
 
     table = server.folder(trial) / "results" / "adaptation_test_prepared_protocol" / "summary.json"
     evaluated = table.version_stamp()
