@@ -183,12 +183,9 @@ def test_prepare_evaluate_and_predict_by_url(server: Server, undisturbed: RunDir
     upload_folder(undisturbed.path, server.folder("runs/copied"))
     place = server.url("runs/copied")
     assert evaluate.main([place, "--checkpoint", "warm_up", "--split", "val", "--workers", "0"]) == 0
-    assert "results/warm_up_val_prepared_protocol/summary.json" in server.folder("runs/copied").files()
-    ours = json.loads(
-        (server.folder("runs/copied") / "results/warm_up_val_prepared_protocol/summary.json").read_bytes()
-    )
+    file = "results/warm_up_val_prepared_protocol/summary.json"
+    assert file in server.folder("runs/copied").files()
+    ours = json.loads((server.folder("runs/copied") / file).read_bytes())
     assert evaluate.main([str(undisturbed.path), "--checkpoint", "warm_up", "--split", "val", "--workers", "0"]) == 0
-    theirs = json.loads(
-        (undisturbed.results / "warm_up_val_prepared_protocol/summary.json").read_text(encoding="utf-8")
-    )
+    theirs = json.loads((undisturbed.path / file).read_text(encoding="utf-8"))
     assert ours["summary"] == theirs["summary"]
