@@ -14,11 +14,13 @@ from torch import Tensor
 
 from mpscl_ray.config import Config, reads_target
 from mpscl_ray.config.titles import phase_title, title_of
+from mpscl_ray.data.ray_source import KEPT_FRACTION
 from mpscl_ray.evaluate.tables import text_table
 from mpscl_ray.methods.base import Batch, Method
 from mpscl_ray.predict.predictor import choose_device
 from mpscl_ray.prepare import phantom_dataset
 from mpscl_ray.runs.checkpoint import Snapshot
+from mpscl_ray.runs.wording import counted
 from mpscl_ray.train.domains import Domains, load_domains
 from mpscl_ray.train.phases import build_method, build_segmenter
 
@@ -68,7 +70,7 @@ def plan(config: Config) -> str:
     on = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     share = config.data.global_batch_size // workers
     lines = [
-        f"{title_of(config.method_name)}: {workers} worker{'s' * (workers > 1)} on {on}, {share} slices of "
+        f"{title_of(config.method_name)}: {counted(workers, 'worker')} on {on}, {counted(share, 'slice')} of "
         f"{domains.source.size[0]} x {domains.source.size[1]} of each domain a worker and step; nothing was trained",
         "",
         _table(costs),
@@ -157,8 +159,8 @@ def _resources(config: Config, costs: list[PhaseCost], device: torch.device) -> 
         memory, cores = _memory("SC_AVPHYS_PAGES"), len(os.sched_getaffinity(0))
         number = min(int(memory // peak), int(cores / config.scaling.cpus_per_worker))
         fits = (
-            f"this machine has {_size(memory)} free and {cores} CPU{'s' * (cores > 1)}: {number} "
-            f"worker{'s' * (number != 1)} of this size fit{'s' * (number == 1)}"
+            f"this machine has {_size(memory)} free and {counted(cores, 'CPU')}: room for "
+            f"{counted(number, 'worker')} of this size"
         )
     return [
         f"time      {_time(total)} in all if {_TIMED} steps tell; without validation, start and scores at the end",
@@ -170,12 +172,14 @@ def _resources(config: Config, costs: list[PhaseCost], device: torch.device) -> 
 
 def _data(config: Config, domains: Domains) -> list[str]:
     pixels = domains.source.size[0] * domains.source.size[1]
-    need = 0
-    for manifest in (domains.source, domains.target):
-        for case in (*manifest.split("train"), *manifest.split("val")):
-            need += case.slices * pixels * (5 if case.labelled else 4)
-    store = int(_OBJECT_STORE_PART * _memory("SC_PHYS_PAGES"))
-    how = "kept in memory" if config.data.in_memory is True or need <= _OBJECT_STORE_PART * store else "streamed"
+    needs = [
+        sum(case.slices * pixels * (5 if case.labelled else 4) for case in manifest.split(split))
+        for manifest in (domains.source, domains.target)
+        for split in ("train", "val")
+    ]
+    need, store = sum(needs), int(_OBJECT_STORE_PART * _memory("SC_PHYS_PAGES"))
+    # Each split is kept or streamed for itself (open_slices).
+    how = "kept in memory" if config.data.in_memory is True or max(needs) <= KEPT_FRACTION * store else "streamed"
     if config.data.in_memory is False:
         how = "streamed, as data.in_memory=false asks"
     return [f"data      {_size(need)} of training and validation slices: {how} (Ray's object store: {_size(store)})"]
