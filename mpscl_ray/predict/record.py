@@ -59,7 +59,7 @@ class Record:
         there = [] if resume else [name for image in images for name in self._outputs(image) if self._exists(name)]
         if there and not self._overwrite:
             raise ConfigError(
-                f"{self._job.out} has {_some(there)} already; give --resume to keep them and go on with the other "
+                f"{self._job.out} has {_some(there)} already; give --resume to keep them and segment the other "
                 "images, --overwrite to replace them, or another --out"
             )
         table = self._job.out / SLICER_LABELS

@@ -1,4 +1,4 @@
-"""Texts in headers that may name a person. Only the kind of a text is told, never the text."""
+"""Texts in headers that may name a person. Only the kind of a text is reported, never the text."""
 
 from __future__ import annotations
 
