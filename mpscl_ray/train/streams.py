@@ -14,7 +14,7 @@ from torch import Tensor
 from mpscl_ray.config import Config, reads_target
 from mpscl_ray.data import SOURCE_DOMAIN, TARGET_DOMAIN
 from mpscl_ray.data.loader import Slices, SliceStream
-from mpscl_ray.data.sampler import shard_range
+from mpscl_ray.data.sampler import Foreground, Rows, shard_range
 from mpscl_ray.data.subset import SubsetSlices
 from mpscl_ray.methods.base import Method, TrainingSlices
 from mpscl_ray.networks.pretrained import load_prototypes
@@ -35,6 +35,8 @@ class TrainingData:
     """Slices of the target, opened without labels; None for plain segmentation."""
     validation: Mapping[str, Slices]
     """Slices by domain, with labels where there are any. Never trained on."""
+    foreground_rows: Rows | None = None
+    """Rows of ``labelled`` that show a structure; None unless ``data.foreground_share`` is set."""
 
 
 def open_streams(
@@ -54,21 +56,37 @@ def open_streams(
 
     opened = _stream_of(config, device, rank, world_size)
 
-    def stream(name: str, slices: Slices | None) -> SliceStream:
+    def source_stream() -> SliceStream:
+        share = None
+        if config.data.foreground_share is not None:
+            assert data.foreground_rows is not None
+            share = Foreground(config.data.foreground_share, data.foreground_rows, data.labelled.rows)
+        return opened(
+            data.labelled,
+            domain=SOURCE_DOMAIN,
+            augment=config.data.augmentation,
+            foreground=share,
+            start_step=start_step,
+        )
+
+    def target_stream(name: str, slices: Slices | None, views: int = 1) -> SliceStream:
         assert slices is not None
-        augmentation = config.data.augmentation
-        if name != SOURCE_DOMAIN:
-            # Intensities are remapped in the labelled domain only: the target has to keep its appearance.
-            augmentation = dataclasses.replace(augmentation, random_conv_probability=0.0)
-        return opened(slices, domain=name, augment=augmentation, start_step=start_step)
+        # Intensities are remapped in the labelled domain only: the target has to keep its appearance.
+        still = dataclasses.replace(
+            config.data.augmentation, random_conv_probability=0.0, mapping_probability=0.0, degradation_probability=0.0
+        )
+        view = config.data.augmentation if views == 2 else None
+        return opened(slices, domain=name, augment=still, view=view, start_step=start_step)
 
     if method.split is not None:
         split = method.split
         assert data.unlabelled is not None
         easy = SubsetSlices(data.unlabelled, split.easy.numpy(), split.pseudo_labels.numpy())
-        return stream(EASY, easy), stream(HARD, SubsetSlices(data.unlabelled, split.hard.numpy()))
-    source = stream(SOURCE_DOMAIN, data.labelled)
-    return source, stream(TARGET_DOMAIN, data.unlabelled) if reads_target(phase) else None
+        hard = SubsetSlices(data.unlabelled, split.hard.numpy())
+        return target_stream(EASY, easy), target_stream(HARD, hard, method.target_views)
+    if not reads_target(phase):
+        return source_stream(), None
+    return source_stream(), target_stream(TARGET_DOMAIN, data.unlabelled, method.target_views)
 
 
 def _stream_of(config: Config, device: torch.device, rank: int, world_size: int) -> Callable[..., SliceStream]:
