@@ -149,11 +149,9 @@ def local_data(config: Config) -> TrainingData:
         if cases:
             validation[domain] = LocalSlices(folder, "val", labels=all(case.labelled for case in cases))
     adapts = any(reads_target(phase) for phase, _ in config.schedule)
-    labelled = LocalSlices(folders[config.data.labelled_domain], "train", labels=True)
     return TrainingData(
         classes=load_manifest(folders["source"]).classes,
-        labelled=labelled,
+        labelled=LocalSlices(folders[config.data.labelled_domain], "train", labels=True),
         unlabelled=LocalSlices(folders[TARGET_DOMAIN], "train", labels=False) if adapts else None,
         validation=validation,
-        foreground_rows=None if config.data.foreground_share is None else labelled.files.foreground_rows(),
     )

@@ -7,6 +7,7 @@ augmented batches of one rank from any of them.
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -24,6 +25,7 @@ from mpscl_ray.config import AugmentConfig
 from mpscl_ray.data.appearance import change_appearance
 from mpscl_ray.data.augment import augment
 from mpscl_ray.data.dataset import Case
+from mpscl_ray.data.label_values import show_a_structure
 from mpscl_ray.data.parquet_reader import Arrays, SplitFiles
 from mpscl_ray.data.sampler import Foreground, Keys, Rows, StepOrder, shard_range
 
@@ -42,6 +44,14 @@ class Slices(ABC):
     def rows(self) -> int:
         """Number of slices."""
         return self.files.rows
+
+    @functools.cached_property
+    def foreground_rows(self) -> Rows:
+        """Rows whose label shows a structure, ascending; only for slices that were opened with labels.
+
+        The first use reads the labels of the files.
+        """
+        return self.files.foreground_rows()
 
     @abstractmethod
     def fetch(self, batches: Iterable[Rows]) -> Generator[Arrays, None, None]:
@@ -88,6 +98,11 @@ class InMemorySlices(Slices):
     @abstractmethod
     def parts(self) -> Sequence[tuple[int, Arrays]]:
         """The first row and the arrays of each part, in the order of the rows."""
+
+    @functools.cached_property
+    def foreground_rows(self) -> Rows:
+        """Rows whose label shows a structure, counted in memory."""
+        return np.concatenate([start + show_a_structure(arrays["label"]) for start, arrays in self.parts()])
 
     def fetch(self, batches: Iterable[Rows]) -> Generator[Arrays, None, None]:
         """Copy the rows of each batch out of memory."""

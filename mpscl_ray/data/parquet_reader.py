@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from mpscl_ray.data.dataset import FORMAT_VERSION, Case, load_manifest
-from mpscl_ray.data.label_values import is_structure
+from mpscl_ray.data.label_values import show_a_structure
 from mpscl_ray.data.parquet_writer import METADATA_KEY
 from mpscl_ray.data.sampler import Rows
 from mpscl_ray.errors import DataError
@@ -29,9 +29,6 @@ from mpscl_ray.runs.storage import S3Path, cached_file, parse_location
 Arrays = dict[str, NDArray[Any]]
 """``image`` (B, H, W) float32 and, if labels were asked for, ``label`` (B, H, W) uint8, class indices or
 ``NOT_ANNOTATED``."""
-
-FOREGROUND_PIXELS = 20
-"""A slice with more pixels of structures than this shows a structure."""
 
 _DTYPES: dict[str, type[np.generic]] = {"image": np.float32, "label": np.uint8}
 _AGAIN = "prepare the dataset again"
@@ -113,7 +110,7 @@ class SplitFiles:
         return arrays
 
     def foreground_rows(self) -> Rows:
-        """Rows whose label shows more than ``FOREGROUND_PIXELS`` pixels of structures; reads the labels alone.
+        """Rows that show a structure; reads the labels alone.
 
         Raises:
             DataError: as :meth:`read`.
@@ -123,7 +120,7 @@ class SplitFiles:
             label = np.empty((case.slices, *self.size), np.uint8)
             whole = np.arange(case.slices)
             _read_case_slices(self, case, whole, {"label": label}, whole)
-            found.append(own.start + np.flatnonzero(is_structure(label).sum(axis=(1, 2)) > FOREGROUND_PIXELS))
+            found.append(own.start + show_a_structure(label))
         return np.concatenate(found)
 
 

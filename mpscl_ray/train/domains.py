@@ -133,11 +133,9 @@ def open_data(config: Config, domains: Domains, open_slices: Callable[..., Slice
         cases = manifest.split("val")
         if cases:
             validation[domain] = opened(folder, "val", all(case.labelled for case in cases))
-    labelled = opened(domains.target_folder if supervised else domains.source_folder, "train", True)
     return TrainingData(
         classes=domains.classes,
-        labelled=labelled,
+        labelled=opened(domains.target_folder if supervised else domains.source_folder, "train", True),
         unlabelled=opened(domains.target_folder, "train", False) if _reads_target(config) else None,
         validation=validation,
-        foreground_rows=None if config.data.foreground_share is None else labelled.files.foreground_rows(),
     )

@@ -14,7 +14,7 @@ from torch import Tensor
 from mpscl_ray.config import Config, reads_target
 from mpscl_ray.data import SOURCE_DOMAIN, TARGET_DOMAIN
 from mpscl_ray.data.loader import Slices, SliceStream
-from mpscl_ray.data.sampler import Foreground, Rows, shard_range
+from mpscl_ray.data.sampler import Foreground, shard_range
 from mpscl_ray.data.subset import SubsetSlices
 from mpscl_ray.methods.base import Method, TrainingSlices
 from mpscl_ray.networks.pretrained import load_prototypes
@@ -35,8 +35,6 @@ class TrainingData:
     """Slices of the target, opened without labels; None for plain segmentation."""
     validation: Mapping[str, Slices]
     """Slices by domain, with labels where there are any. Never trained on."""
-    foreground_rows: Rows | None = None
-    """Rows of ``labelled`` that show a structure; None unless ``data.foreground_share`` is set."""
 
 
 def open_streams(
@@ -57,17 +55,10 @@ def open_streams(
     opened = _stream_of(config, device, rank, world_size)
 
     def source_stream() -> SliceStream:
-        share = None
-        if config.data.foreground_share is not None:
-            assert data.foreground_rows is not None
-            share = Foreground(config.data.foreground_share, data.foreground_rows, data.labelled.rows)
-        return opened(
-            data.labelled,
-            domain=SOURCE_DOMAIN,
-            augment=config.data.augmentation,
-            foreground=share,
-            start_step=start_step,
-        )
+        slices, share = data.labelled, config.data.foreground_share
+        foreground = None if share is None else Foreground(share, slices.foreground_rows, slices.rows)
+        augment = config.data.augmentation
+        return opened(slices, domain=SOURCE_DOMAIN, augment=augment, foreground=foreground, start_step=start_step)
 
     def target_stream(name: str, slices: Slices | None, views: int = 1) -> SliceStream:
         assert slices is not None

@@ -124,6 +124,8 @@ def test_tissues_change_their_order_of_brightness(name: str) -> None:
     scale = np.ptp(means, axis=1)
     assert np.median(np.abs(means[:, 1] - means[:, 3]) / scale) < 0.15, "classes that look alike stay alike"
     assert np.median(np.abs(means[:, 1] - means[:, 2]) / scale) > 0.25
+    ratios = np.abs(means[:, 1] - means[:, 2]) / np.abs(means[:, 1] - means[:, 3])
+    assert np.quantile(ratios, 0.75) > 3 * np.quantile(ratios, 0.25), "each tissue has a line of its own"
 
 
 def test_edges_stay_where_they_are() -> None:

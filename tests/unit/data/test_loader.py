@@ -17,6 +17,7 @@ from mpscl_ray.data import NOT_ANNOTATED
 from mpscl_ray.data.augment import AugmentConfig
 from mpscl_ray.data.loader import LocalSlices, Slices, SliceStream
 from mpscl_ray.data.parquet_reader import SplitFiles
+from mpscl_ray.data.subset import SubsetSlices
 from mpscl_ray.errors import DataError
 from tests.numbered_slices import DEPTHS, SIZE, write_dataset
 from tests.written_dataset import save_plain_manifest, write_plain_case
@@ -66,7 +67,12 @@ def test_rows_with_a_structure_are_those_with_more_than_twenty_pixels_of_it(tmp_
         image, classes = np.zeros((len(pixels), *SIZE), np.float32), ("background", "MYO", "LAC")
         cases.append(write_plain_case(tmp_path, name, "train", image, label.reshape(-1, *SIZE), classes))
     save_plain_manifest(tmp_path, "mr", classes, SIZE, cases)
-    assert SplitFiles.find(tmp_path, "train", labels=True).foreground_rows().tolist() == [2, 3, 5]
+    in_memory = LocalSlices(tmp_path, "train", labels=True)
+    for slices in (Slow(in_memory.files), in_memory):
+        assert slices.foreground_rows.tolist() == [2, 3, 5]
+    chosen = np.array([1, 2, 5])
+    assert SubsetSlices(in_memory, chosen).foreground_rows.tolist() == [1, 2]
+    assert SubsetSlices(in_memory, chosen, np.ones((3, *SIZE), np.uint8)).foreground_rows.tolist() == [0, 1, 2]
 
 
 def test_reading_without_labels_never_touches_their_bytes(tmp_path: Path) -> None:

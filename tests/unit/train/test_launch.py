@@ -44,11 +44,6 @@ def test_labels_are_opened_for_training_slices_of_one_domain_alone(pair: Path) -
         data = open_data(config, load_domains(config)[0], open_slices)
         assert set(opened) == training_slices | {("mr", "val", True), ("ct", "val", True)}
         assert (data.unlabelled is None) == (preset != "small/mpscl")
-        assert data.foreground_rows is None
-    config = tiny_config(pair / "mr", pair / "ct", ["data.foreground_share=0.9"])
-    rows = open_data(config, load_domains(config)[0], open_slices).foreground_rows
-    assert rows is not None
-    assert len(rows) == 18
 
 
 def test_validation_slices_are_opened_with_labels_only_if_all_have_them(pair: Path, tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -118,9 +117,8 @@ def test_a_share_of_the_source_slices_shows_a_structure(folder: Path) -> None:
     still.append("data.augmentation.random_conv_probability=0")
     config = tiny_config(folder / "mr", folder / "ct", [*still, "data.foreground_share=0.75"])
     data = local_data(config)
-    assert data.foreground_rows is not None
-    assert data.foreground_rows.tolist() == list(range(18)), "every slice of this dataset shows one"
-    data = dataclasses.replace(data, foreground_rows=np.arange(4))
+    assert data.labelled.foreground_rows.tolist() == list(range(18)), "every slice of this dataset shows one"
+    data.labelled.foreground_rows = np.arange(4)
     shown = as_set(torch.from_numpy(data.labelled.files.read(np.arange(4))["image"][:, None]))
     source, target = open_streams(config, data, make_advent(), "adaptation", 0, CPU, 0, 1)
     assert target is not None
