@@ -24,7 +24,8 @@ OPTIM = OptimConfig(lr=0.02, head_lr_factor=1.0, lr_discriminator=1e-3)
 
 def segmenter(seed: int, *, multi_level: bool = True, **arguments: Any) -> DeepLabV2:
     arguments = {"base_channels": 4, "output_stride": 4, "in_channels": 1, "train_bn_affine": True, **arguments}
-    network = DeepLabV2(CLASSES, (1, 1, 1, 1), multi_level=multi_level, **arguments)
+    layers = arguments.pop("layers", (1, 1, 1, 1))
+    network = DeepLabV2(CLASSES, layers, multi_level=multi_level, **arguments)
     initialise(network, seed)
     with torch.no_grad():
         for parameter in network.parameters():
@@ -45,15 +46,17 @@ def make_mpscl(
     return MPSCL(network or segmenter(seed), config, optim, CLASSES, CPU, precision or PrecisionConfig(), seed)
 
 
-def make(name: str, seed: int = 0, *, network: DeepLabV2 | None = None, **settings: Any) -> Any:
+def make(
+    name: str, seed: int = 0, *, network: DeepLabV2 | None = None, optim: OptimConfig = OPTIM, **settings: Any
+) -> Any:
     """A tiny method by its name, with other settings than its small ones."""
     if name == "sifa":
-        return make_sifa(seed, **settings)
+        return make_sifa(seed, optim=optim, **settings)
     small: dict[str, Any] = {} if name in ("segmentation", "adabn") else {"discriminator_width": 4}
     small |= {"min_pixels": 2} if name == "cag" else {}
     config = METHOD_CONFIGS[name](**(small | settings))
     network = network or segmenter(seed, **getattr(METHODS[name], "segmenter_arguments", {}))
-    return METHODS[name](network, config, OPTIM, CLASSES, CPU, PrecisionConfig(), seed)
+    return METHODS[name](network, config, optim, CLASSES, CPU, PrecisionConfig(), seed)
 
 
 def make_segmentation(seed: int = 0) -> Segmentation:
@@ -72,7 +75,9 @@ def make_adabn(seed: int = 0) -> AdaBN:
     return make("adabn", seed)  # type: ignore[no-any-return]
 
 
-def make_sifa(seed: int = 0, **settings: Any) -> SIFA:
+def make_sifa(
+    seed: int = 0, *, optim: OptimConfig = OPTIM, dtype: torch.dtype = torch.float32, **settings: Any
+) -> SIFA:
     sizes = {
         "generator_width": 4,
         "generator_blocks": 1,
@@ -84,7 +89,7 @@ def make_sifa(seed: int = 0, **settings: Any) -> SIFA:
     network = build({"num_classes": CLASSES, **config.network_arguments()})
     assert isinstance(network, SIFASegmenter)
     initialise(network, seed)
-    return SIFA(network, config, OPTIM, CLASSES, CPU, PrecisionConfig(), 3)
+    return SIFA(network.to(dtype), config, optim, CLASSES, CPU, PrecisionConfig(), 3)
 
 
 MAKE: dict[str, Callable[..., Method]] = {name: functools.partial(make, name) for name in METHODS} | {

@@ -27,6 +27,7 @@ from mpscl_ray.errors import ConfigError
 from mpscl_ray.runs.cli import did_you_mean
 from mpscl_ray.runs.config_diff import flatten
 from mpscl_ray.runs.storage import S3Path, cache_folder, is_url, parse_location
+from mpscl_ray.runs.wording import counted
 
 PRESETS = Path(__file__).parents[1] / "presets"
 """Folder of the presets that ship with the package; a preset's name is its path below it without ``.yaml``."""
@@ -272,6 +273,14 @@ def _inconsistencies(config: Config) -> list[str]:
             f"data.global_batch_size={config.data.global_batch_size} slices cannot be shared equally by "
             f"scaling.num_workers={', '.join(map(str, odd))}; make the batch a multiple of "
             + ("the workers" if least == most else f"every number of workers from {least} to {most}")
+        )
+    shares = {number: config.data.global_batch_size // number for number in range(least, most + 1) if not odd}
+    uneven = [number for number, share in shares.items() if share % config.optim.accumulate]
+    if uneven:
+        found.append(
+            f"optim.accumulate={config.optim.accumulate} does not divide the {shares[uneven[0]]} slices that each of "
+            f"{counted(uneven[0], 'worker')} has of data.global_batch_size={config.data.global_batch_size}; choose a "
+            "divisor"
         )
     absent = [phase for phase in (SOURCE_ONLY, WARM_UP, ADAPTATION) if phase not in config.method_phases]
     if any(getattr(config.phases, phase) for phase in absent):

@@ -189,6 +189,9 @@ class OptimConfig:
     legacy_param_repeats: dict[ParameterKind, Annotated[int, Field(ge=1)]] | None = None
     """SGD sub-steps of a parameter in one iteration, by its position: {stem: 1, block: 3, downsample: 4, head: 1} is
     what the released code does by listing parameters several times. null: one each."""
+    accumulate: Annotated[int, Field(ge=1)] = 1
+    """Micro-batches in which a worker's batch passes through the networks, for less memory and one more forward pass:
+    a step is that of the whole batch, but batch norms use the statistics of a micro-batch."""
 
     @property
     def segmenter_weight_decay(self) -> float:

@@ -15,6 +15,7 @@ from mpscl_ray.distributed.folded_batch_norm import (
     fold_batch_norm,
     update_running_stats,
 )
+from mpscl_ray.distributed.micro_batches import in_micro_batches
 
 
 def batch_norms(network: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
@@ -181,15 +182,23 @@ class PerDomainForward(nn.Module):
     Args:
         network: takes one input; gives a tensor, or a named tuple of tensors and None, with the batch in front.
         update_running_stats: for each input, whether it updates the running statistics. None: all do.
+        micro_batches: parts in which the inputs pass (:func:`in_micro_batches`), each with its own statistics.
     """
 
-    def __init__(self, network: nn.Module, update_running_stats: Sequence[bool] | None = None) -> None:
+    def __init__(
+        self, network: nn.Module, update_running_stats: Sequence[bool] | None = None, micro_batches: int = 1
+    ) -> None:
         super().__init__()
         self.network = network
         self.update_running_stats = update_running_stats
+        self.micro_batches = micro_batches
         self._norms = batch_norms(network)
 
     def forward(self, *inputs: Tensor) -> tuple[Any, ...]:
+        outputs: tuple[Any, ...] = in_micro_batches(self._forward, self.micro_batches, inputs, self.network.buffers())
+        return outputs
+
+    def _forward(self, *inputs: Tensor) -> tuple[Any, ...]:
         updates = self.update_running_stats or (True,) * len(inputs)
         separable = all(isinstance(layer, WorkersBatchNorm2d) for layer in self._norms)
         alike = len({x.shape for x in inputs}) == 1

@@ -46,7 +46,8 @@ class SegmenterMethod(Method, Generic[Config]):
         prepare_network(self.segmenter, self.device, self.precision)
         # Both domains update the running statistics, or the second, the target, alone.
         update_running_stats = (False, True) if getattr(self.config, "bn_running_stats", None) == "target" else None
-        self._wrapped = collectives.wrap(PerDomainForward(self.segmenter, update_running_stats), self.device)
+        both = PerDomainForward(self.segmenter, update_running_stats, self.optim.accumulate)
+        self._wrapped = collectives.wrap(both, self.device)
         self.networks = {"segmenter": self.segmenter}
         self.optimisers = Optimisers(self.networks, self.device)
 

@@ -108,7 +108,7 @@ class SIFA(SIFANetworks):
             alone = name == "segmenter"
             optimiser.start_iteration(iteration, self._iterations, decay if alone else 1.0)
             optimiser.set_step(iteration if alone else iteration * len(together) + together.index(name))
-        self.dropout.manual_seed(derive_seed(self.seed, "dropout", iteration) % 2**63)
+        self.dropout.generator.manual_seed(derive_seed(self.seed, "dropout", iteration) % 2**63)
         counts = collectives.all_reduce_sum(class_counts(batch.source_label, self.num_classes))
 
         fake_b, losses = self._step_generator(a, b)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from mpscl_ray.config import SIFAConfig
 from mpscl_ray.distributed import collectives
 from mpscl_ray.distributed.batch_norm import batch_norms
+from mpscl_ray.distributed.micro_batches import ImageRandom, in_micro_batches
 from mpscl_ray.methods.base import Method
 from mpscl_ray.methods.losses import at_least_float32
 from mpscl_ray.methods.optim import autocast, prepare_network
@@ -50,13 +51,12 @@ class SIFANetworks(Method):
                 initialise_sifa(network, self.seed + number)
             collectives.broadcast_parameters(network.to(self.device, self.dtype))
             prepare_network(network, self.device, self.precision)
-        self.dropout = torch.Generator(self.device)
+        self.dropout = ImageRandom(self.device)
         """Draws all masks of dropout."""
         for network in self.networks.values():
             for layer in network.modules():
                 if isinstance(layer, GlobalDropout):
-                    layer.generator = self.dropout
-                    layer.part, layer.parts = collectives.rank(), collectives.world_size()
+                    layer.random = self.dropout
         self.norms = batch_norms(self.segmenter)
 
     def train_only(self, name: str) -> None:
@@ -74,17 +74,24 @@ class SIFANetworks(Method):
 
     def segment(self, image: Tensor, update_running_stats: bool = False) -> SIFAOutput:
         """Logits and features (e_B, s_B) of an image of the target."""
-        for layer in self.norms:
-            layer.track_running_stats = update_running_stats
-        try:
-            with autocast(self.device, self.precision):
-                output: SIFAOutput = self.segmenter(image)
-        finally:
+
+        def run(part: Tensor) -> SIFAOutput:
             for layer in self.norms:
-                layer.track_running_stats = True
+                layer.track_running_stats = update_running_stats
+            try:
+                output: SIFAOutput = self.segmenter(part)
+            finally:
+                for layer in self.norms:
+                    layer.track_running_stats = True
+            return output
+
+        output = self._in_micro_batches(run, image)
         return SIFAOutput(*(None if x is None else at_least_float32(x) for x in output))  # type: ignore[arg-type]
 
     def call(self, name: str, *inputs: Tensor) -> Tensor:
         """Output of a network with one output."""
+        return at_least_float32(self._in_micro_batches(self.networks[name], *inputs))
+
+    def _in_micro_batches(self, run: Callable[..., Any], *inputs: Tensor) -> Any:
         with autocast(self.device, self.precision):
-            return at_least_float32(self.networks[name](*inputs))
+            return in_micro_batches(run, self.optim.accumulate, inputs, self.segmenter.buffers(), self.dropout)

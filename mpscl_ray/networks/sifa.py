@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mpscl_ray.distributed.micro_batches import ImageRandom
+
 Norm = Callable[[int], nn.Module]
 InstanceNorm: Norm = functools.partial(nn.InstanceNorm2d, eps=1e-6, affine=True)
 BatchNorm: Norm = functools.partial(nn.BatchNorm2d, eps=1e-3)
@@ -38,14 +40,12 @@ class GlobalDropout(nn.Module):
     def __init__(self, rate: float) -> None:
         super().__init__()
         self.rate = rate
-        self.part, self.parts = 0, 1
-        self.generator: torch.Generator | None = None
+        self.random: ImageRandom | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.rate == 0:
             return x
-        shape = (self.parts * len(x), *x.shape[1:])
-        drawn = torch.rand(shape, generator=self.generator, device=x.device)[self.part * len(x) :][: len(x)]
+        drawn = torch.rand(x.shape, device=x.device) if self.random is None else self.random.uniform(x)
         return x * (drawn >= self.rate).to(x.dtype) / (1 - self.rate)
 
 

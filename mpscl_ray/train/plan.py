@@ -68,10 +68,12 @@ def plan(config: Config) -> str:
     torch.manual_seed(config.run.seed)
     costs = [_cost(config, domains, name, iterations, device) for name, iterations in config.schedule]
     on = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    share = config.data.global_batch_size // workers
+    share, parts = config.data.global_batch_size // workers, config.optim.accumulate
     lines = [
         f"{title_of(config.method_name)}: {counted(workers, 'worker')} on {on}, {counted(share, 'slice')} of "
-        f"{domains.source.size[0]} x {domains.source.size[1]} of each domain a worker and step; nothing was trained",
+        f"{domains.source.size[0]} x {domains.source.size[1]} of each domain a worker and step"
+        + (f", in {parts} micro-batches" if parts > 1 else "")
+        + "; nothing was trained",
         "",
         _table(costs),
         "",
@@ -155,7 +157,9 @@ def _resources(config: Config, costs: list[PhaseCost], device: torch.device) -> 
     peak = max(cost.peak for cost in costs)
     if device.type == "cuda":
         there = torch.cuda.get_device_properties(device).total_memory
-        fits = f"a GPU has {_size(there)}: " + ("a worker fits" if peak < there else "a worker does NOT fit")
+        fits = f"a GPU has {_size(there)}: " + (
+            "a worker fits" if peak < there else "a worker does NOT fit; a larger optim.accumulate takes less"
+        )
     else:
         memory, cores = _memory("SC_AVPHYS_PAGES"), len(os.sched_getaffinity(0))
         number = min(int(memory // peak), int(cores / config.scaling.cpus_per_worker))

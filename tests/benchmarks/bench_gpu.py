@@ -20,6 +20,7 @@ CLASSES = 5
 VARIANTS = {
     "fp32": ["precision.tf32=false"],
     "TF32": ["precision.tf32=true"],
+    "TF32, four micro-batches": ["precision.tf32=true", "optim.accumulate=4"],
     "bf16": ["precision.dtype=bf16"],
     "bf16, channels last": ["precision.dtype=bf16", "precision.channels_last=true"],
     "TF32, compiled": ["precision.tf32=true", "precision.compile=true"],

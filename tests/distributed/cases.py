@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -64,6 +65,16 @@ def partly_annotated(case: str) -> dict[str, Any]:
         return CASES[case]()
     finally:
         HIDDEN = False
+
+
+def accumulated(case: str) -> dict[str, Any]:
+    """A case in two micro-batches."""
+    global OPTIM
+    whole, OPTIM = OPTIM, dataclasses.replace(OPTIM, accumulate=2)
+    try:
+        return CASES[case]()
+    finally:
+        OPTIM = whole
 
 
 def my_part(batch: Batch) -> Batch:
@@ -405,6 +416,10 @@ CASES: dict[str, Callable[[], dict[str, Any]]] = {
     **{
         f"{case}-partly-annotated": functools.partial(partly_annotated, case)
         for case in ("fc-released", "clan-focal", "cag-ce", "sifa")
+    },
+    **{
+        f"{case}-accumulated": functools.partial(accumulated, case)
+        for case in ("fc-released", "segmentation", "sifa-first")
     },
     "non-finite-source": lambda: non_finite("source"),
     "non-finite-target": lambda: non_finite("target"),

@@ -35,10 +35,11 @@ OTHER_CASES = [
     "sifa-first",
 ]
 PARTLY_ANNOTATED = [f"{case}-partly-annotated" for case in ("fc-released", "clan-focal", "cag-ce", "sifa")]
+ACCUMULATED = [f"{case}-accumulated" for case in ("fc-released", "segmentation", "sifa-first")]
 RANK_DEPENDENT = ["fc-released", "intrada", "cag"]
 """Shares, splits and anchors; the others sum, or take their part of a draw, which two workers show."""
 SEVERAL = [
-    *((case, 2) for case in (*MPSCL_CASES, *OTHER_CASES, *PARTLY_ANNOTATED)),
+    *((case, 2) for case in (*MPSCL_CASES, *OTHER_CASES, *PARTLY_ANNOTATED, *ACCUMULATED)),
     *((case, 4) for case in RANK_DEPENDENT),
 ]
 
@@ -109,6 +110,13 @@ def test_what_is_not_annotated_changes_the_result_and_spares_a_worker(run: Run, 
     assert np.isfinite(partly["metric.loss_segmentation"]).all()
     first, second = (ours["local.loss_segmentation"][0] for ours in run(case, 2))
     assert first < 0.6 * second
+
+
+@pytest.mark.parametrize("case", ACCUMULATED)
+def test_micro_batches_have_batch_statistics_of_their_own(run: Run, case: str) -> None:
+    """Otherwise the comparison of accumulated gradients would show nothing."""
+    (whole,), (parts,) = run(case.removesuffix("-accumulated"), 1), run(case, 1)
+    assert relative_deviation(parts["metric.loss_segmentation"], whole["metric.loss_segmentation"]) > 1e-4
 
 
 def test_training_moved_the_weights(run: Run) -> None:

@@ -152,6 +152,11 @@ def test_show_makes_no_folder(command: Command, tmp_path: Path) -> None:
             ["small/mpscl", "data.global_batch_size=12", "scaling.num_workers=[4,7]"],
             "scaling.num_workers=5, 7; make the batch a",
         ),
+        (
+            ["small/mpscl", "data.global_batch_size=12", "scaling.num_workers=[2,3]", "optim.accumulate=3"],
+            "optim.accumulate=3 does not divide the 4 slices that each of 3 workers has of data.global_batch_size=12",
+        ),
+        (["small/mpscl", "optim.accumulate=0"], "optim.accumulate=0"),
         (["small/mpscl", "scaling.num_workers=[2,1]"], "scaling.num_workers=[2, 1]: expected the smaller number first"),
         (["small/mpscl", "run.name=a/b"], "run.name"),
         (["small/mpscl", "run.storage=gs://bucket/runs"], "gs:// is not a storage that can be used directly"),

@@ -38,6 +38,13 @@ def test_every_phase_has_a_row(
     assert not (tmp_path / "runs").exists()
 
 
+def test_micro_batches_are_said(data: list[str]) -> None:
+    words = [*tiny_settings("small/supervised"), *data, "scaling.num_workers=1", "scaling.device=cpu"]
+    text = plan(load_config("small/supervised", [*words, "optim.accumulate=2"]))
+    assert "4 slices of 32 x 32 of each domain a worker and step, in 2 micro-batches;" in text
+    assert "micro-batches" not in plan(load_config("small/supervised", words))
+
+
 def test_sizes_are_those_of_the_networks(data: list[str]) -> None:
     words = [*tiny_settings("small/mpscl"), *data, "scaling.num_workers=1", "scaling.device=cpu"]
     config = load_config("small/mpscl", words)
