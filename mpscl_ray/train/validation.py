@@ -14,9 +14,6 @@ from mpscl_ray.data.loader import Slices, collate
 from mpscl_ray.distributed import collectives
 from mpscl_ray.train import unsupervised_criteria
 
-SOURCE_DICE_AND_CLASS_RATIO = "source_dice_and_class_ratio"
-"""A criterion of :func:`target_criteria`, and a value of ``run.select``."""
-
 _SMALLEST_PROBABILITY = 1e-12
 """Keeps the loss of a certain but wrong prediction finite."""
 
@@ -182,7 +179,8 @@ def target_criteria(results: Mapping[str, Validation], labelled: str) -> dict[st
         # mean of ranks needs no such unit, but it changes with every candidate that is added: of two checkpoints a
         # third one could decide which is better, and training has deleted all but one.
         unit = float(torch.special.entr(own.labelled).sum())
-        criteria[SOURCE_DICE_AND_CLASS_RATIO] = own.mean_dice - target.entropy + ratio / unit
+        if unit > 0:
+            criteria["source_dice_and_class_ratio"] = own.mean_dice - target.entropy + ratio / unit
         criteria["adjacency_agreement"] = unsupervised_criteria.adjacency_agreement(
             own.labelled_pairs, target.predicted_pairs
         )
@@ -194,13 +192,14 @@ def selection_score(results: Mapping[str, Validation], select: str, labelled: st
 
     - label_free: mean Dice on validation volumes of ``labelled``, the domain that is trained with labels, minus the
       entropy on those of the target if there are any. No other labels are used.
-    - source_dice_and_class_ratio: the criterion of that name; without validation volumes of the target as label_free.
     - oracle: mean Dice on validation volumes of the target; needs their labels.
+    - any other: the criterion of that name, of :func:`target_criteria`; as label_free without validation volumes of the
+      target.
     """
     own, target = results.get(labelled), results.get(TARGET_DOMAIN)
     if select == "oracle":
         score = target.mean_dice if target else math.nan
-    elif select == SOURCE_DICE_AND_CLASS_RATIO and target:
+    elif select != "label_free" and target:
         score = target_criteria(results, labelled).get(select, math.nan)
     else:
         score = (own.mean_dice if own else math.nan) - (target.entropy if target else 0.0)

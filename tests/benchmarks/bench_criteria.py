@@ -3,8 +3,8 @@
 ``python tests/benchmarks/bench_criteria.py RUN [RUN ...]`` takes run folders whose target has validation labels, and
 every validation in their metrics.jsonl as a candidate, so no checkpoint has to be kept. The labels are used for this
 table alone. It prints Spearman's correlation with target Dice, and the Dice that the criterion's pick is short of the
-best: over all validations of each direction, and for the mean and the worst phase, among whose validations
-``run.select`` chooses.
+best: over all validations of each direction, over those of adapted models among them, and for the mean and the worst
+phase, among whose validations ``run.select`` chooses.
 
 Two rows are of rank means, which need a set of candidates: each candidate's mean rank by class-ratio agreement and by
 source Dice less entropy. "online" keeps one set of weights as training would: at each validation the new one replaces
@@ -26,7 +26,7 @@ from scipy.stats import rankdata
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from mpscl_ray.config import load_config
+from mpscl_ray.config import load_config, reads_target
 from mpscl_ray.runs.run_directory import RunDirectory
 from mpscl_ray.tune.agreement import Agreement, agreement
 from mpscl_ray.tune.criteria import CRITERIA, ORACLE, score
@@ -61,7 +61,7 @@ def agreements(records: Sequence[Record]) -> dict[str, Agreement]:
 
 
 def read_sets(folders: Sequence[Path]) -> tuple[dict[str, list[Record]], dict[str, list[Record]]]:
-    """Validations with target Dice by direction, and by phase of each run."""
+    """Validations with target Dice by direction, of all phases and of those that read the target; by phase of a run."""
     directions: dict[str, list[Record]] = defaultdict(list)
     phases: dict[str, list[Record]] = defaultdict(list)
     for folder in folders:
@@ -70,6 +70,8 @@ def read_sets(folders: Sequence[Path]) -> tuple[dict[str, list[Record]], dict[st
         for record in RunDirectory(folder).read_metrics():
             if math.isfinite(score(record, ORACLE)):
                 directions[direction].append(record)
+                if reads_target(record["phase"]):
+                    directions[f"{direction}, adapted"].append(record)
                 phases[f"{folder.name} {record['phase']}"].append(record)
     return directions, phases
 

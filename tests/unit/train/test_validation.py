@@ -12,7 +12,6 @@ from torch import Tensor
 from mpscl_ray.data import NOT_ANNOTATED
 from mpscl_ray.data.loader import LocalSlices, collate
 from mpscl_ray.methods.losses import class_counts, weighted_cross_entropy
-from mpscl_ray.train.validation import SOURCE_DICE_AND_CLASS_RATIO as RATIO
 from mpscl_ray.train.validation import Validation, selection_score, target_criteria, validate
 from tests.tiny import CLASSES, SIZE, make_dataset
 
@@ -123,9 +122,10 @@ SCORES: dict[str, Validation] = {
         ("source", None, "label_free", "source", 0.7),
         (None, "target", "label_free", "source", None),
         ("source", "target", "label_free", "target", 0.3 - 0.1),
-        ("source", "unlabelled", RATIO, "source", 0.7 - 0.1 - 1 / 6),
-        ("source", None, RATIO, "source", 0.7),
-        (None, "target", RATIO, "source", None),
+        ("source", "unlabelled", "source_dice_and_class_ratio", "source", 0.7 - 0.1 - 1 / 6),
+        ("source", "unlabelled", "adjacency_agreement", "source", -0.25 * math.log(2)),
+        ("source", None, "adjacency_agreement", "source", 0.7),
+        (None, "target", "adjacency_agreement", "source", None),
         ("source", "target", "oracle", "source", 0.3),
         ("source", "unlabelled", "oracle", "source", None),
         ("source", None, "oracle", "source", None),
