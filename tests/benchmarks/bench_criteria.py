@@ -73,7 +73,7 @@ def read_sets(folders: Sequence[Path]) -> tuple[dict[str, list[Record]], dict[st
                 if reads_target(record["phase"]):
                     directions[f"{direction}, adapted"].append(record)
                 phases[f"{folder.name} {record['phase']}"].append(record)
-    return directions, phases
+    return dict(sorted(directions.items())), phases
 
 
 def dice_range(records: Sequence[Record]) -> str:
