@@ -55,9 +55,11 @@ class RunConfig:
     """Steps between two checkpoints; a killed run repeats at most so many."""
     keep_checkpoints: Annotated[int, Field(ge=1)] = 2
     """Checkpoints kept beside the best one and the end of each phase."""
-    select: Literal["label_free", "oracle"] = "label_free"
-    """What the checkpoint `best` is chosen by: source validation Dice minus target entropy, or target validation Dice
-    ("oracle")."""
+    select: Literal[
+        "label_free", "class_ratio_agreement", "adjacency_agreement", "source_dice_and_class_ratio", "oracle"
+    ] = "label_free"
+    """What the checkpoint `best` is chosen by: source validation Dice minus target entropy; another label-free
+    criterion (see `search.metric`); or target validation Dice ("oracle")."""
     max_failures: Annotated[int, Field(ge=0)] = 3
     """Worker failures after which the run restarts by itself; the next one ends it (resumable)."""
     profile: Annotated[int, Field(ge=0)] = 0

@@ -67,7 +67,7 @@ def load_domains(config: Config) -> tuple[Domains, list[str]]:
             f"{sum(case.labelled for case in held_out)} of its {len(held_out)} have any; use run.select=label_free"
         )
     own = (domains.target if config.data.labelled_domain == TARGET_DOMAIN else domains.source).split("val")
-    if config.run.select == "label_free" and not (own and all(case.labelled for case in own)):
+    if config.run.select != "oracle" and not (own and all(case.labelled for case in own)):
         warnings.append(
             f"the {config.data.labelled_domain} dataset has no labelled validation cases to choose the best checkpoint "
             "by; the run keeps the last one and the end of each phase"

@@ -68,3 +68,24 @@ def class_ratio_agreement(expected: Tensor, mean_prediction: Tensor) -> float:
     """
     floor = torch.finfo(mean_prediction.dtype).tiny
     return -float(torch.special.xlogy(expected, expected / mean_prediction.clamp(min=floor)).sum())
+
+
+def neighbour_pairs(shares: Tensor) -> Tensor:
+    """How often pixels of each two classes touch (C, C): sums over neighbouring pixels of p q^T, symmetric.
+
+    Neighbours share a side, in a slice. ``shares`` are the probabilities (B, C, H, W), or labels as ones and zeros; a
+    pixel that is all zero has no neighbour.
+    """
+    pairs = torch.einsum("bihw,bjhw->ij", shares[:, :, 1:], shares[:, :, :-1])
+    pairs = pairs + torch.einsum("bihw,bjhw->ij", shares[..., 1:], shares[..., :-1])
+    return (pairs + pairs.T) / 2
+
+
+def adjacency_agreement(expected: Tensor, predicted: Tensor) -> float:
+    """Minus the Kullback-Leibler divergence of the predicted shares of neighbouring pairs from the expected ones.
+
+    From :func:`neighbour_pairs` of the other domain's labels and of the predictions. At most 0; 0 where all shares
+    agree. It also falls where the classes have the right shares and the wrong neighbours, such as an atrium in the
+    lung, or scattered pixels. No paper: the class-ratio prior, of pairs of pixels instead of pixels.
+    """
+    return class_ratio_agreement(expected / expected.sum(), predicted / predicted.sum())

@@ -32,6 +32,10 @@ class Validation:
     """(C,), mean probability of each class over all pixels, on the CPU."""
     labelled: Tensor | None
     """(C,), share of each class among labelled pixels; None for a domain without labels."""
+    predicted_pairs: Tensor
+    """(C, C), :func:`~mpscl_ray.train.unsupervised_criteria.neighbour_pairs` of the predictions, on the CPU."""
+    labelled_pairs: Tensor | None
+    """(C, C), the same of the labels; None for a domain without labels."""
     criteria: dict[str, float]
     """By name, of :mod:`mpscl_ray.train.unsupervised_criteria`; larger is better. They need no labels."""
     cross_entropy: float = math.nan
@@ -75,6 +79,7 @@ class _Totals:
         self.overlap = zeros(volumes, num_classes, 3)  # overlap, predicted and true pixels
         self.unlabelled = zeros(4)  # entropy, pixels, density, volumes
         self.moments = zeros(num_classes, num_classes)  # p p^T
+        self.pairs = zeros(2, num_classes, num_classes)  # neighbours: predicted, labelled
         self.information = zeros(num_classes, 2)  # sum of -log p_y, pixels, by class y
 
     def add(self, index: int, volume: dict[str, Tensor], predict: Callable[[Tensor], Tensor], batch_size: int) -> None:
@@ -88,11 +93,14 @@ class _Totals:
             self.unlabelled[1] += images.numel()
             pixels = probabilities.movedim(1, -1).reshape(-1, number)
             self.moments += pixels.T @ pixels
+            self.pairs[0] += unsupervised_criteria.neighbour_pairs(probabilities)
             # Every stride-th pixel of the volume, independent of the batches.
             neighbours.append(pixels[-(start * images[0].numel()) % stride :: stride])
             if "label" in volume:
                 labels = volume["label"][start : start + batch_size].to(self.device)
                 annotated = labels != NOT_ANNOTATED
+                one_hot = torch.stack([labels == value for value in range(number)], dim=1).double()
+                self.pairs[1] += unsupervised_criteria.neighbour_pairs(one_hot)
                 labels, predicted = labels[annotated], probabilities.argmax(1)[annotated]
                 pairs = labels * number + predicted
                 confusion = torch.bincount(pairs, minlength=number**2).view(number, number)
@@ -102,11 +110,12 @@ class _Totals:
         self.unlabelled[3] += 1
 
     def reduce(self, structures: Sequence[str], labelled: bool) -> Validation:
-        overlap, totals, moments, information = collectives.all_reduce_sums(
-            self.overlap, self.unlabelled, self.moments, self.information
+        overlap, totals, moments, pairs, information = collectives.all_reduce_sums(
+            self.overlap, self.unlabelled, self.moments, self.pairs, self.information
         )
         moments = moments.cpu() / float(totals[1])
         entropy = float(totals[0] / totals[1])
+        predicted_pairs, labelled_pairs = pairs.cpu()
         predicted = moments.sum(dim=1)  # probabilities of a pixel sum to one, so rows of p p^T sum to p
         criteria = {
             "information": unsupervised_criteria.information(predicted, entropy),
@@ -114,11 +123,12 @@ class _Totals:
             "neighbourhood_density": float(totals[2] / totals[3]),
         }
         if not labelled:
-            return Validation({}, entropy, predicted, None, criteria)
+            return Validation({}, entropy, predicted, None, predicted_pairs, None, criteria)
         per_case = 2 * overlap[..., 0] / (overlap[..., 1] + overlap[..., 2])  # 0/0 = NaN where a structure is absent
         dice = dict(zip(structures, torch.nanmean(per_case, dim=0)[1:].tolist(), strict=True))
         pixels = overlap[..., 2].sum(dim=0).cpu()
-        return Validation(dice, entropy, predicted, pixels / pixels.sum(), criteria, weighted_mean(information))
+        shares, loss = pixels / pixels.sum(), weighted_mean(information)
+        return Validation(dice, entropy, predicted, shares, predicted_pairs, labelled_pairs, criteria, loss)
 
 
 def validation_metrics(results: Mapping[str, Validation], labelled: str) -> dict[str, float]:
@@ -162,8 +172,18 @@ def target_criteria(results: Mapping[str, Validation], labelled: str) -> dict[st
     if target is None:
         return {}
     criteria = {"confidence": 1 - target.entropy, **target.criteria}
-    if own is not None and own.labelled is not None:
-        criteria["class_ratio_agreement"] = unsupervised_criteria.class_ratio_agreement(own.labelled, target.predicted)
+    if own is not None and own.labelled is not None and own.labelled_pairs is not None:
+        ratio = unsupervised_criteria.class_ratio_agreement(own.labelled, target.predicted)
+        criteria["class_ratio_agreement"] = ratio
+        # Divided by the entropy of the shares, the divergence hardly depends on how much of a slice is background. A
+        # mean of ranks needs no such unit, but it changes with every candidate that is added: of two checkpoints a
+        # third one could decide which is better, and training has deleted all but one.
+        unit = float(torch.special.entr(own.labelled).sum())
+        if unit > 0:
+            criteria["source_dice_and_class_ratio"] = own.mean_dice - target.entropy + ratio / unit
+        criteria["adjacency_agreement"] = unsupervised_criteria.adjacency_agreement(
+            own.labelled_pairs, target.predicted_pairs
+        )
     return criteria
 
 
@@ -173,10 +193,14 @@ def selection_score(results: Mapping[str, Validation], select: str, labelled: st
     - label_free: mean Dice on validation volumes of ``labelled``, the domain that is trained with labels, minus the
       entropy on those of the target if there are any. No other labels are used.
     - oracle: mean Dice on validation volumes of the target; needs their labels.
+    - any other: the criterion of that name, of :func:`target_criteria`; as label_free without validation volumes of the
+      target.
     """
     own, target = results.get(labelled), results.get(TARGET_DOMAIN)
     if select == "oracle":
         score = target.mean_dice if target else math.nan
+    elif select != "label_free" and target:
+        score = target_criteria(results, labelled).get(select, math.nan)
     else:
         score = (own.mean_dice if own else math.nan) - (target.entropy if target else 0.0)
     return None if math.isnan(score) else score

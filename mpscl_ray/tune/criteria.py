@@ -21,6 +21,8 @@ CRITERIA: dict[str, str] = {
     "nuclear_norm": "nuclear norm of the target's predictions (Cui et al. 2020)",
     "neighbourhood_density": "soft neighbourhood density of the target's predictions (Saito et al. 2021)",
     "class_ratio_agreement": "agreement of the classes' shares with the source's labels (Bateson et al. 2020)",
+    "adjacency_agreement": "agreement of the shares of neighbouring pairs of classes with the source's labels",
+    "source_dice_and_class_ratio": "source Dice less target entropy, plus agreement of class shares over their entropy",
 }
 """Meaning of each value of ``search.metric``; larger is better for all."""
 

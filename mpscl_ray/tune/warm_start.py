@@ -44,7 +44,7 @@ def choose_metric(metric: str, domains: Domains) -> str:
             f"search.metric={metric} needs validation cases of the target {domains.target_folder}, which has none; "
             "prepare it with some, or use search.metric=source_dice"
         )
-    if metric.startswith(("source_dice", "class_ratio")) and not source_labelled:
+    if metric.startswith(("source_dice", "class_ratio", "adjacency")) and not source_labelled:
         raise ConfigError(
             f"search.metric={metric} needs labelled validation cases of the source {domains.source_folder}; prepare it "
             f"with some, or use search.metric={WITHOUT_SOURCE}"

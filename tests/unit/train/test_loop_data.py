@@ -28,7 +28,7 @@ def test_the_best_checkpoint_is_chosen_without_target_labels(pair: Path, tmp_pat
     wrong = make_dataset(tmp_path / "wrong", "ct", seed=1, permuted=("train", "val"))
     settings = ["run.validate_every=1", "phases.source_only=4", "phases.warm_up=0", "phases.adaptation=0"]
     chosen = {}
-    for select in ("label_free", "oracle"):
+    for select in ("label_free", "adjacency_agreement", "oracle"):
         for target in (pair / "ct", wrong):
             config = tiny_config(pair / "mr", target, [*settings, f"run.select={select}", "optim.lr=0.1"])
             _, run = train(config, tmp_path / f"{select}-{target.name}")
@@ -38,7 +38,9 @@ def test_the_best_checkpoint_is_chosen_without_target_labels(pair: Path, tmp_pat
             assert state["position"]["step"] == 1 + scores.index(max(scores))
             assert state["position"]["best"] == max(scores)
             chosen[select, target.name] = scores
-    assert chosen["label_free", "ct"] == chosen["label_free", "wrong"]
+    for select in ("label_free", "adjacency_agreement"):
+        assert chosen[select, "ct"] == chosen[select, "wrong"]
+    assert chosen["label_free", "ct"] != chosen["adjacency_agreement", "ct"]
     assert chosen["oracle", "ct"] != chosen["oracle", "wrong"]
 
 

@@ -54,3 +54,45 @@ def test_class_ratio_agreement_is_a_divergence() -> None:
     other = torch.tensor([0.25, 0.5, 0.25], dtype=torch.float64)
     assert criteria.class_ratio_agreement(expected, other) == pytest.approx(-0.5 * math.log(2))
     assert criteria.class_ratio_agreement(expected, torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64)) < -300
+
+
+def one_hot(labels: list[list[int]], number: int = 3) -> torch.Tensor:
+    """One slice (1, C, H, W) of labels."""
+    return torch.nn.functional.one_hot(torch.tensor([labels]), number).movedim(-1, 1).double()
+
+
+def test_neighbour_pairs_of_a_slice() -> None:
+    # Side by side 0-0, 0-1, 2-1; one above the other 0-2, 0-2, 1-1; (0, 1) and (1, 0) have half of each such pair.
+    found = criteria.neighbour_pairs(one_hot([[0, 0, 1], [2, 2, 1]]))
+    expected = [[1, 0.5, 1], [0.5, 1, 0.5], [1, 0.5, 1]]
+    assert found.tolist() == expected
+    slices = torch.cat([one_hot([[0, 1]]), one_hot([[2, 2]])])
+    assert criteria.neighbour_pairs(slices).tolist() == [[0, 0.5, 0], [0.5, 0, 0], [0, 0, 1]], "not across slices"
+    hidden = one_hot([[0, 1, 2]])
+    hidden[..., 1] = 0
+    assert criteria.neighbour_pairs(hidden).sum() == 0
+    undecided = torch.tensor([[0.25, 0.75], [1.0, 0.0]], dtype=torch.float64).T.view(1, 2, 1, 2)
+    assert criteria.neighbour_pairs(undecided).tolist() == [[0.25, 0.375], [0.375, 0]]
+
+
+def test_adjacency_agreement_is_a_divergence() -> None:
+    expected = torch.tensor([[4.0, 2.0], [2.0, 0.0]], dtype=torch.float64)
+    assert criteria.adjacency_agreement(expected, 5 * expected) == 0
+    other = torch.tensor([[4.0, 1.0], [1.0, 2.0]], dtype=torch.float64)
+    assert criteria.adjacency_agreement(expected, other) == pytest.approx(-0.5 * math.log(2))
+
+
+def test_adjacency_agreement_tells_collapse_and_nonsense_from_anatomy() -> None:
+    heart = [[0, 0, 0, 0], [0, 1, 1, 0], [0, 2, 2, 0], [0, 0, 0, 0]]
+    moved = [[0, 0, 0, 0], [0, 0, 0, 0], [1, 1, 0, 0], [2, 2, 0, 0]]
+    scattered = [[1, 0, 0, 2], [0, 0, 0, 0], [0, 0, 0, 0], [2, 0, 0, 1]]
+    empty = [[0] * 4] * 4
+    expected = criteria.neighbour_pairs(one_hot(heart))
+    scores = [
+        criteria.adjacency_agreement(expected, criteria.neighbour_pairs(0.97 * one_hot(labels) + 0.01))
+        for labels in (heart, moved, scattered, empty)
+    ]
+    assert scores == sorted(scores, reverse=True)
+    assert scores[0] > -0.001
+    assert scores[2] < 2 * scores[1], "though the classes have the right shares"
+    assert scores[3] < -1

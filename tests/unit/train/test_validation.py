@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from mpscl_ray.data import NOT_ANNOTATED
 from mpscl_ray.data.loader import LocalSlices, collate
 from mpscl_ray.methods.losses import class_counts, weighted_cross_entropy
 from mpscl_ray.train.validation import Validation, selection_score, target_criteria, validate
@@ -44,6 +45,19 @@ def test_validation_scores_are_those_of_whole_volumes(hidden: int, tmp_path: Pat
     assert 0.5 < found.mean_dice < 1
     assert found.entropy == pytest.approx(-(0.8 * math.log(0.8) + 0.2 * math.log(0.1)) / math.log(3), rel=1e-6)
 
+    touching = torch.zeros(3, 3, dtype=torch.float64)
+    for _, arrays in slices.volumes():
+        label = torch.from_numpy(arrays["label"]).long()
+        for one, other in ((label[:, 1:], label[:, :-1]), (label[:, :, 1:], label[:, :, :-1])):
+            both = (one != NOT_ANNOTATED) & (other != NOT_ANNOTATED)
+            counts = torch.bincount(3 * one[both] + other[both], minlength=9).view(3, 3)
+            touching += (counts + counts.T) / 2
+    assert found.labelled_pairs is not None
+    assert found.labelled_pairs.equal(touching)
+    rows, columns = SIZE
+    neighbours = 2 * 5 * ((rows - 1) * columns + rows * (columns - 1))
+    assert float(found.predicted_pairs.sum()) == pytest.approx(neighbours, rel=1e-6)
+
     volumes = [collate(arrays) for _, arrays in slices.volumes()]
     images, labels = (torch.cat([volume[name] for volume in volumes]) for name in ("image", "label"))
     sums = weighted_cross_entropy(predict(images).log(), labels, class_counts(labels, 3))
@@ -70,7 +84,10 @@ def test_criteria_of_the_target_use_no_label_of_it() -> None:
     one, other = (target_criteria({"source": SCORES["source"], "target": target}, "source") for target in labels)
     assert one == other
     divergence = 0.5 * math.log(2) - 0.25 * math.log(2)  # [.5 .25 .25] from [.25 .25 .5]
-    assert one == pytest.approx({"confidence": 0.9, "information": 0.5, "class_ratio_agreement": -divergence})
+    entropy = 0.5 * math.log(2) + 0.5 * math.log(4)
+    expected = {"confidence": 0.9, "information": 0.5}
+    expected |= {"class_ratio_agreement": -divergence, "adjacency_agreement": -divergence}
+    assert one == pytest.approx(expected | {"source_dice_and_class_ratio": 0.7 - 0.1 - divergence / entropy})
     assert target_criteria({"source": SCORES["source"]}, "source") == {}
 
 
@@ -82,14 +99,18 @@ def test_criteria_do_not_depend_on_how_volumes_are_cut_into_batches(tmp_path: Pa
 
     one, other = (validate(predict, slices, CLASSES, size, CPU) for size in (2, 7))
     assert one.criteria == pytest.approx(other.criteria, rel=1e-9)
+    torch.testing.assert_close(one.predicted_pairs, other.predicted_pairs, rtol=1e-12, atol=0)
     assert 0 < one.criteria["information"] < one.criteria["neighbourhood_density"] < 1
 
 
 SHARES = torch.tensor([0.5, 0.25, 0.25], dtype=torch.float64)
+INFORMATION = {"information": 0.5}
+PAIRS = torch.diag(SHARES)
+FLIPPED = SHARES.flip(0), PAIRS.flip(0, 1)
 SCORES: dict[str, Validation] = {
-    "source": Validation({"ventricle": 0.6, "wall": 0.8}, 0.3, SHARES, SHARES, {}),
-    "target": Validation({"ventricle": 0.2, "wall": 0.4}, 0.1, SHARES.flip(0), SHARES, {"information": 0.5}),
-    "unlabelled": Validation({}, 0.1, SHARES.flip(0), None, {"information": 0.5}),
+    "source": Validation({"ventricle": 0.6, "wall": 0.8}, 0.3, SHARES, SHARES, PAIRS, PAIRS, {}),
+    "target": Validation({"ventricle": 0.2, "wall": 0.4}, 0.1, FLIPPED[0], SHARES, FLIPPED[1], PAIRS, INFORMATION),
+    "unlabelled": Validation({}, 0.1, FLIPPED[0], None, FLIPPED[1], None, INFORMATION),
 }
 
 
@@ -101,6 +122,10 @@ SCORES: dict[str, Validation] = {
         ("source", None, "label_free", "source", 0.7),
         (None, "target", "label_free", "source", None),
         ("source", "target", "label_free", "target", 0.3 - 0.1),
+        ("source", "unlabelled", "source_dice_and_class_ratio", "source", 0.7 - 0.1 - 1 / 6),
+        ("source", "unlabelled", "adjacency_agreement", "source", -0.25 * math.log(2)),
+        ("source", None, "adjacency_agreement", "source", 0.7),
+        (None, "target", "adjacency_agreement", "source", None),
         ("source", "target", "oracle", "source", 0.3),
         ("source", "unlabelled", "oracle", "source", None),
         ("source", None, "oracle", "source", None),

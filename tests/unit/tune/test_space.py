@@ -252,6 +252,7 @@ def domains(target: str, source: str) -> Any:
         ("source_dice", "", "yy", "source_dice"),
         ("source_dice", "nn", "yn", "needs labelled validation cases of the source S"),
         ("class_ratio_agreement", "nn", "", "needs labelled validation cases of the source S"),
+        ("adjacency_agreement", "nn", "", "needs labelled validation cases of the source S"),
         ("information", "nn", "", "information"),
     ],
 )
