@@ -32,6 +32,7 @@ SYSTEMS: dict[str, str] = {
     "baseline": "Baseline",
     "cscl": "CSCL",
     "mpscl": "MPSCL",
+    "mean_teacher": "Mean teacher (ours)",
     "supervised": "Supervised",
 }
 """Title of every system in tables, in their order, by the last part of its presets ``mr2ct/NAME``, ``ct2mr/NAME``,
@@ -52,6 +53,7 @@ DESCRIPTIONS: dict[str, str] = {
     "baseline": "the adversarial part of MPSCL alone",
     "cscl": "MPSCL without margin",
     "mpscl": "prototypes, margin and self-paced pseudo-labels",
+    "mean_teacher": "self-training by a moving average of the network, with balanced pseudo-labels",
     "supervised": "upper bound: the segmenter trained on labels of the target",
 }
 """What each system is, in a line that holds in every group of presets."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,9 @@ class Batch:
     """(B, H, W) int64, class indices, or ``NOT_ANNOTATED`` where a pixel counts in no loss."""
     target_image: Tensor | None = None
     """(B, 1, H, W) in [-1, 1]; None for plain segmentation."""
+    target_view: Tensor | None = None
+    """The slices of target_image at the same place with another appearance; None unless ``Method.target_views`` is
+    2."""
 
     @property
     def images(self) -> tuple[Tensor, Tensor]:
@@ -93,6 +96,10 @@ class Method(ABC):
 
     split: TargetSplit | None = None
     """Where not None: which slices the batches of this phase are made of."""
+
+    target_views: ClassVar[int] = 1
+    """2 for a method whose batches also have a second view of the target slices, with an appearance drawn by
+    ``data.augmentation``. Where that has neither mappings nor degradations, the view equals the slice."""
 
     prototype_classifier: PrototypeClassifier | None = None
     """Assigns pseudo-labels by prototypes; None for a method without them. Its angles and labels are logged."""

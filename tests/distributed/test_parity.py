@@ -14,6 +14,8 @@ Ranks = list[dict[str, np.ndarray[Any, Any]]]
 Run = Callable[[str, int], Ranks]
 
 RELATIVE = 1e-5
+EXACT = {"mean_teacher": 1e-12, "mean_teacher-target": 1e-12}
+"""Stricter limits of cases whose labels and selections hang on comparisons."""
 MPSCL_CASES = ["fc-released", "fc-paper", "patchgan-released", "patchgan-paper"]
 OTHER_CASES = [
     "fc-baseline",
@@ -29,10 +31,14 @@ OTHER_CASES = [
     "intrada-volumes",
     "cag",
     "cag-ce",
+    "mean_teacher",
+    "mean_teacher-target",
     "sifa",
     "sifa-first",
 ]
-PARTLY_ANNOTATED = [f"{case}-partly-annotated" for case in ("fc-released", "clan-focal", "cag-ce", "sifa")]
+PARTLY_ANNOTATED = [
+    f"{case}-partly-annotated" for case in ("fc-released", "clan-focal", "cag-ce", "mean_teacher", "sifa")
+]
 RANK_DEPENDENT = ["fc-released", "intrada", "cag"]
 """Shares, splits and anchors; the others sum, or take their part of a draw, which two workers show."""
 SEVERAL = [
@@ -58,7 +64,7 @@ def test_result_does_not_depend_on_the_number_of_workers(run: Run, case: str, wo
     for ours in run(case, world_size):
         deviations = {name: relative_deviation(ours[name], reference[name]) for name in compared}
         worst = max(deviations, key=lambda name: deviations[name])
-        assert deviations[worst] < RELATIVE, f"{worst}: {deviations[worst]}"
+        assert deviations[worst] < EXACT.get(case, RELATIVE), f"{worst}: {deviations[worst]}"
 
 
 def test_every_method_is_compared_over_numbers_of_workers() -> None:

@@ -44,7 +44,7 @@ def test_what_is_shared_on_the_phantom() -> None:
     mpscl = load_config("phantom/mpscl")
     shared = {name: shared_phase(load_config(f"phantom/{name}"), mpscl) for name in SYSTEMS}
     assert shared["source_only"] is shared["supervised"] is None
-    assert shared["adabn"] is shared["sifa_v1"] is shared["sifa_v2"] is None
+    assert shared["adabn"] is shared["sifa_v1"] is shared["sifa_v2"] is shared["mean_teacher"] is None
     warmed_up = {"mpscl", "baseline", "cscl", "cag", "intrada"}
     assert {name for name in SYSTEMS if shared[name] == "warm_up"} == warmed_up
     assert {name for name in SYSTEMS if shared[name] == "source_only"} == {"adaoutput", "advent", "minent", "clan"}
