@@ -234,6 +234,9 @@ class MeanTeacherConfig(SegmentationConfig):
     none."""
     bn_running_stats: Literal["both", "target"] = "both"
     """Domains behind the batch statistics of evaluation: both (as released) or the target alone."""
+    guard: Annotated[float, Field(ge=0)] | None = 0.05
+    """The state before the adaptation competes for `best`, and the adaptation ends when the class-ratio agreement of
+    the target's validation volumes is lower than in that state by more than this; null: neither."""
 
 
 @dataclass(frozen=True)
