@@ -278,6 +278,11 @@ def _inconsistencies(config: Config) -> list[str]:
         found.append(f"method.name={config.method_name} has {words}; set {settings}")
     if config.data.labelled_domain == "target" and config.method_phases != (SOURCE_ONLY,):
         found.append("data.labelled_domain=target is the supervised bound and goes with method.name=segmentation")
+    if config.optim.kind != "sgd" and config.optim.legacy_param_repeats is not None:
+        found.append(
+            f"optim.legacy_param_repeats are sub-steps of SGD, and optim.kind={config.optim.kind} has none; set "
+            "optim.legacy_param_repeats=null"
+        )
     if not config.schedule:
         found.append("phases: all phases have 0 iterations; give at least one of them some")
     return found

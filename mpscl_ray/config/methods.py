@@ -19,6 +19,9 @@ Temperature = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Width = Annotated[int, Field(ge=1)]
 
+SegmentationLossName = Literal["wce_dice", "ce_batch_dice"]
+"""Losses of plain segmentation; some methods have others besides."""
+
 
 @dataclass(frozen=True)
 class SegmentationConfig:
@@ -26,11 +29,23 @@ class SegmentationConfig:
 
     phases: ClassVar[tuple[str, ...]] = (SOURCE_ONLY,)
     """Phases that a run of this method can have."""
-    main_settings: ClassVar[tuple[str, ...]] = ("optim.lr", "network.pretrained")
+    main_settings: ClassVar[tuple[str, ...]] = (
+        "optim.kind",
+        "optim.lr",
+        "method.segmentation_loss",
+        "network.pretrained",
+    )
     """Settings that the short help shows beside those that all methods have."""
 
     segmentation_aux_weight: Weight = 0.1
     """Weight of cross-entropy and Dice on the auxiliary head; 0.1 in the released code, unnamed in the paper."""
+    segmentation_loss: SegmentationLossName = "wce_dice"
+    """Loss on labelled slices: wce_dice, that of MPSCL, in which a class weighs 1 - its share of the pixels and Dice is
+    of each slice; or ce_batch_dice, plain cross-entropy and Dice of the whole batch, for structures that fill little of
+    a slice."""
+    class_weight_floor: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """Least weight of a class in the cross-entropy of ce_batch_dice, max(1 - its share of the pixels, this); 1: all
+    classes weigh the same."""
 
 
 @dataclass(frozen=True)
@@ -152,8 +167,9 @@ class CLANConfig(DiscriminatorConfig):
     """Weight of a pixel on which the heads agree."""
     warmup_fraction: Annotated[float, Field(ge=0, le=1)] = 0.05
     """First fraction of the iterations, in which pixels count alike and the learning rate rises from 0."""
-    segmentation_loss: Literal["focal", "ce", "wce_dice"] = "wce_dice"
-    """Loss of both heads: focal as released, ce as in the paper, or that of MPSCL, which all methods here share."""
+    segmentation_loss: Literal["focal", "ce", "wce_dice", "ce_batch_dice"] = "wce_dice"  # type: ignore[assignment]
+    """Loss of both heads: focal as released, ce as in the paper, or one of those that all methods here share. The
+    source-only phase has wce_dice where this is focal or ce."""
     detach_weight_map: bool = False
     """Keep the gradient of the adversarial loss out of the map of disagreement; the released code does not."""
 
@@ -203,8 +219,9 @@ class CAGConfig(AdvEntConfig):
     """Weight of the distances of class features to anchors."""
     min_pixels: Annotated[int, Field(ge=1)] = 10
     """Fewest pixels of a class from which an image has a feature of it."""
-    segmentation_loss: Literal["ce", "wce_dice"] = "wce_dice"
-    """Loss on the source: ce as released, or that of MPSCL, which all methods here share."""
+    segmentation_loss: Literal["ce", "wce_dice", "ce_batch_dice"] = "wce_dice"  # type: ignore[assignment]
+    """Loss on the source: ce as released, or one of those that all methods here share. The phases before the adaptation
+    have wce_dice where this is ce."""
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import ConfigDict, Field
 
@@ -14,6 +14,7 @@ from mpscl_ray.config.methods import (
     AdvEntConfig,
     MPSCLConfig,
     SegmentationConfig,
+    SegmentationLossName,
     method_name,
 )
 from mpscl_ray.runs.wording import counted
@@ -152,25 +153,35 @@ ParameterKind = Literal["stem", "block", "downsample", "head"]
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """SGD for the segmenter, Adam for the discriminators, polynomial decay for both, restarted with every phase."""
+    """SGD or AdamW for the segmenter, Adam for the discriminators; polynomial decay, restarted with every phase."""
 
+    kind: Literal["sgd", "adamw"] = "sgd"
+    """Optimiser of the segmenter: sgd, as released, or adamw (betas 0.9 and 0.999), for networks trained from scratch;
+    its rates are others: set optim.lr and phases.source_only_lr, 1e-3 is a start."""
     lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 2.5e-4
     """Learning rate of the segmenter at the start of a phase."""
     head_lr_factor: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 10.0
-    """Learning rate of the two classifier heads divided by that of the backbone."""
+    """Learning rate of the two classifier heads divided by that of the backbone; SGD alone, AdamW has one rate."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """Momentum of SGD."""
-    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 5e-4
-    """Weight decay of SGD; 5e-4 in the released code, 1e-4 in the paper."""
+    weight_decay: Annotated[float | None, Field(ge=0, allow_inf_nan=False)] = None
+    """Weight decay; null: 5e-4 for SGD, as in the released code (the paper has 1e-4), and 1e-4 for AdamW."""
     lr_discriminator: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-4
-    """Learning rate of Adam at the start of a phase."""
+    """Learning rate of the discriminators' Adam at the start of a phase."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.99)
-    """Moment decays of Adam."""
+    """Moment decays of the discriminators' Adam."""
     poly_power: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.9
     """Exponent of the decay lr (1 - i / iterations)^power."""
     legacy_param_repeats: dict[ParameterKind, Annotated[int, Field(ge=1)]] | None = None
     """SGD sub-steps of a parameter in one iteration, by its position: {stem: 1, block: 3, downsample: 4, head: 1} is
     what the released code does by listing parameters several times. null: one each."""
+
+    @property
+    def segmenter_weight_decay(self) -> float:
+        """``weight_decay``, or where it is None the default of the optimiser."""
+        if self.weight_decay is not None:
+            return self.weight_decay
+        return 5e-4 if self.kind == "sgd" else 1e-4
 
 
 @dataclass(frozen=True)
@@ -276,4 +287,7 @@ def method_of_phase(config: Config, phase: str) -> Any:
         return config.method
     kind = AdvEntConfig if phase == WARM_UP else SegmentationConfig
     own = {item.name for item in fields(config.method)}
-    return kind(**{item.name: getattr(config.method, item.name) for item in fields(kind) if item.name in own})
+    shared = {item.name: getattr(config.method, item.name) for item in fields(kind) if item.name in own}
+    if shared.get("segmentation_loss") not in get_args(SegmentationLossName):
+        shared.pop("segmentation_loss", None)  # A loss of this method alone.
+    return kind(**shared)

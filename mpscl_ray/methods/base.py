@@ -14,6 +14,7 @@ from mpscl_ray.config import OptimConfig, PrecisionConfig
 from mpscl_ray.config.schema import NetworkConfig
 from mpscl_ray.distributed import collectives
 from mpscl_ray.errors import DataError
+from mpscl_ray.methods.batch_losses import batch_dice_loss, floored_cross_entropy
 from mpscl_ray.methods.losses import (
     annotated_pixels,
     at_least_float32,
@@ -206,6 +207,24 @@ def segmentation_loss(logits: dict[str, Tensor], labels: Tensor, counts: Tensor,
             parts[f"loss_cross_entropy_{head}"], parts[f"loss_dice_{head}"] = entropy, dice
             total = total + factor * (entropy + dice)
     return SegmentationLoss(total, parts)
+
+
+def batch_segmentation_loss(
+    logits: dict[str, Tensor], labels: Tensor, counts: Tensor, aux_weight: float, floor: float
+) -> SegmentationLoss:
+    """The same with no class weight below ``floor``, and with Dice of the global batch instead of each slice.
+
+    Dice of a slice gives no gradient to false positives of a class that the slice lacks; that of the batch does.
+    """
+    parts: dict[str, Tensor] = {}
+    totals = []
+    for head, x in logits.items():
+        entropy = floored_cross_entropy(x, labels, counts, floor)
+        dice = batch_dice_loss(x, labels)
+        parts[f"loss_cross_entropy_{head}"], parts[f"loss_dice_{head}"] = entropy, dice
+        totals.append(entropy + dice)
+    main, *aux = totals
+    return SegmentationLoss(sum((aux_weight * x for x in aux), main), parts)
 
 
 def mean_focal_loss(logits: Tensor, labels: Tensor, gamma: float, counts: Tensor) -> Tensor:

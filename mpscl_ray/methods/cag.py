@@ -160,7 +160,7 @@ class CAG(SegmenterMethod[CAGConfig]):
         return base.metrics(losses, metrics, non_finite=flag)
 
     def _segmentation(self, logits: dict[str, Tensor], labels: Tensor, counts: Tensor) -> base.SegmentationLoss:
-        if self.config.segmentation_loss == "wce_dice":
+        if self.config.segmentation_loss != "ce":
             return self.segmentation_loss(logits, labels, counts)
         parts = {
             f"loss_cross_entropy_{head}": base.mean_focal_loss(x, labels, 0.0, counts) for head, x in logits.items()

@@ -73,8 +73,8 @@ class CLAN(AdversarialMethod[CLANConfig]):
     def _segmentation(self, logits: dict[str, Tensor], labels: Tensor) -> dict[str, Tensor]:
         """Segmentation losses on both heads, with equal weight."""
         counts = collectives.all_reduce_sum(class_counts(labels, self.num_classes))
-        if self.config.segmentation_loss == "wce_dice":
-            return base.segmentation_loss(logits, labels, counts, 1.0).parts
+        if self.config.segmentation_loss not in ("focal", "ce"):
+            return self.segmentation_loss(logits, labels, counts).parts
         gamma = 2.0 if self.config.segmentation_loss == "focal" else 0.0
         name = "focal" if gamma else "cross_entropy"
         return {

@@ -16,7 +16,7 @@ from mpscl_ray.distributed import collectives
 from mpscl_ray.methods import base
 from mpscl_ray.methods.base import Batch, TrainingSlices
 from mpscl_ray.methods.losses import class_counts
-from mpscl_ray.methods.optim import Optimisers, SegmenterSGD, prepare_network
+from mpscl_ray.methods.optim import SEGMENTER_OPTIMISERS, Optimisers, prepare_network
 from mpscl_ray.methods.segmenter_method import SegmenterMethod
 from mpscl_ray.networks.deeplab import DeepLabV2, SegmenterOutput
 
@@ -58,7 +58,9 @@ class MeanTeacher(SegmenterMethod[MeanTeacherConfig]):
         self.source_shares, self.target_shares, self.thresholds = uniform, uniform, uniform
 
     def start_phase(self, iterations: int) -> None:
-        self.optimisers.start({"student": SegmenterSGD(self.segmenter, self.optim)}, iterations)
+        self.optimisers.start(
+            {"student": SEGMENTER_OPTIMISERS[self.optim.kind](self.segmenter, self.optim)}, iterations
+        )
 
     @torch.no_grad()
     def prepare(self, slices: TrainingSlices) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -124,11 +124,11 @@ class SegmenterSGD(Optimiser):
             ],
             lr=config.lr,
             momentum=config.momentum,
-            weight_decay=config.weight_decay if repeats is None else 0.0,
+            weight_decay=config.segmenter_weight_decay if repeats is None else 0.0,
             fused=True,
         )
         super().__init__(sgd, named, config.poly_power)
-        self._weight_decay = config.weight_decay
+        self._weight_decay = config.segmenter_weight_decay
         self._repeats = None if repeats is None else {name: repeats.get(kind, 1) for name, kind in kinds.items()}
 
     def step(self, non_finite: Tensor) -> None:
@@ -143,6 +143,31 @@ class SegmenterSGD(Optimiser):
             with torch.no_grad():
                 torch._foreach_add_(self.gradients(), active, alpha=self._weight_decay)
             super().step(non_finite)
+
+
+class SegmenterAdamW(Optimiser):
+    """AdamW of all trained parameters of the segmenter, at one rate.
+
+    Source: Loshchilov & Hutter 2019 as in torch, where a step also shrinks the weights by lr times the weight decay.
+    """
+
+    def __init__(self, segmenter: nn.Module, config: OptimConfig) -> None:
+        named = {name: p for name, p in segmenter.named_parameters() if p.requires_grad}
+        adamw = torch.optim.AdamW(
+            [{"params": list(named.values()), "base_lr": config.lr}],
+            lr=config.lr,
+            betas=(0.9, 0.999),
+            weight_decay=config.segmenter_weight_decay,
+            fused=True,
+        )
+        super().__init__(adamw, named, config.poly_power)
+
+
+SEGMENTER_OPTIMISERS: dict[str, Callable[[nn.Module, OptimConfig], Optimiser]] = {
+    "sgd": SegmenterSGD,
+    "adamw": SegmenterAdamW,
+}
+"""Optimiser of the segmenter by ``OptimConfig.kind``."""
 
 
 class NetworkAdam(Optimiser):

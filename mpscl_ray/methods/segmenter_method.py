@@ -14,14 +14,14 @@ from mpscl_ray.distributed.batch_norm import PerDomainForward
 from mpscl_ray.methods import base
 from mpscl_ray.methods.base import Method
 from mpscl_ray.methods.losses import at_least_float32, class_counts
-from mpscl_ray.methods.optim import NetworkAdam, Optimiser, Optimisers, SegmenterSGD, autocast, prepare_network
+from mpscl_ray.methods.optim import SEGMENTER_OPTIMISERS, NetworkAdam, Optimiser, Optimisers, autocast, prepare_network
 from mpscl_ray.networks.deeplab import DeepLabV2, SegmenterOutput, upsample_logits
 
 Config = TypeVar("Config", bound=SegmentationConfig)
 
 
 class SegmenterMethod(Method, Generic[Config]):
-    """A segmenter trained by SGD, and other networks by one Adam each: forward passes, prediction, state.
+    """A segmenter with its optimiser, and other networks with one Adam each: forward passes, prediction, state.
 
     A subclass adds to ``networks`` what it trains besides the segmenter. It computes its losses in :meth:`step` from
     what :meth:`forward` returns, between ``optimisers.start_iteration`` and ``optimisers.step``, and adds to the state
@@ -56,7 +56,7 @@ class SegmenterMethod(Method, Generic[Config]):
             name: NetworkAdam(network, optim.lr_discriminator, optim.betas, optim.poly_power)
             for name, network in self.networks.items()
         }
-        fresh["segmenter"] = SegmenterSGD(self.segmenter, optim)
+        fresh["segmenter"] = SEGMENTER_OPTIMISERS[optim.kind](self.segmenter, optim)
         self.optimisers.start(fresh, iterations)
 
     def forward(self, *images: Tensor) -> tuple[SegmenterOutput, ...]:
@@ -77,10 +77,17 @@ class SegmenterMethod(Method, Generic[Config]):
     def segmentation_loss(
         self, logits: dict[str, Tensor], labels: Tensor, counts: Tensor | None = None
     ) -> base.SegmentationLoss:
-        """L_seg, see :func:`~mpscl_ray.methods.base.segmentation_loss`; ``counts`` are computed where they are None."""
+        """L_seg, see :func:`~mpscl_ray.methods.base.segmentation_loss`, or ``batch_segmentation_loss`` there.
+
+        ``counts`` are computed where they are None.
+        """
+        c = self.config
         if counts is None:
             counts = collectives.all_reduce_sum(class_counts(labels, self.num_classes))
-        return base.segmentation_loss(logits, labels, counts, self.config.segmentation_aux_weight)
+        if c.segmentation_loss == "ce_batch_dice":
+            floor = c.class_weight_floor
+            return base.batch_segmentation_loss(logits, labels, counts, c.segmentation_aux_weight, floor)
+        return base.segmentation_loss(logits, labels, counts, c.segmentation_aux_weight)
 
     def evaluate(self, images: Tensor) -> SegmenterOutput:
         """Outputs for slices (B, 1, H, W), in evaluation mode, without gradient."""

@@ -13,11 +13,11 @@ from mpscl_ray.data.sampler import derive_seed
 from mpscl_ray.distributed import collectives
 from mpscl_ray.methods import base
 from mpscl_ray.methods.base import Batch
+from mpscl_ray.methods.batch_losses import batch_dice_loss
 from mpscl_ray.methods.image_pool import ImagePool
 from mpscl_ray.methods.losses import at_least_float32, class_counts
 from mpscl_ray.methods.optim import NetworkAdam, NonFiniteGuard, Snapshot, autocast
 from mpscl_ray.methods.sifa_losses import (
-    batch_dice_loss,
     clipped_cross_entropy,
     half_squared_norm,
     lsgan_discriminator_loss,

@@ -41,21 +41,3 @@ def clipped_cross_entropy(logits: Tensor, labels: Tensor, counts: Tensor) -> Ten
     total = -(weights[:, None, None] * truth * probabilities.log()).sum(dim=1).sum()
     annotated = collectives.all_reduce_sum((labels != NOT_ANNOTATED).sum().to(total.dtype))
     return collectives.ddp_ratio(total, annotated.clamp(min=1))
-
-
-def batch_dice_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Dice loss of the global batch: 1 - 1/C sum_c 2 sum pg / (sum p^2 + sum g + 1e-7), sums over all images.
-
-    It is not a mean over images, so the three sums of each class are added over the workers before the division. Logits
-    are (B, C, H, W), labels (B, H, W) int64. The loss of a batch without annotated pixels is 0.
-
-    Source: the released code of Chen et al. 2020.
-    """
-    probabilities = at_least_float32(logits).softmax(dim=1)
-    classes = torch.arange(logits.shape[1], device=labels.device)
-    truth = (labels[:, None] == classes[:, None, None]).to(probabilities.dtype)
-    squares = probabilities.square() * (labels != NOT_ANNOTATED)[:, None]
-    sums = [x.sum(dim=(0, 2, 3)) for x in (probabilities * truth, squares, truth)]
-    overlap, squares, sizes = collectives.sum_with_gradient(torch.stack(sums)).unbind()
-    loss = 1.0 - (2.0 * overlap / (squares + sizes + 1e-7)).mean()
-    return torch.where(squares.sum() > 0, loss, 0.0)

@@ -24,7 +24,8 @@ from mpscl_ray.distributed import collectives
 from mpscl_ray.distributed.batch_norm import PerDomainForward, WorkersBatchNorm2d, convert_batch_norm
 from mpscl_ray.errors import TrainingError
 from mpscl_ray.methods import METHODS, MPSCL, SIFA, AdvEnt, Batch, Method, Segmentation
-from mpscl_ray.methods.base import TrainingSlices
+from mpscl_ray.methods.base import TrainingSlices, batch_segmentation_loss
+from mpscl_ray.methods.losses import class_counts
 from mpscl_ray.networks import build, initialise
 from mpscl_ray.networks.deeplab import DeepLabV2
 from mpscl_ray.train.phases import transfer_weights
@@ -304,6 +305,33 @@ def batch_norm() -> dict[str, Any]:
     return {name: value.detach() for name, value in results.items()}
 
 
+def adamw() -> dict[str, Any]:
+    """A segmenter and discriminators, the first trained by AdamW."""
+    seed = collectives.rank()
+    config = AdvEntConfig(discriminator_width=4, segmentation_loss="ce_batch_dice", **STRONG)
+    optim = OptimConfig(kind="adamw", lr=1e-3, lr_discriminator=1e-3)
+    trained = AdvEnt(segmenter(seed), config, optim, CLASSES, CPU, PrecisionConfig(), seed)
+    trained.start_phase(STEPS)
+    return record(trained)
+
+
+def batch_losses() -> dict[str, Any]:
+    """Value of the loss of the batch, and the gradient of its mean over the workers in the logits of all slices."""
+    generator = torch.Generator().manual_seed(3)
+    logits = 3 * torch.randn(GLOBAL_BATCH, CLASSES, 6, 8, generator=generator, dtype=torch.float64)
+    labels = torch.randint(CLASSES - 1, (GLOBAL_BATCH, 6, 8), generator=generator)  # one class is nowhere
+    labels[0], labels[-1, :3] = 0, NOT_ANNOTATED
+    size = GLOBAL_BATCH // collectives.world_size()
+    rows = slice(collectives.rank() * size, (collectives.rank() + 1) * size)
+    mine = logits[rows].requires_grad_()
+    counts = collectives.all_reduce_sum(class_counts(labels[rows], CLASSES))
+    loss = batch_segmentation_loss({"main": mine, "aux": mine.flip(1)}, labels[rows], counts, 0.1, 0.4)
+    loss.total.backward()  # type: ignore[no-untyped-call]
+    assert mine.grad is not None
+    gradient = collectives.gather_batch(mine.grad) / collectives.world_size()
+    return {"loss": np.array(collectives.reduce_metrics(loss.parts | {"total": loss.total})["total"]), "g": gradient}
+
+
 def objects() -> dict[str, Any]:
     """What every rank gets of objects and sums that differ between the ranks."""
     rank = collectives.rank()
@@ -345,6 +373,10 @@ CASES: dict[str, Callable[[], dict[str, Any]]] = {
     "patchgan-paper": lambda: parity({"discriminator": "patchgan", "margin_form": "paper"}),
     "fc-baseline": lambda: parity({"discriminator": "fc", "beta": 0.0, "gamma": 0.0}),
     "segmentation": source_only_then_adapted,
+    "segmentation-batch": lambda: look_and_train(
+        "segmentation", segmentation_loss="ce_batch_dice", class_weight_floor=0.4
+    ),
+    "adamw": adamw,
     "advent": lambda: look_and_train("advent", discriminator_width=4, **STRONG),
     "minent": lambda: look_and_train("advent", variant="minent", **STRONG),
     "adaoutput": lambda: look_and_train("adaoutput", discriminator_width=4, discriminator="patchgan", **STRONG),
@@ -381,6 +413,7 @@ CASES: dict[str, Callable[[], dict[str, Any]]] = {
     "non-finite-target": lambda: non_finite("target"),
     "batch-norm": batch_norm,
     "objects": objects,
+    "batch-losses": batch_losses,
 }
 
 

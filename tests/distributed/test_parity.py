@@ -20,6 +20,8 @@ MPSCL_CASES = ["fc-released", "fc-paper", "patchgan-released", "patchgan-paper"]
 OTHER_CASES = [
     "fc-baseline",
     "segmentation",
+    "segmentation-batch",
+    "adamw",
     "advent",
     "minent",
     "adaoutput",
@@ -65,6 +67,13 @@ def test_result_does_not_depend_on_the_number_of_workers(run: Run, case: str, wo
         deviations = {name: relative_deviation(ours[name], reference[name]) for name in compared}
         worst = max(deviations, key=lambda name: deviations[name])
         assert deviations[worst] < EXACT.get(case, RELATIVE), f"{worst}: {deviations[worst]}"
+
+
+def test_the_gradient_of_the_losses_of_the_batch_is_that_of_one_worker(run: Run) -> None:
+    (reference,) = run("batch-losses", 1)
+    for ours in run("batch-losses", 2):
+        for name in reference:
+            np.testing.assert_allclose(ours[name], reference[name], rtol=1e-12, atol=1e-15, err_msg=name)
 
 
 def test_every_method_is_compared_over_numbers_of_workers() -> None:

@@ -387,12 +387,16 @@ def test_prototype_angles() -> None:
         (MPSCLConfig, {"margin_source": math.nan}),
         (MPSCLConfig, {"margin_form": "published"}),
         (OptimConfig, {"lr": 0.0}),
+        (OptimConfig, {"kind": "adam"}),
         (OptimConfig, {"momentum": 1.0}),
+        (OptimConfig, {"weight_decay": -0.1}),
         (OptimConfig, {"betas": [0.9, 1.0]}),
         (OptimConfig, {"legacy_param_repeats": {"stem": 0}}),
         (OptimConfig, {"legacy_param_repeats": {"tail": 1}}),
         (PrecisionConfig, {"dtype": "fp16"}),
         (SegmentationConfig, {"segmentation_aux_weight": -1.0}),
+        (SegmentationConfig, {"segmentation_loss": "focal"}),
+        (SegmentationConfig, {"class_weight_floor": 1.1}),
     ],
 )
 def test_settings_out_of_range_are_refused(kind: type, setting: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mpscl_ray.data import NOT_ANNOTATED
+from mpscl_ray.methods.batch_losses import batch_dice_loss, floored_cross_entropy
 from mpscl_ray.methods.cag import class_features
 from mpscl_ray.methods.losses import (
     class_counts,
@@ -22,7 +23,7 @@ from mpscl_ray.methods.losses import (
     weighted_cross_entropy,
 )
 from mpscl_ray.methods.prototypes import prototype_sums
-from mpscl_ray.methods.sifa_losses import batch_dice_loss, clipped_cross_entropy
+from mpscl_ray.methods.sifa_losses import clipped_cross_entropy
 from tests.tiny_methods import CLASSES, MAKE, batch, leaves
 
 PROTOTYPES = torch.randn(CLASSES, CLASSES, generator=torch.Generator().manual_seed(1))
@@ -48,7 +49,8 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "margin, released": margin("released"),
     "margin, paper": margin("paper"),
     "cross-entropy of SIFA": lambda x, labels: clipped_cross_entropy(x, labels, class_counts(labels, CLASSES)),
-    "Dice of SIFA": batch_dice_loss,
+    "Dice of the batch": batch_dice_loss,
+    "cross-entropy with a floor": lambda x, y: floored_cross_entropy(x, y, class_counts(y, CLASSES), 0.4),
     "prototypes": lambda logits, labels: prototype_sums(logits, labels, CLASSES)[0].sum(),
     "features of CAG": lambda logits, labels: class_features(logits, logits, labels)[0].square().sum(),
 }
@@ -97,6 +99,8 @@ OF_LABELS = ("cross_entropy", "dice", "focal", "segmentation", "contrastive_sour
     ("name", "settings"),
     [
         *((name, {}) for name in MAKE if name != "adabn"),
+        ("segmentation", {"segmentation_loss": "ce_batch_dice"}),
+        ("clan", {"segmentation_loss": "ce_batch_dice"}),
         ("clan", {"segmentation_loss": "focal"}),
         ("cag", {"segmentation_loss": "ce"}),
         ("mpscl", {"margin_form": "paper"}),

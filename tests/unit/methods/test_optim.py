@@ -8,10 +8,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from mpscl_ray.errors import DataError
 from mpscl_ray.methods.optim import (
+    SEGMENTER_OPTIMISERS,
     NetworkAdam,
     NonFiniteGuard,
     OptimConfig,
+    SegmenterAdamW,
     SegmenterSGD,
     Snapshot,
     parameter_kind,
@@ -102,12 +105,48 @@ def test_frozen_norms_are_not_decayed() -> None:
     assert not any(".bn" in name for name in optimiser.state_dict()["momentum_buffer"])
 
 
+@pytest.mark.parametrize("weight_decay", [None, 0.05])
+def test_adamw_is_torchs_with_the_decay_of_the_rate(weight_decay: float | None) -> None:
+    module, reference = network(affine=True), network(affine=True)
+    optimiser = SegmenterAdamW(module, OptimConfig(kind="adamw", lr=0.01, weight_decay=weight_decay))
+    expected = torch.optim.AdamW(
+        reference.parameters(), betas=(0.9, 0.999), weight_decay=weight_decay or 1e-4, fused=False
+    )
+    for iteration in range(4):
+        optimiser.start_iteration(iteration, 10)
+        for part in (module, reference):
+            fill_gradients(part, iteration)
+        optimiser.step(FINE)
+        expected.param_groups[0]["lr"] = 0.01 * (1 - iteration / 10) ** 0.9
+        expected.step()
+    for (name, parameter), other in zip(module.named_parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(parameter, other, rtol=1e-12, atol=1e-14, msg=name)
+
+
+def test_frozen_norms_are_not_decayed_by_adamw() -> None:
+    module = network()
+    optimiser = SegmenterAdamW(module, OptimConfig(kind="adamw", lr=0.1, weight_decay=0.5))
+    optimiser.start_iteration(0, 10)
+    fill_gradients(module, 0)
+    optimiser.step(FINE)
+    assert torch.equal(module.bn1.weight, torch.ones_like(module.bn1.weight))
+    assert not any(".bn" in name for name in optimiser.state_dict()["exp_avg"])
+
+
+@pytest.mark.parametrize(("saved", "own"), [("sgd", "adamw"), ("adamw", "sgd")])
+def test_the_state_of_another_optimiser_is_refused(saved: str, own: str) -> None:
+    one, other = (SEGMENTER_OPTIMISERS[kind](network(), OptimConfig()) for kind in (saved, own))
+    with pytest.raises(DataError, match=r"has nothing for the optimiser's '\w+' of conv1\.weight.*; resume with the"):
+        other.load_state_dict(one.state_dict())
+
+
 @pytest.mark.parametrize("legacy", [None, {"block": 3}])
 def test_a_flagged_step_updates_neither_weights_nor_state(legacy: dict[str, int] | None) -> None:
     module = network()
     config = OptimConfig(legacy_param_repeats=legacy)  # type: ignore[arg-type]
     for optimiser in (
         SegmenterSGD(module, config),
+        SegmenterAdamW(module, config),
         NetworkAdam(module, config.lr_discriminator, config.betas, config.poly_power),
     ):
         for flag in (BAD, FINE, BAD):

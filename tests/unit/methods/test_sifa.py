@@ -13,9 +13,10 @@ from torch import Tensor
 
 from mpscl_ray.data import NOT_ANNOTATED
 from mpscl_ray.errors import DataError
+from mpscl_ray.methods.batch_losses import batch_dice_loss
 from mpscl_ray.methods.image_pool import ImagePool
 from mpscl_ray.methods.losses import class_counts
-from mpscl_ray.methods.sifa_losses import batch_dice_loss, clipped_cross_entropy
+from mpscl_ray.methods.sifa_losses import clipped_cross_entropy
 from mpscl_ray.networks import build
 from mpscl_ray.networks.sifa import Decoder, SIFADiscriminator, Translator
 from tests.tiny_methods import CLASSES, batch, make_sifa
