@@ -240,6 +240,8 @@ def expected(detail: Any) -> str:
         return "expected a list, such as [1, 2]"
     if kind == "missing":
         return "expected a longer list"
+    if kind == "too_short":
+        return f"expected a list of at least {detail['ctx']['min_length']}"
     if kind == "too_long":
         return f"expected a list of at most {detail['ctx']['max_length']}"
     message: str = detail["msg"][0].lower() + detail["msg"][1:]

@@ -80,6 +80,13 @@ class AugmentConfig:
     """Largest weight of the remapped image in the blend with the original; drawn uniformly from 0 to this."""
     random_conv_layers: Annotated[int, Field(ge=1, le=3)] = 3
     """Largest number of convolutions of a mapping; drawn uniformly from 1 to this."""
+    mapping_probability: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Probability that a slice gets another appearance by one of `mappings`."""
+    mappings: Annotated[tuple[Literal["curves", "bands", "gin"], ...], Field(min_length=1)] = ("curves", "bands", "gin")
+    """Drawn evenly: a curve for the background and a line per tissue (SLAug); intensity bands of the background with
+    levels of their own, tissues as before; a random network (GIN)."""
+    degradation_probability: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Probability of each of gamma, bias field, low resolution or blur, and noise (Gaussian or Rician)."""
 
     def __post_init__(self) -> None:
         if self.scale[0] > self.scale[1]:
@@ -89,6 +96,11 @@ class AugmentConfig:
     def moves(self) -> bool:
         """Whether the anatomy is moved, turned or scaled."""
         return self.rotation_deg > 0 or self.translation > 0 or tuple(self.scale) != (1.0, 1.0)
+
+    @property
+    def changes_appearance(self) -> bool:
+        """Whether slices are mapped or degraded, the random convolution apart."""
+        return self.mapping_probability > 0 or self.degradation_probability > 0
 
 
 @dataclass(frozen=True)
@@ -103,6 +115,8 @@ class DataConfig:
     """Domain with the labels that train the segmenter; "target" is the supervised upper bound."""
     global_batch_size: Annotated[int, Field(ge=1)] = 8
     """Slices that a step takes from each domain, all workers together."""
+    foreground_share: Annotated[float | None, Field(gt=0, le=1)] = None
+    """Share of the labelled slices in the batches that show a structure (over 20 pixels); null: as in the data."""
     in_memory: Literal["auto"] | bool = "auto"
     """Keep the decoded slices in shared memory; auto: if they fit."""
     augmentation: AugmentConfig = field(default_factory=AugmentConfig)

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mpscl_ray.config import AugmentConfig
+from mpscl_ray.data.appearance import change_appearance
 from mpscl_ray.data.sampler import Keys, splitmix64
 
 _CHANNELS = 2
@@ -49,7 +50,7 @@ def augment(image: Tensor, label: Tensor | None, keys: Keys, config: AugmentConf
             label = sampled.squeeze(1).to(label.dtype)
     if config.random_conv_probability > 0:
         image = _map_intensities(image, draws[:, _AFFINE_DRAWS:], config)
-    return image, label
+    return change_appearance(image, label, keys, config), label
 
 
 def _uniforms(keys: Keys, count: int) -> NDArray[np.float64]:

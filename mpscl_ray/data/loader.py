@@ -7,6 +7,7 @@ augmented batches of one rank from any of them.
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -21,10 +22,12 @@ import torch
 from torch import Tensor
 
 from mpscl_ray.config import AugmentConfig
+from mpscl_ray.data.appearance import change_appearance
 from mpscl_ray.data.augment import augment
 from mpscl_ray.data.dataset import Case
+from mpscl_ray.data.label_values import show_a_structure
 from mpscl_ray.data.parquet_reader import Arrays, SplitFiles
-from mpscl_ray.data.sampler import Keys, Rows, StepOrder, shard_range
+from mpscl_ray.data.sampler import Foreground, Keys, Rows, StepOrder, shard_range
 
 PREFETCH = 2
 """Batches that a stream prepares ahead of the training step."""
@@ -41,6 +44,14 @@ class Slices(ABC):
     def rows(self) -> int:
         """Number of slices."""
         return self.files.rows
+
+    @functools.cached_property
+    def foreground_rows(self) -> Rows:
+        """Rows whose label shows a structure, ascending; only for slices that were opened with labels.
+
+        The first use reads the labels of the files.
+        """
+        return self.files.foreground_rows()
 
     @abstractmethod
     def fetch(self, batches: Iterable[Rows]) -> Generator[Arrays, None, None]:
@@ -88,6 +99,11 @@ class InMemorySlices(Slices):
     def parts(self) -> Sequence[tuple[int, Arrays]]:
         """The first row and the arrays of each part, in the order of the rows."""
 
+    @functools.cached_property
+    def foreground_rows(self) -> Rows:
+        """Rows whose label shows a structure, counted in memory."""
+        return np.concatenate([start + show_a_structure(arrays["label"]) for start, arrays in self.parts()])
+
     def fetch(self, batches: Iterable[Rows]) -> Generator[Arrays, None, None]:
         """Copy the rows of each batch out of memory."""
         parts = self.parts()
@@ -118,13 +134,21 @@ class LocalSlices(InMemorySlices):
         return self._parts
 
 
-def collate(arrays: Arrays, keys: Keys | None = None, config: AugmentConfig | None = None) -> dict[str, Tensor]:
-    """Turn arrays into a batch, augmented if configured: image (B, 1, H, W) float32, label (B, H, W) int64."""
+def collate(
+    arrays: Arrays, keys: Keys | None = None, config: AugmentConfig | None = None, view: AugmentConfig | None = None
+) -> dict[str, Tensor]:
+    """Turn arrays into a batch, augmented if configured: image (B, 1, H, W) float32, label (B, H, W) int64.
+
+    With ``view`` also that: the image, moved likewise, with an appearance drawn by these settings.
+    """
     image = torch.from_numpy(arrays["image"]).unsqueeze(1)
     label = torch.from_numpy(arrays["label"]) if "label" in arrays else None
     if keys is not None and config is not None:
         image, label = augment(image, label, keys, config)
-    return {"image": image} if label is None else {"image": image, "label": label.long()}
+    batch = {"image": image} if label is None else {"image": image, "label": label.long()}
+    if keys is not None and view is not None:
+        batch["view"] = change_appearance(image, None, keys, view)
+    return batch
 
 
 class SliceStream:
@@ -144,6 +168,8 @@ class SliceStream:
         rank: int = 0,
         world_size: int = 1,
         augment: AugmentConfig | None = None,
+        view: AugmentConfig | None = None,
+        foreground: Foreground | None = None,
         start_step: int = 0,
         device: torch.device | None = None,
     ) -> None:
@@ -157,18 +183,20 @@ class SliceStream:
             rank: number of this worker.
             world_size: number of workers.
             augment: random changes of the slices; None for none.
+            view: appearance of the second view of each slice; None for no such view.
+            foreground: the share of slices that show a structure; None for that of the data.
             start_step: step of the first batch.
             device: device of the tensors; a GPU gets them through pinned memory, without waiting.
 
         Raises:
             ConfigError: the global batch cannot be divided evenly among the workers.
         """
-        self.order = StepOrder(seed, domain, slices.rows, global_batch, rank, world_size)
+        self.order = StepOrder(seed, domain, slices.rows, global_batch, rank, world_size, foreground)
         """Which rows this rank takes at which step."""
         self.wait_seconds = 0.0
         """Total time for which :meth:`next` has waited."""
         self._slices = slices
-        self._augment = augment
+        self._augment, self._view = augment, view
         self._start_step = start_step
         self._device = device or torch.device("cpu")
         self._ready: deque[dict[str, Tensor] | Exception] = deque()
@@ -183,7 +211,7 @@ class SliceStream:
 
         Returns:
             ``image`` (B, 1, H, W) float32 and, if the slices were opened with labels, ``label`` (B, H, W) int64, B
-            being the global batch size divided by the number of workers.
+            being the global batch size divided by the number of workers. ``view`` like ``image``, if asked for.
 
         Raises:
             DataError: a file is missing or damaged; it is named. Any other error of the background thread is raised
@@ -254,7 +282,7 @@ class SliceStream:
             self._changed.notify_all()
 
     def _finish(self, arrays: Arrays, step: int) -> dict[str, Tensor]:
-        batch = collate(arrays, self.order.batch_keys(step), self._augment)
+        batch = collate(arrays, self.order.batch_keys(step), self._augment, self._view)
         if self._device.type == "cuda":
             batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
         return batch

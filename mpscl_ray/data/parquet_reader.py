@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from mpscl_ray.data.dataset import FORMAT_VERSION, Case, load_manifest
+from mpscl_ray.data.label_values import show_a_structure
 from mpscl_ray.data.parquet_writer import METADATA_KEY
 from mpscl_ray.data.sampler import Rows
 from mpscl_ray.errors import DataError
@@ -107,6 +108,20 @@ class SplitFiles:
             if len(positions):
                 _read_case_slices(self, case, rows[positions] - own.start, arrays, positions)
         return arrays
+
+    def foreground_rows(self) -> Rows:
+        """Rows that show a structure; reads the labels alone.
+
+        Raises:
+            DataError: as :meth:`read`.
+        """
+        found = []
+        for case, own in zip(self.cases, self.case_rows(), strict=True):
+            label = np.empty((case.slices, *self.size), np.uint8)
+            whole = np.arange(case.slices)
+            _read_case_slices(self, case, whole, {"label": label}, whole)
+            found.append(own.start + show_a_structure(label))
+        return np.concatenate(found)
 
 
 def read_block(piece: pa.Table, files: SplitFiles) -> pa.Table:

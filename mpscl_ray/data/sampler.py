@@ -6,6 +6,10 @@ positions [k*G, (k+1)*G), G being the global batch size, and rank r of W workers
 these. So the samples of a step do not depend on the number of workers, every rank has the same number of steps, a
 shorter domain repeats, no sample is dropped, and a resumed run needs only the step number.
 
+A domain whose share of slices with a structure is set has two such streams, of the rows with one and of the others.
+The n-th position of either kind takes element n of its stream; which kind a position is of is a function of the
+position alone.
+
 The permutations come from an integer hash and a stable sort, not from a library's generator: they are the same in all
 versions of all libraries.
 """
@@ -78,6 +82,43 @@ def sample_keys(seed: int, domain: str, start: int, stop: int) -> Keys:
     return splitmix64(np.arange(start, stop), derive_seed(seed, domain, "augment"))
 
 
+class Foreground:
+    """A share of a domain's stream that is drawn among its rows with a structure, the rest among the others.
+
+    Of the first p positions the floor of ``share`` p are of the first kind, so the share is exact, and as even as it
+    can be within every batch. Where all rows show a structure there are no others to take.
+
+    Raises:
+        ConfigError: no row shows a structure.
+    """
+
+    def __init__(self, share: float, rows: Rows, total: int) -> None:
+        """Take the share, above 0 and at most 1, the rows that show a structure, and the number of all rows."""
+        if not len(rows):
+            raise ConfigError(
+                f"data.foreground_share={share:g} takes slices that show a structure, and no labelled training slice "
+                "shows one; check the labels (python -m mpscl_ray.check), or set data.foreground_share=null"
+            )
+        self._rows = rows
+        self._others = np.setdiff1d(np.arange(total), rows)
+        self._millionths = round(share * 10**6) if len(self._others) else 10**6
+
+    def rows(self, seed: int, domain: str, start: int, stop: int) -> Rows:
+        """Row index at each position [start, stop) of the stream."""
+        before = [position * self._millionths // 10**6 for position in range(start, stop + 1)]
+        shows = np.diff(before).astype(bool)
+        taken = np.empty(stop - start, dtype=np.int64)
+        first, last = before[0], before[-1]
+        for kind, rows, bounds in (
+            ("foreground", self._rows, (first, last)),
+            ("background", self._others, (start - first, stop - last)),
+        ):
+            if bounds[0] < bounds[1]:
+                own = shows if kind == "foreground" else ~shows
+                taken[own] = rows[sample_positions(seed, f"{domain}/{kind}", len(rows), *bounds)]
+        return taken
+
+
 @dataclass(frozen=True)
 class StepOrder:
     """The samples that one rank takes at each global step of one domain.
@@ -96,6 +137,8 @@ class StepOrder:
     rank: int = 0
     world_size: int = 1
     """Number of workers."""
+    foreground: Foreground | None = None
+    """The share of rows that show a structure; None for that of the data."""
 
     def __post_init__(self) -> None:
         assert 0 <= self.rank < self.world_size
@@ -119,6 +162,8 @@ class StepOrder:
 
     def batch_rows(self, step: int) -> Rows:
         """(local_batch,) row indices that this rank takes at a global step."""
+        if self.foreground is not None:
+            return self.foreground.rows(self.seed, self.domain, *self.positions(step))
         return sample_positions(self.seed, self.domain, self.rows, *self.positions(step))
 
     def batch_keys(self, step: int) -> Keys:

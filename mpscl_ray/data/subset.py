@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mpscl_ray.data.label_values import show_a_structure
 from mpscl_ray.data.loader import Slices
 from mpscl_ray.data.parquet_reader import Arrays
 from mpscl_ray.data.sampler import Rows
@@ -31,6 +33,13 @@ class SubsetSlices(Slices):
     def rows(self) -> int:
         """Number of slices."""
         return len(self._rows)
+
+    @functools.cached_property
+    def foreground_rows(self) -> Rows:
+        """Rows whose label, here, shows a structure."""
+        if self._labels is not None:
+            return show_a_structure(self._labels)
+        return np.flatnonzero(np.isin(self._rows, self._slices.foreground_rows))
 
     def fetch(self, batches: Iterable[Rows]) -> Generator[Arrays, None, None]:
         """Yield one batch after the other, as :meth:`Slices.fetch` does."""

@@ -203,7 +203,8 @@ class _Trainer:
         with source, target or nullcontext(), profiler as step_done:
             while state.iteration < iterations and not state.harmed(method.guard):
                 labelled = source.next()
-                batch = Batch(labelled["image"], labelled["label"], target.next()["image"] if target else None)
+                unlabelled = target.next() if target else {}
+                batch = Batch(labelled["image"], labelled["label"], unlabelled.get("image"), unlabelled.get("view"))
                 self.callback.on_batch(batch)
                 metrics = method.step(batch, state.iteration)
                 step_done()

@@ -86,7 +86,7 @@ def _cost(config: Config, domains: Domains, name: str, iterations: int, device: 
     segmenter = build_segmenter(config, classes, name)
     method = build_method(config, name, segmenter, classes, device)
     method.start_phase(max(iterations, 1))
-    batch = _noise(config, domains, name, device)
+    batch = _noise(config, domains, name, device, method.target_views)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     for step in range(_WARM_UP + _TIMED):
@@ -100,12 +100,13 @@ def _cost(config: Config, domains: Domains, name: str, iterations: int, device: 
     return PhaseCost(name, iterations, seconds, _weights(method), _bytes(tensors), _peak(device))
 
 
-def _noise(config: Config, domains: Domains, phase: str, device: torch.device) -> Batch:
+def _noise(config: Config, domains: Domains, phase: str, device: torch.device, target_views: int) -> Batch:
     share = config.data.global_batch_size // config.scaling.least_workers
     shape = (share, *domains.source.size)
     label = torch.randint(0, len(domains.classes), shape, device=device)
     target = torch.randn(share, 1, *domains.source.size, device=device) if reads_target(phase) else None
-    return Batch(torch.randn(share, 1, *domains.source.size, device=device), label, target)
+    view = target if target_views == 2 else None
+    return Batch(torch.randn(share, 1, *domains.source.size, device=device), label, target, view)
 
 
 def _wait(device: torch.device) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from mpscl_ray.config import Config, reads_target
 from mpscl_ray.data import SOURCE_DOMAIN, TARGET_DOMAIN
 from mpscl_ray.data.loader import Slices, SliceStream
-from mpscl_ray.data.sampler import shard_range
+from mpscl_ray.data.sampler import Foreground, shard_range
 from mpscl_ray.data.subset import SubsetSlices
 from mpscl_ray.methods.base import Method, TrainingSlices
 from mpscl_ray.networks.pretrained import load_prototypes
@@ -54,21 +54,30 @@ def open_streams(
 
     opened = _stream_of(config, device, rank, world_size)
 
-    def stream(name: str, slices: Slices | None) -> SliceStream:
+    def source_stream() -> SliceStream:
+        slices, share = data.labelled, config.data.foreground_share
+        foreground = None if share is None else Foreground(share, slices.foreground_rows, slices.rows)
+        augment = config.data.augmentation
+        return opened(slices, domain=SOURCE_DOMAIN, augment=augment, foreground=foreground, start_step=start_step)
+
+    def target_stream(name: str, slices: Slices | None, views: int = 1) -> SliceStream:
         assert slices is not None
-        augmentation = config.data.augmentation
-        if name != SOURCE_DOMAIN:
-            # Intensities are remapped in the labelled domain only: the target has to keep its appearance.
-            augmentation = dataclasses.replace(augmentation, random_conv_probability=0.0)
-        return opened(slices, domain=name, augment=augmentation, start_step=start_step)
+        # Intensities are remapped in the labelled domain only: the target has to keep its appearance.
+        still = dataclasses.replace(
+            config.data.augmentation, random_conv_probability=0.0, mapping_probability=0.0, degradation_probability=0.0
+        )
+        view = config.data.augmentation if views == 2 else None
+        return opened(slices, domain=name, augment=still, view=view, start_step=start_step)
 
     if method.split is not None:
         split = method.split
         assert data.unlabelled is not None
         easy = SubsetSlices(data.unlabelled, split.easy.numpy(), split.pseudo_labels.numpy())
-        return stream(EASY, easy), stream(HARD, SubsetSlices(data.unlabelled, split.hard.numpy()))
-    source = stream(SOURCE_DOMAIN, data.labelled)
-    return source, stream(TARGET_DOMAIN, data.unlabelled) if reads_target(phase) else None
+        hard = SubsetSlices(data.unlabelled, split.hard.numpy())
+        return target_stream(EASY, easy), target_stream(HARD, hard, method.target_views)
+    if not reads_target(phase):
+        return source_stream(), None
+    return source_stream(), target_stream(TARGET_DOMAIN, data.unlabelled, method.target_views)
 
 
 def _stream_of(config: Config, device: torch.device, rank: int, world_size: int) -> Callable[..., SliceStream]:

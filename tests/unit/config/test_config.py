@@ -94,6 +94,8 @@ def test_overrides_have_the_types_of_their_fields() -> None:
         ("scaling.num_workers=[1, 3]", "every number of workers from 1 to 3"),
         ("network.layers=1,1,1,1", "a list, such as [1, 2]"),
         ("network.output_stride=16", "expected one of 4, 8"),
+        ("data.augmentation.mappings=[curve]", "expected one of 'curves', 'bands', 'gin'"),
+        ("data.augmentation.mappings=[]", "expected a list of at least 1"),
         ("data.labelled_domain=target", "supervised"),
         ("method.name=mpslc", "mpscl, segmentation"),
         ("run.name=../elsewhere", "letters, digits"),
@@ -113,7 +115,9 @@ def test_values_just_beyond_their_limits_are_refused() -> None:
     wrong = (
         "run.log_every=0 run.validate_every=0 run.checkpoint_every=0 run.keep_checkpoints=0 run.max_failures=-1 "
         "run.storage_retry_minutes=-1 run.seed=-1 run.seed=2147483648 data.augmentation.translation=0.51 "
-        "data.augmentation.random_conv_probability=1.01 network.base_channels=3 phases.adaptation=-1 "
+        "data.augmentation.random_conv_probability=1.01 data.augmentation.mapping_probability=1.01 "
+        "data.augmentation.degradation_probability=-0.1 data.foreground_share=0 data.foreground_share=1.01 "
+        "network.base_channels=3 phases.adaptation=-1 "
         "phases.source_only_lr=0 optim.lr=0 optim.momentum=1 optim.betas=[0.9,1] "
         "optim.weight_decay=-1 optim.poly_power=-1 scaling.num_workers=0 scaling.cpus_per_worker=0 "
         "scaling.resource_timeout_s=-1 scaling.resize_check_s=0"

@@ -13,11 +13,14 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from mpscl_ray.data import NOT_ANNOTATED
 from mpscl_ray.data.augment import AugmentConfig
 from mpscl_ray.data.loader import LocalSlices, Slices, SliceStream
 from mpscl_ray.data.parquet_reader import SplitFiles
+from mpscl_ray.data.subset import SubsetSlices
 from mpscl_ray.errors import DataError
 from tests.numbered_slices import DEPTHS, SIZE, write_dataset
+from tests.written_dataset import save_plain_manifest, write_plain_case
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +54,25 @@ def test_rows_are_read_in_any_order_with_repeats(folder: Path, images: np.ndarra
     whole = files.read(np.arange(files.rows))
     np.testing.assert_array_equal(whole["image"], images)
     np.testing.assert_array_equal(arrays["label"], whole["label"][rows])
+
+
+def test_rows_with_a_structure_are_those_with_more_than_twenty_pixels_of_it(tmp_path: Path) -> None:
+    """Over all cases; pixels that nobody annotated are no structure."""
+    cases = []
+    for name, pixels in (("a", (0, 20, 21)), ("b", (240,)), ("c", (3, 40))):
+        label = np.zeros((len(pixels), SIZE[0] * SIZE[1]), np.uint8)
+        for own, count in zip(label, pixels, strict=True):
+            own[:count] = 1 + np.arange(count) % 2
+            own[100:200][own[100:200] == 0] = NOT_ANNOTATED
+        image, classes = np.zeros((len(pixels), *SIZE), np.float32), ("background", "MYO", "LAC")
+        cases.append(write_plain_case(tmp_path, name, "train", image, label.reshape(-1, *SIZE), classes))
+    save_plain_manifest(tmp_path, "mr", classes, SIZE, cases)
+    in_memory = LocalSlices(tmp_path, "train", labels=True)
+    for slices in (Slow(in_memory.files), in_memory):
+        assert slices.foreground_rows.tolist() == [2, 3, 5]
+    chosen = np.array([1, 2, 5])
+    assert SubsetSlices(in_memory, chosen).foreground_rows.tolist() == [1, 2]
+    assert SubsetSlices(in_memory, chosen, np.ones((3, *SIZE), np.uint8)).foreground_rows.tolist() == [0, 1, 2]
 
 
 def test_reading_without_labels_never_touches_their_bytes(tmp_path: Path) -> None:

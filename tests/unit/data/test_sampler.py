@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mpscl_ray.data.sampler import (
+    Foreground,
     StepOrder,
     derive_seed,
     epoch_permutation,
@@ -114,3 +115,48 @@ def test_shards_cover_everything_once(count: int, world_size: int) -> None:
     parts = [shard_range(count, rank, world_size) for rank in range(world_size)]
     assert [i for part in parts for i in part] == list(range(count))
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+@given(
+    share=st.floats(0.001, 1),
+    shown=st.integers(1, 30),
+    others=st.integers(1, 30),
+    batch=st.sampled_from([4, 8, 12]),
+)
+def test_the_share_of_rows_with_a_structure_is_exact_and_even(
+    share: float, shown: int, others: int, batch: int
+) -> None:
+    """Each kind is a stream of its own, every row of it once in an epoch."""
+    rows = np.sort(np.random.default_rng(shown).permutation(shown + others)[:shown])
+    order = StepOrder(3, "source", shown + others, batch, foreground=Foreground(share, rows, shown + others))
+    stream = np.concatenate([order.batch_rows(step) for step in range(240 // batch)])
+    shows = np.isin(stream, rows)
+    exact = np.arange(1, 241) * round(share, 6)
+    assert (np.abs(np.cumsum(shows) - exact) < 1 + 1e-9).all()
+    for kind, count in ((stream[shows], shown), (stream[~shows], others)):
+        epochs = [kind[first : first + count] for first in range(0, len(kind) - count + 1, count)]
+        assert all(len(set(epoch.tolist())) == count for epoch in epochs)
+
+
+def test_rows_with_a_structure_do_not_depend_on_the_workers_and_resume() -> None:
+    options = {
+        "seed": 3,
+        "domain": "source",
+        "rows": 37,
+        "global_batch": 8,
+        "foreground": Foreground(0.9, np.arange(5, 20), 37),
+    }
+    one = union_over_ranks(1, 12, **options)
+    assert union_over_ranks(2, 12, **options) == union_over_ranks(4, 12, **options) == one
+    resumed = StepOrder(**options).steps(7)
+    assert [next(resumed).tolist() for _ in range(5)] == one[7:]
+    assert one != union_over_ranks(1, 12, **{**options, "seed": 4})
+
+
+def test_where_all_rows_or_none_show_a_structure() -> None:
+    order = StepOrder(0, "source", 6, 6, foreground=Foreground(0.5, np.arange(6), 6))
+    assert sorted(order.batch_rows(3)) == list(range(6)), "there are no others to take"
+    only = StepOrder(0, "source", 9, 8, foreground=Foreground(1, np.array([2, 5]), 9))
+    assert np.bincount(only.batch_rows(1), minlength=9).tolist() == [0, 0, 4, 0, 0, 4, 0, 0, 0]
+    with pytest.raises(ConfigError, match=r"data\.foreground_share=0\.9 .* no labelled training slice"):
+        Foreground(0.9, np.array([], dtype=np.int64), 6)

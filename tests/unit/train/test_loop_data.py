@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from mpscl_ray.methods import MPSCL
 from mpscl_ray.runs import checkpoint
 from tests.tiny import make_dataset, make_pair, tiny_config
-from tests.tiny_runs import RecordingCallback, train
+from tests.tiny_runs import RecordingCallback, hashes, train
 
 SIX_STEPS = ("phases.source_only=2", "phases.warm_up=2", "phases.adaptation=2", "run.log_every=1")
 """Two iterations a phase."""
@@ -108,3 +109,23 @@ def test_odd_data_gives_finite_losses(tmp_path: Path, name: str, source: dict[st
     networks = checkpoint.load(run.phases / "adaptation")["method"]
     assert networks["prototypes"].isfinite().all()
     assert all(tensor.isfinite().all() for tensor in networks["networks"]["segmenter"].values())
+
+
+def test_views_and_shares_of_slices_resume_as_if_training_had_not_stopped(
+    pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second view comes in the phase of the method that asks for it alone."""
+    monkeypatch.setattr(MPSCL, "target_views", 2)
+    settings = ["data.augmentation.mapping_probability=1", "data.augmentation.degradation_probability=0.5"]
+    config = tiny_config(pair / "mr", pair / "ct", [*SIX_STEPS, *settings, "data.foreground_share=0.9"])
+    whole, before, after = RecordingCallback(), RecordingCallback(), RecordingCallback()
+    train(config, tmp_path / "whole", None, whole)
+    train(config, tmp_path / "cut", 5, before)
+    train(config, tmp_path / "cut", None, after)
+    assert [batch.target_view is not None for batch in whole.batches] == [False] * 4 + [True] * 2
+    for ours, theirs in zip(before.batches + after.batches, whole.batches, strict=True):
+        assert hashes(ours) == hashes(theirs)
+        if theirs.target_view is not None:
+            assert ours.target_view is not None
+            assert torch.equal(ours.target_view, theirs.target_view)
+            assert not torch.equal(theirs.target_view, theirs.images[1])

@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from mpscl_ray.config import Config
 from mpscl_ray.errors import DataError
+from mpscl_ray.methods import AdvEnt
 from mpscl_ray.methods.base import TrainingSlices
 from mpscl_ray.train.streams import open_streams, training_slices
 from tests.tiny import local_data, make_pair, tiny_config
@@ -71,6 +73,60 @@ def test_intensities_are_remapped_in_the_labelled_domain_alone(folder: Path) -> 
             (whole,) = (batch["image"] for batch in slices.shard(0, 1, slices.rows))
             images = as_set(stream.next()["image"])
             assert images <= as_set(whole) if kept else images.isdisjoint(as_set(whole))
+
+
+APPEARANCE = ("mapping_probability=1", "mappings=[curves,gin]", "degradation_probability=0.3")
+
+
+def appearance_config(folder: Path, *overrides: str) -> Config:
+    changes = [f"data.augmentation.{change}" for change in APPEARANCE]
+    return tiny_config(folder / "mr", folder / "ct", [*changes, *overrides])
+
+
+def first_batches(config: Config, rank: int = 0, workers: int = 1) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    source, target = open_streams(config, local_data(config), make_advent(), "adaptation", 0, CPU, rank, workers)
+    assert target is not None
+    with source, target:
+        return source.next(), target.next()
+
+
+def test_the_target_keeps_its_appearance_and_has_a_second_view_if_asked_for(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The image is the one of a run without changes of appearance, whether there is a view or not."""
+    config = appearance_config(folder)
+    old_source, old_target = first_batches(tiny_config(folder / "mr", folder / "ct"))
+    source, target = first_batches(config)
+    assert not torch.equal(source["image"], old_source["image"])
+    assert torch.equal(source["label"], old_source["label"])
+    assert torch.equal(target["image"], old_target["image"])
+    assert target.keys() == {"image"}
+
+    monkeypatch.setattr(AdvEnt, "target_views", 2)
+    same_source, target = first_batches(config)
+    assert source.keys() == same_source.keys()
+    assert torch.equal(target["image"], old_target["image"])
+    assert all(not torch.equal(view, image) for view, image in zip(target["view"], target["image"], strict=True))
+    parts = [first_batches(config, rank, 2)[1]["view"] for rank in range(2)]
+    assert torch.equal(torch.cat(parts), target["view"])
+
+
+def test_a_share_of_the_source_slices_shows_a_structure(folder: Path) -> None:
+    """Three of four in each step; the order of the target is not changed."""
+    still = ["data.augmentation.rotation_deg=0", "data.augmentation.scale=[1,1]", "data.augmentation.translation=0"]
+    still.append("data.augmentation.random_conv_probability=0")
+    config = tiny_config(folder / "mr", folder / "ct", [*still, "data.foreground_share=0.75"])
+    data = local_data(config)
+    assert data.labelled.foreground_rows.tolist() == list(range(18)), "every slice of this dataset shows one"
+    data.labelled.foreground_rows = np.arange(4)
+    shown = as_set(torch.from_numpy(data.labelled.files.read(np.arange(4))["image"][:, None]))
+    source, target = open_streams(config, data, make_advent(), "adaptation", 0, CPU, 0, 1)
+    assert target is not None
+    with source, target:
+        for _ in range(5):
+            assert len([image for image in source.next()["image"] if image.numpy().tobytes() in shown]) == 3
+        plain = first_batches(tiny_config(folder / "mr", folder / "ct", still))[1]
+        assert torch.equal(target.next()["image"], plain["image"])
 
 
 def test_the_adaptation_starts_from_the_prototypes_of_a_file(folder: Path) -> None:
