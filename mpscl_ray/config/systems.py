@@ -20,6 +20,7 @@ from mpscl_ray.config import (
 
 SYSTEMS: dict[str, str] = {
     "source_only": "W/o adaptation",
+    "source_randomised": "W/o adaptation, randomised",
     "adabn": "AdaBN",
     "adaoutput": "AdaOutput",
     "minent": "MinEnt",
@@ -41,6 +42,7 @@ SYSTEMS: dict[str, str] = {
 
 DESCRIPTIONS: dict[str, str] = {
     "source_only": "lower bound: the segmenter trained on labels of the source only",
+    "source_randomised": "the same with randomised appearance, another loss and AdamW",
     "adabn": "the source-only network with batch statistics of the target",
     "adaoutput": "discriminators on class probabilities (AdaptSegNet)",
     "minent": "the entropy of the target's predictions as a loss",

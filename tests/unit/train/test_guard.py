@@ -40,7 +40,7 @@ def test_an_adaptation_that_does_harm_ends_and_leaves_the_start_as_the_best(data
     found = re.search(words, warning)
     assert found is not None, warning
     assert int(found[1]) == outcome.iteration
-    assert float(found[2]) - float(found[3]) == pytest.approx(0.011, abs=0.005)
+    assert float(found[2]) - float(found[3]) > 0.01
 
     best, start = checkpoint.load(folder.best), checkpoint.load(folder.phases / "source_only")
     assert (best["phase"], best["position"]["iteration"]) == ("adaptation", 0)
