@@ -19,7 +19,7 @@ Temperature = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Width = Annotated[int, Field(ge=1)]
 
-SegmentationLossName = Literal["wce_dice", "ce_batch_dice"]
+SegmentationLossName = Literal["released", "plain"]
 """Losses of plain segmentation; some methods have others besides."""
 
 
@@ -39,12 +39,12 @@ class SegmentationConfig:
 
     segmentation_aux_weight: Weight = 0.1
     """Weight of cross-entropy and Dice on the auxiliary head; 0.1 in the released code, unnamed in the paper."""
-    segmentation_loss: SegmentationLossName = "wce_dice"
-    """Loss on labelled slices: wce_dice, that of MPSCL, in which a class weighs 1 - its share of the pixels and Dice is
-    of each slice; or ce_batch_dice, plain cross-entropy and Dice of the whole batch, for structures that fill little of
-    a slice."""
+    segmentation_loss: SegmentationLossName = "released"
+    """Loss on labelled slices: released, that of MPSCL's code, in which a class weighs 1 - its share of the pixels and
+    Dice is of each slice; or plain, cross-entropy and Dice of the whole batch, for structures that fill little of a
+    slice."""
     class_weight_floor: Annotated[float, Field(ge=0, le=1)] = 1.0
-    """Least weight of a class in the cross-entropy of ce_batch_dice, max(1 - its share of the pixels, this); 1: all
+    """Least weight of a class in the cross-entropy of the loss plain, max(1 - its share of the pixels, this); 1: all
     classes weigh the same."""
 
 
@@ -167,9 +167,9 @@ class CLANConfig(DiscriminatorConfig):
     """Weight of a pixel on which the heads agree."""
     warmup_fraction: Annotated[float, Field(ge=0, le=1)] = 0.05
     """First fraction of the iterations, in which pixels count alike and the learning rate rises from 0."""
-    segmentation_loss: Literal["focal", "ce", "wce_dice", "ce_batch_dice"] = "wce_dice"  # type: ignore[assignment]
-    """Loss of both heads: focal as released, ce as in the paper, or one of those that all methods here share. The
-    source-only phase has wce_dice where this is focal or ce."""
+    segmentation_loss: Literal["focal", "ce", "released", "plain"] = "released"  # type: ignore[assignment]
+    """Loss of both heads: focal, that of CLAN's code, ce, that of its paper, or one of those that all methods here
+    share. The source-only phase has released where this is focal or ce."""
     detach_weight_map: bool = False
     """Keep the gradient of the adversarial loss out of the map of disagreement; the released code does not."""
 
@@ -219,9 +219,9 @@ class CAGConfig(AdvEntConfig):
     """Weight of the distances of class features to anchors."""
     min_pixels: Annotated[int, Field(ge=1)] = 10
     """Fewest pixels of a class from which an image has a feature of it."""
-    segmentation_loss: Literal["ce", "wce_dice", "ce_batch_dice"] = "wce_dice"  # type: ignore[assignment]
-    """Loss on the source: ce as released, or one of those that all methods here share. The phases before the adaptation
-    have wce_dice where this is ce."""
+    segmentation_loss: Literal["ce", "released", "plain"] = "released"  # type: ignore[assignment]
+    """Loss on the source: ce, that of CAG's code, or one of those that all methods here share. The phases before the
+    adaptation have released where this is ce."""
 
 
 @dataclass(frozen=True)

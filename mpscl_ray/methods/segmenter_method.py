@@ -84,7 +84,7 @@ class SegmenterMethod(Method, Generic[Config]):
         c = self.config
         if counts is None:
             counts = collectives.all_reduce_sum(class_counts(labels, self.num_classes))
-        if c.segmentation_loss == "ce_batch_dice":
+        if c.segmentation_loss == "plain":
             floor = c.class_weight_floor
             return base.batch_segmentation_loss(logits, labels, counts, c.segmentation_aux_weight, floor)
         return base.segmentation_loss(logits, labels, counts, c.segmentation_aux_weight)

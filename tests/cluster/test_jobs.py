@@ -139,7 +139,12 @@ def resumed(cluster: LocalCluster, checkout: Path, train: Train) -> tuple[RunDir
         cluster.script("kill", "1")
         wait_until(lambda: "the workers are replaced" in cluster.logs("second"), "the notice of the loss")
         cluster.script("start", "1")
-        followed = following.result()
+        try:
+            followed = following.result()
+        except subprocess.TimeoutExpired:
+            nodes = cluster.command("ray", "status").stdout
+            workers = [file.read_text(encoding="utf-8") for file in sorted(run.logs.glob("worker-*.log"))]
+            pytest.fail("\n".join(["the job did not end", cluster.logs("second"), nodes, *workers]), pytrace=False)
     assert followed.returncode == 0, followed.stdout
     first, second, third = starts(run)
     assert (first, second) == (0, stopped)

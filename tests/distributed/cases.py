@@ -308,7 +308,7 @@ def batch_norm() -> dict[str, Any]:
 def adamw() -> dict[str, Any]:
     """A segmenter and discriminators, the first trained by AdamW."""
     seed = collectives.rank()
-    config = AdvEntConfig(discriminator_width=4, segmentation_loss="ce_batch_dice", **STRONG)
+    config = AdvEntConfig(discriminator_width=4, segmentation_loss="plain", **STRONG)
     optim = OptimConfig(kind="adamw", lr=1e-3, lr_discriminator=1e-3)
     trained = AdvEnt(segmenter(seed), config, optim, CLASSES, CPU, PrecisionConfig(), seed)
     trained.start_phase(STEPS)
@@ -373,9 +373,7 @@ CASES: dict[str, Callable[[], dict[str, Any]]] = {
     "patchgan-paper": lambda: parity({"discriminator": "patchgan", "margin_form": "paper"}),
     "fc-baseline": lambda: parity({"discriminator": "fc", "beta": 0.0, "gamma": 0.0}),
     "segmentation": source_only_then_adapted,
-    "segmentation-batch": lambda: look_and_train(
-        "segmentation", segmentation_loss="ce_batch_dice", class_weight_floor=0.4
-    ),
+    "segmentation-batch": lambda: look_and_train("segmentation", segmentation_loss="plain", class_weight_floor=0.4),
     "adamw": adamw,
     "advent": lambda: look_and_train("advent", discriminator_width=4, **STRONG),
     "minent": lambda: look_and_train("advent", variant="minent", **STRONG),

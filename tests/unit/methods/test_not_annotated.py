@@ -99,8 +99,8 @@ OF_LABELS = ("cross_entropy", "dice", "focal", "segmentation", "contrastive_sour
     ("name", "settings"),
     [
         *((name, {}) for name in MAKE if name != "adabn"),
-        ("segmentation", {"segmentation_loss": "ce_batch_dice"}),
-        ("clan", {"segmentation_loss": "ce_batch_dice"}),
+        ("segmentation", {"segmentation_loss": "plain"}),
+        ("clan", {"segmentation_loss": "plain"}),
         ("clan", {"segmentation_loss": "focal"}),
         ("cag", {"segmentation_loss": "ce"}),
         ("mpscl", {"margin_form": "paper"}),
