@@ -98,7 +98,7 @@ class MeanTeacher(SegmenterMethod[MeanTeacherConfig]):
         counts, selected, shares, confidence, number = collectives.all_reduce_sums(
             class_counts(labels, self.num_classes),
             class_counts(pseudo_labels, self.num_classes),
-            class_sums(posterior)[0],
+            posterior.double().sum(dim=(0, 2, 3)),
             *class_sums(aligned)[1:],
         )
 
