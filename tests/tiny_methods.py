@@ -52,7 +52,7 @@ def make(
     """A tiny method by its name, with other settings than its small ones."""
     if name == "sifa":
         return make_sifa(seed, optim=optim, **settings)
-    small: dict[str, Any] = {} if name in ("segmentation", "adabn") else {"discriminator_width": 4}
+    small: dict[str, Any] = {} if name in ("segmentation", "adabn", "mean_teacher") else {"discriminator_width": 4}
     small |= {"min_pixels": 2} if name == "cag" else {}
     config = METHOD_CONFIGS[name](**(small | settings))
     network = network or segmenter(seed, **getattr(METHODS[name], "segmenter_arguments", {}))

@@ -225,6 +225,38 @@ class CAGConfig(AdvEntConfig):
 
 
 @dataclass(frozen=True)
+class MeanTeacherConfig(SegmentationConfig):
+    """Settings of the mean teacher."""
+
+    phases: ClassVar[tuple[str, ...]] = (SOURCE_ONLY, ADAPTATION)
+    main_settings: ClassVar[tuple[str, ...]] = (
+        *SegmentationConfig.main_settings,
+        *"method.ema method.alignment method.target_weight method.mixing method.share_matching".split(),
+    )
+
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    """Share m of its weights that the teacher keeps at a step; less in the first steps, 1 - 1 / (t + 10)."""
+    alignment: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """Exponent of the distribution alignment: 1 draws the class shares of the teacher's predictions to those of the
+    source labels, 0 leaves them."""
+    target_weight: Weight = 0.5
+    """Weight of the loss on pseudo-labels."""
+    ramp: Annotated[int, Field(ge=0)] = 50
+    """Iterations over which target_weight grows from 0."""
+    mixing: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Probability that a structure of a source slice is pasted, with its label, into the target slice beside it; for
+    each structure and pair by itself."""
+    share_matching: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Exponent s of a correction of the teacher at the end, posterior x (source share / target's mean posterior)^s; 0:
+    none."""
+    bn_running_stats: Literal["both", "target"] = "both"
+    """Domains behind the batch statistics of evaluation: both (as released) or the target alone."""
+    guard: Annotated[float, Field(ge=0)] | None = 0.05
+    """The state before the adaptation competes for `best`, and the adaptation ends when the class-ratio agreement of
+    the target's validation volumes is lower than in that state by more than this; null: neither."""
+
+
+@dataclass(frozen=True)
 class SIFAConfig:
     """Settings of SIFA, which has its own networks and optimisers and does not use the sections ``network`` and
     ``optim``. The defaults are those of the second version as released."""
@@ -303,6 +335,7 @@ METHOD_CONFIGS: dict[str, type] = {
     "clan": CLANConfig,
     "intrada": IntraDAConfig,
     "cag": CAGConfig,
+    "mean_teacher": MeanTeacherConfig,
     "sifa": SIFAConfig,
 }
 """The settings of every method by its name in a config."""

@@ -20,6 +20,7 @@ from mpscl_ray.config import (
 
 SYSTEMS: dict[str, str] = {
     "source_only": "W/o adaptation",
+    "source_randomised": "W/o adaptation, randomised",
     "adabn": "AdaBN",
     "adaoutput": "AdaOutput",
     "minent": "MinEnt",
@@ -32,6 +33,7 @@ SYSTEMS: dict[str, str] = {
     "baseline": "Baseline",
     "cscl": "CSCL",
     "mpscl": "MPSCL",
+    "mean_teacher": "Mean teacher (ours)",
     "supervised": "Supervised",
 }
 """Title of every system in tables, in their order, by the last part of its presets ``mr2ct/NAME``, ``ct2mr/NAME``,
@@ -40,6 +42,7 @@ SYSTEMS: dict[str, str] = {
 
 DESCRIPTIONS: dict[str, str] = {
     "source_only": "lower bound: the segmenter trained on labels of the source only",
+    "source_randomised": "the same with randomised appearance, another loss and AdamW",
     "adabn": "the source-only network with batch statistics of the target",
     "adaoutput": "discriminators on class probabilities (AdaptSegNet)",
     "minent": "the entropy of the target's predictions as a loss",
@@ -52,6 +55,7 @@ DESCRIPTIONS: dict[str, str] = {
     "baseline": "the adversarial part of MPSCL alone",
     "cscl": "MPSCL without margin",
     "mpscl": "prototypes, margin and self-paced pseudo-labels",
+    "mean_teacher": "self-training by a moving average of the network, with balanced pseudo-labels",
     "supervised": "upper bound: the segmenter trained on labels of the target",
 }
 """What each system is, in a line that holds in every group of presets."""

@@ -18,12 +18,17 @@ def system_of(config: Mapping[str, Any]) -> str:
         config: nested plain values, as in ``config.yaml``.
 
     Returns:
-        ``baseline`` is MPSCL with beta = gamma = 0 (Table IV of Liu et al. 2022), ``cscl`` without margins (Table V).
+        ``baseline`` is MPSCL with beta = gamma = 0 (Table IV of Liu et al. 2022), ``cscl`` without margins (Table V);
+        ``source_randomised`` is plain segmentation with ``data.augmentation.mapping_probability``.
     """
     method = config.get("method", {})
     name = str(method.get("name", "mpscl"))
     if name == "segmentation":
-        return "supervised" if config.get("data", {}).get("labelled_domain") == "target" else "source_only"
+        data = config.get("data", {})
+        if data.get("labelled_domain") == "target":
+            return "supervised"
+        randomised = data.get("augmentation", {}).get("mapping_probability", 0) > 0
+        return "source_randomised" if randomised else "source_only"
     if name == "mpscl":
         if not method.get("beta", 1) and not method.get("gamma", 1):
             return "baseline"

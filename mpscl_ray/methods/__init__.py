@@ -9,6 +9,7 @@ from mpscl_ray.methods.base import Batch, Method
 from mpscl_ray.methods.cag import CAG
 from mpscl_ray.methods.clan import CLAN
 from mpscl_ray.methods.intrada import IntraDA
+from mpscl_ray.methods.mean_teacher import MeanTeacher
 from mpscl_ray.methods.mpscl import MPSCL
 from mpscl_ray.methods.segmentation import Segmentation
 from mpscl_ray.methods.sifa import SIFA
@@ -22,6 +23,7 @@ METHODS: dict[str, type[Method]] = {
     "clan": CLAN,
     "intrada": IntraDA,
     "cag": CAG,
+    "mean_teacher": MeanTeacher,
     "sifa": SIFA,
 }
 """The class of every method by the name it has in a config: the keys of ``METHOD_CONFIGS``."""
@@ -37,6 +39,7 @@ __all__ = [
     "AdvEnt",
     "Batch",
     "IntraDA",
+    "MeanTeacher",
     "Method",
     "Segmentation",
 ]

@@ -102,6 +102,10 @@ class Method(ABC):
     """2 for a method whose batches also have a second view of the target slices, with an appearance drawn by
     ``data.augmentation``. Where that has neither mappings nor degradations, the view equals the slice."""
 
+    guard: float | None = None
+    """Where not None: the state before the first step competes for the best one, and training ends when the class-ratio
+    agreement falls by more than this below its value there."""
+
     prototype_classifier: PrototypeClassifier | None = None
     """Assigns pseudo-labels by prototypes; None for a method without them. Its angles and labels are logged."""
 

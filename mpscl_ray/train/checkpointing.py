@@ -32,6 +32,22 @@ class TrainerState:
     """Iterations done in all phases; also the position in the data."""
     best: float | None = None
     """Selection score of the best validation of this phase so far; None before the first."""
+    first_agreement: float | None = None
+    """Class-ratio agreement before the first step of a phase with a guard; None in the others."""
+    agreement: float | None = None
+    """The same at the last validation."""
+
+    def note_agreement(self, value: float | None) -> None:
+        """Keep the agreement that a validation has found; None where it cannot be computed."""
+        self.agreement = value
+        if self.first_agreement is None:
+            self.first_agreement = value
+
+    def harmed(self, guard: float | None) -> bool:
+        """Whether the agreement has fallen by more than the guard of the phase allows."""
+        if guard is None or self.first_agreement is None or self.agreement is None:
+            return False
+        return self.first_agreement - self.agreement > guard
 
 
 def newest_checkpoint(run: RunDirectory) -> tuple[Path | None, list[str]]:
@@ -103,6 +119,7 @@ class Checkpointer:
     def finish(self) -> bool:
         """Wait until all checkpoints are complete and every worker can read them; the rest as :meth:`poll`."""
         self._collect(wait=True)
+        self._step = -1  # what is saved next, by another phase, may be another state of the same step
         collectives.barrier()
         return self.poll()
 

@@ -161,6 +161,8 @@ class _Trainer:
                 method.start_phase(iterations)
                 if is_adaptation(name):
                     self._prepare_adaptation(name, method)
+                if method.guard is not None:
+                    self._score(name, method)
             ended = self._run_phase(name, iterations, method)
             if ended is None:
                 self.checkpointer.save(self.folder.phases / name, method, name, self.state)
@@ -169,8 +171,7 @@ class _Trainer:
             if ended is not None:
                 return ended
             weights = {network: module.state_dict() for network, module in method.networks.items()}
-        last, iterations = schedule[-1]
-        return TrainResult("finished", last, iterations, self.state.step)
+        return TrainResult("finished", schedule[-1][0], self.state.iteration, self.state.step)
 
     def _load_newest(self) -> dict[str, Any] | None:
         """The newest checkpoint, with the records rewound to it; None for a new run."""
@@ -200,7 +201,7 @@ class _Trainer:
         steps = run.profile if self.rank == 0 else 0
         profiler = profiled_steps(self.folder.path, name, steps, self.device)
         with source, target or nullcontext(), profiler as step_done:
-            while state.iteration < iterations:
+            while state.iteration < iterations and not state.harmed(method.guard):
                 labelled = source.next()
                 unlabelled = target.next() if target else {}
                 batch = Batch(labelled["image"], labelled["label"], unlabelled.get("image"), unlabelled.get("view"))
@@ -223,6 +224,9 @@ class _Trainer:
                     return TrainResult("non_finite", name, state.iteration, state.step, losses)
                 if validating:
                     record |= self._validate(name, method)
+                    if state.harmed(method.guard) and not at_end:
+                        saving = True
+                        self._warn(self._end_early(iterations))
                 if self.rank == 0:
                     self.folder.append_metrics(record)
                 self.callback.on_metrics(record, validating)
@@ -259,17 +263,33 @@ class _Trainer:
         record["perf/data_stall_fraction"] = waited
         return record
 
+    def _end_early(self, iterations: int) -> str:
+        """Why a phase ends before its iterations are done."""
+        state = self.state
+        return (
+            f"the adaptation ends at iteration {state.iteration} of {iterations}: the class-ratio agreement fell from "
+            f"{state.first_agreement:.3f} to {state.agreement:.3f}, more than method.guard allows; `best` is the "
+            "checkpoint to use"
+        )
+
     def _validate(self, name: str, method: Method) -> dict[str, Any]:
-        """Validate on both domains and keep the weights if they are the best of the phase."""
+        """Validate on both domains, keep the weights if they are the best of the phase, and record features."""
+        record = self._score(name, method)
+        self._record_features(name, method)
+        if self.rank == 0 and TARGET_DOMAIN in self.data.validation:
+            self._show_images(method, self.data.validation[TARGET_DOMAIN])
+        return record
+
+    def _score(self, name: str, method: Method) -> dict[str, float]:
+        """Validate on both domains, and keep the weights if they are the best of the phase."""
         data = self.config.data
         results = {
             domain: validate(method.predict, slices, self.data.classes, data.global_batch_size, self.device)
             for domain, slices in self.data.validation.items()
         }
         record = validation_metrics(results, data.labelled_domain)
-        self._record_features(name, method)
-        if self.rank == 0 and TARGET_DOMAIN in self.data.validation:
-            self._show_images(method, self.data.validation[TARGET_DOMAIN])
+        if method.guard is not None:
+            self.state.note_agreement(record.get("val/unsupervised/class_ratio_agreement"))
         score = selection_score(results, self.config.run.select, data.labelled_domain)
         if score is not None:
             record["val/selection_score"] = score

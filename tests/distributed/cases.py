@@ -54,7 +54,7 @@ def global_batch(step: int) -> Batch:
     if HIDDEN:
         label = label.clone()
         label[:3] = label[4, : SIZE // 2] = NOT_ANNOTATED
-    return Batch(source, label, target)
+    return Batch(source, label, target, target_view=0.3 - 0.7 * target)
 
 
 def partly_annotated(case: str) -> dict[str, Any]:
@@ -80,8 +80,7 @@ def accumulated(case: str) -> dict[str, Any]:
 def my_part(batch: Batch) -> Batch:
     size = GLOBAL_BATCH // collectives.world_size()
     rows = slice(collectives.rank() * size, (collectives.rank() + 1) * size)
-    assert batch.target_image is not None
-    return Batch(batch.source_image[rows], batch.source_label[rows], batch.target_image[rows])
+    return Batch(**{name: images[rows] for name, images in vars(batch).items()})
 
 
 def segmenter(seed: int, **arguments: Any) -> DeepLabV2:
@@ -142,11 +141,11 @@ def parity(settings: dict[str, Any]) -> dict[str, Any]:
     return {"prototypes_initial": trained.prototypes, **record(trained)}
 
 
-def look_and_train(name: str, **settings: Any) -> dict[str, Any]:
-    """Any method, after it has looked at slices that the workers share unevenly."""
-    seed = collectives.rank()
+def look_and_train(name: str, seed: int | None = None, **settings: Any) -> dict[str, Any]:
+    """Any method, after it has looked at slices that the workers share unevenly; its draws need one seed for all."""
     kind = METHODS[name]
-    network = segmenter(seed, **getattr(kind, "segmenter_arguments", {}))
+    network = segmenter(collectives.rank(), **getattr(kind, "segmenter_arguments", {}))
+    seed = collectives.rank() if seed is None else seed
     method = kind(network, METHOD_CONFIGS[name](**settings), OPTIM, CLASSES, CPU, PrecisionConfig(), seed)
     method.start_phase(STEPS)
     method.prepare(slices())
@@ -410,12 +409,14 @@ CASES: dict[str, Callable[[], dict[str, Any]]] = {
         distance_threshold=0.01,
         bn_running_stats="target",
     ),
+    "mean_teacher": lambda: look_and_train("mean_teacher", seed=3, mixing=0.5, share_matching=0.5, ramp=3),
+    "mean_teacher-target": lambda: look_and_train("mean_teacher", bn_running_stats="target", ramp=0),
     "sifa": lambda: sifa(pool_size=2),
     "sifa-first": lambda: sifa(version="v1", pool_size=2, dropout=0.25, adversarial_prediction_ramp=(0.1, 0.4)),
     "adabn": lambda: look_and_train("adabn"),
     **{
         f"{case}-partly-annotated": functools.partial(partly_annotated, case)
-        for case in ("fc-released", "clan-focal", "cag-ce", "sifa")
+        for case in ("fc-released", "clan-focal", "cag-ce", "mean_teacher", "sifa")
     },
     **{
         f"{case}-accumulated": functools.partial(accumulated, case)

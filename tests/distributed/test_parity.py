@@ -14,6 +14,8 @@ Ranks = list[dict[str, np.ndarray[Any, Any]]]
 Run = Callable[[str, int], Ranks]
 
 RELATIVE = 1e-5
+EXACT = {"mean_teacher": 1e-12, "mean_teacher-target": 1e-12}
+"""Stricter limits of cases whose labels and selections hang on comparisons."""
 MPSCL_CASES = ["fc-released", "fc-paper", "patchgan-released", "patchgan-paper"]
 OTHER_CASES = [
     "fc-baseline",
@@ -31,10 +33,14 @@ OTHER_CASES = [
     "intrada-volumes",
     "cag",
     "cag-ce",
+    "mean_teacher",
+    "mean_teacher-target",
     "sifa",
     "sifa-first",
 ]
-PARTLY_ANNOTATED = [f"{case}-partly-annotated" for case in ("fc-released", "clan-focal", "cag-ce", "sifa")]
+PARTLY_ANNOTATED = [
+    f"{case}-partly-annotated" for case in ("fc-released", "clan-focal", "cag-ce", "mean_teacher", "sifa")
+]
 ACCUMULATED = [f"{case}-accumulated" for case in ("fc-released", "segmentation", "sifa-first")]
 RANK_DEPENDENT = ["fc-released", "intrada", "cag"]
 """Shares, splits and anchors; the others sum, or take their part of a draw, which two workers show."""
@@ -61,7 +67,7 @@ def test_result_does_not_depend_on_the_number_of_workers(run: Run, case: str, wo
     for ours in run(case, world_size):
         deviations = {name: relative_deviation(ours[name], reference[name]) for name in compared}
         worst = max(deviations, key=lambda name: deviations[name])
-        assert deviations[worst] < RELATIVE, f"{worst}: {deviations[worst]}"
+        assert deviations[worst] < EXACT.get(case, RELATIVE), f"{worst}: {deviations[worst]}"
 
 
 def test_the_gradient_of_the_losses_of_the_batch_is_that_of_one_worker(run: Run) -> None:

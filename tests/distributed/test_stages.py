@@ -43,7 +43,7 @@ def test_stages_do_not_depend_on_the_number_of_workers(name: str, tmp_path: Path
             {phase: dict(leaves(checkpoint.load(RunDirectory(run).phases / phase)["method"])) for phase in phases}
         )
     one, two = ends
-    assert one.keys() == two.keys() >= {"source_only", "warm_up"}
+    assert one.keys() == two.keys() >= {"source_only", "adaptation" if name == "mean_teacher" else "warm_up"}
     for phase, expected in one.items():
         assert two[phase].keys() == expected.keys()
         for key, value in expected.items():

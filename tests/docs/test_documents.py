@@ -118,6 +118,9 @@ def test_the_numbers_of_the_readme_are_those_of_the_table_of_methods() -> None:
     assert {name for row in rows for name in code(row[0])} == set(SYSTEMS)
     for names, _, numbers in rows:
         titles = [SYSTEMS[name] for name in code(names)]
+        if not {*table, *earlier} & set(titles):
+            assert numbers == "not measured"
+            continue
         expected = dict.fromkeys(f"{table.get(title, earlier[title])} %" for title in titles)
         remark = "" if set(titles) <= set(table) else " before their last changes"
         assert numbers == ", ".join(expected) + remark

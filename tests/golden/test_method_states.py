@@ -28,7 +28,8 @@ def test_a_state_as_it_was_saved_before_is_taken_over_whole(name: str) -> None:
         if isinstance(found, list):
             whole = path.endswith("num_batches_tracked")
             value = torch.tensor(7) if whole else torch.rand(found, generator=generator) + 0.5
-            value = value.double() if path in ("anchors.counts", "anchors.gap_quantiles") else value
+            double = path in ("anchors.counts", "anchors.gap_quantiles") or path.startswith("statistics.")
+            value = value.double() if double else value
         *branch, leaf = _split(path)
         place = saved
         for part in branch:

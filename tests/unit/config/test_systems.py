@@ -35,7 +35,7 @@ def test_every_system_has_a_preset_with_the_same_budget(folder: str) -> None:
             assert config.data.global_batch_size == load_config(f"{folder}/mpscl").data.global_batch_size
     assert budgets["mpscl"] > 0
     # The bounds have the iterations of the adaptation alone, SIFA those of its release.
-    own = {"source_only", "supervised", "adabn", "sifa_v1", "sifa_v2"}
+    own = {"source_only", "source_randomised", "supervised", "adabn", "sifa_v1", "sifa_v2"}
     without = own if folder in ("mr2ct", "ct2mr") else set()
     assert {name for name in SYSTEMS if budgets[name] != budgets["mpscl"]} == without, budgets
 
@@ -43,8 +43,8 @@ def test_every_system_has_a_preset_with_the_same_budget(folder: str) -> None:
 def test_what_is_shared_on_the_phantom() -> None:
     mpscl = load_config("phantom/mpscl")
     shared = {name: shared_phase(load_config(f"phantom/{name}"), mpscl) for name in SYSTEMS}
-    assert shared["source_only"] is shared["supervised"] is None
-    assert shared["adabn"] is shared["sifa_v1"] is shared["sifa_v2"] is None
+    assert shared["source_only"] is shared["source_randomised"] is shared["supervised"] is None
+    assert shared["adabn"] is shared["sifa_v1"] is shared["sifa_v2"] is shared["mean_teacher"] is None
     warmed_up = {"mpscl", "baseline", "cscl", "cag", "intrada"}
     assert {name for name in SYSTEMS if shared[name] == "warm_up"} == warmed_up
     assert {name for name in SYSTEMS if shared[name] == "source_only"} == {"adaoutput", "advent", "minent", "clan"}

@@ -47,7 +47,8 @@ def test_every_method_is_tested() -> None:
 
 
 def test_a_batch_cannot_carry_target_labels() -> None:
-    assert [field.name for field in dataclasses.fields(Batch)] == ["source_image", "source_label", "target_image"]
+    fields = ["source_image", "source_label", "target_image", "target_view"]
+    assert [field.name for field in dataclasses.fields(Batch)] == fields
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -175,9 +176,9 @@ class TestDeepLab:
         method = MAKE[name]()
         method.start_phase(4)
         method.step(batch(0), 0)
-        before = copy.deepcopy(dict(method.networks["segmenter"].named_parameters()))
+        before = copy.deepcopy(dict(method.segmenter.named_parameters()))
         method.step(batch(1), 4)
-        for key, parameter in method.networks["segmenter"].named_parameters():
+        for key, parameter in method.segmenter.named_parameters():
             assert torch.equal(parameter, before[key]), key
 
     def test_a_checkpoint_that_does_not_fit_is_named(self, name: str) -> None:
@@ -189,7 +190,8 @@ class TestDeepLab:
         with pytest.raises(DataError, match=r"segmenter: conv1\.weight is \(2, 1, 7, 7\), expected \(4, 1, 7, 7\)"):
             method.load_state_dict(wrong)
         wrong = copy.deepcopy(state)
-        del wrong["optimisers"]["segmenter"]["momentum_buffer"]["conv1.weight"]
+        trained = "student" if name == "mean_teacher" else "segmenter"
+        del wrong["optimisers"][trained]["momentum_buffer"]["conv1.weight"]
         with pytest.raises(DataError, match=r"momentum_buffer' of conv1\.weight"):
             method.load_state_dict(wrong)
         with pytest.raises(DataError, match="no network 'segmenter'"):

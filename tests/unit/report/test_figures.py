@@ -172,6 +172,7 @@ def test_the_plane_holds_features_that_lie_in_one() -> None:
         ({"name": "mpscl", "beta": 0.1, "gamma": 1, "margin_source": 0, "margin_target": 0}, "source", "cscl"),
         ({"name": "mpscl", "beta": 0.1, "gamma": 1, "margin_source": 0.4, "margin_target": 0}, "source", "mpscl"),
         ({"name": "clan"}, "source", "clan"),
+        ({"name": "mean_teacher"}, "source", "mean_teacher"),
     ],
 )
 def test_systems_have_the_names_of_the_paper(method: dict[str, object], labelled: str, system: str) -> None:

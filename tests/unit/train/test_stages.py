@@ -43,7 +43,7 @@ def straight(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     return {name: ends(train(config_of(data, name), tmp_path_factory.mktemp(name))[1]) for name in STAGES}
 
 
-@pytest.mark.parametrize(("name", "cut"), [("intrada", 4), ("intrada", 7), ("cag", 5), ("cag", 6)])
+@pytest.mark.parametrize(("name", "cut"), [("intrada", 4), ("intrada", 7), ("cag", 5), ("cag", 6), ("mean_teacher", 6)])
 def test_a_stopped_run_resumes_bit_for_bit(
     data: Path, straight: dict[str, dict[str, tuple[bytes, bytes]]], tmp_path: Path, name: str, cut: int
 ) -> None:
