@@ -53,12 +53,12 @@ class MPSCL(AlignmentMethod[MPSCLConfig]):
     def discriminated_map(self, logits: Tensor) -> Tensor:
         return self_information(logits, normalised=self.config.normalised_self_information)
 
-    def step(self, batch: Batch, iteration: int) -> dict[str, Tensor]:
+    def update(self, batch: Batch) -> dict[str, Tensor]:
         c = self.config
         labels = batch.source_label
-        self.optimisers.start_iteration(iteration)
+        self.optimisers.begin()
         source, target = self.forward(*batch.images)
-        source_logits, target_logits = (base.upsampled(output, labels.shape[-2:]) for output in (source, target))
+        source_logits, target_logits = base.upsampled(labels.shape[-2:], source, target)
 
         # Statistics of the global source batch, and with them the prototypes (Eq. 5), before any loss.
         counts = class_counts(labels, self.num_classes)
@@ -83,8 +83,7 @@ class MPSCL(AlignmentMethod[MPSCLConfig]):
             )
             losses |= contrastive
             total = total + c.gamma * losses["loss_contrastive_source"] + c.beta * losses["loss_contrastive_target"]
-            metrics["pseudo_label_fraction"] = selected.to(total.dtype).mean()
-            metrics["prototype_angle_min"], metrics["prototype_angle_mean"] = prototype_angles(prototypes)
+            metrics["pseudo_label_fraction"] = selected.mean(dtype=total.dtype)
         total.backward()  # type: ignore[no-untyped-call]
 
         # Discriminators, on detached maps.
@@ -92,7 +91,7 @@ class MPSCL(AlignmentMethod[MPSCLConfig]):
 
         # Nothing is updated unless all of it is finite on all workers.
         flag = self.optimisers.step(losses)
-        self.prototypes = torch.where(flag > 0, self.prototypes, prototypes)
+        torch.where(flag > 0, self.prototypes, prototypes, out=self.prototypes)
         return base.metrics(losses, metrics, accuracies, non_finite=flag)
 
     def _contrastive_losses(
@@ -108,14 +107,20 @@ class MPSCL(AlignmentMethod[MPSCLConfig]):
         ``annotated`` is the number of the former in the global batch.
         """
         c = self.config
-        cosine = cosine_to_prototypes(source.features, prototypes)
+        both = cosine_to_prototypes(torch.cat([source.features, target.features]), prototypes)
+        cosine, target_cosine = both.chunk(2)
         on_source = margin_contrastive_loss(
             cosine, labels_small, c.margin_source, c.temperature_source, c.base_temperature, c.margin_form
         )
-        cosine = cosine_to_prototypes(target.features, prototypes)
-        labels, mask = self_paced_pseudo_labels(cosine, c.delta_th)
+        labels, mask = self_paced_pseudo_labels(target_cosine, c.delta_th)
         on_target = margin_contrastive_loss(
-            cosine, labels, c.margin_target, c.temperature_target, c.base_temperature, c.margin_form, weights=mask
+            target_cosine,
+            labels,
+            c.margin_target,
+            c.temperature_target,
+            c.base_temperature,
+            c.margin_form,
+            weights=mask,
         )
         selected = collectives.all_reduce_sum(on_target.denominator)
         selected = selected + MASK_EPS if c.margin_form == "released" else selected.clamp(min=1.0)
@@ -124,6 +129,12 @@ class MPSCL(AlignmentMethod[MPSCLConfig]):
             "loss_contrastive_target": collectives.ddp_ratio(on_target.numerator, selected),
         }
         return losses, mask
+
+    def diagnostics(self) -> dict[str, Tensor]:
+        if not self._contrast:
+            return {}
+        smallest, mean = prototype_angles(self.prototypes)
+        return {"prototype_angle_min": smallest, "prototype_angle_mean": mean}
 
     @property
     def prototype_classifier(self) -> PrototypeClassifier | None:  # type: ignore[override]
@@ -142,7 +153,7 @@ class MPSCL(AlignmentMethod[MPSCLConfig]):
         if slices.pretrained_prototypes is None:
             self.initialise_prototypes(slices.labelled())
         else:
-            self.prototypes = slices.pretrained_prototypes(*self.prototypes.shape).to(self.prototypes)
+            self.prototypes.copy_(slices.pretrained_prototypes(*self.prototypes.shape))
 
     @torch.no_grad()
     def initialise_prototypes(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
@@ -162,7 +173,7 @@ class MPSCL(AlignmentMethod[MPSCLConfig]):
             sums += batch_sums
             counts += batch_counts
         sums, counts = collectives.all_reduce_sums(sums, counts)
-        self.prototypes = initial_prototypes(sums, counts).to(self.prototypes.dtype)
+        self.prototypes.copy_(initial_prototypes(sums, counts))
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "prototypes": self.prototypes}
@@ -175,7 +186,7 @@ class MPSCL(AlignmentMethod[MPSCLConfig]):
                 f"the checkpoint's prototypes are {tuple(prototypes.shape)}, expected {tuple(self.prototypes.shape)}; "
                 "use the classes and the network settings that it was trained with"
             )
-        self.prototypes = prototypes.to(self.prototypes, copy=True)
+        self.prototypes.copy_(prototypes)
 
 
 @torch.no_grad()
