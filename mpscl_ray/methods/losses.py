@@ -30,7 +30,7 @@ _DICE_EPS = 1e-5
 _LOG_EPS = 1e-4
 _RELEASED_SQUARED_SINE_FLOOR = 1e-4
 _PAPER_SQUARED_SINE_FLOOR = 1e-8
-_SQUARED_NORM_FLOOR = 1e-24
+_NORM_FLOOR = 1e-12
 
 
 class RatioTerms(NamedTuple):
@@ -284,8 +284,8 @@ def _annotated(labels: Tensor) -> tuple[Tensor, Tensor]:
 
 def _inverse_norm(x: Tensor) -> Tensor:
     """1 / |x| along dimension 1 (kept), and 1 with zero gradient where |x| is zero."""
-    squared = x.square().sum(dim=1, keepdim=True)
-    return squared.masked_fill(squared <= _SQUARED_NORM_FLOOR, 1.0).rsqrt()
+    norm: Tensor = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+    return norm.masked_fill(norm <= _NORM_FLOOR, 1.0).reciprocal()
 
 
 def _shift_angle(cosine: Tensor, margin: float, squared_sine_floor: float) -> Tensor:

@@ -107,20 +107,14 @@ class MPSCL(AlignmentMethod[MPSCLConfig]):
         ``annotated`` is the number of the former in the global batch.
         """
         c = self.config
-        both = cosine_to_prototypes(torch.cat([source.features, target.features]), prototypes)
-        cosine, target_cosine = both.chunk(2)
+        cosine = cosine_to_prototypes(source.features, prototypes)
         on_source = margin_contrastive_loss(
             cosine, labels_small, c.margin_source, c.temperature_source, c.base_temperature, c.margin_form
         )
-        labels, mask = self_paced_pseudo_labels(target_cosine, c.delta_th)
+        cosine = cosine_to_prototypes(target.features, prototypes)
+        labels, mask = self_paced_pseudo_labels(cosine, c.delta_th)
         on_target = margin_contrastive_loss(
-            target_cosine,
-            labels,
-            c.margin_target,
-            c.temperature_target,
-            c.base_temperature,
-            c.margin_form,
-            weights=mask,
+            cosine, labels, c.margin_target, c.temperature_target, c.base_temperature, c.margin_form, weights=mask
         )
         selected = collectives.all_reduce_sum(on_target.denominator)
         selected = selected + MASK_EPS if c.margin_form == "released" else selected.clamp(min=1.0)

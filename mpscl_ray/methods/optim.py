@@ -22,7 +22,10 @@ def poly_lr(base: float, iteration: int, max_iterations: int, power: float = 0.9
 
 
 def prepare_network(network: nn.Module, device: torch.device, precision: PrecisionConfig) -> None:
-    """Move a network to its device, memory format and batch norms, in place, and compile it; names stay."""
+    """Move a network to its device, memory format and batch norms, in place, and compile it; names stay.
+
+    On a GPU, cuDNN times its algorithms on the first batch of each shape.
+    """
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high" if precision.tf32 else "highest")
         torch.backends.cudnn.allow_tf32 = precision.tf32
