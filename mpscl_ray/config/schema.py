@@ -212,7 +212,8 @@ class PrecisionConfig:
     tf32: bool = True
     """Let GPUs use TF32 for products of float32."""
     channels_last: bool = False
-    """Keep images and convolution weights in NHWC order."""
+    """Keep images and convolution weights in NHWC order. On a GPU source and target then pass one after the other, with
+    twice the convolutions of the backbone, because one pass would copy every activation; not timed on one yet."""
     compile: bool = False
     """Compile the networks with torch.compile, which takes a minute at the start."""
 

@@ -23,6 +23,12 @@ def batch_norms(network: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
     return [layer for layer in network.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
 
 
+def changing_buffers(network: nn.Module) -> list[Tensor]:
+    """Buffers that a forward pass in training mode changes: all but the counters of folded layers."""
+    still = {id(layer.num_batches_tracked) for layer in batch_norms(network) if isinstance(layer, FoldedBatchNorm2d)}
+    return [buffer for buffer in network.buffers() if id(buffer) not in still]
+
+
 def set_cumulative_average(network: nn.Module, number: int) -> None:
     """Make running statistics the mean over passes; the next pass in training mode is number ``number``, from 1."""
     for layer in batch_norms(network):

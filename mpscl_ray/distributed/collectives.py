@@ -92,12 +92,12 @@ def ddp_ratio(numerator: Tensor, global_denominator: Tensor) -> Tensor:
         numerator: this worker's sum, 0-dim, with gradient.
         global_denominator: sum over all workers, 0-dim.
     """
-    return numerator * world_size() / global_denominator
+    return (numerator if world_size() == 1 else numerator * world_size()) / global_denominator
 
 
 def all_reduce_any(flag: Tensor) -> Tensor:
     """1.0 on every worker if the 0-dim ``flag`` is true on one of them, else 0.0 (float32)."""
-    return (all_reduce_sum(flag.to(torch.float32)) > 0).to(torch.float32)
+    return all_reduce_sum(flag.to(torch.float32)).clamp(max=1.0)
 
 
 def broadcast_object(value: T) -> T:

@@ -56,6 +56,9 @@ class FoldedBatchNorm2d(nn.BatchNorm2d):
     def _folded_affine(self, number: int) -> tuple[Tensor | None, Tensor | None]:
         """Weight and bias once for each input; kept while nothing trains or changes them."""
         parameters: list[Tensor | None] = [self.weight, self.bias]
+        if torch.compiler.is_compiling():  # It cannot compare addresses.
+            weight, bias = (None if p is None else p.repeat(number) for p in parameters)
+            return weight, bias
         state = tuple(-1 if p is None else p._version for p in parameters)
         key = (number, *state, *(0 if p is None else p.data_ptr() for p in parameters))
         if self._affine[0] == key:

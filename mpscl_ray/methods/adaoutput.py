@@ -33,8 +33,8 @@ class AdaOutput(AlignmentMethod[AdaOutputConfig]):
     def discriminated_map(self, logits: Tensor) -> Tensor:
         return logits.softmax(dim=1)
 
-    def step(self, batch: Batch, iteration: int) -> dict[str, Tensor]:
-        self.optimisers.start_iteration(iteration)
+    def update(self, batch: Batch) -> dict[str, Tensor]:
+        self.optimisers.begin()
         source, target = self.forward_logits(*batch.images)
 
         # Segmenter, with frozen discriminators.

@@ -29,8 +29,8 @@ class AdvEnt(AlignmentMethod[AdvEntConfig]):
     def discriminated_map(self, logits: Tensor) -> Tensor:
         return self_information(logits, normalised=self.config.normalised_self_information)
 
-    def step(self, batch: Batch, iteration: int) -> dict[str, Tensor]:
-        self.optimisers.start_iteration(iteration)
+    def update(self, batch: Batch) -> dict[str, Tensor]:
+        self.optimisers.begin()
         source, target = self.forward_logits(*batch.images)
 
         # Segmenter, with frozen discriminators.

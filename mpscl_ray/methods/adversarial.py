@@ -17,6 +17,7 @@ from mpscl_ray.config import DiscriminatorConfig
 from mpscl_ray.config.methods import AdversarialConfig
 from mpscl_ray.distributed import collectives
 from mpscl_ray.distributed.batch_norm import PerDomainForward
+from mpscl_ray.methods.base import Batch
 from mpscl_ray.methods.losses import SOURCE_LABEL, TARGET_LABEL, at_least_float32, domain_loss
 from mpscl_ray.methods.optim import autocast, prepare_network
 from mpscl_ray.methods.segmenter_method import SegmenterMethod
@@ -70,7 +71,7 @@ class AdversarialMethod(SegmenterMethod[DiscriminatorSettings]):
     def accuracy(self, on_source: Tensor, on_target: Tensor) -> Tensor:
         """Fraction of a discriminator's outputs that name the right domain."""
         correct = [on_source.detach().flatten() < self.border, on_target.detach().flatten() > self.border]
-        return torch.cat(correct).to(at_least_float32(on_source).dtype).mean()
+        return torch.cat(correct).mean(dtype=at_least_float32(on_source).dtype)
 
 
 class AlignmentMethod(AdversarialMethod[AdversarialSettings]):
@@ -79,13 +80,27 @@ class AlignmentMethod(AdversarialMethod[AdversarialSettings]):
     domain_loss: Callable[[Tensor, int], Tensor] = staticmethod(domain_loss)
     """Loss of a discriminator's output against the label of a domain."""
 
+    def step(self, batch: Batch, iteration: int) -> dict[str, Tensor]:
+        self.optimisers.set_learning_rates(iteration)
+        return self.update(batch)
+
+    @abstractmethod
+    def update(self, batch: Batch) -> dict[str, Tensor]:
+        """A step but for its learning rates: on the device alone, with the same operators at each iteration.
+
+        A CUDA graph of it, with the tensors of one batch as its inputs, is captured after some steps. Before each
+        replay the next batch is copied into them and ``optimisers.set_learning_rates`` is called.
+        """
+
     @abstractmethod
     def discriminated_map(self, logits: Tensor) -> Tensor:
         """The map (B, C, H, W) of logits (B, C, H, W) whose domain a discriminator should find."""
 
     def maps(self, logits: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The map of each head."""
-        return {head: self.discriminated_map(x) for head, x in logits.items()}
+        heads = torch.stack(list(logits.values()))
+        maps = self.discriminated_map(heads.flatten(0, 1)).reshape(heads.shape)
+        return dict(zip(logits, maps, strict=True))
 
     def adversarial_losses(self, target: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Loss of each head on the target's maps, which frozen discriminators should take for maps of the source."""
@@ -109,15 +124,14 @@ class AlignmentMethod(AdversarialMethod[AdversarialSettings]):
         Adds their losses to ``losses``.
         """
         accuracies: dict[str, Tensor] = {}
-        total = torch.zeros((), device=self.device)
-        for head in self.discriminators:
-            with torch.no_grad():
-                source_map = self.discriminated_map(source[head])
+        if not self.discriminators:
+            return accuracies
+        with torch.no_grad():
+            source_maps = self.maps({head: source[head] for head in self.discriminators})
+        for head, source_map in source_maps.items():
             on_source, on_target = self.discriminate(head, source_map, target[head])
             loss = self.domain_loss(on_source, SOURCE_LABEL) + self.domain_loss(on_target, TARGET_LABEL)
             losses[f"loss_discriminator_{head}"] = loss / 2 if self.config.halve_discriminator_loss else loss
-            total = total + losses[f"loss_discriminator_{head}"]
             accuracies[f"discriminator_accuracy_{head}"] = self.accuracy(on_source, on_target)
-        if accuracies:
-            total.backward()  # type: ignore[no-untyped-call]
+        torch.autograd.backward([losses[f"loss_discriminator_{head}"] for head in source_maps])
         return accuracies

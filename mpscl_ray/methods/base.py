@@ -18,9 +18,10 @@ from mpscl_ray.methods.batch_losses import batch_dice_loss, floored_cross_entrop
 from mpscl_ray.methods.losses import (
     annotated_pixels,
     at_least_float32,
+    class_weights,
     focal_loss,
     soft_dice_loss,
-    weighted_cross_entropy,
+    weighted_cross_entropy_sum,
 )
 from mpscl_ray.methods.optim import autocast
 from mpscl_ray.methods.prototypes import PrototypeClassifier
@@ -153,6 +154,10 @@ class Method(ABC):
             worker: from then on nothing is updated, and ``non_finite_losses`` has the losses of that step.
         """
 
+    def diagnostics(self) -> dict[str, Tensor]:
+        """Numbers of the state as it is, to be reported beside those of a step: 0-dim, the same on every worker."""
+        return {}
+
     @abstractmethod
     def non_finite_losses(self) -> dict[str, Tensor]:
         """This worker's component losses at the first non-finite step, by name; only if there was one."""
@@ -192,21 +197,19 @@ def segmentation_loss(logits: dict[str, Tensor], labels: Tensor, counts: Tensor,
 
     Source: the segmentation term of Eq. (2), Liu et al. 2022; auxiliary weight as released.
     """
+    heads = torch.stack(list(logits.values()))
+    weights = class_weights(counts)
+    numerators = weighted_cross_entropy_sum(heads, labels, weights)
     # Sum over all pixels of the weight of their class: it follows from the global counts without another collective.
-    annotated = annotated_pixels(counts)
-    weights = 1.0 - counts / annotated
-    weight_sum = (counts * weights).sum()
-    weight_sum = torch.where(weight_sum > 0, weight_sum, annotated)
+    # Where it is not 0, it is at least 1.
+    weight_sum = (counts * weights).sum().clamp(min=1.0)
+    entropy = collectives.ddp_ratio(numerators, weight_sum.to(numerators.dtype))
+    dice = soft_dice_loss(heads, labels)
     parts: dict[str, Tensor] = {}
-    total = torch.zeros((), device=labels.device)
-    for head, factor in (("main", 1.0), ("aux", aux_weight)):
-        if head in logits:
-            numerator = weighted_cross_entropy(logits[head], labels, counts).numerator
-            entropy = collectives.ddp_ratio(numerator, weight_sum.to(numerator.dtype))
-            dice = soft_dice_loss(logits[head], labels)
-            parts[f"loss_cross_entropy_{head}"], parts[f"loss_dice_{head}"] = entropy, dice
-            total = total + factor * (entropy + dice)
-    return SegmentationLoss(total, parts)
+    for head, *values in zip(logits, entropy, dice, strict=True):
+        parts[f"loss_cross_entropy_{head}"], parts[f"loss_dice_{head}"] = values
+    main, *aux = entropy + dice
+    return SegmentationLoss(sum((aux_weight * x for x in aux), main), parts)
 
 
 def batch_segmentation_loss(
@@ -236,10 +239,12 @@ def mean_focal_loss(logits: Tensor, labels: Tensor, gamma: float, counts: Tensor
     return collectives.ddp_ratio(numerator, annotated_pixels(counts).to(numerator.dtype))
 
 
-def upsampled(output: SegmenterOutput, size: torch.Size) -> dict[str, Tensor]:
-    """Logits at image resolution by head, "main" first; "aux" only if the segmenter has that head."""
-    heads = {"main": output.main, "aux": output.aux}
-    return {head: upsample_logits(at_least_float32(x), size) for head, x in heads.items() if x is not None}
+def upsampled(size: torch.Size, *outputs: SegmenterOutput) -> list[dict[str, Tensor]]:
+    """Logits at image resolution of each output by head, "main" first; "aux" only if the segmenter has that head."""
+    heads = ("main",) if outputs[0].aux is None else ("main", "aux")
+    logits = torch.stack([getattr(output, head) for output in outputs for head in heads])
+    large = upsample_logits(at_least_float32(logits).flatten(0, 1), size).reshape(*logits.shape[:3], *size).unbind()
+    return [dict(zip(heads, large[start:], strict=False)) for start in range(0, len(large), len(heads))]
 
 
 def to_network(image: Tensor, segmenter: DeepLabV2, precision: PrecisionConfig) -> Tensor:

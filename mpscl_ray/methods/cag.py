@@ -123,7 +123,7 @@ class CAG(SegmenterMethod[CAGConfig]):
         labels = batch.source_label
         self.optimisers.start_iteration(iteration)
         source, target = self.forward(*batch.images)
-        source_logits = base.upsampled(source, labels.shape[-2:])
+        (source_logits,) = base.upsampled(labels.shape[-2:], source)
         by_anchor, by_probability = self.pseudo_labels(batch.images[1])
 
         # Sums of this worker; all denominators are of the global batch.

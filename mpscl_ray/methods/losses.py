@@ -8,6 +8,7 @@ of them alone is 0.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Literal, NamedTuple
 
@@ -29,7 +30,7 @@ _DICE_EPS = 1e-5
 _LOG_EPS = 1e-4
 _RELEASED_SQUARED_SINE_FLOOR = 1e-4
 _PAPER_SQUARED_SINE_FLOOR = 1e-8
-_SQUARED_NORM_FLOOR = 1e-24
+_NORM_FLOOR = 1e-12
 
 
 class RatioTerms(NamedTuple):
@@ -44,6 +45,12 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+@functools.lru_cache(maxsize=64)
+def class_indices(num_classes: int, device: torch.device) -> Tensor:
+    """0 to C - 1, (C,) int64; kept, so that a step launches nothing for it. Not to be changed."""
+    return torch.arange(num_classes, device=device)
+
+
 def class_counts(labels: Tensor, num_classes: int) -> Tensor:
     """Pixels of each class: (C,) float64, exact, ready to be added over workers.
 
@@ -52,13 +59,33 @@ def class_counts(labels: Tensor, num_classes: int) -> Tensor:
         num_classes: C.
     """
     # A comparison instead of torch.bincount, which reads the largest label back from the device.
-    classes = torch.arange(num_classes, device=labels.device)
+    classes = class_indices(num_classes, labels.device)
     return (labels.reshape(1, -1) == classes[:, None]).sum(dim=1).double()
 
 
 def annotated_pixels(counts: Tensor) -> Tensor:
     """The number of annotated pixels, 0-dim, from those of each class (C,); at least 1, as it is a denominator."""
     return counts.sum().clamp(min=1)
+
+
+def class_weights(counts: Tensor) -> Tensor:
+    """w_c = 1 - n_c / sum_k n_k, (C,), of the pixels n (C,) of each class; 1 for a class that has all pixels."""
+    annotated = annotated_pixels(counts)
+    return (1.0 - counts / annotated).masked_fill(counts == annotated, 1.0)
+
+
+def weighted_cross_entropy_sum(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+    """Sum over the annotated pixels of w_y CE.
+
+    Logits are (..., B, C, H, W), labels (B, H, W) int64, weights (C,). The result is (...): a value for each of several
+    heads.
+    """
+    logits = at_least_float32(logits)
+    heads = logits.shape[:-4]
+    log_p = F.log_softmax(logits, dim=-3).flatten(0, -4)
+    labels = labels.expand(*heads, *labels.shape).reshape(-1, *labels.shape[1:])
+    loss = F.nll_loss(log_p, labels, weights.to(log_p.dtype), ignore_index=NOT_ANNOTATED, reduction="none")
+    return loss.reshape(*heads, -1).sum(dim=-1)
 
 
 def weighted_cross_entropy(logits: Tensor, labels: Tensor, counts: Tensor) -> RatioTerms:
@@ -76,13 +103,9 @@ def weighted_cross_entropy(logits: Tensor, labels: Tensor, counts: Tensor) -> Ra
     Source: the segmentation term of Eq. (2), Liu et al. 2022, which names no weights; weights as released.
     Differs from the released code: a batch of one class is the plain cross-entropy instead of NaN.
     """
-    logits = at_least_float32(logits)
-    weights = 1.0 - counts / annotated_pixels(counts)
-    single_class = (counts * weights).sum() == 0
-    weights = torch.where(single_class, torch.ones_like(weights), weights).to(logits.dtype)
-    log_p = F.log_softmax(logits, dim=1)
-    numerator = F.nll_loss(log_p, labels, weight=weights, ignore_index=NOT_ANNOTATED, reduction="sum")
-    by_value = F.pad(weights, (0, NOT_ANNOTATED + 1 - len(weights)))
+    weights = class_weights(counts)
+    numerator = weighted_cross_entropy_sum(logits, labels, weights)
+    by_value = F.pad(weights.to(numerator.dtype), (0, NOT_ANNOTATED + 1 - len(weights)))
     return RatioTerms(numerator, by_value[labels].sum())
 
 
@@ -94,19 +117,19 @@ def soft_dice_loss(logits: Tensor, labels: Tensor) -> Tensor:
     sums are over the annotated pixels; an image without any has d = 1, and so adds no loss and no gradient.
 
     Args:
-        logits: (B, C, H, W).
+        logits: (..., B, C, H, W); the result is (...), a value for each of several heads.
         labels: (B, H, W) int64.
 
     Source: the Dice term of Eq. (2), Liu et al. 2022; squares and constant as released.
     """
-    probabilities = F.softmax(at_least_float32(logits), dim=1).flatten(2)
-    classes = torch.arange(logits.shape[1], device=labels.device)
-    truth = labels.flatten(1)[:, None, :] == classes[:, None]
-    annotated = (labels != NOT_ANNOTATED).flatten(1)[:, None, :]
-    intersection = (probabilities * truth).sum(dim=2)
-    total = (probabilities.square() * annotated).sum(dim=2) + truth.sum(dim=2)
+    labels = labels.flatten(1)[:, None, :]
+    truth = labels == class_indices(logits.shape[-3], labels.device)[:, None]
+    hidden = labels == NOT_ANNOTATED
+    probabilities = F.softmax(at_least_float32(logits), dim=-3).flatten(-2).masked_fill(hidden, 0.0)
+    intersection = (probabilities * truth).sum(dim=-1)
+    total = probabilities.square().sum(dim=-1) + truth.sum(dim=-1)
     dice = 2.0 * intersection / (total + _DICE_EPS)
-    return 1.0 - torch.where(annotated.any(dim=2), dice, 1.0).mean()
+    return 1.0 - dice.masked_fill(hidden.all(dim=-1), 1.0).mean(dim=(-2, -1))
 
 
 def focal_loss(logits: Tensor, labels: Tensor, gamma: float) -> RatioTerms:
@@ -231,23 +254,26 @@ def margin_contrastive_loss(
     Differs from the paper: mean instead of sum over pixels, at feature resolution, as released.
     """
     cosine = at_least_float32(cosine)
-    annotated, labels = _annotated(labels)
-    positive = cosine.gather(1, labels[:, None]).squeeze(1)
-    is_positive = labels[:, None] == torch.arange(cosine.shape[1], device=labels.device)[:, None, None]
+    annotated, index = _annotated(labels)
+    positive = cosine.gather(1, index[:, None])
+    scale = 1.0
     if form == "paper":
-        logit = _shift_angle(positive, margin, _PAPER_SQUARED_SINE_FLOOR) / temperature
-        logits = torch.where(is_positive, logit[:, None], cosine / temperature)
-        loss = torch.logsumexp(logits, dim=1) - logit
+        shifted = _shift_angle(positive, margin, _PAPER_SQUARED_SINE_FLOOR)
+        logits = cosine.scatter(1, index[:, None], shifted) / temperature
     elif form == "released":
         # phi grows with the cosine, so its maximum over the classes is phi of the largest cosine.
-        largest = cosine.detach().amax(dim=1)
-        logit = (_released_phi(positive, margin) - _released_phi(largest, margin)) / temperature
-        logits = torch.where(is_positive, logit[:, None], (cosine - largest[:, None]) / temperature)
-        loss = (torch.log(logits.exp().sum(dim=1) + _LOG_EPS) - logit) * (temperature / base_temperature)
+        largest = cosine.detach().amax(dim=1, keepdim=True)
+        phi, largest_phi = _released_phi(torch.stack([positive, largest]), margin).unbind()
+        logits = (cosine - largest).scatter(1, index[:, None], phi - largest_phi) / temperature
+        # The constant inside the logarithm, as the logit of one more class.
+        logits = F.pad(logits, (0, 0, 0, 0, 0, 1), value=math.log(_LOG_EPS))
+        scale = temperature / base_temperature
     else:
         raise ValueError(f"the margin form must be 'released' or 'paper', got {form!r}")
-    weights = annotated.to(loss.dtype) if weights is None else weights.to(loss.dtype) * annotated
-    return RatioTerms((weights * loss).sum(), weights.sum())
+    loss = F.cross_entropy(logits, labels, ignore_index=NOT_ANNOTATED, reduction="none")
+    if weights is not None:
+        loss, annotated = loss * weights, annotated * weights
+    return RatioTerms(loss.sum() * scale, annotated.sum(dtype=loss.dtype))
 
 
 def _annotated(labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -258,14 +284,14 @@ def _annotated(labels: Tensor) -> tuple[Tensor, Tensor]:
 
 def _inverse_norm(x: Tensor) -> Tensor:
     """1 / |x| along dimension 1 (kept), and 1 with zero gradient where |x| is zero."""
-    squared = x.square().sum(dim=1, keepdim=True)
-    return torch.where(squared > _SQUARED_NORM_FLOOR, squared, torch.ones_like(squared)).rsqrt()
+    norm: Tensor = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+    return norm.masked_fill(norm <= _NORM_FLOOR, 1.0).reciprocal()
 
 
 def _shift_angle(cosine: Tensor, margin: float, squared_sine_floor: float) -> Tensor:
     """cos(theta + margin) of cos(theta), theta in [0, pi]; the floor keeps the gradient of the sine finite."""
-    sine = (1.0 - cosine.square()).clamp(squared_sine_floor, 1.0).sqrt()
-    return cosine * math.cos(margin) - sine * math.sin(margin)
+    sine = (1.0 - cosine.square()).clamp(min=squared_sine_floor).sqrt()
+    return torch.sub(cosine * math.cos(margin), sine, alpha=math.sin(margin))
 
 
 def _released_phi(cosine: Tensor, margin: float) -> Tensor:

@@ -53,12 +53,12 @@ class MPSCL(AlignmentMethod[MPSCLConfig]):
     def discriminated_map(self, logits: Tensor) -> Tensor:
         return self_information(logits, normalised=self.config.normalised_self_information)
 
-    def step(self, batch: Batch, iteration: int) -> dict[str, Tensor]:
+    def update(self, batch: Batch) -> dict[str, Tensor]:
         c = self.config
         labels = batch.source_label
-        self.optimisers.start_iteration(iteration)
+        self.optimisers.begin()
         source, target = self.forward(*batch.images)
-        source_logits, target_logits = (base.upsampled(output, labels.shape[-2:]) for output in (source, target))
+        source_logits, target_logits = base.upsampled(labels.shape[-2:], source, target)
 
         # Statistics of the global source batch, and with them the prototypes (Eq. 5), before any loss.
         counts = class_counts(labels, self.num_classes)
@@ -83,8 +83,7 @@ class MPSCL(AlignmentMethod[MPSCLConfig]):
             )
             losses |= contrastive
             total = total + c.gamma * losses["loss_contrastive_source"] + c.beta * losses["loss_contrastive_target"]
-            metrics["pseudo_label_fraction"] = selected.to(total.dtype).mean()
-            metrics["prototype_angle_min"], metrics["prototype_angle_mean"] = prototype_angles(prototypes)
+            metrics["pseudo_label_fraction"] = selected.mean(dtype=total.dtype)
         total.backward()  # type: ignore[no-untyped-call]
 
         # Discriminators, on detached maps.
@@ -92,7 +91,7 @@ class MPSCL(AlignmentMethod[MPSCLConfig]):
 
         # Nothing is updated unless all of it is finite on all workers.
         flag = self.optimisers.step(losses)
-        self.prototypes = torch.where(flag > 0, self.prototypes, prototypes)
+        torch.where(flag > 0, self.prototypes, prototypes, out=self.prototypes)
         return base.metrics(losses, metrics, accuracies, non_finite=flag)
 
     def _contrastive_losses(
@@ -125,6 +124,12 @@ class MPSCL(AlignmentMethod[MPSCLConfig]):
         }
         return losses, mask
 
+    def diagnostics(self) -> dict[str, Tensor]:
+        if not self._contrast:
+            return {}
+        smallest, mean = prototype_angles(self.prototypes)
+        return {"prototype_angle_min": smallest, "prototype_angle_mean": mean}
+
     @property
     def prototype_classifier(self) -> PrototypeClassifier | None:  # type: ignore[override]
         """Of the current prototypes; None without the contrastive losses, which keep them up to date."""
@@ -142,7 +147,7 @@ class MPSCL(AlignmentMethod[MPSCLConfig]):
         if slices.pretrained_prototypes is None:
             self.initialise_prototypes(slices.labelled())
         else:
-            self.prototypes = slices.pretrained_prototypes(*self.prototypes.shape).to(self.prototypes)
+            self.prototypes.copy_(slices.pretrained_prototypes(*self.prototypes.shape))
 
     @torch.no_grad()
     def initialise_prototypes(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
@@ -162,7 +167,7 @@ class MPSCL(AlignmentMethod[MPSCLConfig]):
             sums += batch_sums
             counts += batch_counts
         sums, counts = collectives.all_reduce_sums(sums, counts)
-        self.prototypes = initial_prototypes(sums, counts).to(self.prototypes.dtype)
+        self.prototypes.copy_(initial_prototypes(sums, counts))
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "prototypes": self.prototypes}
@@ -175,7 +180,7 @@ class MPSCL(AlignmentMethod[MPSCLConfig]):
                 f"the checkpoint's prototypes are {tuple(prototypes.shape)}, expected {tuple(self.prototypes.shape)}; "
                 "use the classes and the network settings that it was trained with"
             )
-        self.prototypes = prototypes.to(self.prototypes, copy=True)
+        self.prototypes.copy_(prototypes)
 
 
 @torch.no_grad()

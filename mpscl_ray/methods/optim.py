@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mpscl_ray.config import OptimConfig, ParameterKind, PrecisionConfig
 from mpscl_ray.distributed import collectives
-from mpscl_ray.distributed.batch_norm import convert_batch_norm
+from mpscl_ray.distributed.batch_norm import changing_buffers, convert_batch_norm
 from mpscl_ray.errors import DataError
 
 
@@ -22,10 +22,14 @@ def poly_lr(base: float, iteration: int, max_iterations: int, power: float = 0.9
 
 
 def prepare_network(network: nn.Module, device: torch.device, precision: PrecisionConfig) -> None:
-    """Move a network to its device, memory format and batch norms, in place, and compile it; names stay."""
+    """Move a network to its device, memory format and batch norms, in place, and compile it; names stay.
+
+    On a GPU, cuDNN times its algorithms on the first batch of each shape.
+    """
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high" if precision.tf32 else "highest")
         torch.backends.cudnn.allow_tf32 = precision.tf32
+        torch.backends.cudnn.benchmark = True
     network.to(device)
     if precision.channels_last:
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -42,6 +46,9 @@ def autocast(device: torch.device, precision: PrecisionConfig) -> AbstractContex
 class Optimiser:
     """A torch optimiser with its decay, which changes nothing where the non-finite flag is set.
 
+    Its learning rates are tensors on the device: a step is the same operators at every iteration, as a CUDA graph of it
+    has to be.
+
     Args:
         optimiser: fused, so that it reads the flag on the device and the host does not wait; groups have ``base_lr``.
         parameters: what it trains, by name.
@@ -54,6 +61,13 @@ class Optimiser:
         self._power = power
         for parameter in self._parameters.values():
             optimiser.state[parameter].update(self._initial_state(parameter))
+        for group in optimiser.param_groups:
+            device = group["params"][0].device
+            # The fused kernels of GPUs read a rate in float32 alone.
+            dtype = torch.float32 if device.type == "cuda" else torch.float64
+            group["lr"] = torch.tensor(group["base_lr"], dtype=dtype, device=device)
+            if "capturable" in group:
+                group["capturable"] = device.type == "cuda"
 
     def _initial_state(self, parameter: Tensor) -> dict[str, Tensor]:
         # Explicit zeros: a flagged first step would leave the optimiser's own lazy ones uninitialised.
@@ -64,11 +78,19 @@ class Optimiser:
 
     def start_iteration(self, iteration: int, iterations: int, lr_factor: float | None = None) -> None:
         """Clear the gradients and set the learning rate: by the decay at this iteration, or by a factor."""
+        self.clear_gradients()
+        self.set_learning_rate(iteration, iterations, lr_factor)
+
+    def clear_gradients(self) -> None:
+        """Leave no parameter a gradient."""
         self._optimiser.zero_grad(set_to_none=True)
+
+    def set_learning_rate(self, iteration: int, iterations: int, lr_factor: float | None = None) -> None:
+        """Set the rates, in place: by the decay at this iteration, or to the initial ones times a factor."""
         for group in self._optimiser.param_groups:
             base = group["base_lr"]
             decayed = poly_lr(base, iteration, iterations, self._power)
-            group["lr"] = decayed if lr_factor is None else base * lr_factor
+            group["lr"].fill_(decayed if lr_factor is None else base * lr_factor)
 
     def gradients(self) -> list[Tensor]:
         """Gradients of all parameters that have one."""
@@ -202,7 +224,7 @@ def parameter_kind(name: str) -> ParameterKind:
 class NonFiniteGuard:
     """Checks on all workers whether a step is finite, and keeps the losses of the first that was not.
 
-    ``flag`` is 0-dim float32 on the device: 0, and 1 from the first non-finite step on.
+    ``flag`` is 0-dim float32 on the device: 0, and 1 from the first non-finite step on. It is changed in place.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -216,12 +238,13 @@ class NonFiniteGuard:
         watched = dict(losses)
         if gradients:
             watched["gradient_norm"] = torch.nn.utils.get_total_norm(gradients)
-        values = torch.stack([value.detach().double() for value in watched.values()])
-        bad = collectives.all_reduce_any(~values.isfinite().all())
-        if self._names == tuple(watched):
-            values = torch.where(self.flag > 0, self._losses, values)
-        self._names, self._losses = tuple(watched), values
-        self.flag = torch.maximum(self.flag, bad)
+        values = torch.stack([value.detach() for value in watched.values()]).double()
+        if self._names != tuple(watched):
+            self._names, self._losses = tuple(watched), values.clone()
+        torch.where(self.flag > 0, self._losses, values, out=self._losses)
+        # Zero times a value is NaN where the value is not finite.
+        bad = collectives.all_reduce_any((values * 0.0).sum() != 0)
+        torch.maximum(self.flag, bad, out=self.flag)
 
     def losses(self) -> dict[str, Tensor]:
         """This worker's losses and gradient norm at the first non-finite step; while all are finite, at the last."""
@@ -241,8 +264,9 @@ class Snapshot:
     @torch.no_grad()
     def restore_where(self, flag: Tensor) -> None:
         """Restore the values if ``flag`` (0-dim) is positive."""
+        restored = flag > 0
         for tensors, before in self._groups:
-            values = torch.where(flag > 0, before, _flat(tensors)).split_with_sizes([t.numel() for t in tensors])
+            values = torch.where(restored, before, _flat(tensors)).split_with_sizes([t.numel() for t in tensors])
             torch._foreach_copy_(tensors, [value.view_as(t) for value, t in zip(values, tensors, strict=True)])
 
 
@@ -260,19 +284,26 @@ class Optimisers:
     def start(self, optimisers: Mapping[str, Optimiser], iterations: int) -> None:
         """Begin a phase of so many iterations with fresh optimisers, the networks in training mode."""
         self._optimisers, self.iterations = dict(optimisers), iterations
-        self._buffers = [buffer for network in self._networks.values() for buffer in network.buffers()]
+        self._buffers = [buffer for network in self._networks.values() for buffer in changing_buffers(network)]
         for network in self._networks.values():
             network.train()
 
     def start_iteration(self, iteration: int, lr_factor: float | None = None) -> None:
-        """Begin an iteration: copy the buffers, clear the gradients, set the learning rates.
+        """Begin an iteration: set the learning rates, copy the buffers, clear the gradients."""
+        self.set_learning_rates(iteration, lr_factor)
+        self.begin()
 
-        They are the initial ones times ``lr_factor``; None is the polynomial decay at this iteration, from 0.
-        """
+    def set_learning_rates(self, iteration: int, lr_factor: float | None = None) -> None:
+        """Set them to the initial ones times ``lr_factor``; None is the polynomial decay at this iteration, from 0."""
         assert self.iterations > 0, "start_phase comes before the first step"
+        for optimiser in self._optimisers.values():
+            optimiser.set_learning_rate(iteration, self.iterations, lr_factor)
+
+    def begin(self) -> None:
+        """What begins an iteration besides: copy the buffers, clear the gradients."""
         self._before = Snapshot(self._buffers)
         for optimiser in self._optimisers.values():
-            optimiser.start_iteration(iteration, self.iterations, lr_factor)
+            optimiser.clear_gradients()
 
     def step(self, losses: Mapping[str, Tensor]) -> Tensor:
         """Update all, unless this or an earlier step had a loss or gradient that was not finite on some worker.
@@ -284,7 +315,7 @@ class Optimisers:
         self._before.restore_where(self.guard.flag)
         for optimiser in self._optimisers.values():
             optimiser.step(self.guard.flag)
-        return self.guard.flag
+        return self.guard.flag.clone()
 
     def state_dict(self) -> dict[str, Any]:
         """State of the optimisers by name, in live tensors, and the phase."""

@@ -5,13 +5,14 @@ Sums and counts are float64, and add up over batches (the whole source set) and 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from mpscl_ray.methods.losses import class_counts, cosine_to_prototypes
+from mpscl_ray.methods.losses import class_indices, cosine_to_prototypes
 
 
 def downsample_labels(labels: Tensor, size: Sequence[int]) -> Tensor:
@@ -21,11 +22,14 @@ def downsample_labels(labels: Tensor, size: Sequence[int]) -> Tensor:
         labels: (B, H, W) int64.
         size: (h, w).
     """
-    rows, columns = (
-        torch.arange(small, device=labels.device) * large // small
-        for small, large in zip(size, labels.shape[1:], strict=True)
-    )
+    rows, columns = (_nearest(small, large, labels.device) for small, large in zip(size, labels.shape[1:], strict=True))
     return labels[:, rows[:, None], columns]
+
+
+@functools.lru_cache(maxsize=64)
+def _nearest(small: int, large: int, device: torch.device) -> Tensor:
+    """Rows of a large map that a small one takes; kept, so that a step launches nothing for them."""
+    return torch.arange(small, device=device) * large // small
 
 
 @torch.no_grad()
@@ -42,10 +46,10 @@ def prototype_sums(features: Tensor, labels_small: Tensor, num_classes: int) -> 
     Source: numerator and denominator of Eqs. (4) and (5), Liu et al. 2022.
     """
     with torch.autocast(features.device.type, enabled=False):
-        classes = torch.arange(num_classes, device=labels_small.device)
-        members = labels_small.flatten(1)[:, :, None] == classes
-        sums = torch.matmul(features.double().flatten(2), members.double()).sum(dim=0)
-    return sums.T.contiguous(), class_counts(labels_small, num_classes)
+        classes = class_indices(num_classes, labels_small.device)
+        members = (labels_small.flatten(1)[:, :, None] == classes).double()
+        sums = torch.matmul(features.double().flatten(2), members).sum(dim=0)
+    return sums.T, members.sum(dim=(0, 1))
 
 
 @torch.no_grad()
@@ -77,7 +81,7 @@ def update_prototypes(prototypes: Tensor, sums: Tensor, counts: Tensor, alpha: f
     Source: Eq. (5), Liu et al. 2022.
     """
     means = initial_prototypes(sums, counts)
-    moved = alpha * prototypes.to(means.dtype) + (1.0 - alpha) * means
+    moved = means.lerp(prototypes.to(means.dtype), alpha)
     return torch.where(counts[:, None] > 0, moved.to(prototypes.dtype), prototypes)
 
 
@@ -98,7 +102,7 @@ def self_paced_pseudo_labels(cosine: Tensor, delta_th: float) -> tuple[Tensor, T
     Source: Eqs. (6) and (7), Liu et al. 2022.
     """
     largest, labels = cosine.max(dim=1)
-    is_label = labels[:, None] == torch.arange(cosine.shape[1], device=cosine.device)[:, None, None]
+    is_label = labels[:, None] == class_indices(cosine.shape[1], cosine.device)[:, None, None]
     second = cosine.masked_fill(is_label, -torch.inf).amax(dim=1)
     return labels, largest - second > delta_th
 

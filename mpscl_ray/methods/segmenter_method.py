@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, ClassVar, Generic, TypeVar
 
+import torch
 from torch import Tensor
 
 from mpscl_ray.config import SegmentationConfig
@@ -65,15 +66,14 @@ class SegmenterMethod(Method, Generic[Config]):
 
         One forward of both domains for one backward: gradient averaging allows no more.
         """
-        inputs = [base.to_network(image, self.segmenter, self.precision) for image in images]
+        inputs = base.to_network(torch.cat(images), self.segmenter, self.precision).chunk(len(images))
         with autocast(self.device, self.precision):
             outputs: tuple[SegmenterOutput, ...] = self._wrapped(*inputs)
         return outputs
 
     def forward_logits(self, *images: Tensor) -> list[dict[str, Tensor]]:
         """Logits (B, C, H, W) of each domain by head, from :meth:`forward`."""
-        size = images[0].shape[-2:]
-        return [base.upsampled(output, size) for output in self.forward(*images)]
+        return base.upsampled(images[0].shape[-2:], *self.forward(*images))
 
     def segmentation_loss(
         self, logits: dict[str, Tensor], labels: Tensor, counts: Tensor | None = None

@@ -81,6 +81,8 @@ class SIFA(SIFANetworks):
     def _reset(self) -> None:
         self._guards = {name: NonFiniteGuard(self.device) for name in self.networks}
         self._flag = torch.zeros((), dtype=torch.float32, device=self.device)
+        for guard in self._guards.values():
+            guard.flag = self._flag
         self._pools = {
             name: ImagePool(self.config.pool_size, derive_seed(self.seed, "pool", name))
             for name in ("source", "target")
@@ -124,7 +126,7 @@ class SIFA(SIFANetworks):
         losses |= self._step_discriminator("prediction", on_fake.main, on_real.main)
         if on_fake.low is not None and on_real.low is not None:
             losses |= self._step_discriminator("low", on_fake.low, on_real.low)
-        return base.metrics(losses, non_finite=self._flag)
+        return base.metrics(losses, non_finite=self._flag.clone())
 
     def _step_generator(self, a: Tensor, b: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """g_A. Returns its images of a, from before its update, and its losses."""
@@ -204,10 +206,7 @@ class SIFA(SIFANetworks):
         loss.backward()  # type: ignore[no-untyped-call]
         gradients = self._optimisers[name].gradients()
         collectives.average_gradients(gradients)
-        guard = self._guards[name]
-        guard.flag = self._flag
-        guard.update(losses, gradients)
-        self._flag = guard.flag
+        self._guards[name].update(losses, gradients)
         self._optimisers[name].step(self._flag)
         return {key: value.detach() for key, value in losses.items()}
 

@@ -86,8 +86,9 @@ class AtrousHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (B, C, h, w) of features (B, d, h, w)."""
-        if x.device.type == "cpu":
-            return self._forward_on_cpu(x)
+        return self._forward_on_cpu(x) if x.device.type == "cpu" else self._convolve(x)
+
+    def _convolve(self, x: Tensor) -> Tensor:
         first, *others = self.conv2d_list
         out: Tensor = first(x)
         for conv in others:

@@ -218,7 +218,7 @@ class _Trainer:
                     continue
                 if self.checkpointer.poll():
                     self.callback.on_checkpoint()
-                record = self._read_metrics(name, iterations, metrics, meter)
+                record = self._read_metrics(name, iterations, metrics | method.diagnostics(), meter)
                 if record["train/non_finite"]:
                     losses = collectives.reduce_metrics(method.non_finite_losses())
                     return TrainResult("non_finite", name, state.iteration, state.step, losses)

@@ -1,7 +1,8 @@
 """Pairs of slices per second and memory of a training step, by precision: ``python tests/benchmarks/bench_gpu.py``.
 
 Needs no data and no Ray. Each row builds the method anew, runs some steps, and times as many as fit into
-``--seconds``. It ends after ``--minutes`` with the rows it has, as a Markdown table.
+``--seconds``; rows with "captured" replay a CUDA graph of the step. It ends after ``--minutes`` with the rows it has,
+as a Markdown table.
 """
 
 from __future__ import annotations
@@ -9,11 +10,13 @@ from __future__ import annotations
 import argparse
 import gc
 import time
+from collections.abc import Callable
 
 import torch
 
 from mpscl_ray.config import load_config
-from mpscl_ray.methods.base import Batch
+from mpscl_ray.methods.adversarial import AlignmentMethod
+from mpscl_ray.methods.base import Batch, Method
 from mpscl_ray.train.phases import build_method, build_segmenter
 
 CLASSES = 5
@@ -25,7 +28,10 @@ VARIANTS = {
     "bf16, channels last": ["precision.dtype=bf16", "precision.channels_last=true"],
     "TF32, compiled": ["precision.tf32=true", "precision.compile=true"],
     "bf16, compiled": ["precision.dtype=bf16", "precision.compile=true"],
+    "TF32, captured": ["precision.tf32=true"],
+    "bf16, captured": ["precision.dtype=bf16"],
 }
+WARM_UP = 3
 
 
 def synchronise(device: torch.device) -> None:
@@ -33,7 +39,40 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def measure(preset: str, settings: list[str], batch: int, size: int, device: torch.device, seconds: float) -> str:
+def captured(method: Method, batch: Batch) -> Callable[[Batch, int], None]:
+    """A step that replays a CUDA graph of the method's update, with the tensors of ``batch`` as its inputs.
+
+    Call it after some steps, which choose kernels and allocate what is kept. It is for one GPU.
+    """
+    if not isinstance(method, AlignmentMethod):
+        raise RuntimeError(f"{type(method).__name__} has no update that is the same at each iteration")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        method.update(batch)
+
+    def step(given: Batch, iteration: int) -> None:
+        for mine, new in zip(vars(batch).values(), vars(given).values(), strict=True):
+            mine.copy_(new, non_blocking=True)
+        method.optimisers.set_learning_rates(iteration)
+        graph.replay()
+
+    return step
+
+
+def warm_up(method: Method, batch: Batch, device: torch.device) -> None:
+    """Some steps on a side stream, as a capture needs them: allocation, choice of kernels, compilation."""
+    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+    if stream is not None:
+        stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):  # None: no stream
+        for step in range(WARM_UP):
+            method.step(batch, step)
+    synchronise(device)
+
+
+def measure(
+    preset: str, settings: list[str], batch: int, size: int, device: torch.device, seconds: float, graph: bool = False
+) -> str:
     """The cells of one row: pairs/s, ms a step, GiB."""
     config = load_config(preset, ["data.source=a", "data.target=b", *settings])
     phase = config.schedule[-1][0]
@@ -42,17 +81,18 @@ def measure(preset: str, settings: list[str], batch: int, size: int, device: tor
     generator = torch.Generator().manual_seed(0)
     source, target = (torch.randn(batch, 1, size, size, generator=generator).to(device) for _ in range(2))
     labels = torch.randint(0, CLASSES, (batch, size, size), generator=generator).to(device)
-    step = 0
+    given = Batch(source, labels, target)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    for _ in range(3):  # allocation, choice of kernels, compilation
-        method.step(Batch(source, labels, target), step)
-        step += 1
-    synchronise(device)
+    warm_up(method, given, device)
+    train: Callable[[Batch, int], object] = method.step
+    if graph:
+        train = captured(method, Batch(source.clone(), labels.clone(), target.clone()))
+    step = WARM_UP
     start, steps = time.perf_counter(), 0
     while time.perf_counter() - start < seconds:
         for _ in range(5 if device.type == "cuda" else 1):
-            method.step(Batch(source, labels, target), step)
+            train(given, step)
             step, steps = step + 1, steps + 1
         synchronise(device)
     taken = (time.perf_counter() - start) / steps
@@ -80,7 +120,8 @@ def main() -> None:
         if time.perf_counter() - begin > 60 * options.minutes:
             break
         try:
-            cells = measure(options.preset, settings, options.batch, options.size, device, options.seconds)
+            graph = row.endswith("captured")
+            cells = measure(options.preset, settings, options.batch, options.size, device, options.seconds, graph)
         except (RuntimeError, torch.OutOfMemoryError) as error:
             cells = f"failed: {str(error).splitlines()[0][:80]} | | "
         print(f"| {row} | {cells} |", flush=True)

@@ -138,7 +138,7 @@ def parity(settings: dict[str, Any]) -> dict[str, Any]:
     transfer_weights(trained.networks, {name: network.state_dict() for name, network in warm_up.networks.items()})
     trained.start_phase(STEPS)
     trained.initialise_prototypes(uneven_shares(global_batch(100)))
-    return {"prototypes_initial": trained.prototypes, **record(trained)}
+    return {"prototypes_initial": trained.prototypes.clone(), **record(trained)}
 
 
 def look_and_train(name: str, seed: int | None = None, **settings: Any) -> dict[str, Any]:

@@ -115,7 +115,7 @@ def test_a_step_is_that_of_the_formulas(iteration: int, weighted: bool) -> None:
     method.start_phase(100)
     assert_step_is_the_formulas(method, iteration, weighted)
     groups = method.optimisers._optimisers["segmenter"]._optimiser.param_groups
-    (rate,) = {group["lr"] / group["base_lr"] for group in groups}
+    (rate,) = {float(group["lr"]) / group["base_lr"] for group in groups}
     assert rate == pytest.approx(iteration / 5 if iteration < 5 else (1 - iteration / 100) ** 0.9)
 
 

@@ -99,3 +99,12 @@ def test_the_weights_of_frozen_layers_are_repeated_once() -> None:
         2 * torch.nn.functional.batch_norm(x.reshape(2, 6, 5, 5), None, None, None, None, True).reshape(x.shape),
         atol=1e-5,
     )
+
+
+def test_a_folded_layer_is_one_graph_of_the_compiler() -> None:
+    layer, x = FoldedBatchNorm2d(3), torch.randn(4, 3, 5, 5)
+    layer.parts = (True, True)
+    expected = layer(x)
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    for _ in range(2):
+        torch.testing.assert_close(compiled(x), expected)

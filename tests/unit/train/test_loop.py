@@ -157,7 +157,7 @@ def test_a_phase_that_was_made_longer_decays_over_its_new_length(pair: Path, tmp
     train(short, tmp_path)
     long = tiny_config(pair / "mr", pair / "ct", ["phases.warm_up=0", "phases.adaptation=2", "phases.source_only=8"])
     rates: list[float] = []
-    hook = register_optimizer_step_pre_hook(lambda optimiser, *_: rates.append(optimiser.param_groups[0]["lr"]))
+    hook = register_optimizer_step_pre_hook(lambda optimiser, *_: rates.append(float(optimiser.param_groups[0]["lr"])))
     outcome, _ = train(long, tmp_path)
     hook.remove()
     assert (outcome.state, outcome.step) == ("finished", 10)
