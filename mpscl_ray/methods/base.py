@@ -17,9 +17,10 @@ from mpscl_ray.errors import DataError
 from mpscl_ray.methods.losses import (
     annotated_pixels,
     at_least_float32,
+    class_weights,
+    cross_entropy_sum,
     focal_loss,
     soft_dice_loss,
-    weighted_cross_entropy,
 )
 from mpscl_ray.methods.optim import autocast
 from mpscl_ray.methods.prototypes import PrototypeClassifier
@@ -180,16 +181,15 @@ def segmentation_loss(logits: dict[str, Tensor], labels: Tensor, counts: Tensor,
 
     Source: the segmentation term of Eq. (2), Liu et al. 2022; auxiliary weight as released.
     """
+    weights = class_weights(counts)
     # Sum over all pixels of the weight of their class: it follows from the global counts without another collective.
-    annotated = annotated_pixels(counts)
-    weights = 1.0 - counts / annotated
-    weight_sum = (counts * weights).sum()
-    weight_sum = torch.where(weight_sum > 0, weight_sum, annotated)
+    # Where there are annotated pixels it is at least 1.
+    weight_sum = (counts * weights).sum().clamp(min=1)
     parts: dict[str, Tensor] = {}
     total = torch.zeros((), device=labels.device)
     for head, factor in (("main", 1.0), ("aux", aux_weight)):
         if head in logits:
-            numerator = weighted_cross_entropy(logits[head], labels, counts).numerator
+            numerator = cross_entropy_sum(logits[head], labels, weights)
             entropy = collectives.ddp_ratio(numerator, weight_sum.to(numerator.dtype))
             dice = soft_dice_loss(logits[head], labels)
             parts[f"loss_cross_entropy_{head}"], parts[f"loss_dice_{head}"] = entropy, dice

@@ -61,11 +61,25 @@ def annotated_pixels(counts: Tensor) -> Tensor:
     return counts.sum().clamp(min=1)
 
 
+def class_weights(counts: Tensor) -> Tensor:
+    """Weight of each class in the cross-entropy, w_c = 1 - n_c / sum_k n_k, from its pixels (C,) in the global batch.
+
+    In a batch of one class that is 0 everywhere; all pixels then weigh 1, the limit of the ratio.
+    """
+    weights = 1.0 - counts / annotated_pixels(counts)
+    return torch.where((counts * weights).sum() == 0, torch.ones_like(weights), weights)
+
+
+def cross_entropy_sum(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+    """Sum of w_{y_i} CE_i over the annotated pixels, the numerator of :func:`weighted_cross_entropy`; weights (C,)."""
+    log_p = F.log_softmax(at_least_float32(logits), dim=1)
+    return F.nll_loss(log_p, labels, weight=weights.to(log_p.dtype), ignore_index=NOT_ANNOTATED, reduction="sum")
+
+
 def weighted_cross_entropy(logits: Tensor, labels: Tensor, counts: Tensor) -> RatioTerms:
     """Cross-entropy in which frequent classes weigh less.
 
-    w_c = 1 - n_c / sum_k n_k;  value = sum_i w_{y_i} CE_i / sum_i w_{y_i}.
-    In a batch of one class w = 0 everywhere; all pixels then weigh 1, the limit of the ratio. Both sums are over the
+    value = sum_i w_{y_i} CE_i / sum_i w_{y_i}, with the weights of :func:`class_weights`. Both sums are over the
     annotated pixels, and 0 where there are none.
 
     Args:
@@ -76,14 +90,10 @@ def weighted_cross_entropy(logits: Tensor, labels: Tensor, counts: Tensor) -> Ra
     Source: the segmentation term of Eq. (2), Liu et al. 2022, which names no weights; weights as released.
     Differs from the released code: a batch of one class is the plain cross-entropy instead of NaN.
     """
-    logits = at_least_float32(logits)
-    weights = 1.0 - counts / annotated_pixels(counts)
-    single_class = (counts * weights).sum() == 0
-    weights = torch.where(single_class, torch.ones_like(weights), weights).to(logits.dtype)
-    log_p = F.log_softmax(logits, dim=1)
-    numerator = F.nll_loss(log_p, labels, weight=weights, ignore_index=NOT_ANNOTATED, reduction="sum")
-    by_value = F.pad(weights, (0, NOT_ANNOTATED + 1 - len(weights)))
-    return RatioTerms(numerator, by_value[labels].sum())
+    weights = class_weights(counts)
+    numerator = cross_entropy_sum(logits, labels, weights)
+    own_counts = class_counts(labels, len(counts))
+    return RatioTerms(numerator, (own_counts * weights).sum().to(numerator.dtype))
 
 
 def soft_dice_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -134,7 +144,7 @@ def self_information(logits: Tensor, eps: float = 1e-7, normalised: bool = True)
         eps: keeps the logarithm finite.
         normalised: the released form, divided by log C; False is the paper's, in nats.
 
-    Source: text above Eq. (1), Liu et al. 2022.
+    Source: text above Eq. (9), Liu et al. 2022.
     """
     probabilities = F.softmax(at_least_float32(logits), dim=1)
     scale = 1.0 / math.log(logits.shape[1]) if normalised else 1.0
@@ -148,7 +158,7 @@ def domain_loss(domain_logits: Tensor, domain: int) -> Tensor:
         domain_logits: any shape.
         domain: ``SOURCE_LABEL`` or ``TARGET_LABEL``.
 
-    Source: Eqs. (1) and (2), Liu et al. 2022.
+    Source: Eqs. (9) and (10), Liu et al. 2022.
     Differs from the paper: source is 0 and target 1, as released; the loss is symmetric in the choice.
     """
     domain_logits = at_least_float32(domain_logits)
