@@ -95,6 +95,9 @@ class Method(ABC):
     split: TargetSplit | None = None
     """Where not None: which slices the batches of this phase are made of."""
 
+    fixed_state: tuple[str, ...] = ()
+    """Keys of :meth:`state_dict` whose tensors stay as :meth:`prepare` has left them to the end of the phase."""
+
     prototype_classifier: PrototypeClassifier | None = None
     """Assigns pseudo-labels by prototypes; None for a method without them. Its angles and labels are logged."""
 
