@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mpscl_ray.config import METHOD_CONFIGS, MPSCLConfig, OptimConfig, PrecisionConfig, SIFAConfig
 from mpscl_ray.methods import METHODS, MPSCL, SIFA, AdaBN, AdaOutput, AdvEnt, Batch, Method, Segmentation
@@ -138,3 +139,13 @@ def assert_equal_states(one: dict[str, Any], other: dict[str, Any]) -> None:
             assert torch.equal(value, right[name]), name
         else:
             assert value == right[name], name
+
+
+def weights_checksum(modules: Mapping[str, nn.Module]) -> str:
+    """SHA-256 over names and bytes of all parameters and buffers."""
+    digest = hashlib.sha256()
+    for name, module in modules.items():
+        for key, tensor in module.state_dict().items():
+            digest.update(f"{name}.{key}".encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -81,7 +81,7 @@ class AdversarialConfig(DiscriminatorConfig):
     main_settings: ClassVar[tuple[str, ...]] = (*DiscriminatorConfig.main_settings, "method.lambda_main")
 
     lambda_main: Weight = 0.003
-    """Weight of the adversarial loss of the main head, lambda_adv (Eq. 11)."""
+    """Weight of the adversarial loss of the main head, lambda in Eq. 11."""
     lambda_aux: Weight = 2e-5
     """Weight of the adversarial loss of the auxiliary head; 2e-5 in the released code, a fifth of the main one in
     AdaptSegNet."""

@@ -6,7 +6,6 @@ number of workers. Objects are sent as JSON and tensors as they are; nothing is 
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from typing import TypeVar
@@ -181,16 +180,6 @@ def gather_batch(tensor: Tensor) -> Tensor:
     parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(world_size())]
     dist.all_gather(parts, tensor.detach().contiguous())
     return torch.cat(parts)
-
-
-def weights_checksum(modules: Mapping[str, nn.Module]) -> str:
-    """SHA-256 over names and bytes of all parameters and buffers."""
-    digest = hashlib.sha256()
-    for name, module in modules.items():
-        for key, tensor in module.state_dict().items():
-            digest.update(f"{name}.{key}".encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def assert_same_weights(modules: Mapping[str, nn.Module]) -> None:

@@ -118,7 +118,8 @@ def volume_scores(
         truth: class indices of the same shape, or ``NOT_ANNOTATED``.
         classes: names of all classes; index 0 is the background, which is not scored.
         spacing_mm: voxel size per axis in mm, or None if it is unknown (distances in mm are then NaN).
-        connectivity: see :func:`surface_distances`.
+        connectivity: which neighbours make a voxel part of the surface, as in
+            ``scipy.ndimage.generate_binary_structure``: 1 is face neighbours. Outside the volume is background.
 
     Returns:
         One score per class from 1 on, in the order of ``classes``.

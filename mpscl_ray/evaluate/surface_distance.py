@@ -36,30 +36,6 @@ class SurfaceDistances(NamedTuple):
     from_truth: FloatArray
 
 
-def surface_distances(
-    prediction: Array, truth: Array, spacing: float | Sequence[float] | None = None, connectivity: int = 1
-) -> SurfaceDistances:
-    """Distance of every surface voxel of one mask to the nearest surface voxel of the other.
-
-    Args:
-        prediction: mask, any number of axes; non-zero is inside.
-        truth: mask of the same shape.
-        spacing: voxel size per axis (mm for distances in mm); None for distances in voxels.
-        connectivity: which neighbours make a voxel part of the surface, as in
-            ``scipy.ndimage.generate_binary_structure``: 1 is face neighbours. Outside the volume is background.
-
-    Returns:
-        The two directed lists, in the order of the voxels in memory (C order).
-
-    Raises:
-        ValueError: the shapes differ, or the spacing does not fit them.
-    """
-    require_same_shape(prediction, truth)
-    size = voxel_size(spacing, prediction.ndim)
-    surfaces = find_surfaces((prediction != 0).astype(np.uint8), (truth != 0).astype(np.uint8), connectivity)
-    return distances_between(surfaces.prediction(1), surfaces.truth(1), size)
-
-
 def average(distances: SurfaceDistances, definition: Definition = "pooled") -> float:
     """Average symmetric surface distance (ASD, also ASSD) from the directed lists; NaN if one of them is empty.
 

@@ -107,6 +107,9 @@ class Method(ABC):
     """Where not None: the state before the first step competes for the best one, and training ends when the class-ratio
     agreement falls by more than this below its value there."""
 
+    fixed_state: tuple[str, ...] = ()
+    """Keys of :meth:`state_dict` whose tensors stay as :meth:`prepare` has left them to the end of the phase."""
+
     prototype_classifier: PrototypeClassifier | None = None
     """Assigns pseudo-labels by prototypes; None for a method without them. Its angles and labels are logged."""
 

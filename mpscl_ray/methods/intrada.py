@@ -38,6 +38,7 @@ class IntraDA(AdvEnt):
     """
 
     config: IntraDAConfig
+    fixed_state = ("split",)
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)

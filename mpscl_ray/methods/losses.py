@@ -91,8 +91,7 @@ def weighted_cross_entropy_sum(logits: Tensor, labels: Tensor, weights: Tensor) 
 def weighted_cross_entropy(logits: Tensor, labels: Tensor, counts: Tensor) -> RatioTerms:
     """Cross-entropy in which frequent classes weigh less.
 
-    w_c = 1 - n_c / sum_k n_k;  value = sum_i w_{y_i} CE_i / sum_i w_{y_i}.
-    In a batch of one class w = 0 everywhere; all pixels then weigh 1, the limit of the ratio. Both sums are over the
+    value = sum_i w_{y_i} CE_i / sum_i w_{y_i}, with the weights of :func:`class_weights`. Both sums are over the
     annotated pixels, and 0 where there are none.
 
     Args:
@@ -157,7 +156,7 @@ def self_information(logits: Tensor, eps: float = 1e-7, normalised: bool = True)
         eps: keeps the logarithm finite.
         normalised: the released form, divided by log C; False is the paper's, in nats.
 
-    Source: text above Eq. (1), Liu et al. 2022.
+    Source: text above Eq. (9), Liu et al. 2022.
     """
     probabilities = F.softmax(at_least_float32(logits), dim=1)
     scale = 1.0 / math.log(logits.shape[1]) if normalised else 1.0
@@ -171,7 +170,7 @@ def domain_loss(domain_logits: Tensor, domain: int) -> Tensor:
         domain_logits: any shape.
         domain: ``SOURCE_LABEL`` or ``TARGET_LABEL``.
 
-    Source: Eqs. (1) and (2), Liu et al. 2022.
+    Source: Eqs. (9) and (10), Liu et al. 2022.
     Differs from the paper: source is 0 and target 1, as released; the loss is symmetric in the choice.
     """
     domain_logits = at_least_float32(domain_logits)

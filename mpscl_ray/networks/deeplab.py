@@ -144,7 +144,7 @@ class DeepLabV2(nn.Module):
     Raises:
         ValueError: an argument is out of range.
 
-    Source: section IV.B, Liu et al. 2022 ("DeepLabV2 ... multi-level outputs from conv4 and conv5").
+    Source: Sec. IV-C, Liu et al. 2022 ("DeepLabV2 ... multi-level outputs from conv4 and conv5").
     """
 
     def __init__(

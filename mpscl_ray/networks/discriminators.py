@@ -10,7 +10,7 @@ class FCDiscriminator(nn.Sequential):
 
     The first has ``width`` channels; each of the next three doubles them.
 
-    Source: the discriminator of AdaptSegNet, which section IV.B, Liu et al. 2022 takes for MR to CT.
+    Source: the discriminator of AdaptSegNet, which Sec. IV-C, Liu et al. 2022 takes for MR to CT.
     """
 
     minimum_size = 32
@@ -39,7 +39,7 @@ class PatchGANDiscriminator(nn.Module):
 
     The first has ``width`` channels; each of the next three doubles them.
 
-    Source: PatchGAN of pix2pix, which section IV.B, Liu et al. 2022 takes for CT to MR.
+    Source: PatchGAN of pix2pix, which Sec. IV-C, Liu et al. 2022 takes for CT to MR.
     """
 
     minimum_size = 24

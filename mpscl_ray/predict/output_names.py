@@ -52,9 +52,3 @@ def is_probability_map(name: str, siblings: Collection[str]) -> bool:
     """Whether a file is a probability map of predict, by its name and those of the files beside it."""
     base, mark, _ = name.rpartition(_PROBABILITY)
     return bool(mark) and (base + SUFFIX in siblings or SLICER_LABELS in siblings)
-
-
-def is_output(name: str, siblings: Collection[str]) -> bool:
-    """Whether predict wrote a file, by its name and those of the files beside it."""
-    own = (SUFFIX, PREVIEW_SUFFIX, ITKSNAP_LABELS, SLICER_LABELS, VOLUMES)
-    return name.endswith(own) or is_probability_map(name, siblings)

@@ -40,8 +40,6 @@ _SMALL_MM = 20.0
 """Extent below which a volume shows no human heart."""
 _NOTABLE_LOSS = 0.05
 """Part of a structure outside the crop that is worth a warning."""
-_SAID = ("turned to the image", "overlaps")
-"""The warnings on a label map that are not those on its image."""
 _PLANE_OF_WORLD_AXIS = ("sagittal", "coronal", "axial")
 
 

@@ -1,11 +1,14 @@
 """Checkpoints: plain folders of safetensors and JSON, written so that no kill and no full disk can lose one.
 
-A checkpoint is a folder of three files::
+A checkpoint is a folder of three files, or four::
 
     step-0000300/
         tensors.safetensors   every tensor of the state; any safetensors reader opens it
-        state.json            {"format", "version", "state"}: the nesting, the plain values, the tensors' names
-        SHA256SUMS            of the two others, as ``sha256sum -c`` reads it; written last
+        fixed.safetensors     those below its key "fixed" instead, if it has that key: what stays the same for long
+        state.json            {"format", "version", "state", "fixed"}: the nesting, plain values, names of tensors
+        SHA256SUMS            of the others, as ``sha256sum -c`` reads it; written last
+
+Successive checkpoints share ``fixed.safetensors`` by hard links where the file system has them.
 
 It is written aside as ``.step-0000300.partial-<pid>``; each file is synced, the folder is synced, renamed, and the
 folder above is synced. A kill at any moment leaves the checkpoints before it untouched, and at most a leftover whose
@@ -17,6 +20,7 @@ What a state may hold, and how exactly it comes back, is in :mod:`mpscl_ray.runs
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -37,6 +41,7 @@ from mpscl_ray.runs.checkpoint_format import decode, encode, safetensors_chunks,
 FORMAT = "mpscl_ray checkpoint"
 VERSION = 1
 TENSORS = "tensors.safetensors"
+FIXED = "fixed.safetensors"
 STATE = "state.json"
 SUMS = "SHA256SUMS"
 
@@ -64,6 +69,10 @@ class Snapshot:
     """The state as JSON, which names its tensors."""
     tensors: Mapping[str, torch.Tensor]
     """On the CPU."""
+    encoded_fixed: Mapping[str, Any]
+    """What the state has below its key "fixed", as JSON; may be empty."""
+    fixed: Mapping[str, torch.Tensor]
+    """The tensors of that, on the CPU. They are never copied."""
 
     @classmethod
     def take(cls, state: Mapping[str, Any], *, copy: bool = True) -> Snapshot:
@@ -77,12 +86,14 @@ class Snapshot:
             TypeError: The state holds something that cannot be kept exactly.
         """
         tensors: dict[str, torch.Tensor] = {}
-        encoded = encode(state, (), tensors, copy=copy)
-        return cls(encoded, tensors)
+        fixed: dict[str, torch.Tensor] = {}
+        changing = {key: value for key, value in state.items() if key != "fixed"}
+        encoded = encode(changing, (), tensors, copy=copy)
+        return cls(encoded, tensors, encode(state.get("fixed", {}), ("fixed",), fixed), fixed)
 
     def replace(self, **values: Any) -> Snapshot:
         """The same with other plain values at the top of the state."""
-        return Snapshot({**self.encoded, **values}, self.tensors)
+        return dataclasses.replace(self, encoded={**self.encoded, **values})
 
 
 def save(directory: Path, state: Mapping[str, Any]) -> Path:
@@ -90,7 +101,7 @@ def save(directory: Path, state: Mapping[str, Any]) -> Path:
     return write(directory, Snapshot.take(state, copy=False))
 
 
-def write(directory: Path, snapshot: Snapshot, *, same_tensors: Path | None = None) -> Path:
+def write(directory: Path, snapshot: Snapshot, *, same_tensors: Path | None = None, before: Path | None = None) -> Path:
     """Write the checkpoint ``directory``, replacing one of that name only when the new one is complete.
 
     Args:
@@ -98,6 +109,8 @@ def write(directory: Path, snapshot: Snapshot, *, same_tensors: Path | None = No
         snapshot: What to keep.
         same_tensors: Checkpoint, just written, with the tensors of the snapshot: its file gets a second name (a hard
             link) where the file system can, instead of being written again.
+        before: An earlier checkpoint, which need not exist any more: where its fixed tensors have the same bytes,
+            their file gets a second name.
 
     Returns:
         ``directory``.
@@ -107,9 +120,13 @@ def write(directory: Path, snapshot: Snapshot, *, same_tensors: Path | None = No
             that were there are intact, and nothing half-written is left.
     """
     content = {"format": FORMAT, "version": VERSION, "state": snapshot.encoded}
+    layouts = {TENSORS: safetensors_layout(snapshot.tensors)}
+    if snapshot.encoded_fixed:
+        content["fixed"] = snapshot.encoded_fixed
+        layouts[FIXED] = safetensors_layout(snapshot.fixed)
     document = json.dumps(content, allow_nan=False).encode("ascii")
-    header, ordered = safetensors_layout(snapshot.tensors)
-    needed = len(header) + sum(tensor.nbytes for tensor in ordered) + len(document) + _SLACK
+    size = sum(len(header) + sum(tensor.nbytes for tensor in ordered) for header, ordered in layouts.values())
+    needed = size + len(document) + _SLACK
 
     parent = directory.parent
     partial = partial_path(directory)
@@ -124,11 +141,12 @@ def write(directory: Path, snapshot: Snapshot, *, same_tensors: Path | None = No
             raise disk_full(directory, needed, free)
         try:
             partial.mkdir()
-            linked = _link(same_tensors, partial) if same_tensors is not None else None
-            sums = [
-                (STATE, _write(partial / STATE, [memoryview(document)])),
-                (TENSORS, linked or _write(partial / TENSORS, safetensors_chunks(header, ordered))),
-            ]
+            sums = [(STATE, _write(partial / STATE, [memoryview(document)]))]
+            for name, layout in layouts.items():
+                linked = _link(same_tensors, partial / name) if same_tensors is not None else None
+                if linked is None and name == FIXED and before is not None:
+                    linked = _link(before, partial / name, _sha256(safetensors_chunks(*layout)))
+                sums.append((name, linked or _write(partial / name, safetensors_chunks(*layout))))
             _write(partial / SUMS, [memoryview(_sums_text(sums))])
             fsync_directory(partial)
             _rename(partial, directory)
@@ -147,20 +165,26 @@ def load(directory: Path) -> dict[str, Any]:
         DataError: Intact, but not a checkpoint that this version understands.
     """
     _recover(directory.parent, directory.name)
-    contents = {name: _read(directory, name) for name in (STATE, TENSORS)}
+    contents = {name: _read(directory, name) for name in files(_read(directory, SUMS))}
     _compare_sums(directory, [(name, hashlib.sha256(data).hexdigest()) for name, data in contents.items()])
     document = _document(directory, contents[STATE])
     state = decode(document["state"], safetensors.torch.load(contents[TENSORS]))
     assert isinstance(state, dict)
+    if FIXED in contents:
+        state["fixed"] = decode(document["fixed"], safetensors.torch.load(contents[FIXED]))
     return state
 
 
 def verify(directory: Path) -> None:
     """Check the hashes of a checkpoint without loading it. Raises as :func:`load` does."""
     document = _read(directory, STATE)
-    hashes = [(STATE, hashlib.sha256(document).hexdigest()), (TENSORS, _hash(directory, TENSORS))]
-    _compare_sums(directory, hashes)
+    _compare_sums(directory, [(name, _hash(directory, name)) for name in files(_read(directory, SUMS))])
     _document(directory, document)
+
+
+def files(sums: bytes) -> list[str]:
+    """Names of the other files of a checkpoint, from its SHA256SUMS."""
+    return [STATE, TENSORS, *([FIXED] if f"  {FIXED}\n".encode() in sums else [])]
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -235,13 +259,24 @@ def _write(path: Path, chunks: Sequence[memoryview] | Iterator[memoryview]) -> s
     return digest.hexdigest()
 
 
-def _link(other: Path, partial: Path) -> str | None:
-    """Give the tensors of another checkpoint a second name; returns their SHA-256, None where that is not possible."""
+def _sha256(chunks: Iterator[memoryview]) -> str:
+    digest = hashlib.sha256()
+    for chunk in chunks:
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _link(other: Path, file: Path, sha256: str | None = None) -> str | None:
+    """Give a file of another checkpoint a second name; returns its SHA-256, None where that is not possible.
+
+    With ``sha256`` only a file that has it according to its SHA256SUMS.
+    """
     try:
-        match = re.search(rf"^([0-9a-f]{{64}})  {re.escape(TENSORS)}$", (other / SUMS).read_text("ascii"), re.MULTILINE)
-        if match is None:
+        sums = (other / SUMS).read_text("ascii")
+        match = re.search(rf"^([0-9a-f]{{64}})  {re.escape(file.name)}$", sums, re.MULTILINE)
+        if match is None or sha256 not in (None, match.group(1)):
             return None
-        os.link(other / TENSORS, partial / TENSORS)
+        os.link(other / file.name, file)
     except OSError:
         return None
     return match.group(1)

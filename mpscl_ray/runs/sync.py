@@ -20,7 +20,7 @@ from pathlib import Path
 
 from mpscl_ray.errors import StorageError
 from mpscl_ray.runs.atomic_files import partial_path
-from mpscl_ray.runs.checkpoint import STATE, SUMS, TENSORS
+from mpscl_ray.runs.checkpoint import SUMS, files
 from mpscl_ray.runs.storage import S3Path
 
 INTERVAL_S = 2.0
@@ -241,14 +241,15 @@ def upload_path(path: Path, remote: S3Path) -> bool:
                 remote.upload(stack.enter_context(path.open("rb")))
                 return True
             before = path.stat().st_ino
-            files = {name: stack.enter_context((path / name).open("rb")) for name in (STATE, TENSORS, SUMS)}
+            names = [*files((path / SUMS).read_bytes()), SUMS]
+            opened = {name: stack.enter_context((path / name).open("rb")) for name in names}
             if path.stat().st_ino != before:
                 return False
         except FileNotFoundError:
             return False
         # From here on the open files are those of one checkpoint, even if the folder is renamed or replaced.
         (remote / SUMS).delete()
-        for name, file in files.items():
+        for name, file in opened.items():
             (remote / name).upload(file)
     return True
 
@@ -271,7 +272,7 @@ def download_checkpoint(remote: S3Path, target: Path) -> bool:
             return True
         partial = partial_path(target)
         shutil.rmtree(partial, ignore_errors=True)
-        for name in (STATE, TENSORS):
+        for name in files(sums):
             (remote / name).download(partial / name)
         (partial / SUMS).write_bytes(sums)
     except FileNotFoundError:

@@ -69,7 +69,8 @@ class Checkpointer:
     """Saves and loads checkpoints. Every worker calls it at the same steps; worker 0 writes, all read.
 
     The state is copied in the training thread; another thread hashes and writes it while training goes on. A kill in
-    between loses what a kill before :meth:`save` would have lost. Checkpoints of one step share the file of tensors.
+    between loses what a kill before :meth:`save` would have lost. Checkpoints of one step share the file of tensors,
+    those of one phase the file of tensors that do not change in it.
     """
 
     def __init__(self, config: Config, classes: tuple[str, ...], run: RunDirectory, device: torch.device) -> None:
@@ -89,8 +90,11 @@ class Checkpointer:
             return
         if not again or self._snapshot is None:
             self._collect(wait=True)  # so that at most one state is kept in memory
+            changing = method.state_dict()
+            fixed = {key: changing.pop(key) for key in method.fixed_state if key in changing}
             content = {
-                "method": method.state_dict(),
+                "method": changing,
+                "fixed": fixed,
                 "random": _random_state(self.device),
                 "position": dataclasses.asdict(state),
                 "phase": phase,
@@ -102,8 +106,7 @@ class Checkpointer:
         snapshot = self._snapshot
         if directory == self.folder.best:
             snapshot = snapshot.replace(selected_by=self.config.run.select)
-        same_tensors = self._written if again else None
-        self._jobs.append(self._thread.submit(self._write, directory, snapshot, same_tensors))
+        self._jobs.append(self._thread.submit(self._write, directory, snapshot, self._written, again))
         self._written = directory
 
     def poll(self) -> bool:
@@ -138,9 +141,9 @@ class Checkpointer:
         if not self._jobs:
             self._snapshot = None
 
-    def _write(self, directory: Path, snapshot: checkpoint.Snapshot, same_tensors: Path | None) -> bool:
-        """Write a checkpoint; returns whether a run resumes from it."""
-        checkpoint.write(directory, snapshot, same_tensors=same_tensors)
+    def _write(self, directory: Path, snapshot: checkpoint.Snapshot, before: Path, same_step: bool) -> bool:
+        """Write a checkpoint after ``before``, perhaps of the same step; returns whether a run resumes from it."""
+        checkpoint.write(directory, snapshot, same_tensors=before if same_step else None, before=before)
         resumable = directory.parent == self.folder.checkpoints
         if resumable:
             checkpoint.prune(self.folder.checkpoints, self.config.run.keep_checkpoints, intact=directory)
@@ -163,7 +166,8 @@ class Checkpointer:
         name = collectives.broadcast_object(found.name if found else None)
         if name is None:
             return None
-        content = checkpoint.load(self.folder.store.localize(self.folder.checkpoints / name))
+        self._written = self.folder.store.localize(self.folder.checkpoints / name)
+        content = checkpoint.load(self._written)
         state = self._state(content, name)
         if collectives.rank() == 0:
             warn(f"resuming from the checkpoint {name}: iteration {state.iteration} of the phase {content['phase']}")
@@ -172,7 +176,7 @@ class Checkpointer:
     def restore(self, content: Mapping[str, Any], method: Method, iterations: int) -> None:
         """Load method and random state of a checkpoint, for a phase that may have become longer or shorter since."""
         content["method"]["phase"]["iterations"] = iterations
-        method.load_state_dict(content["method"])
+        method.load_state_dict({**content["method"], **content.get("fixed", {})})
         torch.set_rng_state(content["random"]["torch"])
         if "cuda" in content["random"] and self.device.type == "cuda":
             torch.cuda.set_rng_state(content["random"]["cuda"], self.device)

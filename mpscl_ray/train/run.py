@@ -16,6 +16,7 @@ from mpscl_ray.runs.position import position, training_status
 from mpscl_ray.runs.run_directory import RunDirectory, open_run
 from mpscl_ray.runs.signals import Interruption, signals_end
 from mpscl_ray.runs.storage import join_location
+from mpscl_ray.train import bf16
 from mpscl_ray.train.checkpointing import newest_checkpoint
 from mpscl_ray.train.display import ProgressDisplay, print_next_steps, print_results, summary
 from mpscl_ray.train.domains import Domains, load_domains, model_description, open_data
@@ -132,6 +133,9 @@ def _train_and_evaluate(config: Config, folder: RunDirectory, fit: launch.Fit | 
         check_nodes(folder.uri, domains.fingerprints())
         data = open_data(config, domains)
         print(summary(config, folder, domains, data, use_gpu), flush=True)
+        advice = bf16.advice(config, use_gpu)
+        if advice and not folder.store.step_checkpoints():  # a resumed run cannot change its precision
+            print(advice, flush=True)
         training = launch.Launch(config, folder, data, use_gpu, fit=fit)
     with Interruption() as interruption:
         result = _wait(config, folder, training, interruption)

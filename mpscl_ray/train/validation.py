@@ -12,6 +12,7 @@ from torch import Tensor
 from mpscl_ray.data import NOT_ANNOTATED, TARGET_DOMAIN
 from mpscl_ray.data.loader import Slices, collate
 from mpscl_ray.distributed import collectives
+from mpscl_ray.methods.losses import class_weights
 from mpscl_ray.train import unsupervised_criteria
 
 _SMALLEST_PROBABILITY = 1e-12
@@ -157,9 +158,7 @@ def weighted_mean(information: Tensor) -> float:
     It equals :func:`mpscl_ray.methods.losses.weighted_cross_entropy` of all these pixels at once.
     """
     loss, pixels = information.unbind(1)
-    weights = 1.0 - pixels / pixels.sum()
-    if (pixels * weights).sum() == 0:
-        weights = torch.ones_like(weights)
+    weights = class_weights(pixels)
     return float((weights * loss).sum() / (weights * pixels).sum())
 
 

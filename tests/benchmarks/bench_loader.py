@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import sys
 import tempfile
 import threading
 import time
@@ -25,12 +26,15 @@ import ray
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from mpscl_ray.data import SOURCE_DOMAIN, TARGET_DOMAIN, dataset, parquet_writer
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from mpscl_ray.data import SOURCE_DOMAIN, TARGET_DOMAIN, parquet_writer
 from mpscl_ray.data.augment import AugmentConfig, augment
 from mpscl_ray.data.loader import LocalSlices, Slices, SliceStream
 from mpscl_ray.data.ray_source import open_slices
 from mpscl_ray.data.sampler import sample_keys
 from mpscl_ray.distributed.ray_session import connect
+from tests.written_dataset import save_plain_manifest, write_plain_case
 
 CASE_SLICES = 100
 CLASSES = ("background", "MYO", "LAC", "LVC", "AA")
@@ -69,37 +73,9 @@ def write(folder: Path, slices: int, size: int) -> None:
             for i in range(depth):
                 np.save(folder / domain / f"image-{start + i:06d}.npy", image[i])
                 np.save(folder / domain / f"label-{start + i:06d}.npy", label[i])
-            case = parquet_writer.write_case(
-                folder / f"{domain}-parquet",
-                id=f"case-{start:06d}",
-                patient=f"patient-{start:06d}",
-                split="train",
-                image=image,
-                label=label,
-                classes=CLASSES,
-                content_sha256="0" * 64,
-                geometry={},
-                spacing_mm=None,
-                cropped_around_labels=False,
-                sources={},
-            )
-            cases.append(case)
-        manifest = dataset.Manifest(
-            version=dataset.FORMAT_VERSION,
-            modality=domain,
-            classes=CLASSES,
-            size=(size, size),
-            scaling=dataset.Scaling(-1.0, 1.0, "given"),
-            recipe={},
-            splitting={},
-            labels={},
-            steps=(),
-            notices=(),
-            command="",
-            product_version="0",
-            cases=tuple(cases),
-        )
-        dataset.save_manifest(folder / f"{domain}-parquet", manifest)
+            name = f"case-{start:06d}"
+            cases.append(write_plain_case(folder / f"{domain}-parquet", name, "train", image, label, CLASSES))
+        save_plain_manifest(folder / f"{domain}-parquet", domain, CLASSES, (size, size), cases)
 
 
 def data_loader(folder: Path, batch: int, workers: int) -> Iterator[int]:

@@ -30,6 +30,7 @@ from mpscl_ray.methods.losses import class_counts
 from mpscl_ray.networks import build, initialise
 from mpscl_ray.networks.deeplab import DeepLabV2
 from mpscl_ray.train.phases import transfer_weights
+from tests.tiny_methods import weights_checksum
 
 CLASSES = 4
 GLOBAL_BATCH = 8
@@ -216,7 +217,7 @@ def record(trained: Method, steps: int = STEPS) -> dict[str, Any]:
             place = "first" if step == 0 else "last"
             results |= {f"gradient_{place}.{name}": g for name, g in named_gradients(trained.networks).items()}
     collectives.assert_same_weights(trained.networks)
-    results["checksum"] = np.frombuffer(bytes.fromhex(collectives.weights_checksum(trained.networks)), dtype=np.uint8)
+    results["checksum"] = np.frombuffer(bytes.fromhex(weights_checksum(trained.networks)), dtype=np.uint8)
     results |= {f"metric.{name}": np.array([m[name] for m in reduced]) for name in reduced[0]}
     results |= {f"local.{name}": np.array([m[name] for m in local]) for name in local[0]}
     results |= {f"state.{name}": tensor for name, tensor in flat_state(trained.state_dict()).items()}

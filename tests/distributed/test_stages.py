@@ -39,8 +39,9 @@ def test_stages_do_not_depend_on_the_number_of_workers(name: str, tmp_path: Path
         found = on_workers(workers, train_and_watch, config, run, None, torch.float64)
         assert all(outcome.state == "finished" for outcome, _ in found)
         phases = RunDirectory(run).store.finished_phases()
+        states = {phase: checkpoint.load(RunDirectory(run).phases / phase) for phase in phases}
         ends.append(
-            {phase: dict(leaves(checkpoint.load(RunDirectory(run).phases / phase)["method"])) for phase in phases}
+            {phase: dict(leaves({**state["method"], **state.get("fixed", {})})) for phase, state in states.items()}
         )
     one, two = ends
     assert one.keys() == two.keys() >= {"source_only", "adaptation" if name == "mean_teacher" else "warm_up"}

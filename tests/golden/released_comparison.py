@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,6 +24,7 @@ from tests.golden.released_inputs import (
     fill,
     training_batches,
 )
+from tests.golden.stored_numbers import load
 
 Numbers = dict[str, Tensor]
 
@@ -34,8 +34,7 @@ RELATIVE = 1e-9
 
 def released(name: str) -> Numbers:
     """The numbers of a released repository by name."""
-    with np.load(Path(__file__).with_name(f"released_{name}.npz"), allow_pickle=False) as arrays:
-        return {key: torch.from_numpy(np.asarray(arrays[key])) for key in arrays}
+    return load(f"released_{name}")
 
 
 def part(numbers: Numbers, prefix: str) -> Numbers:

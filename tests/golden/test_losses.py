@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from mpscl_ray.methods import losses, optim, prototypes
+from tests.golden.stored_numbers import load
 
 NUM_CLASSES = 5
 
 
 @pytest.fixture(scope="module")
 def golden() -> dict[str, Tensor]:
-    with np.load(Path(__file__).parent / "losses.npz", allow_pickle=False) as arrays:
-        return {key: torch.from_numpy(np.asarray(arrays[key])) for key in arrays}
+    return load("losses")
 
 
 def assert_values(actual: Tensor, expected: Tensor) -> None:

@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import json
-import zlib
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from mpscl_ray.networks.deeplab import DeepLabV2
 from mpscl_ray.networks.discriminators import FCDiscriminator, PatchGANDiscriminator
+from tests.golden.stored_numbers import fill_from_keys, load
 
 NUM_CLASSES = 5
 
 
 @pytest.fixture(scope="module")
 def golden() -> dict[str, Tensor]:
-    with np.load(Path(__file__).parent / "networks.npz", allow_pickle=False) as arrays:
-        return {key: torch.from_numpy(np.asarray(arrays[key])) for key in arrays}
+    return load("networks")
 
 
 @pytest.fixture(scope="module")
@@ -30,27 +28,6 @@ def keys() -> dict[str, Any]:
         (Path(__file__).parent / "networks_state_dict_keys.json").read_text(encoding="utf-8")
     )
     return content
-
-
-@torch.no_grad()
-def fill_from_keys(network: nn.Module) -> None:
-    """The weights of the golden networks, each made from its own state-dict key."""
-    for key, tensor in network.state_dict().items():
-        if key.endswith("num_batches_tracked"):
-            tensor.zero_()
-            continue
-        x = np.random.RandomState(zlib.crc32(key.encode())).standard_normal(tuple(tensor.shape))
-        if key.endswith("running_var"):
-            x = 1.0 + 0.1 * np.abs(x)
-        elif key.endswith("running_mean"):
-            x = 0.1 * x
-        elif x.ndim == 4:
-            x = x * np.sqrt(2.0 / np.prod(x.shape[1:]))
-        elif key.endswith("bias"):
-            x = 0.05 * x
-        else:
-            x = 1.0 + 0.1 * x
-        tensor.copy_(torch.from_numpy(x.astype(np.float32)))
 
 
 def shapes(network: nn.Module) -> dict[str, list[int]]:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-import zlib
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
 
 from mpscl_ray.methods.base import Batch
 from mpscl_ray.methods.losses import TARGET_LABEL, domain_loss
 from mpscl_ray.methods.mpscl import MPSCL, MPSCLConfig
 from mpscl_ray.methods.optim import OptimConfig, PrecisionConfig
 from mpscl_ray.networks.deeplab import DeepLabV2
+from tests.golden.stored_numbers import fill_from_keys
 
 RELATIVE = 1e-4
 # Each loss of the released step, and what it is called here. Its discriminator losses are of the target half alone.
@@ -30,26 +29,6 @@ LOSSES = {
     "loss_d_main": "target_half_main",
     "loss_d_aux": "target_half_aux",
 }
-
-
-def fill_from_names(module: nn.Module) -> None:
-    """Give every tensor the values that follow from its state-dict key, as the released code's run had them."""
-    state = module.state_dict()
-    for key, tensor in state.items():
-        if key.endswith("num_batches_tracked"):
-            continue
-        values = np.random.RandomState(zlib.crc32(key.encode())).standard_normal(tuple(tensor.shape))
-        if key.endswith("running_var"):
-            values = 1 + 0.1 * np.abs(values)
-        elif key.endswith("running_mean"):
-            values = 0.1 * values
-        elif values.ndim == 4:
-            values = values * np.sqrt(2 / np.prod(values.shape[1:]))
-        elif key.endswith("bias"):
-            values = 0.05 * values
-        else:
-            values = 1 + 0.1 * values
-        tensor.copy_(torch.from_numpy(values.astype(np.float32)))
 
 
 def test_four_iterations_equal_the_released_code() -> None:
@@ -88,7 +67,7 @@ def test_four_iterations_equal_the_released_code() -> None:
         seed=0,
     )
     for network in method.networks.values():
-        fill_from_names(network)
+        fill_from_keys(network)
     method.prototypes = torch.from_numpy(golden["prototypes_init"])
     start = {key: tensor.clone() for key, tensor in segmenter.state_dict().items()}
     method.start_phase(settings["MAX_ITERS"])

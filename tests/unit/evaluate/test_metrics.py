@@ -13,12 +13,24 @@ from hypothesis import strategies as st
 from medpy.metric import binary
 
 from mpscl_ray.evaluate.metrics import StructureScore, dice, released_protocol_scores, volume_scores
-from mpscl_ray.evaluate.surface_distance import average, percentile_95, surface_distances
+from mpscl_ray.evaluate.surface_distance import (
+    SurfaceDistances,
+    average,
+    distances_between,
+    find_surfaces,
+    percentile_95,
+    voxel_size,
+)
 from mpscl_ray.evaluate.tables import format_table, scores_csv, summarise, summary_csv
 from mpscl_ray.runs.structures import display_order
 
 CLASSES = ["background", "MYO", "LAC", "LVC", "AA"]
 SPACINGS = [(1.0, 1.0, 1.0), (8.0, 1.25, 1.25), (0.7, 1.9, 3.1)]
+
+
+def surface_distances(a, b, spacing=None, connectivity=1) -> SurfaceDistances:
+    surfaces = find_surfaces((a != 0).astype(np.uint8), (b != 0).astype(np.uint8), connectivity)
+    return distances_between(surfaces.prediction(1), surfaces.truth(1), voxel_size(spacing, a.ndim))
 
 
 def average_surface_distance(a, b, spacing=None, definition="pooled", connectivity=1) -> float:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mpscl_ray.config import MPSCLConfig, OptimConfig, PrecisionConfig, SegmentationConfig
-from mpscl_ray.distributed.collectives import reduce_metrics, weights_checksum
+from mpscl_ray.distributed.collectives import reduce_metrics
 from mpscl_ray.errors import DataError
 from mpscl_ray.methods import METHODS, Batch
 from mpscl_ray.methods.losses import MASK_EPS, cosine_to_prototypes, margin_contrastive_loss
@@ -31,6 +31,7 @@ from tests.tiny_methods import (
     make_advent,
     make_mpscl,
     segmenter,
+    weights_checksum,
 )
 
 TRAINED = [name for name in METHODS if name != "adabn"]
@@ -345,7 +346,11 @@ def test_halved_discriminator_loss() -> None:
 
 @pytest.mark.parametrize(
     ("precision", "tolerance", "angle"),
-    [(PrecisionConfig(channels_last=True), 1e-4, 0.01), (PrecisionConfig(dtype="bf16"), 0.02, 0.6)],
+    [
+        (PrecisionConfig(channels_last=True), 1e-4, 0.01),
+        (PrecisionConfig(dtype="bf16"), 0.02, 0.6),
+        (PrecisionConfig(dtype="bf16", channels_last=True), 0.02, 0.6),
+    ],
 )
 def test_other_precisions_are_near_float32(precision: PrecisionConfig, tolerance: float, angle: float) -> None:
     """Losses, and length and direction of the first step, in radians; the steps after it go ways of their own."""

@@ -13,11 +13,13 @@ import torch
 
 from mpscl_ray.config import load_config
 from mpscl_ray.errors import StorageError
+from mpscl_ray.methods.base import TargetSplit
 from mpscl_ray.runs import checkpoint
 from mpscl_ray.runs.run_directory import RunDirectory
 from mpscl_ray.train.checkpointing import Checkpointer, TrainerState
+from tests.checkpoints import assert_same
 from tests.tiny import SETTINGS
-from tests.tiny_methods import CLASSES, CPU, make_segmentation
+from tests.tiny_methods import CLASSES, CPU, make, make_segmentation
 
 NAMES = tuple("abc"[:CLASSES])
 
@@ -78,6 +80,53 @@ def test_checkpoints_of_one_step_share_the_file_of_tensors(checkpointer: Checkpo
     assert [path.name for path in checkpoint.list_checkpoints(folder.checkpoints)] == ["step-0000006", "step-0000007"]
     for name in (folder.best, folder.phases / "source_only"):
         assert checkpoint.load(name)["position"]["step"] == 4, "pruning one leaves the others"
+
+
+def easy_and_hard(label: int) -> TargetSplit:
+    return TargetSplit(torch.tensor([0, 2]), torch.tensor([1]), torch.full((2, 8, 8), label, dtype=torch.uint8))
+
+
+def test_what_stays_the_same_in_a_phase_is_written_once(checkpointer: Checkpointer, folder: RunDirectory) -> None:
+    method = make("intrada")
+    method.start_phase(10)
+    method.split = easy_and_hard(1)
+    names = [folder.checkpoints / f"step-000000{step}" for step in range(1, 5)]
+    for step, name in enumerate(names[:3], start=1):
+        save(checkpointer, method, step, folder.best, name)
+        assert checkpointer.finish()
+    assert not names[0].exists()
+    assert len({os.stat(name / checkpoint.FIXED).st_ino for name in (folder.best, *names[1:3])}) == 1
+    assert len({os.stat(name / checkpoint.TENSORS).st_ino for name in names[1:3]}) == 2
+
+    method.split = easy_and_hard(2)
+    save(checkpointer, method, 4, names[3])
+    assert checkpointer.finish()
+    for name, label in ((names[2], 1), (names[3], 2)):
+        checkpoint.verify(name)
+        resumed = make("intrada")
+        checkpointer.restore(checkpoint.load(name), resumed, 10)
+        assert_same(vars(resumed.split), vars(easy_and_hard(label)))
+
+    # Another process goes on from the newest one and shares its file too.
+    again = Checkpointer(checkpointer.config, NAMES, folder, CPU)
+    assert again.load_newest(print)
+    save(again, method, 5, folder.checkpoints / "step-0000005")
+    assert again.finish()
+    again.close()
+    assert os.stat(folder.checkpoints / "step-0000005" / checkpoint.FIXED).st_nlink == 2
+
+
+def test_a_damaged_or_missing_file_of_fixed_tensors_is_named(tmp_path: Path) -> None:
+    path = checkpoint.save(tmp_path / "one", {"fixed": {"a": torch.arange(5)}, "fixed.a": torch.zeros(2)})
+    assert_same(checkpoint.load(path), {"fixed.a": torch.zeros(2), "fixed": {"a": torch.arange(5)}})
+    content = bytearray((path / checkpoint.FIXED).read_bytes())
+    content[-1] ^= 1
+    (path / checkpoint.FIXED).write_bytes(bytes(content))
+    with pytest.raises(checkpoint.CheckpointDamaged, match=r"fixed\.safetensors has the SHA-256"):
+        checkpoint.verify(path)
+    (path / checkpoint.FIXED).unlink()
+    with pytest.raises(checkpoint.CheckpointDamaged, match=r"fixed\.safetensors is missing"):
+        checkpoint.load(path)
 
 
 def test_without_hard_links_the_tensors_are_written_again(

@@ -31,9 +31,9 @@ def config_of(data: Path, name: str) -> Config:
 
 
 def ends(folder: RunDirectory) -> dict[str, tuple[bytes, bytes]]:
-    """Every byte of the checkpoint at the end of each phase."""
+    """Tensors, and sums of all files, of the checkpoint at the end of each phase."""
     return {
-        path.name: ((path / checkpoint.TENSORS).read_bytes(), (path / checkpoint.STATE).read_bytes())
+        path.name: ((path / checkpoint.TENSORS).read_bytes(), (path / checkpoint.SUMS).read_bytes())
         for path in folder.phases.glob("[!.]*")
     }
 
@@ -73,7 +73,7 @@ def test_the_second_stage_of_intrada_sees_the_target_alone(data: Path, tmp_path:
     )
     watcher = RecordingCallback()
     _, folder = train(config, tmp_path, None, watcher)
-    state = checkpoint.load(folder.phases / "adaptation")["method"]["split"]
+    state = checkpoint.load(folder.phases / "adaptation")["fixed"]["split"]
     slices = local_data(config).unlabelled
     assert slices is not None
     (images,) = (batch["image"] for batch in slices.shard(0, 1, 100))

@@ -1,15 +1,10 @@
-"""The public Python API from a training to its predictions and scores."""
+"""The public Python API: predictions of a trained segmenter, and their scores."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import math
-import os
 import re
-import signal
-import threading
-import time
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,61 +14,20 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-import yaml
 
-from mpscl_ray import (
-    Config,
-    ConfigError,
-    DataError,
-    MpsclError,
-    TrainedSegmenter,
-    TrainingError,
-    TrainingResult,
-    load_config,
-    load_segmenter,
-    prepare_dataset,
-    score,
-    train_segmenter,
-)
-from mpscl_ray.config import differences
+from mpscl_ray import ConfigError, DataError, MpsclError, TrainedSegmenter, TrainingResult, load_segmenter, score
 from mpscl_ray.data.dataset import load_manifest
 from mpscl_ray.data.parquet_reader import read_case
 from mpscl_ray.evaluate.metrics import volume_scores
 from mpscl_ray.predict import predictor as predictors
 from mpscl_ray.predict.image import Job, predict_image
-from tests.raw_volumes import RAW_IDS, mmwhs, volume
-from tests.tiny import tiny_config, tiny_settings
-from tests.tiny_runs import train as train_locally
+from tests.raw_volumes import RAW_IDS, volume
 
-ROOT = Path(__file__).resolve().parents[2]
-DOCUMENT = ROOT / "docs" / "python-api.md"
 AFFINE = np.diag([1.5, 1.5, 2.0, 1.0])
 
-TINY = [*tiny_settings("phantom"), "scaling.num_workers=2"]
-"""Settings that make the preset phantom tiny."""
 
-
-@pytest.fixture(scope="module")
-def hearts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with raw volumes of CT and MR in ``scans``, and their datasets in ``data``."""
-    folder = tmp_path_factory.mktemp("hearts")
-    for modality in ("ct", "mr"):
-        mmwhs(folder / "scans", modality)
-    data = prepare_dataset(folder / "scans", folder / "data", "mmwhs", split="0.5,0.25,0.25", crop=(32, 32), workers=0)
-    assert data == {"ct": folder / "data" / "ct", "mr": folder / "data" / "mr"}
-    return folder
-
-
-@pytest.fixture(scope="module")
-def tiny(hearts: Path) -> Config:
-    """The preset phantom made tiny, on those datasets."""
-    places = [f"data.source={hearts / 'data' / 'ct'}", f"data.target={hearts / 'data' / 'mr'}"]
-    return load_config("phantom", [*TINY, *places, f"run.storage={hearts / 'runs'}"])
-
-
-@pytest.fixture(scope="module")
-def result(tiny: Config) -> TrainingResult:
-    return train_segmenter(tiny, device="cpu")
+def messages(caught: Sequence[warnings.WarningMessage]) -> list[str]:
+    return [str(warning.message) for warning in caught]
 
 
 @pytest.fixture(scope="module")
@@ -95,144 +49,6 @@ def speckled(result: TrainingResult) -> TrainedSegmenter:
     recipe = dataclasses.replace(domains["source"].recipe, crop=(16, 16))
     other = dataclasses.replace(domains["source"], recipe=recipe)
     return TrainedSegmenter(predictor, dataclasses.replace(predictor.model, domains={**domains, "source": other}))
-
-
-@pytest.mark.filterwarnings("ignore:.*no structure was found")  # after a few steps of training
-def test_the_document_runs(hearts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Block after block in an empty folder. The preset phantom is replaced by a tiny one on tiny volumes, which lie
-    where a run leaves the phantom hearts."""
-    monkeypatch.chdir(tmp_path)
-    for folder in ("scans", "runs/phantom-tiny/nifti"):
-        Path(folder).parent.mkdir(parents=True, exist_ok=True)
-        Path(folder).symlink_to(hearts / "scans")
-    settings: dict[str, Any] = {"preset": "phantom", "data": {"global_batch_size": 4}}
-    for line in TINY:
-        key, _, value = line.partition("=")
-        *sections, last = key.split(".")
-        place = settings
-        for section in sections:
-            place = place.setdefault(section, {})
-        place[last] = yaml.safe_load(value)
-    settings["data"] |= {"source": str(hearts / "data" / "ct"), "target": str(hearts / "data" / "mr")}
-    Path("tiny.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
-    text = DOCUMENT.read_text(encoding="utf-8")
-    assert len(text.splitlines()) <= 150
-    blocks = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
-    assert len(blocks) == 5
-    assert len([line for line in blocks[0].splitlines() if line]) <= 8
-    names: dict[str, Any] = {}
-    for number, block in enumerate(blocks):
-        exec(
-            compile(block.replace('"phantom"', '"tiny.yaml"'), f"block {number + 1} of {DOCUMENT.name}", "exec"), names
-        )
-    assert set(names["scores"]) == {"MYO", "LAC", "LVC", "AA"}
-    assert names["out"].exists()
-    assert math.isfinite(names["loss"].item())
-
-
-# ----------------------------------------------------------------------------------------------------- training
-
-
-def test_training_leaves_what_the_command_leaves(
-    result: TrainingResult, tiny: Config, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    assert result.run == Path(tiny.run.storage) / "phantom"
-    assert (result.run / "status.json").exists()
-    status = json.loads((result.run / "status.json").read_text(encoding="utf-8"))
-    assert (status["state"], status["exit_code"], status["phase"]) == ("finished", 0, "adaptation")
-    assert differences(load_config(result.run / "config.yaml"), tiny).keys() == {"scaling.num_workers"}
-    assert list(result.scores) == ["source_only", "warm_up", "adaptation"]
-    assert set(result.scores["adaptation"]) == {"mean", "MYO", "LAC", "LVC", "AA"}
-    assert 0 <= result.scores["adaptation"]["MYO"]["dice"] <= 1
-    assert result.last_checkpoint == result.run / "checkpoints" / "step-0000012"
-    assert result.best_checkpoint == result.run / "best"
-    assert {path.name for path in result.run.iterdir()} >= {"progress.png", "tensorboard", "results", "metrics.jsonl"}
-    assert (result.run / "results" / "phases.png").exists()
-
-    # The loop as tests run it on data that they open themselves.
-    _, folder = train_locally(tiny, tmp_path / "run")
-    without_speed = [
-        [{key: value for key, value in record.items() if not key.startswith("perf/")} for record in records]
-        for records in (result.history, folder.read_metrics())
-    ]
-    assert without_speed[0] == without_speed[1]
-
-    # Once more: the result of the finished run.
-    checkpoint = result.last_checkpoint.stat().st_mtime_ns
-    again = train_segmenter(tiny, device="cpu")
-    assert repr(again) == repr(result)  # NaN is not NaN
-    assert again.last_checkpoint.stat().st_mtime_ns == checkpoint
-    assert capfd.readouterr() == ("", "")
-
-
-def test_the_random_state_of_the_caller_stays(tiny: Config, tmp_path: Path) -> None:
-    torch.manual_seed(3)
-    expected = torch.rand(1)
-    torch.manual_seed(3)
-    changes = {"run.storage": tmp_path, "phases.warm_up": 0, "phases.adaptation": 0}
-    load_segmenter(train_segmenter(tiny, changes, device="cpu").run, device="cpu")
-    assert torch.rand(1) == expected
-
-
-def test_a_run_that_ctrl_c_ends_is_resumed(tiny: Config, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    every = {"run.log_every": 10, "run.checkpoint_every": 10, "run.validate_every": 1000}
-    phases = {"phases.source_only": 100, "phases.warm_up": 0, "phases.adaptation": 0}
-    changes = {"run.storage": tmp_path, **phases, **every}
-    run = tmp_path / "phantom"
-
-    def interrupt() -> None:
-        deadline = time.monotonic() + 60
-        while not list(run.glob("checkpoints/step-*")) and time.monotonic() < deadline:
-            time.sleep(0.005)
-        os.kill(os.getpid(), 2)
-
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for what runs in the background
-    thread = threading.Thread(target=interrupt)
-    thread.start()
-    with pytest.raises(KeyboardInterrupt):
-        train_segmenter(tiny, changes, device="cpu")
-    thread.join()
-    status = json.loads((run / "status.json").read_text(encoding="utf-8"))
-    assert (status["state"], status["exit_code"]) == ("interrupted", 130)
-    assert status["resume_command"].endswith("config.yaml")
-    assert status["global_step"] < 100
-    assert capfd.readouterr() == ("", "")
-    with pytest.raises(ConfigError, match=r"started with another config: optim\.lr"):
-        train_segmenter(tiny, {**changes, "optim.lr": 0.5}, device="cpu")
-
-    result = train_segmenter(tiny, changes, device="cpu", progress=True)
-    assert [record["global_step"] for record in result.history] == list(range(10, 101, 10))
-    assert "resuming from the checkpoint" in (run / "logs" / "warnings.log").read_text(encoding="utf-8")
-    assert "source-only" in capfd.readouterr().err
-
-
-def test_errors_of_training_are_exceptions(tiny: Config, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(TrainingError, match="not finite, seen at iteration 2 of the phase source_only"):
-        train_segmenter(tiny, {"run.storage": tmp_path, "optim.lr": 1e30, "run.log_every": 1}, device="cpu")
-    status = json.loads((tmp_path / "phantom" / "status.json").read_text(encoding="utf-8"))
-    assert (status["state"], status["exit_code"]) == ("failed", TrainingError.exit_code)
-    with pytest.raises(DataError, match="nowhere"):
-        train_segmenter(tiny, {"run.storage": tmp_path, "run.name": "b", "data.source": "nowhere"}, device="cpu")
-    with pytest.raises(ConfigError, match=r"run\.storage=s3://bucket is a URL"):
-        train_segmenter(tiny, {"run.storage": "s3://bucket"})
-    with pytest.raises(ConfigError, match="there is no device 'gpu'"):
-        train_segmenter(tiny, {"run.storage": tmp_path}, device="gpu")
-    assert capfd.readouterr() == ("", "")
-
-
-def test_what_is_odd_about_the_data_is_a_warning(tmp_path: Path) -> None:
-    from tests.tiny import make_dataset
-
-    make_dataset(tmp_path / "mr", "mr", labelled=("train",))
-    make_dataset(tmp_path / "ct", "ct", seed=1)
-    config = tiny_config(tmp_path / "mr", tmp_path / "ct", [f"run.storage={tmp_path}", "phases.adaptation=0"])
-    with pytest.warns(UserWarning, match="no labelled validation cases") as caught:
-        result = train_segmenter(config, {"phases.warm_up": 0}, device="cpu")
-    assert caught[0].filename == __file__
-    assert result.best_checkpoint is None
-
-
-# --------------------------------------------------------------------------------------------------- prediction
 
 
 def test_a_segmenter_says_what_it_is(segmenter: TrainedSegmenter, result: TrainingResult) -> None:
@@ -341,9 +157,6 @@ def test_wrong_arguments_of_prediction_are_refused(
     assert list(tmp_path.iterdir()) == []
 
 
-# ------------------------------------------------------------------------------------------------------- scores
-
-
 def test_scores_are_those_of_the_evaluation(segmenter: TrainedSegmenter, result: TrainingResult, hearts: Path) -> None:
     """Of prepared volumes, which the command evaluate scores."""
     manifest = load_manifest(hearts / "data" / "mr")
@@ -356,10 +169,6 @@ def test_scores_are_those_of_the_evaluation(segmenter: TrainedSegmenter, result:
         assert repr(list(rows.values())) == repr(wanted)
         dice.append(rows["MYO"].dice)
     assert np.mean(dice) == pytest.approx(result.scores["adaptation"]["MYO"]["dice"])
-
-
-def messages(caught: Sequence[warnings.WarningMessage]) -> list[str]:
-    return [str(warning.message) for warning in caught]
 
 
 def test_what_is_unusual_is_a_python_warning(
