@@ -10,7 +10,7 @@ from mpscl_ray.compare.cells import DIRECTIONS, Cell, CellLedger, Plan, make_cel
 from mpscl_ray.compare.published import published_for
 from mpscl_ray.compare.runner import Comparison, is_done, total_seconds
 from mpscl_ray.compare.table import CellResult, Direction, Style, comparison_csv, format_comparison
-from mpscl_ray.config import Config, reads_target, to_yaml
+from mpscl_ray.config import Config, default_settings, reads_target, to_yaml
 from mpscl_ray.config.systems import SYSTEMS
 from mpscl_ray.data.dataset import Manifest, load_manifest
 from mpscl_ray.distributed.ray_session import connect
@@ -65,7 +65,7 @@ def _run(plan: Plan, base: Config, folder: RunDirectory, resume: str, fit: Fit |
         for cell in cells:
             run = open_run(out / "cells" / cell.name)
             if run.store.step_checkpoints() and run.exists:
-                run.check_config(to_yaml(cell.config), MAY_CHANGE)
+                run.check_config(to_yaml(cell.config), MAY_CHANGE, defaults=default_settings(cell.config.method_name))
         print(_summary(plan, cells, ledger, manifests, out), flush=True)
 
         def write() -> None:

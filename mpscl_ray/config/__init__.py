@@ -6,6 +6,7 @@ from mpscl_ray.config.help import field_docs
 from mpscl_ray.config.load import (
     PRESETS,
     config_from_dict,
+    default_settings,
     differences,
     load_command_line,
     load_config,
@@ -71,6 +72,7 @@ __all__ = [
     "ScalingConfig",
     "SegmentationConfig",
     "config_from_dict",
+    "default_settings",
     "differences",
     "field_docs",
     "flatten",

@@ -88,6 +88,11 @@ def to_dict(config: Config) -> dict[str, Any]:
     return values
 
 
+def default_settings(method: str) -> dict[str, Any]:
+    """Nested plain values of all settings of a method, as they are where nothing sets them."""
+    return to_dict(Config(method=METHOD_CONFIGS[method]()))
+
+
 def to_yaml(config: Config) -> str:
     """The resolved settings as YAML, readable by :func:`load_config`."""
     return yaml.safe_dump(to_dict(config), sort_keys=False, default_flow_style=None, width=100)

@@ -293,6 +293,10 @@ class Config:
             lengths.append((name, share))
         return [(name, iterations) for name, iterations in lengths if iterations > 0]
 
+    def suits(self, workers: int) -> bool:
+        """Whether so many workers can have equal parts of each batch, in micro-batches of equal size."""
+        return self.data.global_batch_size % (workers * self.optim.accumulate) == 0
+
     @property
     def total_iterations(self) -> int:
         """Iterations of all phases."""

@@ -115,6 +115,7 @@ class SplitFiles:
         Raises:
             DataError: as :meth:`read`.
         """
+        assert self.labels, "the split was opened without labels"
         found = []
         for case, own in zip(self.cases, self.case_rows(), strict=True):
             label = np.empty((case.slices, *self.size), np.uint8)

@@ -7,8 +7,8 @@ these. So the samples of a step do not depend on the number of workers, every ra
 shorter domain repeats, no sample is dropped, and a resumed run needs only the step number.
 
 A domain whose share of slices with a structure is set has two such streams, of the rows with one and of the others.
-The n-th position of either kind takes element n of its stream; which kind a position is of is a function of the
-position alone.
+The n-th position of either kind takes element n of its stream. The kinds of the positions of a step are a function of
+(seed, domain, step, global batch size).
 
 The permutations come from an integer hash and a stable sort, not from a library's generator: they are the same in all
 versions of all libraries.
@@ -85,8 +85,9 @@ def sample_keys(seed: int, domain: str, start: int, stop: int) -> Keys:
 class Foreground:
     """A share of a domain's stream that is drawn among its rows with a structure, the rest among the others.
 
-    Of the first p positions the floor of ``share`` p are of the first kind, so the share is exact, and as even as it
-    can be within every batch. Where all rows show a structure there are no others to take.
+    After every step the floor of ``share`` times the positions so far are of the first kind, so the share is exact, and
+    as even as it can be over the batches. Within a batch the kinds are shuffled: at regular places, micro-batches,
+    whose images are regular too, would be of one kind. Where all rows show a structure there are no others to take.
 
     Raises:
         ConfigError: no row shows a structure.
@@ -103,12 +104,12 @@ class Foreground:
         self._others = np.setdiff1d(np.arange(total), rows)
         self._millionths = round(share * 10**6) if len(self._others) else 10**6
 
-    def rows(self, seed: int, domain: str, start: int, stop: int) -> Rows:
-        """Row index at each position [start, stop) of the stream."""
-        before = [position * self._millionths // 10**6 for position in range(start, stop + 1)]
-        shows = np.diff(before).astype(bool)
-        taken = np.empty(stop - start, dtype=np.int64)
-        first, last = before[0], before[-1]
+    def batch_rows(self, seed: int, domain: str, step: int, size: int) -> Rows:
+        """(size,) row indices of the global batch of a step."""
+        start, stop = step * size, (step + 1) * size
+        first, last = (position * self._millionths // 10**6 for position in (start, stop))
+        shows = epoch_permutation(seed, f"{domain}/kinds", step, size) < last - first
+        taken = np.empty(size, dtype=np.int64)
         for kind, rows, bounds in (
             ("foreground", self._rows, (first, last)),
             ("background", self._others, (start - first, stop - last)),
@@ -163,7 +164,8 @@ class StepOrder:
     def batch_rows(self, step: int) -> Rows:
         """(local_batch,) row indices that this rank takes at a global step."""
         if self.foreground is not None:
-            return self.foreground.rows(self.seed, self.domain, *self.positions(step))
+            own = slice(self.rank * self.local_batch, (self.rank + 1) * self.local_batch)
+            return self.foreground.batch_rows(self.seed, self.domain, step, self.global_batch)[own]
         return sample_positions(self.seed, self.domain, self.rows, *self.positions(step))
 
     def batch_keys(self, step: int) -> Keys:

@@ -105,7 +105,7 @@ class Method(ABC):
 
     guard: float | None = None
     """Where not None: the state before the first step competes for the best one, and training ends when the class-ratio
-    agreement falls by more than this below its value there."""
+    agreement falls by more than this below its value there. The state with that agreement does not compete."""
 
     fixed_state: tuple[str, ...] = ()
     """Keys of :meth:`state_dict` whose tensors stay as :meth:`prepare` has left them to the end of the phase."""

@@ -101,7 +101,7 @@ class Checkpoint:
     step: int | None = None
     """Iterations of all phases; None for weights from elsewhere."""
     selected_by: str | None = None
-    """What selected it among the checkpoints of its run, if anything: ``label_free`` or ``oracle``."""
+    """What selected it among the checkpoints of its run, if anything: a value of ``run.select``."""
 
     @property
     def oracle(self) -> bool:

@@ -12,7 +12,12 @@ _ABSENT = object()
 
 
 def check_config_change(
-    run: str, stored: Mapping[str, Any], given: Mapping[str, Any], may_change: Collection[str], option: str = ""
+    run: str,
+    stored: Mapping[str, Any],
+    given: Mapping[str, Any],
+    may_change: Collection[str],
+    option: str = "",
+    defaults: Mapping[str, Any] | None = None,
 ) -> list[str]:
     """Refuse a config that changes what must stay.
 
@@ -22,6 +27,7 @@ def check_config_change(
         given: The same of the config now.
         may_change: Dotted keys that may differ; ``scaling`` covers ``scaling.num_workers`` too.
         option: Option of the command that permits every change, where it has one.
+        defaults: Nested values that settings have in a run which is older than they are.
 
     Returns:
         A sentence for each key of ``may_change`` that did change.
@@ -30,6 +36,7 @@ def check_config_change(
         ConfigError: Lists every other key that differs, with both values.
     """
     old, new = dict(flatten(stored)), dict(flatten(given))
+    old = {key: value for key, value in flatten(defaults or {}) if key in new} | old
     changed: list[str] = []
     refused: list[str] = []
     for key in sorted(old.keys() | new.keys()):

@@ -172,9 +172,16 @@ class RunDirectory:
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"cannot read {self.config_file}: {error}") from error
 
-    def check_config(self, text: str, may_change: Collection[str] = (), option: str = "") -> list[str]:
+    def check_config(
+        self,
+        text: str,
+        may_change: Collection[str] = (),
+        option: str = "",
+        defaults: Mapping[str, Any] | None = None,
+    ) -> list[str]:
         """Compare a resolved config, as YAML, with the one of this run (:func:`check_config_change`)."""
-        return check_config_change(self.name, self._parse(self.read_config()), self._parse(text), may_change, option)
+        stored, given = self._parse(self.read_config()), self._parse(text)
+        return check_config_change(self.name, stored, given, may_change, option, defaults)
 
     def _parse(self, text: str) -> dict[str, Any]:
         try:

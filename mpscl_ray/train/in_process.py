@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from mpscl_ray.config import Config, load_config, override, to_yaml
+from mpscl_ray.config import Config, default_settings, load_config, override, to_yaml
 from mpscl_ray.data.loader import LocalSlices, Slices
 from mpscl_ray.errors import ConfigError, TrainingError
 from mpscl_ray.evaluate.run import evaluate_phases
@@ -100,7 +100,7 @@ def train_segmenter(
     folder.create()
     with folder.lock():
         if folder.exists and folder.store.step_checkpoints():
-            folder.check_config(to_yaml(settings), MAY_CHANGE)
+            folder.check_config(to_yaml(settings), MAY_CHANGE, defaults=default_settings(settings.method_name))
             if folder.read_status().get("state") == "finished":
                 return _result(folder, settings)
         folder.write_config(to_yaml(settings))

@@ -293,7 +293,9 @@ class _Trainer:
         score = selection_score(results, self.config.run.select, data.labelled_domain)
         if score is not None:
             record["val/selection_score"] = score
-            if self.state.best is None or score > self.state.best:
+            # A state that ends its phase is not the one to use, however it scores.
+            better = self.state.best is None or score > self.state.best
+            if better and not self.state.harmed(method.guard):
                 self.state.best = score
                 self.checkpointer.save(self.folder.best, method, name, self.state)
         return record

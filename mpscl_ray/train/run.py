@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shlex
 
-from mpscl_ray.config import Config, reads_target, to_yaml
+from mpscl_ray.config import Config, default_settings, reads_target, to_yaml
 from mpscl_ray.distributed.ray_session import connect
 from mpscl_ray.errors import ConfigError, Interrupted, TrainingError
 from mpscl_ray.evaluate.run import evaluate_phases
@@ -76,9 +76,9 @@ def train(
         # A run without a checkpoint starts from scratch, with any settings.
         if folder.exists and folder.store.step_checkpoints():
             every_section = tuple(section.name for section in dataclasses.fields(Config))
-            changes = folder.check_config(
-                to_yaml(config), every_section if allow_change else MAY_CHANGE, "--allow-change"
-            )
+            may_change = every_section if allow_change else MAY_CHANGE
+            defaults = default_settings(config.method_name)
+            changes = folder.check_config(to_yaml(config), may_change, "--allow-change", defaults)
             if folder.read_status().get("state") == "finished" and not (changes and allow_change):
                 print(f"the run {folder.name} is finished; for another one give it a name with run.name=NAME")
                 print_results(folder)

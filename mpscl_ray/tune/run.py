@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
+from mpscl_ray.config import default_settings
 from mpscl_ray.config.systems import limiting_keys
 from mpscl_ray.config.titles import phase_title
 from mpscl_ray.distributed.ray_session import connect
@@ -63,7 +64,8 @@ def search(
     with folder.lock():
         ledger = Ledger(folder.path / LEDGER, folder.store.flush)
         if folder.exists and ledger.trials:
-            for change in folder.check_config(settings, MAY_CHANGE):
+            defaults = default_settings(space.base.method_name)
+            for change in folder.check_config(settings, MAY_CHANGE, defaults=defaults):
                 print(f"changed for the rest of the search: {change}", flush=True)
         train_run.warn_of_storage(folder)
         folder.write_config(settings)

@@ -220,7 +220,11 @@ class Study:
         status = folder.read_status()
         state = status.get("state")
         if state == "finished":
-            self._record_end(number, "finished")
+            # A method's guard (Method.guard) can end the last phase before its iterations are done.
+            last = (folder.read_metrics() or [{"iteration": 0, "iterations": 0}])[-1]
+            early = last["iteration"] < last["iterations"]
+            reason = f"the adaptation did harm and ended at iteration {last['iteration']}" if early else ""
+            self._record_end(number, "stopped" if early else "finished", reason)
         elif state == "failed" and status["exit_code"] in _INFRASTRUCTURE_ERRORS:
             kind = _INFRASTRUCTURE_ERRORS[status["exit_code"]]
             self._record_error(number, kind(f"trial {number}: {status['reason']}"))

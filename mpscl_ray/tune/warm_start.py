@@ -101,8 +101,8 @@ def train_shared_phases(study: Study, given: RunDirectory | None, interruption: 
 
 def _shared_config(config: Config, common: Sequence[str], folder: RunDirectory, at_once: int) -> Config:
     """Settings of the shared run, with as many workers as there is room for and as divide the batch."""
-    batch, room = config.data.global_batch_size, at_once * config.scaling.most_workers
-    workers = next(number for number in range(min(room, batch), 0, -1) if batch % number == 0)
+    room = at_once * config.scaling.most_workers
+    workers = next(number for number in range(room, 0, -1) if config.suits(number))
     left_out = {f"phases.{name}": 0 for name in (SOURCE_ONLY, WARM_UP, ADAPTATION) if name not in common}
     where = {"run.name": SHARED_RUN, "run.storage": folder.display_path, "scaling.num_workers": workers}
     return override(config, {**left_out, **where})

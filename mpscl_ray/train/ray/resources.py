@@ -116,6 +116,6 @@ def _nodes() -> list[dict[str, float]]:
 
 def _suggest(config: Config, fits: int, others: list[str]) -> str:
     """What to use instead: as many workers as fit and divide the batch."""
-    workers = next((number for number in range(fits, 0, -1) if config.data.global_batch_size % number == 0), 0)
+    workers = next((number for number in range(fits, 0, -1) if config.suits(number)), 0)
     offers = [f"scaling.num_workers={workers}", *others] if workers else others
     return f"use {' or '.join(offers)}" if offers else "use a larger machine"

@@ -11,7 +11,9 @@ from mpscl_ray.config import (
     METHOD_CONFIGS,
     PRESETS,
     config_from_dict,
+    default_settings,
     differences,
+    flatten,
     load_config,
     preset_names,
     to_dict,
@@ -32,6 +34,18 @@ def test_every_preset_survives_a_round_trip(name: str, tmp_path: Path) -> None:
 
 def test_methods_and_their_settings_have_the_same_names() -> None:
     assert METHODS.keys() == METHOD_CONFIGS.keys()
+
+
+@pytest.mark.parametrize("name", METHOD_CONFIGS)
+def test_default_settings_are_those_that_a_config_without_them_has(name: str) -> None:
+    defaults = default_settings(name)
+    given = {"method": {"name": name}, "phases": {"source_only": 1, "warm_up": 0, "adaptation": 0}}
+    if name == "sifa":
+        given["phases"] = {"source_only": 0, "warm_up": 0, "adaptation": 1}
+    built = dict(flatten(to_dict(config_from_dict(given))))
+    assert {key: value for key, value in built.items() if not key.startswith("phases.")} == {
+        key: value for key, value in flatten(defaults) if not key.startswith("phases.")
+    }
 
 
 def test_presets_ship_for_both_directions_with_bounds() -> None:

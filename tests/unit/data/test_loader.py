@@ -70,6 +70,8 @@ def test_rows_with_a_structure_are_those_with_more_than_twenty_pixels_of_it(tmp_
     in_memory = LocalSlices(tmp_path, "train", labels=True)
     for slices in (Slow(in_memory.files), in_memory):
         assert slices.foreground_rows.tolist() == [2, 3, 5]
+    with pytest.raises(AssertionError, match="opened without labels"):
+        SplitFiles.find(tmp_path, "train", labels=False).foreground_rows()
     chosen = np.array([1, 2, 5])
     assert SubsetSlices(in_memory, chosen).foreground_rows.tolist() == [1, 2]
     assert SubsetSlices(in_memory, chosen, np.ones((3, *SIZE), np.uint8)).foreground_rows.tolist() == [0, 1, 2]

@@ -132,7 +132,7 @@ def test_the_share_of_rows_with_a_structure_is_exact_and_even(
     stream = np.concatenate([order.batch_rows(step) for step in range(240 // batch)])
     shows = np.isin(stream, rows)
     exact = np.arange(1, 241) * round(share, 6)
-    assert (np.abs(np.cumsum(shows) - exact) < 1 + 1e-9).all()
+    assert (np.abs(np.cumsum(shows) - exact)[batch - 1 :: batch] < 1 + 1e-9).all()
     for kind, count in ((stream[shows], shown), (stream[~shows], others)):
         epochs = [kind[first : first + count] for first in range(0, len(kind) - count + 1, count)]
         assert all(len(set(epoch.tolist())) == count for epoch in epochs)
@@ -151,6 +151,14 @@ def test_rows_with_a_structure_do_not_depend_on_the_workers_and_resume() -> None
     resumed = StepOrder(**options).steps(7)
     assert [next(resumed).tolist() for _ in range(5)] == one[7:]
     assert one != union_over_ranks(1, 12, **{**options, "seed": 4})
+
+
+def test_slices_with_a_structure_are_at_every_place_of_a_batch_alike() -> None:
+    order = StepOrder(3, "source", 100, 8, foreground=Foreground(0.5, np.arange(50), 100))
+    shows = np.array([order.batch_rows(step) < 50 for step in range(400)])
+    assert (shows.sum(axis=1) == 4).all()
+    assert np.abs(shows.mean(axis=0) - 0.5).max() < 0.1, "so neither half of a batch lacks them"
+    assert 0.05 < np.mean(shows[:, ::2].sum(axis=1) == 3) < 0.5, "and they alternate by chance alone"
 
 
 def test_where_all_rows_or_none_show_a_structure() -> None:

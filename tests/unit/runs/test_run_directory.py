@@ -143,6 +143,17 @@ def test_allowed_changes_are_returned(run: RunDirectory) -> None:
         run.check_config(now, may_change=["scal"])
 
 
+def test_a_run_that_is_older_than_a_setting_has_its_default(run: RunDirectory) -> None:
+    run.write_config(CONFIG)
+    defaults = {"method": {"margin_source": 0.4, "ema": 0.99}, "optim": {"accumulate": 1}}
+    now = CONFIG + "optim: {accumulate: 1}\n"
+    assert run.check_config(now, defaults=defaults) == []
+    with pytest.raises(ConfigError, match=r"config: optim\.accumulate: 1 in the run, 2 now; set it back"):
+        run.check_config(now.replace("accumulate: 1", "accumulate: 2"), defaults=defaults)
+    with pytest.raises(ConfigError, match=r"config: optim\.accumulate: absent in the run, 1 now; "):
+        run.check_config(now)
+
+
 def test_damaged_config(run: RunDirectory) -> None:
     run.write_config("{")
     with pytest.raises(DataError, match=r"config.yaml is damaged"):

@@ -58,6 +58,17 @@ def test_an_adaptation_that_does_harm_ends_and_leaves_the_start_as_the_best(data
     assert one == other
 
 
+def test_the_state_that_does_harm_is_not_the_best_though_the_criterion_prefers_it(data: Path, tmp_path: Path) -> None:
+    outcome, folder = train(config_of(data, "method.guard=0.005", "run.select=label_free"), tmp_path)
+    scores = {r["iteration"]: r["val/selection_score"] for r in folder.read_metrics() if "val/selection_score" in r}
+    last = scores[outcome.iteration]
+    assert outcome.iteration < 12
+    assert last == max(scores.values()), "the criterion prefers it"
+    position = checkpoint.load(folder.best)["position"]
+    assert position["iteration"] < outcome.iteration
+    assert position["best"] < last
+
+
 def test_without_guard_it_goes_on(data: Path, tmp_path: Path) -> None:
     watcher = RecordingCallback()
     outcome, folder = train(config_of(data, "method.guard=null"), tmp_path, None, watcher)

@@ -76,6 +76,15 @@ def test_the_end_of_a_trial_is_read_from_its_folder(
     assert [type(error) for error in study.errors] == ([StorageError] if code == 5 else [])
 
 
+def test_a_trial_whose_adaptation_was_ended_by_its_guard_is_not_trained_in_full(tmp_path: Path) -> None:
+    study = study_in(tmp_path)
+    study.trial_folder(1).append_metrics({"global_step": 56, "phase": "adaptation", "iteration": 6, "iterations": 9})
+    study.trial_folder(1).write_status("finished", exit_code=0)
+    study.trial_ended(1)
+    trial = Ledger(study.ledger.file).trials[1]
+    assert (trial.state, trial.reason) == ("stopped", "the adaptation did harm and ended at iteration 6")
+
+
 def more(study: Study, *dices: float, iteration: int = 30) -> Study:
     """A study of the same folder, opened again when trials 2, 3, ... have reported as well."""
     for number, dice in enumerate(dices, start=2):
