@@ -31,9 +31,11 @@ SETTINGS = (
     "phases.warm_up=4",
     "phases.adaptation=4",
     "phases.source_only_lr=null",
+    "optim.kind=sgd",
     "optim.lr=0.01",
     "optim.head_lr_factor=1",
     "optim.lr_discriminator=1e-4",
+    "method.segmentation_loss=released",
     "method.lambda_main=0.003",
     "method.lambda_aux=2e-5",
     "method.gamma=1",
@@ -41,7 +43,11 @@ SETTINGS = (
     "run.log_every=2",
     "run.validate_every=4",
     "run.checkpoint_every=2",
+    "data.foreground_share=null",
     "data.augmentation.rotation_deg=10",
+    "data.augmentation.random_conv_probability=0.5",
+    "data.augmentation.mapping_probability=0",
+    "data.augmentation.degradation_probability=0",
 )
 """Overrides that make any preset tiny: three phases of four iterations."""
 

@@ -121,7 +121,7 @@ def test_the_numbers_of_the_readme_are_those_of_the_table_of_methods() -> None:
         if not {*table, *earlier} & set(titles):
             assert numbers == "not measured"
             continue
-        expected = dict.fromkeys(f"{table.get(title, earlier[title])} %" for title in titles)
+        expected = dict.fromkeys(f"{(earlier | table)[title]} %" for title in titles)
         remark = "" if set(titles) <= set(table) else " before their last changes"
         assert numbers == ", ".join(expected) + remark
 

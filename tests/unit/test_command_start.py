@@ -67,7 +67,7 @@ CASES = {
         ("preset=small/mpscl", 2, "error: data.source is not set"),
     ],
     "compare": [
-        ("--help", 0, "  source_only  lower bound: the segmenter"),
+        ("--help", 0, "  source_only        lower bound: the segmenter"),
         ("--version", 0, "torch"),
         ("--shwo", 2, "unrecognized arguments: --shwo"),
         ("mpsc", 2, "error: there is no system mpsc"),

@@ -219,6 +219,6 @@ def test_a_preset_that_changes_between_two_readings_is_read_again(tmp_path: Path
 
 def test_overrides_of_one_reading_are_not_in_the_next(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
-    file.write_text("preset: small/mpscl\noptim: {legacy_param_repeats: {}}\n", encoding="utf-8")
+    file.write_text("preset: small/mpscl\noptim: {kind: sgd, legacy_param_repeats: {}}\n", encoding="utf-8")
     assert load_config(file, ["optim.legacy_param_repeats.stem=2"]).optim.legacy_param_repeats == {"stem": 2}
     assert load_config(file).optim.legacy_param_repeats == {}

@@ -66,7 +66,8 @@ def assert_close(ours: dict[str, Any], reference: dict[str, Any]) -> None:
 def test_equals_the_whole_batch_where_batch_norms_are_fixed(name: str, accumulate: int) -> None:
     whole, parts = (make_double(name, number) for number in (1, accumulate))
     for method in (whole, parts):
-        fix_batch_norms(method.networks["segmenter"])
+        for network in method.networks.values():
+            fix_batch_norms(network)
         if name == "cag":
             method.anchors.normal_(generator=torch.Generator().manual_seed(1))
             method.anchor_counts.fill_(1)
@@ -114,7 +115,7 @@ def test_equals_a_loop_that_accumulates_gradients() -> None:
         image, label = data.source_image[index::2].double(), data.source_label[index::2]
         total = torch.zeros((), dtype=torch.float64)
         for head, factor in (("main", 1.0), ("aux", method.config.segmentation_aux_weight)):
-            logits = base.upsampled(network(image), label.shape[-2:])[head]
+            logits = base.upsampled(label.shape[-2:], network(image))[0][head]
             entropy = nn.functional.cross_entropy(logits, label, weight=weights, reduction="sum")
             dice = base.soft_dice_loss(logits, label) / 2
             total = total + factor * (entropy / (weights * counts).sum() + dice)
