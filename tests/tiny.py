@@ -45,7 +45,6 @@ SETTINGS = (
     "run.checkpoint_every=2",
     "data.foreground_share=null",
     "data.augmentation.rotation_deg=10",
-    "data.augmentation.random_conv_probability=0.5",
     "data.augmentation.mapping_probability=0",
     "data.augmentation.degradation_probability=0",
 )

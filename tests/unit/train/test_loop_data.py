@@ -81,7 +81,7 @@ def test_the_bounds(pair: Path, tmp_path: Path, preset: str) -> None:
     assert run.best.is_dir()
     assert all(batch.target_image is None for batch in watcher.batches)
     brightest = torch.cat([batch.source_image for batch in watcher.batches]).mean(0).amax()
-    assert (brightest > 0.5) == (phase == "source_only"), "ventricles are 0.8 in the source and 0.5 in the target"
+    assert (brightest > 0.6) == (phase == "source_only"), "ventricles are 0.8 in the source and 0.5 in the target"
 
 
 # ------------------------------------------------------------------------------------------------------ unusual data
