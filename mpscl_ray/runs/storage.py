@@ -21,7 +21,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Literal
+from typing import IO, TYPE_CHECKING, Literal, TypeVar
 from urllib.parse import parse_qsl, urlsplit
 
 from mpscl_ray.errors import ConfigError, DataError, StorageError
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from pyarrow import NativeFile, fs
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 _OPTIONS = ("endpoint_override", "region", "scheme")
 _CHUNK = 1 << 23
@@ -38,6 +39,8 @@ _CONNECT_S = 5.0
 _SILENCE_S = 20.0
 """Longest silence of a server in the middle of a request."""
 _ATTEMPTS = 2
+_VERSIONS = 20
+"""How often an object may be replaced while it is read."""
 _RETRY_S = 2.0
 
 _REFUSALS = ("ACCESS_DENIED", "INVALID_ACCESS_KEY_ID", "SIGNATURE_DOES_NOT_MATCH", "EXPIRED_TOKEN", "INVALID_CLIENT")
@@ -137,8 +140,7 @@ class S3Path:
 
     def read_bytes(self) -> bytes:
         """Contents of the object. Raises FileNotFoundError where there is none."""
-        with self._errors("read"), self._fs.open_input_file(self.key) as stream:
-            return bytes(stream.read())
+        return self._read_one_version(lambda stream: bytes(stream.read()))
 
     def write_bytes(self, data: bytes) -> None:
         """Make or replace the object."""
@@ -150,13 +152,17 @@ class S3Path:
         with storage_errors(target.parent):
             target.parent.mkdir(parents=True, exist_ok=True)
         with replacing(target) as partial:
-            with storage_errors(target):
-                file = partial.open("wb")
-            with file, self._errors("read"), self._fs.open_input_file(self.key) as stream:
-                while data := stream.read(_CHUNK):
-                    with storage_errors(target):
-                        file.write(data)
-                        file.flush()
+
+            def copy(stream: NativeFile) -> None:
+                with storage_errors(target):
+                    file = partial.open("wb")
+                with file:
+                    while data := stream.read(_CHUNK):
+                        with storage_errors(target):
+                            file.write(data)
+                            file.flush()
+
+            self._read_one_version(copy)
 
     def upload(self, source: IO[bytes]) -> None:
         """Make or replace the object with the rest of an open file."""
@@ -210,6 +216,21 @@ class S3Path:
         with self._errors("read"):
             (info,) = self._fs.get_file_info([self.key])
         return info
+
+    def _read_one_version(self, read: Callable[[NativeFile], T]) -> T:
+        """Read again where the object was replaced meanwhile.
+
+        pyarrow asks for its size first, then for its bytes, which may be the first ones of a newer version.
+        """
+        with self._errors("read"):
+            for _ in range(_VERSIONS):
+                with self._fs.open_input_file(self.key) as stream:
+                    version = stream.metadata().get("ETag")
+                    found = read(stream)
+                with self._fs.open_input_file(self.key) as stream:
+                    if stream.metadata().get("ETag") == version:
+                        return found
+        raise StorageError(f"cannot read {self}: it was replaced {_VERSIONS} times meanwhile; see what writes it")
 
     def _open_output(self) -> NativeFile:
         # By default pyarrow compresses what is written to a name that ends in .gz; the contents are compressed already.

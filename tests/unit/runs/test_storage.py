@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import os
 import threading
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from typing import IO
 
 import numpy as np
 import pytest
+from pyarrow import NativeFile
 
 from mpscl_ray.data.dataset import load_manifest
 from mpscl_ray.data.parquet_reader import SplitFiles, read_case
@@ -244,3 +246,32 @@ def test_a_name_that_ends_in_gz_keeps_its_contents(remote: S3Path) -> None:
     (remote / "a.nii.gz").write_bytes(b"as it was written")
     (remote / "b.nii.gz").upload(io.BytesIO(b"as it was written"))
     assert {(remote / name).read_bytes() for name in remote.files()} == {b"as it was written"}
+
+
+def test_an_object_that_is_replaced_while_it_is_read(remote: S3Path, tmp_path: Path) -> None:
+    """Another process writes a longer version between the question for the size and that for the bytes."""
+    versions = [b"{'cells': {}}", b"{'cells': {'one': 'running'}}", b"{'cells': {'one': 'finished', 'two': 'running'}}"]
+    waiting = list(versions)
+
+    def read(stream: NativeFile) -> bytes:
+        if waiting:
+            remote.write_bytes(waiting.pop(0))
+        return bytes(stream.read())
+
+    remote.write_bytes(b"{}")
+    assert remote._read_one_version(read) == versions[-1]
+    assert remote.read_bytes() == versions[-1]
+    remote.download(tmp_path / "copy")
+    assert (tmp_path / "copy").read_bytes() == versions[-1]
+
+
+def test_an_object_that_is_always_replaced(remote: S3Path) -> None:
+    sizes = itertools.count(1)
+
+    def read(stream: NativeFile) -> bytes:
+        remote.write_bytes(b" " * next(sizes))
+        return bytes(stream.read())
+
+    remote.write_bytes(b"")
+    with pytest.raises(StorageError, match="it was replaced 20 times meanwhile"):
+        remote._read_one_version(read)
