@@ -299,6 +299,11 @@ def _inconsistencies(config: Config) -> list[str]:
             f"optim.legacy_param_repeats are sub-steps of SGD, and optim.kind={config.optim.kind} has none; set "
             "optim.legacy_param_repeats=null"
         )
+    if config.scaling.accelerator_type and config.scaling.device == "cpu":
+        found.append(
+            f"scaling.accelerator_type={config.scaling.accelerator_type} is a kind of GPU, and scaling.device=cpu uses "
+            "none; set one of them otherwise"
+        )
     if not config.schedule:
         found.append("phases: all phases have 0 iterations; give at least one of them some")
     return found

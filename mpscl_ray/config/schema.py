@@ -230,6 +230,16 @@ class ScalingConfig:
     """cpu, gpu, or auto: a GPU for each worker if the cluster has any."""
     cpus_per_worker: Annotated[float, Field(gt=0)] = 1
     """CPUs that each worker reserves, and threads that it uses."""
+    memory_gb: Annotated[float, Field(gt=0)] | None = None
+    """Memory in GB (1e9 bytes) that each worker reserves on its node."""
+    accelerator_type: str | None = None
+    """Kind of GPU that each worker needs, as Ray names it: A100, H100, T4, ..."""
+    node_labels: dict[str, str] = field(default_factory=dict)
+    """Labels that a worker's node must have: {market-type: spot}, or with Ray's operators {region: "in(a, b)"}."""
+    placement_strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
+    """How workers share nodes, as in Ray: as few nodes as possible or as many, and with STRICT not otherwise."""
+    collective_timeout_s: Annotated[float, Field(gt=0)] = 1800
+    """Seconds after which a collective that some worker does not join ends the workers, which are then replaced."""
     resource_timeout_s: Annotated[float, Field(ge=0)] = 0
     """Seconds to wait for resources that the cluster lacks, for example while it grows."""
     resize_check_s: Annotated[float, Field(gt=0)] = 30

@@ -126,9 +126,9 @@ class MPSCL(AlignmentMethod[MPSCLConfig]):
 
     def diagnostics(self) -> dict[str, Tensor]:
         if not self._contrast:
-            return {}
+            return super().diagnostics()
         smallest, mean = prototype_angles(self.prototypes)
-        return {"prototype_angle_min": smallest, "prototype_angle_mean": mean}
+        return super().diagnostics() | {"prototype_angle_min": smallest, "prototype_angle_mean": mean}
 
     @property
     def prototype_classifier(self) -> PrototypeClassifier | None:  # type: ignore[override]

@@ -15,6 +15,9 @@ from mpscl_ray.distributed import collectives
 from mpscl_ray.distributed.batch_norm import changing_buffers, convert_batch_norm
 from mpscl_ray.errors import DataError
 
+GRADIENT_NORM = "gradient_norm"
+"""Key of the L2 norm of all averaged gradients of a step."""
+
 
 def poly_lr(base: float, iteration: int, max_iterations: int, power: float = 0.9) -> float:
     """Learning rate of the polynomial decay, base (1 - iteration/max_iterations)^power, and 0 from there on."""
@@ -91,6 +94,12 @@ class Optimiser:
             base = group["base_lr"]
             decayed = poly_lr(base, iteration, iterations, self._power)
             group["lr"].fill_(decayed if lr_factor is None else base * lr_factor)
+
+    @property
+    def learning_rate(self) -> Tensor:
+        """Rate of the first group: for a segmenter that of all but its heads."""
+        rate: Tensor = self._optimiser.param_groups[0]["lr"]
+        return rate
 
     def gradients(self) -> list[Tensor]:
         """Gradients of all parameters that have one."""
@@ -185,6 +194,11 @@ class SegmenterAdamW(Optimiser):
         super().__init__(adamw, named, config.poly_power)
 
 
+def learning_rates(optimisers: Mapping[str, Optimiser]) -> dict[str, Tensor]:
+    """``learning_rate_NAME``, 0-dim, of each optimiser."""
+    return {f"learning_rate_{name}": optimiser.learning_rate.clone() for name, optimiser in optimisers.items()}
+
+
 SEGMENTER_OPTIMISERS: dict[str, Callable[[nn.Module, OptimConfig], Optimiser]] = {
     "sgd": SegmenterSGD,
     "adamw": SegmenterAdamW,
@@ -237,7 +251,7 @@ class NonFiniteGuard:
         """Check this worker's component losses (0-dim, by name) and the averaged gradients; one small collective."""
         watched = dict(losses)
         if gradients:
-            watched["gradient_norm"] = torch.nn.utils.get_total_norm(gradients)
+            watched[GRADIENT_NORM] = torch.nn.utils.get_total_norm(gradients)
         values = torch.stack([value.detach() for value in watched.values()]).double()
         if self._names != tuple(watched):
             self._names, self._losses = tuple(watched), values.clone()
@@ -316,6 +330,11 @@ class Optimisers:
         for optimiser in self._optimisers.values():
             optimiser.step(self.guard.flag)
         return self.guard.flag.clone()
+
+    def diagnostics(self) -> dict[str, Tensor]:
+        """Learning rate of each network, and the norm of all gradients of the last step, over all networks."""
+        norm = {key: value for key, value in self.guard.losses().items() if key == GRADIENT_NORM}
+        return learning_rates(self._optimisers) | norm
 
     def state_dict(self) -> dict[str, Any]:
         """State of the optimisers by name, in live tensors, and the phase."""

@@ -98,6 +98,9 @@ class SegmenterMethod(Method, Generic[Config]):
         logits = self.segmenter.prediction(self.evaluate(images))
         return upsample_logits(at_least_float32(logits), images.shape[-2:]).softmax(dim=1)
 
+    def diagnostics(self) -> dict[str, Tensor]:
+        return self.optimisers.diagnostics()
+
     def non_finite_losses(self) -> dict[str, Tensor]:
         return self.optimisers.guard.losses()
 

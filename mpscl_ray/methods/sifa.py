@@ -16,7 +16,7 @@ from mpscl_ray.methods.base import Batch
 from mpscl_ray.methods.batch_losses import batch_dice_loss
 from mpscl_ray.methods.image_pool import ImagePool
 from mpscl_ray.methods.losses import at_least_float32, class_counts
-from mpscl_ray.methods.optim import NetworkAdam, NonFiniteGuard, Snapshot, autocast
+from mpscl_ray.methods.optim import GRADIENT_NORM, NetworkAdam, NonFiniteGuard, Snapshot, autocast, learning_rates
 from mpscl_ray.methods.sifa_losses import (
     clipped_cross_entropy,
     half_squared_norm,
@@ -229,11 +229,16 @@ class SIFA(SIFANetworks):
             return self.config.lambda_prediction
         return self.config.lambda_prediction * max(0.0, iteration - start) / (end - start)
 
+    def diagnostics(self) -> dict[str, Tensor]:
+        losses = {name: guard.losses() for name, guard in self._guards.items()}
+        norms = {f"{GRADIENT_NORM}_{name}": own[GRADIENT_NORM] for name, own in losses.items() if GRADIENT_NORM in own}
+        return learning_rates(self._optimisers) | norms
+
     def non_finite_losses(self) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
         for name, guard in self._guards.items():
             losses = guard.losses()
-            found |= {f"{name}_{key}" if key == "gradient_norm" else key: value for key, value in losses.items()}
+            found |= {f"{name}_{key}" if key == GRADIENT_NORM else key: value for key, value in losses.items()}
         return found
 
     @torch.no_grad()

@@ -259,6 +259,7 @@ class _Trainer:
         }
         seconds, waited = meter.read(self.state.step)
         domains = 2 if reads_target(name) else 1
+        record["perf/step_s"] = seconds
         record["perf/images_per_s"] = domains * self.config.data.global_batch_size / seconds
         record["perf/data_stall_fraction"] = waited
         return record

@@ -87,6 +87,7 @@ def test_every_expression_of_the_dashboard_has_data(run: RunDirectory, cluster: 
     (files,) = config["scrape_configs"][0]["file_sd_configs"]
     files["files"] = [str(cluster.folder / "ray" / Path(files["files"][0]).name)]
     config["global"] = {"scrape_interval": "2s", "evaluation_interval": "2s"}
+    config["rule_files"] = [str(MONITORING / name) for name in config["rule_files"]]
     (tmp_path / "prometheus.yaml").write_text(yaml.safe_dump(config))
     port = cluster.base + 99
     with (tmp_path / "log").open("w") as log:
@@ -114,6 +115,10 @@ def test_every_expression_of_the_dashboard_has_data(run: RunDirectory, cluster: 
             wait_until(answered, "data", seconds=120)
         finally:
             assert silent == []
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/api/v1/rules", timeout=60) as answer:
+            (group,) = json.loads(answer.read())["data"]["groups"]
+        assert len(group["rules"]) > 5
+        assert [rule["name"] for rule in group["rules"] if rule["health"] == "err"] == []
     finally:
         server.terminate()
         server.wait()

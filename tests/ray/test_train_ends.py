@@ -64,6 +64,15 @@ def test_what_the_cluster_does_not_have(here: Here, runs: Runs) -> None:
             ["scaling.device=gpu", "scaling.num_workers=1"],
             f"need 1 CPUs and 1 GPUs, and the cluster has {CPUS} CPUs ({CPUS} free) and 0 GPUs",
         ),
+        (
+            ["scaling.accelerator_type=A100", "scaling.num_workers=1"],
+            "and 0 GPUs (0 free) and no node with A100",
+        ),
+        (["scaling.memory_gb=1000000"], "2 workers need 2 CPUs and 2e+06 GB of memory, and the cluster has"),
+        (
+            ["scaling.node_labels={market-type: spot}", "scaling.placement_strategy=SPREAD"],
+            "2 workers need 2 CPUs on nodes with the labels market-type=spot placed by SPREAD, and the cluster has",
+        ),
         (["scaling.cpus_per_worker=2"], f"2 workers need 4 CPUs, and the cluster has {CPUS} CPUs"),
     ):
         words = runs.arguments("refused", "scaling.num_workers=2", *settings)

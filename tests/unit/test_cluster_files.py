@@ -6,6 +6,7 @@ import configparser
 import json
 import os
 import re
+import shutil
 import signal
 import stat
 import subprocess
@@ -81,6 +82,7 @@ def check(document: dict[str, Any], schema: dict[str, Any]) -> None:
 def test_every_yaml_is_one_of_those_tested_here() -> None:
     tested = {*RAY_FILES, *RAY_UP_FILES, "kubernetes/network-policy.yaml", "kubernetes/volume.yaml"}
     tested |= {"monitoring/prometheus.yaml", "monitoring/prometheus-kubernetes.yaml", "runtime_env.yaml"}
+    tested |= {"monitoring/alerts.yaml", "kubernetes/podmonitor.yaml"}
     assert {str(file.relative_to(CLUSTER)) for file in YAML_FILES} == tested
     for file in YAML_FILES:
         assert yaml.safe_load(file.read_text(encoding="utf-8"))
@@ -278,9 +280,70 @@ def test_a_job_whose_time_is_up_asks_for_a_checkpoint_and_is_queued_again(slurm:
 # ---------------------------------------------------------------------------------------------- monitoring
 
 
+ALERTS = CLUSTER / "monitoring" / "alerts.yaml"
+
+
+def alerts() -> list[dict[str, Any]]:
+    (group,) = read("monitoring/alerts.yaml")["groups"]
+    return list(group["rules"])
+
+
 def expressions() -> list[str]:
     dashboard = json.loads((CLUSTER / "monitoring" / "grafana-dashboard.json").read_text(encoding="utf-8"))
     return [target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", [])]
+
+
+def test_every_alert_names_metrics_that_are_exported() -> None:
+    ours = {f"ray_{name}{'_total' * (name == 'mpscl_restarts')}" for name in prometheus.TAGS}
+    for alert in alerts():
+        named = re.findall(r"\bray_\w+", alert["expr"])
+        assert named
+        assert {name for name in named if name.startswith("ray_mpscl")} <= ours
+        assert alert["annotations"].keys() == {"summary", "description"}
+        assert alert["labels"]["severity"] in ("warning", "critical")
+    for name in ("prometheus.yaml", "prometheus-kubernetes.yaml"):
+        assert read(f"monitoring/{name}")["rule_files"] == [ALERTS.name]
+
+
+ALERT_CASES = {
+    "CheckpointIsOld": ("ray_mpscl_checkpoint_timestamp_seconds", "0x80", "0+60x80", "70m", 'run="a"'),
+    "TrainingStandsStill": ("ray_mpscl_step", "7x80", "0+1x80", "40m", 'run="a"'),
+    "WorkersAreReplacedAgainAndAgain": ("ray_mpscl_restarts_total", "0+1x80", "2x80", "60m", 'run="a"'),
+    "TrainingWaitsForData": ("ray_mpscl_data_stall_fraction", "0.5x80", "0.1x80", "40m", 'run="a"'),
+    "DiscriminatorWins": ("ray_mpscl_discriminator_accuracy", "1x80", "0.8x80", "40m", 'run="a", head="main"'),
+}
+"""By alert: a metric, its values each minute that fire and that do not, when they are asked, its tags."""
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="no promtool on this machine (apt install prometheus)")
+@pytest.mark.parametrize("alert", ALERT_CASES)
+def test_an_alert_fires_when_it_should_and_not_else(alert: str, tmp_path: Path) -> None:
+    """Promtool is told each time that nothing fires."""
+    metric, bad, good, at, tags = ALERT_CASES[alert]
+    said = {}
+    for values in (bad, good):
+        case = {
+            "interval": "1m",
+            "input_series": [{"series": f"{metric}{{{tags}}}", "values": values}],
+            "alert_rule_test": [{"eval_time": at, "alertname": alert, "exp_alerts": []}],
+        }
+        content = {"rule_files": [str(ALERTS)], "evaluation_interval": "1m", "tests": [case]}
+        (tmp_path / "case.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
+        done = subprocess.run(["promtool", "test", "rules", tmp_path / "case.yaml"], capture_output=True, text=True)
+        said[values] = done.returncode, done.stdout + done.stderr
+    assert said[good][0] == 0, said[good][1]
+    assert said[bad][0] != 0
+    assert f'alertname="{alert}"' in said[bad][1]
+
+
+def test_the_pod_monitor_finds_the_pods_and_their_port() -> None:
+    spec = read("kubernetes/podmonitor.yaml")["spec"]
+    (endpoint,) = spec["podMetricsEndpoints"]
+    for name in RAY_FILES:
+        for pod in pods(cluster_spec(name)):
+            assert spec["selector"]["matchLabels"].items() <= pod["metadata"]["labels"].items()
+            ports = [port["name"] for container in pod["spec"]["containers"] for port in container["ports"]]
+            assert endpoint["port"] in ports
 
 
 def test_every_metric_of_the_dashboard_is_exported_by_the_code_or_by_ray() -> None:
@@ -315,6 +378,9 @@ def test_readings_of_a_record() -> None:
         "iterations": 4,
         "train/loss_contrastive_target": 0.5,
         "train/discriminator_accuracy_main": 0.75,
+        "train/learning_rate_segmenter": 0.01,
+        "train/gradient_norm": 3.0,
+        "train/gradient_norm_encoder": 1.0,
         "train/non_finite": 0,
         "val/dice/wall": 0.25,
         "val/dice/ventricle": float("nan"),
@@ -326,6 +392,9 @@ def test_readings_of_a_record() -> None:
         ("mpscl_dice", {"domain": "target", "structure": "wall"}, 0.25),
         ("mpscl_discriminator_accuracy", {"head": "main"}, 0.75),
         ("mpscl_entropy", {"domain": "target"}, 2.0),
+        ("mpscl_gradient_norm", {"network": "all"}, 3.0),
+        ("mpscl_gradient_norm", {"network": "encoder"}, 1.0),
+        ("mpscl_learning_rate", {"network": "segmenter"}, 0.01),
         ("mpscl_loss", {"loss": "contrastive_target"}, 0.5),
         ("mpscl_phase_progress", {"phase": "adaptation"}, 0.75),
         ("mpscl_step", {}, 12.0),

@@ -154,14 +154,14 @@ def _train(config: Config, folder: RunDirectory, shared: Shared, poll: Poll, dis
 
 
 def _has_room(config: Config, shared: Shared) -> bool:
-    worker = resources.worker_resources(config, shared.use_gpu)
+    worker = resources.worker_request(config, shared.use_gpu)
     return resources.free_worker_slots(worker) >= config.scaling.least_workers
 
 
 def _wait_for_room(config: Config, shared: Shared, training: Launch, poll: Poll) -> bool:
     """Wait until there is room or ``poll`` has requested a stop; False where the cluster is too small for it."""
     too_small_since = None
-    worker = resources.worker_resources(config, shared.use_gpu)
+    worker = resources.worker_request(config, shared.use_gpu)
     while True:
         poll(training)
         if training.stop_requested or _has_room(config, shared):

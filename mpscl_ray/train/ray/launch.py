@@ -34,7 +34,7 @@ from mpscl_ray.runs.control_files import FAILURE_FILE, STOP_FILE
 from mpscl_ray.runs.run_directory import RunDirectory
 from mpscl_ray.train.loop import TrainResult
 from mpscl_ray.train.ray.failures import WorkerFailureCallback, causes, last_line
-from mpscl_ray.train.ray.resources import cluster_shortage, worker_resources
+from mpscl_ray.train.ray.resources import cluster_shortage, worker_request
 from mpscl_ray.train.ray.worker import run_worker
 from mpscl_ray.train.streams import TrainingData
 
@@ -68,18 +68,23 @@ def fit_on_ray(
     shutil.rmtree(storage, ignore_errors=True)
     for name, value in _RAY_TRAIN_SETTINGS.items():
         os.environ.setdefault(name, value)
-    patience = math.ceil(config.scaling.resource_timeout_s / _START_TIMEOUT_S)
+    scaling = config.scaling
+    worker = worker_request(config, use_gpu)
+    patience = math.ceil(scaling.resource_timeout_s / _START_TIMEOUT_S)
     trainer = ray.train.torch.TorchTrainer(
         # Only the settings are Ray's train_loop_config, which the dashboard shows to everybody.
         functools.partial(  # type: ignore[arg-type]
             run_worker, folder=folder.uri, token=folder.store.fencing_token, data=data, display_name=display_name
         ),
         train_loop_config=to_dict(config),
+        torch_config=ray.train.torch.TorchConfig(timeout_s=math.ceil(scaling.collective_timeout_s)),
         scaling_config=ScalingConfig(  # type: ignore[call-arg]  # the types are those of the former Ray Train
-            num_workers=config.scaling.num_workers,  # type: ignore[arg-type]
+            num_workers=scaling.num_workers,  # type: ignore[arg-type]
             use_gpu=use_gpu,
-            resources_per_worker=worker_resources(config, use_gpu),
-            elastic_resize_monitor_interval_s=config.scaling.resize_check_s,
+            resources_per_worker=worker.resources,
+            label_selector=worker.node_labels or None,
+            placement_strategy=scaling.placement_strategy,
+            elastic_resize_monitor_interval_s=scaling.resize_check_s,
         ),
         run_config=RunConfig(
             # A new name for each start: a run resumes from its own checkpoints, not from Ray's state.

@@ -24,16 +24,22 @@ from ray.util.metrics import Counter, Gauge
 _OF_RECORDS: tuple[tuple[str, str], ...] = (
     (r"global_step", "mpscl_step"),
     (r"train/loss_(?P<loss>.+)", "mpscl_loss"),
+    (r"train/learning_rate_(?P<network>.+)", "mpscl_learning_rate"),
+    (r"train/gradient_norm(?:_(?P<network>.+))?", "mpscl_gradient_norm"),
     (r"train/pseudo_label_fraction", "mpscl_pseudo_label_fraction"),
     (r"train/discriminator_accuracy_(?P<head>.+)", "mpscl_discriminator_accuracy"),
     (r"train/prototype_angle_(?P<statistic>.+)", "mpscl_prototype_angle_radians"),
     (r"val/(?:(?P<domain>source)/)?dice/(?P<structure>.+)", "mpscl_dice"),
     (r"val/(?:(?P<domain>source)/)?entropy", "mpscl_entropy"),
     (r"val/selection_score", "mpscl_selection_score"),
+    (r"perf/step_s", "mpscl_step_seconds"),
     (r"perf/images_per_s", "mpscl_images_per_second"),
     (r"perf/data_stall_fraction", "mpscl_data_stall_fraction"),
 )
 """Patterns of a record's keys, whose groups become tags, and the gauges they are exported as."""
+
+_UNNAMED = {"domain": "target", "network": "all"}
+"""Values of tags that a key leaves out."""
 
 TAGS: dict[str, tuple[str, ...]] = {
     **{name: tuple(re.compile(pattern).groupindex) for pattern, name in _OF_RECORDS},
@@ -53,7 +59,7 @@ def readings(record: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, str], f
         for pattern, name in _OF_RECORDS:
             match = re.fullmatch(pattern, key)
             if match and not math.isnan(float(value)):
-                yield name, {tag: text or "target" for tag, text in match.groupdict().items()}, float(value)
+                yield name, {tag: text or _UNNAMED[tag] for tag, text in match.groupdict().items()}, float(value)
 
 
 class Monitoring:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -12,6 +14,10 @@ from ray.util.placement_group import placement_group, remove_placement_group
 
 from mpscl_ray.config import Config
 from mpscl_ray.errors import ClusterError, InsufficientResources
+
+_GIGABYTE = 1e9
+_ACCELERATOR = "accelerator_type:"
+"""Begins the name of the resource that Ray gives a node for its kind of GPU."""
 
 _SETTLE_S = 5.0
 """Seconds that a cluster may take to free the resources of the previous run."""
@@ -57,11 +63,16 @@ def check_cluster(config: Config) -> bool:
     """
     scaling = config.scaling
     total: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    use_gpu = scaling.device == "gpu" or (scaling.device == "auto" and total.get("GPU", 0) > 0)
-    worker = worker_resources(config, use_gpu)
+    gpus = total.get("GPU", 0) > 0 or scaling.accelerator_type is not None
+    use_gpu = scaling.device == "gpu" or (scaling.device == "auto" and gpus)
+    worker = worker_request(config, use_gpu)
     enough = scaling.least_workers <= worker_slots(worker)
     if enough or scaling.resource_timeout_s:
-        group = placement_group([worker] * scaling.least_workers, strategy="PACK")
+        group = placement_group(
+            [worker.resources] * scaling.least_workers,
+            strategy=scaling.placement_strategy,
+            bundle_label_selector=[worker.node_labels] * scaling.least_workers if worker.node_labels else None,
+        )
         try:
             if group.wait(max(scaling.resource_timeout_s, _SETTLE_S) if enough else scaling.resource_timeout_s):
                 return use_gpu
@@ -73,11 +84,16 @@ def check_cluster(config: Config) -> bool:
 def cluster_shortage(config: Config, use_gpu: bool) -> str:
     """A sentence on what a run asks for and what the cluster has."""
     scaling = config.scaling
-    worker = worker_resources(config, use_gpu)
+    worker = worker_request(config, use_gpu)
     total: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
     free: dict[str, float] = ray.available_resources()  # type: ignore[no-untyped-call]
-    asked = " and ".join(f"{amount * scaling.least_workers:g} {name}s" for name, amount in worker.items())
-    has = " and ".join(f"{total.get(name, 0):g} {name}s ({free.get(name, 0):g} free)" for name in worker)
+    needed = worker.resources.items()
+    asked = " and ".join(_amount(name, amount * scaling.least_workers) for name, amount in needed)
+    has = " and ".join(f"{_amount(name, total.get(name, 0))} ({_free(name, free.get(name, 0))})" for name, _ in needed)
+    if worker.node_labels:
+        asked += " on nodes with the labels " + ", ".join(f"{key}={text}" for key, text in worker.node_labels.items())
+    if scaling.placement_strategy != "PACK":
+        asked += f" placed by {scaling.placement_strategy}"
     nodes = len(_nodes())
     spread = f" on {nodes} nodes" if nodes > 1 else ""
     fits = free_worker_slots(worker)
@@ -87,31 +103,77 @@ def cluster_shortage(config: Config, use_gpu: bool) -> str:
     return f"{scaling.least_workers} workers need {asked}, and the cluster has {has}{spread}; {offer}"
 
 
-def worker_slots(worker: dict[str, float]) -> int:
+@dataclass(frozen=True)
+class WorkerRequest:
+    """What a worker asks of a node."""
+
+    resources: dict[str, float]
+    """Amounts by Ray's names: CPU, GPU, memory (bytes), accelerator_type:KIND."""
+    node_labels: dict[str, str]
+    """Ray's label selector."""
+
+    def fits_on(self, node: Mapping[str, Any]) -> int:
+        """How many workers an idle node, as ``ray.nodes`` describes it, has room for."""
+        labels = node.get("Labels", {})
+        if not all(_matches(labels.get(key), wanted) for key, wanted in self.node_labels.items()):
+            return 0
+        has: dict[str, float] = node["Resources"]
+        return min(math.floor(has.get(name, 0) / amount) for name, amount in self.resources.items())
+
+
+def worker_slots(worker: WorkerRequest) -> int:
     """Workers that fit on all nodes together if these are idle; a worker cannot be split between nodes."""
-    return sum(min(math.floor(node.get(name, 0) / amount) for name, amount in worker.items()) for node in _nodes())
+    return sum(worker.fits_on(node) for node in _nodes())
 
 
-def free_worker_slots(worker: dict[str, float]) -> int:
+def free_worker_slots(worker: WorkerRequest) -> int:
     """Approximate number of workers that fit now."""
     free: dict[str, float] = ray.available_resources()  # type: ignore[no-untyped-call]
-    return min(worker_slots(worker), *(int(free.get(name, 0) / amount) for name, amount in worker.items()))
+    amounts = worker.resources.items()
+    return min(worker_slots(worker), *(int(free.get(name, 0) / amount) for name, amount in amounts))
 
 
 def max_concurrent_trainings(config: Config, use_gpu: bool) -> int:
     """How many trainings of this config fit on the cluster now, at least one."""
-    return max(1, free_worker_slots(worker_resources(config, use_gpu)) // config.scaling.most_workers)
+    return max(1, free_worker_slots(worker_request(config, use_gpu)) // config.scaling.most_workers)
 
 
-def worker_resources(config: Config, use_gpu: bool) -> dict[str, float]:
-    """Resources of one worker."""
-    return {"CPU": config.scaling.cpus_per_worker} | ({"GPU": 1.0} if use_gpu else {})
+def worker_request(config: Config, use_gpu: bool) -> WorkerRequest:
+    """What one worker of a run asks for."""
+    scaling = config.scaling
+    amounts = {"CPU": scaling.cpus_per_worker} | ({"GPU": 1.0} if use_gpu else {})
+    if scaling.memory_gb is not None:
+        amounts["memory"] = scaling.memory_gb * _GIGABYTE
+    if scaling.accelerator_type is not None:
+        amounts[f"{_ACCELERATOR}{scaling.accelerator_type}"] = 0.001  # as Ray asks for it itself
+    return WorkerRequest(amounts, dict(scaling.node_labels))
 
 
-def _nodes() -> list[dict[str, float]]:
-    """Resources of each node."""
+def _matches(label: str | None, wanted: str) -> bool:
+    """Whether a node's label, None without one, is what a selector asks for: a, !a, in(a, b) or !in(a, b)."""
+    negated, text = wanted.startswith("!"), wanted.removeprefix("!").strip()
+    values = text[3:-1].split(",") if text.startswith("in(") and text.endswith(")") else [text]
+    return (label in [value.strip() for value in values]) != negated
+
+
+def _amount(name: str, amount: float) -> str:
+    """``4 CPUs``, ``32 GB of memory``, ``a GPU of type A100``."""
+    if name == "memory":
+        return f"{amount / _GIGABYTE:.3g} GB of memory"
+    kind = name.removeprefix(_ACCELERATOR)
+    if kind != name:
+        return f"{'a' if amount else 'no'} node with {kind}"
+    return f"{amount:g} {name}s"
+
+
+def _free(name: str, amount: float) -> str:
+    return f"{amount / _GIGABYTE:.3g} GB free" if name == "memory" else f"{amount:g} free"
+
+
+def _nodes() -> list[dict[str, Any]]:
+    """The nodes that are alive."""
     nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
-    return [node["Resources"] for node in nodes if node["Alive"]]
+    return [node for node in nodes if node["Alive"]]
 
 
 def _suggest(config: Config, fits: int, others: list[str]) -> str:
