@@ -25,6 +25,7 @@ from mpscl_ray.runs import checkpoint
 from mpscl_ray.runs.run_directory import RunDirectory
 from mpscl_ray.train.checkpointing import Checkpointer, TrainerState
 from mpscl_ray.train.feature_log import FeatureRecord
+from mpscl_ray.train.notices import Notices, lost_shares
 from mpscl_ray.train.phases import (
     build_method,
     build_segmenter,
@@ -35,7 +36,7 @@ from mpscl_ray.train.phases import (
 from mpscl_ray.train.profiling import profiled_steps
 from mpscl_ray.train.streams import TrainingData, open_streams, training_slices
 from mpscl_ray.train.timing import POLL_INTERVAL_S, StopPoller, ThroughputMeter
-from mpscl_ray.train.validation import selection_score, validate, validation_metrics
+from mpscl_ray.train.validation import Validation, selection_score, validate, validation_metrics
 
 IMAGE_SLICES = 4
 """Slices that are shown as image, prediction and label."""
@@ -138,6 +139,7 @@ class _Trainer:
         self.rank, self.world_size = collectives.rank(), collectives.world_size()
         self.num_classes = len(self.data.classes)
         self.state = TrainerState()
+        self.notices = Notices()
         torch.manual_seed(self.config.run.seed)
 
     def run(self) -> TrainResult:
@@ -222,6 +224,8 @@ class _Trainer:
                 if record["train/non_finite"]:
                     losses = collectives.reduce_metrics(method.non_finite_losses())
                     return TrainResult("non_finite", name, state.iteration, state.step, losses)
+                for sentence in self.notices.of_metrics(record):
+                    self._warn(sentence)
                 if validating:
                     record |= self._validate(name, method)
                     if state.harmed(method.guard) and not at_end:
@@ -289,6 +293,7 @@ class _Trainer:
             for domain, slices in self.data.validation.items()
         }
         record = validation_metrics(results, data.labelled_domain)
+        self._warn_of_lost_structures(name, results)
         if method.guard is not None:
             self.state.note_agreement(record.get("val/unsupervised/class_ratio_agreement"))
         score = selection_score(results, self.config.run.select, data.labelled_domain)
@@ -300,6 +305,13 @@ class _Trainer:
                 self.state.best = score
                 self.checkpointer.save(self.folder.best, method, name, self.state)
         return record
+
+    def _warn_of_lost_structures(self, name: str, results: Mapping[str, Validation]) -> None:
+        target, own = results.get(TARGET_DOMAIN), results.get(self.config.data.labelled_domain)
+        if reads_target(name) and target is not None and own is not None and own.labelled is not None:
+            shares = lost_shares(target.predicted, own.labelled, self.data.classes[1:])
+            for sentence in self.notices.of_shares(name, self.state.iteration, shares):
+                self._warn(sentence)
 
     def _record_features(self, name: str, method: Method) -> None:
         if is_adaptation(name):

@@ -51,5 +51,5 @@ def test_a_node_without_the_labels_has_no_room(wanted: str, label: str | None, f
 
 
 def test_a_kind_of_gpu_without_a_gpu_is_refused() -> None:
-    with pytest.raises(ConfigError, match="accelerator_type=A100 is a kind of GPU, and scaling.device=cpu uses none"):
+    with pytest.raises(ConfigError, match=r"accelerator_type=A100 is a kind of GPU, and scaling.device=cpu uses none"):
         load_config("small/mpscl", ["scaling.accelerator_type=A100", "scaling.device=cpu"])
