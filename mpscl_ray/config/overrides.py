@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 import yaml
 
 from mpscl_ray.errors import ConfigError
+from mpscl_ray.runs import safe_yaml
 from mpscl_ray.runs.config_diff import flatten
 from mpscl_ray.runs.storage import is_url
 
@@ -48,7 +49,7 @@ def read_file(path: Path) -> dict[str, Setting]:
         ConfigError: the file cannot be read, or holds no keys and values.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = safe_yaml.read_text(path)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read: {error}; give a readable YAML file") from error
     return {key: Setting(copy.deepcopy(value), origin) for key, (value, origin) in _parsed(text, path)}
@@ -58,25 +59,23 @@ def read_file(path: Path) -> dict[str, Setting]:
 def _parsed(text: str, path: Path) -> tuple[tuple[str, Setting], ...]:
     """Keys and values of a text, parsed once: a comparison reads its presets in every cell."""
     try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        root = safe_yaml.compose(text)
+        if root is None:
+            return ()
+        if not isinstance(root, yaml.MappingNode):
+            raise ConfigError(f"{path} holds a {root.tag.rsplit(':', 1)[-1]}, expected keys and values")
+        return tuple(_walk(root, path))
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
-    if root is None:
-        return ()
-    if not isinstance(root, yaml.MappingNode):
-        raise ConfigError(f"{path} holds a {root.tag.rsplit(':', 1)[-1]}, expected keys and values")
-    return tuple(_walk(root, path))
 
 
 def _walk(node: yaml.MappingNode, path: Path, prefix: str = "") -> Iterator[tuple[str, Setting]]:
-    constructor = yaml.SafeLoader("")
     for key_node, value_node in node.value:
         key = f"{prefix}{key_node.value}"
         if isinstance(value_node, yaml.MappingNode) and value_node.value:
             yield from _walk(value_node, path, f"{key}.")
         else:
-            value = constructor.construct_object(value_node, deep=True)
-            yield key, Setting(value, f"in {path.name}:{key_node.start_mark.line + 1}")
+            yield key, Setting(safe_yaml.construct(value_node), f"in {path.name}:{key_node.start_mark.line + 1}")
 
 
 def read_overrides(
@@ -105,7 +104,7 @@ def read_overrides(
             problems.append(f"{override!r} {origin} is not key=value")
             continue
         try:
-            value = yaml.safe_load(text) if text.strip() else ""
+            value = safe_yaml.load(text) if text.strip() else ""
         except yaml.YAMLError:
             value = text
         found |= {name: Setting(part, origin) for name, part in flatten({key: value})}

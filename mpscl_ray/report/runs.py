@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from numpy.typing import NDArray
 
 from mpscl_ray.config import config_from_dict
@@ -27,7 +26,7 @@ from mpscl_ray.predict.model import Checkpoint, Model, find_checkpoint, read_mod
 from mpscl_ray.predict.predictor import Predictor
 from mpscl_ray.report.figures.feature_space import FeatureSample, sample_of
 from mpscl_ray.report.figures.segmentations import Segmented
-from mpscl_ray.runs import checkpoint
+from mpscl_ray.runs import checkpoint, safe_yaml
 from mpscl_ray.runs.run_directory import RunDirectory, open_run
 from mpscl_ray.train.feature_log import FeatureRecord
 from mpscl_ray.train.validation import weighted_mean
@@ -84,7 +83,7 @@ def read_runs(runs: Sequence[Path | str]) -> list[ReportedRun]:
 
 
 def _read(folder: RunDirectory) -> ReportedRun:
-    config = yaml.safe_load(folder.read_config())
+    config = safe_yaml.load(folder.read_config())
     system = system_of(config)
     features = {(record["global_step"], record["iteration"]): record for record in FeatureRecord(folder.path).read()}
     return ReportedRun(

@@ -41,6 +41,7 @@ from typing import Any, Literal
 import yaml
 
 from mpscl_ray.errors import ConfigError, DataError, StorageError
+from mpscl_ray.runs import safe_yaml
 from mpscl_ray.runs.atomic_files import storage_errors
 from mpscl_ray.runs.bucket_store import BucketStore
 from mpscl_ray.runs.config_diff import check_config_change
@@ -168,7 +169,7 @@ class RunDirectory:
         """Text of config.yaml. Raises ConfigError where there is no run."""
         self.require()
         try:
-            return self.config_file.read_text(encoding="utf-8")
+            return safe_yaml.read_text(self.config_file)
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"cannot read {self.config_file}: {error}") from error
 
@@ -185,7 +186,7 @@ class RunDirectory:
 
     def _parse(self, text: str) -> dict[str, Any]:
         try:
-            content = yaml.safe_load(text)
+            content = safe_yaml.load(text)
         except yaml.YAMLError as error:
             raise DataError(f"{self.config_file} is damaged, it does not read as YAML: {error}") from error
         if not isinstance(content, dict):

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import yaml
-
 from mpscl_ray.config import ADAPTATION, SOURCE_ONLY, WARM_UP, Config, config_from_dict, differences, override
 from mpscl_ray.config.systems import acts_on, phase_fingerprint
 from mpscl_ray.config.titles import phase_title
 from mpscl_ray.errors import ConfigError
+from mpscl_ray.runs import safe_yaml
 from mpscl_ray.runs.run_directory import RunDirectory, open_run
 from mpscl_ray.runs.signals import Interruption
 from mpscl_ray.runs.storage import join_location
@@ -115,7 +114,7 @@ def _check_given(run: RunDirectory, config: Config, common: Sequence[str], keys:
         raise ConfigError(
             f"--warm-up {run.display_path} has not finished the phase {common[-1]}, at whose end trials are forked"
         )
-    theirs = config_from_dict(yaml.safe_load(run.read_config()), f"of the run {run.name}")
+    theirs = config_from_dict(safe_yaml.load(run.read_config()), f"of the run {run.name}")
     deciding = phase_fingerprint(config, common[-1])
     wrong = [
         f"{key} is {one} there and {other} here"
