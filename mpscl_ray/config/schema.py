@@ -118,7 +118,8 @@ class DataConfig:
     global_batch_size: Annotated[int, Field(ge=1)] = 8
     """Slices that a step takes from each domain, all workers together."""
     foreground_share: Annotated[float | None, Field(gt=0, le=1)] = None
-    """Share of the labelled slices in the batches that show a structure (over 20 pixels); null: as in the data."""
+    """Share of the labelled or pseudo-labelled (IntraDA) slices in the batches that show a structure (over 20 pixels);
+    null: as in the data."""
     in_memory: Literal["auto"] | bool = "auto"
     """Keep the decoded slices in shared memory; auto: if they fit."""
     augmentation: AugmentConfig = field(default_factory=AugmentConfig)
