@@ -245,6 +245,11 @@ def test_selection_by_labels_that_the_target_does_not_have(command: Command, tmp
     code, _, error = command(*tiny(pair, tmp_path / "runs", f"data.target={target}", "run.select=oracle"))
     assert code == ConfigError.exit_code
     assert "run.select=oracle needs labels" in only_sentence(error)
+    target = make_dataset(tmp_path / "train_alone", "ct", seed=1, cases={"train": 2})
+    words = tiny(pair, tmp_path / "runs", f"data.target={target}", "run.select=class_ratio_agreement")
+    code, _, error = command(*words)
+    assert code == ConfigError.exit_code
+    assert "judges predictions of validation cases of the target" in only_sentence(error)
 
 
 def test_slices_too_small_for_the_discriminators(command: Command, tmp_path: Path) -> None:
