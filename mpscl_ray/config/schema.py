@@ -195,6 +195,9 @@ class OptimConfig:
     accumulate: Annotated[int, Field(ge=1)] = 1
     """Micro-batches in which a worker's batch passes through the networks, for less memory and one more forward pass:
     a step is that of the whole batch, but batch norms use the statistics of a micro-batch."""
+    recompute: bool = False
+    """Compute the blocks of the DeepLab once more in the backward pass instead of keeping their activations, for less
+    memory and one more forward pass: the first to try where memory is short, because no number changes."""
 
     @property
     def segmenter_weight_decay(self) -> float:

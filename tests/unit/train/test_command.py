@@ -157,6 +157,11 @@ def test_show_makes_no_folder(command: Command, tmp_path: Path) -> None:
             "optim.accumulate=3 does not divide the 4 slices that each of 3 workers has of data.global_batch_size=12",
         ),
         (["small/mpscl", "optim.accumulate=0"], "optim.accumulate=0"),
+        (["small/sifa_v2", "optim.recompute=true"], "optim.recompute=true is for DeepLab, which method.name=sifa has"),
+        (
+            ["small/mpscl", "optim.recompute=true", "precision.compile=true"],
+            "optim.recompute=true and precision.compile=true do not go together",
+        ),
         (["small/mpscl", "scaling.num_workers=[2,1]"], "scaling.num_workers=[2, 1]: expected the smaller number first"),
         (["small/mpscl", "run.name=a/b"], "run.name"),
         (["small/mpscl", "run.storage=gs://bucket/runs"], "gs:// is not a storage that can be used directly"),
