@@ -287,6 +287,10 @@ def _inconsistencies(config: Config) -> list[str]:
             f"{counted(uneven[0], 'worker')} has of data.global_batch_size={config.data.global_batch_size}; choose a "
             "divisor"
         )
+    if config.optim.recompute and config.method_name == "sifa":
+        found.append("optim.recompute=true is for DeepLab, which method.name=sifa has not; use optim.accumulate=2")
+    if config.optim.recompute and config.precision.compile:
+        found.append("optim.recompute=true and precision.compile=true do not go together; choose one of them")
     absent = [phase for phase in (SOURCE_ONLY, WARM_UP, ADAPTATION) if phase not in config.method_phases]
     if any(getattr(config.phases, phase) for phase in absent):
         words = " and ".join(f"no {_PHASE_WORDS[phase]}" for phase in absent)

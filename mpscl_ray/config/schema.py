@@ -118,7 +118,8 @@ class DataConfig:
     global_batch_size: Annotated[int, Field(ge=1)] = 8
     """Slices that a step takes from each domain, all workers together."""
     foreground_share: Annotated[float | None, Field(gt=0, le=1)] = None
-    """Share of the labelled slices in the batches that show a structure (over 20 pixels); null: as in the data."""
+    """Share of the labelled or pseudo-labelled (IntraDA) slices in the batches that show a structure (over 20 pixels);
+    null: as in the data."""
     in_memory: Literal["auto"] | bool = "auto"
     """Keep the decoded slices in shared memory; auto: if they fit."""
     augmentation: AugmentConfig = field(default_factory=AugmentConfig)
@@ -194,6 +195,9 @@ class OptimConfig:
     accumulate: Annotated[int, Field(ge=1)] = 1
     """Micro-batches in which a worker's batch passes through the networks, for less memory and one more forward pass:
     a step is that of the whole batch, but batch norms use the statistics of a micro-batch."""
+    recompute: bool = False
+    """Compute the blocks of the DeepLab once more in the backward pass instead of keeping their activations, for less
+    memory and one more forward pass: the first to try where memory is short, because no number changes."""
 
     @property
     def segmenter_weight_decay(self) -> float:

@@ -93,12 +93,20 @@ class Foreground:
         ConfigError: no row shows a structure.
     """
 
-    def __init__(self, share: float, rows: Rows, total: int) -> None:
-        """Take the share, above 0 and at most 1, the rows that show a structure, and the number of all rows."""
+    def __init__(self, share: float, rows: Rows, total: int, *, predicted: bool = False) -> None:
+        """Take the share, above 0 and at most 1, the rows that show a structure, and the number of all rows.
+
+        ``predicted`` says that the labels are predictions.
+        """
         if not len(rows):
+            lacks, advice = (
+                ("pseudo-labelled slice of the target", "train the phases before for longer")
+                if predicted
+                else ("labelled training slice", "check the labels (python -m mpscl_ray.check)")
+            )
             raise ConfigError(
-                f"data.foreground_share={share:g} takes slices that show a structure, and no labelled training slice "
-                "shows one; check the labels (python -m mpscl_ray.check), or set data.foreground_share=null"
+                f"data.foreground_share={share:g} takes slices that show a structure, and no {lacks} shows one; "
+                f"{advice}, or set data.foreground_share=null"
             )
         self._rows = rows
         self._others = np.setdiff1d(np.arange(total), rows)

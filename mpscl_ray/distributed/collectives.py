@@ -183,7 +183,7 @@ def gather_batch(tensor: Tensor) -> Tensor:
 
 
 def assert_same_weights(modules: Mapping[str, nn.Module]) -> None:
-    """Compare the weights of all workers, by sums over their bits that each device makes of its own.
+    """Compare the weights of all workers, by weighted sums over their bits that each device makes of its own.
 
     Raises:
         TrainingError: the workers do not hold the same weights.
@@ -202,11 +202,16 @@ def assert_same_weights(modules: Mapping[str, nn.Module]) -> None:
 
 
 def _sum_of_bits(module: nn.Module) -> Tensor:
-    """Sum of all parameters and buffers, their bits taken as whole numbers, int64."""
-    total = torch.zeros((), dtype=torch.int64)
+    """Sum of all parameters and buffers, their bits taken as whole numbers, each times its position; int64.
+
+    It differs where one number does, or two have changed places.
+    """
+    total, position = torch.zeros((), dtype=torch.int64), 1
     for tensor in module.state_dict().values():
         words = (
             tensor.detach().contiguous().reshape(-1).view(torch.int32 if tensor.element_size() >= 4 else torch.uint8)
         )
-        total = total.to(words.device) + words.sum(dtype=torch.int64)
+        positions = torch.arange(position, position + len(words), device=words.device)
+        total = total.to(words.device) + (positions * words).sum()
+        position += len(words)
     return total

@@ -7,17 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mpscl_ray.data.volumes.dicom_paths import is_dicom
+from mpscl_ray.data.volumes.file_names import NIFTI_ENDINGS, VOLUME_ENDINGS, has_ending, stem_before
 from mpscl_ray.errors import DataError
 from mpscl_ray.predict.output_names import is_probability_map
-from mpscl_ray.prepare.file_listing import LABEL_ENDINGS, Listing, list_files, stem_before
+from mpscl_ray.prepare.file_listing import LABEL_ENDINGS, Listing, list_files
 from mpscl_ray.prepare.volume_layouts import case_pattern
 from mpscl_ray.runs.wording import counted
 
-_NIFTI = (".nii.gz", ".nii")
 _TRUE_ENDINGS = (*LABEL_ENDINGS, "_truth", "_groundtruth")
 _PREDICTION_ENDINGS = (*_TRUE_ENDINGS, "_prediction", "_predicted", "_pred", "_image", "_img", "_0000")
 """Predictions may be named after the image."""
-_VOLUMES = (*_NIFTI, ".mha", ".mhd", ".nrrd", ".nhdr", ".dcm", ".hdr", ".img", ".mgz")
+_VOLUMES = (*VOLUME_ENDINGS, ".mhd", ".nhdr", ".dcm", ".hdr", ".img", ".mgz")
 _NAMED = 20
 """Number of files named in an error."""
 
@@ -133,7 +133,7 @@ def _files(listing: Listing, pattern: str | None, option: str) -> dict[str, Path
     expression = None if pattern is None else case_pattern(pattern, option)
     beside = {path.name for path in listing.files if path.parent == listing.root}
     for path in listing.files:
-        name = stem_before(path.name, _NIFTI)
+        name = stem_before(path.name, NIFTI_ENDINGS)
         if expression is not None and name is not None:
             match = expression.fullmatch(listing.relative(path))
             name = match["case"] if match else None
@@ -157,20 +157,14 @@ def _passed_over(listing: Listing, pattern: str | None, taken: Collection[Path],
     left = [
         path
         for path in listing.files
-        if path not in taken and path.name.lower().endswith(_VOLUMES) and not is_probability_map(path.name, beside)
+        if path not in taken and has_ending(path.name, _VOLUMES) and not is_probability_map(path.name, beside)
     ]
     if not left:
         return ""
-    reasons = [f"only {' and '.join(reversed(_NIFTI))} files in the folder itself are"]
+    reasons = [f"only {' and '.join(reversed(NIFTI_ENDINGS))} files in the folder itself are"]
     if any(path.parent != listing.root for path in left):
         reasons.append(f"for those in folders give {option}")
-    if any(_spelled_otherwise(path) for path in left):
-        reasons.append("write their endings in lower case")
     return f"not read in {listing.root}, {len(left)}: {listing.some(left, _NAMED)} ({'; '.join(reasons)})"
-
-
-def _spelled_otherwise(path: Path) -> bool:
-    return path.name.lower().endswith(_NIFTI) and not path.name.endswith(_NIFTI)
 
 
 def _nothing(listing: Listing, pattern: str | None, option: str) -> str:
@@ -179,20 +173,18 @@ def _nothing(listing: Listing, pattern: str | None, option: str) -> str:
             f"{listing.root}: none of {counted(len(listing.files), 'file')} matches {option} {pattern!r}: "
             f"{listing.some(listing.files)}"
         )
-    deeper = [path for path in listing.files if stem_before(path.name, _NIFTI)]
+    deeper = [path for path in listing.files if has_ending(path.name, NIFTI_ENDINGS)]
     if deeper:
         return (
             f"{listing.root}: no label map in the folder itself, but below it: {listing.some(deeper, 3)}; give "
             f"{option}, e.g. '{{case}}/{deeper[0].name}'"
         )
     hint = "; convert DICOM to NIfTI first" if any(map(is_dicom, listing.files)) else ""
-    if upper := [path for path in listing.files if _spelled_otherwise(path)]:
-        hint += f"; write the endings in lower case: {listing.some(upper, 3)}"
     return f"{listing.root}: no .nii or .nii.gz file among {counted(len(listing.files), 'file')}{hint}"
 
 
 def _stem(path: Path) -> str:
-    return stem_before(path.name, _NIFTI) or path.name
+    return stem_before(path.name, NIFTI_ENDINGS) or path.name
 
 
 def _names(stem: str, endings: Sequence[str]) -> Iterator[str]:

@@ -12,11 +12,12 @@ from mpscl_ray.config import SegmentationConfig
 from mpscl_ray.config.schema import NetworkConfig
 from mpscl_ray.distributed import collectives
 from mpscl_ray.distributed.batch_norm import PerDomainForward
+from mpscl_ray.distributed.recompute import recompute_in_backward
 from mpscl_ray.methods import base
 from mpscl_ray.methods.base import Method
 from mpscl_ray.methods.losses import at_least_float32, class_counts
 from mpscl_ray.methods.optim import SEGMENTER_OPTIMISERS, NetworkAdam, Optimiser, Optimisers, autocast, prepare_network
-from mpscl_ray.networks.deeplab import DeepLabV2, SegmenterOutput, upsample_logits
+from mpscl_ray.networks.deeplab import Bottleneck, DeepLabV2, SegmenterOutput, upsample_logits
 
 Config = TypeVar("Config", bound=SegmentationConfig)
 
@@ -45,6 +46,8 @@ class SegmenterMethod(Method, Generic[Config]):
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
         prepare_network(self.segmenter, self.device, self.precision)
+        if self.optim.recompute:
+            recompute_in_backward(layer for layer in self.segmenter.modules() if isinstance(layer, Bottleneck))
         # Both domains update the running statistics, or the second, the target, alone.
         update_running_stats = (False, True) if getattr(self.config, "bn_running_stats", None) == "target" else None
         both = PerDomainForward(self.segmenter, update_running_stats, self.optim.accumulate)

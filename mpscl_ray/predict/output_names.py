@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from mpscl_ray.data.volumes.dicom_paths import is_series
-from mpscl_ray.data.volumes.itk_file import ITK_ENDINGS
+from mpscl_ray.data.volumes.file_names import VOLUME_ENDINGS, stem_before
 
 SUFFIX = "_prediction.nii.gz"
 """A label map's name is the stem of the image's with this suffix."""
@@ -23,10 +23,7 @@ def stem(image: Path) -> str:
     if image.is_dir():
         return image.absolute().name
     name = f"{image.absolute().parent.name}_{image.name}" if is_series(image) else image.name
-    for ending in (".nii.gz", ".nii", *ITK_ENDINGS):
-        if name.lower().endswith(ending):
-            return name[: -len(ending)]
-    return name
+    return stem_before(name, VOLUME_ENDINGS) or name
 
 
 def probability_name(base: str, structure: str) -> str:

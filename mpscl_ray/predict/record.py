@@ -49,7 +49,9 @@ class Record:
         self._added: dict[str, Any] = {}
 
     def to_do(self, images: Sequence[Path], *, resume: bool) -> list[Path]:
-        """The images to segment; with ``resume`` those that have no complete label map yet. Their entries are removed.
+        """The images to segment; with ``resume`` those that have no complete label map yet.
+
+        Their entries are removed, and half-written files of all images.
 
         Raises:
             ConfigError: unless files may be overwritten: files of the images are there (with ``resume``: made from
@@ -74,10 +76,13 @@ class Record:
         if len(kept) < len(self._entries):
             with output_directory(self._job.out) as folder:
                 _write_entries(folder, kept)
+        # Of finished images too: a worker may have died in a write, and another one have made the file since.
+        for name in (name for image in images for name in self._outputs(image)):
+            _remove_unfinished(self._job.out / name)
         return left
 
     def _not_done(self, images: Sequence[Path]) -> list[Path]:
-        """The images without a complete label map; half-written files of them are removed."""
+        """The images without a complete label map."""
         left, others, damaged = [], [], []
         for image in images:
             label_map, *more = self._outputs(image)
@@ -100,8 +105,6 @@ class Record:
             )
         if damaged:
             print(f"note: damaged, made again: {_some(damaged)}", file=sys.stderr)
-        for name in (name for image in left for name in self._outputs(image)):
-            _remove_unfinished(self._job.out / name)
         return left
 
     def _outputs(self, image: Path) -> tuple[str, ...]:

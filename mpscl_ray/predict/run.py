@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from mpscl_ray.data.volumes.dicom_paths import is_dicom
-from mpscl_ray.data.volumes.itk_file import ITK_ENDINGS
+from mpscl_ray.data.volumes.file_names import VOLUME_ENDINGS, has_ending
 from mpscl_ray.distributed.parallel_map import map_volumes
 from mpscl_ray.distributed.ray_session import connect
 from mpscl_ray.errors import ConfigError, DataError
@@ -41,7 +41,6 @@ from mpscl_ray.runs.structures import display_order
 from mpscl_ray.runs.wording import counted
 
 _LONGEST_NAME = 255
-_ENDINGS = (".nii", ".nii.gz", *ITK_ENDINGS)
 
 
 def predict(options: argparse.Namespace, out: Path | S3Path) -> int:
@@ -185,7 +184,7 @@ def _no_image(folder: Path, pattern: str | None, files: Sequence[Path]) -> str:
     """What is wrong with a folder without an image."""
     wanted = f"that matches {pattern}" if pattern else "ending in .nii, .nii.gz, .nrrd or .mha that is no label map"
     advice = "give images"
-    if pattern is None and any(path.name.endswith(_ENDINGS) for path in folder.rglob("*")):
+    if pattern is None and any(has_ending(path.name, VOLUME_ENDINGS) for path in folder.rglob("*")):
         advice = "for those in its folders give --pattern '**/*.nii.gz', or a narrower one"
     return f"{folder} holds no file {wanted} ({counted(len(files), 'file')}); {advice}"
 
@@ -218,8 +217,7 @@ def _images_among(files: Sequence[Path], folder: Path, pattern: str | None) -> l
         and not is_dicom(path)
     ]
     if pattern is None:
-        lower = {path: path.name.lower() for path in inputs}
-        return [path for path in inputs if lower[path].endswith(_ENDINGS) and not _is_label(lower[path])]
+        return [path for path in inputs if has_ending(path.name, VOLUME_ENDINGS) and not _is_label(path)]
     if "/" not in pattern:
         return [path for path in inputs if fnmatch.fnmatch(path.name, pattern)]
     try:
@@ -231,8 +229,8 @@ def _images_among(files: Sequence[Path], folder: Path, pattern: str | None) -> l
     return [path for path in inputs if path in chosen]
 
 
-def _is_label(name: str) -> bool:
-    return stem(Path(name)).endswith(LABEL_ENDINGS)
+def _is_label(path: Path) -> bool:
+    return has_ending(stem(path), LABEL_ENDINGS)
 
 
 def _without_long_names(

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from mpscl_ray.data.volumes.file_names import NIFTI_ENDINGS, has_ending
 from mpscl_ray.data.volumes.nifti import read_image
 from mpscl_ray.data.volumes.nifti_output import write_label_map, write_values
 from mpscl_ray.data.volumes.recipe import GEOMETRIES, NAN_POLICIES, GeometryFrom, NanPolicy
@@ -139,7 +140,7 @@ class TrainedSegmenter:
             UserWarning: as :meth:`predict`, and what is unusual in the file.
         """
         path, out = Path(path), Path(out)
-        if not out.name.lower().endswith((".nii", ".nii.gz")):
+        if not has_ending(out.name, NIFTI_ENDINGS):
             raise ConfigError(f"out is {out}; expected the name of a file that ends in .nii or .nii.gz")
         if out.resolve() == path.resolve():
             raise ConfigError(f"out is the image {path} itself; give the label map another name")

@@ -74,11 +74,6 @@ def printable(name: str) -> str:
     return name.encode(errors="backslashreplace").decode()
 
 
-def stem_before(name: str, endings: Sequence[str]) -> str | None:
-    """The name without the first of the endings that it has; None if it has none."""
-    return next((name[: -len(ending)] for ending in endings if name.endswith(ending)), None)
-
-
 def pair_by_name(
     listing: Listing, images: Mapping[str, list[Path]], labels: Mapping[str, list[Path]]
 ) -> Iterable[tuple[str, Path, tuple[Path, ...]]]:

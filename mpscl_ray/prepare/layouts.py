@@ -27,7 +27,6 @@ LAYOUTS: dict[str, Callable[[Listing, LayoutOptions], Found]] = {
     "tfrecord": tfrecord_cases,
     "npy": npy_cases,
 }
-_NIFTI = (".nii", ".nii.gz")
 _MAX_ID_BYTES = 200
 
 
@@ -102,12 +101,7 @@ def _other_case(listing: Listing, options: LayoutOptions, files: Sequence[Path])
     """That files would fit if upper and lower case were the same, if any would."""
     given = ((options.image_pattern, "--image-pattern"), (options.label_pattern, "--label-pattern"))
     patterns = [re.compile(case_pattern(text, option).pattern, re.IGNORECASE) for text, option in given if text]
-    found = [
-        path
-        for path in files
-        if any(pattern.fullmatch(listing.relative(path)) for pattern in patterns)
-        or (path.name.lower().endswith(_NIFTI) and not path.name.endswith(_NIFTI))
-    ]
+    found = [path for path in files if any(pattern.fullmatch(listing.relative(path)) for pattern in patterns)]
     return f"; upper and lower case count: {listing.some(found, 2)}" if found else ""
 
 

@@ -6,8 +6,9 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+from mpscl_ray.data.volumes.file_names import stem_before
 from mpscl_ray.errors import ConfigError
-from mpscl_ray.prepare.file_listing import Listing, pair_by_name, stem_before
+from mpscl_ray.prepare.file_listing import Listing, pair_by_name
 from mpscl_ray.prepare.label_table import RELEASED
 from mpscl_ray.prepare.source_cases import Found, Kind, LayoutOptions, SourceCase, collect
 
@@ -80,7 +81,7 @@ def tfrecord_cases(listing: Listing, options: LayoutOptions) -> Found:
     images: dict[str, list[Path]] = {}
     labels: dict[str, list[Path]] = {}
     for path in listing.files:
-        volume = re.fullmatch(r"(image|gth)_((?:ct|mr)_\d+)\.nii\.gz", path.name)
+        volume = re.fullmatch(r"(image|gth)_((?:ct|mr)_\d+)(?i:\.nii\.gz)", path.name)
         stem = stem_before(path.name, (".tfrecords", ".tfrecord"))
         if volume:
             used.add(path)

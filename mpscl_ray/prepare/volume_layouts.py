@@ -9,8 +9,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from mpscl_ray.data.volumes.file_names import NIFTI_ENDINGS, VOLUME_ENDINGS, stem_before
 from mpscl_ray.errors import ConfigError, DataError
-from mpscl_ray.prepare.file_listing import LABEL_ENDINGS, Listing, pair_by_name, stem_before
+from mpscl_ray.prepare.file_listing import LABEL_ENDINGS, Listing, pair_by_name
 from mpscl_ray.prepare.label_table import (
     BACKGROUND,
     MMWHS,
@@ -23,8 +24,6 @@ from mpscl_ray.prepare.label_table import (
 from mpscl_ray.prepare.source_cases import Found, LayoutOptions, SourceCase, collect
 from mpscl_ray.runs.wording import counted
 
-_NIFTI = (".nii.gz", ".nii")
-
 
 def mmwhs_cases(listing: Listing, options: LayoutOptions) -> Found:
     """``{ct,mr}_train_10NN_{image,label}.nii.gz`` anywhere below the folder."""
@@ -33,7 +32,7 @@ def mmwhs_cases(listing: Listing, options: LayoutOptions) -> Found:
     used: set[Path] = set()
     hidden: list[Path] = []
     for path in listing.files:
-        match = re.fullmatch(r"(ct|mr)_(train|test)_(\d+)_(image|label)\.nii(\.gz)?", path.name)
+        match = re.fullmatch(r"(ct|mr)_(train|test)_(\d+)_(image|label)(?i:\.nii(\.gz)?)", path.name)
         if not match:
             continue
         used.add(path)
@@ -66,8 +65,8 @@ def nnunet_cases(listing: Listing, options: LayoutOptions) -> Found:
         raise DataError(f"{path}: expected a JSON object with the labels")
     table = _nnunet_labels(path, about, listing.notices)
     ending = str(about.get("file_ending", ""))
-    endings = (ending,) if ending else _NIFTI
-    if not set(endings) <= {*_NIFTI, ".nrrd", ".mha"}:
+    endings = (ending.lower(),) if ending else NIFTI_ENDINGS
+    if not set(endings) <= set(VOLUME_ENDINGS):
         raise DataError(f"{path}: file_ending {ending!r}; only .nii.gz, .nii, .nrrd and .mha are read")
     used = {path}
     cases: list[SourceCase] = []
@@ -248,7 +247,8 @@ def case_pattern(text: str, option: str) -> re.Pattern[str]:
     """The expression that a path below a folder matches in full, with a group for ``{case}`` and one for ``{patient}``.
 
     Args:
-        text: path with ``{case}``, ``{patient}``, ``*``, which stays in a folder, and ``**/`` for any folders.
+        text: path with ``{case}``, ``{patient}``, ``*``, which stays in a folder, and ``**/`` for any folders. Upper
+            and lower case count, but in the ending of an image file.
         option: name of the option that gave it, for messages.
 
     Raises:
@@ -258,8 +258,9 @@ def case_pattern(text: str, option: str) -> re.Pattern[str]:
         raise ConfigError(f"{option} {text!r}: must contain {{case}}, e.g. '{{case}}_image.nii.gz'")
     if unknown := re.search(r"\{(?!case\}|patient\})[^}]*\}", text):
         raise ConfigError(f"{option} {text!r}: {unknown[0]} is none of {{case}} and {{patient}}")
+    before_ending = stem_before(text, VOLUME_ENDINGS) or text
     expression = ""
-    for part in re.split(r"(\{case\}|\{patient\}|\*\*/|\*)", text):
+    for part in re.split(r"(\{case\}|\{patient\}|\*\*/|\*)", before_ending):
         if part in ("{case}", "{patient}"):
             name = part[1:-1]
             expression += f"(?P={name})" if f"(?P<{name}>" in expression else f"(?P<{name}>[^/]+?)"
@@ -267,5 +268,6 @@ def case_pattern(text: str, option: str) -> re.Pattern[str]:
             expression += "(?:[^/]+/)*"
         else:
             expression += "[^/]*" if part == "*" else re.escape(part)
+    expression += f"(?i:{re.escape(text[len(before_ending) :])})"
     before, star, after = expression.rpartition("[^/]*")
     return re.compile(f"{before}(?P<mask>[^/]*){after}" if star else expression)

@@ -167,7 +167,7 @@ def load(directory: Path) -> dict[str, Any]:
     _recover(directory.parent, directory.name)
     contents = {name: _read(directory, name) for name in files(_read(directory, SUMS))}
     _compare_sums(directory, [(name, hashlib.sha256(data).hexdigest()) for name, data in contents.items()])
-    document = _document(directory, contents[STATE])
+    document = _document(directory, contents[STATE], list(contents))
     state = decode(document["state"], safetensors.torch.load(contents[TENSORS]))
     assert isinstance(state, dict)
     if FIXED in contents:
@@ -177,9 +177,9 @@ def load(directory: Path) -> dict[str, Any]:
 
 def verify(directory: Path) -> None:
     """Check the hashes of a checkpoint without loading it. Raises as :func:`load` does."""
-    document = _read(directory, STATE)
-    _compare_sums(directory, [(name, _hash(directory, name)) for name in files(_read(directory, SUMS))])
-    _document(directory, document)
+    document, names = _read(directory, STATE), files(_read(directory, SUMS))
+    _compare_sums(directory, [(name, _hash(directory, name)) for name in names])
+    _document(directory, document, names)
 
 
 def files(sums: bytes) -> list[str]:
@@ -374,8 +374,11 @@ def _compare_sums(directory: Path, hashes: Sequence[tuple[str, str]]) -> None:
     raise _damaged(directory, f"{SUMS} has lines that do not belong there")
 
 
-def _document(directory: Path, data: bytes) -> dict[str, Any]:
-    """Parse a verified state.json; refuse one that this version of mpscl_ray does not understand."""
+def _document(directory: Path, data: bytes, names: Sequence[str]) -> dict[str, Any]:
+    """Parse a verified state.json, and compare the files that SHA256SUMS names with those that it needs.
+
+    Refuses one that this version of mpscl_ray does not understand.
+    """
     try:
         document = json.loads(data)
     except ValueError:
@@ -387,4 +390,7 @@ def _document(directory: Path, data: bytes) -> dict[str, Any]:
             f"checkpoint {directory} has version {document.get('version')!r}, this mpscl_ray reads version {VERSION}; "
             f"use the mpscl_ray that wrote it"
         )
+    if ("fixed" in document) != (FIXED in names):
+        lacks, has = (SUMS, STATE) if "fixed" in document else (STATE, SUMS)
+        raise _damaged(directory, f"{has} names {FIXED}, and {lacks} does not")
     return document

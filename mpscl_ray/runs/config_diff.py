@@ -9,6 +9,8 @@ from typing import Any
 from mpscl_ray.errors import ConfigError
 
 _ABSENT = object()
+_OLDER = {"optim.kind": ("optim.weight_decay", 5e-4, None)}
+"""Of a run that is older than a setting: another key, a value of it, and how the same is written since."""
 
 
 def check_config_change(
@@ -36,6 +38,9 @@ def check_config_change(
         ConfigError: Lists every other key that differs, with both values.
     """
     old, new = dict(flatten(stored)), dict(flatten(given))
+    for setting, (key, before, since) in _OLDER.items():
+        if setting in new and setting not in old and old.get(key) == before and new.get(key, before) == since:
+            old[key] = since
     old = {key: value for key, value in flatten(defaults or {}) if key in new} | old
     changed: list[str] = []
     refused: list[str] = []

@@ -49,7 +49,7 @@ def load_domains(config: Config) -> tuple[Domains, list[str]]:
 
     Raises:
         ConfigError: data.source or data.target is not set, the slices are too small for the discriminators, or
-            run.select needs labels that the target does not have.
+            run.select needs validation cases, or labels of them, that the target does not have.
         DataError: a dataset is missing, damaged, or does not fit the other one.
     """
     require_datasets(config)
@@ -65,6 +65,12 @@ def load_domains(config: Config) -> tuple[Domains, list[str]]:
         raise ConfigError(
             f"run.select=oracle needs labels of all validation cases of the target {target_folder}, and "
             f"{sum(case.labelled for case in held_out)} of its {len(held_out)} have any; use run.select=label_free"
+        )
+    if config.run.select not in ("oracle", "label_free") and not held_out and _reads_target(config):
+        raise ConfigError(
+            f"run.select={config.run.select} judges predictions of validation cases of the target, and {target_folder} "
+            "has none; use run.select=label_free, which then takes source validation Dice alone, or prepare the target "
+            "with validation cases"
         )
     own = (domains.target if config.data.labelled_domain == TARGET_DOMAIN else domains.source).split("val")
     if config.run.select != "oracle" and not (own and all(case.labelled for case in own)):

@@ -36,6 +36,7 @@ MAY_CHANGE = (
     "run.keep_checkpoints",
     "run.max_failures",
     "run.profile",
+    "optim.recompute",
     "run.storage",
     "run.storage_retry_minutes",
     "data.source",

@@ -54,27 +54,35 @@ def open_streams(
 
     opened = _stream_of(config, device, rank, world_size)
 
+    def share_of(slices: Slices, *, predicted: bool = False) -> Foreground | None:
+        share = config.data.foreground_share
+        return None if share is None else Foreground(share, slices.foreground_rows, slices.rows, predicted=predicted)
+
     def source_stream() -> SliceStream:
-        slices, share = data.labelled, config.data.foreground_share
-        foreground = None if share is None else Foreground(share, slices.foreground_rows, slices.rows)
-        augment = config.data.augmentation
+        slices, augment = data.labelled, config.data.augmentation
+        foreground = share_of(slices)
         return opened(slices, domain=SOURCE_DOMAIN, augment=augment, foreground=foreground, start_step=start_step)
 
-    def target_stream(name: str, slices: Slices | None, views: int = 1) -> SliceStream:
+    def target_stream(
+        name: str, slices: Slices | None, views: int = 1, foreground: Foreground | None = None
+    ) -> SliceStream:
         assert slices is not None
         # Intensities are remapped in the labelled domain only: the target has to keep its appearance.
         still = dataclasses.replace(
             config.data.augmentation, random_conv_probability=0.0, mapping_probability=0.0, degradation_probability=0.0
         )
         view = config.data.augmentation if views == 2 else None
-        return opened(slices, domain=name, augment=still, view=view, start_step=start_step)
+        return opened(slices, domain=name, augment=still, view=view, foreground=foreground, start_step=start_step)
 
     if method.split is not None:
         split = method.split
         assert data.unlabelled is not None
         easy = SubsetSlices(data.unlabelled, split.easy.numpy(), split.pseudo_labels.numpy())
         hard = SubsetSlices(data.unlabelled, split.hard.numpy())
-        return target_stream(EASY, easy), target_stream(HARD, hard, method.target_views)
+        return (
+            target_stream(EASY, easy, foreground=share_of(easy, predicted=True)),
+            target_stream(HARD, hard, method.target_views),
+        )
     if not reads_target(phase):
         return source_stream(), None
     return source_stream(), target_stream(TARGET_DOMAIN, data.unlabelled, method.target_views)

@@ -192,13 +192,12 @@ def selection_score(results: Mapping[str, Validation], select: str, labelled: st
     - label_free: mean Dice on validation volumes of ``labelled``, the domain that is trained with labels, minus the
       entropy on those of the target if there are any. No other labels are used.
     - oracle: mean Dice on validation volumes of the target; needs their labels.
-    - any other: the criterion of that name, of :func:`target_criteria`; as label_free without validation volumes of the
-      target.
+    - any other: the criterion of that name, of :func:`target_criteria`; needs validation volumes of the target.
     """
     own, target = results.get(labelled), results.get(TARGET_DOMAIN)
     if select == "oracle":
         score = target.mean_dice if target else math.nan
-    elif select != "label_free" and target:
+    elif select != "label_free":
         score = target_criteria(results, labelled).get(select, math.nan)
     else:
         score = (own.mean_dice if own else math.nan) - (target.entropy if target else 0.0)

@@ -78,6 +78,16 @@ def accumulated(case: str) -> dict[str, Any]:
         OPTIM = whole
 
 
+def recomputed(case: str) -> dict[str, Any]:
+    """A case whose blocks are computed once more in the backward pass."""
+    global OPTIM
+    kept, OPTIM = OPTIM, dataclasses.replace(OPTIM, recompute=True)
+    try:
+        return CASES[case]()
+    finally:
+        OPTIM = kept
+
+
 def my_part(batch: Batch) -> Batch:
     size = GLOBAL_BATCH // collectives.world_size()
     rows = slice(collectives.rank() * size, (collectives.rank() + 1) * size)
@@ -423,6 +433,7 @@ CASES: dict[str, Callable[[], dict[str, Any]]] = {
         f"{case}-accumulated": functools.partial(accumulated, case)
         for case in ("fc-released", "segmentation", "sifa-first")
     },
+    "fc-released-recomputed": functools.partial(recomputed, "fc-released"),
     "non-finite-source": lambda: non_finite("source"),
     "non-finite-target": lambda: non_finite("target"),
     "batch-norm": batch_norm,

@@ -125,6 +125,15 @@ def test_micro_batches_have_batch_statistics_of_their_own(run: Run, case: str) -
     assert relative_deviation(parts["metric.loss_segmentation"], whole["metric.loss_segmentation"]) > 1e-4
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_recomputed_blocks_change_nothing(run: Run, workers: int) -> None:
+    """Not one bit of losses, gradients, weights and running statistics, on any worker."""
+    for ours, kept in zip(run("fc-released-recomputed", workers), run("fc-released", workers), strict=True):
+        assert ours.keys() == kept.keys()
+        for name, value in kept.items():
+            assert np.array_equal(ours[name], value, equal_nan=True), name
+
+
 def test_training_moved_the_weights(run: Run) -> None:
     (reference,) = run("fc-released", 1)
     losses = reference["metric.loss_segmentation"]

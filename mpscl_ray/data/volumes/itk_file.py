@@ -15,7 +15,6 @@ from mpscl_ray.data.volumes.geometry import FloatArray
 from mpscl_ray.data.volumes.personal_data import is_private_key
 from mpscl_ray.errors import DataError
 
-ITK_ENDINGS = (".nrrd", ".mha")
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0])
 _UNIT_MM = 2
 

@@ -23,7 +23,8 @@ import numpy.typing as npt
 from mpscl_ray.data.volumes.dicom import read_dicom
 from mpscl_ray.data.volumes.dicom_files import is_directory_file
 from mpscl_ray.data.volumes.dicom_paths import is_dicom, is_series
-from mpscl_ray.data.volumes.itk_file import ITK_ENDINGS, read_itk
+from mpscl_ray.data.volumes.file_names import ITK_ENDINGS, VOLUME_ENDINGS, has_ending
+from mpscl_ray.data.volumes.itk_file import read_itk
 from mpscl_ray.errors import DataError
 
 _CHUNK = 1 << 20
@@ -96,12 +97,11 @@ def read_stored(path: Path, max_voxels: int) -> StoredVolume:
     Raises:
         DataError: The file is missing, truncated, damaged, not NIfTI, not what its name says, or too large.
     """
-    name = path.name.lower()
     if is_series(path):
         return StoredVolume(*read_dicom(path, max_voxels))
     if not os.path.lexists(path):
         raise DataError(f"{path}: there is no such file; check the path")
-    if not name.endswith((".nii", ".nii.gz", *ITK_ENDINGS)):
+    if not has_ending(path.name, VOLUME_ENDINGS):
         raise DataError(
             f"{path} is {_other_format(path)}; expected .nii, .nii.gz, .nrrd, .mha or a folder with a DICOM series"
         )
@@ -109,10 +109,10 @@ def read_stored(path: Path, max_voxels: int) -> StoredVolume:
         if not path.is_file() and path.exists():
             raise DataError(f"{path} is no regular file, expected a NIfTI volume; check the path")
         size = path.stat().st_size
-        if name.endswith(ITK_ENDINGS) and size:
+        if has_ending(path.name, ITK_ENDINGS) and size:
             return StoredVolume(*read_itk(path, max_voxels))
         with path.open("rb") as file:
-            return _read(path, file, size, name.endswith(".gz"), max_voxels)
+            return _read(path, file, size, has_ending(path.name, (".gz",)), max_voxels)
     except OSError as error:
         raise DataError(
             f"{path} cannot be read ({error.strerror or error}); check the path and its permissions"

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from mpscl_ray.data.volumes.file_names import has_ending
 from mpscl_ray.data.volumes.nifti import Volume
 from mpscl_ray.errors import DataError
 from mpscl_ray.runs.atomic_files import write_atomically
@@ -82,6 +83,6 @@ def _write(
     header["vox_offset"] = header.single_vox_offset
     stored = values.astype(values.dtype.newbyteorder("<"), copy=False)
     content = header.binaryblock + b"\0\0\0\0" + stored.tobytes(order="F")
-    if path.name.lower().endswith(".gz"):
+    if has_ending(path.name, (".gz",)):
         content = gzip.compress(content, compresslevel=6, mtime=0)
     write_atomically(path, content)

@@ -49,7 +49,13 @@ def test_the_sum_of_bits_sees_every_tensor() -> None:
         seen.append(int(collectives._sum_of_bits(network)))
         network[1].num_batches_tracked.add_(1)
         seen.append(int(collectives._sum_of_bits(network)))
-    assert len(set(seen)) == 4
+        network[0].bias.copy_(network[0].bias.flip(0))
+        seen.append(int(collectives._sum_of_bits(network)))
+        weight = network[1].weight.clone()
+        network[1].weight.copy_(network[1].bias)
+        network[1].bias.copy_(weight)
+        seen.append(int(collectives._sum_of_bits(network)))
+    assert len(set(seen)) == 6, "each change, two numbers or two tensors that change places among them, is seen"
 
 
 class Pair(NamedTuple):

@@ -11,6 +11,7 @@ import pytest
 
 from mpscl_ray.data.volumes.nifti import read_label
 from mpscl_ray.errors import DataError
+from mpscl_ray.evaluate.file_pairs import find_pairs
 from tests.scored_maps import AFFINE, NAMES, SHAPE, hearts, run, save, scored
 
 
@@ -88,13 +89,11 @@ def test_files_that_are_not_read_are_said(cohort: Path, capsys: pytest.CaptureFi
     folder = cohort / "pred"
     (folder / "c9.mha").touch()
     (folder / "volumes.json").touch()
-    shutil.copy(folder / "c0.nii.gz", folder / "C7.NII.GZ")
     (folder / "fold").mkdir()
     shutil.copy(folder / "c0.nii.gz", folder / "fold")
     assert run(cohort, *NAMES) == 0
     (note,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: not read")]
-    assert f"not read in {folder}, 3: C7.NII.GZ, c9.mha, fold/c0.nii.gz (only .nii and .nii.gz files in" in note
-    assert "write their endings in lower case" in note
+    assert f"not read in {folder}, 2: c9.mha, fold/c0.nii.gz (only .nii and .nii.gz files in" in note
     assert "for those in folders give --prediction-pattern" in note
     (folder / "c0.nii.gz").rename(folder / "C0.NII.GZ")
     said = refused(cohort)
@@ -102,7 +101,10 @@ def test_files_that_are_not_read_are_said(cohort: Path, capsys: pytest.CaptureFi
     assert "C0.NII.GZ" in said
 
 
-def test_endings_in_upper_case_alone_are_said(cohort: Path) -> None:
+def test_endings_in_upper_case_are_read(cohort: Path) -> None:
     for path in (cohort / "pred").iterdir():
-        path.rename(path.with_name(path.name.upper()))
-    assert "no .nii or .nii.gz file among 3 files; write the endings in lower case: C0.NII.GZ" in refused(cohort)
+        path.rename(path.with_name(path.name.replace(".nii.gz", ".NII.GZ")))
+    found = find_pairs(cohort / "pred", cohort / "truth").pairs
+    assert [pair.case for pair in found] == ["c0", "c1", "c2"]
+    assert found == find_pairs(cohort / "pred", cohort / "truth", "{case}.nii.gz", "{case}.NII.GZ").pairs
+    assert run(cohort, *NAMES) == 0

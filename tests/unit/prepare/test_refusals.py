@@ -211,18 +211,9 @@ def test_a_label_alone_without_a_position_may_take_that_of_its_image(source: Pat
     made(source, fix_geometry="copy-from-image")
 
 
-@pytest.mark.parametrize(("change", "hit"), [("IMAGE.nii.gz", "c0_IMAGE.nii.gz"), ("image.NII.GZ", "c0_image.NII.GZ")])
-def test_names_in_another_case_are_said(tmp_path: Path, change: str, hit: str) -> None:
+def test_names_in_another_case_are_said(tmp_path: Path) -> None:
     for number in range(4):
-        (tmp_path / f"c{number}_{change}").touch()
+        (tmp_path / f"c{number}_IMAGE.nii.gz").touch()
     options = LayoutOptions(modality="mr", image_pattern="{case}_image.nii.gz")
-    with pytest.raises(DataError, match=f"no files that match .*; upper and lower case count: {hit}, c1_"):
+    with pytest.raises(DataError, match=r"no files that match .*; upper and lower case count: c0_IMAGE.nii.gz, c1_"):
         scan(tmp_path, "folder", options)
-
-
-def test_an_ending_in_upper_case_is_said_among_the_files_left_out(source: Path) -> None:
-    for kind in ("image", "label"):
-        path = source / f"ct_train_1002_{kind}.nii.gz"
-        path.rename(path.with_suffix(".GZ"))
-    notices = scan(source, "mmwhs", LayoutOptions()).notices
-    assert any("; upper and lower case count: ct_train_1002_image.nii.GZ" in notice for notice in notices)

@@ -235,6 +235,31 @@ def test_damaged_files_are_named(tmp_path: Path, name: str, fault: str) -> None:
         checkpoint.load(path)
 
 
+def test_the_sums_name_every_file_that_the_state_needs(tmp_path: Path) -> None:
+    """Whatever line of SHA256SUMS is lost, and though the lines that are left are right."""
+    state = {**small_state(1), "fixed": {"split": torch.arange(3)}}
+    path = checkpoint.save(tmp_path / checkpoint_name(1), state)
+    assert_same(checkpoint.load(path), state)
+    lines = (path / "SHA256SUMS").read_text(encoding="utf-8").splitlines(keepends=True)
+    assert len(lines) == 3
+    for lost in lines:
+        (path / "SHA256SUMS").write_text("".join(line for line in lines if line != lost), encoding="utf-8")
+        for read in (checkpoint.load, checkpoint.verify):
+            with pytest.raises(CheckpointDamaged, match=lost.split()[1]):
+                read(path)
+        assert checkpoint.latest(tmp_path)[0] is None
+
+
+def test_the_sums_name_no_file_that_the_state_does_not_know(tmp_path: Path) -> None:
+    path = checkpoint.save(tmp_path / "one", small_state(1))
+    (path / "fixed.safetensors").write_bytes((path / "tensors.safetensors").read_bytes())
+    text = (path / "SHA256SUMS").read_text(encoding="utf-8")
+    more = text.splitlines()[1].replace("tensors.", "fixed.")
+    (path / "SHA256SUMS").write_text(f"{text}{more}\n", encoding="utf-8")
+    with pytest.raises(CheckpointDamaged, match=r"names fixed\.safetensors, and state\.json does not"):
+        checkpoint.load(path)
+
+
 def test_foreign_and_newer_checkpoints(tmp_path: Path) -> None:
     checkpoint.save(tmp_path / checkpoint_name(100), small_state(100))
     path = checkpoint.save(tmp_path / checkpoint_name(200), small_state(200))

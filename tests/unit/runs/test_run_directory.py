@@ -154,6 +154,23 @@ def test_a_run_that_is_older_than_a_setting_has_its_default(run: RunDirectory) -
         run.check_config(now)
 
 
+def test_a_run_that_is_older_than_the_kind_of_optimiser_keeps_its_weight_decay(run: RunDirectory) -> None:
+    """Null stands for 5e-4 with SGD, which such a run has."""
+    run.write_config(CONFIG + "optim: {weight_decay: 0.0005}\n")
+    defaults = {"optim": {"kind": "sgd", "weight_decay": None}}
+    now = CONFIG + "optim: {kind: sgd, weight_decay: null}\n"
+    assert run.check_config(now, defaults=defaults) == []
+    assert run.check_config(now.replace("null", "0.0005"), defaults=defaults) == []
+    with pytest.raises(ConfigError, match=r"config: optim\.kind: \"sgd\" in the run, \"adamw\" now; set it back"):
+        run.check_config(now.replace("sgd", "adamw"), defaults=defaults)
+    run.write_config(CONFIG + "optim: {weight_decay: 0.0001}\n")
+    with pytest.raises(ConfigError, match=r"optim\.weight_decay: 0\.0001 in the run, null now"):
+        run.check_config(now, defaults=defaults)
+    run.write_config(now.replace("null", "0.0005"))
+    with pytest.raises(ConfigError, match=r"optim\.weight_decay: 0\.0005 in the run, null now"):
+        run.check_config(now, defaults=defaults)
+
+
 def test_damaged_config(run: RunDirectory) -> None:
     run.write_config("{")
     with pytest.raises(DataError, match=r"config.yaml is damaged"):

@@ -157,6 +157,11 @@ def test_show_makes_no_folder(command: Command, tmp_path: Path) -> None:
             "optim.accumulate=3 does not divide the 4 slices that each of 3 workers has of data.global_batch_size=12",
         ),
         (["small/mpscl", "optim.accumulate=0"], "optim.accumulate=0"),
+        (["small/sifa_v2", "optim.recompute=true"], "optim.recompute=true is for DeepLab, which method.name=sifa has"),
+        (
+            ["small/mpscl", "optim.recompute=true", "precision.compile=true"],
+            "optim.recompute=true and precision.compile=true do not go together",
+        ),
         (["small/mpscl", "scaling.num_workers=[2,1]"], "scaling.num_workers=[2, 1]: expected the smaller number first"),
         (["small/mpscl", "run.name=a/b"], "run.name"),
         (["small/mpscl", "run.storage=gs://bucket/runs"], "gs:// is not a storage that can be used directly"),
@@ -245,6 +250,11 @@ def test_selection_by_labels_that_the_target_does_not_have(command: Command, tmp
     code, _, error = command(*tiny(pair, tmp_path / "runs", f"data.target={target}", "run.select=oracle"))
     assert code == ConfigError.exit_code
     assert "run.select=oracle needs labels" in only_sentence(error)
+    target = make_dataset(tmp_path / "train_alone", "ct", seed=1, cases={"train": 2})
+    words = tiny(pair, tmp_path / "runs", f"data.target={target}", "run.select=class_ratio_agreement")
+    code, _, error = command(*words)
+    assert code == ConfigError.exit_code
+    assert "judges predictions of validation cases of the target" in only_sentence(error)
 
 
 def test_slices_too_small_for_the_discriminators(command: Command, tmp_path: Path) -> None:

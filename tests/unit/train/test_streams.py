@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from mpscl_ray.config import Config
-from mpscl_ray.errors import DataError
+from mpscl_ray.errors import ConfigError, DataError
 from mpscl_ray.methods import AdvEnt
-from mpscl_ray.methods.base import TrainingSlices
+from mpscl_ray.methods.base import TargetSplit, TrainingSlices
 from mpscl_ray.train.streams import open_streams, training_slices
 from tests.tiny import local_data, make_pair, tiny_config
 from tests.tiny_methods import make_advent, make_mpscl
@@ -127,6 +127,23 @@ def test_a_share_of_the_source_slices_shows_a_structure(folder: Path) -> None:
             assert len([image for image in source.next()["image"] if image.numpy().tobytes() in shown]) == 3
         plain = first_batches(tiny_config(folder / "mr", folder / "ct", still))[1]
         assert torch.equal(target.next()["image"], plain["image"])
+
+
+def test_a_share_of_the_pseudo_labelled_slices_shows_a_structure(folder: Path) -> None:
+    """In the second stage of IntraDA, by the pseudo-labels: two of the six easy slices are in three of four places."""
+    config = tiny_config(folder / "mr", folder / "ct", ["data.foreground_share=0.75"])
+    data, method = local_data(config), make_advent()
+    pseudo_labels = torch.zeros(6, 32, 32, dtype=torch.uint8)
+    pseudo_labels[4:, 8:16] = 1
+    method.split = TargetSplit(torch.arange(6), torch.arange(6, 18), pseudo_labels)
+    easy, hard = open_streams(config, data, method, "adaptation", 0, CPU, 0, 1)
+    assert hard is not None
+    with easy, hard:
+        for _ in range(5):
+            assert easy.next()["label"].any(dim=2).any(dim=1).sum() == 3
+    method.split = TargetSplit(torch.arange(6), torch.arange(6, 18), torch.zeros_like(pseudo_labels))
+    with pytest.raises(ConfigError, match=r"no pseudo-labelled slice of the target shows one; train .* for longer"):
+        open_streams(config, data, method, "adaptation", 0, CPU, 0, 1)
 
 
 def test_the_adaptation_starts_from_the_prototypes_of_a_file(folder: Path) -> None:

@@ -124,7 +124,7 @@ SCORES: dict[str, Validation] = {
         ("source", "target", "label_free", "target", 0.3 - 0.1),
         ("source", "unlabelled", "source_dice_and_class_ratio", "source", 0.7 - 0.1 - 1 / 6),
         ("source", "unlabelled", "adjacency_agreement", "source", -0.25 * math.log(2)),
-        ("source", None, "adjacency_agreement", "source", 0.7),
+        ("source", None, "adjacency_agreement", "source", None),
         (None, "target", "adjacency_agreement", "source", None),
         ("source", "target", "oracle", "source", 0.3),
         ("source", "unlabelled", "oracle", "source", None),

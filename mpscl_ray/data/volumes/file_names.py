@@ -1,0 +1,20 @@
+"""Names of image files. Upper and lower case are the same in their endings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+NIFTI_ENDINGS = (".nii.gz", ".nii")
+ITK_ENDINGS = (".nrrd", ".mha")
+VOLUME_ENDINGS = (*NIFTI_ENDINGS, *ITK_ENDINGS)
+"""Of all formats with a volume in a file that are read."""
+
+
+def has_ending(name: str, endings: Sequence[str]) -> bool:
+    """Whether a name has one of the endings, which are given in lower case."""
+    return name.lower().endswith(tuple(endings))
+
+
+def stem_before(name: str, endings: Sequence[str]) -> str | None:
+    """The name without the first of the endings (in lower case) that it has; None if it has none."""
+    return next((name[: -len(ending)] for ending in endings if has_ending(name, (ending,))), None)
