@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # What _MODULES says, for type checkers and editors.
     from mpscl_ray.errors import ClusterError, ConfigError, DataError, MpsclError, StorageError, TrainingError
     from mpscl_ray.evaluate.metrics import StructureScore
     from mpscl_ray.evaluate.score import score
+    from mpscl_ray.export.run import export_model
     from mpscl_ray.methods import METHODS
     from mpscl_ray.methods.losses import (
         RatioTerms,
@@ -66,6 +67,7 @@ __all__ = [
     "cosine_to_prototypes",
     "domain_loss",
     "downsample_labels",
+    "export_model",
     "initial_prototypes",
     "load_config",
     "load_segmenter",
@@ -105,6 +107,7 @@ _MODULES = {
     "cosine_to_prototypes": "mpscl_ray.methods.losses",
     "domain_loss": "mpscl_ray.methods.losses",
     "downsample_labels": "mpscl_ray.methods.prototypes",
+    "export_model": "mpscl_ray.export.run",
     "initial_prototypes": "mpscl_ray.methods.prototypes",
     "load_config": "mpscl_ray.config",
     "load_segmenter": "mpscl_ray.predict.segmenter",

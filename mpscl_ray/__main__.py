@@ -15,6 +15,7 @@ COMMANDS = {
     "train": "train a method, on this machine or on a Ray cluster",
     "evaluate": "score a trained segmenter on labelled volumes",
     "predict": "write label maps for new images",
+    "export": "write a trained segmenter as one file, with its model card",
     "score": "score any folder of label maps against labels",
     "tune": "search for the settings of a method",
     "compare": "train and score a table of methods, seeds and directions",

@@ -80,7 +80,7 @@ def as_on_gpu() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(optim, "convert_batch_norm", lambda module, device, fold: fold_batch_norm(module))
-        patch.setattr(AtrousHead, "_forward_on_cpu", AtrousHead._convolve)
+        patch.setattr(AtrousHead, "_forward_on_cpu", AtrousHead.convolve)
         patch.setattr(losses, "exact_matmul", in_float64)
         yield
 

@@ -30,11 +30,15 @@ def main(arguments: Sequence[str]) -> int:
         epilog=f"{_EXAMPLES}\n{cli.EXIT_CODES}",
     )
     add = parser.add_argument
-    add("run", metavar="RUN", help="folder of the run, or its URL")
+    add("run", metavar="RUN", help="folder of the run, a model file that export wrote, or the URL of either")
     add("--checkpoint", default="last", help="last (default), best, a phase, a name in RUN/checkpoints, or a path")
     add("--data", metavar="FOLDER", help="prepared dataset, or its URL (default: the run's target)")
     add("--split", default="test", choices=SPLITS, help="which volumes (default: test)")
-    add("--out", metavar="DIR", help="folder for the tables, or its URL (default: RUN/results/NAME)")
+    add(
+        "--out",
+        metavar="DIR",
+        help="folder for the tables, or its URL (default: RUN/results/NAME; a model file has none)",
+    )
     parser.add_workers()
     add("--device", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
     add("--largest-component", action="store_true", help="keep only the largest connected part of each structure")

@@ -11,6 +11,7 @@ from mpscl_ray.evaluate.scoring import evaluate_checkpoint, find_dataset
 from mpscl_ray.evaluate.tables import default_measures
 from mpscl_ray.predict.model import read_model
 from mpscl_ray.predict.predictor import choose_device
+from mpscl_ray.runs.model_store import open_model
 from mpscl_ray.runs.run_directory import RunDirectory, open_run
 from mpscl_ray.runs.storage import join_location
 from mpscl_ray.runs.wording import counted
@@ -71,7 +72,7 @@ def evaluate_phases(
 def evaluate(options: argparse.Namespace) -> int:
     """Evaluate one checkpoint and print its table; returns the exit code."""
     choose_device(options.device)
-    home = open_run(options.run)
+    home = open_model(options.run)
     evaluation = evaluate_checkpoint(
         home,
         options.checkpoint,

@@ -22,7 +22,7 @@ from mpscl_ray.data.volumes.preprocess import unscale
 from mpscl_ray.data.volumes.recipe import Recipe
 from mpscl_ray.distributed.parallel_map import map_volumes
 from mpscl_ray.distributed.ray_session import connect
-from mpscl_ray.errors import DataError
+from mpscl_ray.errors import ConfigError, DataError
 from mpscl_ray.evaluate.evaluation import Evaluation, Protocol, write_evaluation
 from mpscl_ray.evaluate.metrics import StructureScore, released_protocol_scores, volume_scores
 from mpscl_ray.evaluate.tables import summarise
@@ -35,8 +35,9 @@ from mpscl_ray.predict.predictor import (
     num_inference_workers,
 )
 from mpscl_ray.predict.segmentation import segment
+from mpscl_ray.runs.model_store import ModelStore, open_model
 from mpscl_ray.runs.progress import ProgressLine
-from mpscl_ray.runs.run_directory import RunDirectory, open_run
+from mpscl_ray.runs.run_directory import RunDirectory
 from mpscl_ray.runs.storage import S3Path, output_directory, parse_location
 
 
@@ -56,7 +57,7 @@ def evaluate_checkpoint(
     """Predict every labelled volume of a split, score it, and write the tables.
 
     Args:
-        run: folder of the run, or its URL.
+        run: folder of the run, a model file, or the URL of either.
         checkpoint: see :func:`mpscl_ray.predict.model.find_checkpoint`.
         data: prepared dataset; None for the run's target.
         split: train, val or test.
@@ -74,7 +75,11 @@ def evaluate_checkpoint(
         DataError: the checkpoint or the dataset is damaged, they do not fit, or no volume of the split is labelled.
         StorageError: the tables cannot be written.
     """
-    home = open_run(run)
+    home = open_model(run)
+    if out is None and isinstance(home.store, ModelStore):
+        raise ConfigError(
+            f"{home.display_path} is a model file, which keeps no results; give a folder for them: --out DIR"
+        )
     subject = _load(home, checkpoint, data, split, device)
     protocol, notices = _choose_protocol(protocol, subject)
     subject = replace(subject, notices=(*subject.notices, *notices))
@@ -178,7 +183,9 @@ def find_dataset(run: str, model: Model, data: Path | str | None) -> tuple[Path 
     """The dataset to score on, and the domain of the run that it belongs to."""
     target = model.domains["target"]
     if data is None:
-        if target.dataset is None or not target.dataset.exists():
+        if target.dataset is None:
+            raise DataError(f"{run} names no dataset; give the folder of one with --data")
+        if not target.dataset.exists():
             raise DataError(
                 f"the target dataset of the run {run}, {target.dataset}, no longer exists; give its folder with --data"
             )

@@ -86,9 +86,10 @@ class AtrousHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (B, C, h, w) of features (B, d, h, w)."""
-        return self._forward_on_cpu(x) if x.device.type == "cpu" else self._convolve(x)
+        return self._forward_on_cpu(x) if x.device.type == "cpu" else self.convolve(x)
 
-    def _convolve(self, x: Tensor) -> Tensor:
+    def convolve(self, x: Tensor) -> Tensor:
+        """The same by convolutions alone, on any device."""
         first, *others = self.conv2d_list
         out: Tensor = first(x)
         for conv in others:

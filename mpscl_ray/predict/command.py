@@ -20,6 +20,7 @@ examples:
   python -m mpscl_ray.predict runs/mpscl BIDS --pattern '**/anat/*.nii.gz' --out maps --resume
   python -m mpscl_ray.predict runs/mpscl mr_1001.nii.gz --modality source --out predictions
   python -m mpscl_ray.predict runs/mpscl patient8_dicom --out predictions
+  python -m mpscl_ray.predict hearts.mpscl SCANS --out predictions
   python -m mpscl_ray.predict s3://hearts/runs/mpscl patient7.nii.gz --out s3://hearts/predictions
 
 For patient7.nii.gz the folder gets patient7_prediction.nii.gz (same grid, affine and orientation),
@@ -47,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=f"{_EXAMPLES}\n{cli.EXIT_CODES}",
     )
     add = parser.add_argument
-    add("run", metavar="RUN", help="folder of the run, or its URL")
+    add("run", metavar="RUN", help="folder of the run, a model file that export wrote, or the URL of either")
     add("inputs", type=Path, nargs="+", metavar="INPUT", help="images, or folders: of images, or of a DICOM series")
     add("--out", required=True, metavar="DIR", help="folder for the label maps, or its URL")
     add(

@@ -17,7 +17,8 @@ from mpscl_ray.data.volumes.preprocess import scale
 from mpscl_ray.data.volumes.recipe import Recipe
 from mpscl_ray.errors import ConfigError, DataError
 from mpscl_ray.runs.checkpoint import SUMS
-from mpscl_ray.runs.run_directory import RunDirectory, open_run
+from mpscl_ray.runs.model_store import ModelStore, open_model
+from mpscl_ray.runs.run_directory import RunDirectory
 from mpscl_ray.runs.storage import S3Path, parse_location
 
 Result = TypeVar("Result")
@@ -151,9 +152,10 @@ def _raw_ids(labels: Mapping[str, Any]) -> dict[str, int]:
 
 
 def read_model(run: RunDirectory | Path | str) -> Model:
-    """Read ``model.json``. Raises ConfigError if there is no run, DataError for a damaged one."""
-    folder = open_run(run)
+    """Read ``model.json`` of a run or a model file. Raises ConfigError without one, DataError for a damaged one."""
+    folder = open_model(run)
     folder.require()
+    where = f"{folder.display_path}: model.json" if isinstance(folder.store, ModelStore) else folder.model_file
     values = folder.read_model()
     try:
         model = Model(
@@ -166,12 +168,12 @@ def read_model(run: RunDirectory | Path | str) -> Model:
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         reason = str(error) if isinstance(error, _EntryError) else f"{type(error).__name__}: {error}"
         raise DataError(
-            f"{folder.model_file} is not what a run writes ({reason}); restore it from a copy, or run the training "
+            f"{where} is not what a run writes ({reason}); restore it from a copy, or run the training "
             "command again, which writes it"
         ) from error
     if model.network["num_classes"] != len(model.classes):
         raise DataError(
-            f"{folder.model_file} names {len(model.classes)} classes for a network with "
+            f"{where} names {len(model.classes)} classes for a network with "
             f"{model.network['num_classes']}; restore it from a copy"
         )
     return model
@@ -181,10 +183,10 @@ def find_checkpoint(run: RunDirectory | Path | str, checkpoint: str = "last") ->
     """Find a checkpoint of a run.
 
     Args:
-        run: folder of the run, or its URL.
-        checkpoint: ``last``, the newest that is intact; ``best``, the one with the best validation score; the name of a
-            phase (``source_only``, ``warm_up``, ``adaptation``) for its end; the name of one in ``checkpoints/``; or a
-            path: the folder of a checkpoint, or a file with released weights.
+        run: folder of the run, a model file, or the URL of either.
+        checkpoint: ``last``, the newest that is intact, or what a model file has; ``best``, the one with the best
+            validation score; the name of a phase (``source_only``, ``warm_up``, ``adaptation``) for its end; the name
+            of one in ``checkpoints/``; or a path: the folder of a checkpoint, or a file with released weights.
 
     Returns:
         The checkpoint, not read yet, and a warning for each damaged one that was skipped.
@@ -193,8 +195,10 @@ def find_checkpoint(run: RunDirectory | Path | str, checkpoint: str = "last") ->
         ConfigError: no run, or no checkpoint of that name in it; lists those there are.
         DataError: ``last`` of a run that has none yet.
     """
-    folder = open_run(run)
+    folder = open_model(run)
     folder.require()
+    if isinstance(folder.store, ModelStore):
+        return _only_checkpoint(folder.store, checkpoint), []
     if checkpoint == "last":
         path, notices = folder.store.latest_checkpoint()
         if path is None:
@@ -212,3 +216,12 @@ def find_checkpoint(run: RunDirectory | Path | str, checkpoint: str = "last") ->
         f"the run {folder.display_path} has no checkpoint {checkpoint!r} and there is no such path; it has "
         f"{', '.join(['last', *there]) if there else 'none yet'}"
     )
+
+
+def _only_checkpoint(store: ModelStore, checkpoint: str) -> Checkpoint:
+    if checkpoint not in ("last", store.weights_name):
+        raise ConfigError(
+            f"{store.display_path} holds the weights {store.weights_name!r} alone, not {checkpoint!r}; leave out "
+            "--checkpoint, or export another model"
+        )
+    return Checkpoint(store.weights_name, store.weights)

@@ -20,7 +20,8 @@ from mpscl_ray.networks import Segmenter, build
 from mpscl_ray.networks.pretrained import load_pretrained
 from mpscl_ray.predict.model import Checkpoint, Model, Slices, find_checkpoint, read_model
 from mpscl_ray.runs import checkpoint as checkpoints
-from mpscl_ray.runs.run_directory import RunDirectory, open_run
+from mpscl_ray.runs.model_store import open_model
+from mpscl_ray.runs.run_directory import RunDirectory
 
 Labels = npt.NDArray[np.uint8]
 
@@ -116,7 +117,7 @@ def load_segmenter(
     """The segmenter of a run, ready to predict.
 
     Args:
-        run: folder of the run, or its URL.
+        run: folder of the run, a model file, or the URL of either.
         checkpoint: see :func:`mpscl_ray.predict.model.find_checkpoint`.
         device: see :class:`Predictor`.
         batch_slices: see :class:`Predictor`.
@@ -125,7 +126,7 @@ def load_segmenter(
         ConfigError: no such run or checkpoint.
         DataError: the run has no checkpoint yet, or it is damaged or does not fit the network.
     """
-    folder = open_run(run)
+    folder = open_model(run)
     model = read_model(folder)
     weights, _ = find_checkpoint(folder, checkpoint)
     return load_weights(model, weights, device, batch_slices)
@@ -151,7 +152,8 @@ def load_weights(
         return Predictor(network, model.classes, device=device, batch_slices=batch_slices, model=model, weights=weights)
     state = checkpoints.load(weights.path)
     # The network of a phase may differ from the run's last one.
-    network = _build(state.get("network", model.network), str(weights.path))
+    model = replace(model, network=state.get("network", model.network))
+    network = _build(model.network, str(weights.path))
     try:
         tensors = state["method"]["networks"]["segmenter"]
         network.load_state_dict(tensors)
@@ -203,12 +205,12 @@ def cached_predictor(run: str, weights: Checkpoint, stamp: int, device: str | No
     """The segmenter of this worker process, kept for its next volume; read again when the stamp changes.
 
     Args:
-        run: address of the run.
+        run: address of the run or the model file.
         weights: their path may be relative to the run's folder, which may differ between nodes.
         stamp: see :meth:`mpscl_ray.predict.model.Checkpoint.stamp`.
         device: see :class:`Predictor`.
     """
-    folder = open_run(run)
+    folder = open_model(run)
     return load_weights(read_model(folder), replace(weights, path=folder.store.localize(weights.path)), device)
 
 

@@ -34,8 +34,9 @@ from mpscl_ray.predict.output_names import (
 from mpscl_ray.predict.predictor import choose_device, load_weights, num_inference_workers
 from mpscl_ray.predict.record import Record
 from mpscl_ray.prepare.file_listing import LABEL_ENDINGS
+from mpscl_ray.runs.model_store import open_model
 from mpscl_ray.runs.progress import ProgressLine
-from mpscl_ray.runs.run_directory import RunDirectory, open_run
+from mpscl_ray.runs.run_directory import RunDirectory
 from mpscl_ray.runs.storage import S3Path
 from mpscl_ray.runs.structures import display_order
 from mpscl_ray.runs.wording import counted
@@ -51,7 +52,7 @@ def predict(options: argparse.Namespace, out: Path | S3Path) -> int:
         out: folder for the label maps.
     """
     device = choose_device(options.device)
-    home = open_run(options.run)
+    home = open_model(options.run)
     model = read_model(home)
     model.domain(options.modality)  # refused before anything is read
     weights, warnings = find_checkpoint(home, options.checkpoint)

@@ -204,7 +204,7 @@ def load_segmenter(
     """The segmenter of a run, ready to predict.
 
     Args:
-        run: folder of the run, or its URL.
+        run: folder of the run, a model file that ``export`` wrote, or the URL of either.
         checkpoint: ``last``, ``best``, the name of a phase (``source_only``, ``warm_up``, ``adaptation``) for its end,
             the name of one in the run's ``checkpoints``, or a path.
         device: ``cpu``, ``cuda`` or ``cuda:N``; None takes a GPU where there is one.

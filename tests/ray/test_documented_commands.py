@@ -29,6 +29,7 @@ from tests.tiny import tiny_settings
 
 BUCKET = "tests/cluster/test_object_storage.py::test_prepare_evaluate_and_predict_by_url"
 JOB = "tests/cluster/test_jobs.py::test_a_job_that_was_stopped_and_then_lost_a_node_succeeds"
+EXPORT = "tests/unit/export/test_export.py::"
 
 ELSEWHERE = {
     "python -m mpscl_ray.train": ".ci/run",
@@ -48,6 +49,9 @@ ELSEWHERE = {
     "python -m mpscl_ray.score totalsegmentator *": (
         "tests/unit/evaluate/test_score_labels.py::test_swapped_ids_are_told_apart_by_the_tables"
     ),
+    "python -m mpscl_ray.evaluate runs/mr2ct --checkpoint best": EXPORT + "test_the_card_has_the_scores_of_evaluate",
+    "python -m mpscl_ray.export *": EXPORT + "test_the_card_says_what_it_is",
+    "python -m mpscl_ray.predict mr2ct.mpscl *": EXPORT + "test_label_maps_are_those_of_the_run_bit_for_bit",
     "ray job submit *": JOB,
 }
 """Patterns of commands that are not run here, and what runs such a command."""

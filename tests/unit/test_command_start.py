@@ -115,6 +115,20 @@ CASES = {
         ("run image.nii --out out --workers -1", 2, "error: --workers is -1"),
         ("run s3://bucket/image.nii --out out", 2, "error: s3://bucket/image.nii is in a bucket"),
     ],
+    "export": [
+        ("--help", 0, "no path, no name of a case, no pickle"),
+        ("--version", 0, "torch"),
+        ("run --out model.mpscl --shwo", 2, "unrecognized arguments: --shwo"),
+        ("run", 2, "error: --out is missing: the file to write"),
+        (
+            "run --out model.onnx",
+            2,
+            "error: the file to write is model.onnx; of the format mpscl its name ends in .mpscl",
+        ),
+        ("run --out model.mpscl --format torchscript", 2, "of the format torchscript its name ends in .pt or .ts"),
+        ("run --out model --format tflite", 2, "invalid choice: 'tflite'"),
+        ("run --out gs://bucket/model.mpscl", 2, "error: gs:// is not a storage that can be used directly"),
+    ],
     "score": [
         ("--help", 0, "names: dataset.json"),
         ("--version", 0, "torch"),

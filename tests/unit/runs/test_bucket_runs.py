@@ -6,10 +6,14 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 
+from mpscl_ray import load_segmenter
 from mpscl_ray.errors import ClusterError, ConfigError, StorageError
+from mpscl_ray.export.command import main as export
 from mpscl_ray.runs import checkpoint
 from mpscl_ray.runs.bucket_store import LEASE, BucketStore
 from mpscl_ray.runs.control_files import STOP_FILE, VALIDATION_GATE_FILE
@@ -17,7 +21,8 @@ from mpscl_ray.runs.lease import Lease
 from mpscl_ray.runs.run_directory import RunDirectory, open_run
 from mpscl_ray.runs.storage import S3Path
 from mpscl_ray.train.ray.worker import STOP_THERE, wait_for_decision
-from tests.s3 import PATIENCE_S, Server, state, wait_until
+from tests.s3 import PATIENCE_S, Server, state, upload_folder, wait_until
+from tests.untrained_run import save, segmenter, write_run
 
 
 def bucket_run(remote: S3Path, role: str, patience_s: float = 0.0, lease: Lease | None = None) -> RunDirectory:
@@ -188,3 +193,24 @@ def test_a_search_downloads_and_uploads_its_own_files_and_none_of_its_trials(rem
             (remote / part / "x").write_bytes(b"x")
         search.store.delete_checkpoints()
         assert not [name for name in remote.files() if name.startswith(("checkpoints", "phases", "best"))]
+
+
+@pytest.mark.filterwarnings("ignore:.*the edge of the crop")
+def test_a_run_in_a_bucket_is_exported_and_its_model_predicts_from_there(
+    remote: S3Path, server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = write_run(tmp_path / "run").path
+    save(run / "best", segmenter())
+    upload_folder(run, remote / "run")
+    model = server.url(f"{remote.name}/hearts.mpscl")
+    assert export([server.url(f"{remote.name}/run"), "--out", model]) == 0
+    assert export([str(run), "--out", str(tmp_path / "hearts.mpscl")]) == 0
+    assert S3Path.parse(model).read_bytes() == (tmp_path / "hearts.mpscl").read_bytes()
+    with pytest.raises(ConfigError, match="is there already; give another name, or --overwrite"):
+        export([server.url(f"{remote.name}/run"), "--out", model])
+    with pytest.raises(ConfigError, match=r"none\.mpscl.*no such file, expected a model"):
+        load_segmenter(server.url(f"{remote.name}/none.mpscl"))
+    volume = np.random.default_rng(0).normal(100, 30, (34, 12, 36))
+    labels = [load_segmenter(place, "best", device="cpu").predict(volume, np.eye(4)) for place in (model, run)]
+    assert len(np.unique(labels[0])) > 1
+    np.testing.assert_array_equal(*labels)
