@@ -107,19 +107,25 @@ class MPSCL(AlignmentMethod[MPSCLConfig]):
         ``annotated`` is the number of the former in the global batch.
         """
         c = self.config
-        cosine = cosine_to_prototypes(source.features, prototypes)
+        features = torch.cat([source.features, target.features])
+        source_cosine, target_cosine = cosine_to_prototypes(features, prototypes).split(len(source.features))
         on_source = margin_contrastive_loss(
-            cosine, labels_small, c.margin_source, c.temperature_source, c.base_temperature, c.margin_form
+            source_cosine, labels_small, c.margin_source, c.temperature_source, c.base_temperature, c.margin_form
         )
-        cosine = cosine_to_prototypes(target.features, prototypes)
-        labels, mask = self_paced_pseudo_labels(cosine, c.delta_th)
+        labels, mask = self_paced_pseudo_labels(target_cosine, c.delta_th)
         on_target = margin_contrastive_loss(
-            cosine, labels, c.margin_target, c.temperature_target, c.base_temperature, c.margin_form, weights=mask
+            target_cosine,
+            labels,
+            c.margin_target,
+            c.temperature_target,
+            c.base_temperature,
+            c.margin_form,
+            weights=mask,
         )
         selected = collectives.all_reduce_sum(on_target.denominator)
         selected = selected + MASK_EPS if c.margin_form == "released" else selected.clamp(min=1.0)
         losses = {
-            "loss_contrastive_source": collectives.ddp_ratio(on_source.numerator, annotated.to(cosine.dtype)),
+            "loss_contrastive_source": collectives.ddp_ratio(on_source.numerator, annotated.to(source_cosine.dtype)),
             "loss_contrastive_target": collectives.ddp_ratio(on_target.numerator, selected),
         }
         return losses, mask

@@ -1,4 +1,4 @@
-"""The advice to train in bf16. What a step gives in bf16 is in unit/methods/test_methods.py."""
+"""The advice to train in bf16. What a step gives in bf16 is in unit/methods/test_mpscl.py."""
 
 from __future__ import annotations
 
