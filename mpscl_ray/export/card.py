@@ -49,7 +49,7 @@ def card_of(home: RunDirectory, predictor: Predictor, licence: str | None) -> di
     config, described = yaml.safe_load(home.read_config()), home.read_model()
     labelled = described.get("labelled", "source")
     environment = _json(home, "environment.json")
-    return {
+    card = {
         "name": config.get("run", {}).get("name", home.name),
         "warning": WARNING,
         "intended_use": INTENDED_USE,
@@ -74,6 +74,7 @@ def card_of(home: RunDirectory, predictor: Predictor, licence: str | None) -> di
             "python": environment.get("python"),
         },
     }
+    return dict(json.loads(json.dumps(card)))  # a list where JSON has one
 
 
 def _selection(weights: Checkpoint, labelled: str) -> dict[str, Any]:

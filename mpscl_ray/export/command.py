@@ -13,7 +13,7 @@ examples:
   python -m mpscl_ray.export runs/mpscl --out hearts.mpscl
   python -m mpscl_ray.predict hearts.mpscl SCANS --out predictions
   python -m mpscl_ray.export hearts.mpscl --show
-  python -m mpscl_ray.export runs/mpscl --checkpoint adaptation --licence CC-BY-4.0 --out hearts.mpscl
+  python -m mpscl_ray.export runs/mpscl --checkpoint last --licence CC-BY-4.0 --out last.mpscl
   python -m mpscl_ray.export hearts.mpscl --format onnx --out hearts.onnx
   python -m mpscl_ray.export s3://hearts/runs/mpscl --out s3://hearts/hearts.mpscl
 

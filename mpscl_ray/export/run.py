@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from mpscl_ray import __version__
-from mpscl_ray.errors import ConfigError
+from mpscl_ray.errors import ConfigError, DataError
 from mpscl_ray.export.bundle import bundle_files
 from mpscl_ray.export.card import card_of
 from mpscl_ray.export.card_text import card_text
@@ -56,7 +56,8 @@ def export(options: argparse.Namespace, out: Path | S3Path | None) -> int:
     """Export by the options of the command, or print the card if ``out`` is None; returns the exit code."""
     home = open_model(options.run)
     if out is None:
-        print(card_text(_load(home, options.checkpoint, options.licence).card), end="")
+        text = card_text(_load(home, options.checkpoint, options.licence).card)
+        print("".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in text), end="")
         return 0
     card, size = _export(home, out, options.checkpoint, options.format, options.licence, options.overwrite)
     print(f"{out}: {card['weights']['checkpoint']} of {home.display_path}, {size / 1e6:.1f} MB")
@@ -123,8 +124,21 @@ def _load(home: RunDirectory, checkpoint: str | None, licence: str | None) -> Ex
     model = read_model(home)
     weights, _ = find_checkpoint(home, checkpoint or ("last" if packed else "best"))
     predictor = load_weights(model, weights, "cpu")
-    card = home.store.card if isinstance(home.store, ModelStore) else card_of(home, predictor, licence)
+    card = _stored_card(home.store) if isinstance(home.store, ModelStore) else card_of(home, predictor, licence)
     return Exported(home, predictor, card)
+
+
+def _stored_card(store: ModelStore) -> dict[str, Any]:
+    """The card of a model file, which anybody may have written. Raises DataError where it lacks something."""
+    try:
+        card = store.card
+        card_text(card)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError) as error:
+        raise DataError(
+            f"{store.display_path}: its card is not one that export writes ({type(error).__name__}: {error}); predict "
+            "takes it all the same"
+        ) from error
+    return card
 
 
 def _files(exported: Exported, kind: Format) -> dict[str, bytes]:

@@ -83,7 +83,7 @@ class ModelStore(LocalStore):
 
     @property
     def card(self) -> dict[str, Any]:
-        """The model card."""
+        """The model card, as somebody wrote it. Raises ValueError or TypeError where it is no JSON object."""
         return dict(json.loads((self.path / CARD).read_bytes()))
 
 
@@ -120,6 +120,8 @@ def _state(members: dict[str, bytes], file: str) -> dict[str, Any]:
     model = json.loads(members[MODEL])
     try:
         origin = model["weights"]
+        if not isinstance(origin["name"], str):
+            raise TypeError(f"the name {origin['name']!r} of its weights")
         tensors = safetensors.torch.load(members[WEIGHTS])
         return {
             "method": {"networks": {"segmenter": tensors}},

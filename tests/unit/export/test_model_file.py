@@ -17,7 +17,7 @@ from mpscl_ray.errors import ConfigError, DataError
 from mpscl_ray.export.command import main
 from mpscl_ray.predict.predictor import load_segmenter
 from mpscl_ray.runs import model_file
-from mpscl_ray.runs.model_file import CARD_TEXT, MEMBERS, MODEL, SUMS, WEIGHTS, pack, unpack
+from mpscl_ray.runs.model_file import CARD, CARD_TEXT, MEMBERS, MODEL, SUMS, WEIGHTS, pack, unpack
 from tests.untrained_run import save, segmenter, write_run
 
 Members = dict[str, bytes]
@@ -93,6 +93,10 @@ WRONG: list[tuple[Callable[[bytes, Members], bytes], str]] = [
     (lambda good, members: network(members, base_channels=10**9), "cannot be of"),
     (lambda good, members: network(members, layers=[10**9, 1, 1, 1]), "cannot be of"),
     (lambda good, members: described(members, size=[10**9, 10**9]), "cannot be of"),
+    (
+        lambda good, members: described(members, weights={"phase": None, "step": 1, "selected_by": None}),
+        "version knows",
+    ),
     (lambda good, members: described(members, classes=["background", "LV"]), "names 2 classes for a network with 3"),
 ]
 
@@ -148,6 +152,20 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     for name in ("none.mpscl", "run/none.mpscl"):
         with pytest.raises(ConfigError, match=r"none\.mpscl: no such file, expected a model that .*export wrote"):
             load_segmenter(tmp_path / name)
+
+
+def test_a_card_of_others_is_shown_with_care(good: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    members = unpack(good, "good")
+    file = tmp_path / "model.mpscl"
+    for card in (b"[]", b"{}", json.dumps({**json.loads(members[CARD]), "scores": {"split": "test"}}).encode()):
+        file.write_bytes(pack({**members, CARD: card}))
+        with pytest.raises(DataError, match="its card is not one that export writes"):
+            main([str(file), "--show"])
+    file.write_bytes(
+        pack({**members, CARD: json.dumps({**json.loads(members[CARD]), "name": "\x1b[2Jhearts"}).encode()})
+    )
+    assert main([str(file), "--show"]) == 0
+    assert "# Model card: ?[2Jhearts" in capsys.readouterr().out
 
 
 def test_the_sums_are_those_of_sha256sum(good: bytes) -> None:
