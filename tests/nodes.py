@@ -103,6 +103,24 @@ class Cluster:
         node.kill()
         self._wait(lambda: node.address not in self.alive())
 
+    def announce_preemption(self, node: Node, seconds: int) -> None:
+        """Tell Ray, as a cloud provider's notice does, that a node will be taken away in so many seconds."""
+        nodes = "import ray; ray.init(logging_level=50); print(*(n['NodeName'] + n['NodeID'] for n in ray.nodes()))"
+        listed = self._run([sys.executable, "-c", nodes]).stdout.split()
+        (node_id,) = (name.removeprefix(node.address) for name in listed if name.startswith(node.address))
+        done = self._run(
+            [
+                str(Path(sys.executable).with_name("ray")),
+                "drain-node",
+                f"--address={self.address}",
+                f"--node-id={node_id}",
+                "--reason=DRAIN_NODE_REASON_PREEMPTION",
+                "--reason-message=spot",
+                f"--deadline-remaining-seconds={seconds}",
+            ]
+        )
+        assert done.returncode == 0, done.stderr
+
     def _start(self, words: list[str], hide: Path | None = None) -> Node:
         # Ports are drawn: the default ranges of two nodes of one machine would be the same.
         address = f"127.0.0.{len(self.nodes) + 1}"
@@ -124,10 +142,11 @@ class Cluster:
     def alive(self) -> set[str]:
         """Addresses of the nodes that the head takes for alive."""
         script = "import ray; ray.init(logging_level=50); print(*(n['NodeName'] for n in ray.nodes() if n['Alive']))"
-        done = subprocess.run(
-            [sys.executable, "-c", script], env=self.environment, capture_output=True, text=True, timeout=START_S
-        )
+        done = self._run([sys.executable, "-c", script])
         return set(done.stdout.split()) if done.returncode == 0 else set()
+
+    def _run(self, words: list[str]) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(words, env=self.environment, capture_output=True, text=True, timeout=START_S)
 
     def _wait(self, condition: Callable[[], bool]) -> None:
         deadline = time.monotonic() + START_S

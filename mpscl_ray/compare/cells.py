@@ -177,7 +177,7 @@ class CellLedger:
         DataError: the file is damaged.
     """
 
-    def __init__(self, file: Path, flush: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, file: Path, flush: Callable[[], object] = lambda: None) -> None:
         self.file, self._flush = file, flush
         try:
             cells = json.loads(file.read_text(encoding="utf-8"))["cells"] if file.exists() else {}

@@ -61,6 +61,7 @@ def main(arguments: Sequence[str], fit: Fit | None = None) -> int:
     )
     add("--out", metavar="DIR", help="folder of the comparison, or its URL (default: RUN.STORAGE/compare)")
     add("--max-concurrent", type=int, metavar="N", help="runs at a time (default: as many as there is room for)")
+    add("--dashboard", action="store_true", help="serve the Ray dashboard of a Ray started here")
     options = parser.parse_settings(arguments, setting_keys())
     plan = _plan(options)
     base = check_presets(plan)
@@ -69,7 +70,7 @@ def main(arguments: Sequence[str], fit: Fit | None = None) -> int:
     # Imported here: help and refused arguments do not wait for torch and Ray.
     from mpscl_ray.compare.run import compare
 
-    return compare(plan, base, ["python", "-m", "mpscl_ray.compare", *arguments], fit)
+    return compare(plan, base, ["python", "-m", "mpscl_ray.compare", *arguments], fit, dashboard=options.dashboard)
 
 
 def _plan(options: argparse.Namespace) -> Plan:

@@ -34,7 +34,9 @@ TABLES: Mapping[str, Style] = {"comparison.txt": "text", "comparison.md": "markd
 """Files of the table, beside comparison.csv."""
 
 
-def compare(plan: Plan, base: Config, command: Sequence[str], fit: Fit | None = None) -> int:
+def compare(
+    plan: Plan, base: Config, command: Sequence[str], fit: Fit | None = None, *, dashboard: bool = False
+) -> int:
     """Run all cells of a plan that are not finished, and write the table; returns the exit code.
 
     Raises:
@@ -48,14 +50,14 @@ def compare(plan: Plan, base: Config, command: Sequence[str], fit: Fit | None = 
     folder.create(("cells",))
     resume = shlex.join(command)
     with folder.lock():
-        return carry_out(folder, resume, lambda: _run(plan, base, folder, resume, fit))
+        return carry_out(folder, resume, lambda: _run(plan, base, folder, resume, fit, dashboard))
 
 
-def _run(plan: Plan, base: Config, folder: RunDirectory, resume: str, fit: Fit | None) -> None:
+def _run(plan: Plan, base: Config, folder: RunDirectory, resume: str, fit: Fit | None, dashboard: bool) -> None:
     ledger = CellLedger(folder.path / "cells.json", folder.store.flush)
     out = parse_location(folder.uri)  # valid for workers on other nodes too
     phantom_dataset.check(base)
-    with connect(), release_orphaned_placement_groups(folder):
+    with connect(dashboard=dashboard), release_orphaned_placement_groups(folder):
         base = phantom_dataset.resolve(base)
         datasets = (base.data.source, base.data.target)
         manifests = tuple(load_manifest(parse_location(dataset)) for dataset in datasets)

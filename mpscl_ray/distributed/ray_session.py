@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import atexit
+import fcntl
+import functools
 import logging
 import os
 import secrets
@@ -11,34 +13,42 @@ import signal
 import socket
 import sys
 import tempfile
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from functools import cache
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from mpscl_ray.errors import ClusterError, MpsclError
 
 _QUIET = {
-    # No usage reports; the rest keeps Ray's own output off the terminal.
+    # No usage reports; the next three keep Ray's own output off the terminal.
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DEDUP_LOGS": "0",
+    # Processes start when they are needed, not one for each CPU of the machine.
+    "RAY_prestart_worker_first_driver": "0",
 }
 _LONGEST_TEMP_DIR = 40
 """Ray's socket paths add about 60 characters to it, and the system allows 107."""
 
-_PREEMPTION = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
+PREEMPTION_WATCHER = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
 """Makes Ray Train start a process for each training that watches for nodes about to be preempted. A private cluster
 runs on this machine alone, so it needs none."""
 
+_OWNER = "owner.lock"
+"""File in each temporary folder, locked as long as the command lives that made it."""
+
 _PORT_TIMEOUT_S = 10.0
 
-START_ATTEMPTS = 3
-"""Attempts to start a private cluster. Ray allows 30 seconds for each, which a busy machine exceeds."""
+START_ATTEMPTS = 2
+"""Attempts to start a private cluster."""
+
+START_PATIENCE_S = 150.0
+"""Seconds that the processes of a private cluster may take to start, which is long on a busy machine."""
 
 _STATE_TRACKING = "RAY_TRAIN_ENABLE_STATE_TRACKING"
 """Makes Ray Train report its trainings to the dashboard, in a process that is useless without one. It is read by the
@@ -57,7 +67,7 @@ def connect(
 
     Args:
         num_cpus: CPUs of a private cluster; None: all of this machine. Ray only counts them, so it may be more.
-        dashboard: Whether a private cluster serves its dashboard on 127.0.0.1.
+        dashboard: Whether a private cluster serves its dashboard on 127.0.0.1; its address is printed.
         object_store_memory: Bytes of shared memory of a private cluster; None leaves it to Ray.
 
     Raises:
@@ -70,6 +80,9 @@ def connect(
     if ray.is_initialized():
         yield
         return
+    mode = os.environ.get("RAY_AUTH_MODE", "token")
+    if mode.lower() not in ("token", "disabled"):
+        raise ClusterError(f"RAY_AUTH_MODE is {mode!r}; expected token or disabled, or leave it unset")
     address = os.environ.get("RAY_ADDRESS")
     if address or dashboard:
         os.environ.setdefault(_STATE_TRACKING, "1")
@@ -85,6 +98,15 @@ def connect(
     )
     with session:
         yield
+
+
+_private: list[Path] = []
+"""Temporary folder of the private cluster that this process has started."""
+
+
+def is_private() -> bool:
+    """Whether this process has started its Ray, which ends with it."""
+    return bool(_private)
 
 
 def state_tracking_enabled() -> bool:
@@ -109,17 +131,27 @@ def _running_cluster(address: str) -> Iterator[None]:
         _check_port(address)
         context = ray.init(log_to_driver=False, logging_level=logging.ERROR)
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-        raise ClusterError(
-            f"the Ray cluster at RAY_ADDRESS={address} cannot be reached: {_first_line(error)}; check that it "
-            "runs, that RAY_AUTH_MODE=token is set and the token is that of the cluster (ray get-auth-token), or "
-            "unset RAY_ADDRESS to use this machine alone"
-        ) from error
+        raise ClusterError(_unreachable(address, error)) from error
     try:
         if _is_unauthenticated(context.dashboard_url):
             print(_UNAUTHENTICATED_WARNING.format(address=address), file=sys.stderr, flush=True)
         yield
     finally:
         ray.shutdown()
+
+
+def _unreachable(address: str, error: BaseException) -> str:
+    """Why a cluster cannot be joined, and what to do."""
+    if "Version mismatch" in str(error):
+        return (
+            f"the Ray cluster at RAY_ADDRESS={address} runs other versions than this command: "
+            f"{' '.join(str(error).split())}; install the same Ray and Python as on the cluster"
+        )
+    return (
+        f"the Ray cluster at RAY_ADDRESS={address} cannot be reached: {_first_line(error)}; check that it runs, that "
+        "RAY_AUTH_MODE=token is set and the token is that of the cluster (ray get-auth-token), or unset RAY_ADDRESS to "
+        "use this machine alone"
+    )
 
 
 def _check_port(address: str) -> None:
@@ -162,11 +194,10 @@ def _private_cluster(**options: Any) -> Iterator[None]:
     """Start a cluster with these options of ``ray.init``, and restore the environment when it has ended."""
     import ray
 
-    environment = {_PREEMPTION: os.environ.get(_PREEMPTION)} | _guard_by_token()
-    os.environ.setdefault(_PREEMPTION, "0")
-    folder: Path | None = None
+    environment = {PREEMPTION_WATCHER: os.environ.get(PREEMPTION_WATCHER)} | _guard_by_token()
+    os.environ.setdefault(PREEMPTION_WATCHER, "0")
     try:
-        folder = _start(**options)
+        _private.append(_start(**options))
         yield
     finally:
         ray.shutdown()
@@ -175,8 +206,8 @@ def _private_cluster(**options: Any) -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
-        if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
+        while _private:
+            shutil.rmtree(_private.pop(), ignore_errors=True)
 
 
 def _start(**options: Any) -> Path:
@@ -188,11 +219,14 @@ def _start(**options: Any) -> Path:
     import ray
 
     for attempt in range(1, START_ATTEMPTS + 1):
-        folder = _short_temp_dir()
+        folder = _temp_dir("ray-")
         try:
-            ray.init(
-                address="local", log_to_driver=False, logging_level=logging.ERROR, _temp_dir=str(folder), **options
-            )
+            with _patched_start(monitors=options["include_dashboard"]):
+                context = ray.init(
+                    address="local", log_to_driver=False, logging_level=logging.ERROR, _temp_dir=str(folder), **options
+                )
+            if options["include_dashboard"]:
+                print(f"dashboard: http://{context.dashboard_url}{_way_in()}", flush=True)
             return folder
         except BaseException as error:
             ray.shutdown()
@@ -215,6 +249,54 @@ def _start(**options: Any) -> Path:
     ) from failure
 
 
+@contextmanager
+def _patched_start(*, monitors: bool) -> Iterator[None]:
+    """What Ray has no option for, while it starts its processes inside the block.
+
+    - It waits START_PATIENCE_S for them instead of 30 seconds.
+    - Each is in a process group of its own: a signal to the group of the command, from a terminal or ``timeout``, then
+      reaches the command alone, which needs Ray until the checkpoint is written. From Ctrl-C Ray shields them itself.
+    - Without ``monitors`` the autoscaler, which has no nodes to add, and what forwards logs to nobody do not start.
+    """
+    from ray._private import node, services
+
+    get_node, deadline = services.get_node, time.monotonic() + START_PATIENCE_S
+
+    def wait_for_node(*arguments: Any) -> Any:
+        while True:
+            try:
+                return get_node(*arguments)  # type: ignore[no-untyped-call]
+            except RuntimeError:  # it is not there yet
+                if time.monotonic() > deadline:
+                    raise
+            time.sleep(0.1)
+
+    with ExitStack() as patches:
+        replace = functools.partial(_replaced, patches)
+        replace(services, "ConsolePopen", functools.partial(services.ConsolePopen, process_group=0))
+        replace(services, "get_node", wait_for_node)
+        if not monitors:
+            replace(node.Node, "start_monitor", lambda self: None)
+            replace(node.Node, "start_log_monitor", lambda self: None)
+        yield
+
+
+def _replaced(patches: ExitStack, owner: Any, name: str, value: Any) -> None:
+    """Replace an attribute until ``patches`` are closed."""
+    patches.callback(setattr, owner, name, getattr(owner, name))
+    setattr(owner, name, value)
+
+
+def _way_in() -> str:
+    """Where the token is that the dashboard asks for."""
+    if os.environ.get("RAY_AUTH_MODE", "").lower() == "disabled":
+        return ""
+    if "RAY_AUTH_TOKEN" in os.environ:
+        return ", which asks for the token in RAY_AUTH_TOKEN"
+    path = os.environ.get("RAY_AUTH_TOKEN_PATH", Path.home() / ".ray" / "auth_token")
+    return f", which asks for the token in {path}"
+
+
 def _kill_processes_with(folder: Path) -> None:
     """Kill the processes of a failed start, which have its folder in their command line; Ray leaves them running."""
     for process in Path("/proc").glob("[0-9]*"):
@@ -227,11 +309,19 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def _short_temp_dir() -> Path:
-    folder = Path(tempfile.mkdtemp(prefix="ray-"))
+def _temp_dir(prefix: str) -> Path:
+    """A new temporary folder, with a short path. Removes those that commands left when they were killed."""
+    folder = Path(tempfile.mkdtemp(prefix=prefix))
     if len(str(folder)) > _LONGEST_TEMP_DIR:
         folder.rmdir()
-        folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
+        folder = Path(tempfile.mkdtemp(prefix=prefix, dir="/tmp"))
+    owner = os.open(folder / "starting", os.O_CREAT | os.O_WRONLY)  # open until this process ends
+    fcntl.flock(owner, fcntl.LOCK_EX)
+    os.rename(folder / "starting", folder / _OWNER)
+    for left in folder.parent.glob(f"ray-*/{_OWNER}"):
+        with suppress(OSError), left.open("rb") as file:  # of another user
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises an OSError while its owner lives
+            shutil.rmtree(left.parent, ignore_errors=True)
     return folder
 
 
@@ -251,10 +341,10 @@ def _guard_by_token() -> dict[str, str | None]:
     return before
 
 
-@cache
+@functools.cache
 def _token_file() -> Path:
     """File with one token for the life of the process: Ray reads it once."""
-    folder = Path(tempfile.mkdtemp(prefix="ray-token-"))  # only its owner may enter
+    folder = _temp_dir("ray-token-")  # only its owner may enter
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     path = folder / "token"
     path.write_text(secrets.token_hex(32), encoding="ascii")

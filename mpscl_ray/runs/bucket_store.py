@@ -210,9 +210,8 @@ class BucketStore:
             if file.is_file() or file == path:
                 upload_path(file, self._object(file))
 
-    def flush(self) -> None:
-        if self._synchronizer is not None:
-            self._synchronizer.flush()
+    def flush(self) -> bool:
+        return self._synchronizer is None or self._synchronizer.flush()
 
     # ---- checkpoints ----
 

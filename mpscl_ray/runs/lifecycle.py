@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from mpscl_ray.errors import Interrupted, MpsclError
 from mpscl_ray.runs.position import position
 from mpscl_ray.runs.run_directory import RunDirectory, State
+from mpscl_ray.runs.signals import signals_end
 
 
 def carry_out(run: RunDirectory, resume_command: str, work: Callable[[], None]) -> int:
@@ -24,7 +25,8 @@ def carry_out(run: RunDirectory, resume_command: str, work: Callable[[], None]) 
     try:
         with record_status(run, resume_command):
             try:
-                work()
+                with signals_end("while Ray started or ended"):
+                    work()
             except (KeyboardInterrupt, SystemExit) as stop:
                 # Ray's start replaces the handler of SIGTERM by one that raises SystemExit.
                 name = "SIGINT" if isinstance(stop, KeyboardInterrupt) else "SIGTERM"

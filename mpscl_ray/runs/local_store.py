@@ -116,8 +116,9 @@ class LocalStore:
     def upload(self, path: Path) -> None:
         """Store a file, a checkpoint or a folder of files: what is written here is stored already."""
 
-    def flush(self) -> None:
-        """Wait until all that was written so far is stored, unless the storage fails: nothing to wait for here."""
+    def flush(self) -> bool:
+        """Wait until all that was written so far is stored; False where the storage fails. Nothing to wait for here."""
+        return True
 
     # ---- checkpoints ----
 

@@ -1,16 +1,25 @@
-"""Ctrl-C and SIGTERM: the first asks the loop to stop after its step, the second ends the process at once."""
+"""Ctrl-C, SIGTERM and SIGHUP: the first asks the loop to stop after its step, the second ends the process at once.
+
+SIGHUP means that the terminal was closed; under ``nohup`` nothing changes.
+"""
 
 from __future__ import annotations
 
+import math
 import os
 import signal
+import stat
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from types import FrameType
 from typing import Self
 
 from mpscl_ray.errors import Interrupted
+
+_TWICE_S = 0.1
+"""Time within which two SIGTERM are one."""
 
 
 class Interruption:
@@ -23,16 +32,19 @@ class Interruption:
                     save_checkpoint()
                     raise Interrupted(...)      # exit code 130
 
-    The second signal ends the process at once with exit code 130, without a checkpoint and without clean-up. Python
-    allows handlers in the main thread only; elsewhere entering the block raises, and :meth:`request` sets the flag.
+    The second signal ends the process at once with exit code 130, without a checkpoint and without clean-up; but not
+    SIGHUP, which shells send after the terminal did, and not SIGTERM right after the first, as ``timeout`` sends it to
+    the process and to its group. Python allows handlers in the main thread only; elsewhere entering the block raises,
+    and :meth:`request` sets the flag.
     """
 
     def __init__(self) -> None:
         self.requested = False
         """Whether the loop should stop after the step it is in."""
         self.signal_name = ""
-        """What asked for the stop: SIGINT, SIGTERM or the name given to :meth:`request`; empty before."""
+        """What asked for the stop: a signal or the name given to :meth:`request`; empty before."""
         self._handlers = ExitStack()
+        self._last = -math.inf
 
     def request(self, name: str) -> None:
         """Ask for the stop without a signal, from any thread."""
@@ -47,8 +59,10 @@ class Interruption:
         self._handlers.close()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        name = signal.Signals(number).name
+        name, before, self._last = signal.Signals(number).name, self._last, time.monotonic()
         if self.requested:
+            if number == signal.SIGHUP or (number == signal.SIGTERM and self._last - before < _TWICE_S):
+                return
             _say(f"\n{name} again: leaving at once; the last complete checkpoint stays\n")
             os._exit(Interrupted.exit_code)
         self.request(name)
@@ -57,7 +71,7 @@ class Interruption:
 
 @contextmanager
 def signals_end(when: str) -> Iterator[None]:
-    """Inside the block Ctrl-C and SIGTERM raise an error at once: there is nothing to save.
+    """Inside the block Ctrl-C, SIGTERM and SIGHUP raise an error at once: there is nothing to save.
 
     Raises:
         Interrupted: on a signal; says ``when``.
@@ -72,8 +86,7 @@ def signals_end(when: str) -> Iterator[None]:
 
 @contextmanager
 def first_signal_ends(when: str) -> Iterator[None]:
-    """Inside the block SIGTERM, SIGHUP and Ctrl-C raise an error, so that files are cleaned up; further ones do
-    nothing.
+    """As :func:`signals_end`, so that files are cleaned up; further signals do nothing.
 
     In another thread than the main one, which alone may handle signals, nothing changes.
 
@@ -82,35 +95,47 @@ def first_signal_ends(when: str) -> Iterator[None]:
     """
 
     def end(number: int, frame: FrameType | None) -> None:
-        for one in previous:
+        for one in _numbers():
             signal.signal(one, signal.SIG_IGN)  # removing the files is not interrupted
         raise Interrupted(f"stopped by {signal.Signals(number).name} {when}")
 
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    if previous[signal.SIGHUP] is signal.SIG_IGN:
-        del previous[signal.SIGHUP]  # nohup
-    try:
-        for number in previous:
-            signal.signal(number, end)
+    with _handlers(end):
         yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 @contextmanager
 def _handlers(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Handle Ctrl-C and SIGTERM inside the block."""
-    previous = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    """Handle the signals inside the block."""
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGHUP:
+            _leave_terminal()
+        handler(number, frame)
+
+    previous = {number: signal.signal(number, handle) for number in _numbers()}
     try:
         yield
     finally:
         for number, before in previous.items():
             # None means a handler that was not set from Python and cannot be restored.
             signal.signal(number, signal.SIG_DFL if before is None else before)
+
+
+def _numbers() -> list[signal.Signals]:
+    """The signals that stop a command."""
+    stops = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+    return [number for number in stops if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]
+
+
+def _leave_terminal() -> None:
+    """Drop what is printed from now on: writing to a terminal that was closed raises an error."""
+    for stream in (1, 2):
+        if stat.S_ISCHR(os.fstat(stream).st_mode):  # no file and no pipe; a closed terminal is not one to isatty
+            with open(os.devnull, "wb") as nothing:
+                os.dup2(nothing.fileno(), stream)
 
 
 def _say(text: str) -> None:

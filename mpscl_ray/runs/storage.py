@@ -68,6 +68,15 @@ def join_location(location: str | Path | S3Path, *names: str) -> Path | S3Path:
     return found
 
 
+def delete_file(file: Path | S3Path) -> None:
+    """Remove a file or an object, if there is one. Raises StorageError."""
+    if isinstance(file, S3Path):
+        file.delete()
+    else:
+        with storage_errors(file):
+            file.unlink(missing_ok=True)
+
+
 def retry(action: Callable[[], None], patience_s: float) -> None:
     """Repeat an action while the storage does not answer, for at most ``patience_s``. Raises the last StorageError."""
     deadline = time.monotonic() + patience_s
@@ -173,12 +182,12 @@ class S3Path:
     def delete(self) -> None:
         """Remove the object, if there is one."""
         with suppress(FileNotFoundError), self._errors("delete"):
-            self._fs.delete_file(self.key)
+            self.filesystem.delete_file(self.key)
 
     def delete_folder(self) -> None:
         """Remove all objects below, if there are any."""
         with suppress(FileNotFoundError), self._errors("delete"):
-            self._fs.delete_dir(self.key)
+            self.filesystem.delete_dir(self.key)
 
     def version_stamp(self) -> tuple[int, int] | None:
         """Size and time of the object, which differ when it was replaced; None where there is none."""
@@ -209,12 +218,12 @@ class S3Path:
         from pyarrow import fs
 
         with self._errors("list"):
-            found = self._fs.get_file_info(fs.FileSelector(self.key, recursive=recursive, allow_not_found=True))
+            found = self.filesystem.get_file_info(fs.FileSelector(self.key, recursive=recursive, allow_not_found=True))
         return sorted(info.path.removeprefix(f"{self.key}/") for info in found if info.type == fs.FileType[kind])
 
     def _info(self) -> fs.FileInfo:
         with self._errors("read"):
-            (info,) = self._fs.get_file_info([self.key])
+            (info,) = self.filesystem.get_file_info([self.key])
         return info
 
     def _read_one_version(self, read: Callable[[NativeFile], T]) -> T:
@@ -224,20 +233,21 @@ class S3Path:
         """
         with self._errors("read"):
             for _ in range(_VERSIONS):
-                with self._fs.open_input_file(self.key) as stream:
+                with self.filesystem.open_input_file(self.key) as stream:
                     version = stream.metadata().get("ETag")
                     found = read(stream)
-                with self._fs.open_input_file(self.key) as stream:
+                with self.filesystem.open_input_file(self.key) as stream:
                     if stream.metadata().get("ETag") == version:
                         return found
         raise StorageError(f"cannot read {self}: it was replaced {_VERSIONS} times meanwhile; see what writes it")
 
     def _open_output(self) -> NativeFile:
         # By default pyarrow compresses what is written to a name that ends in .gz; the contents are compressed already.
-        return self._fs.open_output_stream(self.key, compression=None)
+        return self.filesystem.open_output_stream(self.key, compression=None)
 
     @property
-    def _fs(self) -> fs.S3FileSystem:
+    def filesystem(self) -> fs.S3FileSystem:
+        """The server, on which the path is :attr:`key`."""
         return _filesystem(self.query, _endpoint(self.query))
 
     @contextmanager

@@ -76,9 +76,10 @@ class Checkpointer:
     def __init__(self, config: Config, classes: tuple[str, ...], run: RunDirectory, device: torch.device) -> None:
         self.config, self.classes, self.folder, self.device = config, classes, run, device
         self._thread = ThreadPoolExecutor(1, "checkpoint")
-        self._jobs: list[Future[bool]] = []
+        self._jobs: list[Future[int | None]] = []
         self._snapshot: checkpoint.Snapshot | None = None
-        self._step, self._written, self._completed = -1, Path(), False
+        self._step, self._written = -1, Path()
+        self._completed: int | None = None
 
     def save(self, directory: Path, method: Method, phase: str, state: TrainerState) -> None:
         """Begin to write a checkpoint, after making sure that all workers would write the same."""
@@ -109,22 +110,21 @@ class Checkpointer:
         self._jobs.append(self._thread.submit(self._write, directory, snapshot, self._written, again))
         self._written = directory
 
-    def poll(self) -> bool:
-        """Whether a checkpoint to resume from was completed since the last call. Does not wait.
+    def poll(self) -> int | None:
+        """Step of the newest checkpoint to resume from, if one was completed since the last call. Does not wait.
 
         Raises:
             StorageError: a checkpoint could not be written.
         """
         self._collect(wait=False)
-        completed, self._completed = self._completed, False
+        completed, self._completed = self._completed, None
         return completed
 
-    def finish(self) -> bool:
-        """Wait until all checkpoints are complete and every worker can read them; the rest as :meth:`poll`."""
+    def finish(self) -> int | None:
+        """Wait until all checkpoints are complete and every worker can read them; the rest as :meth:`poll`, on all."""
         self._collect(wait=True)
         self._step = -1  # what is saved next, by another phase, may be another state of the same step
-        collectives.barrier()
-        return self.poll()
+        return collectives.broadcast_object(self.poll())
 
     def close(self) -> None:
         """Let a checkpoint in work be completed, whatever ended the training."""
@@ -135,19 +135,20 @@ class Checkpointer:
         jobs, self._jobs = self._jobs, []
         for job in jobs:
             if wait or job.done():
-                self._completed |= job.result()
+                step = job.result()
+                self._completed = self._completed if step is None else step
             else:
                 self._jobs.append(job)
         if not self._jobs:
             self._snapshot = None
 
-    def _write(self, directory: Path, snapshot: checkpoint.Snapshot, before: Path, same_step: bool) -> bool:
-        """Write a checkpoint after ``before``, perhaps of the same step; returns whether a run resumes from it."""
+    def _write(self, directory: Path, snapshot: checkpoint.Snapshot, before: Path, same_step: bool) -> int | None:
+        """Write a checkpoint after ``before``, perhaps of the same step; returns its step if a run resumes from it."""
         checkpoint.write(directory, snapshot, same_tensors=before if same_step else None, before=before)
-        resumable = directory.parent == self.folder.checkpoints
-        if resumable:
-            checkpoint.prune(self.folder.checkpoints, self.config.run.keep_checkpoints, intact=directory)
-        return resumable
+        if directory.parent != self.folder.checkpoints:
+            return None
+        checkpoint.prune(self.folder.checkpoints, self.config.run.keep_checkpoints, intact=directory)
+        return checkpoint.step_of(directory)
 
     def load_newest(self, warn: Callable[[str], None]) -> tuple[dict[str, Any], TrainerState] | None:
         """The newest intact checkpoint, chosen by worker 0 for all; None for a new run.

@@ -35,7 +35,7 @@ from mpscl_ray.train.phases import (
 )
 from mpscl_ray.train.profiling import profiled_steps
 from mpscl_ray.train.streams import TrainingData, open_streams, training_slices
-from mpscl_ray.train.timing import POLL_INTERVAL_S, StopPoller, ThroughputMeter
+from mpscl_ray.train.timing import POLL_INTERVAL_S, Poller, ThroughputMeter
 from mpscl_ray.train.validation import Validation, selection_score, validate, validation_metrics
 
 IMAGE_SLICES = 4
@@ -81,8 +81,8 @@ class Callback:
     def on_metrics(self, record: Mapping[str, Any], validated: bool) -> None:
         """Metrics were read; ``validated`` if the record has those of a validation."""
 
-    def on_checkpoint(self) -> None:
-        """Worker 0 only: a checkpoint was completed from which the run can resume."""
+    def on_checkpoint(self, step: int) -> None:
+        """The checkpoint of this step was completed, from which the run can resume."""
 
     def on_images(self, step: int, images: Tensor, predictions: Tensor, labels: Tensor | None) -> None:
         """Worker 0 only: some slices (N, H, W) of a validation volume of the target, predictions and labels."""
@@ -95,6 +95,7 @@ def train(
     device: torch.device,
     callback: Callback | None = None,
     stop_requested: Callable[[], bool] = lambda: False,
+    save_requested: Callable[[], bool] = lambda: False,
     *,
     poll_interval_s: float = POLL_INTERVAL_S,
     dtype: torch.dtype = torch.float32,
@@ -105,6 +106,7 @@ def train(
         config: the settings; the batch is divided among the workers of the process group.
         run: folder on a file system that all workers share; worker 0 writes, all read.
         stop_requested: polled on worker 0; True ends training after a checkpoint.
+        save_requested: polled on all workers at the same steps, with the same answer; True writes a checkpoint.
         poll_interval_s: approximate seconds between two polls; 0 polls after each step.
         dtype: of the weights, and so of what is computed from the images, which stay in single precision.
 
@@ -113,8 +115,8 @@ def train(
         DataError: a dataset or all checkpoints are damaged.
         StorageError: a checkpoint cannot be written.
     """
-    poller = StopPoller(stop_requested, poll_interval_s)
-    trainer = _Trainer(config, data, run, device, callback or Callback(), poller, dtype)
+    requests = stop_requested, save_requested
+    trainer = _Trainer(config, data, run, device, callback or Callback(), *requests, poll_interval_s, dtype)
     try:
         return trainer.run()
     finally:
@@ -130,7 +132,9 @@ class _Trainer:
     folder: RunDirectory
     device: torch.device
     callback: Callback
-    stop_poller: StopPoller
+    stop_requested: Callable[[], bool]
+    save_requested: Callable[[], bool]
+    poll_interval_s: float
     dtype: torch.dtype
 
     def __post_init__(self) -> None:
@@ -140,6 +144,8 @@ class _Trainer:
         self.num_classes = len(self.data.classes)
         self.state = TrainerState()
         self.notices = Notices()
+        # Whether to stop, and the step of a checkpoint that is complete now.
+        self.poller = Poller(lambda: [self.stop_requested(), self.checkpointer.poll()], self.poll_interval_s)
         torch.manual_seed(self.config.run.seed)
 
     def run(self) -> TrainResult:
@@ -168,8 +174,7 @@ class _Trainer:
             ended = self._run_phase(name, iterations, method)
             if ended is None:
                 self.checkpointer.save(self.folder.phases / name, method, name, self.state)
-            if self.checkpointer.finish():
-                self.callback.on_checkpoint()
+            self._completed(self.checkpointer.finish())
             if ended is not None:
                 return ended
             weights = {network: module.state_dict() for network, module in method.networks.items()}
@@ -215,11 +220,10 @@ class _Trainer:
                 at_end = state.iteration == iterations
                 validating = state.iteration % run.validate_every == 0 or at_end
                 saving = state.iteration % run.checkpoint_every == 0 or at_end
-                stopping = self.stop_poller.should_stop(state.step)
+                stopping, asked_to_save = self._poll()
+                saving |= asked_to_save
                 if not (state.iteration % run.log_every == 0 or validating or saving or stopping):
                     continue
-                if self.checkpointer.poll():
-                    self.callback.on_checkpoint()
                 record = self._read_metrics(name, iterations, metrics | method.diagnostics(), meter)
                 if record["train/non_finite"]:
                     losses = collectives.reduce_metrics(method.non_finite_losses())
@@ -235,7 +239,7 @@ class _Trainer:
                     self.folder.append_metrics(record)
                 self.callback.on_metrics(record, validating)
                 if validating:
-                    self.stop_poller.poll_soon()  # a validation often decides whether a run is stopped
+                    self.poller.poll_soon()  # a validation often decides whether a run is stopped
                 if saving or stopping:
                     directory = self.folder.checkpoints / checkpoint.checkpoint_name(state.step)
                     self.checkpointer.save(directory, method, name, state)
@@ -244,6 +248,19 @@ class _Trainer:
                 if saving or validating:
                     meter.restart(state.step)
         return None
+
+    def _poll(self) -> tuple[bool, bool]:
+        """Whether to stop after this step, and whether to write a checkpoint because something asks for one."""
+        answer = self.poller.poll(self.state.step)
+        if answer is None:
+            return False, False
+        stopping, completed = answer
+        self._completed(completed)
+        return bool(stopping), self.save_requested()
+
+    def _completed(self, step: int | None) -> None:
+        if step is not None:
+            self.callback.on_checkpoint(step)
 
     def _warn(self, text: str | None) -> None:
         if self.rank == 0 and text:

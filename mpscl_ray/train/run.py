@@ -47,6 +47,9 @@ MAY_CHANGE = (
 """Keys that a resumed run may change; none of them changes what is computed. The datasets may have moved, but must be
 the same: their fingerprints are compared."""
 
+_OF_MANY = {"search.yaml": "a search", "cells.json": "a comparison"}
+"""Files by which the folder of many trainings is known."""
+
 _WORKING_DIR = "_ray_pkg_"
 """Start of the name of the folder into which Ray unpacks the working directory of a job, on each node."""
 
@@ -71,6 +74,7 @@ def train(
     folder = open_run(
         join_location(config.run.storage, config.run.name), "command", 60 * config.run.storage_retry_minutes
     )
+    _check_not_of_many(folder)
     folder.create()
     words = ["python", "-m", "mpscl_ray.train", *command]
     with folder.lock():
@@ -101,6 +105,13 @@ def train(
             print_results(folder)
             print_next_steps(folder)
     return code
+
+
+def _check_not_of_many(folder: RunDirectory) -> None:
+    """Raises ConfigError where the folder is that of a search or a comparison, which a training would make useless."""
+    for file, kind in _OF_MANY.items():
+        if folder.store.has(folder.path / file):
+            raise ConfigError(f"{folder.display_path} is the folder of {kind}; give the training another run.name")
 
 
 def warn_of_storage(folder: RunDirectory) -> None:

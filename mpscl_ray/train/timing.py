@@ -1,15 +1,18 @@
-"""Throughput of training, and polling for a stop."""
+"""Throughput of training, and what all workers learn from worker 0 while they train."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import Any, Generic, TypeVar, cast
 
 from mpscl_ray.data.loader import SliceStream
 from mpscl_ray.distributed import collectives
 
+T = TypeVar("T")
+
 POLL_INTERVAL_S = 0.5
-"""Default of the approximate seconds between two polls whether the run should stop."""
+"""Default of the approximate seconds between two polls."""
 
 MAX_STEPS_BETWEEN_POLLS = 50
 
@@ -36,19 +39,21 @@ class ThroughputMeter:
         return sum(stream.wait_seconds for stream in self._streams)
 
 
-class StopPoller:
-    """Polls, at the same steps on all workers, whether the run should stop.
+class Poller(Generic[T]):
+    """Asks worker 0 about every ``interval_s`` seconds, and tells all workers the answer at the same step.
 
-    Worker 0 calls ``stop_requested`` about every ``interval_s`` seconds; 0 means after each step.
+    Args:
+        ask: called on worker 0; returns JSON types.
+        interval_s: approximate seconds between two polls; 0 polls after each step.
     """
 
     def __init__(
         self,
-        stop_requested: Callable[[], bool],
+        ask: Callable[[], T],
         interval_s: float = POLL_INTERVAL_S,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self._stop_requested, self._interval_s, self._clock = stop_requested, interval_s, clock
+        self._ask, self._interval_s, self._clock = ask, interval_s, clock
         self._next = 0
         self._last_poll = (clock(), 0)
 
@@ -56,14 +61,14 @@ class StopPoller:
         """Poll after the next step; all workers call this at the same step."""
         self._next = 0
 
-    def should_stop(self, step: int) -> bool:
-        """Whether to stop after this step. Worker 0 decides when all workers poll next."""
+    def poll(self, step: int) -> T | None:
+        """The answer after this step; None at most steps. Worker 0 decides when all workers poll next."""
         if step < self._next:
-            return False
+            return None
         now, (before, step_before) = self._clock(), self._last_poll
         seconds_a_step = (now - before) / max(step - step_before, 1)
         steps = min(max(int(self._interval_s / seconds_a_step), 1), MAX_STEPS_BETWEEN_POLLS)
-        asked = collectives.rank() == 0 and self._stop_requested()
-        stop, self._next = collectives.broadcast_object([asked, step + steps])
+        asked: list[Any] = [self._ask() if collectives.rank() == 0 else None, step + steps]
+        answer, self._next = collectives.broadcast_object(asked)
         self._last_poll = now, step
-        return bool(stop)
+        return cast(T, answer)

@@ -77,7 +77,7 @@ class Ledger(JsonLines):
         StorageError: the file cannot be read.
     """
 
-    def __init__(self, file: Path, flush: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, file: Path, flush: Callable[[], object] = lambda: None) -> None:
         super().__init__(file, "a record of a trial", _is_record)
         self._flush = flush
         self.trials: dict[int, Trial] = {}

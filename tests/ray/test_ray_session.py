@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ from pathlib import Path
 from mpscl_ray.distributed.ray_session import connect
 
 AUTH = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
-with connect(3):
+with connect(3, dashboard=True):
     import ray
     assert ray.cluster_resources()["CPU"] == 3
     token = Path(os.environ["RAY_AUTH_TOKEN_PATH"])
@@ -27,6 +28,15 @@ with connect(3):
     assert ray.get(mode.remote()) == "token"
     from ray._common.usage.usage_lib import usage_stats_enabled
     assert not usage_stats_enabled()
+    from urllib.error import HTTPError
+    from urllib.request import Request, urlopen
+    url = f"http://{ray._private.worker._global_node.webui_url}/api/version"
+    try:
+        urlopen(url)
+    except HTTPError as error:
+        refused = error.code
+    with urlopen(Request(url, headers={"Authorization": f"Bearer {token.read_text().strip()}"})) as answer:
+        print(f"{refused} without, {answer.status} with the token")
     session = Path(ray._private.worker._global_node.get_session_dir_path())
     assert session.is_dir()
     with connect(1):
@@ -76,7 +86,9 @@ def run(script: str, **environment: str) -> str:
 
 
 def test_a_private_cluster_is_guarded_and_leaves_nothing(tmp_path_factory: pytest.TempPathFactory) -> None:
-    assert run(PRIVATE, HOME=str(tmp_path_factory.mktemp("home"))) == "all well\n"
+    address, asked, end = run(PRIVATE, HOME=str(tmp_path_factory.mktemp("home"))).splitlines()
+    assert re.fullmatch(r"dashboard: http://127.0.0.1:\d+, which asks for the token in /\S+/token", address)
+    assert (asked, end) == ("401 without, 200 with the token", "all well")
 
 
 @pytest.mark.cluster

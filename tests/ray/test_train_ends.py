@@ -83,6 +83,17 @@ def test_what_the_cluster_does_not_have(here: Here, runs: Runs) -> None:
     check_status(runs["refused"], "failed", ClusterError.exit_code, "2 workers need 4 CPUs")
 
 
+@pytest.mark.parametrize("file", ["search.yaml", "cells.json"])
+def test_the_folder_of_a_search_or_a_comparison_is_no_place_for_a_training(runs: Runs, file: str) -> None:
+    run = runs["many"]
+    run.path.mkdir(exist_ok=True)
+    (run.path / file).write_text("{}")
+    with pytest.raises(ConfigError, match=r"is the folder of a \w+; give the training another run.name"):
+        train.main(runs.arguments("many", "data.source=/nonexistent"))
+    assert [path.name for path in run.path.iterdir()] == [file], "it is left as it was"
+    (run.path / file).unlink()
+
+
 @ray.remote(num_cpus=2)
 class Other:
     """Holds most of the cluster."""

@@ -9,18 +9,19 @@ import functools
 import json
 import math
 import os
-import shutil
 import threading
-import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 import ray
 import ray.train
 import ray.train.torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 
 from mpscl_ray.config import Config, to_dict
+from mpscl_ray.distributed.ray_session import is_private
 from mpscl_ray.errors import (
     ClusterError,
     ConfigError,
@@ -33,13 +34,11 @@ from mpscl_ray.errors import (
 from mpscl_ray.runs.control_files import FAILURE_FILE, STOP_FILE
 from mpscl_ray.runs.run_directory import RunDirectory
 from mpscl_ray.train.loop import TrainResult
+from mpscl_ray.train.ray.account import experiment, remove_account
 from mpscl_ray.train.ray.failures import WorkerFailureCallback, causes, last_line
 from mpscl_ray.train.ray.resources import cluster_shortage, worker_request
 from mpscl_ray.train.ray.worker import run_worker
 from mpscl_ray.train.streams import TrainingData
-
-RAY_FOLDER = "ray"
-"""Subfolder for the temporary files of Ray Train or Ray Tune while they run."""
 
 _POLL_INTERVAL_S = 0.25
 _START_TIMEOUT_S = 30
@@ -47,6 +46,8 @@ _RAY_TRAIN_SETTINGS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     # Ray notices a lost node late, and waits this long for workers to start on it.
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(_START_TIMEOUT_S),
+    # Some providers announce a preemption only 30 seconds before.
+    "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "2",
 }
 """Environment variables that Ray Train reads when a training starts. By default it checks the workers, and takes
 reports, every two seconds."""
@@ -54,6 +55,14 @@ reports, every two seconds."""
 _FINAL: dict[int, type[MpsclError]] = {
     kind.exit_code: kind for kind in (ConfigError, DataError, ClusterError, StorageError, TrainingError)
 }
+
+
+class _Trainer(ray.train.torch.TorchTrainer):
+    """On a Ray that ends with this process, no process has to release what it reserves."""
+
+    def _create_default_callbacks(self) -> list[Any]:
+        callbacks: list[Any] = super()._create_default_callbacks()  # type: ignore[misc]
+        return [one for one in callbacks if not (is_private() and isinstance(one, PlacementGroupCleanerCallback))]
 
 
 def fit_on_ray(
@@ -64,14 +73,13 @@ def fit_on_ray(
     Raises:
         ray.train.TrainingFailedError: workers failed more often than run.max_failures allows, or found no resources.
     """
-    storage = folder.path.absolute() / RAY_FOLDER
-    shutil.rmtree(storage, ignore_errors=True)
+    remove_account(folder)  # of a start that was killed
     for name, value in _RAY_TRAIN_SETTINGS.items():
         os.environ.setdefault(name, value)
     scaling = config.scaling
     worker = worker_request(config, use_gpu)
     patience = math.ceil(scaling.resource_timeout_s / _START_TIMEOUT_S)
-    trainer = ray.train.torch.TorchTrainer(
+    trainer = _Trainer(
         # Only the settings are Ray's train_loop_config, which the dashboard shows to everybody.
         functools.partial(  # type: ignore[arg-type]
             run_worker, folder=folder.uri, token=folder.store.fencing_token, data=data, display_name=display_name
@@ -87,9 +95,7 @@ def fit_on_ray(
             elastic_resize_monitor_interval_s=scaling.resize_check_s,
         ),
         run_config=RunConfig(
-            # A new name for each start: a run resumes from its own checkpoints, not from Ray's state.
-            name=f"{display_name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",
-            storage_path=str(storage),
+            **experiment(folder, display_name),
             failure_config=FailureConfig(  # type: ignore[call-arg]
                 max_failures=config.run.max_failures,
                 # Without a limit Ray Train waits for ever for resources that do not exist any more.
@@ -102,7 +108,8 @@ def fit_on_ray(
         result: dict[str, Any] = trainer.fit().return_value  # type: ignore[attr-defined]
         return result
     finally:
-        shutil.rmtree(storage, ignore_errors=True)
+        with suppress(StorageError):  # the next start removes them
+            remove_account(folder)
 
 
 Fit = Callable[[Config, RunDirectory, TrainingData, bool, str], dict[str, Any]]

@@ -16,7 +16,7 @@ import ray
 from mpscl_ray.data.dataset import load_manifest
 from mpscl_ray.errors import ClusterError, ConfigError, DataError, MpsclError, StorageError
 from mpscl_ray.runs.atomic_files import storage_errors
-from mpscl_ray.runs.storage import S3Path, parse_location
+from mpscl_ray.runs.storage import S3Path, delete_file, parse_location
 
 WORD = ".preflight"
 """Name of the file in the run folder by which a node shows that it sees the same folder as the command."""
@@ -44,7 +44,7 @@ def check_nodes(run: str, datasets: dict[str, str]) -> None:
     try:
         failures = _ask_all(run, word, datasets)
     finally:
-        _delete(file)
+        delete_file(file)
     if failures:
         kind = _KINDS.get(failures[0][1], ClusterError)
         named = "; ".join(f"node {node}: {reason}" for node, _, reason in failures[:_NAMED])
@@ -108,15 +108,7 @@ def _try_file(file: Path | S3Path) -> None:
     except FileNotFoundError:
         raise StorageError(f"{file} was written and is not there; check the storage") from None
     finally:
-        with storage_errors(Path(str(file))):
-            _delete(file)
-
-
-def _delete(file: Path | S3Path) -> None:
-    if isinstance(file, S3Path):
-        file.delete()
-    else:
-        file.unlink(missing_ok=True)
+        delete_file(file)
 
 
 def _write(file: Path | S3Path, data: bytes) -> None:

@@ -23,7 +23,9 @@ from mpscl_ray.runs.atomic_files import write_atomically
 from mpscl_ray.runs.control_files import FAILURE_FILE, STOP_FILE, VALIDATION_GATE_FILE
 from mpscl_ray.runs.run_directory import RunDirectory, open_run
 from mpscl_ray.train import loop
+from mpscl_ray.train.ray.account import CheckpointReports
 from mpscl_ray.train.ray.placement_groups import record_placement_group
+from mpscl_ray.train.ray.preemption import PreemptionNotice
 from mpscl_ray.train.ray.prometheus import Monitoring
 from mpscl_ray.train.run_callback import RunCallback
 from mpscl_ray.train.streams import TrainingData
@@ -57,7 +59,7 @@ def run_worker(
     torch.set_num_threads(max(1, int(config.scaling.cpus_per_worker)))
     device = ray.train.torch.get_device()
     callback = _WorkerCallback(
-        run, data.classes, Monitoring(display_name, rank, device), config.scaling, writes=rank == 0
+        run, data.classes, Monitoring(display_name, rank, device), config.scaling, CheckpointReports(rank), rank == 0
     )
     result: loop.TrainResult | None = None
 
@@ -68,7 +70,8 @@ def run_worker(
         with run.store.worker_lock(token, rank):
             if rank == 0:
                 record_placement_group(run)
-            result = loop.train(config, data, run, device, callback, stop_requested)
+            notice = PreemptionNotice(callback.on_warning if rank == 0 else log.warning)
+            result = loop.train(config, data, run, device, callback, stop_requested, notice)
             callback.close()
     except MpsclError as error:
         log.error("%s", error)
@@ -122,7 +125,7 @@ def wait_for_decision(folder: RunDirectory, step: int, patience_s: float = 60.0)
 
 
 class _WorkerCallback(RunCallback):
-    """Exports metrics and reports validations to Ray Train; worker 0 writes TensorBoard, curves and warnings."""
+    """Exports metrics and reports checkpoints to Ray Train; worker 0 writes TensorBoard, curves and warnings."""
 
     def __init__(
         self,
@@ -130,10 +133,11 @@ class _WorkerCallback(RunCallback):
         classes: tuple[str, ...],
         monitoring: Monitoring,
         scaling: ScalingConfig,
+        reports: CheckpointReports,
         writes: bool,
     ) -> None:
         super().__init__(folder, classes, writes)
-        self.monitoring, self.scaling = monitoring, scaling
+        self.monitoring, self.scaling, self.reports = monitoring, scaling, reports
         self.waits = False
         """Whether a scheduler decides after each validation if the run continues."""
 
@@ -145,6 +149,8 @@ class _WorkerCallback(RunCallback):
         with suppress(StorageError):  # then there is no wait
             self.waits = self.writes and self.folder.control_files.read(VALIDATION_GATE_FILE) is not None
         self.monitoring.saved()
+        if step > 0:
+            self.reports.resumed(step)
         super().on_start(step)
 
     def on_warning(self, text: str) -> None:
@@ -155,15 +161,13 @@ class _WorkerCallback(RunCallback):
         self.monitoring.record(record)
         super().on_metrics(record, validated)
         if validated:
-            # Only after a validation, because all workers wait for the controller in a report.
-            ray.train.report(dict(record))
+            self.reports.validated(record)
             if self.waits:
                 self.waits = wait_for_decision(self.folder, record["global_step"])
 
-    def on_checkpoint(self) -> None:
+    def on_checkpoint(self, step: int) -> None:
         self.monitoring.saved()
-        if self.writes:
-            self.folder.store.flush()
+        self.reports.completed(step, stored=not self.writes or self.folder.store.flush())
 
 
 def _log_to(file: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import ray
 
-from mpscl_ray.distributed.ray_session import START_ATTEMPTS, connect
+from mpscl_ray.distributed.ray_session import START_ATTEMPTS, _temp_dir, _unreachable, connect
 from mpscl_ray.errors import ClusterError, Interrupted
 
 TOO_SLOW = "The current node timed out during startup. This could happen because some of the raylet failed to startup"
@@ -113,3 +113,36 @@ def test_a_start_that_is_interrupted_is_not_tried_again_and_leaves_nothing(
     (process,) = starts.processes
     assert process.wait(10) == -9
     assert list(temporary.iterdir()) == []
+
+
+def test_what_killed_commands_have_left_is_removed_at_the_next_start(temporary: Path) -> None:
+    script = "from mpscl_ray.distributed.ray_session import _temp_dir; print(_temp_dir('ray-'), flush=True); input()"
+    words = [sys.executable, "-c", script]
+    environment = os.environ | {"TMPDIR": str(temporary)}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    killed, alive = (subprocess.Popen(words, env=environment, **pipes) for _ in range(2))  # type: ignore[call-overload]
+    left, kept = (Path(process.stdout.readline().strip()) for process in (killed, alive))
+    (left / "session").mkdir()
+    other = temporary / "ray-of-another-program"
+    other.mkdir()
+    killed.kill()
+    killed.wait()
+    own = _temp_dir("ray-")
+    assert sorted(temporary.iterdir()) == sorted([kept, other, own])
+    alive.communicate("\n")
+
+
+def test_other_versions_on_a_cluster_are_told_with_both() -> None:
+    told = RuntimeError(
+        "Version mismatch: The cluster was started with:\n    Ray: 2.59.0\n    Python: 3.12.1\nThis "
+        "process on node 10.0.0.1 was started with:\n    Ray: 2.60.0\n    Python: 3.11.7\n"
+    )
+    text = _unreachable("10.0.0.2:6379", told)
+    assert "Ray: 2.59.0 Python: 3.12.1 This process on node 10.0.0.1 was started with: Ray: 2.60.0" in text
+    assert "install the same Ray and Python" in text
+
+
+def test_a_mode_of_authentication_that_ray_does_not_have_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", "bogus")
+    with pytest.raises(ClusterError, match="RAY_AUTH_MODE is 'bogus'; expected token or disabled"), connect(1):
+        pytest.fail("there is no Ray")

@@ -290,16 +290,16 @@ def test_a_stop_is_polled_about_twice_a_second() -> None:
     now = [0.0]
     asked: list[int] = []
     step = 0
-    poller = timing.StopPoller(lambda: bool(asked.append(step)), clock=lambda: now[0])
+    poller = timing.Poller(lambda: bool(asked.append(step)), clock=lambda: now[0])
     for step in range(1, 41):
         now[0] += 0.05 if step <= 20 else 5.0
-        poller.should_stop(step)
+        poller.poll(step)
     assert asked[:3] == [1, 11, 21]
     assert asked[3:] == list(range(22, 41)), "slow steps: after each"
     asked.clear()
     for step in range(41, 1041):
         now[0] += 1e-4
-        poller.should_stop(step)
+        poller.poll(step)
     gaps = [after - before for before, after in itertools.pairwise(asked)]
     assert max(gaps) == timing.MAX_STEPS_BETWEEN_POLLS
 
