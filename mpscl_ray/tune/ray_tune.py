@@ -16,13 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from ray import tune
-from ray.tune import Callback
+from ray.tune import Callback, Stopper
 from ray.tune.search import Searcher
 
-from mpscl_ray.errors import Interrupted, StorageError
+from mpscl_ray.errors import InsufficientResources, Interrupted, StorageError
 from mpscl_ray.runs.position import StatusUpdates
 from mpscl_ray.runs.run_directory import RunDirectory
 from mpscl_ray.runs.signals import Interruption
+from mpscl_ray.train.ray.one_process import own_resources
+from mpscl_ray.train.ray.room import Room
 from mpscl_ray.tune.study import Study
 from mpscl_ray.tune.trainable import STOP_SEARCH, UNREACHABLE, train_trial
 
@@ -30,7 +32,7 @@ RAY_FOLDER = "ray"
 """Folder in that of a search that Ray Tune writes to; removed at the end."""
 
 TRIAL_MEMORY = 100 * 2**20
-"""Bytes of memory that the process beside a trial's workers asks for. It asks for no CPU: the workers get them all."""
+"""Bytes of memory that the process beside the workers of a trial asks for. It asks for no CPU: they get them all."""
 
 _TUNE_SETTINGS = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
@@ -44,13 +46,14 @@ _POLL_S = 0.25
 
 
 def run_trials(
-    study: Study, parent: RunDirectory | None, interruption: Interruption, redraw: Callable[[], None]
+    study: Study, parent: RunDirectory | None, room: Room, interruption: Interruption, redraw: Callable[[], None]
 ) -> None:
     """Run all trials that are left; returns when none runs any more: all ended, or the search was interrupted.
 
     Args:
         study: of the search.
         parent: the run that trials are forked from; None where they share nothing.
+        room: how many run at once.
         interruption: asks all trials to write a checkpoint and end.
         redraw: called several times a second.
 
@@ -64,7 +67,7 @@ def run_trials(
         return
     storage = study.folder.path.absolute() / RAY_FOLDER
     shutil.rmtree(storage, ignore_errors=True)
-    tuner = _tuner(study, parent, storage)
+    tuner = _tuner(study, parent, room, storage)
     failures: list[BaseException] = []
 
     def fit() -> None:
@@ -82,7 +85,8 @@ def run_trials(
         redraw()
         status.update()
 
-    _wait(thread, study, interruption, show)
+    _wait(thread, study, room, interruption, show)
+    room.close()
     if not failures:
         study.stop_waiting_trials()
     redraw()
@@ -93,27 +97,26 @@ def run_trials(
         raise error
 
 
-def _tuner(study: Study, parent: RunDirectory | None, storage: Path) -> tune.Tuner:
+def _tuner(study: Study, parent: RunDirectory | None, room: Room, storage: Path) -> tune.Tuner:
     trainable = tune.with_parameters(train_trial, shared=study.shared)
+    resources = own_resources(study.resolved, study.shared.use_gpu) or {"memory": TRIAL_MEMORY}
     return tune.Tuner(
-        tune.with_resources(trainable, {"memory": TRIAL_MEMORY}),
-        tune_config=tune.TuneConfig(
-            search_alg=LedgerSearcher(study, parent),
-            num_samples=-1,
-            max_concurrent_trials=study.shared.max_concurrent,
-            reuse_actors=True,
-        ),
+        tune.with_resources(trainable, resources),
+        tune_config=tune.TuneConfig(search_alg=LedgerSearcher(study, parent, room), num_samples=-1, reuse_actors=True),
         run_config=tune.RunConfig(
             name="tune",
             storage_path=str(storage),
             callbacks=[StudyCallback(study)],
+            stop=StudyStopper(study),
             failure_config=tune.FailureConfig(max_failures=study.resolved.run.max_failures),
             verbose=0,
         ),
     )
 
 
-def _wait(thread: threading.Thread, study: Study, interruption: Interruption, redraw: Callable[[], None]) -> None:
+def _wait(
+    thread: threading.Thread, study: Study, room: Room, interruption: Interruption, redraw: Callable[[], None]
+) -> None:
     """Wait for Ray Tune; an interruption is passed on to the trials."""
     folder, next_poll = study.folder, 0.0
     while thread.is_alive():
@@ -130,6 +133,10 @@ def _wait(thread: threading.Thread, study: Study, interruption: Interruption, re
             # Written now: a job manager may kill the command before the trials have ended.
             reason = f"stopped by {interruption.signal_name}; trials resume from their last checkpoints"
             folder.write_status("interrupted", exit_code=Interrupted.exit_code, reason=reason)
+        idle = not (study.started or study.stopping or study.errors)
+        shortage = room.shortage() if idle else None
+        if shortage is not None:
+            study.errors.append(InsufficientResources(shortage))
         redraw()
         thread.join(_POLL_S)
 
@@ -144,13 +151,15 @@ class NotPicklable:
 class LedgerSearcher(NotPicklable, Searcher):
     """Gives Ray Tune the trials that are left."""
 
-    def __init__(self, study: Study, parent: RunDirectory | None) -> None:
+    def __init__(self, study: Study, parent: RunDirectory | None, room: Room) -> None:
         super().__init__(metric="score", mode="max")
-        self._study, self._parent = study, parent
+        self._study, self._parent, self._room = study, parent, room
 
     def suggest(self, trial_id: str) -> Any:
         study = self._study
         while not study.errors and not study.stopping:
+            if study.active and not self._room.has_place(len(study.active)):
+                return None
             number = study.next_trial()
             if number is None:
                 return None if study.active else Searcher.FINISHED
@@ -164,6 +173,19 @@ class LedgerSearcher(NotPicklable, Searcher):
 
     def save(self, checkpoint_path: str) -> None:
         """The ledger has it all."""
+
+
+class StudyStopper(NotPicklable, Stopper):
+    """Ends Ray Tune, once no trial runs, where trials wait for a place which they no longer need."""
+
+    def __init__(self, study: Study) -> None:
+        self._study = study
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        return False
+
+    def stop_all(self) -> bool:
+        return bool(self._study.stopping or self._study.errors) and not self._study.started
 
 
 class StudyCallback(NotPicklable, Callback):
@@ -180,6 +202,9 @@ class StudyCallback(NotPicklable, Callback):
 
     def on_trial_start(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         self._study.trial_started(trial.config["number"])
+
+    def on_trial_recover(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+        self._study.trial_lost(trial.config["number"])
 
     def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         self._study.trial_ended(trial.config["number"])

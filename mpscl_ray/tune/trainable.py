@@ -60,7 +60,7 @@ def train_trial(settings: dict[str, Any], shared: Shared) -> None:
             fork(folder, open_run(task.parent, patience_s=patience_s), task.phase)
         reporter.let_pass(0)
         display_name = f"{open_run(task.search).name}-{folder.name}"
-        run_trial(config, folder, shared, reporter.poll, display_name=display_name)
+        run_trial(config, folder, shared, reporter.poll, display_name=display_name, reserved=True)
         reporter.report()
     except MpsclError as error:
         try:

@@ -98,11 +98,6 @@ def free_worker_slots(worker: dict[str, float]) -> int:
     return min(worker_slots(worker), *(int(free.get(name, 0) / amount) for name, amount in worker.items()))
 
 
-def max_concurrent_trainings(config: Config, use_gpu: bool) -> int:
-    """How many trainings of this config fit on the cluster now, at least one."""
-    return max(1, free_worker_slots(worker_resources(config, use_gpu)) // config.scaling.most_workers)
-
-
 def worker_resources(config: Config, use_gpu: bool) -> dict[str, float]:
     """Resources of one worker."""
     return {"CPU": config.scaling.cpus_per_worker} | ({"GPU": 1.0} if use_gpu else {})

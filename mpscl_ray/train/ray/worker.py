@@ -53,10 +53,10 @@ def run_worker(
     failure = run.path / FAILURE_FILE
     if failure.exists():
         return {"state": "failed", **json.loads(failure.read_text(encoding="utf-8"))}
-    _log_to(run.logs / f"worker-{rank}.log")
+    log_to(run.logs / f"worker-{rank}.log")
     torch.set_num_threads(max(1, int(config.scaling.cpus_per_worker)))
     device = ray.train.torch.get_device()
-    callback = _WorkerCallback(
+    callback = WorkerCallback(
         run, data.classes, Monitoring(display_name, rank, device), config.scaling, writes=rank == 0
     )
     result: loop.TrainResult | None = None
@@ -121,7 +121,7 @@ def wait_for_decision(folder: RunDirectory, step: int, patience_s: float = 60.0)
         time.sleep(_DECISION_S[folder.store.poll_interval_s > 0])
 
 
-class _WorkerCallback(RunCallback):
+class WorkerCallback(RunCallback):
     """Exports metrics and reports validations to Ray Train; worker 0 writes TensorBoard, curves and warnings."""
 
     def __init__(
@@ -137,11 +137,20 @@ class _WorkerCallback(RunCallback):
         self.waits = False
         """Whether a scheduler decides after each validation if the run continues."""
 
+    @property
+    def workers(self) -> int:
+        """How many train."""
+        return int(ray.train.get_context().get_world_size())
+
+    def report(self, record: Mapping[str, Any]) -> None:
+        """Tell Ray Train of a validation."""
+        ray.train.report(dict(record))
+
     def on_start(self, step: int) -> None:
-        workers, least, most = ray.train.get_context().get_world_size(), *self.scaling.limits
-        log.info("training starts at step %d with %d workers", step, workers)
+        least, most = self.scaling.limits
+        log.info("training starts at step %d with %d workers", step, self.workers)
         if self.writes and least < most:
-            self.on_warning(f"training with {workers} of {least} to {most} workers")
+            self.on_warning(f"training with {self.workers} of {least} to {most} workers")
         with suppress(StorageError):  # then there is no wait
             self.waits = self.writes and self.folder.control_files.read(VALIDATION_GATE_FILE) is not None
         self.monitoring.saved()
@@ -156,7 +165,7 @@ class _WorkerCallback(RunCallback):
         super().on_metrics(record, validated)
         if validated:
             # Only after a validation, because all workers wait for the controller in a report.
-            ray.train.report(dict(record))
+            self.report(record)
             if self.waits:
                 self.waits = wait_for_decision(self.folder, record["global_step"])
 
@@ -166,12 +175,15 @@ class _WorkerCallback(RunCallback):
             self.folder.store.flush()
 
 
-def _log_to(file: Path) -> None:
-    """Append this worker's log to a file of the run."""
+def log_to(file: Path) -> logging.Logger:
+    """Append this process's log to a file of the run; returns the logger."""
     logger = logging.getLogger("mpscl_ray")
     logger.setLevel(logging.INFO)
+    for previous in logger.handlers:  # of another training in this process
+        previous.close()
     handler = logging.FileHandler(file, encoding="utf-8")
     handler.setFormatter(logging.Formatter(f"%(asctime)s pid {os.getpid()} %(levelname)s %(message)s"))
     logger.handlers = [handler]
     logger.propagate = False
     logger.info("worker starts: python %s, torch %s", sys.version.split()[0], torch.__version__)
+    return logger
