@@ -129,15 +129,20 @@ class Study:
         return best
 
     def next_task(self, number: int, parent: RunDirectory | None) -> dict[str, Any] | None:
-        """What Ray Tune runs for a trial; None where its settings contradict each other, which ends the trial."""
+        """What Ray Tune runs for a trial; None where its settings contradict each other, which ends the trial.
+
+        For a trial that is over it is the reports alone, so that Ray Tune's files have all trials.
+        """
         trial = self.ledger.trials.get(number) or self.ledger.add(number, self.sampler.settings(number))
         self.trial_folder(number).control_files.clear(PAUSE)
         try:
             config = dataclasses.replace(self.space, base=self.resolved).config(trial.settings)
         except ConfigError as error:
-            self._record_end(number, "failed", str(error))
+            if not trial.ended:
+                self._record_end(number, "failed", str(error))
             return None
-        self.active.add(number)
+        if not trial.ended:
+            self.active.add(number)
         storage = str(join_location(self.folder.display_path, TRIALS))
         task = TrialTask(
             to_dict(override(config, {"run.name": f"{number:03d}", "run.storage": storage})),
@@ -146,9 +151,11 @@ class Study:
             parent.uri if parent is not None else None,
             self.shared_phases[-1][0] if self.shared_phases else "",
             self.metric,
+            list(trial.reports.items()) if trial.ended else [],
+            trial.ended,
         )
-        # As a string, because Ray Tune searches a dict for values to resolve.
-        return {"number": number, "task": json.dumps(asdict(task))}
+        # As bytes: Ray Tune searches a dict for values to resolve, and shows a string among the settings.
+        return {**trial.settings, "number": number, "ended": trial.ended, "task": json.dumps(asdict(task)).encode()}
 
     # ------------------------------------------------------------------------------------------------ events
 

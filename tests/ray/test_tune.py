@@ -10,6 +10,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from ray import tune as ray_tune
 
 from mpscl_ray.config import Config, load_config, to_yaml
 from mpscl_ray.runs import checkpoint
@@ -119,6 +120,17 @@ def test_asha_of_ray_tune_stops_the_trials_that_are_behind_at_a_rung(here: Here,
     for trial in trials[1:]:
         assert trial.reason == "fell behind at iteration 4"
         assert not list((data / "runs" / "asha" / "trials" / f"{trial.number:03d}").glob("checkpoints/*"))
+
+    grid = ray_tune.ResultGrid(ray_tune.ExperimentAnalysis(str(data / "runs" / "asha" / "tune")))
+    assert sorted((found.config["method.gamma"], found.metrics["iteration"]) for found in grid) == [
+        (0.1, 4),
+        (1, 4),
+        (10, ITERATIONS),
+    ]
+    (best,) = (found for found in grid if found.config["number"] == 1)
+    assert list(best.metrics_dataframe["iteration"]) == list(range(2, ITERATIONS + 1, 2))
+    assert list(best.metrics_dataframe["score"]) == [values["val/dice/mean"] for values in trials[0].reports.values()]
+    assert list(Path(best.path).glob("events*"))
 
 
 def test_two_trials_are_really_trained(here: Here, data: Path) -> None:

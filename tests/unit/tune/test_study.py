@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -160,6 +161,19 @@ def test_settings_that_contradict_each_other_end_a_trial_before_it_starts(tmp_pa
     assert task is not None
     assert task["number"] == 1
     assert study.trial_folder(1).control_files.read(PAUSE) is None, "otherwise it would pause again at once"
+
+
+def test_a_trial_that_is_over_reports_again_to_ray_tune_and_does_not_run(tmp_path: Path) -> None:
+    study = study_in(tmp_path)
+    running = study.next_task(1, None)
+    assert running is not None
+    assert (running["ended"], json.loads(running["task"])["reports"]) == (False, [])
+    study.active.clear()
+    study._record_end(1, "finished")
+    over = study.next_task(1, None)
+    assert over is not None
+    assert (over["ended"], json.loads(over["task"])["reports"]) == (True, [[6, {"val/dice/mean": 0.5}]])
+    assert study.active == set()
 
 
 def test_a_trial_that_cannot_write_its_end_stays_open_and_stops_the_search(tmp_path: Path) -> None:
