@@ -28,6 +28,7 @@ from mpscl_ray.train.ray.concurrent import Shared, open_shared
 from mpscl_ray.train.ray.launch import Fit
 from mpscl_ray.train.ray.placement_groups import release_orphaned_placement_groups
 from mpscl_ray.train.ray.resources import check_machine
+from mpscl_ray.train.ray.room import Room
 from mpscl_ray.train.run import MAY_CHANGE
 
 TABLES: Mapping[str, Style] = {"comparison.txt": "text", "comparison.md": "markdown", "comparison.tex": "latex"}
@@ -79,10 +80,10 @@ def _run(plan: Plan, base: Config, folder: RunDirectory, resume: str, fit: Fit |
         todo = [cell for cell in cells if not is_done(ledger[cell.name])]
         if todo:
             shared = _open(todo, folder, fit)
-            limits = [plan.max_concurrent] if plan.max_concurrent else []
-            max_concurrent = min([opened.max_concurrent for opened in shared.values()] + limits)
+            largest = max(todo, key=lambda cell: cell.config.scaling.most_workers)
+            room = Room(largest.config, shared[largest.name].use_gpu, plan.max_concurrent)
             with Interruption() as interruption:
-                Comparison(cells, ledger, folder, shared, max_concurrent, resume, write).run(interruption)
+                Comparison(cells, ledger, folder, shared, room, resume, write).run(interruption)
         write()
     print(f"\n{format_comparison(_directions(plan, cells, ledger, manifests), 'text')}")
     _print_next_steps(out, cells, ledger)

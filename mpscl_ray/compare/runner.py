@@ -1,4 +1,4 @@
-"""Runs the cells of a comparison concurrently, each in a Ray task that reserves no CPU; its workers reserve theirs."""
+"""Runs the cells of a comparison concurrently, each in a Ray task, which trains itself where a cell has one worker."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import ray
 
 from mpscl_ray.compare.cells import Cell, CellLedger, Entry
-from mpscl_ray.errors import MpsclError, StorageError
+from mpscl_ray.errors import InsufficientResources, MpsclError, StorageError
 from mpscl_ray.evaluate.run import evaluate_phases
 from mpscl_ray.runs.control_files import STOP_FILE
 from mpscl_ray.runs.fork import fork
@@ -24,6 +24,8 @@ from mpscl_ray.runs.signals import Interruption
 from mpscl_ray.runs.storage import S3Path, join_location
 from mpscl_ray.train.ray.concurrent import Shared, run_trial
 from mpscl_ray.train.ray.launch import Launch
+from mpscl_ray.train.ray.one_process import own_resources
+from mpscl_ray.train.ray.room import Room
 
 _POLL_S = 0.5
 _PROGRESS_S = 2.0
@@ -73,7 +75,7 @@ def run_cell(
             parent, phase = fork_point
             fork(folder, open_run(cell_location(comparison, parent), patience_s=patience_s), phase)
         before = set(folder.store.finished_phases())
-        outcome = run_trial(config, folder, shared, poll, resume_command=resume_command)
+        outcome = run_trial(config, folder, shared, poll, resume_command=resume_command, reserved=True)
         note_phases()
         if outcome.state == "finished":
             found |= {"state": "finished", **_scores(folder, phases[-1])}
@@ -108,8 +110,8 @@ class Comparison:
     """Folder of the comparison; run folders are in ``cells/``, and ``stop-requested`` in it ends the running cells."""
     shared: Mapping[str, Shared]
     """By the name of the cell."""
-    max_concurrent: int
-    """Cells that run concurrently at most."""
+    room: Room
+    """How many cells run at once."""
     resume_command: str
     """Command that resumes the comparison."""
     finished: Callable[[], None]
@@ -119,9 +121,11 @@ class Comparison:
         self.waiting = [cell for cell in self.cells if not is_done(self.ledger[cell.name])]
         self.running: dict[Any, Cell] = {}
         self._folders: dict[str, RunDirectory] = {}
+        self._before: dict[str, dict[str, Any]] = {}
+        """Status of each cell's run when its task was given to Ray, which may have to wait for a place."""
         self.process_failures: Counter[str] = Counter()
-        """How often the process beside a cell's workers was lost, for example with its node."""
-        self._task = ray.remote(num_cpus=0, max_retries=0)(run_cell)
+        """How often the process of a cell was lost, for example with its node, or failed."""
+        self._task = ray.remote(max_retries=0)(run_cell)
         self._line = ProgressLine(sum(cell.own_iterations for cell in self.waiting), "all runs, iteration")
         self._status = StatusUpdates(self.folder, self._counts)
         self._done = 0
@@ -150,6 +154,7 @@ class Comparison:
                         now_running = sum(self._iterations(cell) for cell in self.running.values())
                         self._line.update(self._done + now_running)
             finally:
+                self.room.close()
                 with suppress(StorageError):
                     self.folder.control_files.clear(STOP_FILE)
                 for reference, cell in self.running.items():
@@ -165,21 +170,28 @@ class Comparison:
                 interruption.request(f"the file {STOP_FILE} in its folder")
             elif interruption.requested:
                 self.folder.control_files.write(STOP_FILE, "")
+            for reference, cell in self.running.items() if interruption.requested else ():
+                if not self._has_started(cell):
+                    ray.cancel(reference)
+            if self.running and not any(map(self._has_started, self.running.values())):
+                shortage = self.room.shortage()
+                if shortage is not None:
+                    raise InsufficientResources(shortage)
             fork_points = {}
-            if not interruption.requested and len(self.running) < self.max_concurrent:
+            if not interruption.requested and self.waiting:
                 fork_points = {cell.name: self._fork_point(cell) for cell in self.waiting}
         except StorageError:
             return  # Nothing new starts. The folder itself reports a storage that fails for long.
         self._start_ready(fork_points)
 
     def _start_ready(self, fork_points: Mapping[str, tuple[str, ...] | None]) -> None:
-        """Start the waiting cells that have a fork point, up to the maximum."""
+        """Start the waiting cells that have a fork point, as many as there is room for."""
         for cell in list(self.waiting):
-            if len(self.running) >= self.max_concurrent:
-                return
             fork_point = fork_points.get(cell.name)
             if fork_point is None:
                 continue
+            if self.running and not self.room.has_place(len(self.running)):
+                return
             self.waiting.remove(cell)
             entry = self.ledger[cell.name]
             entry.state, entry.reason = "running", ""
@@ -188,8 +200,15 @@ class Comparison:
             self.ledger.write()
             origin = f", from the end of {fork_point[1]} of {fork_point[0]}" if fork_point else ""
             self._line.message(f"{cell.name} starts{origin}")
-            task = self._task.remote(cell, fork_point, self.folder.uri, self.resume_command, self.shared[cell.name])
-            self.running[task] = cell
+            self._before[cell.name] = self.run_folder(cell.name).read_status()
+            shared = self.shared[cell.name]
+            reserved = own_resources(cell.config, shared.use_gpu)
+            task = self._task.options(**reserved.task_options())
+            self.running[task.remote(cell, fork_point, self.folder.uri, self.resume_command, shared)] = cell
+
+    def _has_started(self, cell: Cell) -> bool:
+        """Whether the task of a cell has its place."""
+        return self.run_folder(cell.name).read_status() != self._before[cell.name]
 
     def _fork_point(self, cell: Cell) -> tuple[str, ...] | None:
         """Cell and phase to fork from; empty to train from scratch or resume; None until its parent is there."""
@@ -207,12 +226,15 @@ class Comparison:
         entry = self.ledger[cell.name]
         try:
             found: dict[str, Any] = ray.get(reference)
+        except ray.exceptions.TaskCancelledError:  # it waited for a place when the comparison was interrupted
+            entry.state = "interrupted"
+            return
         except ray.exceptions.RayError as error:
-            lost = not isinstance(error, ray.exceptions.RayTaskError)
-            self.process_failures[cell.name] += lost
-            if lost and self.process_failures[cell.name] <= cell.config.run.max_failures:
+            self.process_failures[cell.name] += 1
+            if self.process_failures[cell.name] <= cell.config.run.max_failures:
                 self._line.message(
-                    f"{cell.name} lost its process, for example with its node, and will resume from a checkpoint"
+                    f"{cell.name} lost its process, for example with its node ({type(error).__name__}), and will "
+                    "resume from a checkpoint"
                 )
                 entry.state = "waiting"
                 self.waiting.insert(0, cell)

@@ -1,12 +1,13 @@
-"""ASHA: trials wait at rungs, and the best trials of a rung are promoted to the next one.
+"""ASHA that pauses: trials wait at rungs, and the best trials of a rung are promoted to the next one.
 
 Source: Li et al. 2020, "A system for massively parallel hyperparameter tuning", Algorithm 2. Ray Tune's own ASHA is
 the variant that never pauses: a trial continues if it is among the best so far when it arrives. The first trials then
 nearly always continue, and a stopped trial is lost however poor later ones are. Here a trial that is not among the best
 writes a checkpoint, gives up its workers, and resumes when it is promoted.
 
-Differs from the paper at the end of a search: where no trial can be promoted and none was trained in full, the best one
-on the highest rung continues.
+Differs from the paper in two ways. Trials whose scores equal that of the last one to be promoted are promoted too: a
+number chooses none of them. And where, at the end of a search, no trial can be promoted and none was trained in full,
+the best one on the highest rung continues.
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ def rungs(iterations: int, grace: int, reduction: float) -> list[float]:
     return found
 
 
-class SuccessiveHalving:
+class PausingASHA:
     """Decides which trials continue, by the reports and their order alone: a search keeps no other state for it.
 
     Args:
         rungs: iterations at which trials are compared, growing; none if every trial is trained in full.
-        reduction: one of this number of trials is promoted.
+        reduction: one of this number of trials is promoted, and those with the same score.
         total: trials of the search.
     """
 
@@ -89,7 +90,11 @@ class SuccessiveHalving:
     def cannot_be_promoted(self, number: int) -> bool:
         """Whether a trial that waits can never continue, however poor the trials to come are."""
         rung = self._rung_of(number)
-        return rung is not None and self._order(rung).index(number) >= max(1, int(self._total / self._reduction))
+        if rung is None:
+            return False
+        scores = self._scores[rung]
+        better = sum(score > scores[number] for score in scores.values())
+        return better >= max(1, int(self._total / self._reduction))
 
     def _rung_of(self, number: int) -> int | None:
         for rung in reversed(range(len(self.rungs))):
@@ -103,5 +108,7 @@ class SuccessiveHalving:
         return sorted(scores, key=lambda number: (-scores[number], number))
 
     def _best(self, rung: int) -> list[int]:
-        order = self._order(rung)
-        return order[: int(len(order) / self._reduction)]
+        order, scores = self._order(rung), self._scores[rung]
+        best = order[: int(len(order) / self._reduction)]
+        least = scores[best[-1]] if best else math.inf
+        return best + [number for number in order[len(best) :] if -math.inf < scores[number] == least]

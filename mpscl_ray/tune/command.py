@@ -38,7 +38,8 @@ examples:
   ray job submit --working-dir . -- python -m mpscl_ray.tune mpscl run.storage=/shared/runs
 
 The same command again resumes a stopped search: no trial is run twice. Trials run concurrently,
-as many as the cluster has room for; scaling.num_workers is what one of them takes.
+as many as the cluster has room for, more when a node joins; scaling.num_workers is what one of
+them takes. search.scheduler=asha stops trials early, pausing_asha makes them wait, fifo neither.
 """
 
 

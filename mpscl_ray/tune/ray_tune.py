@@ -1,7 +1,7 @@
 """A search on Ray Tune: the searcher and the callback that connect it to a study. Ray Tune itself stops no trial.
 
-Each start of a search runs Ray Tune from scratch for the trials that are left: it keeps no state that would have to be
-restored.
+Each start of a search runs Ray Tune from scratch. Trials that are over report again what the ledger has of them, so
+that the files of Ray Tune, which its own tools open, have all trials.
 """
 
 from __future__ import annotations
@@ -12,45 +12,45 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 from ray import tune
-from ray.tune import Callback
+from ray.tune import Callback, Stopper
 from ray.tune.search import Searcher
 
-from mpscl_ray.errors import Interrupted, StorageError
+from mpscl_ray.errors import InsufficientResources, Interrupted, StorageError
 from mpscl_ray.runs.position import StatusUpdates
 from mpscl_ray.runs.run_directory import RunDirectory
 from mpscl_ray.runs.signals import Interruption
+from mpscl_ray.train.ray.one_process import own_resources
+from mpscl_ray.train.ray.room import Room
 from mpscl_ray.tune.study import Study
 from mpscl_ray.tune.trainable import STOP_SEARCH, UNREACHABLE, train_trial
 
-RAY_FOLDER = "ray"
-"""Folder in that of a search that Ray Tune writes to; removed at the end."""
+TUNE_FOLDER = "tune"
+"""Ray Tune's folder in that of a search: its state, and result.json, progress.csv and TensorBoard events of trials."""
 
 TRIAL_MEMORY = 100 * 2**20
-"""Bytes of memory that the process beside a trial's workers asks for. It asks for no CPU: the workers get them all."""
+"""Bytes of memory that the process beside the workers of a trial asks for. It asks for no CPU: they get them all."""
 
 _TUNE_SETTINGS = {
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
-    "TUNE_GLOBAL_CHECKPOINT_S": "100000",
     "RAY_AIR_NEW_OUTPUT": "0",
 }
-"""Turns off Ray Tune's own files and table: the ledger and :mod:`mpscl_ray.tune.display` replace them."""
+"""Turns off Ray Tune's own table, which :mod:`mpscl_ray.tune.display` replaces."""
 
 _POLL_S = 0.25
 
 
 def run_trials(
-    study: Study, parent: RunDirectory | None, interruption: Interruption, redraw: Callable[[], None]
+    study: Study, parent: RunDirectory | None, room: Room, interruption: Interruption, redraw: Callable[[], None]
 ) -> None:
     """Run all trials that are left; returns when none runs any more: all ended, or the search was interrupted.
 
     Args:
         study: of the search.
         parent: the run that trials are forked from; None where they share nothing.
+        room: how many run at once.
         interruption: asks all trials to write a checkpoint and end.
         redraw: called several times a second.
 
@@ -62,9 +62,8 @@ def run_trials(
     study.recover()
     if not study.remaining():
         return
-    storage = study.folder.path.absolute() / RAY_FOLDER
-    shutil.rmtree(storage, ignore_errors=True)
-    tuner = _tuner(study, parent, storage)
+    shutil.rmtree(study.folder.path / TUNE_FOLDER, ignore_errors=True)
+    tuner = _tuner(study, parent, room)
     failures: list[BaseException] = []
 
     def fit() -> None:
@@ -82,38 +81,50 @@ def run_trials(
         redraw()
         status.update()
 
-    _wait(thread, study, interruption, show)
+    _wait(thread, study, room, interruption, show)
+    room.close()
     if not failures:
         study.stop_waiting_trials()
     redraw()
     status.update(at_once=True)
     study.close()
-    shutil.rmtree(storage, ignore_errors=True)
     for error in (*failures, *study.errors):
         raise error
 
 
-def _tuner(study: Study, parent: RunDirectory | None, storage: Path) -> tune.Tuner:
+def _tuner(study: Study, parent: RunDirectory | None, room: Room) -> tune.Tuner:
     trainable = tune.with_parameters(train_trial, shared=study.shared)
+    own = own_resources(study.resolved, study.shared.use_gpu)
+    bundle: dict[str, int | float] = {**own.resources} or {"memory": TRIAL_MEMORY}
+    labels: dict[str, Any] = {"bundle_label_selector": [own.node_labels]} if own.node_labels else {}
+    resources = tune.PlacementGroupFactory([bundle], **labels)
     return tune.Tuner(
-        tune.with_resources(trainable, {"memory": TRIAL_MEMORY}),
+        tune.with_resources(trainable, resources),
         tune_config=tune.TuneConfig(
-            search_alg=LedgerSearcher(study, parent),
+            search_alg=LedgerSearcher(study, parent, room),
             num_samples=-1,
-            max_concurrent_trials=study.shared.max_concurrent,
             reuse_actors=True,
+            trial_dirname_creator=_folder_name,
         ),
         run_config=tune.RunConfig(
-            name="tune",
-            storage_path=str(storage),
+            name=TUNE_FOLDER,
+            storage_path=str(study.folder.path.absolute()),
             callbacks=[StudyCallback(study)],
+            stop=StudyStopper(study),
             failure_config=tune.FailureConfig(max_failures=study.resolved.run.max_failures),
             verbose=0,
         ),
     )
 
 
-def _wait(thread: threading.Thread, study: Study, interruption: Interruption, redraw: Callable[[], None]) -> None:
+def _folder_name(trial: Any) -> str:
+    """A trial that waited at a rung has one for each of its starts."""
+    return f"{trial.config['number']:03d}-{trial.trial_id}"
+
+
+def _wait(
+    thread: threading.Thread, study: Study, room: Room, interruption: Interruption, redraw: Callable[[], None]
+) -> None:
     """Wait for Ray Tune; an interruption is passed on to the trials."""
     folder, next_poll = study.folder, 0.0
     while thread.is_alive():
@@ -130,6 +141,10 @@ def _wait(thread: threading.Thread, study: Study, interruption: Interruption, re
             # Written now: a job manager may kill the command before the trials have ended.
             reason = f"stopped by {interruption.signal_name}; trials resume from their last checkpoints"
             folder.write_status("interrupted", exit_code=Interrupted.exit_code, reason=reason)
+        idle = not (study.started or study.stopping or study.errors)
+        shortage = room.shortage() if idle else None
+        if shortage is not None:
+            study.errors.append(InsufficientResources(shortage))
         redraw()
         thread.join(_POLL_S)
 
@@ -144,13 +159,21 @@ class NotPicklable:
 class LedgerSearcher(NotPicklable, Searcher):
     """Gives Ray Tune the trials that are left."""
 
-    def __init__(self, study: Study, parent: RunDirectory | None) -> None:
+    def __init__(self, study: Study, parent: RunDirectory | None, room: Room) -> None:
         super().__init__(metric="score", mode="max")
-        self._study, self._parent = study, parent
+        self._study, self._parent, self._room = study, parent, room
+        self._ended = [number for number, trial in study.ledger.trials.items() if trial.ended]
 
     def suggest(self, trial_id: str) -> Any:
         study = self._study
         while not study.errors and not study.stopping:
+            if self._ended:
+                task = study.next_task(self._ended.pop(0), self._parent)
+                if task is not None:
+                    return task
+                continue
+            if study.active and not self._room.has_place(len(study.active)):
+                return None
             number = study.next_trial()
             if number is None:
                 return None if study.active else Searcher.FINISHED
@@ -166,6 +189,19 @@ class LedgerSearcher(NotPicklable, Searcher):
         """The ledger has it all."""
 
 
+class StudyStopper(NotPicklable, Stopper):
+    """Ends Ray Tune, once no trial runs, where trials wait for a place which they no longer need."""
+
+    def __init__(self, study: Study) -> None:
+        self._study = study
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        return False
+
+    def stop_all(self) -> bool:
+        return bool(self._study.stopping or self._study.errors) and not self._study.started
+
+
 class StudyCallback(NotPicklable, Callback):
     """Passes on to the study that a trial starts, what it reports, and that it is over."""
 
@@ -179,10 +215,17 @@ class StudyCallback(NotPicklable, Callback):
             self._study.report(result["number"], result["iteration"], result["score"], result["values"])
 
     def on_trial_start(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-        self._study.trial_started(trial.config["number"])
+        if not trial.config["ended"]:
+            self._study.trial_started(trial.config["number"])
+
+    def on_trial_recover(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+        if not trial.config["ended"]:
+            self._study.trial_lost(trial.config["number"])
 
     def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-        self._study.trial_ended(trial.config["number"])
+        if not trial.config["ended"]:
+            self._study.trial_ended(trial.config["number"])
 
     def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-        self._study.trial_ended(trial.config["number"])
+        if not trial.config["ended"]:
+            self._study.trial_ended(trial.config["number"])

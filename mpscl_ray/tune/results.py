@@ -35,12 +35,14 @@ TEST_TABLE = "test.txt"
 
 
 def best_trial(trials: Sequence[Trial], metric: str) -> Trial | None:
-    """The trial with the highest last score among those trained in full; among the stopped ones where none was.
+    """The trial with the highest last score among those trained in full; where none was, among those trained longest.
 
     None where no trial has a score.
     """
     scored = [t for t in trials if t.state != "failed" and math.isfinite(score(t.last, metric))]
-    return max(scored, key=lambda t: (t.state == "finished", score(t.last, metric), -t.number), default=None)
+    return max(
+        scored, key=lambda t: (t.state == "finished", t.iteration, score(t.last, metric), -t.number), default=None
+    )
 
 
 @dataclass(frozen=True)

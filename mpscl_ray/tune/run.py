@@ -22,6 +22,7 @@ from mpscl_ray.train.ray import launch
 from mpscl_ray.train.ray.concurrent import open_shared
 from mpscl_ray.train.ray.placement_groups import release_orphaned_placement_groups
 from mpscl_ray.train.ray.resources import check_machine
+from mpscl_ray.train.ray.room import Room
 from mpscl_ray.tune.criteria import CRITERIA
 from mpscl_ray.tune.display import TrialTable, trial_rows
 from mpscl_ray.tune.ledger import Ledger
@@ -105,14 +106,15 @@ def _search(
             table.log(sentence)
 
     study = Study(space, resolved, folder, shared, metric, ledger, log)
-    print(_summary(study), flush=True)
+    room = Room(resolved, shared.use_gpu)
+    print(_summary(study, room.places), flush=True)
     with Interruption() as interruption:
         if study.remaining():
-            parent = train_shared_phases(study, warm_up, interruption)
+            parent = train_shared_phases(study, warm_up, room.places, interruption)
             if not interruption.requested:
                 table = TrialTable(lambda: trial_rows(study))
                 try:
-                    run_trials(study, parent, interruption, table.redraw)
+                    run_trials(study, parent, room, interruption, table.redraw)
                 finally:
                     table.close()
         if interruption.requested and study.remaining():
@@ -129,16 +131,16 @@ def _search(
     return study
 
 
-def _summary(study: Study) -> str:
-    """What the search is going to do."""
-    space, total, max_concurrent = study.space, study.sampler.total, study.shared.max_concurrent
+def _summary(study: Study, places: int) -> str:
+    """What the search is going to do; ``places`` is how many trials fit at once on the nodes there are."""
+    space, total = study.space, study.sampler.total
     before = sum(length for _, length in study.shared_phases)
     last = phase_title(study.resolved.schedule[-1][0])
     lines = [
         f"search {study.folder.name} in {study.folder.display_path}: {space.search.method}, "
         f"{counted(total, 'trial')} over "
         f"{', '.join(space.keys)}",
-        f"  {counted(max_concurrent, 'trial')} at a time with "
+        f"  {counted(places, 'trial')} at a time with "
         f"{study.resolved.scaling.describe(study.shared.use_gpu)} each; "
         f"compared by {CRITERIA[study.metric]}" + (" (ORACLE)" if study.metric == "oracle" else ""),
     ]
@@ -150,8 +152,14 @@ def _summary(study: Study) -> str:
     limits = limiting_keys(study.resolved, space.keys)
     if limits:
         lines.append(f"  {', '.join(limits)} act before the {last}, so trials share no more phases")
+    search = space.search
     if study.rungs:
         rungs = ", ".join(f"{rung:g}" for rung in study.rungs)
-        share = f"1/{space.search.reduction_factor:g}"
-        lines.append(f"  trials wait at iterations {rungs} of the {last}; the best {share} of those there continue")
+        others = "the others wait" if search.scheduler == "pausing_asha" else "the others are stopped"
+        lines.append(
+            f"  trials are compared at iterations {rungs} of the {last}: the best 1/{search.reduction_factor:g} "
+            f"continue and those that equal them, {others}"
+        )
+    elif search.scheduler != "fifo":
+        lines.append(f"  no rung lies before iteration {study.iterations} of the {last}: no trial is stopped early")
     return "\n".join(lines)

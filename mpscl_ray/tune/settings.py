@@ -28,12 +28,16 @@ class SearchConfig:
     metric: str = "auto"
     """What trials are compared by: oracle (target validation Dice) or a label-free criterion; auto: oracle where the
     target's validation cases are labelled, else the label-free default."""
-    early_stopping: bool = True
-    """Let trials wait at rungs, and continue the best of them (ASHA); false trains each to its end."""
+    scheduler: Literal["asha", "pausing_asha", "fifo"] = "asha"
+    """asha: Ray Tune's ASHAScheduler, which stops a trial that is not among the best at a rung; pausing_asha: the trial
+    waits there and may continue later; fifo: each trial is trained to its end."""
     grace_period: Annotated[int, Field(ge=1)] | None = None
     """Iterations of the last phase up to the first rung; null: a tenth of the phase."""
     reduction_factor: Annotated[float, Field(gt=1)] = 4
-    """From each rung the best 1/reduction of the trials continue, at least one in all; rungs are this factor apart."""
+    """From each rung the best 1/reduction_factor of the trials continue, and those with the same score; rungs are this
+    factor apart."""
+    max_t: Annotated[int, Field(ge=1)] | None = None
+    """Iterations of the last phase after which a trial is stopped; null: none."""
     evaluate: Literal["best", "all", "none"] = "best"
     """Trials that are evaluated on the target's test volumes when the search is over; no choice depends on that."""
 

@@ -18,10 +18,10 @@ from mpscl_ray.runs.storage import join_location
 from mpscl_ray.runs.tensorboard import TensorBoard
 from mpscl_ray.train.ray.concurrent import Shared
 from mpscl_ray.train.ray.placement_groups import release
-from mpscl_ray.tune.asha import SuccessiveHalving, rungs
 from mpscl_ray.tune.criteria import score
 from mpscl_ray.tune.ledger import End, Ledger, Trial
 from mpscl_ray.tune.samplers import Sampler, make_sampler
+from mpscl_ray.tune.schedulers import make_scheduler
 from mpscl_ray.tune.space import Space
 from mpscl_ray.tune.trainable import PAUSE, STOP_SEARCH, TrialTask
 
@@ -56,9 +56,10 @@ class Study:
         self.sampler: Sampler = make_sampler(self.space, known, {n: self.score(trial) for n, trial in known.items()})
         self.started: dict[int, float] = {}
         """Trials that run now, with the time at which they started."""
-        self.halving = SuccessiveHalving(self.rungs, self.space.search.reduction_factor, self.sampler.total)
+        self.scheduler, self.rungs = make_scheduler(self.space.search, self.iterations, self.sampler.total)
         for number, iteration in self.ledger.order:
-            self.halving.report(number, iteration, score(known[number].reports[iteration], self.metric))
+            if iteration < self.iterations:
+                self.scheduler.report(number, iteration, score(known[number].reports[iteration], self.metric))
         self.active: set[int] = set()
         """Trials that Ray Tune has and that have neither ended nor paused."""
         self._seconds: dict[int, float] = {}
@@ -73,16 +74,8 @@ class Study:
 
     @property
     def iterations(self) -> int:
-        """Iterations of the last phase of a trial in full."""
-        return self.resolved.schedule[-1][1]
-
-    @property
-    def rungs(self) -> list[float]:
-        """Iterations at which trials are compared; none without early stopping."""
-        search = self.space.search
-        if not search.early_stopping:
-            return []
-        return rungs(self.iterations, search.grace_period or max(1, self.iterations // 10), search.reduction_factor)
+        """Iterations of the last phase of a trial that is not stopped early."""
+        return min(self.resolved.schedule[-1][1], self.space.search.max_t or self.resolved.schedule[-1][1])
 
     @property
     def shared_phases(self) -> list[tuple[str, int]]:
@@ -125,26 +118,31 @@ class Study:
         First those that an interruption has cut short, then those that are promoted from their rung, then new ones.
         """
         left = [number for number in self.remaining() if number not in self.active]
-        waiting = {number for number in left if self.halving.waits_at(number) is not None}
+        waiting = {number for number in left if self.scheduler.waits_at(number) is not None}
         for number in left:
             if number in self.ledger.trials and number not in waiting:
                 return number
-        best = self.halving.promote(waiting) or min(set(left) - waiting, default=None)
+        best = self.scheduler.promote(waiting) or min(set(left) - waiting, default=None)
         finished = any(trial.state == "finished" for trial in self.ledger.trials.values())
         if best is None and not self.active and not finished:
-            best = self.halving.promote(waiting, force=True)
+            best = self.scheduler.promote(waiting, force=True)
         return best
 
     def next_task(self, number: int, parent: RunDirectory | None) -> dict[str, Any] | None:
-        """What Ray Tune runs for a trial; None where its settings contradict each other, which ends the trial."""
+        """What Ray Tune runs for a trial; None where its settings contradict each other, which ends the trial.
+
+        For a trial that is over it is the reports alone, so that Ray Tune's files have all trials.
+        """
         trial = self.ledger.trials.get(number) or self.ledger.add(number, self.sampler.settings(number))
         self.trial_folder(number).control_files.clear(PAUSE)
         try:
             config = dataclasses.replace(self.space, base=self.resolved).config(trial.settings)
         except ConfigError as error:
-            self._record_end(number, "failed", str(error))
+            if not trial.ended:
+                self._record_end(number, "failed", str(error))
             return None
-        self.active.add(number)
+        if not trial.ended:
+            self.active.add(number)
         storage = str(join_location(self.folder.display_path, TRIALS))
         task = TrialTask(
             to_dict(override(config, {"run.name": f"{number:03d}", "run.storage": storage})),
@@ -153,9 +151,11 @@ class Study:
             parent.uri if parent is not None else None,
             self.shared_phases[-1][0] if self.shared_phases else "",
             self.metric,
+            list(trial.reports.items()) if trial.ended else [],
+            trial.ended,
         )
-        # As a string, because Ray Tune searches a dict for values to resolve.
-        return {"number": number, "task": json.dumps(asdict(task))}
+        # As bytes: Ray Tune searches a dict for values to resolve, and shows a string among the settings.
+        return {**trial.settings, "number": number, "ended": trial.ended, "task": json.dumps(asdict(task)).encode()}
 
     # ------------------------------------------------------------------------------------------------ events
 
@@ -168,22 +168,44 @@ class Study:
             self._boards[number].hyperparameters(trial.settings, ["search/score", "val/dice/mean"])
 
     def report(self, number: int, iteration: int, value: float, values: dict[str, float]) -> None:
-        """Write a report into the ledger, and ask the trial to pause where it is not among the best."""
+        """Write a report into the ledger, and ask the trial to end there if the scheduler says so."""
         if not self.ledger.report(number, iteration, values):
             return
         self._boards[number].record({"global_step": iteration, "search/score": value, **values})
         self.log(f"trial {number:03d} iteration {iteration}: {self.metric.replace('_', ' ')} {value:.4f}")
-        if self.halving.report(number, iteration, value):
+        if iteration < self.iterations:
+            ends = self.scheduler.report(number, iteration, value)
+            self._tell_of_equal_scores(number, iteration)
+        else:
+            ends = self.iterations < self.resolved.schedule[-1][1]
+        if ends:
             try:
                 self.trial_folder(number).control_files.write(PAUSE, f"waits at iteration {iteration}")
             except StorageError as error:
                 self._record_error(number, error)
 
+    def _tell_of_equal_scores(self, number: int, iteration: int) -> None:
+        """Say so where the first trials at a rung have the same score: it cannot tell them apart."""
+        enough = max(2, int(self.space.search.reduction_factor))
+        for rung in self.rungs:
+            trials = self.ledger.trials
+            arrived = {n: min((at for at in trial.reports if at >= rung), default=0) for n, trial in trials.items()}
+            scores = [score(trials[n].reports[at], self.metric) for n, at in arrived.items() if at]
+            if arrived[number] == iteration and len(scores) == enough and len(set(scores)) == 1:
+                self.log(
+                    f"the first {enough} trials at the rung {rung:g} all score {scores[0]:.4f}, so it does not tell "
+                    "them apart and they continue; search.grace_period=ITERATIONS sets a later first rung"
+                )
+
+    def trial_lost(self, number: int) -> None:
+        """A trial's process does not run any more; Ray Tune may start another."""
+        started = self.started.pop(number, time.monotonic())
+        self._seconds[number] = self._seconds.get(number, 0.0) + time.monotonic() - started
+
     def trial_ended(self, number: int) -> None:
         """A trial's process has ended, or was lost for good."""
         self.active.discard(number)
-        started = self.started.pop(number, time.monotonic())
-        self._seconds[number] = self._seconds.get(number, 0.0) + time.monotonic() - started
+        self.trial_lost(number)
         try:
             if number in self.unreachable:
                 raise StorageError(self.unreachable.pop(number))
@@ -231,22 +253,35 @@ class Study:
         elif state == "failed":
             self._record_end(number, "failed", status.get("reason", ""))
         elif pause is not None:
-            self.log(f"trial {number:03d} {pause}")
+            if not self._is_over(number):
+                self.log(f"trial {number:03d} {pause}")
         elif state == "interrupted" or self.stopping:
             self.log(f"trial {number:03d} is interrupted and will resume")
         else:
             self._record_end(number, "failed", f"its process was lost {self.resolved.run.max_failures + 1} times")
 
     def _stop_hopeless_trials(self) -> None:
-        """Stop trials that wait and can never be promoted, so that no checkpoint is kept without need."""
+        """Stop trials that can never continue, so that no checkpoint is kept without need."""
         for number in self.remaining():
-            if number not in self.active and self.halving.cannot_be_promoted(number):
+            if number not in self.active and self._is_over(number):
                 self._stop(number)
 
+    def _is_over(self, number: int) -> bool:
+        trial = self.ledger.trials.get(number)
+        at_limit = trial is not None and self.iterations <= trial.iteration < self.resolved.schedule[-1][1]
+        return at_limit or self.scheduler.cannot_be_promoted(number)
+
     def _stop(self, number: int) -> None:
-        """The end of a trial that waits. Its settings and metrics stay, its checkpoints are deleted."""
+        """The end of a trial before that of its phase. Its settings and metrics stay.
+
+        Its checkpoints are deleted, unless it was stopped by ``search.max_t``.
+        """
+        behind = self.scheduler.waits_at(number)
+        if behind is None:
+            self._record_end(number, "stopped", f"search.max_t is {self.iterations}")
+            return
         self.trial_folder(number).store.delete_checkpoints()
-        self._record_end(number, "stopped", f"fell behind at iteration {self.halving.waits_at(number)}")
+        self._record_end(number, "stopped", f"fell behind at iteration {behind}")
 
     def _record_end(self, number: int, state: End, reason: str = "") -> None:
         self.ledger.end(number, state, reason, self._seconds.get(number, 0.0))

@@ -46,11 +46,19 @@ class TrialTask:
     """The phase at whose end it is forked."""
     metric: str
     """What trials are compared by."""
+    reports: list[tuple[int, dict[str, float]]]
+    """Iteration and metrics of each report that the ledger has."""
+    ended: bool
+    """Whether the trial is over and only tells Ray Tune of its reports again."""
 
 
 def train_trial(settings: dict[str, Any], shared: Shared) -> None:
     """The trainable of Ray Tune. How it ended is in the run's status.json; an MpsclError is not raised."""
     task, number = TrialTask(**json.loads(settings["task"])), settings["number"]
+    for iteration, values in task.reports:
+        tune.report(_result(number, iteration, values, task.metric))
+    if task.ended:
+        return
     config = config_from_dict(task.config)
     patience_s = 60 * config.run.storage_retry_minutes
     folder = open_run(task.folder, "command", patience_s)
@@ -60,7 +68,7 @@ def train_trial(settings: dict[str, Any], shared: Shared) -> None:
             fork(folder, open_run(task.parent, patience_s=patience_s), task.phase)
         reporter.let_pass(0)
         display_name = f"{open_run(task.search).name}-{folder.name}"
-        run_trial(config, folder, shared, reporter.poll, display_name=display_name)
+        run_trial(config, folder, shared, reporter.poll, display_name=display_name, reserved=True)
         reporter.report()
     except MpsclError as error:
         try:
@@ -71,6 +79,11 @@ def train_trial(settings: dict[str, Any], shared: Shared) -> None:
     finally:
         with suppress(StorageError):  # the next start of the trial replaces it
             folder.control_files.clear(VALIDATION_GATE_FILE)
+
+
+def _result(number: int, iteration: int, values: dict[str, float], metric: str) -> dict[str, Any]:
+    """A report to Ray Tune."""
+    return {"number": number, "iteration": iteration, "score": score(values, metric), "values": values}
 
 
 class _ValidationReporter:
@@ -125,11 +138,4 @@ class _ValidationReporter:
             values = {tag: float(value) for tag, value in record.items() if tag.startswith("val/")}
             if values:
                 self._reported = record["iteration"]
-                tune.report(
-                    {
-                        "number": self._number,
-                        "iteration": record["iteration"],
-                        "score": score(record, self._task.metric),
-                        "values": values,
-                    }
-                )
+                tune.report(_result(self._number, record["iteration"], values, self._task.metric))

@@ -51,12 +51,15 @@ def choose_metric(metric: str, domains: Domains) -> str:
     return metric
 
 
-def train_shared_phases(study: Study, given: RunDirectory | None, interruption: Interruption) -> RunDirectory | None:
+def train_shared_phases(
+    study: Study, given: RunDirectory | None, places: int, interruption: Interruption
+) -> RunDirectory | None:
     """Train the phases that all trials share, or check that the given run has them.
 
     Args:
         study: of the search.
         given: the run that trials are to be forked from; None to train one.
+        places: how many trials fit at once; their workers train one.
         interruption: ends the training after a checkpoint.
 
     Returns:
@@ -93,7 +96,7 @@ def train_shared_phases(study: Study, given: RunDirectory | None, interruption: 
                 phase = phase_title(record["phase"])
                 study.log(f"shared by all trials: {phase} {record['iteration']} of {record['iterations']}")
 
-    own = _shared_config(config, common, folder, study.shared.max_concurrent)
+    own = _shared_config(config, common, folder, places)
     outcome = run_trial(own, run, study.shared, poll, display_name=f"{folder.name}-{SHARED_RUN}")
     return run if outcome.state == "finished" else None
 

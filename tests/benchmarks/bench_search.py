@@ -72,7 +72,7 @@ def main() -> None:
     for seed in options.seeds:
         full, asha = options.storage / f"full-{seed}", options.storage / f"asha-{seed}"
         seeds = (f"run.seed={seed}", f"search.seed={seed}")
-        search(full.name, options.storage, "search.early_stopping=false", *seeds)
+        search(full.name, options.storage, "search.scheduler=fifo", *seeds)
         search(asha.name, options.storage, "--warm-up", str(full / "shared"), *seeds)
         complete, stopped = trials_of(full), trials_of(asha)
         assert [trial.settings for trial in complete] == [trial.settings for trial in stopped]

@@ -17,7 +17,7 @@ from tests.tiny_search import ITERATIONS, SHARED_STEPS, ends, trials_of, write_s
 def test_a_killed_search_resumes_and_accounts_for_each_trial_once(tmp_path: Path) -> None:
     data = make_pair(tmp_path)
     margins = {"method.margin_source": {"choice": [0, 0.2, 0.4]}}
-    file = write_space(data, "killed", margins, method="grid", early_stopping=False, evaluate="none")
+    file = write_space(data, "killed", margins, method="grid", scheduler="fifo", evaluate="none")
     folder = data / "runs" / "killed"
     ledger = folder / "ledger.jsonl"
 

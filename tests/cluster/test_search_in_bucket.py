@@ -70,7 +70,14 @@ def test_a_killed_search_in_a_bucket_goes_on_and_stops_what_falls_behind(
     lengths = [f"phases.adaptation={ITERATIONS}", "run.validate_every=2", "scaling.num_workers=1"]
     base = to_dict(load_config("small/mpscl", [*SETTINGS, *place, *lengths, f"run.storage={server.url('runs')}"]))
     base["run"]["name"] = "search"
-    search = {"method": "grid", "grace_period": 2, "reduction_factor": 50, "metric": "information", "evaluate": "best"}
+    search = {
+        "method": "grid",
+        "scheduler": "pausing_asha",
+        "grace_period": 2,
+        "reduction_factor": 50,
+        "metric": "information",
+        "evaluate": "best",
+    }
     file = tmp_path / "space.yaml"
     space = {"method.gamma": {"choice": [10, 1, 0.1]}}
     file.write_text(yaml.safe_dump({**base, "preset": "small/mpscl", "search": search, "space": space}))

@@ -10,6 +10,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from ray import tune as ray_tune
 
 from mpscl_ray.config import Config, load_config, to_yaml
 from mpscl_ray.runs import checkpoint
@@ -17,7 +18,7 @@ from mpscl_ray.runs.run_directory import RunDirectory
 from mpscl_ray.train.domains import load_domains, model_description
 from mpscl_ray.tune import command as tune
 from mpscl_ray.tune.space import load_space
-from tests.ray.conftest import Here
+from tests.ray.conftest import CPUS, Here
 from tests.ray_commands import assert_nothing_is_reserved
 from tests.stub_fit import fit
 from tests.tiny import local_data, make_dataset, make_pair
@@ -39,6 +40,7 @@ def test_a_search_stops_what_falls_behind_records_what_fails_and_leaves_a_preset
         "whole",
         weights,
         method="grid",
+        scheduler="pausing_asha",
         grace_period=2,
         reduction_factor=50,
         metric="information",
@@ -101,10 +103,40 @@ def test_a_search_stops_what_falls_behind_records_what_fails_and_leaves_a_preset
     assert "was started with another config: method.delta_th: 0.25 in the run, 0.3 now" in refused
 
 
+def test_asha_of_ray_tune_stops_the_trials_that_are_behind_at_a_rung(here: Here, data: Path) -> None:
+    """A trial takes all CPUs, so they come one after the other: the first continues, the others are worse."""
+    file = write_space(data, "asha", {"method.gamma": {"choice": [10, 1, 0.1]}}, method="grid", grace_period=4)
+    code, text = here(tune, file, f"scaling.cpus_per_worker={CPUS}", "search.evaluate=none", fit=fit)
+    assert code == 0, text
+    assert "trials are compared at iterations 4 of the adaptation: the best 1/4 continue" in text
+    assert "1 trial at a time" in text
+    assert_nothing_is_reserved()
+    trials = trials_of(data / "runs" / "asha")
+    assert [(trial.state, trial.iteration) for trial in trials] == [
+        ("finished", ITERATIONS),
+        ("stopped", 4),
+        ("stopped", 4),
+    ]
+    for trial in trials[1:]:
+        assert trial.reason == "fell behind at iteration 4"
+        assert not list((data / "runs" / "asha" / "trials" / f"{trial.number:03d}").glob("checkpoints/*"))
+
+    grid = ray_tune.ResultGrid(ray_tune.ExperimentAnalysis(str(data / "runs" / "asha" / "tune")))
+    assert sorted((found.config["method.gamma"], found.metrics["iteration"]) for found in grid) == [
+        (0.1, 4),
+        (1, 4),
+        (10, ITERATIONS),
+    ]
+    (best,) = (found for found in grid if found.config["number"] == 1)
+    assert list(best.metrics_dataframe["iteration"]) == list(range(2, ITERATIONS + 1, 2))
+    assert list(best.metrics_dataframe["score"]) == [values["val/dice/mean"] for values in trials[0].reports.values()]
+    assert list(Path(best.path).glob("events*"))
+
+
 def test_two_trials_are_really_trained(here: Here, data: Path) -> None:
-    """No stub: Ray Train's workers below Ray Tune's trials. The larger rate diverges; they share no phase."""
+    """No stub: each trains in the process of its trial. The larger rate diverges; they share no phase."""
     rates = {"optim.lr": {"choice": [0.01, 1.0e30]}}
-    file = write_space(data, "real", rates, method="grid", early_stopping=False, evaluate="best")
+    file = write_space(data, "real", rates, method="grid", scheduler="fifo", evaluate="best")
     code, text = here(tune, file)
     assert code == 0, text
     assert_nothing_is_reserved()
@@ -155,7 +187,7 @@ def test_a_target_without_labels_is_searched_by_a_label_free_criterion_from_a_ru
 
 def test_ctrl_c_stops_all_trials_with_checkpoints_and_the_command_resumes(here: Here, data: Path) -> None:
     margins = {"method.margin_source": {"choice": [0, 0.4]}}
-    file = write_space(data, "stopped", margins, method="grid", early_stopping=False, evaluate="none")
+    file = write_space(data, "stopped", margins, method="grid", scheduler="fifo", evaluate="none")
     folder = data / "runs" / "stopped"
     script = f"until grep -q report {folder / 'ledger.jsonl'} 2>/dev/null; do sleep 0.1; done; kill -INT {os.getpid()}"
     sender = subprocess.Popen(["bash", "-c", script])

@@ -1,12 +1,13 @@
 """Many trainings at the same time: each runs as the train command runs one, on data that all of them share.
 
 The command that runs them opens the data once (:func:`open_shared`), before it starts any. Each training then has its
-own run folder, and :func:`run_trial` may be called in any process of the cluster, such as a task or an actor that
-reserves no CPU itself.
+own run folder, and :func:`run_trial` may be called in any process of the cluster. One that has reserved
+:func:`~mpscl_ray.train.ray.one_process.own_resources` trains itself where there is one worker.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -22,6 +23,7 @@ from mpscl_ray.train.domains import Domains, load_domains, model_description, op
 from mpscl_ray.train.loop import TrainResult
 from mpscl_ray.train.ray import resources
 from mpscl_ray.train.ray.launch import Fit, Launch
+from mpscl_ray.train.ray.one_process import fit_in_this_process, trains_in_one_process
 from mpscl_ray.train.ray.placement_groups import release
 from mpscl_ray.train.ray.preflight import check_nodes
 from mpscl_ray.train.streams import TrainingData
@@ -42,8 +44,6 @@ class Shared:
     """Slices, opened by the process that runs the trainings; valid as long as that process lives."""
     use_gpu: bool
     """Whether each worker gets a GPU."""
-    max_concurrent: int
-    """How many trainings the cluster has room for at a time."""
     state_tracking: bool
     """Whether Ray's dashboard lists the trainings."""
     fit: Fit | None = None
@@ -69,8 +69,7 @@ def open_shared(config: Config, folder: RunDirectory, fit: Fit | None = None) ->
     domains, warnings = load_domains(config)
     check_nodes(folder.uri, domains.fingerprints())
     data = open_data(config, domains)
-    max_concurrent = resources.max_concurrent_trainings(config, use_gpu)
-    return Shared(domains, data, use_gpu, max_concurrent, state_tracking_enabled(), fit), warnings
+    return Shared(domains, data, use_gpu, state_tracking_enabled(), fit), warnings
 
 
 def run_trial(
@@ -81,6 +80,7 @@ def run_trial(
     *,
     display_name: str | None = None,
     resume_command: str | None = None,
+    reserved: bool = False,
 ) -> TrainResult:
     """Train in a run folder, from its newest checkpoint if it has one; a finished run is left as it is.
 
@@ -94,6 +94,7 @@ def run_trial(
         folder: the run folder of this training; may have been forked from another run (:mod:`mpscl_ray.runs.fork`).
         display_name: name in metrics and on Ray's dashboard; None is the folder's.
         resume_command: for status.json.
+        reserved: whether this process has reserved :func:`~mpscl_ray.train.ray.one_process.own_resources`.
 
     Returns:
         The result: finished or interrupted.
@@ -103,6 +104,8 @@ def run_trial(
         TrainingError: a loss was not finite, or workers failed more often than run.max_failures allows.
         MpsclError: any other error that ended the training.
     """
+    if reserved and shared.fit is None and trains_in_one_process(config):
+        shared = dataclasses.replace(shared, fit=fit_in_this_process)
     folder.create()
     with folder.lock():
         release(folder)

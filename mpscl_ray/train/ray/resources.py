@@ -10,7 +10,7 @@ from typing import Any
 
 import ray
 import torch
-from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
 from mpscl_ray.config import Config
 from mpscl_ray.errors import ClusterError, InsufficientResources
@@ -68,11 +68,7 @@ def check_cluster(config: Config) -> bool:
     worker = worker_request(config, use_gpu)
     enough = scaling.least_workers <= worker_slots(worker)
     if enough or scaling.resource_timeout_s:
-        group = placement_group(
-            [worker.resources] * scaling.least_workers,
-            strategy=scaling.placement_strategy,
-            bundle_label_selector=[worker.node_labels] * scaling.least_workers if worker.node_labels else None,
-        )
+        group = worker.reserve(scaling.least_workers, scaling.placement_strategy)
         try:
             if group.wait(max(scaling.resource_timeout_s, _SETTLE_S) if enough else scaling.resource_timeout_s):
                 return use_gpu
@@ -120,6 +116,20 @@ class WorkerRequest:
         has: dict[str, float] = node["Resources"]
         return min(math.floor(has.get(name, 0) / amount) for name, amount in self.resources.items())
 
+    def reserve(self, number: int, strategy: str = "PACK") -> PlacementGroup:
+        """Ask Ray for the places of so many workers."""
+        labels = [self.node_labels] * number if self.node_labels else None
+        group: PlacementGroup = placement_group([self.resources] * number, strategy, bundle_label_selector=labels)
+        return group
+
+    def task_options(self) -> dict[str, Any]:
+        """Arguments of ``options`` for a Ray task in the place of a worker."""
+        amounts = dict(self.resources)
+        own = {"num_cpus": amounts.pop("CPU", 0), "num_gpus": amounts.pop("GPU", 0)}
+        if "memory" in amounts:
+            own["memory"] = amounts.pop("memory")
+        return {**own, "resources": amounts, "label_selector": self.node_labels or None}
+
 
 def worker_slots(worker: WorkerRequest) -> int:
     """Workers that fit on all nodes together if these are idle; a worker cannot be split between nodes."""
@@ -131,11 +141,6 @@ def free_worker_slots(worker: WorkerRequest) -> int:
     free: dict[str, float] = ray.available_resources()  # type: ignore[no-untyped-call]
     amounts = worker.resources.items()
     return min(worker_slots(worker), *(int(free.get(name, 0) / amount) for name, amount in amounts))
-
-
-def max_concurrent_trainings(config: Config, use_gpu: bool) -> int:
-    """How many trainings of this config fit on the cluster now, at least one."""
-    return max(1, free_worker_slots(worker_request(config, use_gpu)) // config.scaling.most_workers)
 
 
 def worker_request(config: Config, use_gpu: bool) -> WorkerRequest:

@@ -18,6 +18,7 @@ import ray.train.torch
 import torch
 
 from mpscl_ray.config import ScalingConfig, config_from_dict
+from mpscl_ray.distributed import collectives
 from mpscl_ray.errors import MpsclError, StorageError
 from mpscl_ray.runs.atomic_files import write_atomically
 from mpscl_ray.runs.control_files import FAILURE_FILE, STOP_FILE, VALIDATION_GATE_FILE
@@ -55,10 +56,10 @@ def run_worker(
     failure = run.path / FAILURE_FILE
     if failure.exists():
         return {"state": "failed", **json.loads(failure.read_text(encoding="utf-8"))}
-    _log_to(run.logs / f"worker-{rank}.log")
+    log_to(run.logs / f"worker-{rank}.log")
     torch.set_num_threads(max(1, int(config.scaling.cpus_per_worker)))
     device = ray.train.torch.get_device()
-    callback = _WorkerCallback(
+    callback = WorkerCallback(
         run, data.classes, Monitoring(display_name, rank, device), config.scaling, CheckpointReports(rank), rank == 0
     )
     result: loop.TrainResult | None = None
@@ -124,8 +125,12 @@ def wait_for_decision(folder: RunDirectory, step: int, patience_s: float = 60.0)
         time.sleep(_DECISION_S[folder.store.poll_interval_s > 0])
 
 
-class _WorkerCallback(RunCallback):
-    """Exports metrics and reports checkpoints to Ray Train; worker 0 writes TensorBoard, curves and warnings."""
+class WorkerCallback(RunCallback):
+    """Exports metrics and reports checkpoints to Ray Train; worker 0 writes TensorBoard, curves and warnings.
+
+    Args:
+        reports: to Ray Train; None where it does not run.
+    """
 
     def __init__(
         self,
@@ -133,7 +138,7 @@ class _WorkerCallback(RunCallback):
         classes: tuple[str, ...],
         monitoring: Monitoring,
         scaling: ScalingConfig,
-        reports: CheckpointReports,
+        reports: CheckpointReports | None,
         writes: bool,
     ) -> None:
         super().__init__(folder, classes, writes)
@@ -142,14 +147,15 @@ class _WorkerCallback(RunCallback):
         """Whether a scheduler decides after each validation if the run continues."""
 
     def on_start(self, step: int) -> None:
-        workers, least, most = ray.train.get_context().get_world_size(), *self.scaling.limits
+        least, most = self.scaling.limits
+        workers = collectives.world_size()
         log.info("training starts at step %d with %d workers", step, workers)
         if self.writes and least < most:
             self.on_warning(f"training with {workers} of {least} to {most} workers")
         with suppress(StorageError):  # then there is no wait
             self.waits = self.writes and self.folder.control_files.read(VALIDATION_GATE_FILE) is not None
         self.monitoring.saved()
-        if step > 0:
+        if step > 0 and self.reports is not None:
             self.reports.resumed(step)
         super().on_start(step)
 
@@ -161,21 +167,27 @@ class _WorkerCallback(RunCallback):
         self.monitoring.record(record)
         super().on_metrics(record, validated)
         if validated:
-            self.reports.validated(record)
+            if self.reports is not None:
+                self.reports.validated(record)
             if self.waits:
                 self.waits = wait_for_decision(self.folder, record["global_step"])
 
     def on_checkpoint(self, step: int) -> None:
         self.monitoring.saved()
-        self.reports.completed(step, stored=not self.writes or self.folder.store.flush())
+        stored = not self.writes or self.folder.store.flush()
+        if self.reports is not None:
+            self.reports.completed(step, stored)
 
 
-def _log_to(file: Path) -> None:
-    """Append this worker's log to a file of the run."""
+def log_to(file: Path) -> logging.Logger:
+    """Append this process's log to a file of the run; returns the logger."""
     logger = logging.getLogger("mpscl_ray")
     logger.setLevel(logging.INFO)
+    for previous in logger.handlers:  # of another training in this process
+        previous.close()
     handler = logging.FileHandler(file, encoding="utf-8")
     handler.setFormatter(logging.Formatter(f"%(asctime)s pid {os.getpid()} %(levelname)s %(message)s"))
     logger.handlers = [handler]
     logger.propagate = False
     logger.info("worker starts: python %s, torch %s", sys.version.split()[0], torch.__version__)
+    return logger

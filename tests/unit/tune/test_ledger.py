@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,11 +23,13 @@ from mpscl_ray.config import load_config
 from mpscl_ray.errors import ConfigError, DataError
 from mpscl_ray.tune import figures
 from mpscl_ray.tune.agreement import agreement, agreements, rank_correlation
-from mpscl_ray.tune.asha import SuccessiveHalving
+from mpscl_ray.tune.asha import PausingASHA
 from mpscl_ray.tune.criteria import CRITERIA, score
 from mpscl_ray.tune.ledger import Ledger, Trial
 from mpscl_ray.tune.results import best_trial, preset_text, saving, trials_csv, trials_markdown
 from mpscl_ray.tune.samplers import make_sampler
+from mpscl_ray.tune.schedulers import make_scheduler
+from mpscl_ray.tune.settings import SearchConfig
 from mpscl_ray.tune.space import load_space
 
 DICE = "val/dice/mean"
@@ -80,7 +83,7 @@ def test_a_torn_last_line_is_dropped_and_a_damaged_one_is_named(tmp_path: Path) 
 
 
 def test_the_best_third_of_those_on_a_rung_is_promoted_once_it_is_there() -> None:
-    halving = SuccessiveHalving([10, 30], 3, total=9)
+    halving = PausingASHA([10, 30], 3, total=9)
     assert [halving.report(n, 10, score) for n, score in ((1, 0.5), (2, 0.6), (3, math.nan))] == [True] * 3
     assert halving.promote({1, 3}) is None, "2 is the best of three, and does not wait here"
     assert halving.promote({1, 2, 3}) == 2
@@ -90,19 +93,54 @@ def test_the_best_third_of_those_on_a_rung_is_promoted_once_it_is_there() -> Non
     assert [halving.report(n, 10, 0.5) for n in (5, 6)] == [True] * 2
     assert halving.promote({1, 3, 5, 6}) is None, "the best two of six, 4 and 2, are promoted already"
     assert [halving.waits_at(n) for n in range(1, 7)] == [10, None, 10, None, 10, 10]
-    assert [halving.cannot_be_promoted(n) for n in (1, 5, 6, 3)] == [False, True, True, True], (
-        "three of nine can be promoted: 4, 2, 1"
+    assert [halving.cannot_be_promoted(n) for n in (1, 5, 6, 3)] == [False, False, False, True], (
+        "three of nine can be promoted: 4, 2, and those that equal 1"
     )
     assert halving.report(2, 33, 0.1)
     assert halving.report(4, 30, 0.1)
     assert halving.waits_at(2) == 33, "the first report after a rung counts there"
     assert halving.promote({2, 4}) is None
     assert halving.promote({1, 2, 4}, force=True) == 2, "the best of the highest rung; of equal ones the first"
-    assert SuccessiveHalving([], 3, 9).report(1, 10, 0.5) is False
+    assert PausingASHA([], 3, 9).report(1, 10, 0.5) is False
+
+
+def test_trials_with_equal_scores_continue_together() -> None:
+    halving = PausingASHA([10], 4, total=5)
+    assert [halving.report(number, 10, 0.0) for number in (5, 1, 2)] == [True] * 3, "of three, a quarter is none"
+    assert not halving.report(4, 10, 0.0)
+    assert not any(halving.cannot_be_promoted(number) for number in (1, 2, 4, 5))
+    assert [halving.promote({1, 2, 5}) for _ in range(4)] == [1, 2, 5, None]
+    assert not halving.report(3, 10, 0.1), "the best of five"
+    assert halving.report(6, 10, 0.0)
+    assert halving.promote({6}) is None
+
+
+def search_settings(**values: Any) -> SearchConfig:
+    return SearchConfig(grace_period=10, reduction_factor=2, **values)
+
+
+def test_asha_of_ray_tune_stops_what_is_below_the_median_keeps_equals_and_decides_the_same_again() -> None:
+    reports = [(1, 10, 0.5), (2, 10, 0.5), (3, 10, 0.4), (4, 10, 0.9), (1, 20, 0.6), (5, 10, math.nan), (4, 20, 0.5)]
+    first, compared_at = make_scheduler(search_settings(), 40, 5)
+    assert compared_at == [10, 20]
+    assert [first.report(*report) for report in reports] == [False, False, True, False, False, True, True]
+    assert [first.waits_at(number) for number in range(1, 6)] == [None, None, 10, 20, 10]
+    assert [first.cannot_be_promoted(number) for number in range(1, 6)] == [False, False, True, True, True]
+    assert first.promote({3, 4, 5}, force=True) is None, "what is stopped stays so"
+    again, _ = make_scheduler(search_settings(), 40, 5)
+    assert [again.report(*report) for report in reports] == [False, False, True, False, False, True, True]
+
+
+def test_the_scheduler_is_chosen_by_name() -> None:
+    assert isinstance(make_scheduler(search_settings(scheduler="pausing_asha"), 40, 5)[0], PausingASHA)
+    fifo, compared_at = make_scheduler(search_settings(scheduler="fifo"), 40, 5)
+    assert compared_at == []
+    assert [fifo.report(number, 10, score) for number, score in ((1, 0.5), (2, 0.1), (3, 0.6))] == [False] * 3
+    assert make_scheduler(search_settings(), 10, 5)[1] == [], "no rung lies before the end"
 
 
 def test_a_score_of_nan_is_the_lowest_whenever_it_comes() -> None:
-    halving = SuccessiveHalving([10], 2, total=4)
+    halving = PausingASHA([10], 2, total=4)
     assert halving.report(1, 10, math.nan)
     assert not halving.report(2, 10, 0.5), "the best of two"
     assert halving.report(3, 10, math.nan)
@@ -112,7 +150,7 @@ def test_a_score_of_nan_is_the_lowest_whenever_it_comes() -> None:
 
 @given(st.lists(st.tuples(st.integers(1, 9), st.floats(0, 1)), max_size=60), st.integers(2, 4), st.integers(1, 15))
 def test_promotions_follow_from_the_reports_alone(reports: list[tuple[int, float]], reduction: int, step: int) -> None:
-    live, again = SuccessiveHalving([10, 30], reduction, 9), SuccessiveHalving([10, 30], reduction, 9)
+    live, again = PausingASHA([10, 30], reduction, 9), PausingASHA([10, 30], reduction, 9)
     done, waiting, resumed = dict.fromkeys(range(1, 10), 0), set[int](), set[int]()
     for number, value in reports:
         if number in waiting:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,6 +11,7 @@ import pytest
 
 from mpscl_ray.errors import ConfigError, StorageError
 from mpscl_ray.runs.run_directory import RunDirectory
+from mpscl_ray.runs.tensorboard import TensorBoard
 from mpscl_ray.tune import command
 from mpscl_ray.tune import run as tune_run
 from mpscl_ray.tune.ledger import Ledger
@@ -31,12 +34,12 @@ def test_the_run_to_warm_up_from_is_looked_for_before_ray_starts(
         command.main(words)
 
 
-def study_in(folder: Path) -> Study:
-    space = load_space("phantom")
+def study_in(folder: Path, *words: str, log: Callable[[str], None] = lambda text: None) -> Study:
+    space = load_space("phantom", ["search.scheduler=pausing_asha", *words])
     (folder / "search").mkdir(exist_ok=True)
     search = RunDirectory(folder / "search")
     nothing: Any = None
-    study = Study(space, space.base, search, nothing, "oracle", Ledger(search.path / "ledger.jsonl"), lambda text: None)
+    study = Study(space, space.base, search, nothing, "oracle", Ledger(search.path / "ledger.jsonl"), log)
     if not study.ledger.trials:
         study.ledger.add(1, study.sampler.settings(1))
         study.ledger.report(1, 6, {"val/dice/mean": 0.5})
@@ -118,7 +121,7 @@ def test_a_search_resumes_with_reports_in_the_order_in_which_they_came(tmp_path:
     study = more(study_in(tmp_path), 0.1, 0.2, 0.3, 0.9)
     study.ledger.report(1, 30, {"val/dice/mean": 0.95})
     again = study_in(tmp_path)
-    assert [again.halving.waits_at(number) for number in range(1, 6)] == [None, 30, 30, 30, None], (
+    assert [again.scheduler.waits_at(number) for number in range(1, 6)] == [None, 30, 30, 30, None], (
         "5 was the best of four, and 1 of five when it came"
     )
 
@@ -139,7 +142,7 @@ def test_one_trial_at_least_is_trained_in_full(tmp_path: Path) -> None:
     assert study.active
     for number, dice in ((1, 0.6), (3, 0.7), (4, 0.5)):
         study.ledger.report(number, 120, {"val/dice/mean": dice})
-        assert study.halving.report(number, 120, dice), "of three on the second rung, a quarter is none"
+        assert study.scheduler.report(number, 120, dice), "of three on the second rung, a quarter is none"
     study.active.clear()
     assert all_that_may_run() == [3], "but one has to be trained in full"
     study._record_end(3, "finished")
@@ -160,6 +163,19 @@ def test_settings_that_contradict_each_other_end_a_trial_before_it_starts(tmp_pa
     assert study.trial_folder(1).control_files.read(PAUSE) is None, "otherwise it would pause again at once"
 
 
+def test_a_trial_that_is_over_reports_again_to_ray_tune_and_does_not_run(tmp_path: Path) -> None:
+    study = study_in(tmp_path)
+    running = study.next_task(1, None)
+    assert running is not None
+    assert (running["ended"], json.loads(running["task"])["reports"]) == (False, [])
+    study.active.clear()
+    study._record_end(1, "finished")
+    over = study.next_task(1, None)
+    assert over is not None
+    assert (over["ended"], json.loads(over["task"])["reports"]) == (True, [[6, {"val/dice/mean": 0.5}]])
+    assert study.active == set()
+
+
 def test_a_trial_that_cannot_write_its_end_stays_open_and_stops_the_search(tmp_path: Path) -> None:
     study = study_in(tmp_path)
     study.trial_folder(1).write_status("running")
@@ -167,3 +183,45 @@ def test_a_trial_that_cannot_write_its_end_stays_open_and_stops_the_search(tmp_p
     study.trial_ended(1)
     assert not study.ledger.trials[1].ended
     assert [type(error) for error in study.errors] == [StorageError]
+
+
+def test_ashas_decision_ends_a_trial_and_a_resumed_search_knows_it(tmp_path: Path) -> None:
+    asha = ("search.scheduler=asha", "search.reduction_factor=2")
+    study = study_in(tmp_path, *asha)
+    for number, dice in ((2, 0.3), (3, 0.1)):
+        study.ledger.add(number, study.sampler.settings(number))
+        study.trial_folder(number).create()
+        study.trial_folder(number).write_status("interrupted", exit_code=130)
+        study._boards[number] = study._boards.get(number) or TensorBoard(tmp_path / "events", warn=print)
+        study.report(number, 30, dice, {"val/dice/mean": dice})
+    assert [study.trial_folder(n).control_files.read(PAUSE) for n in (2, 3)] == [None, "waits at iteration 30"]
+    again = study_in(tmp_path, *asha)
+    again.recover()
+    assert (again.ledger.trials[3].state, again.ledger.trials[3].reason) == ("stopped", "fell behind at iteration 30")
+    assert not again.ledger.trials[2].ended
+
+
+def test_max_t_stops_a_trial_there_and_keeps_its_checkpoints(tmp_path: Path) -> None:
+    study = study_in(tmp_path, "search.scheduler=asha", "search.max_t=50")
+    study._boards[1] = TensorBoard(tmp_path / "events", warn=print)
+    study.report(1, 50, 0.5, {"val/dice/mean": 0.5})
+    assert study.trial_folder(1).control_files.read(PAUSE) == "waits at iteration 50"
+    study.trial_folder(1).write_status("interrupted", exit_code=130)
+    study.trial_ended(1)
+    trial = study.ledger.trials[1]
+    assert (trial.state, trial.reason) == ("stopped", "search.max_t is 50")
+    assert study.trial_folder(1).checkpoints.exists()
+
+
+def test_a_rung_at_which_the_first_trials_score_the_same_is_told(tmp_path: Path) -> None:
+    told: list[str] = []
+    study = study_in(tmp_path, "search.scheduler=asha", "search.reduction_factor=3", log=told.append)
+    for number in (2, 3, 4, 5):
+        study.ledger.add(number, study.sampler.settings(number))
+        study._boards[number] = TensorBoard(tmp_path / "events", warn=print)
+        study.report(number, 30, 0.0, {"val/dice/mean": 0.0})
+    assert [text for text in told if "rung" in text] == [
+        "the first 3 trials at the rung 30 all score 0.0000, so it does not tell them apart and they continue; "
+        "search.grace_period=ITERATIONS sets a later first rung"
+    ]
+    assert not any(study.scheduler.cannot_be_promoted(number) for number in (2, 3, 4, 5))
