@@ -16,19 +16,17 @@ from mpscl_ray.errors import DataError
 from mpscl_ray.methods import base
 from mpscl_ray.methods.adversarial import AlignmentMethod
 from mpscl_ray.methods.base import Batch, TrainingSlices
+from mpscl_ray.methods.contrast import Contrasted, contrastive_losses, source_prototypes
 from mpscl_ray.methods.losses import (
-    MASK_EPS,
     annotated_pixels,
     class_counts,
     cosine_to_prototypes,
     exact_matmul,
-    margin_contrastive_loss,
     self_information,
 )
 from mpscl_ray.methods.prototypes import (
     PrototypeClassifier,
     downsample_labels,
-    initial_prototypes,
     prototype_sums,
     self_paced_pseudo_labels,
     update_prototypes,
@@ -106,23 +104,10 @@ class MPSCL(AlignmentMethod[MPSCLConfig]):
 
         ``annotated`` is the number of the former in the global batch.
         """
-        c = self.config
-        cosine = cosine_to_prototypes(source.features, prototypes)
-        on_source = margin_contrastive_loss(
-            cosine, labels_small, c.margin_source, c.temperature_source, c.base_temperature, c.margin_form
-        )
+        on_source = Contrasted(cosine_to_prototypes(source.features, prototypes), labels_small)
         cosine = cosine_to_prototypes(target.features, prototypes)
-        labels, mask = self_paced_pseudo_labels(cosine, c.delta_th)
-        on_target = margin_contrastive_loss(
-            cosine, labels, c.margin_target, c.temperature_target, c.base_temperature, c.margin_form, weights=mask
-        )
-        selected = collectives.all_reduce_sum(on_target.denominator)
-        selected = selected + MASK_EPS if c.margin_form == "released" else selected.clamp(min=1.0)
-        losses = {
-            "loss_contrastive_source": collectives.ddp_ratio(on_source.numerator, annotated.to(cosine.dtype)),
-            "loss_contrastive_target": collectives.ddp_ratio(on_target.numerator, selected),
-        }
-        return losses, mask
+        labels, mask = self_paced_pseudo_labels(cosine, self.config.delta_th)
+        return contrastive_losses(self.config, on_source, Contrasted(cosine, labels), mask, annotated), mask
 
     def diagnostics(self) -> dict[str, Tensor]:
         if not self._contrast:
@@ -135,7 +120,7 @@ class MPSCL(AlignmentMethod[MPSCLConfig]):
         """Of the current prototypes; None without the contrastive losses, which keep them up to date."""
         if not self._contrast:
             return None
-        return PrototypeClassifier(lambda images: self.evaluate(images).features, self.prototypes, self.config.delta_th)
+        return PrototypeClassifier(self.features, self.prototypes, self.config.delta_th)
 
     def prepare(self, slices: TrainingSlices) -> None:
         """Start from the prototypes of the whole source set, or those of a file where one is configured.
@@ -158,16 +143,7 @@ class MPSCL(AlignmentMethod[MPSCLConfig]):
 
         Source: Eq. (4), Liu et al. 2022.
         """
-        sums = torch.zeros(self.prototypes.shape, dtype=torch.float64, device=self.device)
-        counts = sums.new_zeros(self.num_classes)
-        for image, label in batches:
-            features = self.evaluate(image).features
-            labels_small = downsample_labels(label.to(self.device), features.shape[2:])
-            batch_sums, batch_counts = prototype_sums(features, labels_small, self.num_classes)
-            sums += batch_sums
-            counts += batch_counts
-        sums, counts = collectives.all_reduce_sums(sums, counts)
-        self.prototypes.copy_(initial_prototypes(sums, counts))
+        self.prototypes.copy_(source_prototypes(self.features, batches, self.prototypes))
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "prototypes": self.prototypes}

@@ -150,7 +150,11 @@ def look_and_train(name: str, seed: int | None = None, **settings: Any) -> dict[
     method = kind(network, METHOD_CONFIGS[name](**settings), OPTIM, CLASSES, CPU, PrecisionConfig(), seed)
     method.start_phase(STEPS)
     method.prepare(slices())
-    return record(method)
+    results = record(method)
+    if method.end_phase(slices()):
+        collectives.assert_same_weights(method.networks)
+        results |= {f"state.{name}": tensor for name, tensor in flat_state(method.state_dict()).items()}
+    return results
 
 
 def sifa(**settings: Any) -> dict[str, Any]:
@@ -182,6 +186,7 @@ def slices() -> TrainingSlices:
     return TrainingSlices(
         labelled=lambda: uneven_shares(whole),
         synchronised_source_batches=lambda: [my_part(global_batch(step)).source_image for step in (100, 101)],
+        synchronised_target_batches=lambda: [my_part(global_batch(step)).images[1] for step in (100, 101)],
         unlabelled=lambda: target,
         target_volumes=(range(3), range(3, 4), range(4, 7), range(7, 8)),
         size=(SIZE, SIZE),
@@ -412,6 +417,18 @@ CASES: dict[str, Callable[[], dict[str, Any]]] = {
     ),
     "mean_teacher": lambda: look_and_train("mean_teacher", seed=3, mixing=0.5, share_matching=0.5, ramp=3),
     "mean_teacher-target": lambda: look_and_train("mean_teacher", bn_running_stats="target", ramp=0),
+    "mean_teacher-all": lambda: look_and_train(
+        "mean_teacher",
+        seed=3,
+        bn_running_stats="target",
+        mixing=0.5,
+        consistency=1.0,
+        contrast=0.5,
+        delta_th=0.02,
+        share_matching=0.5,
+        adabn=True,
+        ramp=3,
+    ),
     "sifa": lambda: sifa(pool_size=2),
     "sifa-first": lambda: sifa(version="v1", pool_size=2, dropout=0.25, adversarial_prediction_ramp=(0.1, 0.4)),
     "adabn": lambda: look_and_train("adabn"),
