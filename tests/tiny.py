@@ -53,7 +53,11 @@ SETTINGS = (
 STAGES = {
     "intrada": ("phases.source_only=2", "phases.warm_up=2", "phases.adaptation=4"),
     "cag": ("phases.source_only=2", "phases.warm_up=2", "phases.adaptation=6", "method.min_pixels=2"),
-    "mean_teacher": ("phases.source_only=4", "phases.adaptation=4", "method.mixing=0.5", "method.share_matching=0.5"),
+    "mean_teacher": (
+        *("phases.source_only=4", "phases.adaptation=4", "method.mixing=0.5", "method.share_matching=0.5"),
+        *("method.consistency=1", "method.contrast=0.5", "method.delta_th=0.05", "method.adabn=true"),
+        "data.augmentation.degradation_probability=0.5",
+    ),
 }
 """Overrides of the methods with stages, for several short ones."""
 

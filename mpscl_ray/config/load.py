@@ -20,7 +20,7 @@ from typing import Annotated, Any
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from mpscl_ray.config.methods import ADAPTATION, METHOD_CONFIGS, SOURCE_ONLY, WARM_UP
+from mpscl_ray.config.methods import ADAPTATION, METHOD_CONFIGS, SOURCE_ONLY, WARM_UP, MeanTeacherConfig
 from mpscl_ray.config.overrides import GIVEN, ON_COMMAND_LINE, Setting, read_file, read_overrides
 from mpscl_ray.config.schema import Config
 from mpscl_ray.errors import ConfigError
@@ -307,6 +307,14 @@ def _inconsistencies(config: Config) -> list[str]:
         found.append(
             f"scaling.accelerator_type={config.scaling.accelerator_type} is a kind of GPU, and scaling.device=cpu uses "
             "none; set one of them otherwise"
+        )
+    augmentation = config.data.augmentation
+    second_view = augmentation.mapping_probability > 0 or augmentation.degradation_probability > 0
+    if isinstance(config.method, MeanTeacherConfig) and config.method.consistency > 0 and not second_view:
+        found.append(
+            f"method.consistency={config.method.consistency:g} compares two appearances of a slice, and "
+            "data.augmentation gives it one; set data.augmentation.mapping_probability or "
+            "data.augmentation.degradation_probability, or method.consistency=0"
         )
     if not config.schedule:
         found.append("phases: all phases have 0 iterations; give at least one of them some")

@@ -90,14 +90,8 @@ class AdversarialConfig(DiscriminatorConfig):
 
 
 @dataclass(frozen=True)
-class MPSCLConfig(AdversarialConfig):
-    """Settings of MPSCL; the defaults are those of the released MR to CT run."""
-
-    phases: ClassVar[tuple[str, ...]] = (SOURCE_ONLY, WARM_UP, ADAPTATION)
-    main_settings: ClassVar[tuple[str, ...]] = (
-        *AdversarialConfig.main_settings,
-        *"method.margin_source method.margin_target method.delta_th method.gamma method.beta method.alpha".split(),
-    )
+class ContrastConfig:
+    """Settings of the contrast with prototypes; the defaults are those of the released MR to CT run of MPSCL."""
 
     margin_source: Margin = 0.4
     """Margin m on source pixels, in radians (Eq. 8)."""
@@ -110,15 +104,28 @@ class MPSCLConfig(AdversarialConfig):
     base_temperature: Temperature = 1.0
     """tau_b: the released form multiplies its loss by tau / tau_b; not in the paper."""
     delta_th: Annotated[float, Field(ge=0, le=2)] = 0.25
-    """Least gap in cosine of a selected pixel's two nearest prototypes (Eq. 7)."""
+    """Least gap in cosine of a selected pixel's two nearest prototypes (Eq. 7); of the mean teacher, by which the
+    prototype of its label is nearer than all others."""
     alpha: Annotated[float, Field(ge=0, le=1)] = 0.2
     """Share of the old prototype that one update keeps (Eq. 5)."""
+    margin_form: Literal["released", "paper"] = "released"
+    """Form of the margin loss: as released, with two maxima, or Eq. 8."""
+
+
+@dataclass(frozen=True)
+class MPSCLConfig(ContrastConfig, AdversarialConfig):
+    """Settings of MPSCL; the defaults are those of the released MR to CT run."""
+
+    phases: ClassVar[tuple[str, ...]] = (SOURCE_ONLY, WARM_UP, ADAPTATION)
+    main_settings: ClassVar[tuple[str, ...]] = (
+        *AdversarialConfig.main_settings,
+        *"method.margin_source method.margin_target method.delta_th method.gamma method.beta method.alpha".split(),
+    )
+
     gamma: Weight = 1.0
     """Weight of the contrastive loss on source pixels (Eq. 11)."""
     beta: Weight = 0.1
     """Weight of the contrastive loss on selected target pixels (Eq. 11)."""
-    margin_form: Literal["released", "paper"] = "released"
-    """Form of the margin loss: as released, with two maxima, or Eq. 8."""
     normalised_self_information: bool = True
     """Divide the self-information maps by log C, as released; false is the paper's."""
 
@@ -225,13 +232,14 @@ class CAGConfig(AdvEntConfig):
 
 
 @dataclass(frozen=True)
-class MeanTeacherConfig(SegmentationConfig):
-    """Settings of the mean teacher."""
+class MeanTeacherConfig(ContrastConfig, SegmentationConfig):
+    """Settings of the mean teacher; those of the contrast act where method.contrast is above 0."""
 
     phases: ClassVar[tuple[str, ...]] = (SOURCE_ONLY, ADAPTATION)
     main_settings: ClassVar[tuple[str, ...]] = (
         *SegmentationConfig.main_settings,
-        *"method.ema method.alignment method.target_weight method.mixing method.share_matching".split(),
+        *"method.ema method.alignment method.target_weight method.mixing method.consistency method.contrast".split(),
+        *"method.share_matching method.adabn".split(),
     )
 
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.99
@@ -242,18 +250,27 @@ class MeanTeacherConfig(SegmentationConfig):
     target_weight: Weight = 0.5
     """Weight of the loss on pseudo-labels."""
     ramp: Annotated[int, Field(ge=0)] = 50
-    """Iterations over which target_weight grows from 0."""
+    """Iterations over which the weights of all losses on the target grow from 0."""
     mixing: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Probability that a structure of a source slice is pasted, with its label, into the target slice beside it; for
     each structure and pair by itself."""
     share_matching: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Exponent s of a correction of the teacher at the end, posterior x (source share / target's mean posterior)^s; 0:
     none."""
+    consistency: Weight = 0.0
+    """Weight of the Jensen-Shannon divergence between the student's predictions of a target slice as it is and with
+    another appearance, over pixels that are not pasted; it needs data.augmentation with mappings or degradations."""
+    contrast: Weight = 0.0
+    """Weight of each of MPSCL's two contrastive losses: on source pixels, and on target pixels with a pseudo-label of
+    the teacher whose prototype is nearer than all others by delta_th."""
+    adabn: bool = False
+    """Whether the teacher's batch statistics are estimated once more at the end, from one pass over the target."""
     bn_running_stats: Literal["both", "target"] = "both"
     """Domains behind the batch statistics of evaluation: both (as released) or the target alone."""
     guard: Annotated[float, Field(ge=0)] | None = 0.05
-    """The state before the adaptation competes for `best`, and the adaptation ends when the class-ratio agreement of
-    the target's validation volumes is lower than in that state by more than this; null: neither."""
+    """The state before the adaptation competes for `best`, and the adaptation ends, and goes back to `best`, when the
+    class-ratio agreement of the target's validation volumes is lower than in that state by more than this; null:
+    neither."""
 
 
 @dataclass(frozen=True)

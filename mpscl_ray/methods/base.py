@@ -54,7 +54,7 @@ class TrainingSlices:
     """This worker's share of the training slices, un-augmented, for a pass over them before a phase.
 
     ``labelled`` and ``unlabelled`` give each slice once, in order. Shares may differ in length, so the loop must not
-    contain a collective. A loop with one, as for batch statistics, takes ``synchronised_source_batches``.
+    contain a collective. A loop with one, as for batch statistics, takes the ``synchronised`` batches.
     """
 
     labelled: Callable[[], Iterable[tuple[Tensor, Tensor]]]
@@ -62,6 +62,8 @@ class TrainingSlices:
     synchronised_source_batches: Callable[[], Iterable[Tensor]]
     """This worker's parts, images (B, 1, H, W), of the global batches of one shuffled pass over the labelled domain.
     Every worker gets the same number of parts of the same size, so the last batch may repeat slices."""
+    synchronised_target_batches: Callable[[], Iterable[Tensor]]
+    """The same of the target."""
     unlabelled: Callable[[], Iterable[tuple[Tensor, Tensor]]]
     """Batches of (rows (B,) int64, image (B, 1, H, W)) of the target; a row is the slice's number."""
     target_volumes: tuple[range, ...]
@@ -104,8 +106,9 @@ class Method(ABC):
     ``data.augmentation``. Where that has neither mappings nor degradations, the view equals the slice."""
 
     guard: float | None = None
-    """Where not None: the state before the first step competes for the best one, and training ends when the class-ratio
-    agreement falls by more than this below its value there. The state with that agreement does not compete."""
+    """Where not None: the state before the first step competes for the best one, and a phase ends when the class-ratio
+    agreement falls by more than this below its value there. The state with that agreement does not compete, and the
+    phase ends with the best one instead."""
 
     fixed_state: tuple[str, ...] = ()
     """Keys of :meth:`state_dict` whose tensors stay as :meth:`prepare` has left them to the end of the phase."""
@@ -156,6 +159,16 @@ class Method(ABC):
             ``collectives.reduce_metrics``. ``non_finite`` is 1 from the first step on that was not finite on some
             worker: from then on nothing is updated, and ``non_finite_losses`` has the losses of that step.
         """
+
+    def end_phase(self, slices: TrainingSlices) -> bool:
+        """Change the state after the last step, before the validation there; by default nothing is changed.
+
+        Where the guard has ended the phase, this follows the return to the best state.
+
+        Returns:
+            Whether anything was changed.
+        """
+        return False
 
     def diagnostics(self) -> dict[str, Tensor]:
         """Numbers of the state as it is, to be reported beside those of a step: 0-dim, the same on every worker."""

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from mpscl_ray.config import CAGConfig
 from mpscl_ray.distributed import collectives
-from mpscl_ray.distributed.batch_norm import set_cumulative_average
 from mpscl_ray.methods import base
+from mpscl_ray.methods.adabn import estimate_statistics
 from mpscl_ray.methods.base import Batch, TrainingSlices
 from mpscl_ray.methods.losses import at_least_float32, class_counts, exact_matmul
 from mpscl_ray.methods.optim import autocast, prepare_network
@@ -78,12 +78,8 @@ class CAG(SegmenterMethod[CAGConfig]):
 
         Those of the target alone would shift the features of the source, and the anchors with them.
         """
-        self.teacher.train()
-        for number, image in enumerate(slices.synchronised_source_batches(), start=1):
-            set_cumulative_average(self.teacher, number)
-            with autocast(self.device, self.precision):
-                self.teacher(base.to_network(image.to(self.device), self.teacher, self.precision))
-        self.teacher.eval()
+        batches = (image.to(self.device) for image in slices.synchronised_source_batches())
+        estimate_statistics(self.teacher, batches, self.precision)
 
     def _set_threshold(self, slices: TrainingSlices, quantile: float) -> None:
         """Set it to a quantile, over all pixels of the target, of the gap between the two nearest anchors."""

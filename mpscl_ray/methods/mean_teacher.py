@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,10 +15,14 @@ from mpscl_ray.config import MeanTeacherConfig
 from mpscl_ray.data import NOT_ANNOTATED
 from mpscl_ray.data.sampler import derive_seed, splitmix64
 from mpscl_ray.distributed import collectives
+from mpscl_ray.errors import DataError
 from mpscl_ray.methods import base
+from mpscl_ray.methods.adabn import estimate_statistics
 from mpscl_ray.methods.base import Batch, TrainingSlices
-from mpscl_ray.methods.losses import class_counts
+from mpscl_ray.methods.contrast import Contrasted, contrastive_losses, source_prototypes
+from mpscl_ray.methods.losses import annotated_pixels, class_counts, cosine_to_prototypes
 from mpscl_ray.methods.optim import SEGMENTER_OPTIMISERS, Optimisers, prepare_network
+from mpscl_ray.methods.prototypes import clearly_nearest, downsample_labels, prototype_sums, update_prototypes
 from mpscl_ray.methods.segmenter_method import SegmenterMethod
 from mpscl_ray.networks.deeplab import DeepLabV2, SegmenterOutput
 
@@ -27,7 +33,7 @@ CONFIDENCE_MOMENTUM = 0.9
 """Share of the old thresholds that one update keeps."""
 
 _SMALLEST_SHARE = 1e-6
-"""Keeps the quotient of class shares finite."""
+"""Keeps the quotient of class shares finite where the target has next to none of a class."""
 
 
 class MeanTeacher(SegmenterMethod[MeanTeacherConfig]):
@@ -39,16 +45,20 @@ class MeanTeacher(SegmenterMethod[MeanTeacherConfig]):
 
     Source: teacher as Tarvainen and Valpola 2017; distribution alignment as Berthelot et al. 2020 (ReMixMatch); a
     threshold for each class, the running mean confidence, after Wang et al. 2023 (FreeMatch); pasted structures as
-    Olsson et al. 2021 (ClassMix), from the source as Tranheden et al. 2021 (DACS).
+    Olsson et al. 2021 (ClassMix), from the source as Tranheden et al. 2021 (DACS); two views that agree after Hendrycks
+    et al. 2020 (AugMix); contrast with prototypes of the source, Liu et al. 2022 (MPSCL).
+    Differs from MPSCL: pixels of the target are drawn to the prototype of the teacher's label instead of the nearest
+    one, and Eq. (7) is only a veto.
     Differs from all of them: alignment and thresholds are those of the step before, so that a step needs one sum over
     the workers for both.
     """
 
     target_views = 2
 
-    def __init__(self, segmenter: DeepLabV2, *arguments: Any, **named: Any) -> None:
+    def __init__(self, segmenter: DeepLabV2, config: MeanTeacherConfig, *arguments: Any, **named: Any) -> None:
         self.teacher = copy.deepcopy(segmenter)  # before the segmenter is wrapped
-        super().__init__(segmenter, *arguments, **named)
+        self.target_inputs = 2 if config.consistency > 0 else 1
+        super().__init__(segmenter, config, *arguments, **named)
         prepare_network(collectives.broadcast_parameters(self.teacher.to(self.device)), self.device, self.precision)
         self.teacher.requires_grad_(False)
         self.networks = {"segmenter": self.teacher, "student": self.segmenter}
@@ -56,6 +66,8 @@ class MeanTeacher(SegmenterMethod[MeanTeacherConfig]):
         self.guard = self.config.guard
         uniform = torch.full((self.num_classes,), 1 / self.num_classes, dtype=torch.float64, device=self.device)
         self.source_shares, self.target_shares, self.thresholds = uniform, uniform, uniform
+        shape = self.num_classes, segmenter.feature_channels
+        self.prototypes = torch.zeros(shape, dtype=self.dtype, device=self.device)
 
     def start_phase(self, iterations: int) -> None:
         self.optimisers.start(
@@ -69,14 +81,13 @@ class MeanTeacher(SegmenterMethod[MeanTeacherConfig]):
         pixels = torch.zeros_like(self.source_shares)
         for _, label in slices.labelled():
             pixels += class_counts(label.to(self.device), self.num_classes)
-        sums = torch.zeros(3, self.num_classes, dtype=torch.float64, device=self.device)
-        for _, image in slices.unlabelled():
-            sums += torch.stack(class_sums(self.predict(image)))
-        pixels, sums = collectives.all_reduce_sums(pixels, sums)
-        posterior, confidence, number = sums
-        self.source_shares = pixels / pixels.sum()
+        pixels = collectives.all_reduce_sum(pixels)
+        posterior, confidence, number = self._sums_of_target(slices)
+        self.source_shares = pixels / annotated_pixels(pixels)
         self.target_shares = posterior / posterior.sum()
         self.thresholds = torch.where(number > 0, confidence / number.clamp(min=1), self.thresholds)
+        if self.config.contrast > 0:
+            self.prototypes = source_prototypes(self.features, slices.labelled(), self.prototypes)
 
     def step(self, batch: Batch, iteration: int) -> dict[str, Tensor]:
         c = self.config
@@ -84,42 +95,107 @@ class MeanTeacher(SegmenterMethod[MeanTeacherConfig]):
         source, target = batch.images
         self.optimisers.start_iteration(iteration)
 
-        # The teacher labels the target; the student sees it with another appearance.
+        # The teacher labels the target; the student sees it with another appearance, and structures of the source.
         posterior = self.predict(target)
         aligned = align(posterior, self.source_shares, self.target_shares, c.alignment)
-        pseudo_labels = confident_labels(aligned, self.thresholds)
-        view = target if batch.target_view is None else batch.target_view
-        if c.mixing > 0:
-            pasted = self._pasted(labels, iteration)
-            view = torch.where(pasted[:, None], source, view)
-            pseudo_labels = torch.where(pasted, labels, pseudo_labels)
+        pasted = self._pasted(labels, iteration)
+        pseudo_labels = torch.where(pasted, labels, confident_labels(aligned, self.thresholds))
+        view = torch.where(pasted[:, None], source, target if batch.target_view is None else batch.target_view)
+        outputs = self.forward(source, view, *([target] if c.consistency > 0 else []))
+        source_logits, *target_logits = base.upsampled(labels.shape[-2:], *outputs)
 
         # Statistics of the global batch, in one collective.
-        counts, selected, shares, confidence, number = collectives.all_reduce_sums(
+        counts, selected, shares, confidence, number, *of_features = collectives.all_reduce_sums(
             class_counts(labels, self.num_classes),
             class_counts(pseudo_labels, self.num_classes),
             posterior.double().sum(dim=(0, 2, 3)),
             *class_sums(aligned)[1:],
+            *(self._feature_sums(outputs[0], labels) if c.contrast > 0 else ()),
         )
 
-        # The student learns both with the same loss.
-        source_logits, target_logits = self.forward_logits(source, view)
+        # The student learns labels and pseudo-labels with the same loss.
         on_source = self.segmentation_loss(source_logits, labels, counts)
-        on_target = self.segmentation_loss(target_logits, pseudo_labels, selected)
-        weight = c.target_weight * min(1.0, (iteration + 1) / max(1, c.ramp))
-        (on_source.total + weight * on_target.total).backward()  # type: ignore[no-untyped-call]
-        losses = on_source.parts | {"loss_pseudo_labels": on_target.total}
+        losses = {"loss_pseudo_labels": self.segmentation_loss(target_logits[0], pseudo_labels, selected).total}
+        if c.consistency > 0:
+            divergence = jensen_shannon(*(logits["main"] for logits in target_logits))
+            losses["loss_consistency"] = (divergence * ~pasted).mean()
+        metrics, prototypes = {"loss_segmentation": on_source.total}, self.prototypes
+        if c.contrast > 0:
+            sums, pixels = of_features
+            prototypes = update_prototypes(prototypes, sums, pixels, c.alpha)
+            contrast, agreeing = self._contrast(outputs, labels, pseudo_labels, prototypes, pixels)
+            losses |= contrast
+            metrics["contrast_fraction"] = agreeing.double().mean()
+        weights = self._weights(iteration)
+        total = sum((weights[name] * loss for name, loss in losses.items()), on_source.total)
+        total.backward()  # type: ignore[no-untyped-call]
 
         # Nothing is updated unless all of it is finite on all workers.
+        losses = on_source.parts | losses
         flag = self.optimisers.step(losses)
-        self._update_statistics(shares / shares.sum(), confidence, number, flag)
+        self._update_statistics(shares / shares.sum(), confidence, number, prototypes, flag)
         self._update_teacher(iteration, flag)
-        metrics = {
-            "loss_segmentation": on_source.total,
-            "pseudo_label_fraction": (pseudo_labels != NOT_ANNOTATED).double().mean(),
-            "teacher_confidence": confidence.sum() / number.sum(),
-        }
+        metrics["pseudo_label_fraction"] = (pseudo_labels != NOT_ANNOTATED).double().mean()
+        metrics["teacher_confidence"] = confidence.sum() / number.sum()
         return base.metrics(losses, metrics, non_finite=flag)
+
+    def _weights(self, iteration: int) -> dict[str, float]:
+        """Of the losses beside that on source labels; those of the target grow over the first iterations."""
+        c = self.config
+        ramp = min(1.0, (iteration + 1) / max(1, c.ramp))
+        return {
+            "loss_pseudo_labels": ramp * c.target_weight,
+            "loss_consistency": ramp * c.consistency,
+            "loss_contrastive_source": c.contrast,
+            "loss_contrastive_target": ramp * c.contrast,
+        }
+
+    def _feature_sums(self, source: SegmenterOutput, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Sum (C, d) of the source's features of each class, and its number of pixels (C,)."""
+        features = source.features
+        return prototype_sums(features, downsample_labels(labels, features.shape[2:]), self.num_classes)
+
+    def _contrast(
+        self,
+        outputs: Sequence[SegmenterOutput],
+        labels: Tensor,
+        pseudo_labels: Tensor,
+        prototypes: Tensor,
+        pixels: Tensor,
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Eq. (8) of MPSCL with pseudo-labels of the teacher, and the target pixels (B, h, w) that take part.
+
+        These are clearly nearest to the prototype of their label, by Eq. (7). ``pixels`` (C,) are the numbers of those
+        of each class in the global source batch.
+        """
+        source, target = (
+            Contrasted(cosine_to_prototypes(x.features, prototypes), downsample_labels(y, x.features.shape[2:]))
+            for x, y in zip(outputs, (labels, pseudo_labels), strict=False)
+        )
+        agreeing = clearly_nearest(*target, self.config.delta_th)
+        return contrastive_losses(self.config, source, target, agreeing, annotated_pixels(pixels)), agreeing
+
+    @torch.no_grad()
+    def end_phase(self, slices: TrainingSlices) -> bool:
+        """Correct the teacher: its batch statistics by those of the target, then its class shares."""
+        c = self.config
+        if c.adabn:
+            images = (image.to(self.device) for image in slices.synchronised_target_batches())
+            estimate_statistics(self.teacher, images, self.precision)
+        if c.share_matching > 0:
+            posterior, _, _ = self._sums_of_target(slices)
+            self.target_shares = posterior / posterior.sum()
+            # A posterior times a factor is a logit plus its logarithm, here in the bias of the head that predicts.
+            bias = self.teacher.layer6.conv2d_list[0].get_parameter("bias")
+            bias.add_(c.share_matching * share_quotient(self.source_shares, self.target_shares).log())
+        return c.adabn or c.share_matching > 0
+
+    def _sums_of_target(self, slices: TrainingSlices) -> list[Tensor]:
+        """:func:`class_sums` of the teacher's predictions of all target slices, over all workers."""
+        sums = torch.zeros(3, self.num_classes, dtype=torch.float64, device=self.device)
+        for _, image in slices.unlabelled():
+            sums += torch.stack(class_sums(self.predict(image)))
+        return list(collectives.all_reduce_sum(sums))
 
     @torch.no_grad()
     def _update_teacher(self, iteration: int, flag: Tensor) -> None:
@@ -131,22 +207,25 @@ class MeanTeacher(SegmenterMethod[MeanTeacherConfig]):
                 mine.lerp_(students, ((1 - m) * (1 - flag)).to(mine.dtype))
             else:
                 mine.copy_(students)
-        if self.config.share_matching and iteration + 1 == self.optimisers.iterations:
-            # A posterior times a factor is a logit plus its logarithm, here in the bias of the head that predicts.
-            quotient = self.source_shares.clamp(min=_SMALLEST_SHARE) / self.target_shares.clamp(min=_SMALLEST_SHARE)
-            bias = self.teacher.layer6.conv2d_list[0].get_parameter("bias")
-            bias.add_(self.config.share_matching * quotient.log() * (1 - flag))
 
-    def _update_statistics(self, shares: Tensor, confidence: Tensor, number: Tensor, flag: Tensor) -> None:
-        """Move the target's class shares and the thresholds towards those of this step, from their global sums."""
+    def _update_statistics(
+        self, shares: Tensor, confidence: Tensor, number: Tensor, prototypes: Tensor, flag: Tensor
+    ) -> None:
+        """Move the target's class shares and the thresholds towards those of this step, from their global sums.
+
+        The prototypes are the new ones.
+        """
         means = torch.where(number > 0, confidence / number.clamp(min=1), self.thresholds)
         new_shares = SHARE_MOMENTUM * self.target_shares + (1 - SHARE_MOMENTUM) * shares
         new_thresholds = CONFIDENCE_MOMENTUM * self.thresholds + (1 - CONFIDENCE_MOMENTUM) * means
         self.target_shares = torch.where(flag > 0, self.target_shares, new_shares)
         self.thresholds = torch.where(flag > 0, self.thresholds, new_thresholds)
+        self.prototypes = torch.where(flag > 0, self.prototypes, prototypes)
 
     def _pasted(self, labels: Tensor, iteration: int) -> Tensor:
         """Where source slices, with these labels (B, H, W), are pasted into the target slices beside them."""
+        if self.config.mixing == 0:
+            return torch.zeros_like(labels, dtype=torch.bool)
         draws = np.arange(collectives.world_size() * len(labels) * self.num_classes)
         keys = splitmix64(draws, derive_seed(self.seed, "mixing", iteration)).reshape(-1, self.num_classes)
         chosen = keys[len(labels) * collectives.rank() :][: len(labels)] < self.config.mixing * 2.0**64
@@ -160,7 +239,7 @@ class MeanTeacher(SegmenterMethod[MeanTeacherConfig]):
         return base.evaluate(self.teacher, images.to(self.device), self.precision)
 
     def _statistics(self) -> dict[str, Tensor]:
-        names = ("source_shares", "target_shares", "thresholds")
+        names = ("source_shares", "target_shares", "thresholds", *["prototypes"] * (self.config.contrast > 0))
         return {name: getattr(self, name) for name in names}
 
     def state_dict(self) -> dict[str, Any]:
@@ -169,6 +248,11 @@ class MeanTeacher(SegmenterMethod[MeanTeacherConfig]):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
         for name, own in self._statistics().items():
+            if name not in state["statistics"]:
+                raise DataError(
+                    f"the checkpoint has no {name}, which method.contrast={self.config.contrast:g} needs; resume with "
+                    "method.contrast=0, or start another run from the end of its source-only phase"
+                )
             setattr(self, name, state["statistics"][name].to(own, copy=True))
 
 
@@ -177,15 +261,25 @@ def align(probabilities: Tensor, source_shares: Tensor, target_shares: Tensor, e
 
     Args:
         probabilities: p, (B, C, H, W).
-        source_shares: r, (C,), of pixels with each label of the source.
+        source_shares: r, (C,), of each class among the annotated pixels of the source.
         target_shares: q, (C,), running mean of p.
         exponent: 0 changes nothing.
 
     Source: Berthelot et al. 2020 (ReMixMatch), section 3.1; the exponent is ours.
     """
-    factors = (source_shares / target_shares.clamp(min=_SMALLEST_SHARE)) ** exponent
+    factors = share_quotient(source_shares, target_shares) ** exponent
     weighted = probabilities * factors.to(probabilities.dtype)[:, None, None]
     return weighted / weighted.sum(dim=1, keepdim=True)
+
+
+def share_quotient(source_shares: Tensor, target_shares: Tensor) -> Tensor:
+    """r_k / q_k of each class (C,), and 1 for a class that no annotated pixel of the source has.
+
+    Nothing is known of the share of such a class: its pixels may be among those that are not annotated. A source
+    without any annotated pixel changes nothing.
+    """
+    quotient = source_shares / target_shares.clamp(min=_SMALLEST_SHARE)
+    return torch.where(source_shares > 0, quotient, 1.0)
 
 
 def confident_labels(probabilities: Tensor, thresholds: Tensor) -> Tensor:
@@ -208,3 +302,15 @@ def class_sums(probabilities: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     classes = torch.arange(number, device=labels.device)
     members = (labels.reshape(1, -1) == classes[:, None]).double()
     return probabilities.double().sum(dim=(0, 2, 3)), members @ confidence.reshape(-1).double(), members.sum(dim=1)
+
+
+def jensen_shannon(one: Tensor, other: Tensor) -> Tensor:
+    """Jensen-Shannon divergence (B, H, W), in nats, of the softmax of two logits (B, C, H, W), with both gradients.
+
+    JS = KL(p || m) / 2 + KL(q || m) / 2, with m = (p + q) / 2: symmetric, at most log 2.
+
+    Source: Hendrycks et al. 2020 (AugMix), the consistency loss of section 3, of two views instead of three.
+    """
+    logs = torch.stack([one, other]).log_softmax(dim=2)
+    middle = logs.logsumexp(dim=0) - math.log(2)
+    return (logs.exp() * (logs - middle)).sum(dim=(0, 2)) / 2

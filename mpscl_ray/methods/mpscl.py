@@ -16,19 +16,17 @@ from mpscl_ray.errors import DataError
 from mpscl_ray.methods import base
 from mpscl_ray.methods.adversarial import AlignmentMethod
 from mpscl_ray.methods.base import Batch, TrainingSlices
+from mpscl_ray.methods.contrast import Contrasted, contrastive_losses, source_prototypes
 from mpscl_ray.methods.losses import (
-    MASK_EPS,
     annotated_pixels,
     class_counts,
     cosine_to_prototypes,
     exact_matmul,
-    margin_contrastive_loss,
     self_information,
 )
 from mpscl_ray.methods.prototypes import (
     PrototypeClassifier,
     downsample_labels,
-    initial_prototypes,
     prototype_sums,
     self_paced_pseudo_labels,
     update_prototypes,
@@ -106,30 +104,11 @@ class MPSCL(AlignmentMethod[MPSCLConfig]):
 
         ``annotated`` is the number of the former in the global batch.
         """
-        c = self.config
-        features = torch.cat([source.features, target.features])
-        cosine = cosine_to_prototypes(features, prototypes)
-        source_cosine, target_cosine = cosine[: len(source.features)], cosine[len(source.features) :]
-        on_source = margin_contrastive_loss(
-            source_cosine, labels_small, c.margin_source, c.temperature_source, c.base_temperature, c.margin_form
-        )
-        labels, mask = self_paced_pseudo_labels(target_cosine, c.delta_th)
-        on_target = margin_contrastive_loss(
-            target_cosine,
-            labels,
-            c.margin_target,
-            c.temperature_target,
-            c.base_temperature,
-            c.margin_form,
-            weights=mask,
-        )
-        selected = collectives.all_reduce_sum(on_target.denominator)
-        selected = selected + MASK_EPS if c.margin_form == "released" else selected.clamp(min=1.0)
-        losses = {
-            "loss_contrastive_source": collectives.ddp_ratio(on_source.numerator, annotated.to(source_cosine.dtype)),
-            "loss_contrastive_target": collectives.ddp_ratio(on_target.numerator, selected),
-        }
-        return losses, mask
+        cosine = cosine_to_prototypes(torch.cat([source.features, target.features]), prototypes)
+        size = len(source.features)
+        labels, mask = self_paced_pseudo_labels(cosine[size:], self.config.delta_th)
+        on_source, on_target = Contrasted(cosine[:size], labels_small), Contrasted(cosine[size:], labels)
+        return contrastive_losses(self.config, on_source, on_target, mask, annotated), mask
 
     def diagnostics(self) -> dict[str, Tensor]:
         if not self._contrast:
@@ -142,7 +121,7 @@ class MPSCL(AlignmentMethod[MPSCLConfig]):
         """Of the current prototypes; None without the contrastive losses, which keep them up to date."""
         if not self._contrast:
             return None
-        return PrototypeClassifier(lambda images: self.evaluate(images).features, self.prototypes, self.config.delta_th)
+        return PrototypeClassifier(self.features, self.prototypes, self.config.delta_th)
 
     def prepare(self, slices: TrainingSlices) -> None:
         """Start from the prototypes of the whole source set, or those of a file where one is configured.
@@ -165,16 +144,7 @@ class MPSCL(AlignmentMethod[MPSCLConfig]):
 
         Source: Eq. (4), Liu et al. 2022.
         """
-        sums = torch.zeros(self.prototypes.shape, dtype=torch.float64, device=self.device)
-        counts = sums.new_zeros(self.num_classes)
-        for image, label in batches:
-            features = self.evaluate(image).features
-            labels_small = downsample_labels(label.to(self.device), features.shape[2:])
-            batch_sums, batch_counts = prototype_sums(features, labels_small, self.num_classes)
-            sums += batch_sums
-            counts += batch_counts
-        sums, counts = collectives.all_reduce_sums(sums, counts)
-        self.prototypes.copy_(initial_prototypes(sums, counts))
+        self.prototypes.copy_(source_prototypes(self.features, batches, self.prototypes))
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "prototypes": self.prototypes}

@@ -102,9 +102,29 @@ def self_paced_pseudo_labels(cosine: Tensor, delta_th: float) -> tuple[Tensor, T
     Source: Eqs. (6) and (7), Liu et al. 2022.
     """
     largest, labels = cosine.max(dim=1)
+    return labels, largest - _largest_other(cosine, labels) > delta_th
+
+
+@torch.no_grad()
+def clearly_nearest(cosine: Tensor, labels: Tensor, delta_th: float) -> Tensor:
+    """Where the prototype of a pixel's label is nearer than all others: cos_y - max_{j != y} cos_j > delta_th.
+
+    Args:
+        cosine: (B, C, h, w); C >= 2.
+        labels: (B, h, w) int64; the result (B, h, w) is False where one is ``NOT_ANNOTATED``.
+        delta_th: threshold on the difference of cosines, 0 to 2.
+
+    Source: Eq. (7), Liu et al. 2022, where the label is that of the nearest prototype.
+    """
+    annotated = labels < cosine.shape[1]
+    own = cosine.gather(1, (labels * annotated)[:, None])[:, 0]
+    return annotated & (own - _largest_other(cosine, labels) > delta_th)
+
+
+def _largest_other(cosine: Tensor, labels: Tensor) -> Tensor:
+    """Largest cosine (B, h, w) of each pixel to a prototype other than that of its label."""
     is_label = labels[:, None] == class_indices(cosine.shape[1], cosine.device)[:, None, None]
-    second = cosine.masked_fill(is_label, -torch.inf).amax(dim=1)
-    return labels, largest - second > delta_th
+    return cosine.masked_fill(is_label, -torch.inf).amax(dim=1)
 
 
 @dataclass(frozen=True)

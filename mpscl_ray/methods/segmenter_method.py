@@ -36,6 +36,9 @@ class SegmenterMethod(Method, Generic[Config]):
     segmenter_arguments: ClassVar[dict[str, Any]] = {}
     """Arguments of the segmenter that this method needs."""
 
+    target_inputs: int = 1
+    """How many inputs of :meth:`forward` are slices of the target. Set before ``__init__`` of this class."""
+
     @classmethod
     def network_arguments(cls, network: NetworkConfig, config: Any, num_classes: int) -> dict[str, Any]:
         arguments = dataclasses.asdict(network)
@@ -48,8 +51,9 @@ class SegmenterMethod(Method, Generic[Config]):
         prepare_network(self.segmenter, self.device, self.precision)
         if self.optim.recompute:
             recompute_in_backward(layer for layer in self.segmenter.modules() if isinstance(layer, Bottleneck))
-        # Both domains update the running statistics, or the second, the target, alone.
-        update_running_stats = (False, True) if getattr(self.config, "bn_running_stats", None) == "target" else None
+        # Both domains update the running statistics, or the target alone, whose inputs come after that of the source.
+        target_alone = getattr(self.config, "bn_running_stats", None) == "target"
+        update_running_stats = (False, *[True] * self.target_inputs) if target_alone else None
         both = PerDomainForward(self.segmenter, update_running_stats, self.optim.accumulate)
         self._wrapped = collectives.wrap(both, self.device)
         self.networks = {"segmenter": self.segmenter}
@@ -96,6 +100,10 @@ class SegmenterMethod(Method, Generic[Config]):
     def evaluate(self, images: Tensor) -> SegmenterOutput:
         """Outputs for slices (B, 1, H, W), in evaluation mode, without gradient."""
         return base.evaluate(self.segmenter, images.to(self.device), self.precision)
+
+    def features(self, images: Tensor) -> Tensor:
+        """Features (B, d, h, w) of slices (B, 1, H, W), in evaluation mode, without gradient."""
+        return self.evaluate(images).features
 
     def predict(self, images: Tensor) -> Tensor:
         logits = self.segmenter.prediction(self.evaluate(images))

@@ -114,10 +114,16 @@ class MetricsLog(JsonLines):
     def __init__(self, file: Path) -> None:
         super().__init__(file, is_valid=lambda record: isinstance(record.get("global_step"), int))
 
-    def rewind(self, global_step: int) -> None:
-        """Drop the records after a global step, which a resumed run writes again."""
-        if self.file.exists():
-            self.replace([record for record in self.read() if record["global_step"] <= global_step])
+    def rewind(self, global_step: int, phase: str | None = None) -> None:
+        """Drop the records after a global step, which a resumed run writes again; and those at it of another phase."""
+        if not self.file.exists():
+            return
+
+        def stays(record: Mapping[str, Any]) -> bool:
+            step = record["global_step"]
+            return step < global_step or (step == global_step and phase in (None, record.get("phase")))
+
+        self.replace([record for record in self.read() if stays(record)])
 
 
 def _line(record: Mapping[str, Any]) -> bytes:

@@ -247,9 +247,12 @@ class RunDirectory:
         self.store.refresh(self.metrics_file)
         return self._metrics.read()
 
-    def rewind_metrics(self, global_step: int) -> None:
-        """Drop the records after the global step that the run resumes from."""
-        self._metrics.rewind(global_step)
+    def rewind_metrics(self, global_step: int, phase: str | None = None) -> None:
+        """Drop the records after the global step that the run resumes from, and those at it of another phase, if given.
+
+        A phase can have a record of its start, at the global step at which the phase before ended.
+        """
+        self._metrics.rewind(global_step, phase)
 
 
 def _writer() -> dict[str, Any]:

@@ -5,6 +5,7 @@ Tags, the same in metrics.jsonl and in TensorBoard:
 ===============================  ==================================================================================
 train/loss_*                     each loss of the method's step, such as train/loss_contrastive_target
 train/pseudo_label_fraction      share of the target pixels that the self-paced mask selects
+train/contrast_fraction          share of the target's features that the contrast of the mean teacher takes
 train/discriminator_accuracy_*   share of the pixels that the discriminator assigns to the right domain, per head
 train/prototype_angle_*          smallest and mean angle between prototypes, radians
 val/dice/<structure> and mean    Dice on the target's validation slices

@@ -36,6 +36,8 @@ class TrainerState:
     """Class-ratio agreement before the first step of a phase with a guard; None in the others."""
     agreement: float | None = None
     """The same at the last validation."""
+    ended: bool = False
+    """Whether the guard has ended this phase."""
 
     def note_agreement(self, value: float | None) -> None:
         """Keep the agreement that a validation has found; None where it cannot be computed."""

@@ -20,7 +20,7 @@ from mpscl_ray.data import TARGET_DOMAIN
 from mpscl_ray.data.loader import Slices, collate
 from mpscl_ray.data.slice_selection import evenly_spaced
 from mpscl_ray.distributed import collectives
-from mpscl_ray.methods.base import Batch, Method
+from mpscl_ray.methods.base import Batch, Method, TrainingSlices
 from mpscl_ray.runs import checkpoint
 from mpscl_ray.runs.run_directory import RunDirectory
 from mpscl_ray.train.checkpointing import Checkpointer, TrainerState
@@ -170,7 +170,7 @@ class _Trainer:
                 if is_adaptation(name):
                     self._prepare_adaptation(name, method)
                 if method.guard is not None:
-                    self._score(name, method)
+                    self._log(self._position(name, iterations) | self._score(name, method), validated=True)
             ended = self._run_phase(name, iterations, method)
             if ended is None:
                 self.checkpointer.save(self.folder.phases / name, method, name, self.state)
@@ -187,13 +187,17 @@ class _Trainer:
         if newest is not None:
             content, self.state = newest
         if self.rank == 0:
-            self.folder.rewind_metrics(self.state.step)
+            # Of the next phase, which is begun again, there may be a validation at the same step.
+            self.folder.rewind_metrics(self.state.step, content["phase"] if content else "")
             self.features.rewind(self.state.step)
         return content
 
-    def _prepare_adaptation(self, name: str, method: Method) -> None:
+    def _training_slices(self) -> TrainingSlices:
         weights = functools.partial(source_only_weights, self.config, self.num_classes, self.folder, self.dtype)
-        method.prepare(training_slices(self.config, self.data, self.device, weights, self.rank, self.world_size))
+        return training_slices(self.config, self.data, self.device, weights, self.rank, self.world_size)
+
+    def _prepare_adaptation(self, name: str, method: Method) -> None:
+        method.prepare(self._training_slices())
         if self.rank == 0:
             self.features.rewind(self.state.step - 1)  # an interrupted start may have recorded already
         self._record_features(name, method)
@@ -208,7 +212,7 @@ class _Trainer:
         steps = run.profile if self.rank == 0 else 0
         profiler = profiled_steps(self.folder.path, name, steps, self.device)
         with source, target or nullcontext(), profiler as step_done:
-            while state.iteration < iterations and not state.harmed(method.guard):
+            while state.iteration < iterations and not state.ended:
                 labelled = source.next()
                 unlabelled = target.next() if target else {}
                 batch = Batch(labelled["image"], labelled["label"], unlabelled.get("image"), unlabelled.get("view"))
@@ -230,14 +234,14 @@ class _Trainer:
                     return TrainResult("non_finite", name, state.iteration, state.step, losses)
                 for sentence in self.notices.of_metrics(record):
                     self._warn(sentence)
+                if at_end and is_adaptation(name):
+                    method.end_phase(self._training_slices())
                 if validating:
                     record |= self._validate(name, method)
-                    if state.harmed(method.guard) and not at_end:
-                        saving = True
-                        self._warn(self._end_early(iterations))
-                if self.rank == 0:
-                    self.folder.append_metrics(record)
-                self.callback.on_metrics(record, validating)
+                self._log(record, validating)
+                if state.harmed(method.guard):
+                    self._return_to_best(name, iterations, method)
+                    saving = True
                 if validating:
                     self.poller.poll_soon()  # a validation often decides whether a run is stopped
                 if saving or stopping:
@@ -266,18 +270,21 @@ class _Trainer:
         if self.rank == 0 and text:
             self.callback.on_warning(text)
 
+    def _position(self, name: str, iterations: int) -> dict[str, Any]:
+        state = self.state
+        return {"global_step": state.step, "phase": name, "iteration": state.iteration, "iterations": iterations}
+
+    def _log(self, record: dict[str, Any], validated: bool) -> None:
+        if self.rank == 0:
+            self.folder.append_metrics(record)
+        self.callback.on_metrics(record, validated)
+
     def _read_metrics(
         self, name: str, iterations: int, metrics: Mapping[str, Tensor], meter: ThroughputMeter
     ) -> dict[str, Any]:
         """Wait for the device once and read the metrics of the last step."""
         values = collectives.reduce_metrics(metrics)
-        record: dict[str, Any] = {
-            "global_step": self.state.step,
-            "phase": name,
-            "iteration": self.state.iteration,
-            "iterations": iterations,
-            **{f"train/{key}": value for key, value in values.items()},
-        }
+        record = self._position(name, iterations) | {f"train/{key}": value for key, value in values.items()}
         seconds, waited = meter.read(self.state.step)
         domains = 2 if reads_target(name) else 1
         record["perf/step_s"] = seconds
@@ -285,14 +292,34 @@ class _Trainer:
         record["perf/data_stall_fraction"] = waited
         return record
 
-    def _end_early(self, iterations: int) -> str:
-        """Why a phase ends before its iterations are done."""
+    def _return_to_best(self, name: str, iterations: int, method: Method) -> None:
+        """End a phase that does harm with its best state, corrected as at any end if that makes it better still."""
         state = self.state
-        return (
+        text = (
             f"the adaptation ends at iteration {state.iteration} of {iterations}: the class-ratio agreement fell from "
-            f"{state.first_agreement:.3f} to {state.agreement:.3f}, more than method.guard allows; `best` is the "
-            "checkpoint to use"
+            f"{state.first_agreement:.3f} to {state.agreement:.3f}, more than method.guard allows; "
         )
+        state.ended = True
+        if state.best is None:
+            self._warn(text + "no state could be scored, so that it ends with this one")
+            return
+        best = self._load_best(method, iterations)
+        self._warn(text + f"it ends with its best state, that of iteration {best['position']['iteration']}")
+        before = state.best
+        if method.end_phase(self._training_slices()):
+            self._log(self._position(name, iterations) | self._score(name, method), validated=False)
+            if state.best == before:
+                self._load_best(method, iterations)
+
+    def _load_best(self, method: Method, iterations: int) -> dict[str, Any]:
+        """Go back to the best state of the phase; returns its checkpoint."""
+        self._completed(self.checkpointer.finish())
+        if self.rank == 0:
+            self.folder.store.flush()  # in a bucket the other workers download it
+        collectives.barrier()
+        best = checkpoint.load(self.folder.store.localize(self.folder.best))
+        self.checkpointer.restore(best, method, iterations)
+        return best
 
     def _validate(self, name: str, method: Method) -> dict[str, Any]:
         """Validate on both domains, keep the weights if they are the best of the phase, and record features."""

@@ -112,9 +112,9 @@ def training_slices(
         for batch in slices.shard(rank, world_size, batch_size):
             yield {name: tensor.to(device) for name, tensor in batch.items()}
 
-    def synchronised() -> Iterator[Tensor]:
-        with _stream_of(config, device, rank, world_size)(data.labelled, domain=SOURCE_DOMAIN) as stream:
-            for _ in range(-(-data.labelled.rows // batch_size)):
+    def synchronised(slices: Slices, domain: str) -> Iterator[Tensor]:
+        with _stream_of(config, device, rank, world_size)(slices, domain=domain) as stream:
+            for _ in range(-(-slices.rows // batch_size)):
                 yield stream.next()["image"]
 
     def target() -> Iterator[tuple[Tensor, Tensor]]:
@@ -124,7 +124,8 @@ def training_slices(
 
     return TrainingSlices(
         labelled=lambda: ((batch["image"], batch["label"]) for batch in batches(data.labelled)),
-        synchronised_source_batches=synchronised,
+        synchronised_source_batches=functools.partial(synchronised, data.labelled, SOURCE_DOMAIN),
+        synchronised_target_batches=functools.partial(synchronised, unlabelled, TARGET_DOMAIN),
         unlabelled=target,
         target_volumes=tuple(unlabelled.files.case_rows()),
         size=unlabelled.files.size,

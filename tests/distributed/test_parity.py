@@ -14,7 +14,7 @@ Ranks = list[dict[str, np.ndarray[Any, Any]]]
 Run = Callable[[str, int], Ranks]
 
 RELATIVE = 1e-5
-EXACT = {"mean_teacher": 1e-12, "mean_teacher-target": 1e-12}
+EXACT = {"mean_teacher": 1e-12, "mean_teacher-target": 1e-12, "mean_teacher-all": 1e-12}
 """Stricter limits of cases whose labels and selections hang on comparisons."""
 MPSCL_CASES = ["fc-released", "fc-paper", "patchgan-released", "patchgan-paper"]
 OTHER_CASES = [
@@ -35,6 +35,7 @@ OTHER_CASES = [
     "cag-ce",
     "mean_teacher",
     "mean_teacher-target",
+    "mean_teacher-all",
     "sifa",
     "sifa-first",
 ]

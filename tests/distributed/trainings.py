@@ -96,7 +96,11 @@ def look_and_train(name: str, seed: int | None = None, **settings: Any) -> dict[
     method = kind(network, METHOD_CONFIGS[name](**settings), OPTIM, CLASSES, CPU, PrecisionConfig(), seed)
     method.start_phase(STEPS)
     method.prepare(slices())
-    return record(method)
+    results = record(method)
+    if method.end_phase(slices()):
+        collectives.assert_same_weights(method.networks)
+        results |= {f"state.{name}": tensor for name, tensor in flat_state(method.state_dict()).items()}
+    return results
 
 
 def sifa(**settings: Any) -> dict[str, Any]:
@@ -128,6 +132,7 @@ def slices() -> TrainingSlices:
     return TrainingSlices(
         labelled=lambda: uneven_shares(whole),
         synchronised_source_batches=lambda: [my_part(global_batch(step)).source_image for step in (100, 101)],
+        synchronised_target_batches=lambda: [my_part(global_batch(step)).images[1] for step in (100, 101)],
         unlabelled=lambda: target,
         target_volumes=(range(3), range(3, 4), range(4, 7), range(7, 8)),
         size=(SIZE, SIZE),

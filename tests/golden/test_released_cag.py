@@ -43,6 +43,7 @@ def slices_of(batches: list[tuple[Tensor, Tensor, Tensor]]) -> TrainingSlices:
     return TrainingSlices(
         labelled=lambda: [(image, label) for image, label, _ in batches],
         synchronised_source_batches=list,
+        synchronised_target_batches=list,
         unlabelled=list,
         target_volumes=(),
         size=(ANCHORED_SIZE, ANCHORED_SIZE),

@@ -20,6 +20,7 @@ def test_scores_split_and_pseudo_labels() -> None:
         TrainingSlices(
             labelled=list,
             synchronised_source_batches=list,
+            synchronised_target_batches=list,
             unlabelled=lambda: [(rows[:4], images[:4]), (rows[4:], images[4:])],
             target_volumes=(range(RANKED),),
             size=(RANKED_SIZE, RANKED_SIZE),

@@ -27,6 +27,7 @@ ONLY_META = "only_meta"
 SLICES = TrainingSlices(
     labelled=lambda: [(batch(2).source_image, batch(2).source_label)],
     synchronised_source_batches=lambda: [batch(2).source_image],
+    synchronised_target_batches=lambda: [batch(2).source_image],
     unlabelled=lambda: [(torch.arange(4), batch(2).source_image)],
     target_volumes=(range(4),),
     size=(SIZE, SIZE),

@@ -50,6 +50,7 @@ def slices_of(part: Batch) -> TrainingSlices:
             part.source_image[[1, 4, 2]],
             part.source_image[:3],
         ],
+        synchronised_target_batches=list,
         unlabelled=lambda: [(torch.arange(4), target[:4]), (torch.arange(4, 6), target[4:])],
         target_volumes=(range(2), range(2, 6)),
         size=(SIZE, SIZE),

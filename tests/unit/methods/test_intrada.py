@@ -72,7 +72,7 @@ def some_slices(start: dict[str, Tensor], number: int = 6) -> TrainingSlices:
 
     half = number // 2
     volumes = (range(half), range(half, number)) if half else (range(number),)
-    return TrainingSlices(list, list, unlabelled, volumes, (SIZE, SIZE), lambda: start)
+    return TrainingSlices(list, list, list, unlabelled, volumes, (SIZE, SIZE), lambda: start)
 
 
 def trained() -> IntraDA:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor
 
+from mpscl_ray.data import NOT_ANNOTATED
 from mpscl_ray.methods.prototypes import (
+    clearly_nearest,
     downsample_labels,
     initial_prototypes,
     prototype_sums,
@@ -139,3 +143,19 @@ def test_no_gradient() -> None:
     labels, mask = self_paced_pseudo_labels(cosine, 0.25)
     assert not labels.requires_grad
     assert not mask.requires_grad
+
+
+def test_a_label_is_vetoed_unless_its_prototype_is_clearly_the_nearest(generator: torch.Generator) -> None:
+    cosine = torch.rand(2, C, 3, 5, generator=generator)
+    labels = torch.randint(0, C, (2, 3, 5), generator=generator)
+    labels[0] = cosine[0].argmax(dim=0)
+    labels[1, 2] = NOT_ANNOTATED
+    ours = clearly_nearest(cosine, labels, 0.1)
+    for image, y, x in itertools.product(range(2), range(3), range(5)):
+        pixel, label = cosine[image, :, y, x].tolist(), int(labels[image, y, x])
+        others = [value for c, value in enumerate(pixel) if c != label]
+        expected = label != NOT_ANNOTATED and pixel[label] - max(others) > 0.1
+        assert bool(ours[image, y, x]) == expected
+    assert set(ours[0].unique().tolist()) == {False, True}
+    nearest, mask = self_paced_pseudo_labels(cosine, 0.1)
+    assert torch.equal(clearly_nearest(cosine, nearest, 0.1), mask)

@@ -224,6 +224,17 @@ def test_rewind_drops_what_is_made_again(run: RunDirectory) -> None:
     assert [record["global_step"] for record in run.read_metrics()] == [10, 20, 30]
 
 
+def test_rewind_drops_the_start_of_the_next_phase(run: RunDirectory) -> None:
+    """Its record has the global step at which the phase before ended, and it is begun again."""
+    records = [(10, "first"), (20, "first"), (20, "second"), (30, "second")]
+    for step, phase in records:
+        run.append_metrics({"global_step": step, "phase": phase})
+    run.rewind_metrics(30, "second")
+    assert len(run.read_metrics()) == 4
+    run.rewind_metrics(20, "first")
+    assert [(record["global_step"], record["phase"]) for record in run.read_metrics()] == records[:2]
+
+
 def test_metrics_on_a_full_disk_keep_what_was_written(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
     run.append_metrics({"global_step": 1})
 

@@ -54,6 +54,8 @@ def test_synchronised_batches_have_equal_parts_on_all_workers(folder: Path) -> N
     assert [len(batch) for batch in whole] == [4] * 5
     everything = as_set(torch.cat([image for image, _ in alone.labelled()]))
     assert as_set(torch.cat(whole)) == everything, "unchanged, and none left out"
+    target = torch.cat(list(alone.synchronised_target_batches()))
+    assert as_set(target) == as_set(torch.cat([image for _, image in alone.unlabelled()]))
     parts = [list(slices_of(folder, rank, 2).synchronised_source_batches()) for rank in range(2)]
     for batch, first, second in zip(whole, *parts, strict=True):
         assert torch.equal(batch, torch.cat([first, second]))
