@@ -65,7 +65,7 @@ def on_the_second_node(cluster: LocalCluster) -> list[str]:
     nodes = cluster.get("/api/v0/nodes", cluster.token)[1]["data"]["result"]["result"]
     (second,) = (n["node_id"] for n in nodes if n["state"] == "ALIVE" and not n["is_head_node"])
     return [
-        entry["name"]
+        entry["name"].replace("/trials/", "-")
         for entry in trainings(cluster)
         if entry["status"] == "RUNNING"
         and any(worker["node_id"] == second for worker in entry["attempts"][-1]["workers"])
