@@ -20,6 +20,14 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 START_S = 300
 MARK = "MPSCL_RAY_TEST_NODE"
+RAY = """
+from ray.scripts.scripts import main
+from mpscl_ray.distributed.ray_session import _patched_start
+
+with _patched_start(monitors=True):
+    main()
+"""
+"""The command ``ray``, which waits longer for a node to start on a busy machine."""
 
 
 class Node:
@@ -34,7 +42,7 @@ class Node:
 
     def __init__(self, address: str, environment: dict[str, str], words: list[str], hide: Path | None = None) -> None:
         self.address = address
-        command = [str(Path(sys.executable).with_name("ray")), "start", *words, "--block", "--disable-usage-stats"]
+        command = [sys.executable, "-c", RAY, "start", *words, "--block", "--disable-usage-stats"]
         if hide is not None:
             script = 'mount -t tmpfs none "$0" && exec "$@"'
             command = ["unshare", "--mount", "--propagation", "private", "sh", "-c", script, str(hide), *command]
