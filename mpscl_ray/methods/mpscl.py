@@ -108,7 +108,7 @@ class MPSCL(AlignmentMethod[MPSCLConfig]):
         """
         c = self.config
         features = torch.cat([source.features, target.features])
-        source_cosine, target_cosine = cosine_to_prototypes(features, prototypes).split(len(source.features))
+        source_cosine, target_cosine = torch.split(cosine_to_prototypes(features, prototypes), len(source.features))
         on_source = margin_contrastive_loss(
             source_cosine, labels_small, c.margin_source, c.temperature_source, c.base_temperature, c.margin_form
         )
