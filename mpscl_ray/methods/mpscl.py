@@ -104,10 +104,10 @@ class MPSCL(AlignmentMethod[MPSCLConfig]):
 
         ``annotated`` is the number of the former in the global batch.
         """
-        cosine = cosine_to_prototypes(torch.cat([source.features, target.features]), prototypes)
-        size = len(source.features)
-        labels, mask = self_paced_pseudo_labels(cosine[size:], self.config.delta_th)
-        on_source, on_target = Contrasted(cosine[:size], labels_small), Contrasted(cosine[size:], labels)
+        features, size = torch.cat([source.features, target.features]), len(source.features)
+        source_cosine, target_cosine = torch.split(cosine_to_prototypes(features, prototypes), size)
+        labels, mask = self_paced_pseudo_labels(target_cosine, self.config.delta_th)
+        on_source, on_target = Contrasted(source_cosine, labels_small), Contrasted(target_cosine, labels)
         return contrastive_losses(self.config, on_source, on_target, mask, annotated), mask
 
     def diagnostics(self) -> dict[str, Tensor]:
