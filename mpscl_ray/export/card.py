@@ -6,8 +6,6 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-import yaml
-
 from mpscl_ray import __version__
 from mpscl_ray.config import config_from_dict
 from mpscl_ray.config.titles import system_of, title_of
@@ -17,6 +15,7 @@ from mpscl_ray.errors import MpsclError
 from mpscl_ray.evaluate.run import PHASES_JSON
 from mpscl_ray.predict.model import Checkpoint, Domain, Model
 from mpscl_ray.predict.predictor import Predictor
+from mpscl_ray.runs import safe_yaml
 from mpscl_ray.runs.run_directory import RunDirectory
 
 INTENDED_USE = (
@@ -46,7 +45,7 @@ def card_of(home: RunDirectory, predictor: Predictor, licence: str | None) -> di
     model, weights = predictor.model, predictor.weights
     assert model is not None
     assert weights is not None
-    config, described = yaml.safe_load(home.read_config()), home.read_model()
+    config, described = safe_yaml.load(home.read_config()), home.read_model()
     labelled = described.get("labelled", "source")
     environment = _json(home, "environment.json")
     card = {

@@ -21,6 +21,7 @@ from mpscl_ray.export.card_text import card_text
 from mpscl_ray.export.formats import Format, output_location
 from mpscl_ray.predict.model import find_checkpoint, read_model
 from mpscl_ray.predict.predictor import Predictor, load_weights
+from mpscl_ray.runs import safe_yaml
 from mpscl_ray.runs.atomic_files import storage_errors, write_atomically
 from mpscl_ray.runs.checkpoint_format import safetensors_chunks, safetensors_layout
 from mpscl_ray.runs.model_file import CARD, CARD_TEXT, CONFIG, FORMAT, MODEL, VERSION, WEIGHTS, pack
@@ -207,7 +208,7 @@ def _description(home: RunDirectory, predictor: Predictor) -> dict[str, Any]:
 
 def _settings(config: str) -> str:
     """The settings of a run without paths, which say nothing elsewhere and may name a person."""
-    settings = yaml.safe_load(config)
+    settings = safe_yaml.load(config)
     for section, names in _PATHS.items():
         for name in names:
             value = settings.get(section, {}).get(name)

@@ -75,7 +75,8 @@ def test_ray_train_knows_the_checkpoints_of_a_run_and_leaves_them(
     first, second = seen.read_text().splitlines()
     assert first == "None"
     assert Path(second).parent == run.checkpoints.absolute()
-    assert checkpoint.step_of(Path(second)) == starts(run)[1]
+    told = checkpoint.step_of(Path(second))
+    assert 0 < told <= starts(run)[1], "the newest one may have been completed just before the kill"
 
     assert result.checkpoint is not None
     newest = checkpoint.list_checkpoints(run.checkpoints)

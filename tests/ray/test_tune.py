@@ -189,7 +189,10 @@ def test_ctrl_c_stops_all_trials_with_checkpoints_and_the_command_resumes(here: 
     margins = {"method.margin_source": {"choice": [0, 0.4]}}
     file = write_space(data, "stopped", margins, method="grid", scheduler="fifo", evaluate="none")
     folder = data / "runs" / "stopped"
-    script = f"until grep -q report {folder / 'ledger.jsonl'} 2>/dev/null; do sleep 0.1; done; kill -INT {os.getpid()}"
+    logs = " ".join(str(folder / "trials" / name / "logs" / "worker-0.log") for name in ("001", "002"))
+    both = f"[ $(grep -l 'training starts' {logs} 2>/dev/null | wc -l) = 2 ]"
+    reported = f"grep -q report {folder / 'ledger.jsonl'} 2>/dev/null"
+    script = f"until {reported} && {both}; do sleep 0.1; done; kill -INT {os.getpid()}"
     sender = subprocess.Popen(["bash", "-c", script])
     try:
         code, text = here(tune, file, fit=functools.partial(fit, seconds_a_step=0.2))

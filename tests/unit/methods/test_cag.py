@@ -234,4 +234,4 @@ def test_a_step_adds_up_its_terms() -> None:
 def test_rounds_share_the_iterations_of_the_adaptation() -> None:
     config = load_config("small/cag", ["phases.adaptation=250"])
     assert config.schedule[-3:] == [("adaptation_1", 83), ("adaptation_2", 83), ("adaptation_3", 84)]
-    assert load_config("small/cag", ["method.rounds=1"]).schedule[-1] == ("adaptation", 300)
+    assert load_config("small/cag", ["method.rounds=1"]).schedule[-1] == ("adaptation", 170)

@@ -134,7 +134,7 @@ def test_an_unknown_space_is_refused_with_the_nearest_name() -> None:
 def test_the_file_overrides_the_preset_and_the_command_line_both(tmp_path: Path) -> None:
     text = "preset: phantom\nphases: {adaptation: 9, warm_up: 8}\nspace: {method.alpha: {choice: [0.5]}}"
     space = space_of(tmp_path, text, "phases.warm_up=7", "run.name=mine", "search.num_samples=3", "preset=small/mpscl")
-    assert (space.base.phases.source_only, space.base.phases.warm_up, space.base.phases.adaptation) == (450, 7, 9)
+    assert (space.base.phases.source_only, space.base.phases.warm_up, space.base.phases.adaptation) == (850, 7, 9)
     assert (space.base.run.name, space.search.num_samples) == ("mine", 3)
     assert space.config({"method.alpha": 0.5}).method.alpha == 0.5  # type: ignore[union-attr]
 
