@@ -195,7 +195,7 @@ def test_ctrl_c_stops_all_trials_with_checkpoints_and_the_command_resumes(here: 
     script = f"until {reported} && {both}; do sleep 0.1; done; kill -INT {os.getpid()}"
     sender = subprocess.Popen(["bash", "-c", script])
     try:
-        code, text = here(tune, file, fit=functools.partial(fit, seconds_a_step=0.2))
+        code, text = here(tune, file, fit=functools.partial(fit, seconds_a_step=2))
     finally:
         sender.kill()
         sender.wait()
