@@ -58,10 +58,10 @@ def test_a_search_grows_with_the_cluster_and_goes_on_without_a_node_that_left(he
     margins = {"method.margin_source": {"choice": [0, 0.2, 0.4]}}
     file = write_space(data, "growing", margins, method="grid", scheduler="fifo", evaluate="none")
     folder = data / "runs" / "growing"
-    longer = ("phases.adaptation=400", "run.validate_every=50", "run.checkpoint_every=10", "run.log_every=5")
+    longer = ("phases.adaptation=200", "run.validate_every=50", "run.checkpoint_every=10", "run.log_every=5")
     grow_and_shrink(head, tmp_path / "search.txt", folder / "trials", "mpscl_ray.tune", file, *longer)
     assert ends(folder) == [1, 2, 3], "each trial once"
-    assert [list(trial.reports) for trial in trials_of(folder)] == [list(range(50, 401, 50))] * 3
+    assert [list(trial.reports) for trial in trials_of(folder)] == [list(range(50, 201, 50))] * 3
     assert max(starts(RunDirectory(folder / "trials" / f"{number:03d}")) for number in (1, 2, 3)) == 2
 
 
