@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 PATIENCE = 10
-"""Readings in a row (run.log_every iterations apart) that show the sign before it is told."""
+"""Readings in a row (run.log_every iterations apart) that show the sign before it is reported."""
 
 WINNING_ACCURACY = 0.99
 """Share of pixels whose domain a discriminator tells; at 0.5 it guesses."""
@@ -25,7 +25,7 @@ LOST_STRUCTURE = 0.01
 
 
 class Notices:
-    """Sentences about one training; each is told once a phase."""
+    """Sentences about one training; each is reported once a phase."""
 
     def __init__(self) -> None:
         self._phase = ""

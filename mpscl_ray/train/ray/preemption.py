@@ -1,7 +1,7 @@
 """Preemption: a node that is going to be taken away asks for a checkpoint while there is time for one.
 
 Ray Train watches for nodes that Ray drains, as cloud providers announce for spot machines and ``ray drain-node`` does
-by hand, and tells the workers. Training goes on until the deadline, when Ray Train replaces the workers.
+by hand, and tells the workers. Training continues until the deadline, when Ray Train replaces the workers.
 """
 
 from __future__ import annotations
