@@ -238,8 +238,8 @@ class MeanTeacherConfig(ContrastConfig, SegmentationConfig):
     phases: ClassVar[tuple[str, ...]] = (SOURCE_ONLY, ADAPTATION)
     main_settings: ClassVar[tuple[str, ...]] = (
         *SegmentationConfig.main_settings,
-        *"method.ema method.alignment method.target_weight method.mixing method.consistency method.contrast".split(),
-        *"method.share_matching method.adabn".split(),
+        *"method.ema method.alignment method.target_weight method.histogram_matching method.mixing".split(),
+        *"method.consistency method.contrast method.share_matching method.adabn".split(),
     )
 
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.99
@@ -254,6 +254,9 @@ class MeanTeacherConfig(ContrastConfig, SegmentationConfig):
     mixing: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Probability that a structure of a source slice is pasted, with its label, into the target slice beside it; for
     each structure and pair by itself."""
+    histogram_matching: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Share of the source slices that take, instead of a random appearance, the intensities that each class has in the
+    target slice beside it, by the teacher's labels."""
     share_matching: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Exponent s of a correction of the teacher at the end, posterior x (source share / target's mean posterior)^s; 0:
     none."""

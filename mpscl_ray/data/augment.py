@@ -39,18 +39,24 @@ def augment(image: Tensor, label: Tensor | None, keys: Keys, config: AugmentConf
     Returns:
         Image and label of the same shapes and types; the input tensors themselves if nothing is to be changed.
     """
-    draws = _uniforms(keys, _AFFINE_DRAWS + _MAPPING_DRAWS + _WEIGHT_DRAWS)
+    image, label = move(image, label, keys, config)
+    if config.random_conv_probability > 0:
+        draws = _uniforms(keys, _AFFINE_DRAWS + _MAPPING_DRAWS + _WEIGHT_DRAWS)
+        image = _map_intensities(image, draws[:, _AFFINE_DRAWS:], config)
+    return change_appearance(image, label, keys, config), label
+
+
+def move(image: Tensor, label: Tensor | None, keys: Keys, config: AugmentConfig) -> tuple[Tensor, Tensor | None]:
+    """The part of :func:`augment` that moves pixels, for the same keys alike, and leaves their intensities."""
     if config.moves:
-        grid = _sampling_grid(draws[:, :_AFFINE_DRAWS], (image.shape[2], image.shape[3]), config)
+        grid = _sampling_grid(_uniforms(keys, _AFFINE_DRAWS), (image.shape[2], image.shape[3]), config)
         image = F.grid_sample(image, grid, mode="bilinear", padding_mode="border", align_corners=False)
         if label is not None:
             sampled = F.grid_sample(
                 label.unsqueeze(1).float(), grid, mode="nearest", padding_mode="border", align_corners=False
             )
             label = sampled.squeeze(1).to(label.dtype)
-    if config.random_conv_probability > 0:
-        image = _map_intensities(image, draws[:, _AFFINE_DRAWS:], config)
-    return change_appearance(image, label, keys, config), label
+    return image, label
 
 
 def _uniforms(keys: Keys, count: int) -> NDArray[np.float64]:

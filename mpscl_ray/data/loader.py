@@ -23,7 +23,7 @@ from torch import Tensor
 
 from mpscl_ray.config import AugmentConfig
 from mpscl_ray.data.appearance import change_appearance
-from mpscl_ray.data.augment import augment
+from mpscl_ray.data.augment import augment, move
 from mpscl_ray.data.dataset import Case
 from mpscl_ray.data.label_values import show_a_structure
 from mpscl_ray.data.parquet_reader import Arrays, SplitFiles
@@ -135,17 +135,26 @@ class LocalSlices(InMemorySlices):
 
 
 def collate(
-    arrays: Arrays, keys: Keys | None = None, config: AugmentConfig | None = None, view: AugmentConfig | None = None
+    arrays: Arrays,
+    keys: Keys | None = None,
+    config: AugmentConfig | None = None,
+    view: AugmentConfig | None = None,
+    *,
+    original: bool = False,
 ) -> dict[str, Tensor]:
     """Turn arrays into a batch, augmented if configured: image (B, 1, H, W) float32, label (B, H, W) int64.
 
-    With ``view`` also that: the image, moved likewise, with an appearance drawn by these settings.
+    With ``view`` also that: the image, moved likewise, with an appearance drawn by these settings. With ``original``
+    also that: the image, moved likewise, with the appearance it has in the arrays.
     """
     image = torch.from_numpy(arrays["image"]).unsqueeze(1)
     label = torch.from_numpy(arrays["label"]) if "label" in arrays else None
+    stored = image
     if keys is not None and config is not None:
         image, label = augment(image, label, keys, config)
     batch = {"image": image} if label is None else {"image": image, "label": label.long()}
+    if keys is not None and config is not None and original:
+        batch["original"], _ = move(stored, None, keys, config)
     if keys is not None and view is not None:
         batch["view"] = change_appearance(image, None, keys, view)
     return batch
@@ -169,6 +178,7 @@ class SliceStream:
         world_size: int = 1,
         augment: AugmentConfig | None = None,
         view: AugmentConfig | None = None,
+        original: bool = False,
         foreground: Foreground | None = None,
         start_step: int = 0,
         device: torch.device | None = None,
@@ -184,6 +194,7 @@ class SliceStream:
             world_size: number of workers.
             augment: random changes of the slices; None for none.
             view: appearance of the second view of each slice; None for no such view.
+            original: whether each slice also comes without the changes of its intensities.
             foreground: the share of slices that show a structure; None for that of the data.
             start_step: step of the first batch.
             device: device of the tensors; a GPU gets them through pinned memory, without waiting.
@@ -196,7 +207,7 @@ class SliceStream:
         self.wait_seconds = 0.0
         """Total time for which :meth:`next` has waited."""
         self._slices = slices
-        self._augment, self._view = augment, view
+        self._augment, self._view, self._original = augment, view, original
         self._start_step = start_step
         self._device = device or torch.device("cpu")
         self._ready: deque[dict[str, Tensor] | Exception] = deque()
@@ -211,7 +222,8 @@ class SliceStream:
 
         Returns:
             ``image`` (B, 1, H, W) float32 and, if the slices were opened with labels, ``label`` (B, H, W) int64, B
-            being the global batch size divided by the number of workers. ``view`` like ``image``, if asked for.
+            being the global batch size divided by the number of workers. ``view`` and ``original`` like ``image``, if
+            asked for.
 
         Raises:
             DataError: a file is missing or damaged; it is named. Any other error of the background thread is raised
@@ -282,7 +294,7 @@ class SliceStream:
             self._changed.notify_all()
 
     def _finish(self, arrays: Arrays, step: int) -> dict[str, Tensor]:
-        batch = collate(arrays, self.order.batch_keys(step), self._augment, self._view)
+        batch = collate(arrays, self.order.batch_keys(step), self._augment, self._view, original=self._original)
         if self._device.type == "cuda":
             batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
         return batch

@@ -41,6 +41,9 @@ class Batch:
     target_view: Tensor | None = None
     """The slices of target_image at the same place with another appearance; None unless ``Method.target_views`` is
     2."""
+    source_original: Tensor | None = None
+    """The slices of source_image at the same place with the appearance of their files; None unless
+    ``Method.original_source``."""
 
     @property
     def images(self) -> tuple[Tensor, Tensor]:
@@ -104,6 +107,9 @@ class Method(ABC):
     target_views: ClassVar[int] = 1
     """2 for a method whose batches also have a second view of the target slices, with an appearance drawn by
     ``data.augmentation``. Where that has neither mappings nor degradations, the view equals the slice."""
+
+    original_source: bool = False
+    """Whether batches also have the source slices without the changes of appearance of ``data.augmentation``."""
 
     guard: float | None = None
     """Where not None: the state before the first step competes for the best one, and a phase ends when the class-ratio

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,9 +19,11 @@ from mpscl_ray.methods import base
 from mpscl_ray.methods.adabn import estimate_statistics
 from mpscl_ray.methods.base import Batch, TrainingSlices
 from mpscl_ray.methods.contrast import Contrasted, contrastive_losses, source_prototypes
+from mpscl_ray.methods.histograms import QUANTILES, class_quantiles, match_histograms, mean_quantiles, sums_over_slices
 from mpscl_ray.methods.losses import annotated_pixels, class_counts, cosine_to_prototypes
 from mpscl_ray.methods.optim import SEGMENTER_OPTIMISERS, Optimisers, prepare_network
 from mpscl_ray.methods.prototypes import clearly_nearest, downsample_labels, prototype_sums, update_prototypes
+from mpscl_ray.methods.pseudo_labels import align, class_sums, confident_labels, jensen_shannon, share_quotient
 from mpscl_ray.methods.segmenter_method import SegmenterMethod
 from mpscl_ray.networks.deeplab import DeepLabV2, SegmenterOutput
 
@@ -32,8 +33,11 @@ SHARE_MOMENTUM = 0.95
 CONFIDENCE_MOMENTUM = 0.9
 """Share of the old thresholds that one update keeps."""
 
-_SMALLEST_SHARE = 1e-6
-"""Keeps the quotient of class shares finite where the target has next to none of a class."""
+HISTOGRAM_MOMENTUM = 0.9
+"""Share of the old histograms of the target's classes that one update keeps."""
+
+NEEDED_BY = {"prototypes": "contrast", "histograms": "histogram_matching"}
+"""Statistics that are kept only where this setting is above 0."""
 
 
 class MeanTeacher(SegmenterMethod[MeanTeacherConfig]):
@@ -58,6 +62,7 @@ class MeanTeacher(SegmenterMethod[MeanTeacherConfig]):
     def __init__(self, segmenter: DeepLabV2, config: MeanTeacherConfig, *arguments: Any, **named: Any) -> None:
         self.teacher = copy.deepcopy(segmenter)  # before the segmenter is wrapped
         self.target_inputs = 2 if config.consistency > 0 else 1
+        self.original_source = config.histogram_matching > 0
         super().__init__(segmenter, config, *arguments, **named)
         prepare_network(collectives.broadcast_parameters(self.teacher.to(self.device)), self.device, self.precision)
         self.teacher.requires_grad_(False)
@@ -68,6 +73,7 @@ class MeanTeacher(SegmenterMethod[MeanTeacherConfig]):
         self.source_shares, self.target_shares, self.thresholds = uniform, uniform, uniform
         shape = self.num_classes, segmenter.feature_channels
         self.prototypes = torch.zeros(shape, dtype=self.dtype, device=self.device)
+        self.histograms = torch.zeros(self.num_classes, QUANTILES, dtype=self.dtype, device=self.device)
 
     def start_phase(self, iterations: int) -> None:
         self.optimisers.start(
@@ -88,6 +94,10 @@ class MeanTeacher(SegmenterMethod[MeanTeacherConfig]):
         self.thresholds = torch.where(number > 0, confidence / number.clamp(min=1), self.thresholds)
         if self.config.contrast > 0:
             self.prototypes = source_prototypes(self.features, slices.labelled(), self.prototypes)
+        if self.config.histogram_matching > 0:
+            labelled = ((image.to(self.device), label.to(self.device)) for image, label in slices.labelled())
+            taught = ((image, self._pseudo_labels(self.predict(image))[1]) for _, image in slices.unlabelled())
+            self.histograms = mean_quantiles(taught, mean_quantiles(labelled, self.histograms))
 
     def step(self, batch: Batch, iteration: int) -> dict[str, Tensor]:
         c = self.config
@@ -95,22 +105,28 @@ class MeanTeacher(SegmenterMethod[MeanTeacherConfig]):
         source, target = batch.images
         self.optimisers.start_iteration(iteration)
 
-        # The teacher labels the target; the student sees it with another appearance, and structures of the source.
+        # The teacher labels the target. Some slices of the source take the intensities that its classes have there.
         posterior = self.predict(target)
-        aligned = align(posterior, self.source_shares, self.target_shares, c.alignment)
+        aligned, pseudo_labels = self._pseudo_labels(posterior)
+        if c.histogram_matching > 0:
+            histograms = class_quantiles(target, pseudo_labels, self.num_classes)
+            source = self._matched(batch, histograms, iteration)
+
+        # The student sees the target with another appearance, and structures of the source.
         pasted = self._pasted(labels, iteration)
-        pseudo_labels = torch.where(pasted, labels, confident_labels(aligned, self.thresholds))
+        pseudo_labels = torch.where(pasted, labels, pseudo_labels)
         view = torch.where(pasted[:, None], source, target if batch.target_view is None else batch.target_view)
         outputs = self.forward(source, view, *([target] if c.consistency > 0 else []))
         source_logits, *target_logits = base.upsampled(labels.shape[-2:], *outputs)
 
         # Statistics of the global batch, in one collective.
-        counts, selected, shares, confidence, number, *of_features = collectives.all_reduce_sums(
+        counts, selected, shares, confidence, number, *others = collectives.all_reduce_sums(
             class_counts(labels, self.num_classes),
             class_counts(pseudo_labels, self.num_classes),
             posterior.double().sum(dim=(0, 2, 3)),
             *class_sums(aligned)[1:],
             *(self._feature_sums(outputs[0], labels) if c.contrast > 0 else ()),
+            *(sums_over_slices(histograms) if c.histogram_matching > 0 else ()),
         )
 
         # The student learns labels and pseudo-labels with the same loss.
@@ -121,7 +137,7 @@ class MeanTeacher(SegmenterMethod[MeanTeacherConfig]):
             losses["loss_consistency"] = (divergence * ~pasted).mean()
         metrics, prototypes = {"loss_segmentation": on_source.total}, self.prototypes
         if c.contrast > 0:
-            sums, pixels = of_features
+            sums, pixels, *others = others
             prototypes = update_prototypes(prototypes, sums, pixels, c.alpha)
             contrast, agreeing = self._contrast(outputs, labels, pseudo_labels, prototypes, pixels)
             losses |= contrast
@@ -134,10 +150,17 @@ class MeanTeacher(SegmenterMethod[MeanTeacherConfig]):
         losses = on_source.parts | losses
         flag = self.optimisers.step(losses)
         self._update_statistics(shares / shares.sum(), confidence, number, prototypes, flag)
+        if c.histogram_matching > 0:
+            self._update_histograms(*others, flag)
         self._update_teacher(iteration, flag)
         metrics["pseudo_label_fraction"] = (pseudo_labels != NOT_ANNOTATED).double().mean()
         metrics["teacher_confidence"] = confidence.sum() / number.sum()
         return base.metrics(losses, metrics, non_finite=flag)
+
+    def _pseudo_labels(self, posterior: Tensor) -> tuple[Tensor, Tensor]:
+        """The teacher's aligned class probabilities (B, C, H, W), and its labels (B, H, W) where it is confident."""
+        aligned = align(posterior, self.source_shares, self.target_shares, self.config.alignment)
+        return aligned, confident_labels(aligned, self.thresholds)
 
     def _weights(self, iteration: int) -> dict[str, float]:
         """Of the losses beside that on source labels; those of the target grow over the first iterations."""
@@ -222,25 +245,49 @@ class MeanTeacher(SegmenterMethod[MeanTeacherConfig]):
         self.thresholds = torch.where(flag > 0, self.thresholds, new_thresholds)
         self.prototypes = torch.where(flag > 0, self.prototypes, prototypes)
 
+    def _update_histograms(self, sums: Tensor, number: Tensor, flag: Tensor) -> None:
+        """Move the mean histograms (C, Q) of the target's classes towards those of this step, from global sums."""
+        means = torch.where(number > 0, sums / number.clamp(min=1), self.histograms)
+        moved = HISTOGRAM_MOMENTUM * self.histograms + (1 - HISTOGRAM_MOMENTUM) * means
+        self.histograms = torch.where(flag > 0, self.histograms, moved)
+
+    def _matched(self, batch: Batch, histograms: Tensor, iteration: int) -> Tensor:
+        """Source slices, some of them with the histograms (B, C, Q) of the target slices beside them.
+
+        For a class that such a slice lacks it is the mean one of the target.
+        """
+        original = batch.source_image if batch.source_original is None else batch.source_original
+        wanted = torch.where(histograms.isnan(), self.histograms, histograms)
+        matched = match_histograms(original, batch.source_label, wanted)
+        chosen = self._drawn("histogram_matching", iteration, (len(original), 1))
+        return torch.where(chosen[:, :, None, None], matched, batch.source_image)
+
     def _pasted(self, labels: Tensor, iteration: int) -> Tensor:
         """Where source slices, with these labels (B, H, W), are pasted into the target slices beside them."""
         if self.config.mixing == 0:
             return torch.zeros_like(labels, dtype=torch.bool)
-        draws = np.arange(collectives.world_size() * len(labels) * self.num_classes)
-        keys = splitmix64(draws, derive_seed(self.seed, "mixing", iteration)).reshape(-1, self.num_classes)
-        chosen = keys[len(labels) * collectives.rank() :][: len(labels)] < self.config.mixing * 2.0**64
-        chosen[:, 0] = False  # the background is no structure
-        structures = torch.from_numpy(chosen).to(labels.device)
+        structures = self._drawn("mixing", iteration, (len(labels), self.num_classes))
+        structures[:, 0] = False  # the background is no structure
         classes = torch.arange(self.num_classes, device=labels.device)
         return ((labels[..., None] == classes) & structures[:, None, None]).any(dim=-1)
+
+    def _drawn(self, setting: str, iteration: int, shape: tuple[int, int]) -> Tensor:
+        """For each slice of this worker, whether it is drawn, ``shape`` times, with the probability of that setting."""
+        size, columns = shape
+        keys = splitmix64(
+            np.arange(collectives.world_size() * size * columns), derive_seed(self.seed, setting, iteration)
+        )
+        mine = keys.reshape(-1, columns)[size * collectives.rank() :][:size]
+        return torch.from_numpy(mine < getattr(self.config, setting) * 2.0**64).to(self.device)
 
     def evaluate(self, images: Tensor) -> SegmenterOutput:
         """Outputs of the teacher for slices (B, 1, H, W), in evaluation mode, without gradient."""
         return base.evaluate(self.teacher, images.to(self.device), self.precision)
 
     def _statistics(self) -> dict[str, Tensor]:
-        names = ("source_shares", "target_shares", "thresholds", *["prototypes"] * (self.config.contrast > 0))
-        return {name: getattr(self, name) for name in names}
+        always = ("source_shares", "target_shares", "thresholds")
+        asked_for = [name for name, setting in NEEDED_BY.items() if getattr(self.config, setting) > 0]
+        return {name: getattr(self, name) for name in (*always, *asked_for)}
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "statistics": self._statistics()}
@@ -249,68 +296,9 @@ class MeanTeacher(SegmenterMethod[MeanTeacherConfig]):
         super().load_state_dict(state)
         for name, own in self._statistics().items():
             if name not in state["statistics"]:
+                setting = NEEDED_BY[name]
                 raise DataError(
-                    f"the checkpoint has no {name}, which method.contrast={self.config.contrast:g} needs; resume with "
-                    "method.contrast=0, or start another run from the end of its source-only phase"
+                    f"the checkpoint has no {name}, which method.{setting}={getattr(self.config, setting):g} needs; "
+                    f"resume with method.{setting}=0, or start another run from the end of its source-only phase"
                 )
             setattr(self, name, state["statistics"][name].to(own, copy=True))
-
-
-def align(probabilities: Tensor, source_shares: Tensor, target_shares: Tensor, exponent: float) -> Tensor:
-    """Distribution alignment: p_k (r_k / q_k)^exponent, renormalised.
-
-    Args:
-        probabilities: p, (B, C, H, W).
-        source_shares: r, (C,), of each class among the annotated pixels of the source.
-        target_shares: q, (C,), running mean of p.
-        exponent: 0 changes nothing.
-
-    Source: Berthelot et al. 2020 (ReMixMatch), section 3.1; the exponent is ours.
-    """
-    factors = share_quotient(source_shares, target_shares) ** exponent
-    weighted = probabilities * factors.to(probabilities.dtype)[:, None, None]
-    return weighted / weighted.sum(dim=1, keepdim=True)
-
-
-def share_quotient(source_shares: Tensor, target_shares: Tensor) -> Tensor:
-    """r_k / q_k of each class (C,), and 1 for a class that no annotated pixel of the source has.
-
-    Nothing is known of the share of such a class: its pixels may be among those that are not annotated. A source
-    without any annotated pixel changes nothing.
-    """
-    quotient = source_shares / target_shares.clamp(min=_SMALLEST_SHARE)
-    return torch.where(source_shares > 0, quotient, 1.0)
-
-
-def confident_labels(probabilities: Tensor, thresholds: Tensor) -> Tensor:
-    """The most likely class (B, H, W) int64 where its probability reaches its threshold, elsewhere ``NOT_ANNOTATED``.
-
-    Probabilities are (B, C, H, W), thresholds (C,).
-    """
-    confidence, labels = probabilities.max(dim=1)
-    return torch.where(confidence >= thresholds.to(confidence.dtype)[labels], labels, NOT_ANNOTATED)
-
-
-def class_sums(probabilities: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each class, from probabilities (B, C, H, W): three sums (C,) float64, ready to be added over workers.
-
-    They are the sum of its probability, the sum of the confidence over pixels where it is the most likely class, and
-    the number of these.
-    """
-    confidence, labels = probabilities.max(dim=1)
-    number = probabilities.shape[1]
-    classes = torch.arange(number, device=labels.device)
-    members = (labels.reshape(1, -1) == classes[:, None]).double()
-    return probabilities.double().sum(dim=(0, 2, 3)), members @ confidence.reshape(-1).double(), members.sum(dim=1)
-
-
-def jensen_shannon(one: Tensor, other: Tensor) -> Tensor:
-    """Jensen-Shannon divergence (B, H, W), in nats, of the softmax of two logits (B, C, H, W), with both gradients.
-
-    JS = KL(p || m) / 2 + KL(q || m) / 2, with m = (p + q) / 2: symmetric, at most log 2.
-
-    Source: Hendrycks et al. 2020 (AugMix), the consistency loss of section 3, of two views instead of three.
-    """
-    logs = torch.stack([one, other]).log_softmax(dim=2)
-    middle = logs.logsumexp(dim=0) - math.log(2)
-    return (logs.exp() * (logs - middle)).sum(dim=(0, 2)) / 2

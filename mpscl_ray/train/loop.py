@@ -34,7 +34,7 @@ from mpscl_ray.train.phases import (
     transfer_weights,
 )
 from mpscl_ray.train.profiling import profiled_steps
-from mpscl_ray.train.streams import TrainingData, open_streams, training_slices
+from mpscl_ray.train.streams import TrainingData, batch_of, open_streams, training_slices
 from mpscl_ray.train.timing import POLL_INTERVAL_S, Poller, ThroughputMeter
 from mpscl_ray.train.validation import Validation, selection_score, validate, validation_metrics
 
@@ -214,8 +214,7 @@ class _Trainer:
         with source, target or nullcontext(), profiler as step_done:
             while state.iteration < iterations and not state.ended:
                 labelled = source.next()
-                unlabelled = target.next() if target else {}
-                batch = Batch(labelled["image"], labelled["label"], unlabelled.get("image"), unlabelled.get("view"))
+                batch = batch_of(labelled, target.next() if target else {})
                 self.callback.on_batch(batch)
                 metrics = method.step(batch, state.iteration)
                 step_done()

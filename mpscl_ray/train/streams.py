@@ -16,7 +16,7 @@ from mpscl_ray.data import SOURCE_DOMAIN, TARGET_DOMAIN
 from mpscl_ray.data.loader import Slices, SliceStream
 from mpscl_ray.data.sampler import Foreground, shard_range
 from mpscl_ray.data.subset import SubsetSlices
-from mpscl_ray.methods.base import Method, TrainingSlices
+from mpscl_ray.methods.base import Batch, Method, TrainingSlices
 from mpscl_ray.networks.pretrained import load_prototypes
 
 EASY, HARD = "easy", "hard"
@@ -60,8 +60,14 @@ def open_streams(
 
     def source_stream() -> SliceStream:
         slices, augment = data.labelled, config.data.augmentation
-        foreground = share_of(slices)
-        return opened(slices, domain=SOURCE_DOMAIN, augment=augment, foreground=foreground, start_step=start_step)
+        return opened(
+            slices,
+            domain=SOURCE_DOMAIN,
+            augment=augment,
+            original=method.original_source,
+            foreground=share_of(slices),
+            start_step=start_step,
+        )
 
     def target_stream(
         name: str, slices: Slices | None, views: int = 1, foreground: Foreground | None = None
@@ -86,6 +92,12 @@ def open_streams(
     if not reads_target(phase):
         return source_stream(), None
     return source_stream(), target_stream(TARGET_DOMAIN, data.unlabelled, method.target_views)
+
+
+def batch_of(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> Batch:
+    """The batch of a step, from what the streams give for it; nothing of the target for plain segmentation."""
+    images = source["image"], source["label"], target.get("image")
+    return Batch(*images, target_view=target.get("view"), source_original=source.get("original"))
 
 
 def _stream_of(config: Config, device: torch.device, rank: int, world_size: int) -> Callable[..., SliceStream]:

@@ -92,6 +92,7 @@ CASES: dict[str, Callable[[], dict[str, Any]]] = {
         "mean_teacher",
         seed=3,
         bn_running_stats="target",
+        histogram_matching=0.5,
         mixing=0.5,
         consistency=1.0,
         contrast=0.5,

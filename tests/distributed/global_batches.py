@@ -36,7 +36,7 @@ def global_batch(step: int) -> Batch:
 def my_part(batch: Batch) -> Batch:
     size = GLOBAL_BATCH // collectives.world_size()
     rows = slice(collectives.rank() * size, (collectives.rank() + 1) * size)
-    return Batch(**{name: images[rows] for name, images in vars(batch).items()})
+    return Batch(**{name: images[rows] for name, images in vars(batch).items() if images is not None})
 
 
 def uneven_shares(batch: Batch) -> list[tuple[Tensor, Tensor]]:

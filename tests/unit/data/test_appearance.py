@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -189,6 +190,10 @@ def test_a_second_view_is_the_same_place_in_another_appearance() -> None:
     plain = collate({"image": image.copy()}, KEYS[:8], moved)
     batch = collate({"image": image.copy()}, KEYS[:8], moved, view=only("curves"))
     assert torch.equal(plain["image"], batch["image"])
+    remapped = dataclasses.replace(moved, mapping_probability=1.0, random_conv_probability=1.0)
+    changed = collate({"image": image.copy()}, KEYS[:8], remapped, original=True)
+    assert torch.equal(changed["original"], plain["image"])
+    assert not torch.equal(changed["original"], changed["image"])
     for seen, view in zip(batch["image"][:, 0], batch["view"][:, 0], strict=True):
         inside, outside = view[seen > 0.79], view[seen < -0.49]
         assert inside.std() < 0.05

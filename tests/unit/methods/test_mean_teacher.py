@@ -19,8 +19,8 @@ from mpscl_ray.methods import Batch, MeanTeacher
 from mpscl_ray.methods.base import TrainingSlices
 from mpscl_ray.methods.contrast import source_prototypes
 from mpscl_ray.methods.losses import cosine_to_prototypes, margin_contrastive_loss
-from mpscl_ray.methods.mean_teacher import align, class_sums, confident_labels, jensen_shannon, share_quotient
 from mpscl_ray.methods.prototypes import downsample_labels
+from mpscl_ray.methods.pseudo_labels import align, class_sums, confident_labels, jensen_shannon, share_quotient
 from tests.tiny_methods import CLASSES, SIZE, assert_equal_states, batch, leaves, make
 
 
@@ -338,7 +338,7 @@ def test_prototypes_start_from_the_source_and_follow_it() -> None:
     assert not plain.prototypes.any(), "nothing is computed unless it is asked for"
 
 
-SWITCHES = {"mixing": 0.5, "consistency": 1.0, "contrast": 0.5, "delta_th": 0.05}
+SWITCHES = {"histogram_matching": 0.5, "mixing": 0.5, "consistency": 1.0, "contrast": 0.5, "delta_th": 0.05}
 """All that acts in a step."""
 
 
