@@ -44,8 +44,9 @@ class MeanTeacher(SegmenterMethod[MeanTeacherConfig]):
     """A student follows labels of the source and pseudo-labels of the target; its moving average is the teacher.
 
     The teacher labels the target, with its class shares drawn to those of the source, where it is as confident as it
-    usually is of that class. The student sees the same slices with another appearance. The network "segmenter", which
-    predicts, is the teacher; "student" is trained.
+    usually is of that class. Source slices take the intensities that each class has, by these labels, in the target, so
+    that true labels train the student on the target's appearance; and the student sees the target with another one. The
+    network "segmenter", which predicts, is the teacher; "student" is trained.
 
     Source: teacher as Tarvainen and Valpola 2017; distribution alignment as Berthelot et al. 2020 (ReMixMatch); a
     threshold for each class, the running mean confidence, after Wang et al. 2023 (FreeMatch); pasted structures as

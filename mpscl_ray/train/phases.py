@@ -53,7 +53,8 @@ def load_pretrained_weights(segmenter: Segmenter, config: Config) -> str | None:
 def source_only_weights(config: Config, num_classes: int, run: RunDirectory, dtype: torch.dtype) -> dict[str, Tensor]:
     """The segmenter's weights at the end of the source-only phase; the initial ones in a run without that phase."""
     if SOURCE_ONLY in (name for name, _ in config.schedule):
-        weights: dict[str, Tensor] = checkpoint.load(run.phases / SOURCE_ONLY)["method"]["networks"]["segmenter"]
+        state = checkpoint.load(run.store.localize(run.phases / SOURCE_ONLY))
+        weights: dict[str, Tensor] = state["method"]["networks"]["segmenter"]
         return weights
     segmenter = build_segmenter(config, num_classes).to(dtype)
     load_pretrained_weights(segmenter, config)
