@@ -152,7 +152,7 @@ class MeanTeacher(SegmenterMethod[MeanTeacherConfig]):
         flag = self.optimisers.step(losses)
         self._update_statistics(shares / shares.sum(), confidence, number, prototypes, flag)
         if c.histogram_matching > 0:
-            self._update_histograms(*others, flag)
+            self._update_histograms(others[0], others[1], flag)
         self._update_teacher(iteration, flag)
         metrics["pseudo_label_fraction"] = (pseudo_labels != NOT_ANNOTATED).double().mean()
         metrics["teacher_confidence"] = confidence.sum() / number.sum()
