@@ -38,6 +38,7 @@ def opened(file: Path) -> Iterator[OpenedPage]:
         browser = playwright.chromium.launch(executable_path=own, args=["--no-sandbox", *_SOFTWARE_GL])
         try:
             found = OpenedPage(browser.new_page(viewport={"width": 1300, "height": 900}))
+            found.page.set_default_timeout(240_000)  # software rendering on a busy machine
             found.page.on(
                 "request",
                 lambda request: None if request.url.startswith("data:") else found.requests.append(request.url),

@@ -66,6 +66,22 @@ def curves(records: Sequence[Record], classes: Sequence[str] = ()) -> dict[str, 
     return {"steps": [record["global_step"] for record in kept], "phases": phases, "panels": panels}
 
 
+def steps_and_curves(title: str, found: Mapping[str, Mapping[int, float]]) -> dict[str, Any]:
+    """One panel with a curve for each name, from its values by iteration; as :func:`curves`."""
+    steps = sorted({step for values in found.values() for step in values})
+    own = [
+        {
+            "name": name,
+            "colour": hex_colour(1 + number % (len(COLOURS) - 2)),
+            "width": 1.5,
+            "dash": _DASHES[number // (len(COLOURS) - 2) % len(_DASHES)],
+            "values": [_number(values.get(step)) for step in steps],
+        }
+        for number, (name, values) in enumerate(found.items())
+    ]
+    return {"steps": steps, "phases": [], "panels": [{"title": title, "curves": own}] if own else []}
+
+
 def _thinned(records: Sequence[Record]) -> list[Record]:
     stride = math.ceil(len(records) / MOST_POINTS)
     return [
