@@ -26,12 +26,10 @@ def case_by_case(groups: Sequence[Group], limit_mb: float, folder: Path, dpi: fl
 
     The figures are written into ``folder`` as PNG and, if wanted, PDF.
     """
-    groups = [group for group in groups if group.held_out is not None and group.held_out.cases]
-    if not groups:
-        return
     section = Section("Case by case", "Every test case, the worst first by mean Dice.")
     for group in groups:
-        assert group.held_out is not None
+        if group.held_out is None:
+            continue
         left_out = leave_out_volumes(group.held_out.cases, int(limit_mb * 1e6 / len(groups)))
         if left_out:
             section.notes.append(
@@ -39,15 +37,17 @@ def case_by_case(groups: Sequence[Group], limit_mb: float, folder: Path, dpi: fl
                 f"would be larger than {limit_mb:g} MB (--max-size); the worst cases are kept."
             )
         section.notes += _about_cases(group, group.held_out)
-        if group.held_out.scored:
+        columns = {title: dice for title, dice in _dice_of_cases(group, group.held_out) if any(dice.values())}
+        if columns:
             section.tables.append(_spread_table(group, group.held_out))
-            columns = {title: dice for title, dice in _dice_of_cases(group, group.held_out) if any(dice.values())}
             with house_style():
                 figure = dice_by_case(columns)
             caption = "A point is the Dice of one case, a bar the mean."
             section.add_figure(f"cases{group.suffix}", figure, caption, "Dice of each case, by structure")
     section.figures = [replace(picture, image=save(picture, folder, dpi, pdf)) for picture in section.figures]
     section.cases = case_tables(groups)
+    if not section.cases:
+        return
     if any(row.shown for table in section.cases for row in table.rows):
         section.lead += " Click a row to open the case in the viewer."
     yield section

@@ -45,7 +45,11 @@ class CaseTable:
 
 def case_tables(groups: Sequence[Group]) -> list[CaseTable]:
     """A table for each target that has held-out cases."""
-    return [_table(group, group.held_out, number) for number, group in enumerate(groups) if group.held_out is not None]
+    return [
+        _table(group, group.held_out, number)
+        for number, group in enumerate(groups)
+        if group.held_out is not None and group.held_out.cases
+    ]
 
 
 def _table(group: Group, held_out: HeldOut, number: int) -> CaseTable:
