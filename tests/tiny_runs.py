@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mpscl_ray.config import Config
+from mpscl_ray.config import Config, to_yaml
 from mpscl_ray.methods.base import Batch
 from mpscl_ray.runs.run_directory import RunDirectory
 from mpscl_ray.train import loop
+from mpscl_ray.train.domains import load_domains, model_description
 from mpscl_ray.train.loop import Callback, TrainResult
-from tests.tiny import local_data
+from tests.tiny import local_data, tiny_config
 
 
 class RecordingCallback(Callback):
@@ -97,6 +98,19 @@ def train(
         dtype=dtype,
     )
     return outcome, folder
+
+
+def tiny_run(
+    folder: Path, source: Path, target: Path, overrides: Sequence[str] = (), stop_after: int | None = None
+) -> Path:
+    """A run as the train command leaves it, less its evaluation."""
+    config = tiny_config(source, target, [*overrides, f"run.name={folder.name}"])
+    outcome, run = train(config, folder, stop_after)
+    run.write_config(to_yaml(config))
+    run.write_model(model_description(config, load_domains(config)[0]))
+    position = {"phase": outcome.phase, "iteration": outcome.iteration, "global_step": outcome.step}
+    run.write_status("finished" if outcome.state == "finished" else "interrupted", exit_code=0, **position)
+    return folder
 
 
 def train_and_watch(

@@ -47,7 +47,9 @@ def compare(
     """
     check_machine(base)
     location = plan.out or join_location(base.run.storage, "compare")
-    folder = open_run(location, "command", 60 * base.run.storage_retry_minutes, ("cells.json", "comparison.*"))
+    folder = open_run(
+        location, "command", 60 * base.run.storage_retry_minutes, ("cells.json", "comparison.*", "progress.html")
+    )
     folder.create(("cells",))
     resume = shlex.join(command)
     with folder.lock():
@@ -77,15 +79,18 @@ def _run(plan: Plan, base: Config, folder: RunDirectory, resume: str, fit: Fit |
                 write_atomically(folder.path / name, format_comparison(found, style).encode())
             write_atomically(folder.path / "comparison.csv", comparison_csv(found).encode())
 
+        def table() -> str:
+            return format_comparison(_directions(plan, cells, ledger, manifests), "text")
+
         todo = [cell for cell in cells if not is_done(ledger[cell.name])]
         if todo:
             shared = _open(todo, folder, fit)
             largest = max(todo, key=lambda cell: cell.config.scaling.most_workers)
             room = Room(largest.config, shared[largest.name].use_gpu, plan.max_concurrent)
             with Interruption() as interruption:
-                Comparison(cells, ledger, folder, shared, room, resume, write).run(interruption)
+                Comparison(cells, ledger, folder, shared, room, resume, write, table).run(interruption)
         write()
-    print(f"\n{format_comparison(_directions(plan, cells, ledger, manifests), 'text')}")
+    print(f"\n{table()}")
     _print_next_steps(out, cells, ledger)
     failed = [cell.name for cell in cells if ledger[cell.name].state == "failed"]
     if todo and interruption.requested:

@@ -13,10 +13,12 @@ from typing import Any
 import ray
 
 from mpscl_ray.compare.cells import Cell, CellLedger, Entry
+from mpscl_ray.compare.comparison_page import comparison_page
 from mpscl_ray.errors import InsufficientResources, MpsclError, StorageError
 from mpscl_ray.evaluate.run import evaluate_phases
 from mpscl_ray.runs.control_files import STOP_FILE
 from mpscl_ray.runs.fork import fork
+from mpscl_ray.runs.live_page import LivePage
 from mpscl_ray.runs.position import StatusUpdates
 from mpscl_ray.runs.progress import ProgressLine
 from mpscl_ray.runs.run_directory import RunDirectory, open_run
@@ -116,6 +118,8 @@ class Comparison:
     """Command that resumes the comparison."""
     finished: Callable[[], None]
     """Called after each cell that ended."""
+    table: Callable[[], str]
+    """Returns the table of the finished cells, for the page."""
 
     def __post_init__(self) -> None:
         self.waiting = [cell for cell in self.cells if not is_done(self.ledger[cell.name])]
@@ -129,6 +133,9 @@ class Comparison:
         self._line = ProgressLine(sum(cell.own_iterations for cell in self.waiting), "all runs, iteration")
         self._status = StatusUpdates(self.folder, self._counts)
         self._done = 0
+        self._page: LivePage | None = None
+        if self.cells[0].config.run.progress_page:
+            self._page = comparison_page(self.folder, self.cells, self.ledger, self._running, self.table)
 
     def run(self, interruption: Interruption) -> None:
         """Run until every cell has ended, or after an interruption until the running ones have stopped."""
@@ -148,11 +155,10 @@ class Comparison:
                     ready = ray.wait(list(self.running), timeout=_POLL_S)[0]
                     for reference in ready:
                         self._end(self.running.pop(reference), reference)
-                    self._status.update()
+                    self._show()
                     if time.monotonic() - last_progress >= _PROGRESS_S:
                         last_progress = time.monotonic()
-                        now_running = sum(self._iterations(cell) for cell in self.running.values())
-                        self._line.update(self._done + now_running)
+                        self._line.update(self._done + sum(self._running().values()))
             finally:
                 self.room.close()
                 with suppress(StorageError):
@@ -161,7 +167,16 @@ class Comparison:
                     ray.cancel(reference, force=True)
                     self.ledger[cell.name].state = "interrupted"
                 self.ledger.write()
-                self._status.update(at_once=True)
+                self._show(at_once=True)
+
+    def _show(self, at_once: bool = False) -> None:
+        self._status.update(at_once)
+        if self._page is not None:
+            self._page.update(at_once)
+
+    def _running(self) -> dict[str, int]:
+        """Iterations that each running cell has trained itself."""
+        return {cell.name: self._iterations(cell) for cell in self.running.values()}
 
     def _poll(self, interruption: Interruption) -> None:
         """Ask the cells to stop where the comparison is interrupted, else start those that there is room for."""

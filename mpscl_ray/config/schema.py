@@ -62,6 +62,8 @@ class RunConfig:
     criterion (see `search.metric`); or target validation Dice ("oracle")."""
     max_failures: Annotated[int, Field(ge=0)] = 3
     """Worker failures after which the run restarts by itself; the next one ends it (resumable)."""
+    progress_page: bool = True
+    """Whether `progress.html` in the run's folder is kept up to date: curves, validation slices, notices, time left."""
     profile: Annotated[int, Field(ge=0)] = 0
     """Steps of each phase that torch.profiler records in `profile/`: a trace for Perfetto, and a table; 0: none."""
 

@@ -15,26 +15,21 @@ from pathlib import Path
 from mpscl_ray.config.titles import phase_title
 from mpscl_ray.data import SPLITS
 from mpscl_ray.data.dataset import Case, Manifest, Scaling, load_manifest
-from mpscl_ray.data.label_map_files import read_label_map
-from mpscl_ray.data.parquet_reader import read_case
-from mpscl_ray.data.volumes.geometry import Geometry
-from mpscl_ray.data.volumes.preprocess import unscale
 from mpscl_ray.data.volumes.recipe import Recipe
 from mpscl_ray.distributed.parallel_map import map_volumes
 from mpscl_ray.distributed.ray_session import connect
 from mpscl_ray.errors import ConfigError, DataError
+from mpscl_ray.evaluate.case_scores import CaseToScore, segment_and_score
 from mpscl_ray.evaluate.evaluation import Evaluation, Protocol, write_evaluation
-from mpscl_ray.evaluate.metrics import StructureScore, released_protocol_scores, volume_scores
+from mpscl_ray.evaluate.metrics import StructureScore
 from mpscl_ray.evaluate.tables import summarise
 from mpscl_ray.predict.model import Checkpoint, Domain, Model, find_checkpoint, read_model
 from mpscl_ray.predict.predictor import (
     Predictor,
     cached_predictor,
-    keep_largest_component,
     load_weights,
     num_inference_workers,
 )
-from mpscl_ray.predict.segmentation import segment
 from mpscl_ray.runs.model_store import ModelStore, open_model
 from mpscl_ray.runs.progress import ProgressLine
 from mpscl_ray.runs.run_directory import RunDirectory
@@ -300,20 +295,10 @@ def _score(
 
 
 def _score_case(predictor: Predictor, options: _Options, case: Case) -> list[StructureScore]:
-    arrays = read_case(options.dataset, case, ("image",) if options.protocol == "file" else ("image", "label"))
-    slices, low, high = arrays["image"], options.scaling.low, options.scaling.high
-    if options.domain is not None and (low, high) != (options.domain.low, options.domain.high):
-        slices = options.domain.scale(unscale(slices, low, high))
-    if options.protocol == "file":
-        geometry = Geometry.from_json(case.geometry)
-        found = segment(predictor, slices, geometry, largest_component=options.largest_component)
-        return volume_scores(found.labels, read_label_map(options.dataset, case), predictor.classes, geometry.voxel_mm)
-    labels = predictor.predict_slices(slices)
-    if options.largest_component:
-        labels = keep_largest_component(labels, len(predictor.classes))
-    if options.protocol == "released":
-        return released_protocol_scores(labels, arrays["label"], predictor.classes)
-    return volume_scores(labels, arrays["label"], predictor.classes, case.spacing_mm)
+    subject = CaseToScore(options.dataset, case, options.scaling, options.domain)
+    _, scores = segment_and_score(predictor, subject, options.protocol, largest_component=options.largest_component)
+    assert scores is not None, f"{case.id} was chosen because it has labels"
+    return scores
 
 
 def _score_in_worker(options: _Options, case: Case) -> list[StructureScore]:

@@ -16,7 +16,9 @@ examples:
   python -m mpscl_ray.report runs/lower runs/cscl runs/mpscl runs/upper --out report
       several, in this order
   python -m mpscl_ray.report runs/mr2ct --case ct_1003
-      another volume of the target
+      another volume of the target in the figures
+  python -m mpscl_ray.report runs/mr2ct --no-volumes
+      without the viewer: quicker on a CPU, and no images of other cases
 
 DIR/index.html has everything in one file; DIR/figures/ has each figure as PNG and PDF. A running
 run is shown up to its newest checkpoint. Give the runs with and without margin together to compare
@@ -39,7 +41,15 @@ def main(arguments: Sequence[str]) -> int:
         metavar="DIR",
         help="folder for the page (default: RUN/report; report beside the first of several runs)",
     )
-    add("--case", metavar="ID", help="volume of the target to show (default: the first labelled test volume)")
+    add("--case", metavar="ID", help="volume of the target in the figures (default: the first labelled test volume)")
+    add("--no-volumes", action="store_true", help="no viewer: the other test cases are not predicted")
+    add(
+        "--max-size",
+        type=float,
+        default=200.0,
+        metavar="MB",
+        help="size of the volumes on the page; above it those of the best cases are left out (default: 200)",
+    )
     add("--device", help="cpu, cuda or cuda:N (default: a GPU where there is one)")
     options = parser.parse_args(list(arguments))
     if options.out is not None and is_url(options.out):
@@ -48,10 +58,19 @@ def main(arguments: Sequence[str]) -> int:
         )
     if options.out is None and is_url(options.runs[0]):
         raise ConfigError(f"the run {options.runs[0]} is in a bucket; give a folder for its report with --out DIR")
+    if not options.max_size > 0:
+        raise ConfigError(f"--max-size is {options.max_size:g}; expected a number of MB above 0, or --no-volumes")
     # Imported here: help and refused arguments do not wait for torch.
     from mpscl_ray.report.run import report
 
-    file = report(options.runs, options.out, case=options.case, device=options.device)
+    file = report(
+        options.runs,
+        options.out,
+        case=options.case,
+        device=options.device,
+        volumes=not options.no_volumes,
+        max_size_mb=options.max_size,
+    )
     print(
         f"written: {file}\n\nOpen it in any browser; it needs no server. The figures are in {file.parent / 'figures'}"
     )

@@ -10,6 +10,7 @@ from mpscl_ray.config.titles import phase_title
 from mpscl_ray.errors import DataError
 from mpscl_ray.predict.model import Checkpoint
 from mpscl_ray.predict.predictor import load_weights
+from mpscl_ray.report.cases import HeldOut, held_out_cases, predict_cases, read_scores, worst_first
 from mpscl_ray.report.figures.feature_space import FeatureSample
 from mpscl_ray.report.runs import (
     Prediction,
@@ -19,6 +20,7 @@ from mpscl_ray.report.runs import (
     predict_case,
     sample_features,
 )
+from mpscl_ray.runs.wording import counted
 
 
 @dataclass
@@ -35,6 +37,8 @@ class Group:
     """The case; None where there is none to show."""
     predictions: list[Prediction] = field(default_factory=list)
     """Of each column."""
+    held_out: HeldOut | None = None
+    """All cases of the test split, worst first; None where there is no dataset."""
     samples: dict[str, FeatureSample] = field(default_factory=dict)
     """Title -> features of the columns of :attr:`contrast` that have any."""
     notes: list[str] = field(default_factory=list)
@@ -90,8 +94,12 @@ def _columns(runs: Sequence[ReportedRun]) -> list[tuple[str, ReportedRun, Checkp
     return columns
 
 
-def predict_group(group: Group, case: str | None, device: str | None) -> None:
-    """Choose a case, predict it for every column, and sample features for two of them."""
+def predict_group(group: Group, case: str | None, device: str | None, volumes: bool) -> None:
+    """Choose a case, predict it for every column, and sample features for two of them.
+
+    With ``volumes`` all held-out cases are predicted, for the viewer; scores are those of the run's evaluation, or of
+    these predictions where there is none.
+    """
     for run in group.runs:
         if not run.checkpoints:
             group.notes.append(f"{run.title} has no checkpoint yet, so only its metrics are shown.")
@@ -107,11 +115,20 @@ def predict_group(group: Group, case: str | None, device: str | None) -> None:
             f"The case {group.shown.case.id} is shown without ground truth"
             + (" because labels of training cases are not read." if group.shown.case.split == "train" else ".")
         )
+    group.held_out = held_out_cases(group.runs[0], len(group.columns))
+    cases = group.shown.case.id
+    if volumes:
+        cases = f"{counted(len(group.held_out.cases), f'{group.held_out.split} case')}"
     for number, (title, run, saved) in enumerate(group.columns):
-        print(f"predicting {group.shown.case.id}: {title} ({run.folder.name})", flush=True)
+        print(f"predicting {cases}: {title} ({run.folder.name})", flush=True)
+        if saved.name != "last":
+            read_scores(group.held_out, number, run, saved.name)
         predictor = load_weights(run.model, saved, device)
         group.predictions.append(predict_case(predictor, group.shown, title))
+        if volumes:
+            predict_cases(group.held_out, number, run, predictor)
         if number in group.contrast:
             sample = sample_features(run, saved, predictor, group.shown)
             if sample is not None:
                 group.samples[title] = sample
+    worst_first(group.held_out, group.contrast[-1])

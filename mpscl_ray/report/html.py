@@ -1,15 +1,17 @@
-"""The report as one HTML page: with its images inside, without scripts and external files."""
+"""The report as one HTML page: with its images, volumes and scripts inside, without any other file."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from matplotlib.figure import Figure
 
 from mpscl_ray import __version__
 from mpscl_ray.report.figures.style import Picture
+from mpscl_ray.report.viewer import CaseTable
 from mpscl_ray.runs.html import render
 
 
@@ -39,6 +41,10 @@ class Section:
     figures: list[Picture] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     """What is missing and why, a sentence each."""
+    cases: Sequence[CaseTable] = ()
+    """Tables whose rows open a case in the viewer, which follows them."""
+    curves: Sequence[tuple[str, Mapping[str, Any]]] = ()
+    """Title and curves of each run, see :func:`mpscl_ray.runs.curves.curves`."""
 
     def add_figure(self, name: str, figure: Figure, caption: str, alt_text: str) -> None:
         """Add a :class:`Picture`."""
@@ -51,6 +57,8 @@ def page(
     sections: Sequence[Section],
     structures: Sequence[tuple[str, str]],
     settings: Sequence[tuple[str, str]],
+    viewer: Sequence[Mapping[str, Any]] = (),
+    files: Iterable[tuple[str, bytes]] = (),
 ) -> str:
     """The whole page, from the template ``page.html``.
 
@@ -60,6 +68,8 @@ def page(
         sections: in order.
         structures: name and colour of each structure, in display order.
         settings: name of each run and its settings as YAML.
+        viewer: see :func:`mpscl_ray.report.viewer.viewer_data`.
+        files: name and content of the volumes that it names.
     """
     return render(
         Path(__file__).parent / "page.html",
@@ -68,5 +78,7 @@ def page(
         sections=sections,
         structures=structures,
         settings=settings,
+        viewer_cases=viewer,
+        viewer_files=files,
         version=__version__,
     )

@@ -8,15 +8,20 @@ from pathlib import Path
 import yaml
 
 from mpscl_ray.predict.predictor import choose_device
+from mpscl_ray.report.case_sections import case_by_case, curves_section
 from mpscl_ray.report.figures.style import DPI
 from mpscl_ray.report.groups import group_runs, predict_group
 from mpscl_ray.report.html import page
 from mpscl_ray.report.runs import read_runs
 from mpscl_ray.report.sections import overview, sections
+from mpscl_ray.report.viewer import viewer_data, viewer_files
 from mpscl_ray.runs.atomic_files import storage_errors, write_atomically
 from mpscl_ray.runs.palette import hex_colour
 from mpscl_ray.runs.structures import display_indices
 from mpscl_ray.runs.wording import counted
+
+MAX_SIZE_MB = 200
+"""Largest size of the volumes on a page, unless another is asked for: browsers open larger pages slowly."""
 
 
 def report(
@@ -27,6 +32,8 @@ def report(
     device: str | None = None,
     dpi: float = DPI,
     pdf: bool = True,
+    volumes: bool = True,
+    max_size_mb: float = MAX_SIZE_MB,
 ) -> Path:
     """Make the page and the figures.
 
@@ -36,7 +43,9 @@ def report(
         case: volume of the target to show; None for the first labelled test volume.
         device: of the predictions; None takes a GPU where there is one.
         dpi: pixels of the figures per inch.
-        pdf: whether to write each figure as PDF too; this takes longer than everything else.
+        pdf: whether to write each figure as PDF too.
+        volumes: whether the page has a viewer with the volumes of all test cases, which are predicted for it.
+        max_size_mb: largest size of these volumes on the page; of the best cases they are left out.
 
     Returns:
         The page.
@@ -54,7 +63,7 @@ def report(
         (folder / "figures").mkdir(parents=True, exist_ok=True)
     groups = group_runs(found)
     for group in groups:
-        predict_group(group, case, device)
+        predict_group(group, case, device, volumes)
     print("drawing", flush=True)
     directions = list(dict.fromkeys(run.direction for run in found))
     names = ", ".join(f"{run.title} ({run.folder.name}, {run.state})" for run in found)
@@ -62,9 +71,16 @@ def report(
     text = page(
         title=f"Adaptation {' and '.join(directions)}",
         summary=f"{counted(len(found), 'run')}: {names}.",
-        sections=[overview(groups), *sections(groups, folder / "figures", dpi, pdf)],
+        sections=[
+            overview(groups),
+            *case_by_case(groups, max_size_mb, folder / "figures", dpi, pdf),
+            *curves_section(groups),
+            *sections(groups, folder / "figures", dpi, pdf),
+        ],
         structures=list(structures.items()),
         settings=[(run.folder.name, yaml.safe_dump(dict(run.config), sort_keys=False)) for run in found],
+        viewer=viewer_data(groups),
+        files=viewer_files(groups),
     )
     write_atomically(folder / "index.html", text.encode())
     return folder / "index.html"

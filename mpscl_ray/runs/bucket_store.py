@@ -53,7 +53,8 @@ _FINAL_UPLOAD_S = 60.0
 
 _COMMAND_UPLOADS = ("config.yaml", "model.json", "environment.json", "status.json", "results", STOP_FILE)
 _WORKER_0_UPLOADS = tuple(
-    "checkpoints best phases metrics.jsonl features.jsonl pseudo_labels progress.png tensorboard profile".split()
+    "checkpoints best phases metrics.jsonl features.jsonl pseudo_labels progress.png progress.html slices tensorboard "
+    "profile".split()
 )
 _LARGE = (*CHECKPOINT_PARTS, "tensorboard", "trials", "shared", "cells")
 """Folders that are not downloaded as a whole; the last three hold the runs of a search or a comparison."""

@@ -86,6 +86,35 @@ class StatusUpdates:
         self._next = ended + max(_EVERY_S, 5 * self._run.store.poll_interval_s, (ended - started) / _LONGEST_SHARE)
 
 
+class Speed:
+    """Speed and remaining time of a training.
+
+    Args:
+        total_steps: Iterations of all its phases.
+        clock: Seconds, from any origin.
+    """
+
+    def __init__(self, total_steps: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._total, self._clock = total_steps, clock
+        self._since: tuple[str, int, float] | None = None
+        self._last = 0
+
+    def read(self, phase: str, step: int) -> dict[str, float | None]:
+        """Iterations per second of the phase since the first call in it, validations included, and seconds left."""
+        now = self._clock()
+        # The step falls where the workers start again from a checkpoint.
+        if self._since is None or self._since[0] != phase or step < self._last:
+            self._since = phase, step, now
+        self._last = step
+        seconds, steps = now - self._since[2], step - self._since[1]
+        if seconds < _SHORTEST_S or steps == 0:
+            return {"iterations_per_s": None, "eta_s": None}
+        return {
+            "iterations_per_s": float(f"{steps / seconds:.4g}"),
+            "eta_s": round((self._total - step) * seconds / steps),
+        }
+
+
 class TrainingPosition:
     """Position, speed and remaining time of a training, from its metrics.
 
@@ -96,10 +125,10 @@ class TrainingPosition:
     """
 
     def __init__(self, run: RunDirectory, total_steps: int, clock: Callable[[], float] = time.monotonic) -> None:
-        self._run, self._total, self._clock = run, total_steps, clock
+        self._run, self._total = run, total_steps
+        self._speed = Speed(total_steps, clock)
         self._version = self._metrics_version()
         self._found: dict[str, Any] = {}
-        self._since: tuple[str, int, float] | None = None
 
     def read(self) -> dict[str, Any]:
         """:func:`position` with total_steps, iterations_per_s and eta_s; {} before the first record of this start."""
@@ -107,27 +136,16 @@ class TrainingPosition:
         if version != self._version:
             self._version = version
             found = position(self._run)
-            self._found = found | {"total_steps": self._total} | self._speed(found) if found else {}
+            if found:
+                speed = self._speed.read(found["phase"], found["global_step"])
+                found |= {"total_steps": self._total} | speed
+            self._found = found
         return self._found
 
     def _metrics_version(self) -> tuple[int, int]:
         """Changes with the metrics."""
         file = self._run.metrics_file
         return (file.stat().st_size, file.stat().st_mtime_ns) if file.exists() else (0, 0)
-
-    def _speed(self, found: dict[str, Any]) -> dict[str, float | None]:
-        """Iterations per second of the phase since its first record here, validations included."""
-        phase, step, now = found["phase"], found["global_step"], self._clock()
-        # The step falls where the workers start again from a checkpoint.
-        if self._since is None or self._since[0] != phase or step < self._found.get("global_step", 0):
-            self._since = phase, step, now
-        seconds, steps = now - self._since[2], step - self._since[1]
-        if seconds < _SHORTEST_S or steps == 0:
-            return {"iterations_per_s": None, "eta_s": None}
-        return {
-            "iterations_per_s": float(f"{steps / seconds:.4g}"),
-            "eta_s": round((self._total - step) * seconds / steps),
-        }
 
 
 def training_status(run: RunDirectory, total_steps: int) -> StatusUpdates:

@@ -116,7 +116,7 @@ class ProgressLine:
         parts = [f"{self._label} {self._iteration}/{self._total} ({percent}%)"]
         rate = self._rate()
         if rate > 0:
-            parts.append(f"ETA {_duration((self._total - self._iteration) / rate)}")
+            parts.append(f"ETA {duration((self._total - self._iteration) / rate)}")
             if self._images:
                 parts.append(f"{rate * self._images:.1f} images/s")
         if self._loss is not None:
@@ -141,7 +141,8 @@ class ProgressLine:
             self._stream = None
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """``minutes:seconds``, with hours where there are any."""
     minutes, second = divmod(max(round(seconds), 0), 60)
     hours, minute = divmod(minutes, 60)
     return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"

@@ -11,6 +11,8 @@ Layout::
         status.json        state (running, finished, failed, interrupted), exit_code, reason, resume_command; how far it
                            is (mpscl_ray.runs.position); pid, host and time of who wrote it
         progress.png       curves of the run so far
+        progress.html      the same and more as a page that renews itself (mpscl_ray.runs.live_page)
+        slices/            a few target slices with their predictions at each validation
         features.jsonl     angles to the prototypes at each validation (mpscl_ray.train.feature_log)
         pseudo_labels/     a few target slices with their pseudo-labels at each validation
         checkpoints/       step-NNNNNNN, the newest few (mpscl_ray.runs.checkpoint)
@@ -104,6 +106,8 @@ class RunDirectory:
         self.environment_file = path / "environment.json"
         self.status_file = path / "status.json"
         self.progress_image = path / "progress.png"
+        self.progress_page = path / "progress.html"
+        self.slices = path / "slices"
         self.checkpoints = path / "checkpoints"
         self.phases = path / "phases"
         self.best = path / "best"

@@ -40,6 +40,11 @@ def summary(config: Config, folder: RunDirectory, domains: Domains, data: Traini
         f"  iterations: {phases}; the target's labels are not used for training"
         + (" (except here: the supervised bound)" if config.data.labelled_domain == "target" else "")
         + ("; best is chosen with target labels (oracle)" if config.run.select == "oracle" else "")
+        + (
+            f"\n  follow it in {join_location(folder.display_path, 'progress.html')}"
+            if config.run.progress_page
+            else ""
+        )
     )
 
 

@@ -119,7 +119,8 @@ def _train_and_evaluate(config: Config, folder: RunDirectory, device: torch.devi
         warnings.warn(sentence, stacklevel=3)  # shown at the line that calls train_segmenter
     data = open_data(config, domains, _open_slices)
     with ProgressDisplay(config, folder) if progress else nullcontext() as display:
-        callback = _Callback(folder, domains.classes, training_status(folder, config.total_iterations), display)
+        status = training_status(folder, config.total_iterations)
+        callback = _Callback(folder, config, domains.classes, status, display)
         with closing(callback), folder.store.worker_lock(folder.store.fencing_token, rank=0):
             outcome = loop.train(config, data, folder, device, callback)
     if outcome.state == "non_finite":
@@ -160,9 +161,14 @@ class _Callback(RunCallback):
     """Keeps the status up to date as well, and shows progress lines if asked to."""
 
     def __init__(
-        self, folder: RunDirectory, classes: tuple[str, ...], status: StatusUpdates, display: ProgressDisplay | None
+        self,
+        folder: RunDirectory,
+        config: Config,
+        classes: tuple[str, ...],
+        status: StatusUpdates,
+        display: ProgressDisplay | None,
     ) -> None:
-        super().__init__(folder, classes)
+        super().__init__(folder, config, classes)
         self.status, self.display = status, display
 
     def on_warning(self, text: str) -> None:

@@ -35,6 +35,7 @@ MAY_CHANGE = (
     "run.checkpoint_every",
     "run.keep_checkpoints",
     "run.max_failures",
+    "run.progress_page",
     "run.profile",
     "optim.recompute",
     "run.storage",

@@ -73,12 +73,11 @@ def short_key(key: str) -> str:
     return key.rpartition(".")[2]
 
 
-def trial_rows(study: Study) -> list[str]:
-    """The table of the trials that have started as text."""
+def trial_cells(study: Study) -> list[list[str]]:
+    """The table of the trials that have started: its header, and a row for each."""
     keys = study.space.keys
     cells = [["trial", "state", "iteration", study.metric.replace("_", " "), *map(short_key, keys)]]
-    trials = study.ledger.trials.values()
-    for trial in trials:
+    for trial in list(study.ledger.trials.values()):  # another thread adds some
         value = study.score(trial)
         cells.append(
             [
@@ -89,7 +88,13 @@ def trial_rows(study: Study) -> list[str]:
                 *(short_value(trial.settings[key]) for key in keys),
             ]
         )
+    return cells
+
+
+def trial_rows(study: Study) -> list[str]:
+    """The table of the trials that have started as text."""
+    cells = trial_cells(study)
     widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in cells]
-    waiting = study.sampler.total - len(trials)
+    waiting = study.sampler.total - (len(cells) - 1)
     return lines + ([f"{waiting} more to come"] if waiting > 0 else [])

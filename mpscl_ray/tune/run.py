@@ -12,6 +12,7 @@ from mpscl_ray.distributed.ray_session import connect
 from mpscl_ray.errors import ConfigError, Interrupted, TrainingError
 from mpscl_ray.prepare import phantom_dataset
 from mpscl_ray.runs.lifecycle import carry_out
+from mpscl_ray.runs.live_page import LivePage
 from mpscl_ray.runs.run_directory import RunDirectory, open_run
 from mpscl_ray.runs.signals import Interruption, signals_end
 from mpscl_ray.runs.storage import S3Path, join_location
@@ -28,6 +29,7 @@ from mpscl_ray.tune.display import TrialTable, trial_rows
 from mpscl_ray.tune.ledger import Ledger
 from mpscl_ray.tune.ray_tune import run_trials
 from mpscl_ray.tune.results import PRESET, print_results, write_results
+from mpscl_ray.tune.search_page import search_page
 from mpscl_ray.tune.space import Space
 from mpscl_ray.tune.study import LEDGER, Study
 from mpscl_ray.tune.warm_start import choose_metric, train_shared_phases
@@ -54,7 +56,7 @@ def search(
     """Start or resume a search in its folder; returns the exit code."""
     check_machine(space.base)
     run = space.base.run
-    own = (SPACE, LEDGER, PRESET, "tensorboard")
+    own = (SPACE, LEDGER, PRESET, "progress.html", "tensorboard")
     folder = open_run(join_location(run.storage, run.name), "command", 60 * run.storage_retry_minutes, own)
     if folder.exists:
         raise ConfigError(f"{folder.display_path} is the folder of a training run; give the search another run.name")
@@ -113,10 +115,13 @@ def _search(
             parent = train_shared_phases(study, warm_up, room.places, interruption)
             if not interruption.requested:
                 table = TrialTable(lambda: trial_rows(study))
+                page = search_page(study) if resolved.run.progress_page else None
                 try:
-                    run_trials(study, parent, room, interruption, table.redraw)
+                    run_trials(study, parent, room, interruption, lambda: _show(table, page))
                 finally:
                     table.close()
+                    if page is not None:
+                        page.update(at_once=True)
         if interruption.requested and study.remaining():
             ended = sum(trial.ended for trial in ledger.trials.values())
             raise Interrupted(
@@ -129,6 +134,12 @@ def _search(
     if len(failed) == len(ledger.trials):
         raise TrainingError(f"all {len(failed)} trials failed, the first one because: {failed[0].reason}")
     return study
+
+
+def _show(table: TrialTable, page: LivePage | None) -> None:
+    table.redraw()
+    if page is not None:
+        page.update()
 
 
 def _summary(study: Study, places: int) -> str:

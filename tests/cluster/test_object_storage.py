@@ -155,7 +155,14 @@ def test_a_run_that_is_cut_off_and_killed_ends_as_on_a_disk(
     assert not list((tmp_path / "third" / "runs").iterdir()), "copies of a run go with it"
 
     kept = server.folder("runs/hard").files()
-    for name in ("model.json", "environment.json", "progress.png", "results/phases.txt", "logs/worker-1.log"):
+    for name in (
+        "model.json",
+        "environment.json",
+        "progress.png",
+        "progress.html",
+        "results/phases.txt",
+        "logs/worker-1.log",
+    ):
         assert name in kept
     assert {"features.jsonl", "pseudo_labels/slices.npz", f"pseudo_labels/step-{STEPS:07d}.npz"} <= set(kept)
     assert ".lease" not in kept

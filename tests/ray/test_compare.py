@@ -42,6 +42,10 @@ def test_two_real_cells_share_their_first_phases_and_are_scored(cluster: None, d
     (row,) = (row for row in rows if (row["system"], row["structure"]) == ("mpscl", "mean"))
     dice = scores["summary"]["structures"]["mean"]["dice"]["mean"]
     assert float(row["dice_percent_mean"]) == pytest.approx(100 * dice)
+    page = RunDirectory(out).progress_page.read_text(encoding="utf-8")
+    assert "2 of 2 runs are finished" in page
+    assert '<a href="cells/mr2ct-seed1-mpscl/progress.html">' in page
+    assert "All phases are trained" in mpscl.progress_page.read_text(encoding="utf-8")
 
 
 def test_a_table_with_shared_phases_that_resumes_and_grows(

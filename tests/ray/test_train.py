@@ -71,6 +71,7 @@ def test_what_a_run_leaves(calm: tuple[str, RunDirectory], runs: Runs) -> None:
     assert model["target"]["dataset"] == str(runs.data / "ct")
     environment = json.loads(run.environment_file.read_text(encoding="utf-8"))
     assert environment["command"][:3] == ["python", "-m", "mpscl_ray.train"]
+    assert "All phases are trained" in run.progress_page.read_text(encoding="utf-8")
     assert run.progress_image.read_bytes().startswith(b"\x89PNG")
     assert (run.results / "phases.png").read_bytes().startswith(b"\x89PNG")
     assert (run.results / "phases.csv").is_file()

@@ -81,6 +81,7 @@ def test_a_search_stops_what_falls_behind_records_what_fails_and_leaves_a_preset
     status = RunDirectory(folder).read_status()
     assert status["state"] == "finished"
     assert status["trials"] == {"total": 4, "finished": 1, "stopped": 2, "failed": 1, "running": 0}
+    assert "<dd>4 of 4 ended</dd>" in RunDirectory(folder).progress_page.read_text(encoding="utf-8")
     assert "best: trial 001" in text
     assert "8 iterations) are trained once for all trials: 24 iterations less" in text
 

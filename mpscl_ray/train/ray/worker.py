@@ -17,7 +17,7 @@ import ray.train
 import ray.train.torch
 import torch
 
-from mpscl_ray.config import ScalingConfig, config_from_dict
+from mpscl_ray.config import Config, config_from_dict
 from mpscl_ray.distributed import collectives
 from mpscl_ray.errors import MpsclError, StorageError
 from mpscl_ray.runs.atomic_files import write_atomically
@@ -60,7 +60,7 @@ def run_worker(
     torch.set_num_threads(max(1, int(config.scaling.cpus_per_worker)))
     device = ray.train.torch.get_device()
     callback = WorkerCallback(
-        run, data.classes, Monitoring(display_name, rank, device), config.scaling, CheckpointReports(rank), rank == 0
+        run, config, data.classes, Monitoring(display_name, rank, device), CheckpointReports(rank), rank == 0
     )
     result: loop.TrainResult | None = None
 
@@ -135,14 +135,14 @@ class WorkerCallback(RunCallback):
     def __init__(
         self,
         folder: RunDirectory,
+        config: Config,
         classes: tuple[str, ...],
         monitoring: Monitoring,
-        scaling: ScalingConfig,
         reports: CheckpointReports | None,
         writes: bool,
     ) -> None:
-        super().__init__(folder, classes, writes)
-        self.monitoring, self.scaling, self.reports = monitoring, scaling, reports
+        super().__init__(folder, config, classes, writes)
+        self.monitoring, self.scaling, self.reports = monitoring, config.scaling, reports
         self.waits = False
         """Whether a scheduler decides after each validation if the run continues."""
 

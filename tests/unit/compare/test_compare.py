@@ -14,6 +14,7 @@ import pytest
 from mpscl_ray.compare import command as compare
 from mpscl_ray.compare import run as compare_run
 from mpscl_ray.compare.cells import Cell, CellLedger, Entry, Plan, check_presets, make_cells, system_config
+from mpscl_ray.compare.comparison_page import comparison_page
 from mpscl_ray.compare.published import PUBLISHED, STRUCTURES, published_for
 from mpscl_ray.compare.runner import total_seconds
 from mpscl_ray.compare.table import (
@@ -31,6 +32,7 @@ from mpscl_ray.config.systems import SYSTEMS, shared_phase
 from mpscl_ray.config.titles import system_of
 from mpscl_ray.data.dataset import load_manifest
 from mpscl_ray.errors import ConfigError, DataError
+from mpscl_ray.runs.run_directory import RunDirectory
 from tests.tiny import make_dataset, make_pair
 
 ADAPTS = ["baseline", "cscl", "mpscl"]
@@ -41,6 +43,26 @@ def cells_of(systems: list[str], seeds: tuple[int, ...] = (1,), overrides: tuple
     plan = Plan(tuple(systems), seeds, tuple(names), dict.fromkeys(names, "phantom"), overrides)
     cells = make_cells(plan, names, ("data/ct", "data/mr"), "cells")
     return {cell.name: cell for cell in cells}
+
+
+def test_the_page_of_a_comparison_has_its_runs_and_the_table(tmp_path: Path) -> None:
+    cells = list(cells_of(["source_only", "mpscl", "supervised"]).values())[:3]
+    ledger = CellLedger(tmp_path / "cells.json")
+    summary = {"structures": {"mean": {"dice": {"mean": 0.754}}}}
+    ledger[cells[0].name].state, ledger[cells[0].name].summary = "finished", summary
+    ledger[cells[1].name].state = "running"
+    ledger[cells[2].name].state, ledger[cells[2].name].reason = "failed", "no <room>"
+    page = comparison_page(
+        RunDirectory(tmp_path), cells, ledger, lambda: {cells[1].name: 40}, lambda: "Dice %  mean\n<table>"
+    )
+    page.update()
+    text = (tmp_path / "progress.html").read_text(encoding="utf-8")
+    assert "1 of 3 runs are finished, 1 run." in text
+    assert f'<a href="cells/{cells[0].name}/progress.html">{cells[0].name}</a>' in text
+    assert "<td>75.4</td>" in text
+    assert f"<td>40 of {cells[1].own_iterations}</td>" in text
+    assert "no &lt;room&gt;" in text
+    assert "<pre>Dice %  mean\n&lt;table&gt;</pre>" in text
 
 
 # --------------------------------------------------------------------------------------------------------- cells

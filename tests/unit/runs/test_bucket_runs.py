@@ -18,6 +18,7 @@ from mpscl_ray.runs import checkpoint
 from mpscl_ray.runs.bucket_store import LEASE, BucketStore
 from mpscl_ray.runs.control_files import STOP_FILE, VALIDATION_GATE_FILE
 from mpscl_ray.runs.lease import Lease
+from mpscl_ray.runs.live_page import Content, LivePage
 from mpscl_ray.runs.run_directory import RunDirectory, open_run
 from mpscl_ray.runs.storage import S3Path
 from mpscl_ray.train.ray.worker import STOP_THERE, wait_for_decision
@@ -125,10 +126,15 @@ def test_command_and_worker_share_a_run_and_a_fresh_node_resumes(remote: S3Path)
                 assert open_run(str(remote)).store.step_checkpoints()[-1] == f"step-000000{step}", (
                     "there when it returns"
                 )
+            LivePage(worker.progress_page, lambda: Content("run", "running", 0.5)).update()
+            worker.slices.mkdir()
+            (worker.slices / "step-0000003.png").write_bytes(b"png")
             checkpoint.save(worker.phases / "warm_up", state(3))
             wait_until(lambda: len(command.read_metrics()) == 3)
             (command.path / STOP_FILE).touch()
             wait_until((worker.path / STOP_FILE).exists)
+    assert b"running" in (remote / "progress.html").read_bytes()
+    assert (remote / "slices/step-0000003.png").read_bytes() == b"png"
     fresh = open_run(str(remote))
     fresh.require()
     assert fresh.store.checkpoint_names() == ["step-0000002", "step-0000003", "warm_up"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +16,7 @@ from mpscl_ray.runs.tensorboard import TensorBoard
 from mpscl_ray.tune import command
 from mpscl_ray.tune import run as tune_run
 from mpscl_ray.tune.ledger import Ledger
+from mpscl_ray.tune.search_page import search_page
 from mpscl_ray.tune.space import load_space
 from mpscl_ray.tune.study import Study
 from mpscl_ray.tune.trainable import PAUSE, STOP_SEARCH
@@ -45,6 +47,23 @@ def study_in(folder: Path, *words: str, log: Callable[[str], None] = lambda text
         study.ledger.report(1, 6, {"val/dice/mean": 0.5})
         study.trial_folder(1).create()
     return study
+
+
+def test_the_page_of_a_search_has_its_trials_and_their_scores(tmp_path: Path) -> None:
+    study = study_in(tmp_path)
+    study.ledger.add(2, study.sampler.settings(2))
+    study.ledger.report(2, 6, {"val/dice/mean": 0.75})
+    study.ledger.end(2, "failed", "a <reason>")
+    search_page(study).update()
+    text = study.folder.progress_page.read_text(encoding="utf-8")
+    assert f"<dd>1 of {study.sampler.total} ended</dd>" in text
+    assert "<dd>0.7500, trial 002 at iteration 6</dd>" in text
+    assert '<a href="trials/001/progress.html">001</a>' in text
+    assert "<li>trial 002 failed: a &lt;reason&gt;</li>" in text
+    found = re.search(r'id="curves-data">(.*?)</script>', text)
+    assert found is not None
+    (panel,) = json.loads(found.group(1))["panels"]
+    assert [(curve["name"], curve["values"]) for curve in panel["curves"]] == [("001", [0.5]), ("002", [0.75])]
 
 
 @pytest.mark.parametrize(
