@@ -22,10 +22,12 @@ from mpscl_ray.runs.progress import ProgressLine
 from mpscl_ray.runs.run_directory import RunDirectory, open_run
 from mpscl_ray.runs.signals import Interruption
 from mpscl_ray.runs.storage import S3Path, join_location
+from mpscl_ray.runs.trackers import Tracking
 from mpscl_ray.train.ray.concurrent import Shared, run_trial
 from mpscl_ray.train.ray.launch import Launch
 from mpscl_ray.train.ray.one_process import own_resources
 from mpscl_ray.train.ray.room import Room
+from mpscl_ray.train.tracking import final_scores, tracking_of
 
 _POLL_S = 0.5
 _PROGRESS_S = 2.0
@@ -128,6 +130,7 @@ class Comparison:
         self._task = ray.remote(max_retries=0)(run_cell)
         self._line = ProgressLine(sum(cell.own_iterations for cell in self.waiting), "all runs, iteration")
         self._status = StatusUpdates(self.folder, self._counts)
+        self._tracking: dict[str, Tracking] = {}
         self._done = 0
 
     def run(self, interruption: Interruption) -> None:
@@ -149,6 +152,8 @@ class Comparison:
                     for reference in ready:
                         self._end(self.running.pop(reference), reference)
                     self._status.update()
+                    for cell in self.running.values():
+                        self._tracking[cell.name].update()
                     if time.monotonic() - last_progress >= _PROGRESS_S:
                         last_progress = time.monotonic()
                         now_running = sum(self._iterations(cell) for cell in self.running.values())
@@ -161,6 +166,8 @@ class Comparison:
                     ray.cancel(reference, force=True)
                     self.ledger[cell.name].state = "interrupted"
                 self.ledger.write()
+                for tracking in self._tracking.values():
+                    tracking.close("interrupted")
                 self._status.update(at_once=True)
 
     def _poll(self, interruption: Interruption) -> None:
@@ -200,6 +207,10 @@ class Comparison:
             self.ledger.write()
             origin = f", from the end of {fork_point[1]} of {fork_point[0]}" if fork_point else ""
             self._line.message(f"{cell.name} starts{origin}")
+            if cell.name not in self._tracking:  # it is there where the cell lost its process
+                self._tracking[cell.name] = tracking_of(
+                    cell.config, self.run_folder(cell.name), self.folder, self._line.message, cell.name
+                )
             self._before[cell.name] = self.run_folder(cell.name).read_status()
             shared = self.shared[cell.name]
             reserved = own_resources(cell.config, shared.use_gpu)
@@ -249,6 +260,8 @@ class Comparison:
         entry.summary = found.get("summary")
         entry.scored_on = found.get("scored_on", {})
         self.ledger.write()
+        scores = final_scores(cell.config.schedule[-1][0], entry.summary) if entry.summary else {}
+        self._tracking[cell.name].close(entry.state, scores)
         if entry.state != "interrupted":
             self._done += cell.own_iterations
         self._line.message(f"{cell.name} {_description(entry)}")

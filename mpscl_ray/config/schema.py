@@ -62,6 +62,8 @@ class RunConfig:
     criterion (see `search.metric`); or target validation Dice ("oracle")."""
     max_failures: Annotated[int, Field(ge=0)] = 3
     """Worker failures after which the run restarts by itself; the next one ends it (resumable)."""
+    loggers: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = ("tensorboard",)
+    """What gets the metrics beside metrics.jsonl: TensorBoard files, MLflow, Weights & Biases (docs/trackers.md)."""
     profile: Annotated[int, Field(ge=0)] = 0
     """Steps of each phase that torch.profiler records in `profile/`: a trace for Perfetto, and a table; 0: none."""
 

@@ -20,14 +20,17 @@ class RunCallback(loop.Callback):
         folder: of the run.
         classes: names, background first.
         writes: whether this worker writes TensorBoard and curves.
+        tensorboard: whether event files are wanted (run.loggers).
     """
 
-    def __init__(self, folder: RunDirectory, classes: tuple[str, ...], writes: bool = True) -> None:
-        self.folder, self.classes, self.writes = folder, classes, writes
+    def __init__(
+        self, folder: RunDirectory, classes: tuple[str, ...], writes: bool = True, tensorboard: bool = True
+    ) -> None:
+        self.folder, self.classes, self.writes, self.tensorboard = folder, classes, writes, tensorboard
         self.board: TensorBoard | None = None
 
     def on_start(self, step: int) -> None:
-        if self.writes:
+        if self.writes and self.tensorboard:
             self.board = TensorBoard(self.folder.tensorboard, resume_step=step, warn=self.on_warning)
 
     def on_warning(self, text: str) -> None:
@@ -45,6 +48,6 @@ class RunCallback(loop.Callback):
             self.board.panel(step, "target", panel(images.numpy(), maps, self.classes))
 
     def close(self) -> None:
-        """Close the event file."""
+        """Close the event file. Safe to call twice."""
         if self.board is not None:
             self.board.close()

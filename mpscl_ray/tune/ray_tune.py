@@ -80,6 +80,7 @@ def run_trials(
     def show() -> None:
         redraw()
         status.update()
+        study.track()
 
     _wait(thread, study, room, interruption, show)
     room.close()

@@ -49,7 +49,7 @@ def fit_in_this_process(
     def stop_requested() -> bool:
         return (run.path / STOP_FILE).exists() or run.store.sync_error is not None
 
-    callback = WorkerCallback(run, data.classes, Monitoring(display_name, 0, device), config.scaling, None, writes=True)
+    callback = WorkerCallback(run, data.classes, Monitoring(display_name, 0, device), config, None, writes=True)
     try:
         with run.store.worker_lock(folder.store.fencing_token, rank=0), closing(callback):
             result = loop.train(config, data, run, device, callback, stop_requested)

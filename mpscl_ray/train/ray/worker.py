@@ -17,7 +17,7 @@ import ray.train
 import ray.train.torch
 import torch
 
-from mpscl_ray.config import ScalingConfig, config_from_dict
+from mpscl_ray.config import Config, config_from_dict
 from mpscl_ray.distributed import collectives
 from mpscl_ray.errors import MpsclError, StorageError
 from mpscl_ray.runs.atomic_files import write_atomically
@@ -60,7 +60,7 @@ def run_worker(
     torch.set_num_threads(max(1, int(config.scaling.cpus_per_worker)))
     device = ray.train.torch.get_device()
     callback = WorkerCallback(
-        run, data.classes, Monitoring(display_name, rank, device), config.scaling, CheckpointReports(rank), rank == 0
+        run, data.classes, Monitoring(display_name, rank, device), config, CheckpointReports(rank), rank == 0
     )
     result: loop.TrainResult | None = None
 
@@ -137,12 +137,12 @@ class WorkerCallback(RunCallback):
         folder: RunDirectory,
         classes: tuple[str, ...],
         monitoring: Monitoring,
-        scaling: ScalingConfig,
+        config: Config,
         reports: CheckpointReports | None,
         writes: bool,
     ) -> None:
-        super().__init__(folder, classes, writes)
-        self.monitoring, self.scaling, self.reports = monitoring, scaling, reports
+        super().__init__(folder, classes, writes, "tensorboard" in config.run.loggers)
+        self.monitoring, self.scaling, self.reports = monitoring, config.scaling, reports
         self.waits = False
         """Whether a scheduler decides after each validation if the run continues."""
 
