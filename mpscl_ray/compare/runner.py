@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,7 @@ from mpscl_ray.runs.trackers import Tracking
 from mpscl_ray.train.ray.concurrent import Shared, run_trial
 from mpscl_ray.train.ray.launch import Launch
 from mpscl_ray.train.ray.one_process import own_resources
+from mpscl_ray.train.ray.prometheus import CommandGauges, Reading
 from mpscl_ray.train.ray.room import Room
 from mpscl_ray.train.tracking import final_scores, tracking_of
 
@@ -128,9 +129,12 @@ class Comparison:
         self.process_failures: Counter[str] = Counter()
         """How often the process of a cell was lost, for example with its node, or failed."""
         self._task = ray.remote(max_retries=0)(run_cell)
-        self._line = ProgressLine(sum(cell.own_iterations for cell in self.waiting), "all runs, iteration")
+        self._total = sum(cell.own_iterations for cell in self.waiting)
+        self._line = ProgressLine(self._total, "all runs, iteration")
         self._status = StatusUpdates(self.folder, self._counts)
         self._tracking: dict[str, Tracking] = {}
+        self._gauges = CommandGauges(self.folder.name, self._readings)
+        self._since: tuple[float, int] | None = None
         self._done = 0
 
     def run(self, interruption: Interruption) -> None:
@@ -152,12 +156,12 @@ class Comparison:
                     for reference in ready:
                         self._end(self.running.pop(reference), reference)
                     self._status.update()
+                    self._gauges.update()
                     for cell in self.running.values():
                         self._tracking[cell.name].update()
                     if time.monotonic() - last_progress >= _PROGRESS_S:
                         last_progress = time.monotonic()
-                        now_running = sum(self._iterations(cell) for cell in self.running.values())
-                        self._line.update(self._done + now_running)
+                        self._line.update(self._trained())
             finally:
                 self.room.close()
                 with suppress(StorageError):
@@ -168,6 +172,7 @@ class Comparison:
                 self.ledger.write()
                 for tracking in self._tracking.values():
                     tracking.close("interrupted")
+                self._gauges.close()
                 self._status.update(at_once=True)
 
     def _poll(self, interruption: Interruption) -> None:
@@ -273,6 +278,21 @@ class Comparison:
         return {
             "runs": {"total": len(self.cells)} | {state: states[state] for state in ("finished", "failed", "running")}
         }
+
+    def _readings(self) -> Iterator[Reading]:
+        """Cells by state, and the seconds that all of them still take at the speed so far, for Prometheus."""
+        counts = self._counts()["runs"]
+        total = counts.pop("total")
+        for state, number in (counts | {"waiting": total - sum(counts.values())}).items():
+            yield "mpscl_cells", {"state": state}, number
+        now, trained = time.monotonic(), self._trained()
+        since, before = self._since = self._since or (now, trained)
+        if trained > before:
+            yield "mpscl_eta_seconds", {}, (now - since) * (self._total - trained) / (trained - before)
+
+    def _trained(self) -> int:
+        """Iterations of the cells that this start has to train, those from before it included."""
+        return self._done + sum(self._iterations(cell) for cell in self.running.values())
 
     def _iterations(self, cell: Cell) -> int:
         """Iterations that a running cell has trained itself."""

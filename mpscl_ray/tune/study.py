@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ from mpscl_ray.runs.tensorboard import TensorBoard
 from mpscl_ray.runs.trackers import Tracking
 from mpscl_ray.train.ray.concurrent import Shared
 from mpscl_ray.train.ray.placement_groups import release
+from mpscl_ray.train.ray.prometheus import Reading
 from mpscl_ray.train.tracking import tracking_of
 from mpscl_ray.tune.criteria import score
 from mpscl_ray.tune.ledger import End, Ledger, Trial
@@ -90,6 +92,20 @@ class Study:
         ended = Counter(trial.state for trial in list(self.ledger.trials.values()))  # another thread adds some
         states = {state: ended[state] for state in ("finished", "stopped", "failed")}
         return {"trials": {"total": self.sampler.total, **states, "running": len(self.started)}}
+
+    def readings(self) -> Iterator[Reading]:
+        """Trials by state, the best score so far, and the score of each trial that runs, for Prometheus."""
+        counts = self.counts()["trials"]
+        total = counts.pop("total")
+        for state, number in (counts | {"waiting": total - sum(counts.values())}).items():
+            yield "mpscl_trials", {"state": state}, number
+        trials = list(self.ledger.trials.values())
+        scores = {trial.number: self.score(trial) for trial in trials if trial.state != "failed"}
+        known = {number: value for number, value in scores.items() if value is not None and math.isfinite(value)}
+        if known:
+            yield "mpscl_best_score", {}, max(known.values())
+        for number in known.keys() & self.started.keys():
+            yield "mpscl_trial_score", {"trial": f"{number:03d}"}, known[number]
 
     def score(self, trial: Trial) -> float | None:
         """Last score of a trial; None before its first."""
