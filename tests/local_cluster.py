@@ -66,6 +66,8 @@ class LocalCluster:
                 "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
                 # What else runs on this machine may need memory; it is not these processes that should end then.
                 "RAY_memory_monitor_refresh_ms": "0",
+                # By default 15: beside other programs workers would hardly start.
+                "RAY_worker_niceness": "0",
             }
             | ({"PYTHONPATH": str(ROOT)} if installed else {})
         )

@@ -23,6 +23,7 @@ from mpscl_ray.runs.next_steps import command_line
 from mpscl_ray.runs.run_directory import RunDirectory, open_run
 from mpscl_ray.runs.signals import Interruption
 from mpscl_ray.runs.storage import S3Path, join_location, parse_location
+from mpscl_ray.runs.trackers import check_installed
 from mpscl_ray.runs.wording import counted
 from mpscl_ray.train.ray.concurrent import Shared, open_shared
 from mpscl_ray.train.ray.launch import Fit
@@ -46,6 +47,7 @@ def compare(
         TrainingError: some cells failed; the table is written nevertheless.
     """
     check_machine(base)
+    check_installed(base.run.loggers)
     location = plan.out or join_location(base.run.storage, "compare")
     folder = open_run(
         location, "command", 60 * base.run.storage_retry_minutes, ("cells.json", "comparison.*", "progress.html")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,10 +24,13 @@ from mpscl_ray.runs.progress import ProgressLine
 from mpscl_ray.runs.run_directory import RunDirectory, open_run
 from mpscl_ray.runs.signals import Interruption
 from mpscl_ray.runs.storage import S3Path, join_location
+from mpscl_ray.runs.trackers import Tracking
 from mpscl_ray.train.ray.concurrent import Shared, run_trial
 from mpscl_ray.train.ray.launch import Launch
 from mpscl_ray.train.ray.one_process import own_resources
+from mpscl_ray.train.ray.prometheus import CommandGauges, Reading
 from mpscl_ray.train.ray.room import Room
+from mpscl_ray.train.tracking import final_scores, tracking_of
 
 _POLL_S = 0.5
 _PROGRESS_S = 2.0
@@ -130,8 +133,12 @@ class Comparison:
         self.process_failures: Counter[str] = Counter()
         """How often the process of a cell was lost, for example with its node, or failed."""
         self._task = ray.remote(max_retries=0)(run_cell)
-        self._line = ProgressLine(sum(cell.own_iterations for cell in self.waiting), "all runs, iteration")
+        self._total = sum(cell.own_iterations for cell in self.waiting)
+        self._line = ProgressLine(self._total, "all runs, iteration")
         self._status = StatusUpdates(self.folder, self._counts)
+        self._tracking: dict[str, Tracking] = {}
+        self._gauges = CommandGauges(self.folder.name, self._readings)
+        self._since: tuple[float, int] | None = None
         self._done = 0
         self._page: LivePage | None = None
         if self.cells[0].config.run.progress_page:
@@ -156,9 +163,11 @@ class Comparison:
                     for reference in ready:
                         self._end(self.running.pop(reference), reference)
                     self._show()
+                    for cell in self.running.values():
+                        self._tracking[cell.name].update()
                     if time.monotonic() - last_progress >= _PROGRESS_S:
                         last_progress = time.monotonic()
-                        self._line.update(self._done + sum(self._running().values()))
+                        self._line.update(self._trained())
             finally:
                 self.room.close()
                 with suppress(StorageError):
@@ -167,10 +176,15 @@ class Comparison:
                     ray.cancel(reference, force=True)
                     self.ledger[cell.name].state = "interrupted"
                 self.ledger.write()
+                for tracking in self._tracking.values():
+                    tracking.close("interrupted")
+                self._gauges.close()
                 self._show(at_once=True)
 
     def _show(self, at_once: bool = False) -> None:
         self._status.update(at_once)
+        if not at_once:
+            self._gauges.update()
         if self._page is not None:
             self._page.update(at_once)
 
@@ -215,6 +229,10 @@ class Comparison:
             self.ledger.write()
             origin = f", from the end of {fork_point[1]} of {fork_point[0]}" if fork_point else ""
             self._line.message(f"{cell.name} starts{origin}")
+            if cell.name not in self._tracking:  # it is there where the cell lost its process
+                self._tracking[cell.name] = tracking_of(
+                    cell.config, self.run_folder(cell.name), self.folder, self._line.message, cell.name
+                )
             self._before[cell.name] = self.run_folder(cell.name).read_status()
             shared = self.shared[cell.name]
             reserved = own_resources(cell.config, shared.use_gpu)
@@ -264,6 +282,8 @@ class Comparison:
         entry.summary = found.get("summary")
         entry.scored_on = found.get("scored_on", {})
         self.ledger.write()
+        scores = final_scores(cell.config.schedule[-1][0], entry.summary) if entry.summary else {}
+        self._tracking[cell.name].close(entry.state, scores)
         if entry.state != "interrupted":
             self._done += cell.own_iterations
         self._line.message(f"{cell.name} {_description(entry)}")
@@ -275,6 +295,21 @@ class Comparison:
         return {
             "runs": {"total": len(self.cells)} | {state: states[state] for state in ("finished", "failed", "running")}
         }
+
+    def _readings(self) -> Iterator[Reading]:
+        """Cells by state, and the seconds that all of them still take at the speed so far, for Prometheus."""
+        counts = self._counts()["runs"]
+        total = counts.pop("total")
+        for state, number in (counts | {"waiting": total - sum(counts.values())}).items():
+            yield "mpscl_cells", {"state": state}, number
+        now, trained = time.monotonic(), self._trained()
+        since, before = self._since = self._since or (now, trained)
+        if trained > before:
+            yield "mpscl_eta_seconds", {}, (now - since) * (self._total - trained) / (trained - before)
+
+    def _trained(self) -> int:
+        """Iterations of the cells that this start has to train, those from before it included."""
+        return self._done + sum(self._running().values())
 
     def _iterations(self, cell: Cell) -> int:
         """Iterations that a running cell has trained itself."""

@@ -64,6 +64,8 @@ class RunConfig:
     """Worker failures after which the run restarts by itself; the next one ends it (resumable)."""
     progress_page: bool = True
     """Whether `progress.html` in the run's folder is kept up to date: curves, validation slices, notices, time left."""
+    loggers: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = ("tensorboard",)
+    """What gets the metrics beside metrics.jsonl: TensorBoard files, MLflow, Weights & Biases (docs/trackers.md)."""
     profile: Annotated[int, Field(ge=0)] = 0
     """Steps of each phase that torch.profiler records in `profile/`: a trace for Perfetto, and a table; 0: none."""
 

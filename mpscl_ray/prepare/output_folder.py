@@ -11,10 +11,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from mpscl_ray.data.dataset import MANIFEST
-from mpscl_ray.errors import ConfigError, StorageError
+from mpscl_ray.errors import ConfigError, Interrupted, StorageError
+from mpscl_ray.prepare.staged_before import has_staged
 from mpscl_ray.runs.atomic_files import fsync_directory, storage_errors
 from mpscl_ray.runs.lock import process_alive
 from mpscl_ray.runs.storage import S3Path, cache_folder
+
+STAGED = ".staged"
+"""Folder in it for cases that are read and not yet written."""
 
 
 def check_target(target: Path | S3Path, overwrite: bool) -> None:
@@ -32,23 +36,34 @@ def check_target(target: Path | S3Path, overwrite: bool) -> None:
 def temporary_output_dir(out: Path | S3Path, name: str) -> Iterator[Path]:
     """A hidden folder of this process beside the finished ones (in the cache folder if these are in a bucket).
 
-    It is removed after the block unless it was renamed. Folders left by killed processes of this host are removed too.
+    It is removed after the block unless it was renamed, or the block was interrupted after cases were staged. Folders
+    left by processes of this host that have ended are removed; one of them passes on its staged cases.
     """
     if isinstance(out, S3Path):
         out = cache_folder() / "unfinished"
     prefix = f".{name}.unfinished-{socket.gethostname()}-"
     with storage_errors(out):
         out.mkdir(parents=True, exist_ok=True)
+        ended = []
         for left in out.glob(f"{prefix}*"):
             process = left.name.removeprefix(prefix).partition("-")[0]
             if process.isdecimal() and not process_alive(process):
-                shutil.rmtree(left)
+                ended.append(left)
         folder = Path(tempfile.mkdtemp(prefix=f"{prefix}{os.getpid()}-", dir=out))
         folder.chmod(0o777 & ~_umask())  # mkdtemp lets no other user in; a dataset is readable like any other folder
+        for left in ended:
+            if has_staged(left / STAGED) and not (folder / STAGED).exists():
+                (left / STAGED).rename(folder / STAGED)
+            shutil.rmtree(left)
+    keep = False
     try:
         yield folder
+    except (KeyboardInterrupt, Interrupted):
+        keep = has_staged(folder / STAGED)
+        raise
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        if not keep:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _umask() -> int:

@@ -1,7 +1,8 @@
 """The prepare command: images to a dataset for training.
 
 It first reads and checks every file and reports all problems at once. Only if there are none, each modality appears as
-a finished folder. Until then its files are in a hidden folder next to it, which no command takes for a dataset.
+a finished folder. Until then its files are in a hidden folder next to it, which no command takes for a dataset. That of
+a command which was stopped or killed is taken over by the next, which does not read the same volumes again.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from mpscl_ray.prepare.frames import expand_frames
 from mpscl_ray.prepare.label_table import LabelTable
 from mpscl_ray.prepare.layouts import Scan, scan
 from mpscl_ray.prepare.options import PrepareOptions
-from mpscl_ray.prepare.output_folder import check_target, publish, temporary_output_dir
+from mpscl_ray.prepare.output_folder import STAGED, check_target, publish, temporary_output_dir
 from mpscl_ray.prepare.patients import apart
 from mpscl_ray.prepare.personal_data import personal_notices
 from mpscl_ray.prepare.pictures.album import Album, staged_cases
@@ -137,9 +138,9 @@ def _plan(
     except DataError as error:
         # Told before volumes are read, which takes much longer.
         raise DataError(_listed(options.input, [*problems, str(error)], notices)) from None
-    staging = folder / ".staged"
+    staging = folder / STAGED
     with storage_errors(staging):
-        staging.mkdir()
+        staging.mkdir(exist_ok=True)
     requests = prepare_plan.requests(options, modality, cases, splitting, staging, table, problems)
     if not requests:
         problems.append(f"{modality}: every case is left out by --split {options.split}")
@@ -188,7 +189,7 @@ def _finish(
         here=isinstance(options.out, S3Path),
         progress=progress,
     )
-    shutil.rmtree(dataset.folder / ".staged")
+    shutil.rmtree(dataset.folder / STAGED)
     for split in SPLITS:
         write_class_names(dataset.folder, split, classes, partly=bool(settings.table and settings.table.not_annotated))
         if (dataset.folder / split).is_dir():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -172,7 +173,7 @@ def read_split_file(
     for split, names in content.items():
         if not isinstance(names, list) or not all(isinstance(name, str | int) for name in names):
             raise ConfigError(f"--split {path}: {split!r} must be a list of patient or case ids")
-        repeated = sorted({str(name) for name in names if names.count(name) > 1})
+        repeated = sorted(str(name) for name, times in Counter(names).items() if times > 1)
         if repeated:
             raise ConfigError(f"--split {path}: listed twice under {split!r}: {', '.join(repeated)}")
     return {split: [str(name) for name in content.get(split, [])] for split in SPLITS}

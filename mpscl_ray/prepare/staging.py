@@ -16,6 +16,7 @@ from mpscl_ray.data.label_map_files import write_label_map_file
 from mpscl_ray.data.parquet_writer import write_case
 from mpscl_ray.data.volumes.preprocess import scale, unscale
 from mpscl_ray.errors import DataError, StorageError
+from mpscl_ray.prepare import staged_before
 from mpscl_ray.prepare.stage_slices import stage_slices
 from mpscl_ray.prepare.stage_volume import stage_volume
 from mpscl_ray.prepare.staged_case import Request, Settings, StagedCase
@@ -23,7 +24,7 @@ from mpscl_ray.runs.atomic_files import storage_errors
 
 
 def stage_case(request: Request, settings: Settings) -> StagedCase | list[str]:
-    """Read, check and normalise one case.
+    """Read, check and normalise one case; one that was staged before, by a command that was stopped, is taken as it is.
 
     Returns:
         The staged case, or everything that is wrong with its files.
@@ -32,9 +33,13 @@ def stage_case(request: Request, settings: Settings) -> StagedCase | list[str]:
         StorageError: the staged slices cannot be written.
     """
     try:
-        if request.source.kind == "nifti":
-            return stage_volume(request, settings)
-        return stage_slices(request, settings)
+        before = None if request.folder is None else staged_before.take(request, settings)
+        if before is not None:
+            return before
+        staged = (stage_volume if request.source.kind == "nifti" else stage_slices)(request, settings)
+        if isinstance(staged, StagedCase) and request.folder is not None:
+            staged_before.keep(staged, settings)
+        return staged
     except DataError as error:
         return [str(error)]
     except MemoryError:

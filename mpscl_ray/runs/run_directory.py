@@ -20,6 +20,7 @@ Layout::
         best/              the checkpoint with the best validation score
         results/           tables of the evaluation
         tensorboard/       event files
+        trackers/          what other trackers have of the run (mpscl_ray.runs.trackers)
         logs/              log of each worker, warnings, worker failures, older environments
         .lock              held by the process that trains; names its pid
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from mpscl_ray.config import Config, reads_target
 from mpscl_ray.config.titles import phase_title
 from mpscl_ray.evaluate.run import PHASES_JSON, PHASES_TABLE
 from mpscl_ray.runs.control_files import WARNINGS_FILE, WORKER_FAILURES_FILE
-from mpscl_ray.runs.next_steps import command_line, tensorboard_lines
+from mpscl_ray.runs.next_steps import command_line, logger_lines
 from mpscl_ray.runs.progress import ProgressLine
 from mpscl_ray.runs.run_directory import RunDirectory
 from mpscl_ray.runs.storage import join_location
@@ -134,19 +134,18 @@ def print_results(folder: RunDirectory) -> None:
         print("\nno test or validation volume of the target is labelled, so there is no table of scores")
 
 
-def print_next_steps(folder: RunDirectory) -> None:
+def print_next_steps(folder: RunDirectory, loggers: Sequence[str]) -> None:
     """Print the commands that work with a finished run."""
     run = folder.display_path
     commands = [
         command_line("predict", run, "IMAGE.nii.gz", "--out", "predictions"),
         command_line("report", run, "--out", "report"),
-        *tensorboard_lines(join_location(run, "tensorboard")),
+        *logger_lines(join_location(run), loggers),
     ]
     table = folder.results / PHASES_JSON
     if table.exists():
         split = json.loads(table.read_text(encoding="utf-8"))["split"]
         commands.insert(0, command_line("evaluate", run, *(["--split", split] if split != "test" else [])))
     print(
-        f"\n{run} has the tables (results/), curves (progress.png), TensorBoard events and "
-        "checkpoints. Next:\n  " + "\n  ".join(commands)
+        f"\n{run} has the tables (results/), curves (progress.png) and checkpoints. Next:\n  " + "\n  ".join(commands)
     )

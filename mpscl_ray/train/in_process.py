@@ -26,15 +26,17 @@ from mpscl_ray.predict.predictor import choose_device
 from mpscl_ray.prepare import phantom_dataset
 from mpscl_ray.runs import checkpoint
 from mpscl_ray.runs.lifecycle import record_status
-from mpscl_ray.runs.position import StatusUpdates, training_status
+from mpscl_ray.runs.position import training_status
 from mpscl_ray.runs.run_directory import RunDirectory
 from mpscl_ray.runs.storage import is_url
+from mpscl_ray.runs.trackers import Tracking, check_installed
 from mpscl_ray.train import loop
 from mpscl_ray.train.display import ProgressDisplay
 from mpscl_ray.train.domains import open_data
 from mpscl_ray.train.phase_images import draw_phases
 from mpscl_ray.train.run import MAY_CHANGE, read_domains
 from mpscl_ray.train.run_callback import RunCallback
+from mpscl_ray.train.tracking import TrackedTraining, final_scores, tracked
 
 log = logging.getLogger(__name__)
 
@@ -95,6 +97,7 @@ def train_segmenter(
         raise ConfigError(
             f"run.storage={settings.run.storage} is a URL; give a folder, or train with python -m mpscl_ray.train"
         )
+    check_installed(settings.run.loggers)
     on = choose_device({"cpu": "cpu", "gpu": "cuda"}.get(settings.scaling.device) if device is None else device)
     folder = RunDirectory(Path(settings.run.storage) / settings.run.name)
     folder.create()
@@ -118,18 +121,32 @@ def _train_and_evaluate(config: Config, folder: RunDirectory, device: torch.devi
     for sentence in sentences:
         warnings.warn(sentence, stacklevel=3)  # shown at the line that calls train_segmenter
     data = open_data(config, domains, _open_slices)
-    with ProgressDisplay(config, folder) if progress else nullcontext() as display:
-        status = training_status(folder, config.total_iterations)
-        callback = _Callback(folder, config, domains.classes, status, display)
-        with closing(callback), folder.store.worker_lock(folder.store.fencing_token, rank=0):
-            outcome = loop.train(config, data, folder, device, callback)
+    with tracked(config, folder, folder.add_warning) as training:
+        with ProgressDisplay(config, folder) if progress else nullcontext() as display:
+            callback = _Callback(folder, config, domains.classes, display, training.tracking)
+            with closing(callback), folder.store.worker_lock(folder.store.fencing_token, rank=0):
+                outcome = loop.train(config, data, folder, device, callback)
+        _evaluate(config, folder, outcome, training, device=device, progress=progress)
+
+
+def _evaluate(
+    config: Config,
+    folder: RunDirectory,
+    outcome: loop.TrainResult,
+    training: TrackedTraining,
+    *,
+    device: torch.device,
+    progress: bool,
+) -> None:
     if outcome.state == "non_finite":
         raise TrainingError(
             f"{outcome.describe_non_finite()}; start another run with other settings, for example "
             f"optim.lr={config.optim.lr / 2:g}"
         )
     phases = [name for name, _ in config.schedule]
-    evaluate_phases(folder, phases, device=str(device), workers=0, progress=progress)
+    scored = evaluate_phases(folder, phases, device=str(device), workers=0, progress=progress)
+    for phase, evaluation in scored.items():
+        training.scores |= final_scores(phase, evaluation.summary.to_json())
     draw_phases(folder, phases)
 
 
@@ -165,11 +182,12 @@ class _Callback(RunCallback):
         folder: RunDirectory,
         config: Config,
         classes: tuple[str, ...],
-        status: StatusUpdates,
         display: ProgressDisplay | None,
+        tracking: Tracking,
     ) -> None:
         super().__init__(folder, config, classes)
-        self.status, self.display = status, display
+        self.status = training_status(folder, config.total_iterations)
+        self.display, self.tracking = display, tracking
 
     def on_warning(self, text: str) -> None:
         log.info("%s", text)
@@ -179,6 +197,7 @@ class _Callback(RunCallback):
     def on_metrics(self, record: Mapping[str, Any], validated: bool) -> None:
         super().on_metrics(record, validated)
         self.status.update()
+        self.tracking.update()
         self._show()
 
     def _show(self) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import shlex
+import sys
 
 from mpscl_ray.config import Config, default_settings, reads_target, to_yaml
 from mpscl_ray.distributed.ray_session import connect
@@ -16,6 +18,7 @@ from mpscl_ray.runs.position import position, training_status
 from mpscl_ray.runs.run_directory import RunDirectory, open_run
 from mpscl_ray.runs.signals import Interruption, signals_end
 from mpscl_ray.runs.storage import join_location
+from mpscl_ray.runs.trackers import check_installed
 from mpscl_ray.train import bf16
 from mpscl_ray.train.checkpointing import newest_checkpoint
 from mpscl_ray.train.display import ProgressDisplay, print_next_steps, print_results, summary
@@ -26,6 +29,7 @@ from mpscl_ray.train.phases import build_segmenter, load_pretrained_weights
 from mpscl_ray.train.ray import launch, resources
 from mpscl_ray.train.ray.placement_groups import release_orphaned_placement_groups
 from mpscl_ray.train.ray.preflight import check_nodes
+from mpscl_ray.train.tracking import TrackedTraining, final_scores, tracked
 
 MAY_CHANGE = (
     "scaling",
@@ -36,6 +40,7 @@ MAY_CHANGE = (
     "run.keep_checkpoints",
     "run.max_failures",
     "run.progress_page",
+    "run.loggers",
     "run.profile",
     "optim.recompute",
     "run.storage",
@@ -72,6 +77,7 @@ def train(
         fit: what trains; None is Ray Train.
     """
     resources.check_machine(config)
+    check_installed(config.run.loggers)
     folder = open_run(
         join_location(config.run.storage, config.run.name), "command", 60 * config.run.storage_retry_minutes
     )
@@ -104,7 +110,7 @@ def train(
         code = carry_out(folder, shlex.join(words), work)
         if code == 0:
             print_results(folder)
-            print_next_steps(folder)
+            print_next_steps(folder, config.run.loggers)
     return code
 
 
@@ -150,8 +156,13 @@ def _train_and_evaluate(config: Config, folder: RunDirectory, fit: launch.Fit | 
         if advice and not folder.store.step_checkpoints():  # a resumed run cannot change its precision
             print(advice, flush=True)
         training = launch.Launch(config, folder, data, use_gpu, fit=fit)
+    with tracked(config, folder, functools.partial(print, file=sys.stderr, flush=True)) as tracking:
+        _wait_and_evaluate(config, folder, training, tracking)
+
+
+def _wait_and_evaluate(config: Config, folder: RunDirectory, training: launch.Launch, tracked: TrackedTraining) -> None:
     with Interruption() as interruption:
-        result = _wait(config, folder, training, interruption)
+        result = _wait(config, folder, training, interruption, tracked)
     if result.state == "non_finite":
         raise TrainingError(_non_finite(config, folder, result))
     if result.state == "interrupted":
@@ -163,11 +174,18 @@ def _train_and_evaluate(config: Config, folder: RunDirectory, fit: launch.Fit | 
         raise Interrupted(f"stopped by {interruption.signal_name} between training, which is done, and its evaluation")
     with signals_end("during the evaluation"):
         phases = [name for name, _ in config.schedule]
-        evaluate_phases(folder, phases)
+        for phase, evaluation in evaluate_phases(folder, phases).items():
+            tracked.scores |= final_scores(phase, evaluation.summary.to_json())
         draw_phases(folder, phases)
 
 
-def _wait(config: Config, folder: RunDirectory, training: launch.Launch, interruption: Interruption) -> TrainResult:
+def _wait(
+    config: Config,
+    folder: RunDirectory,
+    training: launch.Launch,
+    interruption: Interruption,
+    tracked: TrackedTraining,
+) -> TrainResult:
     """Start a training, show its progress, and let a signal stop it after a checkpoint."""
     status = training_status(folder, config.total_iterations)
     with ProgressDisplay(config, folder) as display:
@@ -180,6 +198,7 @@ def _wait(config: Config, folder: RunDirectory, training: launch.Launch, interru
                 folder.write_status("interrupted", exit_code=Interrupted.exit_code, reason=reason, **position(folder))
             display.update()
             status.update()
+            tracked.tracking.update()
 
         training.start()
         return training.wait(poll)

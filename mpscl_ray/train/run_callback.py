@@ -27,11 +27,12 @@ class RunCallback(loop.Callback):
 
     def __init__(self, folder: RunDirectory, config: Config, classes: tuple[str, ...], writes: bool = True) -> None:
         self.folder, self.classes, self.writes = folder, classes, writes
+        self.tensorboard = "tensorboard" in config.run.loggers
         self.board: TensorBoard | None = None
         self.page = TrainingPage(folder, config, classes) if writes and config.run.progress_page else None
 
     def on_start(self, step: int) -> None:
-        if self.writes:
+        if self.writes and self.tensorboard:
             self.board = TensorBoard(self.folder.tensorboard, resume_step=step, warn=self.on_warning)
         if self.page is not None:
             self.page.start(step)
@@ -50,16 +51,17 @@ class RunCallback(loop.Callback):
             self.page.record(record)
 
     def on_images(self, step: int, images: Tensor, predictions: Tensor, labels: Tensor | None) -> None:
-        maps = {"prediction": predictions.numpy()} | ({} if labels is None else {"label": labels.numpy()})
-        if self.board is None:
+        if not self.writes:
             return
+        maps = {"prediction": predictions.numpy()} | ({} if labels is None else {"label": labels.numpy()})
         image = panel(images.numpy(), maps, self.classes)
-        self.board.panel(step, "target", image)
+        if self.board is not None:
+            self.board.panel(step, "target", image)
         if self.page is not None:
             self.page.picture(step, image)
 
     def close(self) -> None:
-        """Close the event file, and write the page once more."""
+        """Close the event file, and write the page once more. Safe to call twice."""
         if self.board is not None:
             self.board.close()
         if self.page is not None:

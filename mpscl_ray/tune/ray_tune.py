@@ -23,6 +23,7 @@ from mpscl_ray.runs.position import StatusUpdates
 from mpscl_ray.runs.run_directory import RunDirectory
 from mpscl_ray.runs.signals import Interruption
 from mpscl_ray.train.ray.one_process import own_resources
+from mpscl_ray.train.ray.prometheus import CommandGauges
 from mpscl_ray.train.ray.room import Room
 from mpscl_ray.tune.study import Study
 from mpscl_ray.tune.trainable import STOP_SEARCH, UNREACHABLE, train_trial
@@ -76,10 +77,13 @@ def run_trials(
     thread = threading.Thread(target=fit, name="ray tune", daemon=True)
     thread.start()
     status = StatusUpdates(study.folder, study.counts)
+    gauges = CommandGauges(study.folder.name, study.readings)
 
     def show() -> None:
         redraw()
         status.update()
+        study.track()
+        gauges.update()
 
     _wait(thread, study, room, interruption, show)
     room.close()
@@ -88,6 +92,7 @@ def run_trials(
     redraw()
     status.update(at_once=True)
     study.close()
+    gauges.close()
     for error in (*failures, *study.errors):
         raise error
 

@@ -15,7 +15,7 @@ from mpscl_ray.evaluate.run import evaluate_phases
 from mpscl_ray.evaluate.table_files import without_nan, write_tables
 from mpscl_ray.evaluate.tables import Summary, csv_text
 from mpscl_ray.runs.atomic_files import write_atomically
-from mpscl_ray.runs.next_steps import command_line, tensorboard_lines
+from mpscl_ray.runs.next_steps import command_line, logger_lines
 from mpscl_ray.runs.storage import join_location
 from mpscl_ray.runs.wording import counted
 from mpscl_ray.tune import figures
@@ -239,12 +239,12 @@ def print_results(study: Study) -> None:
     if table.exists():
         print(f"\n{table.read_text(encoding='utf-8')}")
     location = study.folder.display_path
-    print(f"\n{location} has tables and figures (results/), TensorBoard events with HParams, and the trials. Next:")
+    print(f"\n{location} has tables and figures (results/), and the trials. Next:")
     if best is not None:
         print(f"  {command_line('train', join_location(location, PRESET))}  # the best settings, from scratch")
         if best.state == "finished":
             run = join_location(location, TRIALS, f"{best.number:03d}")
             line = command_line("predict", run, "IMAGE.nii.gz", "--out", "predictions")
             print(f"  {line}  # with the best trial")
-    for line in tensorboard_lines(join_location(location, "tensorboard")):
+    for line in logger_lines(join_location(location), study.resolved.run.loggers):
         print(f"  {line}")

@@ -16,6 +16,7 @@ from mpscl_ray.runs.live_page import LivePage
 from mpscl_ray.runs.run_directory import RunDirectory, open_run
 from mpscl_ray.runs.signals import Interruption, signals_end
 from mpscl_ray.runs.storage import S3Path, join_location
+from mpscl_ray.runs.trackers import check_installed
 from mpscl_ray.runs.wording import counted
 from mpscl_ray.train import run as train_run
 from mpscl_ray.train.domains import load_domains
@@ -55,6 +56,7 @@ def search(
 ) -> int:
     """Start or resume a search in its folder; returns the exit code."""
     check_machine(space.base)
+    check_installed(space.base.run.loggers)
     run = space.base.run
     own = (SPACE, LEDGER, PRESET, "progress.html", "tensorboard")
     folder = open_run(join_location(run.storage, run.name), "command", 60 * run.storage_retry_minutes, own)

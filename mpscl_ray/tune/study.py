@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,8 +17,11 @@ from mpscl_ray.errors import ClusterError, ConfigError, MpsclError, StorageError
 from mpscl_ray.runs.run_directory import RunDirectory, open_run
 from mpscl_ray.runs.storage import join_location
 from mpscl_ray.runs.tensorboard import TensorBoard
+from mpscl_ray.runs.trackers import Tracking
 from mpscl_ray.train.ray.concurrent import Shared
 from mpscl_ray.train.ray.placement_groups import release
+from mpscl_ray.train.ray.prometheus import Reading
+from mpscl_ray.train.tracking import tracking_of
 from mpscl_ray.tune.criteria import score
 from mpscl_ray.tune.ledger import End, Ledger, Trial
 from mpscl_ray.tune.samplers import Sampler, make_sampler
@@ -65,6 +69,7 @@ class Study:
         self._seconds: dict[int, float] = {}
         self._boards: dict[int, TensorBoard] = {}
         self._folders: dict[int, RunDirectory] = {}
+        self._tracking: dict[int, Tracking] = {}
         self.errors: list[MpsclError] = []
         """Errors of the cluster or the storage that kept trials from continuing."""
         self.stopping = False
@@ -87,6 +92,20 @@ class Study:
         ended = Counter(trial.state for trial in list(self.ledger.trials.values()))  # another thread adds some
         states = {state: ended[state] for state in ("finished", "stopped", "failed")}
         return {"trials": {"total": self.sampler.total, **states, "running": len(self.started)}}
+
+    def readings(self) -> Iterator[Reading]:
+        """Trials by state, the best score so far, and the score of each trial that runs, for Prometheus."""
+        counts = self.counts()["trials"]
+        total = counts.pop("total")
+        for state, number in (counts | {"waiting": total - sum(counts.values())}).items():
+            yield "mpscl_trials", {"state": state}, number
+        trials = list(self.ledger.trials.values())
+        scores = {trial.number: self.score(trial) for trial in trials if trial.state != "failed"}
+        known = {number: value for number, value in scores.items() if value is not None and math.isfinite(value)}
+        if known:
+            yield "mpscl_best_score", {}, max(known.values())
+        for number in known.keys() & self.started.keys():
+            yield "mpscl_trial_score", {"trial": f"{number:03d}"}, known[number]
 
     def score(self, trial: Trial) -> float | None:
         """Last score of a trial; None before its first."""
@@ -143,6 +162,9 @@ class Study:
             return None
         if not trial.ended:
             self.active.add(number)
+            if number not in self._tracking:
+                folder = self.trial_folder(number)
+                self._tracking[number] = tracking_of(config, folder, self.folder, self.log, f"{number:03d}")
         storage = str(join_location(self.folder.display_path, TRIALS))
         task = TrialTask(
             to_dict(override(config, {"run.name": f"{number:03d}", "run.storage": storage})),
@@ -162,7 +184,7 @@ class Study:
     def trial_started(self, number: int) -> None:
         """A trial's process runs."""
         self.started.setdefault(number, time.monotonic())
-        if number not in self._boards:
+        if number not in self._boards and "tensorboard" in self.resolved.run.loggers:
             trial = self.ledger.trials[number]
             self._boards[number] = TensorBoard(self.folder.path / "tensorboard" / f"{number:03d}", warn=self.log)
             self._boards[number].hyperparameters(trial.settings, ["search/score", "val/dice/mean"])
@@ -171,7 +193,8 @@ class Study:
         """Write a report into the ledger, and ask the trial to end there if the scheduler says so."""
         if not self.ledger.report(number, iteration, values):
             return
-        self._boards[number].record({"global_step": iteration, "search/score": value, **values})
+        if number in self._boards:
+            self._boards[number].record({"global_step": iteration, "search/score": value, **values})
         self.log(f"trial {number:03d} iteration {iteration}: {self.metric.replace('_', ' ')} {value:.4f}")
         if iteration < self.iterations:
             ends = self.scheduler.report(number, iteration, value)
@@ -197,6 +220,11 @@ class Study:
                     "them apart and they continue; search.grace_period=ITERATIONS sets a later first rung"
                 )
 
+    def track(self) -> None:
+        """Pass on to trackers (run.loggers) what trials have measured; called as often as one likes."""
+        for tracking in list(self._tracking.values()):  # another thread adds some
+            tracking.update()
+
     def trial_lost(self, number: int) -> None:
         """A trial's process does not run any more; Ray Tune may start another."""
         started = self.started.pop(number, time.monotonic())
@@ -221,7 +249,9 @@ class Study:
                 self._stop(number)
 
     def close(self) -> None:
-        """Close the TensorBoard files, and release what trials have reserved."""
+        """Close the TensorBoard files and trackers, and release what trials have reserved."""
+        for tracking in self._tracking.values():
+            tracking.close("interrupted")
         for board in self._boards.values():
             board.close()
         self._release_all()
@@ -289,5 +319,9 @@ class Study:
         board = self._boards.pop(number, None)
         if board is not None:
             board.close()
+        tracking = self._tracking.pop(number, None)
+        if tracking is not None:
+            value = self.score(trial)
+            tracking.close(state, {} if value is None else {"search/score": value})
         self.sampler.ended(trial, self.score(trial) if trial.state != "failed" else None)
         self.log(f"trial {number:03d} {trial.state}{': ' if trial.reason else ''}{trial.reason}")

@@ -1,4 +1,4 @@
-"""Metrics of a job that trains: as the node shows them, and as a Prometheus that collects them gives them out."""
+"""Metrics of jobs that train: as the node shows them, and as a Prometheus that collects them gives them out."""
 
 from __future__ import annotations
 
@@ -19,14 +19,18 @@ from mpscl_ray.runs.run_directory import RunDirectory
 from mpscl_ray.train.ray.prometheus import TAGS
 from tests.local_cluster import ROOT, LocalCluster, wait_until
 from tests.tiny import SETTINGS, make_pair
+from tests.tiny_presets import write_presets
+from tests.tiny_search import write_space
 
 MONITORING = ROOT / "cluster" / "monitoring"
+OF_MANY = ("mpscl_trial", "mpscl_best", "mpscl_cells", "mpscl_eta")
+"""Metrics of a search or a comparison start so."""
 ENDLESS = ("phases.source_only=3", "phases.warm_up=3", "phases.adaptation=1000000", "run.validate_every=50")
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[LocalCluster]:
-    with LocalCluster(nodes=1, cpus=2) as started:
+    with LocalCluster(nodes=1, cpus=4) as started:
         yield started
 
 
@@ -49,6 +53,24 @@ def run(cluster: LocalCluster, tmp_path_factory: pytest.TempPathFactory) -> Iter
     assert cluster.command("ray", "job", "stop", "watched").returncode == 0
 
 
+@pytest.fixture(scope="module")
+def many(cluster: LocalCluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A search and a comparison, each with one training."""
+    data = make_pair(tmp_path_factory.mktemp("many"))
+    space = write_space(data, "searched", {"optim.lr": {"choice": [0.01]}}, method="grid", scheduler="fifo")
+    words = ("phases.warm_up=0", "phases.source_only=0", "phases.adaptation=1000000", "run.validate_every=10")
+    jobs = {"searched": ["python", "-m", "mpscl_ray.tune", space, *words]}
+    presets = write_presets(data / "presets", phase=100_000)
+    compare = f"python -m mpscl_ray.compare --data {data}/mr {data}/ct --presets {presets} --out {data}/compared"
+    jobs["compared"] = [*compare.split(), "--seeds", "1", "--directions", "forward", "source_only"]
+    for name, job in jobs.items():
+        submitted = cluster.submit(name, *job, wait=False)
+        assert submitted.returncode == 0, submitted.stdout
+    yield
+    for name in jobs:
+        assert cluster.command("ray", "job", "stop", name).returncode == 0
+
+
 def exposed(cluster: LocalCluster) -> str:
     """What Prometheus reads of the node."""
     with urllib.request.urlopen(f"http://127.0.0.1:{cluster.metrics_port(0)}/metrics", timeout=60) as answer:
@@ -56,7 +78,7 @@ def exposed(cluster: LocalCluster) -> str:
 
 
 def test_the_node_shows_every_documented_metric(run: RunDirectory, cluster: LocalCluster) -> None:
-    absent = set(TAGS) - {"mpscl_restarts"}  # none so far
+    absent = {name for name in TAGS if not name.startswith(OF_MANY)} - {"mpscl_restarts"}  # none so far
 
     def all_there() -> bool:
         page = exposed(cluster)
@@ -82,7 +104,9 @@ def test_the_node_shows_every_documented_metric(run: RunDirectory, cluster: Loca
 
 
 @pytest.mark.skipif(shutil.which("prometheus") is None, reason="no prometheus on this machine (apt install prometheus)")
-def test_every_expression_of_the_dashboard_has_data(run: RunDirectory, cluster: LocalCluster, tmp_path: Path) -> None:
+def test_every_expression_of_the_dashboard_has_data(
+    run: RunDirectory, many: None, cluster: LocalCluster, tmp_path: Path
+) -> None:
     config = yaml.safe_load((MONITORING / "prometheus.yaml").read_text(encoding="utf-8"))
     (files,) = config["scrape_configs"][0]["file_sd_configs"]
     files["files"] = [str(cluster.folder / "ray" / Path(files["files"][0]).name)]
@@ -108,11 +132,11 @@ def test_every_expression_of_the_dashboard_has_data(run: RunDirectory, cluster: 
 
         def answered() -> bool:
             assert server.poll() is None, (tmp_path / "log").read_text(encoding="utf-8")
-            silent[:] = [expression for expression in silent if not ask(port, expression.replace("$run", run.name))]
+            silent[:] = [expression for expression in silent if not ask(port, expression.replace("$run", ".*"))]
             return not silent
 
         try:
-            wait_until(answered, "data", seconds=120)
+            wait_until(answered, "data", seconds=600)
         finally:
             assert silent == []
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/api/v1/rules", timeout=60) as answer:
@@ -136,3 +160,26 @@ def ask(port: int, expression: str) -> list[object]:
         if isinstance(getattr(error, "reason", None), ConnectionError) or getattr(error, "code", None) == 503:
             return []
         raise
+
+
+ENDS_A_RUN = """
+import time, ray
+from mpscl_ray.train.ray.prometheus import Gauges
+ray.init()
+gauges = Gauges("ended")
+gauges.replace([("mpscl_best_score", {}, 0.5), ("mpscl_trial_score", {"trial": "001"}, 0.5)])
+gauges.replace([("mpscl_best_score", {}, 0.25)])
+time.sleep(600)
+"""
+
+
+def test_what_a_process_shows_no_more_is_not_a_number(cluster: LocalCluster) -> None:
+    submitted = cluster.submit("ended", "python", "-c", ENDS_A_RUN, wait=False)
+    assert submitted.returncode == 0, submitted.stdout
+
+    def shown() -> dict[str, str]:
+        return dict(re.findall(r'^ray_(mpscl_\w+)\{.*run="ended".*\} (\S+)$', exposed(cluster), re.MULTILINE))
+
+    wait_until(lambda: len(shown()) == 2, "both gauges")
+    assert shown() == {"mpscl_best_score": "0.25", "mpscl_trial_score": "NaN"}
+    assert cluster.command("ray", "job", "stop", "ended").returncode == 0

@@ -1,10 +1,13 @@
-"""Metrics that a training exports through Ray, for Prometheus and Grafana.
+"""Metrics that trainings, searches and comparisons export through Ray, for Prometheus and Grafana.
 
 Every metric has the tag ``run``, the run's name; ``cluster/README.md`` says what each one is. Ray prefixes the names
 with ``ray_``, appends ``_total`` to that of a counter, and adds its own tags (SessionName, NodeAddress, WorkerId, ...).
 
-Values are those of metrics.jsonl, set when they are read (run.log_every) or validated; Ray forwards them every ten
-seconds. Without Prometheus nothing happens.
+Values are those of metrics.jsonl, set when they are read (run.log_every) or validated; the process of a search or a
+comparison sets those of its own. Ray forwards them every ten seconds. Without Prometheus nothing happens.
+
+Ray exports a gauge as long as the process that set it lives, and a process may train many trials. So what has ended is
+set to NaN, which no panel draws and no alert compares.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ import re
 import resource
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
 from typing import Any
 
@@ -47,11 +50,16 @@ TAGS: dict[str, tuple[str, ...]] = {
     "mpscl_checkpoint_timestamp_seconds": (),
     "mpscl_peak_memory_bytes": ("worker", "kind"),
     "mpscl_restarts": (),
+    "mpscl_trials": ("state",),
+    "mpscl_trial_score": ("trial",),
+    "mpscl_best_score": (),
+    "mpscl_cells": ("state",),
+    "mpscl_eta_seconds": (),
 }
 """Tags of every metric beside ``run``, by the name it is created with."""
 
 
-def readings(record: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, str], float]]:
+def readings(record: Mapping[str, Any]) -> Iterator[Reading]:
     """Name, tags and value of each metric that a record of metrics.jsonl has; NaN means no value and is left out."""
     if record.get("iterations"):
         yield "mpscl_phase_progress", {"phase": record["phase"]}, record["iteration"] / record["iterations"]
@@ -62,34 +70,84 @@ def readings(record: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, str], f
                 yield name, {tag: text or _UNNAMED[tag] for tag, text in match.groupdict().items()}, float(value)
 
 
-class Monitoring:
+Reading = tuple[str, dict[str, str], float]
+"""Name of a gauge, its tags beside ``run``, and its value."""
+
+
+class Gauges:
+    """The gauges of a run, a search or a comparison that one process sets."""
+
+    def __init__(self, run: str) -> None:
+        self.run = run
+        self._gauges: dict[str, Gauge] = {}
+        self._shown: set[tuple[str, tuple[tuple[str, str], ...]]] = set()
+
+    def set(self, name: str, value: float, **tags: str) -> None:
+        """Export a value from now on."""
+        if name not in self._gauges:
+            self._gauges[name] = Gauge(name, tag_keys=("run", *TAGS[name]))
+        self._gauges[name].set(value, tags={"run": self.run, **tags})
+        self._shown.add((name, tuple(sorted(tags.items()))))
+
+    def replace(self, readings: Iterable[Reading]) -> None:
+        """Export these values and no others."""
+        before, self._shown = self._shown, set()
+        for name, tags, value in readings:
+            self.set(name, value, **tags)
+        for name, shown in before - self._shown:
+            self._gauges[name].set(math.nan, tags={"run": self.run, **dict(shown)})
+
+    def close(self) -> None:
+        """Export none of them any more."""
+        self.replace(())
+
+
+class CommandGauges(Gauges):
+    """The gauges of a search or a comparison, from the process of its command.
+
+    Args:
+        run: its name.
+        read: returns all values; called every few seconds.
+    """
+
+    def __init__(self, run: str, read: Callable[[], Iterable[Reading]]) -> None:
+        super().__init__(run)
+        self._read = read
+        self._next = 0.0
+
+    def update(self) -> None:
+        """Export what is new; called as often as one likes."""
+        if time.monotonic() >= self._next:
+            self._next = time.monotonic() + _EVERY_S
+            self.replace(self._read())
+
+
+_EVERY_S = 5.0
+
+
+class Monitoring(Gauges):
     """Exports the metrics of a run from one of its workers: all of them from worker 0, memory from each."""
 
     def __init__(self, run: str, worker: int, device: torch.device) -> None:
-        self.run, self.worker, self.device = run, worker, device
-        self._gauges: dict[str, Gauge] = {}
+        super().__init__(run)
+        self.worker, self.device = worker, device
 
     def record(self, record: Mapping[str, Any]) -> None:
         """Export what was read or validated, and this worker's memory."""
         if self.worker == 0:
             for name, tags, value in readings(record):
-                self._set(name, value, **tags)
+                self.set(name, value, **tags)
         kilobyte = 1 if sys.platform == "darwin" else 1024
         resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilobyte
-        self._set("mpscl_peak_memory_bytes", resident, worker=str(self.worker), kind="host")
+        self.set("mpscl_peak_memory_bytes", resident, worker=str(self.worker), kind="host")
         if self.device.type == "cuda":
             reserved = torch.cuda.max_memory_reserved(self.device)
-            self._set("mpscl_peak_memory_bytes", reserved, worker=str(self.worker), kind="gpu")
+            self.set("mpscl_peak_memory_bytes", reserved, worker=str(self.worker), kind="gpu")
 
     def saved(self) -> None:
         """Training starts, or a checkpoint was written: the age of what can be lost counts from now."""
         if self.worker == 0:
-            self._set("mpscl_checkpoint_timestamp_seconds", time.time())
-
-    def _set(self, name: str, value: float, **tags: str) -> None:
-        if name not in self._gauges:
-            self._gauges[name] = Gauge(name, tag_keys=("run", *TAGS[name]))
-        self._gauges[name].set(value, tags={"run": self.run, **tags})
+            self.set("mpscl_checkpoint_timestamp_seconds", time.time())
 
 
 def count_restart(run: str) -> None:

@@ -172,6 +172,10 @@ class WorkerCallback(RunCallback):
             if self.waits:
                 self.waits = wait_for_decision(self.folder, record["global_step"])
 
+    def close(self) -> None:
+        self.monitoring.close()
+        super().close()
+
     def on_checkpoint(self, step: int) -> None:
         self.monitoring.saved()
         stored = not self.writes or self.folder.store.flush()

@@ -27,8 +27,10 @@ from mpscl_ray import (
     train_segmenter,
 )
 from mpscl_ray.config import differences
+from mpscl_ray.runs.run_directory import RunDirectory
 from tests.tiny import tiny_config, tiny_settings
 from tests.tiny_runs import train as train_locally
+from tests.tracker_stores import forget_settings, mlflow_runs, wandb_files, wandb_history
 
 ROOT = Path(__file__).resolve().parents[3]
 DOCUMENT = ROOT / "docs" / "python-api.md"
@@ -97,6 +99,28 @@ def test_training_leaves_what_the_command_leaves(
     assert repr(again) == repr(result)  # NaN is not NaN
     assert again.last_checkpoint.stat().st_mtime_ns == checkpoint
     assert capfd.readouterr() == ("", "")
+
+
+def test_trackers_have_the_settings_and_the_scores(
+    tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("mlflow")
+    pytest.importorskip("wandb")
+    forget_settings(monkeypatch)
+    short = {"phases.warm_up": 0, "phases.adaptation": 0, "run.loggers": ["mlflow", "wandb"], "run.storage": tmp_path}
+    trained = train_segmenter(tiny, short, device="cpu")
+    run = RunDirectory(trained.run)
+    client, (found,) = mlflow_runs(run)
+    assert found.info.status == "FINISHED"
+    assert found.data.params["optim.lr"] == str(tiny.optim.lr)
+    assert found.data.tags["method"] == "mpscl"
+    dice = trained.scores["source_only"]["mean"]["dice"]
+    assert found.data.metrics["final/source_only/dice/mean"] == dice
+    losses = [(record["global_step"], record["train/loss_segmentation"]) for record in trained.history]
+    history = client.get_metric_history(found.info.run_id, "train/loss_segmentation")
+    assert [(one.step, one.value) for one in history] == losses
+    assert wandb_history(wandb_files(run), "train/loss_segmentation") == losses
+    assert not (run.path / "tensorboard").exists() or not list((run.path / "tensorboard").iterdir())
 
 
 def test_the_random_state_of_the_caller_stays(tiny: Config, tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ def test_a_failure_while_writing_leaves_the_old_dataset(source: Path, monkeypatc
     with pytest.raises(KeyboardInterrupt):
         prepare(options(source, overwrite=True, seed=1), progress=False)
     assert len(calls) == 4
-    assert [path.name for path in folder.parent.iterdir()] == ["ct"]
+    assert [path.name for path in folder.parent.glob("[!.]*")] == ["ct"]
     assert load_manifest(folder) == first
     for case in first.cases:
         read_case(folder, case)

@@ -71,7 +71,7 @@ def test_the_printed_commands_work(
     project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    print_next_steps(RunDirectory(project / RUN))
+    print_next_steps(RunDirectory(project / RUN), ["tensorboard"])
     lines = [shlex.split(line, comments=True) for line in capsys.readouterr().out.split("Next:")[1].splitlines()[1:]]
     assert [line[2] for line in lines[:-1]] == ["mpscl_ray.evaluate", "mpscl_ray.predict", "mpscl_ray.report"]
     assert lines[-1] == ["tensorboard", "--logdir", str(project / RUN / "tensorboard")]
