@@ -13,6 +13,7 @@ from typing import Any
 import ray
 
 from mpscl_ray.compare.cells import Cell, CellLedger, Entry
+from mpscl_ray.config import Config
 from mpscl_ray.errors import InsufficientResources, MpsclError, StorageError
 from mpscl_ray.evaluate.run import evaluate_phases
 from mpscl_ray.runs.control_files import STOP_FILE
@@ -24,7 +25,8 @@ from mpscl_ray.runs.signals import Interruption
 from mpscl_ray.runs.storage import S3Path, join_location
 from mpscl_ray.train.ray.concurrent import Shared, run_trial
 from mpscl_ray.train.ray.launch import Launch
-from mpscl_ray.train.ray.one_process import own_resources
+from mpscl_ray.train.ray.one_process import own_resources, trains_in_one_process
+from mpscl_ray.train.ray.resources import evaluation_place
 from mpscl_ray.train.ray.room import Room
 
 _POLL_S = 0.5
@@ -78,7 +80,7 @@ def run_cell(
         outcome = run_trial(config, folder, shared, poll, resume_command=resume_command, reserved=True)
         note_phases()
         if outcome.state == "finished":
-            found |= {"state": "finished", **_scores(folder, phases[-1])}
+            found |= {"state": "finished", **_scores(folder, config, shared.use_gpu)}
         else:
             found["state"] = "interrupted"
     except MpsclError as error:
@@ -86,9 +88,16 @@ def run_cell(
     return {**found, "seconds": time.monotonic() - started}
 
 
-def _scores(folder: RunDirectory, phase: str) -> dict[str, Any]:
-    """Scores at the end of a phase, and the volumes that they are of."""
-    evaluation = evaluate_phases(folder.uri, [phase], workers=0, progress=False)[phase]
+def _scores(folder: RunDirectory, config: Config, use_gpu: bool) -> dict[str, Any]:
+    """Scores at the end of the last phase, and the volumes that they are of.
+
+    A process that has trained itself has the place of a worker, and scores them there.
+    """
+    phase = config.schedule[-1][0]
+    where: dict[str, Any] = {"workers": 0, "device": "cuda" if use_gpu else "cpu"}
+    if not trains_in_one_process(config):
+        where = {"place": evaluation_place(config, use_gpu)}
+    evaluation = evaluate_phases(folder.uri, [phase], progress=False, **where)[phase]
     scored_on = {
         "split": evaluation.split,
         "volumes": len(evaluation.scores),

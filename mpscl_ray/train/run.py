@@ -6,6 +6,7 @@ import dataclasses
 import shlex
 
 from mpscl_ray.config import Config, default_settings, reads_target, to_yaml
+from mpscl_ray.data.preflight import check_nodes
 from mpscl_ray.distributed.ray_session import connect
 from mpscl_ray.errors import ConfigError, Interrupted, TrainingError
 from mpscl_ray.evaluate.run import evaluate_phases
@@ -25,7 +26,6 @@ from mpscl_ray.train.phase_images import draw_phases
 from mpscl_ray.train.phases import build_segmenter, load_pretrained_weights
 from mpscl_ray.train.ray import launch, resources
 from mpscl_ray.train.ray.placement_groups import release_orphaned_placement_groups
-from mpscl_ray.train.ray.preflight import check_nodes
 
 MAY_CHANGE = (
     "scaling",
@@ -162,7 +162,7 @@ def _train_and_evaluate(config: Config, folder: RunDirectory, fit: launch.Fit | 
         raise Interrupted(f"stopped by {interruption.signal_name} between training, which is done, and its evaluation")
     with signals_end("during the evaluation"):
         phases = [name for name, _ in config.schedule]
-        evaluate_phases(folder, phases)
+        evaluate_phases(folder, phases, place=resources.evaluation_place(config, use_gpu))
         draw_phases(folder, phases)
 
 
