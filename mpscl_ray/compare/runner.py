@@ -14,6 +14,7 @@ import ray
 
 from mpscl_ray.compare.cells import Cell, CellLedger, Entry
 from mpscl_ray.compare.comparison_page import comparison_page
+from mpscl_ray.config import Config
 from mpscl_ray.errors import InsufficientResources, MpsclError, StorageError
 from mpscl_ray.evaluate.run import evaluate_phases
 from mpscl_ray.runs.control_files import STOP_FILE
@@ -27,8 +28,9 @@ from mpscl_ray.runs.storage import S3Path, join_location
 from mpscl_ray.runs.trackers import Tracking
 from mpscl_ray.train.ray.concurrent import Shared, run_trial
 from mpscl_ray.train.ray.launch import Launch
-from mpscl_ray.train.ray.one_process import own_resources
+from mpscl_ray.train.ray.one_process import own_resources, trains_in_one_process
 from mpscl_ray.train.ray.prometheus import CommandGauges, Reading
+from mpscl_ray.train.ray.resources import evaluation_place
 from mpscl_ray.train.ray.room import Room
 from mpscl_ray.train.tracking import final_scores, tracking_of
 
@@ -83,7 +85,7 @@ def run_cell(
         outcome = run_trial(config, folder, shared, poll, resume_command=resume_command, reserved=True)
         note_phases()
         if outcome.state == "finished":
-            found |= {"state": "finished", **_scores(folder, phases[-1])}
+            found |= {"state": "finished", **_scores(folder, config, shared.use_gpu)}
         else:
             found["state"] = "interrupted"
     except MpsclError as error:
@@ -91,9 +93,16 @@ def run_cell(
     return {**found, "seconds": time.monotonic() - started}
 
 
-def _scores(folder: RunDirectory, phase: str) -> dict[str, Any]:
-    """Scores at the end of a phase, and the volumes that they are of."""
-    evaluation = evaluate_phases(folder.uri, [phase], workers=0, progress=False)[phase]
+def _scores(folder: RunDirectory, config: Config, use_gpu: bool) -> dict[str, Any]:
+    """Scores at the end of the last phase, and the volumes that they are of.
+
+    A process that has trained itself has the place of a worker, and scores them there.
+    """
+    phase = config.schedule[-1][0]
+    where: dict[str, Any] = {"workers": 0, "device": "cuda" if use_gpu else "cpu"}
+    if not trains_in_one_process(config):
+        where = {"place": evaluation_place(config, use_gpu)}
+    evaluation = evaluate_phases(folder.uri, [phase], progress=False, **where)[phase]
     scored_on = {
         "split": evaluation.split,
         "volumes": len(evaluation.scores),

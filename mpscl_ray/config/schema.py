@@ -42,7 +42,7 @@ class RunConfig:
     name: str = "mpscl"
     """Name of the run and its folder, by default that of the preset; the same name again resumes the run."""
     storage: str = "runs"
-    """Folder of the run folders, shared by all nodes of a cluster; or s3://BUCKET/FOLDER."""
+    """Folder of the run folders, shared by all nodes of a cluster; or s3://BUCKET/FOLDER, gs://BUCKET/FOLDER."""
     storage_retry_minutes: Annotated[float, Field(ge=0)] = 10
     """Minutes that a run in a bucket continues while the bucket does not answer, before it stops (resumable)."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 1

@@ -57,9 +57,13 @@ process that starts a training, and the processes of a cluster do not have the e
 
 @contextmanager
 def connect(
-    num_cpus: int | None = None, *, dashboard: bool = False, object_store_memory: int | None = None
+    num_cpus: int | None = None,
+    *,
+    address: str | None = None,
+    dashboard: bool = False,
+    object_store_memory: int | None = None,
 ) -> Iterator[None]:
-    """Ray inside the block: the cluster this process is connected to, the one ``RAY_ADDRESS`` names, or a private one.
+    """Ray inside the block: the cluster this process is connected to, the one at an address, or a private one.
 
     A private cluster accepts this process and its workers only (a fresh token guards it, and never leaves the machine),
     logs into a short temporary folder, and is stopped with all it started when the block ends. A cluster that was
@@ -67,6 +71,8 @@ def connect(
 
     Args:
         num_cpus: CPUs of a private cluster; None: all of this machine. Ray only counts them, so it may be more.
+        address: of a cluster, or ``auto`` for the one that ``RAY_ADDRESS`` names or that runs on this machine; None:
+            the one of ``RAY_ADDRESS``, if it is set.
         dashboard: Whether a private cluster serves its dashboard on 127.0.0.1; its address is printed.
         object_store_memory: Bytes of shared memory of a private cluster; None leaves it to Ray.
 
@@ -83,7 +89,8 @@ def connect(
     mode = os.environ.get("RAY_AUTH_MODE", "token")
     if mode.lower() not in ("token", "disabled"):
         raise ClusterError(f"RAY_AUTH_MODE is {mode!r}; expected token or disabled, or leave it unset")
-    address = os.environ.get("RAY_ADDRESS")
+    if address in (None, "auto"):
+        address = os.environ.get("RAY_ADDRESS") or address
     if address or dashboard:
         os.environ.setdefault(_STATE_TRACKING, "1")
     session = (
@@ -124,12 +131,12 @@ def enable_state_tracking() -> None:
 
 @contextmanager
 def _running_cluster(address: str) -> Iterator[None]:
-    """Join the cluster at ``RAY_ADDRESS``. Raises ClusterError where it cannot be reached."""
+    """Join the cluster at an address. Raises ClusterError where it cannot be reached."""
     import ray
 
     try:
         _check_port(address)
-        context = ray.init(log_to_driver=False, logging_level=logging.ERROR)
+        context = ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         raise ClusterError(_unreachable(address, error)) from error
     try:
@@ -144,13 +151,13 @@ def _unreachable(address: str, error: BaseException) -> str:
     """Why a cluster cannot be joined, and what to do."""
     if "Version mismatch" in str(error):
         return (
-            f"the Ray cluster at RAY_ADDRESS={address} runs other versions than this command: "
+            f"the Ray cluster at {address} runs other versions than this command: "
             f"{' '.join(str(error).split())}; install the same Ray and Python as on the cluster"
         )
     return (
-        f"the Ray cluster at RAY_ADDRESS={address} cannot be reached: {_first_line(error)}; check that it runs, that "
-        "RAY_AUTH_MODE=token is set and the token is that of the cluster (ray get-auth-token), or unset RAY_ADDRESS to "
-        "use this machine alone"
+        f"the Ray cluster at {address} cannot be reached: {_first_line(error)}; check that it runs, that "
+        "RAY_AUTH_MODE=token is set and the token is that of the cluster (ray get-auth-token), or unset RAY_ADDRESS, "
+        "and give no --ray, to use this machine alone"
     )
 
 

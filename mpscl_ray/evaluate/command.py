@@ -40,6 +40,7 @@ def main(arguments: Sequence[str]) -> int:
         help="folder for the tables, or its URL (default: RUN/results/NAME; a model file has none)",
     )
     parser.add_workers()
+    parser.add_ray()
     add("--device", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
     add("--largest-component", action="store_true", help="keep only the largest connected part of each structure")
     add(

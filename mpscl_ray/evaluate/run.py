@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
+from mpscl_ray.distributed.places import TaskPlace, inference_place
+from mpscl_ray.distributed.ray_session import connect
 from mpscl_ray.evaluate.evaluation import PROTOCOLS, Evaluation, write_rows
 from mpscl_ray.evaluate.scoring import evaluate_checkpoint, find_dataset
 from mpscl_ray.evaluate.tables import default_measures
@@ -27,6 +31,7 @@ def evaluate_phases(
     device: str | None = None,
     workers: int | None = None,
     progress: bool = True,
+    place: TaskPlace | None = None,
 ) -> dict[str, Evaluation]:
     """Evaluate the end of each phase on the target and write ``results/phases.{txt,md,csv,json}``, a row per phase.
 
@@ -39,6 +44,7 @@ def evaluate_phases(
         device: see :func:`~mpscl_ray.evaluate.scoring.evaluate_checkpoint`.
         workers: see :func:`~mpscl_ray.evaluate.scoring.evaluate_checkpoint`.
         progress: whether to show progress lines.
+        place: see :func:`~mpscl_ray.evaluate.scoring.evaluate_checkpoint`.
 
     Returns:
         Phase -> evaluation; empty, and nothing is written, if no volume of the target is labelled.
@@ -51,10 +57,8 @@ def evaluate_phases(
     split = next((name for name in ("test", "val") if any(case.labelled for case in manifest.split(name))), None)
     if split is None:
         return {}
-    done = {
-        phase: evaluate_checkpoint(home, phase, split=split, device=device, workers=workers, progress=progress)
-        for phase in phases
-    }
+    how: dict[str, Any] = {"device": device, "workers": workers, "progress": progress, "place": place}
+    done = {phase: evaluate_checkpoint(home, phase, split=split, **how) for phase in phases}
     rows = {evaluation.row_label: evaluation.summary for evaluation in done.values()}
     volumes = next(iter(rows.values())).volumes
     kind = "test" if split == "test" else "validation"
@@ -71,19 +75,22 @@ def evaluate_phases(
 
 def evaluate(options: argparse.Namespace) -> int:
     """Evaluate one checkpoint and print its table; returns the exit code."""
-    choose_device(options.device)
+    if options.ray is None:
+        choose_device(options.device)
     home = open_model(options.run)
-    evaluation = evaluate_checkpoint(
-        home,
-        options.checkpoint,
-        data=options.data,
-        split=options.split,
-        out=options.out,
-        device=options.device,
-        workers=options.workers,
-        largest_component=options.largest_component,
-        protocol=options.protocol,
-    )
+    with connect(address=options.ray) if options.ray else nullcontext():
+        evaluation = evaluate_checkpoint(
+            home,
+            options.checkpoint,
+            data=options.data,
+            split=options.split,
+            out=options.out,
+            device=options.device,
+            workers=options.workers,
+            largest_component=options.largest_component,
+            protocol=options.protocol,
+            place=inference_place(options.device) if options.ray else None,
+        )
     measures = (*default_measures([evaluation.summary]), *(["asd_voxel"] if evaluation.protocol != "file" else []))
     print(f"{evaluation.modality}, {counted(len(evaluation.scores), 'volume')} of the split {evaluation.split}")
     if evaluation.protocol != "released":

@@ -17,6 +17,7 @@ from mpscl_ray.data import SPLITS
 from mpscl_ray.data.dataset import Case, Manifest, Scaling, load_manifest
 from mpscl_ray.data.volumes.recipe import Recipe
 from mpscl_ray.distributed.parallel_map import map_volumes
+from mpscl_ray.distributed.places import TaskPlace
 from mpscl_ray.distributed.ray_session import connect
 from mpscl_ray.errors import ConfigError, DataError
 from mpscl_ray.evaluate.case_scores import CaseToScore, segment_and_score
@@ -48,6 +49,7 @@ def evaluate_checkpoint(
     largest_component: bool = False,
     protocol: Protocol | None = None,
     progress: bool = True,
+    place: TaskPlace | None = None,
 ) -> Evaluation:
     """Predict every labelled volume of a split, score it, and write the tables.
 
@@ -64,6 +66,8 @@ def evaluate_checkpoint(
             prepared slices, resampled and cropped, as papers do. ``released``: these as the released code does. None:
             ``file``, or ``prepared`` for a dataset without label maps on that grid, and a notice says so.
         progress: whether to show a progress line.
+        place: where on the Ray that this process is connected to each volume is scored; it decides the device. At most
+            ``workers`` at a time, None: as many as the cluster has room for. Run and dataset must be readable there.
 
     Raises:
         ConfigError: no such run, checkpoint, split or device.
@@ -75,7 +79,9 @@ def evaluate_checkpoint(
         raise ConfigError(
             f"{home.display_path} is a model file, which keeps no results; give a folder for them: --out DIR"
         )
-    subject = _load(home, checkpoint, data, split, device)
+    device = place.device if place else device
+    # Elsewhere this process only checks the weights, before tasks start.
+    subject = _load(home, checkpoint, data, split, "cpu" if place else device)
     protocol, notices = _choose_protocol(protocol, subject)
     subject = replace(subject, notices=(*subject.notices, *notices))
     name = _result_name(subject, largest_component, protocol)
@@ -92,7 +98,7 @@ def evaluate_checkpoint(
         largest_component=largest_component,
         protocol=protocol,
     )
-    scores = _score(subject.predictor, options, subject.cases, workers, progress)
+    scores = _score(subject.predictor, options, subject.cases, workers, progress, place)
     evaluation = _evaluation(name, home.display_path, subject, options, scores)
     with output_directory(location) as written:
         write_evaluation(evaluation, written)
@@ -272,12 +278,17 @@ class _Options:
 
 
 def _score(
-    predictor: Predictor, options: _Options, cases: Sequence[Case], workers: int | None, progress: bool
+    predictor: Predictor,
+    options: _Options,
+    cases: Sequence[Case],
+    workers: int | None,
+    progress: bool,
+    place: TaskPlace | None,
 ) -> dict[str, list[StructureScore]]:
-    if workers is None:
+    if workers is None and place is None:
         workers = num_inference_workers(len(cases), predictor.device)
     function: Callable[[Case], list[StructureScore]]
-    if workers:
+    if workers != 0:
         function = partial(_score_in_worker, options)
     else:
         function = partial(_score_case, predictor, options)
@@ -290,6 +301,7 @@ def _score(
             workers=workers,
             name=lambda case: f"case {case.id}",
             done=lambda count: line.update(count) if line else None,
+            place=place,
         )
     return {case.id: scores for case, scores in zip(cases, rows, strict=True)}
 

@@ -77,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--nan-policy", choices=NAN_POLICIES, default="error", help="voxels that are NaN or infinite, as in prepare")
     add("--any-modality", action="store_true", help="segment images whose intensities do not fit the model as well")
     parser.add_workers()
+    parser.add_ray()
     add("--device", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
     add("--resume", action="store_true", help="keep label maps that an interrupted batch completed; make the others")
     add(

@@ -16,6 +16,7 @@ from pathlib import Path
 from mpscl_ray.data.volumes.dicom_paths import is_dicom
 from mpscl_ray.data.volumes.file_names import VOLUME_ENDINGS, has_ending
 from mpscl_ray.distributed.parallel_map import map_volumes
+from mpscl_ray.distributed.places import inference_place
 from mpscl_ray.distributed.ray_session import connect
 from mpscl_ray.errors import ConfigError, DataError
 from mpscl_ray.predict.dicom_inputs import both_kinds, series_below, single_slices
@@ -31,13 +32,13 @@ from mpscl_ray.predict.output_names import (
     mirrored_folder,
     stem,
 )
-from mpscl_ray.predict.predictor import choose_device, load_weights, num_inference_workers
+from mpscl_ray.predict.predictor import Predictor, choose_device, load_weights, num_inference_workers
 from mpscl_ray.predict.record import Record
 from mpscl_ray.prepare.file_listing import LABEL_ENDINGS
 from mpscl_ray.runs.model_store import open_model
 from mpscl_ray.runs.progress import ProgressLine
 from mpscl_ray.runs.run_directory import RunDirectory
-from mpscl_ray.runs.storage import S3Path
+from mpscl_ray.runs.storage import S3Path, output_directory
 from mpscl_ray.runs.structures import display_order
 from mpscl_ray.runs.wording import counted
 
@@ -51,14 +52,17 @@ def predict(options: argparse.Namespace, out: Path | S3Path) -> int:
         options: of the command.
         out: folder for the label maps.
     """
-    device = choose_device(options.device)
+    if options.ray is not None:
+        options.inputs = [given.absolute() for given in options.inputs]  # tasks have another working directory
+    # Elsewhere this process only checks the weights.
+    device = choose_device(options.device if options.ray is None else "cpu")
     home = open_model(options.run)
     model = read_model(home)
     model.domain(options.modality)  # refused before anything is read
     weights, warnings = find_checkpoint(home, options.checkpoint)
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
-    predictor = load_weights(model, weights, options.device)  # also before workers start: errors are reported at once
+    predictor = load_weights(model, weights, device)  # also before workers start: errors are reported at once
     job = _job(options, home, model, weights, out)
     images, failed = find_images(options.inputs, options.pattern)
     images = _without_long_names(images, job, model.classes, failed)
@@ -66,22 +70,40 @@ def predict(options: argparse.Namespace, out: Path | S3Path) -> int:
     left = record.to_do(images, resume=options.resume)
     if len(left) < len(images):
         print(f"{len(images) - len(left)} of {len(images)} images have their label map already")
-    workers = num_inference_workers(len(left), device) if options.workers is None else options.workers
-    line = ProgressLine(len(left), "segmenting, volume")
-    with line, connect(workers) if workers and left else nullcontext():
-        done = map_volumes(
-            partial(predict_in_worker, job) if workers else partial(predict_image, predictor, job),
-            left,
+    done = _segment(options, predictor, job, left, record)
+    failed += [prediction for prediction in done if prediction.error]
+    good = [prediction for prediction in done if not prediction.error]
+    print_outcome(good, failed, options.out)
+    return DataError.exit_code if failed else 0
+
+
+def _segment(
+    options: argparse.Namespace, predictor: Predictor, job: Job, images: Sequence[Path], record: Record
+) -> list[Prediction]:
+    """Segment images in this process, or in tasks on Ray."""
+    workers, place = options.workers, None
+    if workers is None and options.ray is None:
+        workers = num_inference_workers(len(images), predictor.device)
+    in_tasks = workers != 0 and bool(images)
+    line = ProgressLine(len(images), "segmenting, volume")
+    with line, connect(workers, address=options.ray) if in_tasks else nullcontext():
+        if in_tasks and options.ray is not None:
+            from mpscl_ray.data.preflight import check_nodes  # imports Ray
+
+            with output_directory(job.out):
+                check_nodes(str(job.out), {}, next((image for image in images if image.exists()), None))
+            place = inference_place(options.device)
+            job = replace(job, device=place.device)
+        return map_volumes(
+            partial(predict_in_worker, job) if in_tasks else partial(predict_image, predictor, job),
+            images,
             workers=workers,
             name=str,
             done=line.update,
             keep=record.add,
             lost=_lost,
+            place=place,
         )
-    failed += [prediction for prediction in done if prediction.error]
-    good = [prediction for prediction in done if not prediction.error]
-    print_outcome(good, failed, options.out)
-    return DataError.exit_code if failed else 0
 
 
 def _job(options: argparse.Namespace, home: RunDirectory, model: Model, weights: Checkpoint, out: Path | S3Path) -> Job:

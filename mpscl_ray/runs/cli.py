@@ -117,7 +117,10 @@ class CommandParser(argparse.ArgumentParser):
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As argparse does, after answering a shell that completes."""
         self._complete()
-        return super().parse_args(args, namespace)
+        options = super().parse_args(args, namespace)
+        if getattr(options, "ray", None) and options.workers == 0:
+            raise ConfigError("--workers 0 is for this process and --ray for a cluster; leave one of them out")
+        return options
 
     def parse_intermixed_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As argparse does, after answering a shell that completes."""
@@ -155,6 +158,11 @@ class CommandParser(argparse.ArgumentParser):
         """Add ``--workers``: an int, or None where it is not given."""
         help = "volumes at a time, on Ray; 0: in this process (default: by their number)"
         self.add_argument("--workers", action=_WorkersAction, type=int, metavar="N", help=help)
+
+    def add_ray(self) -> None:
+        """Add ``--ray``: an address, or None where it is not given."""
+        help = "spread the volumes over a Ray cluster: its address, or auto (RAY_ADDRESS, or the one running here)"
+        self.add_argument("--ray", metavar="ADDRESS", help=help)
 
     def _complete(self) -> None:
         """Answer a shell that completes, and leave: no command may run for that."""

@@ -21,7 +21,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Literal, TypeVar
+from typing import IO, TYPE_CHECKING, ClassVar, Literal, TypeVar
 from urllib.parse import parse_qsl, urlsplit
 
 from mpscl_ray.errors import ConfigError, DataError, StorageError
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-_OPTIONS = ("endpoint_override", "region", "scheme")
 _CHUNK = 1 << 23
 _CONNECT_S = 5.0
 _SILENCE_S = 20.0
@@ -42,8 +41,6 @@ _ATTEMPTS = 2
 _VERSIONS = 20
 """How often an object may be replaced while it is read."""
 _RETRY_S = 2.0
-
-_REFUSALS = ("ACCESS_DENIED", "INVALID_ACCESS_KEY_ID", "SIGNATURE_DOES_NOT_MATCH", "EXPIRED_TOKEN", "INVALID_CLIENT")
 
 
 def is_url(location: object) -> bool:
@@ -57,7 +54,13 @@ def parse_location(location: str | Path | S3Path) -> Path | S3Path:
         return location
     if not isinstance(location, str | os.PathLike):
         raise ConfigError(f"{location!r} was given for a name, path or URL; expected text")
-    return S3Path.parse(str(location)) if is_url(location) else Path(location)
+    if not is_url(location):
+        return Path(location)
+    if str(location).startswith("gs:"):
+        from mpscl_ray.runs.gcs import GcsPath  # which derives from S3Path
+
+        return GcsPath.parse(str(location))
+    return S3Path.parse(str(location))
 
 
 def join_location(location: str | Path | S3Path, *names: str) -> Path | S3Path:
@@ -92,10 +95,23 @@ def retry(action: Callable[[], None], patience_s: float) -> None:
 
 @dataclass(frozen=True)
 class S3Path:
-    """A folder or an object of a bucket. Making one accesses nothing; each method asks the server.
+    """A folder or an object of a bucket, of S3 or a kind that derives from it. Making one accesses nothing; each method
+    asks the server.
 
     All methods raise StorageError, with the URL and what to do, where the server refuses or does not answer.
     """
+
+    SCHEME: ClassVar[str] = "s3"
+    OPTIONS: ClassVar[tuple[str, ...]] = ("endpoint_override", "region", "scheme")
+    """What may be behind the question mark."""
+    CREDENTIALS: ClassVar[str] = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+    """Where they may be given, for messages."""
+    ENDPOINT: ClassVar[str] = "AWS_ENDPOINT_URL"
+    """Variable that names the server."""
+    _REFUSALS: ClassVar[tuple[str, ...]] = (
+        *("ACCESS_DENIED", "INVALID_ACCESS_KEY_ID", "SIGNATURE_DOES_NOT_MATCH", "EXPIRED_TOKEN", "INVALID_CLIENT"),
+    )
+    _SILENCE: ClassVar[tuple[str, ...]] = ("NETWORK_CONNECTION", "curlCode")
 
     key: str
     """``bucket/folder/name``"""
@@ -105,28 +121,28 @@ class S3Path:
     @classmethod
     def parse(cls, url: str) -> S3Path:
         """Parse a URL. Raises ConfigError where it cannot be used; the message leaves out what may be a secret."""
-        parts = urlsplit(re.sub(r"^s3:/(?!/)", "s3://", url))
-        if parts.scheme != "s3":
+        parts = urlsplit(re.sub(r"^(\w+):/(?!/)", r"\1://", url))
+        if parts.scheme != cls.SCHEME:
             raise ConfigError(
-                f"{parts.scheme}:// is not a storage that can be used directly, expected s3://BUCKET/FOLDER or a "
-                "folder on a file system that all nodes share; mount it there"
+                f"{parts.scheme}:// is not a storage that can be used directly, expected s3://BUCKET/FOLDER, "
+                "gs://BUCKET/FOLDER or a folder on a file system that all nodes share; mount it there"
             )
         given = parse_qsl(parts.query, keep_blank_values=True)
-        unknown = sorted({name for name, _ in given} - set(_OPTIONS))
+        unknown = sorted({name for name, _ in given} - set(cls.OPTIONS))
         if "@" in parts.netloc or unknown:
             what = f"the option {unknown[0]}" if unknown else "a key in front of the bucket"
             raise ConfigError(
-                f"a URL of a bucket has {what}, expected s3://BUCKET/FOLDER with at most the options "
-                f"{', '.join(_OPTIONS)}; give credentials in AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+                f"a URL of a bucket has {what}, expected {cls.SCHEME}://BUCKET/FOLDER with at most the options "
+                f"{', '.join(cls.OPTIONS)}; give credentials in {cls.CREDENTIALS}"
             )
         if not parts.netloc:
-            raise ConfigError(f"{url} names no bucket, expected s3://BUCKET/FOLDER")
+            raise ConfigError(f"{url} names no bucket, expected {cls.SCHEME}://BUCKET/FOLDER")
         names = [parts.netloc, *(name for name in parts.path.split("/") if name)]
         return cls("/".join(names), parts.query)
 
     def __str__(self) -> str:
         """The URL."""
-        return f"s3://{self.key}" + (f"?{self.query}" if self.query else "")
+        return f"{self.SCHEME}://{self.key}" + (f"?{self.query}" if self.query else "")
 
     def __truediv__(self, name: str | Path) -> S3Path:
         """The folder or object below this one."""
@@ -246,7 +262,7 @@ class S3Path:
         return self.filesystem.open_output_stream(self.key, compression=None)
 
     @property
-    def filesystem(self) -> fs.S3FileSystem:
+    def filesystem(self) -> fs.FileSystem:
         """The server, on which the path is :attr:`key`."""
         return _filesystem(self.query, _endpoint(self.query))
 
@@ -265,16 +281,16 @@ class S3Path:
         bucket = self.key.partition("/")[0]
         if "NO_SUCH_BUCKET" in message:
             return f"there is no bucket {bucket} at {self.server}; make it, or correct the URL"
-        code = next((code for code in _REFUSALS if code in message), None)
+        code = next((code for code in self._REFUSALS if code in message), None)
         if code:
             return (
                 f"{self.server} refuses ({code}); give credentials that may {action} in the bucket {bucket} in "
-                "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile, on every node"
+                f"{self.CREDENTIALS}, or a profile, on every node"
             )
-        if "NETWORK_CONNECTION" in message or "curlCode" in message:
+        if any(word in message for word in self._SILENCE):
             return (
                 f"no answer from {self.server}; check that it runs and that endpoint_override in the URL or "
-                "AWS_ENDPOINT_URL names it, then give the same command again"
+                f"{self.ENDPOINT} names it, then give the same command again"
             )
         code_found = re.search(r"AWS Error (\w+)", message)
         detail = code_found.group(1) if code_found else " ".join(message.split())[:200]

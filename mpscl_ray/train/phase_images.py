@@ -43,7 +43,7 @@ def draw_phases(run: RunDirectory | Path | str, phases: Sequence[str]) -> Path |
     columns: dict[str, NDArray[np.integer]] = {}
     for phase in phases:
         predictor = load_weights(model, find_checkpoint(folder, phase)[0])
-        columns[phase_title(phase)] = predictor.predict_slices(arrays["image"])[chosen]
+        columns[phase_title(phase)] = predictor.predict_slices(arrays["image"][chosen])
     columns["label"] = arrays["label"][chosen]
     image = folder.results / "phases.png"
     save_png(image, panel(arrays["image"][chosen], columns, model.classes))

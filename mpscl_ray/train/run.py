@@ -8,6 +8,7 @@ import shlex
 import sys
 
 from mpscl_ray.config import Config, default_settings, reads_target, to_yaml
+from mpscl_ray.data.preflight import check_nodes
 from mpscl_ray.distributed.ray_session import connect
 from mpscl_ray.errors import ConfigError, Interrupted, TrainingError
 from mpscl_ray.evaluate.run import evaluate_phases
@@ -28,7 +29,6 @@ from mpscl_ray.train.phase_images import draw_phases
 from mpscl_ray.train.phases import build_segmenter, load_pretrained_weights
 from mpscl_ray.train.ray import launch, resources
 from mpscl_ray.train.ray.placement_groups import release_orphaned_placement_groups
-from mpscl_ray.train.ray.preflight import check_nodes
 from mpscl_ray.train.tracking import TrackedTraining, final_scores, tracked
 
 MAY_CHANGE = (
@@ -174,7 +174,8 @@ def _wait_and_evaluate(config: Config, folder: RunDirectory, training: launch.La
         raise Interrupted(f"stopped by {interruption.signal_name} between training, which is done, and its evaluation")
     with signals_end("during the evaluation"):
         phases = [name for name, _ in config.schedule]
-        for phase, evaluation in evaluate_phases(folder, phases).items():
+        place = resources.evaluation_place(config, use_gpu)
+        for phase, evaluation in evaluate_phases(folder, phases, place=place).items():
             tracked.scores |= final_scores(phase, evaluation.summary.to_json())
         draw_phases(folder, phases)
 

@@ -9,16 +9,15 @@ from __future__ import annotations
 import os
 import shutil
 import threading
-import time
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Any
 
 from ray import tune
 from ray.tune import Callback, Stopper
 from ray.tune.search import Searcher
 
-from mpscl_ray.errors import InsufficientResources, Interrupted, StorageError
+from mpscl_ray.errors import InsufficientResources, Interrupted
+from mpscl_ray.runs.control_files import STOP_FILE
 from mpscl_ray.runs.position import StatusUpdates
 from mpscl_ray.runs.run_directory import RunDirectory
 from mpscl_ray.runs.signals import Interruption
@@ -26,7 +25,7 @@ from mpscl_ray.train.ray.one_process import own_resources
 from mpscl_ray.train.ray.prometheus import CommandGauges
 from mpscl_ray.train.ray.room import Room
 from mpscl_ray.tune.study import Study
-from mpscl_ray.tune.trainable import STOP_SEARCH, UNREACHABLE, train_trial
+from mpscl_ray.tune.trainable import UNREACHABLE, train_trial
 
 TUNE_FOLDER = "tune"
 """Ray Tune's folder in that of a search: its state, and result.json, progress.csv and TensorBoard events of trials."""
@@ -131,18 +130,14 @@ def _wait(
     thread: threading.Thread, study: Study, room: Room, interruption: Interruption, redraw: Callable[[], None]
 ) -> None:
     """Wait for Ray Tune; an interruption is passed on to the trials."""
-    folder, next_poll = study.folder, 0.0
+    folder = study.folder
     while thread.is_alive():
         if folder.store.sync_error is not None:
             raise folder.store.sync_error
-        if not interruption.requested and time.monotonic() > next_poll:
-            next_poll = time.monotonic() + folder.store.poll_interval_s
-            with suppress(StorageError):
-                if folder.control_files.read(STOP_SEARCH) is not None:
-                    interruption.request(f"the file {STOP_SEARCH} in its folder")
+        study.look_for_stop(interruption)
         if interruption.requested and not study.stopping:
             study.stopping = True
-            folder.control_files.write(STOP_SEARCH, "")
+            folder.control_files.write(STOP_FILE, "")
             # Written now: a job manager may kill the command before the trials have ended.
             reason = f"stopped by {interruption.signal_name}; trials resume from their last checkpoints"
             folder.write_status("interrupted", exit_code=Interrupted.exit_code, reason=reason)

@@ -18,6 +18,7 @@ from mpscl_ray.runs.atomic_files import write_atomically
 from mpscl_ray.runs.next_steps import command_line, logger_lines
 from mpscl_ray.runs.storage import join_location
 from mpscl_ray.runs.wording import counted
+from mpscl_ray.train.ray.resources import evaluation_place
 from mpscl_ray.tune import figures
 from mpscl_ray.tune.agreement import agreements, agreements_text
 from mpscl_ray.tune.criteria import CRITERIA, ORACLE, score
@@ -181,8 +182,10 @@ def _evaluate(study: Study, trials: list[Trial], best: Trial | None) -> None:
         return
     rows: dict[str, Summary] = {}
     split = protocol = ""
+    place = evaluation_place(study.resolved, study.shared.use_gpu)
     for trial in chosen:
-        done = evaluate_phases(study.trial_folder(trial.number).uri, wanted[str(trial.number)], progress=False)
+        run = study.trial_folder(trial.number).uri
+        done = evaluate_phases(run, wanted[str(trial.number)], progress=False, place=place)
         for phase, evaluation in done.items():
             label = phase if phase != phases[-1] else _label(study, trial)
             rows[label], split, protocol = evaluation.summary, evaluation.split, evaluation.protocol

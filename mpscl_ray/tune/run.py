@@ -11,6 +11,7 @@ from mpscl_ray.config.titles import phase_title
 from mpscl_ray.distributed.ray_session import connect
 from mpscl_ray.errors import ConfigError, Interrupted, TrainingError
 from mpscl_ray.prepare import phantom_dataset
+from mpscl_ray.runs.control_files import STOP_FILE
 from mpscl_ray.runs.lifecycle import carry_out
 from mpscl_ray.runs.live_page import LivePage
 from mpscl_ray.runs.run_directory import RunDirectory, open_run
@@ -96,6 +97,7 @@ def _search(
     space: Space, folder: RunDirectory, ledger: Ledger, warm_up: RunDirectory | None, fit: launch.Fit | None
 ) -> Study:
     """The search once Ray runs: shared phases, trials, results."""
+    folder.control_files.clear(STOP_FILE)  # of an earlier start
     resolved = phantom_dataset.resolve(space.base)
     shared, warnings = open_shared(resolved, folder, fit)
     for warning in warnings:

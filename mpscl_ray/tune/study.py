@@ -8,13 +8,16 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from mpscl_ray.config import Config, override, to_dict
 from mpscl_ray.config.systems import common_phases
 from mpscl_ray.errors import ClusterError, ConfigError, MpsclError, StorageError
+from mpscl_ray.runs.control_files import STOP_FILE
 from mpscl_ray.runs.run_directory import RunDirectory, open_run
+from mpscl_ray.runs.signals import Interruption
 from mpscl_ray.runs.storage import join_location
 from mpscl_ray.runs.tensorboard import TensorBoard
 from mpscl_ray.runs.trackers import Tracking
@@ -27,7 +30,7 @@ from mpscl_ray.tune.ledger import End, Ledger, Trial
 from mpscl_ray.tune.samplers import Sampler, make_sampler
 from mpscl_ray.tune.schedulers import make_scheduler
 from mpscl_ray.tune.space import Space
-from mpscl_ray.tune.trainable import PAUSE, STOP_SEARCH, TrialTask
+from mpscl_ray.tune.trainable import PAUSE, TrialTask
 
 LEDGER, TRIALS = "ledger.jsonl", "trials"
 """Names in the folder of a search."""
@@ -66,6 +69,7 @@ class Study:
                 self.scheduler.report(number, iteration, score(known[number].reports[iteration], self.metric))
         self.active: set[int] = set()
         """Trials that Ray Tune has and that have neither ended nor paused."""
+        self._next_look = 0.0
         self._seconds: dict[int, float] = {}
         self._boards: dict[int, TensorBoard] = {}
         self._folders: dict[int, RunDirectory] = {}
@@ -118,12 +122,20 @@ class Study:
             self._folders[number] = open_run(location, patience_s=60 * self.resolved.run.storage_retry_minutes)
         return self._folders[number]
 
+    def look_for_stop(self, interruption: Interruption) -> None:
+        """Pass on STOP_FILE in the folder of the search, which is read no more often than its storage allows."""
+        if interruption.requested or time.monotonic() < self._next_look:
+            return
+        self._next_look = time.monotonic() + self.folder.store.poll_interval_s
+        with suppress(StorageError):  # the folder itself reports a storage that fails for long
+            if self.folder.control_files.read(STOP_FILE) is not None:
+                interruption.request(f"the file {STOP_FILE} in its folder")
+
     # ------------------------------------------------------------------------------------------------ the next trial
 
     def recover(self) -> None:
         """Complete what an interruption of the search has left half done."""
         self._release_all()
-        self.folder.control_files.clear(STOP_SEARCH)
         self._stop_hopeless_trials()
 
     def remaining(self) -> list[int]:

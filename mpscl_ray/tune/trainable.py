@@ -12,16 +12,13 @@ from ray import tune
 
 from mpscl_ray.config import Config, config_from_dict
 from mpscl_ray.errors import MpsclError, StorageError
-from mpscl_ray.runs.control_files import VALIDATION_GATE_FILE
+from mpscl_ray.runs.control_files import STOP_FILE, VALIDATION_GATE_FILE
 from mpscl_ray.runs.fork import fork
 from mpscl_ray.runs.run_directory import RunDirectory, open_run
 from mpscl_ray.train.ray.concurrent import Shared, run_trial
 from mpscl_ray.train.ray.launch import Launch
 from mpscl_ray.train.ray.worker import STOP_THERE
 from mpscl_ray.tune.criteria import score
-
-STOP_SEARCH = "stop-requested"
-"""Name of the file in the search's folder that asks all its trials to write a checkpoint and end."""
 
 PAUSE = "pause-requested"
 """Name of the file in a trial's folder that asks it to write a checkpoint and give up its workers."""
@@ -112,7 +109,7 @@ class _ValidationReporter:
         with suppress(StorageError):
             if not self._stopping and (
                 self._folder.control_files.read(PAUSE) is not None
-                or self._search.control_files.read(STOP_SEARCH) is not None
+                or self._search.control_files.read(STOP_FILE) is not None
             ):
                 self._stopping = True
                 training.request_stop()

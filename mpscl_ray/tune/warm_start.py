@@ -88,6 +88,7 @@ def train_shared_phases(
 
     def poll(training: launch.Launch) -> None:
         nonlocal seen
+        study.look_for_stop(interruption)
         if interruption.requested:
             training.request_stop()
         for record in run.read_metrics():

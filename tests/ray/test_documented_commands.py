@@ -29,6 +29,7 @@ from tests.tiny import tiny_settings
 
 BUCKET = "tests/cluster/test_object_storage.py::test_prepare_evaluate_and_predict_by_url"
 JOB = "tests/cluster/test_jobs.py::test_a_job_that_was_stopped_and_then_lost_a_node_succeeds"
+SPREAD = "tests/ray/test_places.py::test_commands_spread_volumes_over_a_cluster"
 EXPORT = "tests/unit/export/test_export.py::"
 
 ELSEWHERE = {
@@ -46,6 +47,8 @@ ELSEWHERE = {
         "tests/cluster/test_search_in_bucket.py::test_a_killed_search_in_a_bucket_goes_on_and_stops_what_falls_behind"
     ),
     "python -m mpscl_ray.predict s3://*": BUCKET,
+    "python -m mpscl_ray.evaluate * --ray *": SPREAD,
+    "python -m mpscl_ray.predict * --ray *": SPREAD,
     "python -m mpscl_ray.score totalsegmentator *": (
         "tests/unit/evaluate/test_score_labels.py::test_swapped_ids_are_told_apart_by_the_tables"
     ),

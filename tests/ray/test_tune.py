@@ -14,6 +14,7 @@ from ray import tune as ray_tune
 
 from mpscl_ray.config import Config, load_config, to_yaml
 from mpscl_ray.runs import checkpoint
+from mpscl_ray.runs.control_files import STOP_FILE
 from mpscl_ray.runs.run_directory import RunDirectory
 from mpscl_ray.train.domains import load_domains, model_description
 from mpscl_ray.tune import command as tune
@@ -184,6 +185,28 @@ def test_a_target_without_labels_is_searched_by_a_label_free_criterion_from_a_ru
     assert not summary["oracle"]
     assert summary["best"] == 1
     assert "uses their labels" not in text
+
+
+def test_a_stop_file_ends_the_shared_phases_and_the_trials_and_the_command_resumes(here: Here, data: Path) -> None:
+    file = write_space(data, "asked", {"method.margin_source": {"choice": [0, 0.4]}}, method="grid", evaluate="none")
+    folder = data / "runs" / "asked"
+    shared, trial = folder / "shared" / "metrics.jsonl", folder / "ledger.jsonl"
+    for seen, ended in ((shared, "0 of 2"), (trial, "0 of 2")):
+        wait = f"until grep -q 'val/' {seen} 2>/dev/null; do sleep 0.1; done; touch {folder / STOP_FILE}"
+        sender = subprocess.Popen(["bash", "-c", wait])
+        try:
+            code, text = here(tune, file, fit=functools.partial(fit, seconds_a_step=1))
+        finally:
+            sender.kill()
+            sender.wait()
+        assert code == 130, text
+        assert f"stopped by the file stop-requested in its folder; {ended} trials have ended" in text
+        assert f"to resume:\n  python -m mpscl_ray.tune {file}" in text
+        assert_nothing_is_reserved()
+    assert RunDirectory(folder / "trials" / "001").store.step_checkpoints()
+    code, text = here(tune, file, fit=fit)
+    assert code == 0, text
+    assert ends(folder) == [1, 2]
 
 
 def test_ctrl_c_stops_all_trials_with_checkpoints_and_the_command_resumes(here: Here, data: Path) -> None:

@@ -95,7 +95,7 @@ CASES = {
         ("--version", 0, "torch"),
         ("--shwo", 2, "required: INPUT, --layout, --out"),
         ("in --layout nothing --out out", 2, "invalid choice: 'nothing'"),
-        ("in --layout npy --out gs://bucket", 2, "error: gs:// is not a storage that can be used directly"),
+        ("in --layout npy --out abfs://bucket", 2, "error: abfs:// is not a storage that can be used directly"),
         ("in --layout npy --out out --channel -1", 2, "error: --channel -1: expected 0 or more"),
         ("in --layout npy --out out --clip-percentile 0", 2, "error: clip_percentile is 0.0"),
         ("in --layout npy --out out --range 3,1", 2, "error: --range '3,1': expected two numbers"),
@@ -127,7 +127,7 @@ CASES = {
         ),
         ("run --out model.mpscl --format torchscript", 2, "of the format torchscript its name ends in .pt or .ts"),
         ("run --out model --format tflite", 2, "invalid choice: 'tflite'"),
-        ("run --out gs://bucket/model.mpscl", 2, "error: gs:// is not a storage that can be used directly"),
+        ("run --out abfs://bucket/model.mpscl", 2, "error: abfs:// is not a storage that can be used directly"),
     ],
     "score": [
         ("--help", 0, "names: dataset.json"),
@@ -138,7 +138,7 @@ CASES = {
         ("predictions labels --labels 1=MYO --prediction-labels 1", 2, "error: --prediction-labels: '1' is not ID"),
         ("predictions labels --labels nothing.json", 3, "error: nothing.json: cannot be read"),
         ("predictions labels --ignore-label x", 2, "invalid int value: 'x'"),
-        ("predictions labels --out gs://bucket", 2, "error: gs:// is not a storage that can be used directly"),
+        ("predictions labels --out abfs://bucket", 2, "error: abfs:// is not a storage that can be used directly"),
         ("s3://bucket/predictions labels", 2, "error: s3://bucket/predictions is in a bucket"),
     ],
     "report": [

@@ -18,7 +18,10 @@ ORDER = (
 WITHOUT_FILES = {"distributed", "networks", "methods"}
 """Packages that compute. They import nothing that reads or writes files."""
 
-WITH_RAY = ("distributed.ray_session", "distributed.parallel_map", "data.ray_source", "train.ray", "compare", "tune")
+WITH_RAY = (
+    *("distributed.ray_session", "distributed.parallel_map", "distributed.places"),
+    *("data.ray_source", "data.preflight", "train.ray", "compare", "tune"),
+)
 """Modules and packages that may import Ray."""
 
 COMMANDS_ALONE = {"check": "prepare.check_command", "score": "evaluate.score_command"}

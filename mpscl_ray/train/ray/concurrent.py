@@ -14,6 +14,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from mpscl_ray.config import Config, to_yaml
+from mpscl_ray.data.preflight import check_nodes
+from mpscl_ray.distributed.places import free_worker_slots, worker_slots
 from mpscl_ray.distributed.ray_session import enable_state_tracking, state_tracking_enabled
 from mpscl_ray.errors import InsufficientResources, MpsclError, StorageError, TrainingError
 from mpscl_ray.runs.lifecycle import record_failure
@@ -25,7 +27,6 @@ from mpscl_ray.train.ray import resources
 from mpscl_ray.train.ray.launch import Fit, Launch
 from mpscl_ray.train.ray.one_process import fit_in_this_process, trains_in_one_process
 from mpscl_ray.train.ray.placement_groups import release
-from mpscl_ray.train.ray.preflight import check_nodes
 from mpscl_ray.train.streams import TrainingData
 
 _POLL_INTERVAL_S = 0.5
@@ -158,7 +159,7 @@ def _train(config: Config, folder: RunDirectory, shared: Shared, poll: Poll, dis
 
 def _has_room(config: Config, shared: Shared) -> bool:
     worker = resources.worker_request(config, shared.use_gpu)
-    return resources.free_worker_slots(worker) >= config.scaling.least_workers
+    return free_worker_slots(worker) >= config.scaling.least_workers
 
 
 def _wait_for_room(config: Config, shared: Shared, training: Launch, poll: Poll) -> bool:
@@ -169,7 +170,7 @@ def _wait_for_room(config: Config, shared: Shared, training: Launch, poll: Poll)
         poll(training)
         if training.stop_requested or _has_room(config, shared):
             return True
-        if resources.worker_slots(worker) >= config.scaling.least_workers:
+        if worker_slots(worker) >= config.scaling.least_workers:
             too_small_since = None
         elif too_small_since is None:
             too_small_since = time.monotonic()

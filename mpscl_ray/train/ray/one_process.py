@@ -13,11 +13,12 @@ from typing import Any
 import torch
 
 from mpscl_ray.config import Config
+from mpscl_ray.distributed.places import WorkerRequest
 from mpscl_ray.runs.control_files import STOP_FILE
 from mpscl_ray.runs.run_directory import RunDirectory, open_run
 from mpscl_ray.train import loop
 from mpscl_ray.train.ray.prometheus import Monitoring
-from mpscl_ray.train.ray.resources import WorkerRequest, worker_request
+from mpscl_ray.train.ray.resources import worker_request
 from mpscl_ray.train.ray.worker import WorkerCallback, log_to
 from mpscl_ray.train.streams import TrainingData
 

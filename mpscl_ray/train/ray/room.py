@@ -7,7 +7,8 @@ import time
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from mpscl_ray.config import Config
-from mpscl_ray.train.ray.resources import cluster_shortage, worker_request, worker_slots
+from mpscl_ray.distributed.places import worker_slots
+from mpscl_ray.train.ray.resources import cluster_shortage, worker_request
 
 _LOOK_S = 2.0
 _ASK_AGAIN_S = 10.0

@@ -20,7 +20,7 @@ from mpscl_ray.runs.control_files import STOP_FILE, VALIDATION_GATE_FILE
 from mpscl_ray.runs.lease import Lease
 from mpscl_ray.runs.live_page import Content, LivePage
 from mpscl_ray.runs.run_directory import RunDirectory, open_run
-from mpscl_ray.runs.storage import S3Path
+from mpscl_ray.runs.storage import S3Path, parse_location
 from mpscl_ray.train.ray.worker import STOP_THERE, wait_for_decision
 from tests.s3 import PATIENCE_S, Server, state, upload_folder, wait_until
 from tests.untrained_run import save, segmenter, write_run
@@ -68,8 +68,8 @@ def test_the_lease_of_a_dead_owner_on_another_host_can_be_acquired(remote: S3Pat
 
 def test_the_lease_of_a_killed_process_of_this_host_is_free_at_once(remote: S3Path) -> None:
     script = (
-        "import sys; from mpscl_ray.runs.lease import Lease; from mpscl_ray.runs.storage import S3Path\n"
-        "Lease(S3Path.parse(sys.argv[1]) / '.lease').acquire(); print('mine', flush=True); sys.stdin.read()"
+        "import sys; from mpscl_ray.runs.lease import Lease; from mpscl_ray.runs.storage import parse_location\n"
+        "Lease(parse_location(sys.argv[1]) / '.lease').acquire(); print('mine', flush=True); sys.stdin.read()"
     )
     with subprocess.Popen(
         [sys.executable, "-c", script, str(remote)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -211,7 +211,7 @@ def test_a_run_in_a_bucket_is_exported_and_its_model_predicts_from_there(
     model = server.url(f"{remote.name}/hearts.mpscl")
     assert export([server.url(f"{remote.name}/run"), "--out", model]) == 0
     assert export([str(run), "--out", str(tmp_path / "hearts.mpscl")]) == 0
-    assert S3Path.parse(model).read_bytes() == (tmp_path / "hearts.mpscl").read_bytes()
+    assert parse_location(model).read_bytes() == (tmp_path / "hearts.mpscl").read_bytes()
     with pytest.raises(ConfigError, match="is there already; give another name, or --overwrite"):
         export([server.url(f"{remote.name}/run"), "--out", model])
     with pytest.raises(ConfigError, match=r"none\.mpscl.*no such file, expected a model"):

@@ -164,7 +164,7 @@ def test_show_makes_no_folder(command: Command, tmp_path: Path) -> None:
         ),
         (["small/mpscl", "scaling.num_workers=[2,1]"], "scaling.num_workers=[2, 1]: expected the smaller number first"),
         (["small/mpscl", "run.name=a/b"], "run.name"),
-        (["small/mpscl", "run.storage=gs://bucket/runs"], "gs:// is not a storage that can be used directly"),
+        (["small/mpscl", "run.storage=abfs://bucket/runs"], "abfs:// is not a storage that can be used directly"),
         (["small/mpscl", *ONE_WORKER], "data.source is not set"),
     ],
 )

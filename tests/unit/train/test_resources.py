@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from mpscl_ray.config import load_config
+from mpscl_ray.distributed.places import WorkerRequest
 from mpscl_ray.errors import ConfigError
-from mpscl_ray.train.ray.resources import WorkerRequest, worker_request
+from mpscl_ray.train.ray.resources import worker_request
 
 
 def node(labels: dict[str, str] | None = None, **resources: float) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from mpscl_ray.tune.ledger import Ledger
 from mpscl_ray.tune.search_page import search_page
 from mpscl_ray.tune.space import load_space
 from mpscl_ray.tune.study import Study
-from mpscl_ray.tune.trainable import PAUSE, STOP_SEARCH
+from mpscl_ray.tune.trainable import PAUSE
 
 State = Literal["running", "finished", "failed", "interrupted"]
 
@@ -119,14 +119,12 @@ def more(study: Study, *dices: float, iteration: int = 30) -> Study:
 
 def test_a_search_that_was_killed_after_a_report_stops_trials_when_it_resumes(tmp_path: Path) -> None:
     again = more(study_in(tmp_path), 0.1, 0.3, 0.2, 0.9, 0.4)
-    again.folder.control_files.write(STOP_SEARCH, "")
     again.recover()
     states = {number: trial.state for number, trial in again.ledger.trials.items()}
     # Of 12 trials three are promoted from the first rung: 2 and 4 cannot be among them. 5 was when it came.
     assert states == {1: None, 2: "stopped", 3: None, 4: "stopped", 5: None, 6: None}
     assert again.ledger.trials[4].reason == "fell behind at iteration 30"
     assert [again.trial_folder(n).checkpoints.exists() for n in (2, 3)] == [False, True], "its checkpoints are deleted"
-    assert not (again.folder.path / STOP_SEARCH).exists()
     given = []
     for _ in range(4):
         number = again.next_trial()

@@ -1,4 +1,4 @@
-"""Check before the first step that every node of the cluster can reach what a run needs.
+"""Check before the first step, or the first volume, that every node of the cluster can reach what a command needs.
 
 A worker, or a task that reads slices, may run on any node. So all nodes at once read a random word that the command
 wrote into the folder of the run, write, read and delete their own file there, and read the manifests of both datasets.
@@ -30,19 +30,24 @@ _NAMED = 5
 _KINDS: dict[int, type[MpsclError]] = {kind.exit_code: kind for kind in (ConfigError, DataError, StorageError)}
 
 
-def check_nodes(run: str, datasets: dict[str, str]) -> None:
-    """Let every node do what a worker will do, with the addresses of the run's folder and the datasets (fingerprints).
+def check_nodes(run: str, datasets: dict[str, str], image: Path | None = None) -> None:
+    """Let every node do what a worker will do.
+
+    Args:
+        run: address of the folder that workers write to.
+        datasets: address -> fingerprint.
+        image: a file that must be there.
 
     Raises:
         StorageError: names the nodes, by their addresses, that do not see the run's folder or cannot write there.
-        DataError: names the nodes that do not see a dataset.
+        DataError: names the nodes that do not see a dataset, or the image.
         ClusterError: a node does not answer.
     """
     word = secrets.token_hex(8)
     file = parse_location(run) / f"{WORD}-{word}"
     _write(file, word.encode())
     try:
-        failures = _ask_all(run, word, datasets)
+        failures = _ask_all(run, word, datasets, image)
     finally:
         delete_file(file)
     if failures:
@@ -51,13 +56,13 @@ def check_nodes(run: str, datasets: dict[str, str]) -> None:
         raise kind(named + (f"; and {len(failures) - _NAMED} more nodes" if len(failures) > _NAMED else ""))
 
 
-def _ask_all(run: str, word: str, datasets: dict[str, str]) -> list[tuple[str, int, str]]:
+def _ask_all(run: str, word: str, datasets: dict[str, str], image: Path | None) -> list[tuple[str, int, str]]:
     """(address, exit code, reason) of each node that failed."""
     listed: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
     nodes = {node["NodeID"]: node["NodeManagerAddress"] for node in listed if node["Alive"]}
     task = ray.remote(num_cpus=0, max_retries=1)(_try_here)
     answers = {
-        task.options(label_selector={"ray.io/node-id": node}).remote(run, word, datasets): name
+        task.options(label_selector={"ray.io/node-id": node}).remote(run, word, datasets, image): name
         for node, name in nodes.items()
     }
     ready, late = ray.wait(list(answers), num_returns=len(answers), timeout=PATIENCE_S)
@@ -75,7 +80,7 @@ def _ask_all(run: str, word: str, datasets: dict[str, str]) -> list[tuple[str, i
     return failures
 
 
-def _try_here(run: str, word: str, datasets: dict[str, str]) -> tuple[int, str] | None:
+def _try_here(run: str, word: str, datasets: dict[str, str], image: Path | None) -> tuple[int, str] | None:
     """Exit code and reason, if this node fails."""
     folder = parse_location(run)
     try:
@@ -88,12 +93,14 @@ def _try_here(run: str, word: str, datasets: dict[str, str]) -> tuple[int, str] 
         if not shared:
             raise StorageError(
                 f"{folder} is another folder there than where the command runs, or none; mount one that all nodes "
-                "share and name it in run.storage, or use a bucket"
+                "share and name it in run.storage or --out, or use a bucket"
             )
         _try_file(folder / f"{WORD}-{word}-{os.uname().nodename}-{os.getpid()}")
         for dataset, fingerprint in datasets.items():
             if load_manifest(dataset).fingerprint != fingerprint:
                 raise DataError(f"{dataset} is another dataset there than where the command runs; use a shared one")
+        if image is not None and not image.exists():
+            raise DataError(f"{image} is not there; put images in a folder that all nodes share")
     except MpsclError as error:
         return error.exit_code, str(error)
     return None
