@@ -12,7 +12,7 @@ import numpy as np
 from mpscl_ray.config import METHOD_CONFIGS, Config, load_config, reads_target
 from mpscl_ray.data import NOT_ANNOTATED, TARGET_DOMAIN
 from mpscl_ray.data.dataset import load_manifest
-from mpscl_ray.data.loader import LocalSlices
+from mpscl_ray.data.slices import LocalSlices
 from mpscl_ray.train.streams import TrainingData
 from tests.written_dataset import save_plain_manifest, write_plain_case
 

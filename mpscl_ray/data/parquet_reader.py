@@ -125,13 +125,6 @@ class SplitFiles:
         return np.concatenate(found)
 
 
-def read_block(piece: pa.Table, files: SplitFiles) -> pa.Table:
-    """Read the rows in the one list that column ``rows`` holds, into the columns ``row``, ``image`` and ``label``."""
-    rows = piece.column("rows").combine_chunks().flatten().to_numpy()
-    tensors = {name: pa.FixedShapeTensorArray.from_numpy_ndarray(array) for name, array in files.read(rows).items()}
-    return pa.table({"row": rows, **tensors})
-
-
 def table_column(table: pa.Table, name: str) -> NDArray[Any]:
     """(B, H, W) values of a tensor column: a view if the column is one piece."""
     pieces = [chunk.to_numpy_ndarray() for chunk in table.column(name).chunks]

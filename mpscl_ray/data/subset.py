@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpscl_ray.data.label_values import show_a_structure
-from mpscl_ray.data.loader import Slices
 from mpscl_ray.data.parquet_reader import Arrays
 from mpscl_ray.data.sampler import Rows
+from mpscl_ray.data.slices import Slices
 
 
 class SubsetSlices(Slices):

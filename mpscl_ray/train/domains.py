@@ -12,8 +12,8 @@ from mpscl_ray.config import Config, DiscriminatorConfig, reads_target, require_
 from mpscl_ray.data import SOURCE_DOMAIN, TARGET_DOMAIN
 from mpscl_ray.data.compatibility import check_pair
 from mpscl_ray.data.dataset import Manifest, load_manifest
-from mpscl_ray.data.loader import Slices
 from mpscl_ray.data.ray_source import open_slices
+from mpscl_ray.data.slices import Slices
 from mpscl_ray.data.training_range import TrainingRange
 from mpscl_ray.errors import ConfigError
 from mpscl_ray.methods.adversarial import DISCRIMINATORS

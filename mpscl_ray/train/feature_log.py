@@ -33,9 +33,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mpscl_ray.data import NOT_ANNOTATED
-from mpscl_ray.data.loader import Slices, collate
+from mpscl_ray.data.loader import collate
 from mpscl_ray.data.parquet_reader import Arrays
 from mpscl_ray.data.slice_selection import evenly_spaced
+from mpscl_ray.data.slices import Slices
 from mpscl_ray.distributed import collectives
 from mpscl_ray.methods.base import Method
 from mpscl_ray.methods.prototypes import PrototypeClassifier, downsample_labels, self_paced_pseudo_labels

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from mpscl_ray.config import Config, default_settings, load_config, override, to_yaml
-from mpscl_ray.data.loader import LocalSlices, Slices
+from mpscl_ray.data.slices import LocalSlices, Slices
 from mpscl_ray.errors import ConfigError, TrainingError
 from mpscl_ray.evaluate.run import evaluate_phases
 from mpscl_ray.predict.predictor import choose_device

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from mpscl_ray.config import Config, is_adaptation, reads_target
 from mpscl_ray.data import TARGET_DOMAIN
-from mpscl_ray.data.loader import Slices, collate
+from mpscl_ray.data.loader import collate
 from mpscl_ray.data.slice_selection import evenly_spaced
+from mpscl_ray.data.slices import Slices
 from mpscl_ray.distributed import collectives
 from mpscl_ray.methods.base import Batch, Method, TrainingSlices
 from mpscl_ray.runs import checkpoint

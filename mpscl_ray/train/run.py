@@ -9,6 +9,7 @@ import sys
 
 from mpscl_ray.config import Config, default_settings, reads_target, to_yaml
 from mpscl_ray.data.preflight import check_nodes
+from mpscl_ray.distributed.places import TaskPlace
 from mpscl_ray.distributed.ray_session import connect
 from mpscl_ray.errors import ConfigError, Interrupted, TrainingError
 from mpscl_ray.evaluate.run import evaluate_phases
@@ -157,10 +158,12 @@ def _train_and_evaluate(config: Config, folder: RunDirectory, fit: launch.Fit | 
             print(advice, flush=True)
         training = launch.Launch(config, folder, data, use_gpu, fit=fit)
     with tracked(config, folder, functools.partial(print, file=sys.stderr, flush=True)) as tracking:
-        _wait_and_evaluate(config, folder, training, tracking)
+        _wait_and_evaluate(config, folder, training, resources.evaluation_place(config, use_gpu), tracking)
 
 
-def _wait_and_evaluate(config: Config, folder: RunDirectory, training: launch.Launch, tracked: TrackedTraining) -> None:
+def _wait_and_evaluate(
+    config: Config, folder: RunDirectory, training: launch.Launch, place: TaskPlace | None, tracked: TrackedTraining
+) -> None:
     with Interruption() as interruption:
         result = _wait(config, folder, training, interruption, tracked)
     if result.state == "non_finite":
@@ -174,7 +177,6 @@ def _wait_and_evaluate(config: Config, folder: RunDirectory, training: launch.La
         raise Interrupted(f"stopped by {interruption.signal_name} between training, which is done, and its evaluation")
     with signals_end("during the evaluation"):
         phases = [name for name, _ in config.schedule]
-        place = resources.evaluation_place(config, use_gpu)
         for phase, evaluation in evaluate_phases(folder, phases, place=place).items():
             tracked.scores |= final_scores(phase, evaluation.summary.to_json())
         draw_phases(folder, phases)

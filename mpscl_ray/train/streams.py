@@ -13,8 +13,9 @@ from torch import Tensor
 
 from mpscl_ray.config import Config, reads_target
 from mpscl_ray.data import SOURCE_DOMAIN, TARGET_DOMAIN
-from mpscl_ray.data.loader import Slices, SliceStream
+from mpscl_ray.data.loader import SliceStream
 from mpscl_ray.data.sampler import Foreground, shard_range
+from mpscl_ray.data.slices import Slices
 from mpscl_ray.data.subset import SubsetSlices
 from mpscl_ray.methods.base import Batch, Method, TrainingSlices
 from mpscl_ray.networks.pretrained import load_prototypes

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from mpscl_ray.data import NOT_ANNOTATED, TARGET_DOMAIN
-from mpscl_ray.data.loader import Slices, collate
+from mpscl_ray.data.loader import collate
+from mpscl_ray.data.slices import Slices
 from mpscl_ray.distributed import collectives
 from mpscl_ray.methods.losses import class_weights
 from mpscl_ray.train import unsupervised_criteria

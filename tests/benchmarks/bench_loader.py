@@ -30,9 +30,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from mpscl_ray.data import SOURCE_DOMAIN, TARGET_DOMAIN, parquet_writer
 from mpscl_ray.data.augment import AugmentConfig, augment
-from mpscl_ray.data.loader import LocalSlices, Slices, SliceStream
+from mpscl_ray.data.loader import SliceStream
 from mpscl_ray.data.ray_source import open_slices
 from mpscl_ray.data.sampler import sample_keys
+from mpscl_ray.data.slices import LocalSlices, Slices
 from mpscl_ray.distributed.ray_session import connect
 from tests.written_dataset import save_plain_manifest, write_plain_case
 

@@ -21,8 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from mpscl_ray.config import AugmentConfig
 from mpscl_ray.data.appearance import MAPPINGS, change_appearance
 from mpscl_ray.data.label_values import is_structure
-from mpscl_ray.data.loader import LocalSlices
 from mpscl_ray.data.sampler import sample_keys
+from mpscl_ray.data.slices import LocalSlices
 
 COLUMNS = 7
 

@@ -18,7 +18,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from mpscl_ray.config import is_adaptation, load_config
-from mpscl_ray.data.loader import LocalSlices
+from mpscl_ray.data.slices import LocalSlices
 from mpscl_ray.methods import MPSCL
 from mpscl_ray.methods.cag import CAG, IGNORE
 from mpscl_ray.methods.losses import cosine_to_prototypes

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mpscl_ray.data.loader import LocalSlices
+from mpscl_ray.data.slices import LocalSlices
 from mpscl_ray.train.validation import validate, validation_metrics
 from tests.tiny import CLASSES, make_dataset
 from tests.worker_processes import on_workers

@@ -11,8 +11,9 @@ import torch
 
 from mpscl_ray.data import ray_source
 from mpscl_ray.data.augment import AugmentConfig
-from mpscl_ray.data.loader import LocalSlices, Slices, SliceStream
+from mpscl_ray.data.loader import SliceStream
 from mpscl_ray.data.parquet_reader import SplitFiles
+from mpscl_ray.data.slices import LocalSlices, Slices
 from mpscl_ray.errors import ClusterError, DataError
 from tests.numbered_slices import SIZE, write_dataset
 from tests.ray.conftest import CPUS

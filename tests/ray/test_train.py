@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import ray
+from ray.train.v2._internal.state.state_actor import get_state_actor
 from tensorboardX.proto.event_pb2 import Event
 
 from mpscl_ray.config import load_config
@@ -135,6 +137,18 @@ def test_a_finished_run_is_not_run_again(calm: tuple[str, RunDirectory], here: H
     assert "is finished" in text
     assert "adaptation" in text
     assert contents(run.phases / "adaptation") == before
+
+
+def test_a_streamed_run_is_the_same_and_ray_train_lists_its_datasets(
+    calm: tuple[str, RunDirectory], here: Here, runs: Runs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")
+    code, text = here(train, *runs.arguments("streamed", *LONG, "data.in_memory=false"))
+    assert code == 0, text
+    assert_same_run(runs["streamed"], calm[1])
+    tracked = ray.get(get_state_actor().get_train_runs.remote()).values()
+    (listed,) = (run.run_settings.datasets for run in tracked if run.name == "streamed")
+    assert sorted(listed) == ["source", "source_validation", "target", "target_validation"]
 
 
 def test_a_run_that_loses_a_worker_and_is_stopped_ends_as_if_it_had_not(

@@ -21,6 +21,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 
 from mpscl_ray.config import Config, to_dict
+from mpscl_ray.data.ray_source import StepOrderConfig
 from mpscl_ray.distributed.ray_session import is_private
 from mpscl_ray.errors import (
     ClusterError,
@@ -35,6 +36,7 @@ from mpscl_ray.runs.control_files import FAILURE_FILE, STOP_FILE
 from mpscl_ray.runs.run_directory import RunDirectory
 from mpscl_ray.train.loop import TrainResult
 from mpscl_ray.train.ray.account import experiment, remove_account
+from mpscl_ray.train.ray.datasets import named_slices
 from mpscl_ray.train.ray.failures import WorkerFailureCallback, causes, last_line
 from mpscl_ray.train.ray.resources import cluster_shortage, worker_request
 from mpscl_ray.train.ray.worker import run_worker
@@ -78,11 +80,16 @@ def fit_on_ray(
         os.environ.setdefault(name, value)
     scaling = config.scaling
     worker = worker_request(config, use_gpu)
+    named = named_slices(config, data)
     patience = math.ceil(scaling.resource_timeout_s / _START_TIMEOUT_S)
     trainer = _Trainer(
         # Only the settings are Ray's train_loop_config, which the dashboard shows to everybody.
         functools.partial(  # type: ignore[arg-type]
-            run_worker, folder=folder.uri, token=folder.store.fencing_token, data=data, display_name=display_name
+            run_worker,
+            folder=folder.uri,
+            token=folder.store.fencing_token,
+            datasets=tuple(named),
+            display_name=display_name,
         ),
         train_loop_config=to_dict(config),
         torch_config=ray.train.torch.TorchConfig(timeout_s=math.ceil(scaling.collective_timeout_s)),
@@ -103,6 +110,8 @@ def fit_on_ray(
             ),
             callbacks=[WorkerFailureCallback(RunDirectory(folder.path.absolute()), display_name)],  # type: ignore[list-item]
         ),
+        datasets={name: slices.dataset for name, slices in named.items()},
+        dataset_config=StepOrderConfig({name: slices.files for name, slices in named.items()}),
     )
     try:
         result: dict[str, Any] = trainer.fit().return_value  # type: ignore[attr-defined]

@@ -8,7 +8,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -25,17 +25,17 @@ from mpscl_ray.runs.control_files import FAILURE_FILE, STOP_FILE, VALIDATION_GAT
 from mpscl_ray.runs.run_directory import RunDirectory, open_run
 from mpscl_ray.train import loop
 from mpscl_ray.train.ray.account import CheckpointReports
+from mpscl_ray.train.ray.datasets import take_shards
 from mpscl_ray.train.ray.placement_groups import record_placement_group
 from mpscl_ray.train.ray.preemption import PreemptionNotice
 from mpscl_ray.train.ray.prometheus import Monitoring
 from mpscl_ray.train.run_callback import RunCallback
-from mpscl_ray.train.streams import TrainingData
 
 log = logging.getLogger(__name__)
 
 
 def run_worker(
-    settings: dict[str, Any], *, folder: str, token: str, data: TrainingData, display_name: str
+    settings: dict[str, Any], *, folder: str, token: str, datasets: Sequence[str], display_name: str
 ) -> dict[str, Any]:
     """Train on this worker; returns the result as plain values, the same on every worker.
 
@@ -46,7 +46,7 @@ def run_worker(
     Args:
         folder: path or URL of the run folder.
         token: proves that the command with the lock of the run started the worker.
-        data: slices, as handles that each worker opens.
+        datasets: names of the trainer's datasets.
         display_name: name of the run in its metrics.
     """
     rank = ray.train.get_context().get_world_rank()
@@ -59,6 +59,7 @@ def run_worker(
     log_to(run.logs / f"worker-{rank}.log")
     torch.set_num_threads(max(1, int(config.scaling.cpus_per_worker)))
     device = ray.train.torch.get_device()
+    data = take_shards(config, datasets)
     callback = WorkerCallback(
         run, config, data.classes, Monitoring(display_name, rank, device), CheckpointReports(rank), rank == 0
     )

@@ -15,8 +15,9 @@ import torch
 
 from mpscl_ray.data import NOT_ANNOTATED
 from mpscl_ray.data.augment import AugmentConfig
-from mpscl_ray.data.loader import LocalSlices, Slices, SliceStream
+from mpscl_ray.data.loader import SliceStream
 from mpscl_ray.data.parquet_reader import SplitFiles
+from mpscl_ray.data.slices import LocalSlices, Slices
 from mpscl_ray.data.subset import SubsetSlices
 from mpscl_ray.errors import DataError
 from tests.numbered_slices import DEPTHS, SIZE, write_dataset

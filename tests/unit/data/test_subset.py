@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mpscl_ray.data.loader import LocalSlices, SliceStream
+from mpscl_ray.data.loader import SliceStream
+from mpscl_ray.data.slices import LocalSlices
 from mpscl_ray.data.subset import SubsetSlices
 from tests.tiny import make_dataset
 

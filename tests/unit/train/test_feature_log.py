@@ -12,7 +12,7 @@ import torch
 
 from mpscl_ray.config import Config
 from mpscl_ray.data import NOT_ANNOTATED
-from mpscl_ray.data.loader import LocalSlices
+from mpscl_ray.data.slices import LocalSlices
 from mpscl_ray.errors import StorageError
 from mpscl_ray.methods import MPSCL
 from mpscl_ray.train.feature_log import PANEL_SLICES, FeatureRecord

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import ray
 
-from mpscl_ray.data.loader import LocalSlices
+from mpscl_ray.data.slices import LocalSlices
 from mpscl_ray.errors import ClusterError, StorageError, TrainingError
 from mpscl_ray.runs.control_files import FAILURE_FILE, STOP_FILE
 from mpscl_ray.runs.run_directory import RunDirectory

@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from mpscl_ray.data.loader import LocalSlices, SliceStream
+from mpscl_ray.data.loader import SliceStream
+from mpscl_ray.data.slices import LocalSlices
 from mpscl_ray.errors import ConfigError, DataError
 from mpscl_ray.runs import checkpoint
 from mpscl_ray.runs.run_directory import RunDirectory

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from mpscl_ray.data import NOT_ANNOTATED
-from mpscl_ray.data.loader import LocalSlices, collate
+from mpscl_ray.data.loader import collate
+from mpscl_ray.data.slices import LocalSlices
 from mpscl_ray.methods.losses import class_counts, weighted_cross_entropy
 from mpscl_ray.train.validation import Validation, selection_score, target_criteria, validate
 from tests.tiny import CLASSES, SIZE, make_dataset
