@@ -39,7 +39,7 @@ def comparison_page(
         over = all(state in ("finished", "failed") for state in states)
         return Content(
             title=f"Comparison {folder.name}",
-            state=f"{states.count('finished')} of {len(cells)} runs are finished, {states.count('running')} run.",
+            state=f"{states.count('finished')} of {len(cells)} runs are finished, {states.count('running')} running.",
             done=1.0 if over else min(0.999, done / max(total, 1)),
             notices=[f"{name} failed: {entry.reason}" for name, entry in entries.items() if entry.state == "failed"],
             tables=[LiveTable(header, rows, [f"cells/{cell.name}/progress.html" for cell in cells])],

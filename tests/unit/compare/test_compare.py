@@ -57,7 +57,7 @@ def test_the_page_of_a_comparison_has_its_runs_and_the_table(tmp_path: Path) -> 
     )
     page.update()
     text = (tmp_path / "progress.html").read_text(encoding="utf-8")
-    assert "1 of 3 runs are finished, 1 run." in text
+    assert "1 of 3 runs are finished, 1 running." in text
     assert f'<a href="cells/{cells[0].name}/progress.html">{cells[0].name}</a>' in text
     assert "<td>75.4</td>" in text
     assert f"<td>40 of {cells[1].own_iterations}</td>" in text
