@@ -1,27 +1,31 @@
-"""CPU seconds and processes of the train command before its first step, by kind of process.
+"""CPU seconds and processes before the first step of a training and of a trial, by kind of process.
 
-    python tests/benchmarks/bench_start.py phantom scaling.num_workers=1
+    python tests/benchmarks/bench_start.py
 
-takes the words of the train command, run.storage among them. The datasets should be there before, phantom hearts too.
+Both have one worker and tiny datasets, and start a Ray of their own. The trial is one of a search that shares no phase.
+Seconds of CPU are what a start costs, however busy the machine is; seconds of the clock are printed beside them.
 """
 
 from __future__ import annotations
 
 import os
 import re
-import secrets
-import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
-MARK = "MPSCL_RAY_BENCH"
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from tests.tiny import SETTINGS, make_pair
+
 TICKS = os.sysconf("SC_CLK_TCK")
 KINDS = {
-    "mpscl_ray.train": "command",
+    r"mpscl_ray\.(train|tune)": "command",
     "gcs_server": "gcs_server",
     "raylet/raylet": "raylet",
     "monitor.py": "monitors of autoscaler and logs",
@@ -39,37 +43,60 @@ def kind(command_line: str) -> str:
     return "others"
 
 
-def usage(mark: str) -> tuple[Counter[str], Counter[str]]:
-    """CPU seconds, those of ended children included, and numbers of the processes with this mark."""
-    seconds, numbers = Counter[str](), Counter[str]()
+def descendants(command: int) -> set[int]:
+    """A process and all that it has started, directly or not."""
+    parents = {}
     for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            if f"{MARK}={mark}".encode() not in (folder / "environ").read_bytes():
-                continue
+        with suppress(OSError):  # ended meanwhile
+            parents[int(folder.name)] = int((folder / "stat").read_text(encoding="utf-8").rpartition(")")[2].split()[1])
+    ours, before = {command}, 0
+    while len(ours) > before:
+        before = len(ours)
+        ours |= {number for number, parent in parents.items() if parent in ours}
+    return ours
+
+
+def usage(command: int) -> tuple[Counter[str], Counter[str]]:
+    """CPU seconds, those of ended children included, and numbers of a process and all that it has started."""
+    seconds, numbers = Counter[str](), Counter[str]()
+    for number in descendants(command):
+        with suppress(OSError):
+            folder = Path("/proc") / str(number)
             name = kind((folder / "cmdline").read_bytes().replace(b"\0", b" ").decode())
             fields = (folder / "stat").read_text(encoding="utf-8").rpartition(")")[2].split()
-        except OSError:
-            continue  # ended meanwhile
-        seconds[name] += sum(map(int, fields[11:15])) / TICKS
-        numbers[name] += 1
+            seconds[name] += sum(map(int, fields[11:15])) / TICKS
+            numbers[name] += 1
     return seconds, numbers
 
 
-def main() -> None:
-    mark = secrets.token_hex(8)
-    given = [word.removeprefix("run.storage=") for word in sys.argv[1:] if word.startswith("run.storage=")]
-    folder = Path(given[-1] if given else "runs") / f"bench-{mark}"
-    words = [sys.executable, "-m", "mpscl_ray.train", *sys.argv[1:], f"run.name={folder.name}", "run.log_every=1"]
-    process = subprocess.Popen(words, env=os.environ | {MARK: mark}, stdout=subprocess.DEVNULL)
-    while not (folder / "metrics.jsonl").exists() and process.poll() is None:
+def measure(words: list[str], first: Path) -> None:
+    """Start a command, print what has been used when its first record of metrics is there, and stop it."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    begin = time.monotonic()
+    process = subprocess.Popen([sys.executable, "-m", *words], env=environment, stdout=subprocess.DEVNULL)
+    while not first.exists() and process.poll() is None:
         time.sleep(0.05)
-    seconds, numbers = usage(mark)
+    elapsed = time.monotonic() - begin
+    assert first.exists(), f"{words[0]} ended with {process.returncode} before its first step"
+    seconds, numbers = usage(process.pid)
     process.send_signal(signal.SIGTERM)
     process.wait()
-    shutil.rmtree(folder)
+    print(f"{words[0]}, {elapsed:.0f} s by the clock")
     for name, amount in seconds.most_common():
         print(f"{amount:6.1f} s  {numbers[name]:2d}  {name}")
-    print(f"{seconds.total():6.1f} s  {numbers.total():2d}  all")
+    print(f"{seconds.total():6.1f} s  {numbers.total():2d}  all", flush=True)
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        data, runs = make_pair(Path(folder)), Path(folder) / "runs"
+        places = [f"data.source={data / 'mr'}", f"data.target={data / 'ct'}", f"run.storage={runs}", "run.name=start"]
+        words = [*SETTINGS, *places, "phases.source_only=1000000", "run.log_every=1", "scaling.num_workers=1"]
+        measure(["mpscl_ray.train", "small/mpscl", *words], runs / "start" / "metrics.jsonl")
+        space = Path(folder) / "space.yaml"
+        space.write_text("preset: small/mpscl\nspace: {optim.lr: {choice: [0.01]}}\n", encoding="utf-8")
+        more = ["run.name=search", "search.method=grid", "search.evaluate=none"]
+        measure(["mpscl_ray.tune", str(space), *words, *more], runs / "search" / "trials" / "001" / "metrics.jsonl")
 
 
 if __name__ == "__main__":

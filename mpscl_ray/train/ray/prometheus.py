@@ -7,7 +7,7 @@ Values are those of metrics.jsonl, set when they are read (run.log_every) or val
 comparison sets those of its own. Ray forwards them every ten seconds. Without Prometheus nothing happens.
 
 Ray exports a gauge as long as the process that set it lives, and a process may train many trials. So what has ended is
-set to NaN, which no panel draws and no alert compares.
+set to NaN: then it disappears within some ten seconds, and no alert compares it.
 """
 
 from __future__ import annotations
