@@ -281,6 +281,7 @@ class _WandB:
         import wandb
 
         self.id = run_id or secrets.token_hex(4)
+        mode: Any = os.environ.get("WANDB_MODE", "offline")
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", PROJECT),
             group=about.group or None,
@@ -291,9 +292,7 @@ class _WandB:
             dir=folder,
             config={**about.settings},
             tags=[f"{key}: {value}"[:64] for key, value in about.tags.items()],
-            settings=wandb.Settings(
-                mode=os.environ.get("WANDB_MODE", "offline"), console="off", silent=True, symlink=False
-            ),
+            settings=wandb.Settings(mode=mode, console="off", silent=True, symlink=False),
         )
 
     def record(self, global_step: int, values: Mapping[str, float]) -> None:
