@@ -258,7 +258,7 @@ class MeanTeacher(SegmenterMethod[MeanTeacherConfig]):
         For a class that such a slice lacks it is the mean one of the target.
         """
         original = batch.source_image if batch.source_original is None else batch.source_original
-        wanted = torch.where(histograms.isnan(), self.histograms, histograms)
+        wanted = torch.where(histograms.isnan(), self.histograms.to(histograms), histograms)
         matched = match_histograms(original, batch.source_label, wanted)
         chosen = self._drawn("histogram_matching", iteration, (len(original), 1))
         return torch.where(chosen[:, :, None, None], matched, batch.source_image)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import shlex
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -137,7 +138,7 @@ def make_presets(folder: Path, data: Path) -> None:
 
 def tiny_words(text: str, presets: Path) -> tuple[str, list[str]]:
     """Name of the command, and its words with tiny presets and those of ADDED."""
-    _, _, module, *words = text.replace("'", "").split()
+    _, _, module, *words = shlex.split(text)
     name = module.rpartition(".")[2]
     if name == "train":
         words = [f"{presets / word}.yaml" if word in preset_names() else word for word in words]

@@ -107,4 +107,4 @@ def test_an_address_where_nothing_listens_is_told_soon() -> None:
     # Ray alone tries for minutes; the time limit of the process is what fails then.
     printed = run(UNREACHABLE, RAY_ADDRESS="127.0.0.1:1")
     assert printed.startswith("the Ray cluster at 127.0.0.1:1 cannot be reached")
-    assert "unset RAY_ADDRESS to use this machine alone" in printed
+    assert "or unset RAY_ADDRESS, and give no --ray, to use this machine alone" in printed

@@ -175,7 +175,7 @@ def test_a_stop_that_came_too_late_for_training_is_not_forgotten(here: Here, run
 def test_interrupted_during_the_evaluation(here: Here, runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
     words = runs.arguments("evaluated", "scaling.num_workers=1")
     with monkeypatch.context() as patch:
-        patch.setattr(train_run, "evaluate_phases", lambda *arguments: os.kill(os.getpid(), signal.SIGINT))
+        patch.setattr(train_run, "evaluate_phases", lambda *_, **__: os.kill(os.getpid(), signal.SIGINT))
         code, text = here(train, *words, fit=fit)
     assert code == Interrupted.exit_code
     assert "stopped by SIGINT during the evaluation; to resume:" in text

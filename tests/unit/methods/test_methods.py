@@ -39,7 +39,7 @@ def test_every_method_is_tested() -> None:
 
 
 def test_a_batch_cannot_carry_target_labels() -> None:
-    fields = ["source_image", "source_label", "target_image", "target_view"]
+    fields = ["source_image", "source_label", "target_image", "target_view", "source_original"]
     assert [field.name for field in dataclasses.fields(Batch)] == fields
 
 
