@@ -121,7 +121,7 @@ class Tracking:
         self._next = 0.0
         self._version: tuple[int, int] | None = None
         self._lock = threading.Lock()
-        """A search is told of the end of a trial in another thread than the one that reads metrics."""
+        """The end of a trial is reported in another thread than the one that reads metrics."""
 
     def update(self, at_once: bool = False) -> None:
         """Pass on what is new; called as often as one likes."""
