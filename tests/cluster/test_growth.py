@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import re
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -36,21 +39,40 @@ def starts(run: RunDirectory) -> int:
 
 
 def grow_and_shrink(head: Cluster, output: Path, folder: Path, *words: str) -> None:
-    """Run a command; add a node when one run trains, and kill it when two do. The command ends well."""
+    """Run a command; add a node when one run trains, and kill it when two do. The command ends well.
+
+    A run that trains is suspended until then: on a fast machine it would end before the node has joined.
+    """
     process = head.command(output, *words)
+    suspended: set[int] = set()
     try:
 
         def are_running(number: int) -> bool:
             assert process.poll() is None, output.read_text(encoding="utf-8")
-            return len(running(folder)) == number
+            for run in running(folder):
+                pid = run.read_status()["pid"]
+                if pid not in suspended:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGSTOP)
+                        suspended.add(pid)
+            return len(suspended) == number
 
         wait_until(lambda: are_running(1), "a run", PATIENCE_S)
         node = head.add()
         wait_until(lambda: are_running(2), "a second run", PATIENCE_S)
         head.lose(node)
+        resume(suspended)
         assert wait_for(process, output, PATIENCE_S) == 0, output.read_text(encoding="utf-8")
     finally:
+        resume(suspended)
         process.kill()
+
+
+def resume(suspended: set[int]) -> None:
+    """Let suspended processes go on, those that are still there."""
+    while suspended:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(suspended.pop(), signal.SIGCONT)
 
 
 def test_a_search_grows_with_the_cluster_and_goes_on_without_a_node_that_left(head: Cluster, tmp_path: Path) -> None:
