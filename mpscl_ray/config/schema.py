@@ -60,6 +60,8 @@ class RunConfig:
     ] = "label_free"
     """What the checkpoint `best` is chosen by: source validation Dice minus target entropy; another label-free
     criterion (see `search.metric`); or target validation Dice ("oracle")."""
+    choose_postprocessing: bool = False
+    """Whether training ends with `evaluate --choose-postprocessing`: scores are then those with the chosen rules."""
     max_failures: Annotated[int, Field(ge=0)] = 3
     """Worker failures after which the run restarts by itself; the next one ends it (resumable)."""
     progress_page: bool = True

@@ -17,6 +17,8 @@ examples:
       another dataset or split
   python -m mpscl_ray.evaluate runs/mpscl --checkpoint mr2ct.pth --protocol released
       released weights, scored as the released code does
+  python -m mpscl_ray.evaluate runs/mpscl --choose-postprocessing
+      choose the postprocessing of each structure, then score every phase with it
 
 Writes per_volume.csv, summary.csv, summary.md and summary.json to RUN/results/NAME/.
 """
@@ -42,7 +44,13 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_workers()
     parser.add_ray()
     add("--device", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
-    add("--largest-component", action="store_true", help="keep only the largest connected part of each structure")
+    parser.add_postprocessing()
+    add(
+        "--choose-postprocessing",
+        action="store_true",
+        help="first choose, on validation volumes, which parts of each structure predict keeps and whether it fills "
+        "holes: for the end of every phase and for best, or for --checkpoint alone",
+    )
     add(
         "--protocol",
         choices=("file", "prepared", "released"),

@@ -65,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
         default="index",
         help="class indices, or the label ids of the original files",
     )
-    add("--largest-component", action="store_true", help="keep only the largest connected part of each structure")
+    parser.add_postprocessing()
     add("--probabilities", action="store_true", help="also write a probability map of each structure")
     add("--preview", action="store_true", help="also write a picture of some slices with their labels")
     add("--assume-spacing", type=spacing, metavar="X,Y,Z", help="voxel size in mm for files without a usable geometry")

@@ -19,6 +19,7 @@ from mpscl_ray.data.volumes.recipe import GeometryFrom, NanPolicy
 from mpscl_ray.errors import ConfigError, DataError
 from mpscl_ray.predict.model import Checkpoint, Domain, Model
 from mpscl_ray.predict.output_names import PREVIEW_SUFFIX, SUFFIX, mirrored_folder, probability_name, stem
+from mpscl_ray.predict.postprocessing import NO_POSTPROCESSING, Postprocessing
 from mpscl_ray.predict.predictor import Predictor, cached_predictor
 from mpscl_ray.predict.volume import (
     PROBABILITY_INTENT,
@@ -47,7 +48,7 @@ class Job:
     raw_ids: Mapping[str, int] | None = None
     """Label id of each structure in the output; None for class indices."""
     device: str | None = None
-    largest_component: bool = False
+    postprocessing: Postprocessing = NO_POSTPROCESSING
     probabilities: bool = False
     preview: bool = False
     assume_spacing_mm: tuple[float, float, float] | None = None
@@ -132,7 +133,7 @@ def _predict(predictor: Predictor, domain: Domain, job: Job, folder: Path, image
         str(image),
         scanner=volume.scanner,
         any_modality=job.any_modality,
-        largest_component=job.largest_component,
+        postprocessing=job.postprocessing,
         probabilities=job.probabilities,
     )
     found = done.found

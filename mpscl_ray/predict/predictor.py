@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import scipy.ndimage
 import torch
 from torch import Tensor
 
@@ -19,11 +19,17 @@ from mpscl_ray.errors import ConfigError, DataError
 from mpscl_ray.networks import Segmenter, build
 from mpscl_ray.networks.pretrained import load_pretrained
 from mpscl_ray.predict.model import Checkpoint, Model, Slices, find_checkpoint, read_model
+from mpscl_ray.predict.postprocessing import (
+    NO_POSTPROCESSING,
+    Labels,
+    Postprocessing,
+    PostprocessingChoice,
+    check_choice,
+    largest_component_of_each,
+)
 from mpscl_ray.runs import checkpoint as checkpoints
 from mpscl_ray.runs.model_store import open_model
 from mpscl_ray.runs.run_directory import RunDirectory
-
-Labels = npt.NDArray[np.uint8]
 
 _BATCH_SLICES = {"cuda": 32, "cpu": 8}
 _VOLUMES_PER_WORKER = 4
@@ -63,6 +69,24 @@ class Predictor:
         self.batch_slices = batch_slices or _BATCH_SLICES.get(self.device.type, 8)
         self.model = model
         self.weights = weights
+
+    def postprocessing(self, choice: PostprocessingChoice) -> Postprocessing:
+        """The rules that a choice stands for with these weights. Raises ConfigError for another choice."""
+        check_choice(choice)
+        if choice == "largest_component":
+            return largest_component_of_each(self.classes)
+        if choice == "none" or self.model is None or not self.model.postprocessing:
+            return NO_POSTPROCESSING
+        return self.model.postprocessing.get(self.weights_digest, NO_POSTPROCESSING)
+
+    @cached_property
+    def weights_digest(self) -> str:
+        """SHA-256 of the tensors, the same whatever file they come from."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.network.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().numpy().data)
+        return digest.hexdigest()
 
     def predict_slices(self, slices: Slices) -> Labels:
         """Labels of all slices of a volume.
@@ -237,25 +261,3 @@ def choose_device(device: torch.device | str | None = None) -> torch.device:
             f"the device {chosen} was asked for, but this machine has {torch.cuda.device_count()} usable GPUs"
         )
     return chosen
-
-
-def keep_largest_component(labels: Labels, num_classes: int) -> Labels:
-    """Keep only the largest connected part (by faces) of each structure; other parts become background.
-
-    Args:
-        labels: (D, H, W) class indices.
-        num_classes: C, background included.
-
-    Returns:
-        A new array. Of equally large parts the first in memory is kept.
-    """
-    kept = np.zeros_like(labels)
-    boxes = scipy.ndimage.find_objects(labels, max_label=num_classes - 1)
-    for index, box in enumerate(boxes, start=1):
-        if box is None:
-            continue
-        parts, _ = scipy.ndimage.label(labels[box] == index)
-        sizes = np.bincount(parts.ravel())
-        sizes[0] = 0
-        kept[box][parts == sizes.argmax()] = index
-    return kept

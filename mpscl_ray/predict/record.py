@@ -26,7 +26,7 @@ from mpscl_ray.runs.atomic_files import write_atomically
 from mpscl_ray.runs.palette import colour
 from mpscl_ray.runs.storage import S3Path, output_directory
 
-_MAPPINGS = ("checkpoint", "settings")
+_MAPPINGS = ("checkpoint", "settings", "postprocessing")
 """What is a mapping in each entry."""
 _DAMAGED = "damaged"
 
@@ -141,9 +141,9 @@ class Record:
         return {
             "checkpoint": {"name": weights.name, "path": str(weights.path), "sha256": job.weights_sha256},
             "prepared_as": job.domain,
+            "postprocessing": job.postprocessing.to_json(),
             "settings": {
                 "label_values": None if job.raw_ids is None else dict(job.raw_ids),
-                "largest_component": job.largest_component,
                 "probabilities": job.probabilities,
                 "preview": job.preview,
                 "assume_spacing": None if job.assume_spacing_mm is None else list(job.assume_spacing_mm),
@@ -163,6 +163,8 @@ class Record:
             return "other weights"
         if entry["prepared_as"] != now["prepared_as"]:
             return "another --modality"
+        if entry["postprocessing"] != now["postprocessing"]:
+            return "another postprocessing"
         before = entry["settings"]
         changed = [name for name, value in now["settings"].items() if before.get(name) != value]
         return f"another {', '.join('--' + name.replace('_', '-') for name in changed)}" if changed else ""

@@ -21,7 +21,7 @@ from mpscl_ray.distributed.ray_session import connect
 from mpscl_ray.errors import ConfigError, DataError
 from mpscl_ray.predict.dicom_inputs import both_kinds, series_below, single_slices
 from mpscl_ray.predict.image import Job, Prediction, output_ids, outputs, predict_image, predict_in_worker
-from mpscl_ray.predict.model import Checkpoint, Model, find_checkpoint, read_model
+from mpscl_ray.predict.model import Checkpoint, find_checkpoint, read_model
 from mpscl_ray.predict.output_names import (
     ITKSNAP_LABELS,
     PREVIEW_SUFFIX,
@@ -63,9 +63,11 @@ def predict(options: argparse.Namespace, out: Path | S3Path) -> int:
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
     predictor = load_weights(model, weights, device)  # also before workers start: errors are reported at once
-    job = _job(options, home, model, weights, out)
+    job = _job(options, home, predictor, weights, out)
     images, failed = find_images(options.inputs, options.pattern)
     images = _without_long_names(images, job, model.classes, failed)
+    if job.postprocessing and options.postprocessing == "chosen":
+        print(f"postprocessing: {job.postprocessing} (--no-postprocessing leaves it out)")
     record = Record(job, model.classes, overwrite=options.overwrite)
     left = record.to_do(images, resume=options.resume)
     if len(left) < len(images):
@@ -106,8 +108,11 @@ def _segment(
         )
 
 
-def _job(options: argparse.Namespace, home: RunDirectory, model: Model, weights: Checkpoint, out: Path | S3Path) -> Job:
-    raw = options.label_values == "raw"
+def _job(
+    options: argparse.Namespace, home: RunDirectory, predictor: Predictor, weights: Checkpoint, out: Path | S3Path
+) -> Job:
+    raw, model = options.label_values == "raw", predictor.model
+    assert model is not None
     return Job(
         run=home.uri,
         weights=replace(weights, path=home.relative_to_run(weights.path)),
@@ -116,7 +121,7 @@ def _job(options: argparse.Namespace, home: RunDirectory, model: Model, weights:
         out=out,
         raw_ids=output_ids(model, model.domain(options.modality)) if raw else None,
         device=options.device,
-        largest_component=options.largest_component,
+        postprocessing=predictor.postprocessing(options.postprocessing),
         probabilities=options.probabilities,
         preview=options.preview,
         assume_spacing_mm=options.assume_spacing,

@@ -19,6 +19,7 @@ from mpscl_ray.errors import ConfigError, DataError
 from mpscl_ray.predict import predictor as predictors
 from mpscl_ray.predict.image import output_ids
 from mpscl_ray.predict.model import Checkpoint, Model
+from mpscl_ray.predict.postprocessing import PostprocessingChoice
 from mpscl_ray.predict.predictor import Predictor
 from mpscl_ray.predict.volume import refuse_probability_map, segment_volume
 from mpscl_ray.runs.atomic_files import storage_errors
@@ -71,7 +72,7 @@ class TrainedSegmenter:
         affine: npt.ArrayLike,
         *,
         modality: str = "target",
-        largest_component: bool = False,
+        postprocessing: PostprocessingChoice = "chosen",
         label_values: LabelValues = "index",
         any_modality: bool = False,
     ) -> npt.NDArray[np.integer[Any]]:
@@ -82,7 +83,9 @@ class TrainedSegmenter:
             affine: (4, 4), voxel index to RAS+ millimetres, as ``nibabel.load(file).affine``. It says which way the
                 patient lies and how large voxels are.
             modality: ``target``, ``source``, or the name of one of :attr:`modalities`.
-            largest_component: whether only the largest connected part of each structure is kept.
+            postprocessing: ``chosen``: by the rules that were chosen for these weights on validation volumes, if any
+                were. ``none``: as the network gives it. ``largest_component``: only the largest connected part of each
+                structure is kept.
             label_values: ``index``: indices into :attr:`class_names`, uint8. ``raw``: those of :attr:`label_values`,
                 int32.
             any_modality: whether what looks like another modality or a label map is segmented as well.
@@ -100,9 +103,7 @@ class TrainedSegmenter:
                 training volume had, or a structure at the edge of the crop.
         """
         table = self._table(label_values)
-        labels = self._predict(
-            _volume(volume), _affine(affine), modality, largest_component, any_modality, "the volume"
-        )
+        labels = self._predict(_volume(volume), _affine(affine), modality, postprocessing, any_modality, "the volume")
         return labels if table is None else table[labels]
 
     def predict_file(
@@ -111,7 +112,7 @@ class TrainedSegmenter:
         out: Path | str,
         *,
         modality: str = "target",
-        largest_component: bool = False,
+        postprocessing: PostprocessingChoice = "chosen",
         label_values: LabelValues = "index",
         any_modality: bool = False,
         assume_spacing: tuple[float, float, float] | None = None,
@@ -123,7 +124,7 @@ class TrainedSegmenter:
         Args:
             path: image, ``.nii`` or ``.nii.gz``.
             out: label map, ``.nii`` or ``.nii.gz``; its folder is made, and a file of that name replaced. Returned.
-            modality, largest_component, label_values, any_modality: see :meth:`predict`.
+            modality, postprocessing, label_values, any_modality: see :meth:`predict`.
             assume_spacing: voxel size in mm, for a file without a usable geometry.
             geometry: ``sform``, ``qform`` or ``pixdim``: which part of a header is right, if its parts contradict each
                 other.
@@ -154,7 +155,7 @@ class TrainedSegmenter:
             image.array,
             image.affine,
             modality,
-            largest_component,
+            postprocessing,
             any_modality,
             str(path),
             image.notices_for(self._model.domain(modality).recipe),
@@ -178,7 +179,7 @@ class TrainedSegmenter:
         volume: npt.NDArray[np.float32],
         affine: npt.NDArray[np.float64],
         modality: str,
-        largest_component: bool,
+        postprocessing: PostprocessingChoice,
         any_modality: bool,
         name: str,
         notices: tuple[str, ...] = (),
@@ -191,7 +192,7 @@ class TrainedSegmenter:
             name,
             any_modality=any_modality,
             option="any_modality=True",
-            largest_component=largest_component,
+            postprocessing=self._predictor.postprocessing(postprocessing),
         )
         for notice in (*notices, *done.notices):
             warnings.warn(f"{name}: {notice}", stacklevel=3)  # the line that called predict or predict_file

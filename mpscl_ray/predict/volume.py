@@ -13,7 +13,8 @@ from mpscl_ray.data.volumes.nifti import Volume
 from mpscl_ray.data.volumes.preprocess import prepare_volume
 from mpscl_ray.errors import DataError
 from mpscl_ray.predict.model import Domain, Slices
-from mpscl_ray.predict.predictor import Predictor, keep_largest_component
+from mpscl_ray.predict.postprocessing import NO_POSTPROCESSING, Postprocessing, largest_component
+from mpscl_ray.predict.predictor import Predictor
 from mpscl_ray.predict.segmentation import Segmentation, segment
 
 PROBABILITY_STEPS = 255
@@ -46,7 +47,7 @@ def segment_volume(
     scanner: str = "",
     any_modality: bool = False,
     option: str = "--any-modality",
-    largest_component: bool = False,
+    postprocessing: Postprocessing = NO_POSTPROCESSING,
     probabilities: bool = False,
 ) -> SegmentedVolume:
     """Prepare a volume as those of training, segment it, and compare it with what the model was trained on.
@@ -60,7 +61,7 @@ def segment_volume(
         scanner: modality that its DICOM header names, in capitals, if there is one.
         any_modality: whether what looks like another modality or a label map is segmented as well.
         option: what a user sets for that, for messages.
-        largest_component, probabilities: see :func:`mpscl_ray.predict.segmentation.segment`.
+        postprocessing, probabilities: see :func:`mpscl_ray.predict.segmentation.segment`.
 
     Raises:
         DataError: another modality, a label map, a crop without contrast, or weights that give no finite values.
@@ -72,7 +73,7 @@ def segment_volume(
     # Never by labels: a new image has none.
     prepared = prepare_volume(array, affine, None, replace(domain.recipe, centre="image"), case=name)
     geometry, slices = prepared.geometry, domain.scale(prepared.image)
-    found = segment(predictor, slices, geometry, largest_component=largest_component, probabilities=probabilities)
+    found = segment(predictor, slices, geometry, postprocessing=postprocessing, probabilities=probabilities)
     thick = across_thick_voxels(affine, geometry)
     notices = (
         *((f"{thick[0]}, as the model takes them: the scan was acquired in another direction",) if thick else ()),
@@ -124,7 +125,7 @@ def _quality_warnings(labels: npt.NDArray[np.uint8], geometry: Geometry) -> list
 
 def _is_cut_off(labels: npt.NDArray[np.uint8], geometry: Geometry) -> bool:
     """Whether much of the heart, the largest connected part, lies at an edge beyond which the image goes on."""
-    heart = keep_largest_component((labels > 0).astype(np.uint8), 2)
+    heart = largest_component(labels > 0)
     width = float(np.sqrt(np.count_nonzero(heart, axis=(1, 2))).sum())
     rows, columns = geometry.axes[1:]
     at_edge = 0

@@ -144,7 +144,8 @@ def _evaluate(
             f"optim.lr={config.optim.lr / 2:g}"
         )
     phases = [name for name, _ in config.schedule]
-    scored = evaluate_phases(folder, phases, device=str(device), workers=0, progress=progress)
+    choose = config.run.choose_postprocessing
+    scored = evaluate_phases(folder, phases, device=str(device), workers=0, progress=progress, choose=choose)
     for phase, evaluation in scored.items():
         training.scores |= final_scores(phase, evaluation.summary.to_json())
     draw_phases(folder, phases)

@@ -24,7 +24,6 @@ from mpscl_ray.predict.predictor import (
     Predictor,
     cached_predictor,
     choose_device,
-    keep_largest_component,
     load_segmenter,
     num_inference_workers,
 )
@@ -209,19 +208,6 @@ def test_the_device_is_checked() -> None:
         choose_device("gpu")
     assert num_inference_workers(3, torch.device("cpu")) == 0
     assert num_inference_workers(1000, torch.device("cuda")) == 0
-
-
-def test_only_the_largest_part_of_each_structure_is_kept() -> None:
-    labels = np.zeros((6, 8, 8), np.uint8)
-    labels[0:3, 0:3, 0:3] = 1
-    labels[4:6, 6:8, 6:8] = 1  # the smaller part
-    labels[3, 3, 3] = 1  # touches the larger one only at a corner
-    labels[3:6, 0:2, 0:2] = 3
-    kept = keep_largest_component(labels, 4)
-    assert (kept[0:3, 0:3, 0:3] == 1).all()
-    assert np.count_nonzero(kept == 1) == 27
-    assert np.array_equal(kept == 3, labels == 3)
-    assert np.count_nonzero(labels == 1) == 27 + 8 + 1  # the argument is not changed
 
 
 class Levels(nn.Module):
