@@ -131,6 +131,9 @@ class DataConfig:
     augmentation: AugmentConfig = field(default_factory=AugmentConfig)
     """Random changes of the slices, drawn from the seed and the position in the stream."""
 
+    mirror_axes: tuple[Literal["rows", "columns"], ...] = ()
+    """Axes of a slice along which the anatomy is its own mirror image, as no heart is; `predict --tta` flips them."""
+
 
 @dataclass(frozen=True)
 class NetworkConfig:

@@ -17,9 +17,10 @@ from mpscl_ray.distributed.ray_session import connect
 from mpscl_ray.evaluate.case_scores import CaseToScore
 from mpscl_ray.evaluate.evaluation import Protocol
 from mpscl_ray.evaluate.subject import Subject
-from mpscl_ray.predict.model import Checkpoint, Domain
+from mpscl_ray.predict.ensemble import Member, cached_predictor
+from mpscl_ray.predict.model import Domain
 from mpscl_ray.predict.postprocessing import NO_POSTPROCESSING, Postprocessing
-from mpscl_ray.predict.predictor import Predictor, cached_predictor, num_inference_workers
+from mpscl_ray.predict.predictor import Predictor, num_inference_workers
 from mpscl_ray.runs.progress import ProgressLine
 from mpscl_ray.runs.run_directory import RunDirectory
 from mpscl_ray.runs.storage import S3Path
@@ -31,9 +32,7 @@ Result = TypeVar("Result")
 class CaseOptions:
     """What a process needs to segment a case of a dataset as predict does, and to compare it with its label."""
 
-    run: str
-    weights: Checkpoint
-    stamp: int
+    member: Member
     device: str | None
     dataset: Path | S3Path
     scaling: Scaling
@@ -48,9 +47,7 @@ class CaseOptions:
         """Those of a segmenter and its dataset."""
         weights = replace(subject.weights, path=home.relative_to_run(subject.weights.path))
         return cls(
-            home.uri,
-            weights,
-            subject.weights.stamp(),
+            Member(home.uri, weights, subject.weights.stamp()),
             device,
             subject.dataset,
             subject.manifest.scaling,
@@ -94,7 +91,9 @@ def map_cases(
     else:
         each = partial(function, subject.predictor, options)
     line = (
-        ProgressLine(len(subject.cases), f"{label} {phase_title(options.weights.name)}, volume") if progress else None
+        ProgressLine(len(subject.cases), f"{label} {phase_title(options.member.weights.name)}, volume")
+        if progress
+        else None
     )
     with line or nullcontext(), connect(workers) if workers else nullcontext():
         results = map_volumes(
@@ -109,5 +108,4 @@ def map_cases(
 
 
 def _in_worker(function: Callable[[Predictor, CaseOptions, Case], Result], options: CaseOptions, case: Case) -> Result:
-    predictor = cached_predictor(options.run, options.weights, options.stamp, options.device)
-    return function(predictor, options, case)
+    return function(cached_predictor((options.member,), options.device), options, case)

@@ -198,6 +198,7 @@ def _description(home: RunDirectory, predictor: Predictor) -> dict[str, Any]:
         "phases": list(model.phases),
         "labelled": described.get("labelled", "source"),
         "postprocessing": _rules(predictor),
+        "mirror_axes": list(model.mirror_axes),
         "weights": {
             "name": weights.name,
             "phase": weights.phase,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -17,6 +17,7 @@ from mpscl_ray.data.volumes.preprocess import scale
 from mpscl_ray.data.volumes.recipe import Recipe
 from mpscl_ray.errors import ConfigError, DataError
 from mpscl_ray.predict.postprocessing import Postprocessing
+from mpscl_ray.predict.tta import MIRROR_AXES, MirrorAxis
 from mpscl_ray.runs.checkpoint import SUMS
 from mpscl_ray.runs.model_store import ModelStore, open_model
 from mpscl_ray.runs.run_directory import RunDirectory
@@ -80,6 +81,9 @@ class Model:
     phases: tuple[str, ...]
     postprocessing: Mapping[str, Postprocessing] = field(default_factory=dict)
     """What was chosen for some weights, by :attr:`mpscl_ray.predict.predictor.Predictor.weights_digest`."""
+
+    mirror_axes: tuple[MirrorAxis, ...] = ()
+    """See :func:`mpscl_ray.predict.tta.augmented`."""
 
     def domain(self, name: str) -> Domain:
         """The domain called ``source`` or ``target``, or by its modality.
@@ -146,6 +150,12 @@ def _scaling(values: Mapping[str, Any]) -> tuple[float, float]:
     return low, high
 
 
+def _mirror_axes(axes: Sequence[Any]) -> tuple[MirrorAxis, ...]:
+    if wrong := [axis for axis in axes if axis not in MIRROR_AXES]:
+        raise ValueError(f"{wrong[0]!r} is none of {', '.join(MIRROR_AXES)}")
+    return tuple(axis for axis in MIRROR_AXES if axis in axes)
+
+
 def _raw_ids(labels: Mapping[str, Any]) -> dict[str, int]:
     """The lowest label id of each class."""
     ids: dict[str, int] = {}
@@ -168,6 +178,7 @@ def read_model(run: RunDirectory | Path | str) -> Model:
             domains={role: _read(values, role, Domain.from_json) for role in ("source", "target")},
             phases=tuple(values.get("phases", ())),
             postprocessing=_postprocessing(folder, values),
+            mirror_axes=_read(values, "mirror_axes", _mirror_axes) if "mirror_axes" in values else (),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         reason = str(error) if isinstance(error, _EntryError) else f"{type(error).__name__}: {error}"

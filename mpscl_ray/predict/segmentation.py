@@ -25,6 +25,8 @@ class Segmentation:
     """(D, H, W) class indices of the prepared slices."""
     probabilities: npt.NDArray[np.float32] | None
     """(C, D, H, W) of the prepared slices, where they were asked for or needed."""
+    disagreement: npt.NDArray[np.float32] | None = None
+    """(D, H, W) of the prepared slices, in [0, 1], where it was asked for."""
 
 
 def segment(
@@ -34,6 +36,7 @@ def segment(
     *,
     postprocessing: Postprocessing = NO_POSTPROCESSING,
     probabilities: bool = False,
+    disagreement: bool = False,
 ) -> Segmentation:
     """Segment the slices of a volume and put the labels back on the grid of its file.
 
@@ -46,14 +49,20 @@ def segment(
         geometry: how they were made from the array of the file.
         postprocessing: rules for both label maps; probabilities stay those of the network.
         probabilities: whether the probabilities are to be returned; they take C times the memory of the slices.
+        disagreement: whether that of several passes is to be returned
+            (:meth:`mpscl_ray.predict.predictor.Predictor.predict_disagreement`).
 
     Raises:
         DataError: the weights give values that are not finite.
     """
     found: npt.NDArray[np.float32] | None = None
     resampled = any(axis.step != 1.0 for axis in geometry.axes)
-    if resampled or probabilities:
-        found = predictor.predict_probabilities(slices)
+    spread: npt.NDArray[np.float32] | None = None
+    if resampled or probabilities or disagreement:
+        if disagreement:
+            found, spread = predictor.predict_disagreement(slices)
+        else:
+            found = predictor.predict_probabilities(slices)
         labels = found.argmax(axis=0).astype(np.uint8)
     else:
         labels = predictor.predict_slices(slices)
@@ -63,7 +72,7 @@ def segment(
         restored = restore_labels(labels, geometry)
     labels = postprocessing(labels, predictor.classes, millilitres(geometry.spacing_mm))
     restored = postprocessing(restored, predictor.classes, millilitres(geometry.voxel_mm))
-    return Segmentation(restored, labels, found)
+    return Segmentation(restored, labels, found, spread)
 
 
 def millilitres(voxel_mm: Sequence[float]) -> float:

@@ -16,12 +16,12 @@ from mpscl_ray.data.volumes.nifti import read_image
 from mpscl_ray.data.volumes.nifti_output import write_label_map, write_values
 from mpscl_ray.data.volumes.recipe import GEOMETRIES, NAN_POLICIES, GeometryFrom, NanPolicy
 from mpscl_ray.errors import ConfigError, DataError
-from mpscl_ray.predict import predictor as predictors
+from mpscl_ray.predict.ensemble import load_ensemble
 from mpscl_ray.predict.image import output_ids
 from mpscl_ray.predict.model import Checkpoint, Model
 from mpscl_ray.predict.postprocessing import PostprocessingChoice
 from mpscl_ray.predict.predictor import Predictor
-from mpscl_ray.predict.volume import refuse_probability_map, segment_volume
+from mpscl_ray.predict.volume import SegmentedVolume, refuse_probability_map, segment_volume, write_unit_map
 from mpscl_ray.runs.atomic_files import storage_errors
 
 LabelValues = Literal["index", "raw"]
@@ -103,7 +103,8 @@ class TrainedSegmenter:
                 training volume had, or a structure at the edge of the crop.
         """
         table = self._table(label_values)
-        labels = self._predict(_volume(volume), _affine(affine), modality, postprocessing, any_modality, "the volume")
+        done = self._predict(_volume(volume), _affine(affine), modality, postprocessing, any_modality, "the volume")
+        labels = done.found.labels
         return labels if table is None else table[labels]
 
     def predict_file(
@@ -118,6 +119,7 @@ class TrainedSegmenter:
         assume_spacing: tuple[float, float, float] | None = None,
         geometry: GeometryFrom | None = None,
         nan_policy: NanPolicy = "error",
+        disagreement: Path | str | None = None,
     ) -> Path:
         """Segment a NIfTI file and write the label map in its geometry.
 
@@ -129,9 +131,10 @@ class TrainedSegmenter:
             geometry: ``sform``, ``qform`` or ``pixdim``: which part of a header is right, if its parts contradict each
                 other.
             nan_policy: what becomes of voxels that are NaN or infinite: ``error``, ``lowest`` or ``zero``.
+            disagreement: another NIfTI file, for a map in [0, 1] of how much runs and moved slices disagree.
 
         Raises:
-            ConfigError: the run does not know the modality, an option has another value, or ``out`` is the image or
+            ConfigError: the run does not know the modality, an option has another value, or an output is the image or
                 not the name of a NIfTI file.
             DataError: the image is damaged or cannot be used, or looks like another modality, a label map, or a
                 probability map of predict.
@@ -140,18 +143,16 @@ class TrainedSegmenter:
         Warns:
             UserWarning: as :meth:`predict`, and what is unusual in the file.
         """
-        path, out = Path(path), Path(out)
-        if not has_ending(out.name, NIFTI_ENDINGS):
-            raise ConfigError(f"out is {out}; expected the name of a file that ends in .nii or .nii.gz")
-        if out.resolve() == path.resolve():
-            raise ConfigError(f"out is the image {path} itself; give the label map another name")
+        path, out, spread = Path(path), Path(out), None if disagreement is None else Path(disagreement)
+        _check_outputs(path, out=out, disagreement=spread)
         table = self._table(label_values)
         _check_reading(assume_spacing, geometry, nan_policy)
         image = read_image(path, assume_spacing_mm=assume_spacing, geometry=geometry, nan_policy=nan_policy)
         refuse_probability_map(image)
-        with storage_errors(out.parent):
-            out.parent.mkdir(parents=True, exist_ok=True)
-        labels = self._predict(
+        for file in (out, spread or out):
+            with storage_errors(file.parent):
+                file.parent.mkdir(parents=True, exist_ok=True)
+        done = self._predict(
             image.array,
             image.affine,
             modality,
@@ -159,7 +160,11 @@ class TrainedSegmenter:
             any_modality,
             str(path),
             image.notices_for(self._model.domain(modality).recipe),
+            spread is not None,
         )
+        labels = done.found.labels
+        if spread is not None and done.found.disagreement is not None:
+            write_unit_map(spread, done.found.disagreement, done.geometry, image)
         if table is None:
             write_label_map(out, labels, image, self.class_names)
         else:
@@ -183,7 +188,8 @@ class TrainedSegmenter:
         any_modality: bool,
         name: str,
         notices: tuple[str, ...] = (),
-    ) -> npt.NDArray[np.uint8]:
+        disagreement: bool = False,
+    ) -> SegmentedVolume:
         done = segment_volume(
             self._predictor,
             self._model.domain(modality),
@@ -193,31 +199,50 @@ class TrainedSegmenter:
             any_modality=any_modality,
             option="any_modality=True",
             postprocessing=self._predictor.postprocessing(postprocessing),
+            disagreement=disagreement,
         )
         for notice in (*notices, *done.notices):
             warnings.warn(f"{name}: {notice}", stacklevel=3)  # the line that called predict or predict_file
-        return done.found.labels
+        return done
 
 
 def load_segmenter(
-    run: Path | str, checkpoint: str = "last", *, device: torch.device | str | None = None
+    run: Path | str | Sequence[Path | str],
+    checkpoint: str = "last",
+    *,
+    device: torch.device | str | None = None,
+    tta: bool = False,
 ) -> TrainedSegmenter:
-    """The segmenter of a run, ready to predict.
+    """The segmenter of a run, ready to predict; of several runs the mean of their probabilities.
 
     Args:
-        run: folder of the run, a model file that ``export`` wrote, or the URL of either.
+        run: folder of the run, a model file that ``export`` wrote, or the URL of either; or a list of these.
         checkpoint: ``last``, ``best``, the name of a phase (``source_only``, ``warm_up``, ``adaptation``) for its end,
             the name of one in the run's ``checkpoints``, or a path.
         device: ``cpu``, ``cuda`` or ``cuda:N``; None takes a GPU where there is one.
+        tta: whether probabilities are averaged over slices that are moved a little, which takes five times as long.
 
     Raises:
-        ConfigError: there is no such run, checkpoint or device; says which there are.
+        ConfigError: there is no such run, checkpoint or device, which says which there are; or runs that differ in
+            classes, label ids, target modality or preparation.
         DataError: the run has no checkpoint yet, or one that is damaged or does not fit the network.
     """
     with torch.random.fork_rng([]):  # a network draws initial weights before it gets its own
-        predictor = predictors.load_segmenter(run, checkpoint, device)
+        runs = [run] if isinstance(run, str | Path) or not isinstance(run, Sequence) else run
+        predictor = load_ensemble(runs, checkpoint, device, tta=tta)
     assert predictor.model is not None
     return TrainedSegmenter(predictor, predictor.model)
+
+
+def _check_outputs(image: Path, **outputs: Path | None) -> None:
+    """Check where files are to be written, by the name of the argument. Raises ConfigError."""
+    for name, file in outputs.items():
+        if file is None:
+            continue
+        if not has_ending(file.name, NIFTI_ENDINGS):
+            raise ConfigError(f"{name} is {file}; expected the name of a file that ends in .nii or .nii.gz")
+        if file.resolve() == image.resolve():
+            raise ConfigError(f"{name} is the image {image} itself; give it another name")
 
 
 def _check_reading(assume_spacing: tuple[float, float, float] | None, geometry: str | None, nan_policy: str) -> None:

@@ -126,6 +126,7 @@ def model_description(config: Config, domains: Domains) -> dict[str, Any]:
         "target": domain(domains.target, domains.target_folder),
         "phases": [name for name, _ in config.schedule],
         "labelled": config.data.labelled_domain,
+        "mirror_axes": list(config.data.mirror_axes),
     }
 
 

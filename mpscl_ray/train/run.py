@@ -50,6 +50,7 @@ MAY_CHANGE = (
     "data.source",
     "data.target",
     "data.in_memory",
+    "data.mirror_axes",
     "precision.compile",
 )
 """Keys that a resumed run may change; none of them changes what is computed. The datasets may have moved, but must be

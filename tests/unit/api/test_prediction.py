@@ -69,7 +69,7 @@ def test_arrays_and_files_get_the_label_map_of_the_command(
     image = hearts / "scans" / "mr_train_1001_image.nii.gz"
     raw = speckled.label_values if kind == "raw" else None
     rules = speckled._predictor.postprocessing(postprocessing)
-    job = Job("", speckled.checkpoint, 0, "target", tmp_path, raw, postprocessing=rules)
+    job = Job((), "target", tmp_path, raw, postprocessing=rules)
     assert predict_image(speckled._predictor, job, image).error is None
     written = nib.load(tmp_path / "mr_train_1001_image_prediction.nii.gz")
     expected = np.asarray(written.dataobj)

@@ -18,11 +18,11 @@ from mpscl_ray.data.volumes.recipe import Recipe
 from mpscl_ray.errors import ConfigError, DataError
 from mpscl_ray.networks import DeepLabV2
 from mpscl_ray.networks.deeplab import network_input, upsample_logits
+from mpscl_ray.predict.ensemble import Member, cached_predictor
 from mpscl_ray.predict.image import Job, Prediction, outputs, predict_image
-from mpscl_ray.predict.model import Checkpoint, Domain, Model, find_checkpoint, read_model
+from mpscl_ray.predict.model import Domain, Model, find_checkpoint, read_model
 from mpscl_ray.predict.predictor import (
     Predictor,
-    cached_predictor,
     choose_device,
     load_segmenter,
     num_inference_workers,
@@ -124,7 +124,7 @@ def test_relative_paths_lead_to_the_same_weights_from_another_folder(
         given = dataclasses.replace(predictor.weights, path=folder.relative_to_run(predictor.weights.path))
         with monkeypatch.context() as elsewhere:
             elsewhere.chdir("/")
-            worker = cached_predictor(str(tmp_path / "runs" / "run"), given, number, "cpu")
+            worker = cached_predictor((Member(str(tmp_path / "runs" / "run"), given, number),), "cpu")
         assert torch.equal(worker.network.conv1.weight, expected), name
 
 
@@ -242,7 +242,7 @@ def stub(image: np.ndarray, affine: np.ndarray, recipe: Recipe) -> Predictor:
 
 def job(out: Path, **options: Any) -> Job:
     # The landmarks have three intensities, as a label map has.
-    return Job(out, Checkpoint("last", out), 0, "target", out, **{"any_modality": True, **options})
+    return Job((), "target", out, **{"any_modality": True, **options})
 
 
 def affine_of(
