@@ -102,7 +102,6 @@ def _scores(folder: RunDirectory, config: Config, use_gpu: bool) -> dict[str, An
     where: dict[str, Any] = {"workers": 0, "device": "cuda" if use_gpu else "cpu"}
     if not trains_in_one_process(config):
         where = {"place": evaluation_place(config, use_gpu)}
-    where["choose"] = config.run.choose_postprocessing
     evaluation = evaluate_phases(folder.uri, [phase], progress=False, **where)[phase]
     scored_on = {
         "split": evaluation.split,

@@ -18,6 +18,7 @@ from mpscl_ray.evaluate.subject import find_dataset
 from mpscl_ray.evaluate.tables import default_measures
 from mpscl_ray.predict.model import read_model
 from mpscl_ray.predict.predictor import choose_device
+from mpscl_ray.runs import safe_yaml
 from mpscl_ray.runs.model_store import open_model
 from mpscl_ray.runs.run_directory import RunDirectory, open_run
 from mpscl_ray.runs.storage import join_location
@@ -49,7 +50,8 @@ def evaluate_phases(
         workers: see :func:`~mpscl_ray.evaluate.scoring.evaluate_checkpoint`.
         progress: whether to show progress lines.
         place: see :func:`~mpscl_ray.evaluate.scoring.evaluate_checkpoint`.
-        choose: whether to choose the postprocessing first (:mod:`mpscl_ray.evaluate.choose_postprocessing`).
+        choose: choose the postprocessing first (:mod:`mpscl_ray.evaluate.choose_postprocessing`), also where the run
+            does not ask for it (``run.choose_postprocessing``).
 
     Returns:
         Phase -> evaluation; empty, and nothing is written, if no volume of the target is labelled.
@@ -59,7 +61,7 @@ def evaluate_phases(
     """
     home = open_run(run)
     how: dict[str, Any] = {"device": device, "workers": workers, "progress": progress, "place": place}
-    if choose:
+    if choose or safe_yaml.load(home.read_config()).get("run", {}).get("choose_postprocessing"):
         for chosen in choose_for_phases(home, phases, **how):
             if progress:
                 print(f"postprocessing of {chosen}", flush=True)

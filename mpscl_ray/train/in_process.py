@@ -144,8 +144,7 @@ def _evaluate(
             f"optim.lr={config.optim.lr / 2:g}"
         )
     phases = [name for name, _ in config.schedule]
-    choose = config.run.choose_postprocessing
-    scored = evaluate_phases(folder, phases, device=str(device), workers=0, progress=progress, choose=choose)
+    scored = evaluate_phases(folder, phases, device=str(device), workers=0, progress=progress)
     for phase, evaluation in scored.items():
         training.scores |= final_scores(phase, evaluation.summary.to_json())
     draw_phases(folder, phases)

@@ -179,9 +179,7 @@ def _wait_and_evaluate(
         raise Interrupted(f"stopped by {interruption.signal_name} between training, which is done, and its evaluation")
     with signals_end("during the evaluation"):
         phases = [name for name, _ in config.schedule]
-        for phase, evaluation in evaluate_phases(
-            folder, phases, place=place, choose=config.run.choose_postprocessing
-        ).items():
+        for phase, evaluation in evaluate_phases(folder, phases, place=place).items():
             tracked.scores |= final_scores(phase, evaluation.summary.to_json())
         draw_phases(folder, phases)
 

@@ -18,6 +18,7 @@ from mpscl_ray.evaluate import case_scores
 from mpscl_ray.evaluate import choose_postprocessing as choosing
 from mpscl_ray.evaluate import command as evaluate
 from mpscl_ray.evaluate.case_scores import SegmentedCase
+from mpscl_ray.evaluate.run import evaluate_phases
 from mpscl_ray.evaluate.scoring import evaluate_checkpoint
 from mpscl_ray.predict import command as predict
 from mpscl_ray.predict.model import read_model
@@ -195,6 +196,17 @@ def test_what_cannot_be_chosen_is_refused(run: RunDirectory, base: Path, tmp_pat
     run.postprocessing_file.write_text("{", encoding="utf-8")
     with pytest.raises(DataError, match="does not read as JSON"):
         read_model(run)
+
+
+def test_a_run_whose_settings_ask_for_it_chooses_before_it_is_scored(run: RunDirectory) -> None:
+    evaluate_phases(run, ["adaptation"], workers=0, progress=False)
+    assert not run.postprocessing_file.exists()
+    run.write_config("method: {name: mpscl}\nrun: {choose_postprocessing: true}\n")
+    done = evaluate_phases(run, ["adaptation"], workers=0, progress=False)["adaptation"]
+    stored = json.loads(run.postprocessing_file.read_text(encoding="utf-8"))
+    assert done.postprocessing.to_json() in [entry["rules"] for entry in stored.values()]
+    table = json.loads((run.results / "phases.json").read_text(encoding="utf-8"))
+    assert table["postprocessing"] == {"adaptation": done.postprocessing.to_json()}
 
 
 def test_a_rule_keeps_to_its_weights(run: RunDirectory) -> None:
