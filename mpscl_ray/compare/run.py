@@ -90,7 +90,7 @@ def _run(plan: Plan, base: Config, folder: RunDirectory, resume: str, fit: Fit |
             largest = max(todo, key=lambda cell: cell.config.scaling.most_workers)
             room = Room(largest.config, shared[largest.name].use_gpu, plan.max_concurrent)
             with Interruption() as interruption:
-                Comparison(cells, ledger, folder, shared, room, resume, write, table).run(interruption)
+                Comparison(cells, ledger, folder, room, write, table).run(interruption, resume, shared)
         write()
     print(f"\n{table()}")
     _print_next_steps(out, cells, ledger)
