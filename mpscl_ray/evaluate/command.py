@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 
 from mpscl_ray.data import SPLITS
+from mpscl_ray.errors import ConfigError
 from mpscl_ray.runs import cli
 
 _EXAMPLES = """\
@@ -58,7 +60,25 @@ def main(arguments: Sequence[str]) -> int:
         "with papers: prepared (the prepared slices) or released (these as the released code does)",
     )
     options = parser.parse_args(list(arguments))
+    if options.choose_postprocessing:
+        _check_choosing(options)
     # Imported here: help and refused arguments need no torch.
     from mpscl_ray.evaluate.run import evaluate
 
     return evaluate(options)
+
+
+def _check_choosing(options: argparse.Namespace) -> None:
+    """Raises ConfigError for options that choosing the postprocessing does not take."""
+    other = {
+        "--data": options.data,
+        "--out": options.out,
+        "--protocol": options.protocol,
+        f"--split {options.split}": options.split != "test",
+        "--no-postprocessing and --largest-component": options.postprocessing != "chosen",
+    }
+    if given := [name for name, value in other.items() if value]:
+        raise ConfigError(
+            f"--choose-postprocessing takes the validation volumes of the run's own datasets; leave out "
+            f"{', '.join(given)} here, and evaluate once more with it"
+        )

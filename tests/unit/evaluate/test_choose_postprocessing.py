@@ -209,6 +209,12 @@ def test_a_run_whose_settings_ask_for_it_chooses_before_it_is_scored(run: RunDir
     assert table["postprocessing"] == {"adaptation": done.postprocessing.to_json()}
 
 
+@pytest.mark.parametrize("words", ["--data x", "--out x", "--split val", "--protocol prepared", "--no-postprocessing"])
+def test_options_that_choosing_does_not_take_are_refused(words: str) -> None:
+    with pytest.raises(ConfigError, match=f"own datasets; leave out {words.split()[0]}"):
+        evaluate.main(["run", "--choose-postprocessing", *words.split()])
+
+
 def test_a_rule_keeps_to_its_weights(run: RunDirectory) -> None:
     choosing.choose_postprocessing(run, "source_only", workers=0, progress=False)
     other = load_segmenter(run.path, "adaptation", device="cpu")
