@@ -21,7 +21,7 @@ examples:
   python -m mpscl_ray.predict runs/mpscl mr_1001.nii.gz --modality source --out predictions
   python -m mpscl_ray.predict runs/mpscl patient8_dicom --out predictions
   python -m mpscl_ray.predict hearts.mpscl SCANS --out predictions
-  python -m mpscl_ray.predict runs/seed1 SCANS --ensemble runs/seed2 --ensemble runs/seed3 --out maps
+  python -m mpscl_ray.predict runs/seed1 SCANS --ensemble runs/seed2 --tta --out predictions
   python -m mpscl_ray.predict s3://hearts/runs/mpscl patient7.nii.gz --out s3://hearts/predictions
 
 For patient7.nii.gz the folder gets patient7_prediction.nii.gz (same grid, affine and orientation),
