@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from mpscl_ray.data.volumes.dicom_paths import is_dicom
-from mpscl_ray.data.volumes.file_names import VOLUME_ENDINGS, has_ending
+from mpscl_ray.data.volumes.file_names import SEGMENTATION_ENDING, VOLUME_ENDINGS, has_ending
 from mpscl_ray.distributed.parallel_map import map_volumes
 from mpscl_ray.distributed.places import inference_place
 from mpscl_ray.distributed.ray_session import connect
@@ -26,7 +26,7 @@ from mpscl_ray.predict.output_names import (
     ITKSNAP_LABELS,
     PREVIEW_SUFFIX,
     SLICER_LABELS,
-    SUFFIX,
+    SUFFIXES,
     VOLUMES,
     is_probability_map,
     mirrored_folder,
@@ -115,6 +115,7 @@ def _job(options: argparse.Namespace, home: RunDirectory, model: Model, weights:
         domain=options.modality,
         out=out,
         raw_ids=output_ids(model, model.domain(options.modality)) if raw else None,
+        format=options.format,
         device=options.device,
         largest_component=options.largest_component,
         probabilities=options.probabilities,
@@ -214,7 +215,7 @@ def _no_image(folder: Path, pattern: str | None, files: Sequence[Path]) -> str:
 
 def _say_skipped(folder: Path, there: Sequence[Path], found: Sequence[Path]) -> None:
     """Warn of what a folder holds besides its images: label maps by their names, other formats, folders."""
-    ours = (SUFFIX, ITKSNAP_LABELS, SLICER_LABELS, VOLUMES, PREVIEW_SUFFIX)
+    ours = (*SUFFIXES, ITKSNAP_LABELS, SLICER_LABELS, VOLUMES, PREVIEW_SUFFIX)
     taken = set(found)
     skipped = sorted(
         path.relative_to(folder).as_posix() + "/" * path.is_dir()
@@ -235,7 +236,7 @@ def _images_among(files: Sequence[Path], folder: Path, pattern: str | None) -> l
     inputs = [
         path
         for path in files
-        if not path.name.endswith(SUFFIX)
+        if not path.name.endswith(SUFFIXES)
         and not is_probability_map(path.relative_to(folder).as_posix(), names)
         and not is_dicom(path)
     ]
@@ -253,7 +254,7 @@ def _images_among(files: Sequence[Path], folder: Path, pattern: str | None) -> l
 
 
 def _is_label(path: Path) -> bool:
-    return has_ending(stem(path), LABEL_ENDINGS)
+    return has_ending(path.name, (SEGMENTATION_ENDING,)) or has_ending(stem(path), LABEL_ENDINGS)
 
 
 def _without_long_names(
