@@ -35,6 +35,7 @@ from mpscl_ray.predict.output_names import (
 from mpscl_ray.predict.predictor import Predictor, choose_device, load_weights, num_inference_workers
 from mpscl_ray.predict.record import Record
 from mpscl_ray.prepare.file_listing import LABEL_ENDINGS
+from mpscl_ray.runs import json_output
 from mpscl_ray.runs.model_store import open_model
 from mpscl_ray.runs.progress import ProgressLine
 from mpscl_ray.runs.run_directory import RunDirectory
@@ -74,6 +75,20 @@ def predict(options: argparse.Namespace, out: Path | S3Path) -> int:
     failed += [prediction for prediction in done if prediction.error]
     good = [prediction for prediction in done if not prediction.error]
     print_outcome(good, failed, options.out)
+    json_output.report(
+        folder=options.out,
+        label_maps=[
+            {
+                "image": prediction.image,
+                "files": prediction.files,
+                "volumes_ml": prediction.volumes_ml,
+                "notices": prediction.notices,
+            }
+            for prediction in good
+        ],
+        kept=len(images) - len(left),
+        failed=[{"image": prediction.image, "error": prediction.error} for prediction in failed],
+    )
     return DataError.exit_code if failed else 0
 
 
@@ -285,6 +300,8 @@ def print_outcome(good: Sequence[Prediction], failed: Sequence[Prediction], out:
     if failed:
         total = len(failed) + len(good)
         inputs = "input was" if total == 1 else "inputs were"
-        print(f"error: {len(failed)} of {total} {inputs} not segmented:", file=sys.stderr)
+        error = f"{len(failed)} of {total} {inputs} not segmented"
+        json_output.report(error=error)
+        print(f"error: {error}:", file=sys.stderr)
         for prediction in failed:
             print(f"  {prediction.error}", file=sys.stderr)
