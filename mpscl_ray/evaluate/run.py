@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -18,7 +19,7 @@ from mpscl_ray.evaluate.subject import find_dataset
 from mpscl_ray.evaluate.tables import default_measures
 from mpscl_ray.predict.model import read_model
 from mpscl_ray.predict.predictor import choose_device
-from mpscl_ray.runs import safe_yaml
+from mpscl_ray.runs import json_output, safe_yaml
 from mpscl_ray.runs.model_store import open_model
 from mpscl_ray.runs.run_directory import RunDirectory, open_run
 from mpscl_ray.runs.storage import join_location
@@ -36,7 +37,7 @@ def evaluate_phases(
     workers: int | None = None,
     progress: bool = True,
     place: TaskPlace | None = None,
-    choose: bool = False,
+    choose: bool | None = None,
 ) -> dict[str, Evaluation]:
     """Evaluate the end of each phase on the target and write ``results/phases.{txt,md,csv,json}``, a row per phase.
 
@@ -50,8 +51,8 @@ def evaluate_phases(
         workers: see :func:`~mpscl_ray.evaluate.scoring.evaluate_checkpoint`.
         progress: whether to show progress lines.
         place: see :func:`~mpscl_ray.evaluate.scoring.evaluate_checkpoint`.
-        choose: choose the postprocessing first (:mod:`mpscl_ray.evaluate.choose_postprocessing`), also where the run
-            does not ask for it (``run.choose_postprocessing``).
+        choose: whether to choose the postprocessing first (:mod:`mpscl_ray.evaluate.choose_postprocessing`); None does
+            what the run's ``run.choose_postprocessing`` says.
 
     Returns:
         Phase -> evaluation; empty, and nothing is written, if no volume of the target is labelled.
@@ -61,7 +62,9 @@ def evaluate_phases(
     """
     home = open_run(run)
     how: dict[str, Any] = {"device": device, "workers": workers, "progress": progress, "place": place}
-    if choose or safe_yaml.load(home.read_config()).get("run", {}).get("choose_postprocessing"):
+    if choose is None:
+        choose = bool(safe_yaml.load(home.read_config()).get("run", {}).get("choose_postprocessing"))
+    if choose:
         for chosen in choose_for_phases(home, phases, **how):
             if progress:
                 print(f"postprocessing of {chosen}", flush=True)
@@ -117,7 +120,9 @@ def evaluate(options: argparse.Namespace) -> int:
     print(evaluation.table(measures=list(dict.fromkeys(measures))))
     for notice in evaluation.notices:
         print(f"note: {notice}")
-    print(f"\nwritten to {options.out or join_location(home.display_path, 'results', evaluation.name)}")
+    folder = options.out or join_location(home.display_path, "results", evaluation.name)
+    print(f"\nwritten to {folder}")
+    json_output.report(folder=folder, **evaluation.to_json())
     return 0
 
 
@@ -127,9 +132,14 @@ def _choose_and_evaluate_phases(home: RunDirectory, how: Mapping[str, Any]) -> i
     phases = [phase for phase in read_model(home).phases if phase in home.store.finished_phases()]
     if not phases:
         raise DataError(f"the run {home.display_path} has finished no phase yet; train it, or give a --checkpoint")
-    if not evaluate_phases(home, phases, choose=True, **how):
+    chosen = choose_for_phases(home, phases, **how)
+    json_output.report(folder=join_location(home.display_path, "results"), postprocessing=chosen, scores=None)
+    for rules in chosen:
+        print(f"postprocessing of {rules}", flush=True)
+    if not evaluate_phases(home, phases, choose=False, **how):
         print("no volume of the target is labelled, so nothing was scored")
         return 0
+    json_output.report(scores=json.loads((home.results / PHASES_JSON).read_bytes()))
     print(f"\n{(home.results / PHASES_TABLE).read_text(encoding='utf-8')}")
     print(f"written to {join_location(home.display_path, 'results')}; predict and export take the rules from now on")
     return 0

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from mpscl_ray.data.volumes.recipe import GEOMETRIES, NAN_POLICIES
 from mpscl_ray.errors import ConfigError
+from mpscl_ray.predict.output_names import FORMATS
 from mpscl_ray.runs import cli
 from mpscl_ray.runs.signals import first_signal_ends
 from mpscl_ray.runs.storage import S3Path, is_url, parse_location
@@ -19,7 +20,7 @@ examples:
   python -m mpscl_ray.predict runs/mpscl SCANS --pattern '*_LGE.nii.gz' --out predictions --preview
   python -m mpscl_ray.predict runs/mpscl BIDS --pattern '**/anat/*.nii.gz' --out maps --resume
   python -m mpscl_ray.predict runs/mpscl mr_1001.nii.gz --modality source --out predictions
-  python -m mpscl_ray.predict runs/mpscl patient8_dicom --out predictions
+  python -m mpscl_ray.predict runs/mpscl patient8_dicom --format seg.nrrd --out predictions
   python -m mpscl_ray.predict hearts.mpscl SCANS --out predictions
   python -m mpscl_ray.predict runs/seed1 SCANS --ensemble runs/seed2 --tta --out predictions
   python -m mpscl_ray.predict s3://hearts/runs/mpscl patient7.nii.gz --out s3://hearts/predictions
@@ -78,6 +79,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--tta", action="store_true", help="average over slices that are moved a little (five times as long)")
     add("--disagreement", action="store_true", help="also write a map of how much runs and moved slices disagree")
+    add(
+        "--format",
+        choices=FORMATS,
+        default=FORMATS[0],
+        help="of the label maps: nii.gz (default), or seg.nrrd, which 3D Slicer opens with names and colours",
+    )
     add("--probabilities", action="store_true", help="also write a probability map of each structure")
     add("--preview", action="store_true", help="also write a picture of some slices with their labels")
     add("--assume-spacing", type=spacing, metavar="X,Y,Z", help="voxel size in mm for files without a usable geometry")

@@ -11,13 +11,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from mpscl_ray.data.volumes.file_names import NIFTI_ENDINGS, has_ending
+from mpscl_ray.data.volumes.file_names import NIFTI_ENDINGS, SEGMENTATION_ENDING, has_ending
 from mpscl_ray.data.volumes.nifti import read_image
-from mpscl_ray.data.volumes.nifti_output import write_label_map, write_values
 from mpscl_ray.data.volumes.recipe import GEOMETRIES, NAN_POLICIES, GeometryFrom, NanPolicy
 from mpscl_ray.errors import ConfigError, DataError
 from mpscl_ray.predict.ensemble import load_ensemble
 from mpscl_ray.predict.image import output_ids
+from mpscl_ray.predict.label_files import write_labels
 from mpscl_ray.predict.model import Checkpoint, Model
 from mpscl_ray.predict.postprocessing import PostprocessingChoice
 from mpscl_ray.predict.predictor import Predictor
@@ -102,10 +102,12 @@ class TrainedSegmenter:
             UserWarning: each warning that the command predict writes into volumes.json, such as a voxel size that no
                 training volume had, or a structure at the edge of the crop.
         """
-        table = self._table(label_values)
+        raw_ids = self._raw_ids(label_values)
         done = self._predict(_volume(volume), _affine(affine), modality, postprocessing, any_modality, "the volume")
         labels = done.found.labels
-        return labels if table is None else table[labels]
+        if raw_ids is None:
+            return labels
+        return np.array([0, *(raw_ids[name] for name in self.class_names[1:])], dtype=np.int32)[labels]
 
     def predict_file(
         self,
@@ -121,11 +123,12 @@ class TrainedSegmenter:
         nan_policy: NanPolicy = "error",
         disagreement: Path | str | None = None,
     ) -> Path:
-        """Segment a NIfTI file and write the label map in its geometry.
+        """Segment an image file and write the label map in its geometry, in the format that ``out`` ends in.
 
         Args:
-            path: image, ``.nii`` or ``.nii.gz``.
-            out: label map, ``.nii`` or ``.nii.gz``; its folder is made, and a file of that name replaced. Returned.
+            path: image: ``.nii``, ``.nii.gz``, ``.nrrd``, ``.mha``, or a folder with a DICOM series.
+            out: label map: ``.nii``, ``.nii.gz``, or ``.seg.nrrd``, which 3D Slicer opens as a segmentation with names
+                and colours; its folder is made, and a file of that name replaced. Returned.
             modality, postprocessing, label_values, any_modality: see :meth:`predict`.
             assume_spacing: voxel size in mm, for a file without a usable geometry.
             geometry: ``sform``, ``qform`` or ``pixdim``: which part of a header is right, if its parts contradict each
@@ -135,7 +138,7 @@ class TrainedSegmenter:
 
         Raises:
             ConfigError: the run does not know the modality, an option has another value, or an output is the image or
-                not the name of a NIfTI file.
+                not the name of a file of these formats.
             DataError: the image is damaged or cannot be used, or looks like another modality, a label map, or a
                 probability map of predict.
             StorageError: ``out`` cannot be written.
@@ -144,8 +147,10 @@ class TrainedSegmenter:
             UserWarning: as :meth:`predict`, and what is unusual in the file.
         """
         path, out, spread = Path(path), Path(out), None if disagreement is None else Path(disagreement)
-        _check_outputs(path, out=out, disagreement=spread)
-        table = self._table(label_values)
+        _check_output("out", out, path, (*NIFTI_ENDINGS, SEGMENTATION_ENDING))
+        if spread is not None:
+            _check_output("disagreement", spread, path, NIFTI_ENDINGS)
+        raw_ids = self._raw_ids(label_values)
         _check_reading(assume_spacing, geometry, nan_policy)
         image = read_image(path, assume_spacing_mm=assume_spacing, geometry=geometry, nan_policy=nan_policy)
         refuse_probability_map(image)
@@ -162,22 +167,15 @@ class TrainedSegmenter:
             image.notices_for(self._model.domain(modality).recipe),
             spread is not None,
         )
-        labels = done.found.labels
         if spread is not None and done.found.disagreement is not None:
             write_unit_map(spread, done.found.disagreement, done.geometry, image)
-        if table is None:
-            write_label_map(out, labels, image, self.class_names)
-        else:
-            write_values(out, table[labels], image)
+        write_labels(out, done.found.labels, image, self.class_names, raw_ids)
         return out
 
-    def _table(self, label_values: str) -> npt.NDArray[np.int32] | None:
-        """Value of each class index; None where they are the same."""
+    def _raw_ids(self, label_values: str) -> dict[str, int] | None:
+        """Value of each structure; None where it is the class index."""
         _check_choice("label_values", label_values, ("index", "raw"))
-        if label_values == "index":
-            return None
-        known = self.label_values
-        return np.array([0, *(known[name] for name in self.class_names[1:])], dtype=np.int32)
+        return None if label_values == "index" else self.label_values
 
     def _predict(
         self,
@@ -234,15 +232,13 @@ def load_segmenter(
     return TrainedSegmenter(predictor, predictor.model)
 
 
-def _check_outputs(image: Path, **outputs: Path | None) -> None:
-    """Check where files are to be written, by the name of the argument. Raises ConfigError."""
-    for name, file in outputs.items():
-        if file is None:
-            continue
-        if not has_ending(file.name, NIFTI_ENDINGS):
-            raise ConfigError(f"{name} is {file}; expected the name of a file that ends in .nii or .nii.gz")
-        if file.resolve() == image.resolve():
-            raise ConfigError(f"{name} is the image {image} itself; give it another name")
+def _check_output(name: str, file: Path, image: Path, endings: Sequence[str]) -> None:
+    """Check where a file is to be written, by the name of the argument. Raises ConfigError."""
+    if not has_ending(file.name, tuple(endings)):
+        listed = f"{', '.join(endings[:-1])} or {endings[-1]}"
+        raise ConfigError(f"{name} is {file}; expected the name of a file that ends in {listed}")
+    if file.resolve() == image.resolve():
+        raise ConfigError(f"{name} is the image {image} itself; give it another name")
 
 
 def _check_reading(assume_spacing: tuple[float, float, float] | None, geometry: str | None, nan_policy: str) -> None:
