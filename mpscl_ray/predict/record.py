@@ -8,6 +8,7 @@ from __future__ import annotations
 import glob
 import gzip
 import hashlib
+import io
 import json
 import sys
 import zlib
@@ -22,6 +23,7 @@ from mpscl_ray.data.volumes.label_maps import write_itksnap_labels
 from mpscl_ray.errors import ConfigError, DataError
 from mpscl_ray.predict.image import Job, Prediction, outputs
 from mpscl_ray.predict.output_names import ITKSNAP_LABELS, SLICER_LABELS, VOLUMES, plain
+from mpscl_ray.runs import safe_json
 from mpscl_ray.runs.atomic_files import write_atomically
 from mpscl_ray.runs.palette import colour
 from mpscl_ray.runs.storage import S3Path, output_directory
@@ -173,7 +175,9 @@ class Record:
         if hashlib.sha256(content).hexdigest() == self._entries[label_map]["label_map_sha256"]:
             return ""
         try:
-            gzip.decompress(content)
+            with gzip.open(io.BytesIO(content)) as stream:
+                while stream.read(1 << 20):
+                    pass
         except (OSError, EOFError, zlib.error):
             return _DAMAGED
         return "changed since it was written"  # by hand, perhaps: such work is not replaced unasked
@@ -189,7 +193,7 @@ def _remove_unfinished(path: Path | S3Path) -> None:
 def _read_entries(file: Path | S3Path, overwrite: bool) -> dict[str, Any]:
     wrong = "was not written by predict"
     try:
-        entries = json.loads(file.read_bytes())["predictions"]
+        entries = safe_json.read(file)["predictions"]
         if all(isinstance(entry, dict) for entry in entries.values()):
             bad = [name for name, entry in entries.items() if not _well_formed(entry)]
             if not bad:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from mpscl_ray.config import Config, reads_target
 from mpscl_ray.config.titles import phase_title
 from mpscl_ray.evaluate.run import PHASES_JSON, PHASES_TABLE
+from mpscl_ray.runs import safe_json
 from mpscl_ray.runs.control_files import WARNINGS_FILE, WORKER_FAILURES_FILE
 from mpscl_ray.runs.next_steps import command_line, logger_lines
 from mpscl_ray.runs.progress import ProgressLine
@@ -144,7 +144,7 @@ def print_next_steps(folder: RunDirectory, loggers: Sequence[str]) -> None:
     ]
     table = folder.results / PHASES_JSON
     if table.exists():
-        split = json.loads(table.read_text(encoding="utf-8"))["split"]
+        split = safe_json.read_object(table)["split"]
         commands.insert(0, command_line("evaluate", run, *(["--split", split] if split != "test" else [])))
     print(
         f"\n{run} has the tables (results/), curves (progress.png) and checkpoints. Next:\n  " + "\n  ".join(commands)
