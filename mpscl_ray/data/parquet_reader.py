@@ -217,7 +217,8 @@ def _readable(path: Path | S3Path) -> Iterator[None]:
     except FileNotFoundError:
         raise DataError(f"{path}: missing, though the manifest lists it; {_AGAIN}") from None
     except (pa.ArrowException, OSError, ValueError, LookupError) as error:
-        raise DataError(f"{path}: damaged or unreadable ({error}); {_AGAIN}") from error
+        reason = " ".join(str(error).split())
+        raise DataError(f"{path}: damaged or unreadable ({reason}); {_AGAIN}") from error
 
 
 def _check(

@@ -12,6 +12,7 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from tokenize import TokenError
 
 import numpy as np
 import torch
@@ -109,7 +110,7 @@ def load_prototypes(path: Path, num_classes: int, channels: int) -> Tensor:
     """
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)  # an absurd shape is found before memory is taken
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, OverflowError, SyntaxError, TokenError) as error:
         raise DataError(f"{path} cannot be read as an npy file of numbers ({_first_line(error)})") from error
     if not isinstance(array, np.ndarray) or array.dtype.kind != "f":
         raise DataError(f"{path} must hold one array of floating-point numbers, the class centres")

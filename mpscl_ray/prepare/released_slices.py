@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
@@ -85,7 +86,7 @@ def _load_npy(path: Path) -> NDArray[Any]:
         if not 0 < array.size <= _MOST_VOXELS or array.dtype.kind not in "fiub":
             raise ValueError(f"{array.size} values of type {array.dtype}")
         array = np.squeeze(np.array(array))
-    except (ValueError, OverflowError, EOFError, OSError) as error:
+    except (ValueError, OverflowError, EOFError, OSError, SyntaxError, TokenError) as error:
         raise DataError(f"{path}: not a readable npy array of numbers ({error}); copy or download it again") from None
     if array.ndim != 2:
         raise DataError(f"{path}: an array of shape {array.shape}, expected one slice (H, W)")

@@ -6,6 +6,7 @@ import math
 import zipfile
 import zlib
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
@@ -35,8 +36,9 @@ def read(file: Path, max_bytes: int = MAX_BYTES) -> dict[str, NDArray[Any]]:
                 _check_shape(archive, member)
         with np.load(file, allow_pickle=False) as arrays:
             return {name: arrays[name] for name in arrays.files}
-    # RuntimeError: the archive is encrypted; NotImplementedError: compressed in a way that Python does not know.
-    except (zipfile.BadZipFile, EOFError, RuntimeError, OverflowError, SyntaxError, zlib.error) as error:
+    # RuntimeError: the archive is encrypted, or compressed in a way that Python does not know. SyntaxError, TokenError:
+    # the header of an array is no Python literal.
+    except (zipfile.BadZipFile, EOFError, RuntimeError, OverflowError, SyntaxError, TokenError, zlib.error) as error:
         raise ValueError(str(error) or type(error).__name__) from error
 
 

@@ -77,7 +77,7 @@ def read_limited(file: Path | S3Path, max_bytes: int) -> bytes:
         content = file.read_bytes(max_bytes + 1)
     else:
         with file.open("rb") as stream:
-            content = stream.read(max_bytes + 1)
+            content = stream.read(min(os.fstat(stream.fileno()).st_size, max_bytes) + 1)  # read takes memory for all
     if len(content) > max_bytes:
         raise ValueError(f"it is larger than {max_bytes} bytes")
     return content
