@@ -97,6 +97,8 @@ class Judge:
             own = [frame for frame in last if "mpscl_ray/" in frame.filename] or list(last)
             self._crash(f"{type(error).__name__} at {Path(own[-1].filename).name}:{own[-1].lineno}", data, str(error))
         self.slow += time.monotonic() - start > SLOW_S
+        if self.count % 10_000 == 0:
+            print(json.dumps(self.report()), file=sys.stderr, flush=True)
 
     def _crash(self, what: str, data: bytes, detail: str = "") -> None:
         self.crashes[what] += 1
