@@ -9,7 +9,7 @@ from pathlib import Path
 from mpscl_ray.compare.cells import DIRECTIONS, Cell, CellLedger, Plan, make_cells
 from mpscl_ray.compare.published import published_for
 from mpscl_ray.compare.runner import Comparison, is_done, total_seconds
-from mpscl_ray.compare.table import CellResult, Direction, Style, comparison_csv, format_comparison
+from mpscl_ray.compare.table import CellResult, Direction, Style, comparison_csv, comparison_rows, format_comparison
 from mpscl_ray.config import Config, default_settings, reads_target, to_yaml
 from mpscl_ray.config.systems import SYSTEMS
 from mpscl_ray.data.dataset import Manifest, load_manifest
@@ -17,6 +17,7 @@ from mpscl_ray.distributed.ray_session import connect
 from mpscl_ray.errors import ConfigError, Interrupted, TrainingError
 from mpscl_ray.evaluate.evaluation import PROTOCOLS
 from mpscl_ray.prepare import phantom_dataset
+from mpscl_ray.runs import json_output
 from mpscl_ray.runs.atomic_files import write_atomically
 from mpscl_ray.runs.lifecycle import carry_out
 from mpscl_ray.runs.next_steps import command_line
@@ -90,10 +91,15 @@ def _run(plan: Plan, base: Config, folder: RunDirectory, resume: str, fit: Fit |
             largest = max(todo, key=lambda cell: cell.config.scaling.most_workers)
             room = Room(largest.config, shared[largest.name].use_gpu, plan.max_concurrent)
             with Interruption() as interruption:
-                Comparison(cells, ledger, folder, shared, room, resume, write, table).run(interruption)
+                Comparison(cells, ledger, folder, room, write, table).run(interruption, resume, shared)
         write()
     print(f"\n{table()}")
-    _print_next_steps(out, cells, ledger)
+    json_output.report(
+        folder=out,
+        rows=comparison_rows(_directions(plan, cells, ledger, manifests)),
+        runs={cell.name: {"folder": out / "cells" / cell.name, "state": ledger[cell.name].state} for cell in cells},
+        next=_print_next_steps(out, cells, ledger),
+    )
     failed = [cell.name for cell in cells if ledger[cell.name].state == "failed"]
     if todo and interruption.requested:
         done = f"{_finished(cells, ledger)} of {counted(len(cells), 'run')}"
@@ -203,11 +209,14 @@ def _directions(
     return found
 
 
-def _print_next_steps(out: Path | S3Path, cells: Sequence[Cell], ledger: CellLedger) -> None:
+def _print_next_steps(out: Path | S3Path, cells: Sequence[Cell], ledger: CellLedger) -> list[str]:
+    """Print what to do next; returns the commands."""
     first = [cell for cell in cells if (cell.direction, cell.seed) == (cells[0].direction, cells[0].seed)]
     runs = [out / "cells" / cell.name for cell in first if is_done(ledger[cell.name])]
     print(f"{out} has the table as comparison.txt, .md, .csv and .tex, and each run in cells/. Next:")
-    if runs:
-        page = out / "report" if isinstance(out, Path) else "report"
-        print(f"  {command_line('report', *runs, '--out', page)}")
+    page = out / "report" if isinstance(out, Path) else "report"
+    commands = [command_line("report", *runs, "--out", page)] if runs else []
+    for line in commands:
+        print(f"  {line}")
     print("  the same command with more systems or --seeds; it trains only what is missing", flush=True)
+    return commands

@@ -195,15 +195,25 @@ def format_comparison(directions: Sequence[Direction], style: Style) -> str:
 
 
 def comparison_csv(directions: Sequence[Direction]) -> str:
-    """A line per direction, system and column; undefined is empty, published numbers have their own columns."""
+    """A line for each of :func:`comparison_rows`; undefined is empty."""
+    rows = comparison_rows(directions)
+
+    def cell(value: str | float | None) -> str:
+        undefined = value is None or (isinstance(value, float) and math.isnan(value))
+        return "" if undefined else value if isinstance(value, str) else repr(value)
+
+    return csv_text([list(rows[0]), *([cell(value) for value in row.values()] for row in rows)])
+
+
+def comparison_rows(directions: Sequence[Direction]) -> list[dict[str, str | float | None]]:
+    """An entry per direction, system and column; published numbers have keys of their own."""
     unit = directions[0].unit if directions else "mm"
-    lines: list[Sequence[object]] = [
-        (
-            "direction system title structure seeds seeds_planned dice_percent_mean dice_percent_sd "
-            f"asd_{unit}_mean asd_{unit}_sd missed gap_closed_percent iterations minutes "
-            "published_mmwhs_dice_percent published_mmwhs_asd_voxel"
-        ).split()
-    ]
+    found: list[dict[str, str | float | None]] = []
+    names = (
+        "direction system title structure seeds seeds_planned dice_percent_mean dice_percent_sd "
+        f"asd_{unit}_mean asd_{unit}_sd missed gap_closed_percent iterations minutes "
+        "published_mmwhs_dice_percent published_mmwhs_asd_voxel"
+    ).split()
     for direction in directions:
         for row in rows_of(direction):
             for column in direction.columns:
@@ -213,10 +223,16 @@ def comparison_csv(directions: Sequence[Direction]) -> str:
                 numbers: list[float | int | None] = [dice.mean, dice.sd, asd.mean, asd.sd]
                 numbers += [row.missed, row.gap, row.iterations, row.minutes] if whole else [None] * 4
                 numbers += [published.dice, published.asd] if whole else [None, None]
-                cells = ["" if n is None or math.isnan(n) else repr(n) for n in numbers]
-                about = [direction.title, row.system, row.title, column, row.seeds, direction.seeds]
-                lines.append([*about, *cells])
-    return csv_text(lines)
+                about: list[str | float | None] = [
+                    direction.title,
+                    row.system,
+                    row.title,
+                    column,
+                    row.seeds,
+                    direction.seeds,
+                ]
+                found.append(dict(zip(names, [*about, *numbers], strict=True)))
+    return found
 
 
 # ------------------------------------------------------------------------------------------------------- styles

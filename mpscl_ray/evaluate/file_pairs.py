@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mpscl_ray.data.volumes.dicom_paths import is_dicom
-from mpscl_ray.data.volumes.file_names import NIFTI_ENDINGS, VOLUME_ENDINGS, has_ending, stem_before
+from mpscl_ray.data.volumes.file_names import VOLUME_ENDINGS, has_ending, stem_before
 from mpscl_ray.errors import DataError
 from mpscl_ray.predict.output_names import is_probability_map
 from mpscl_ray.prepare.file_listing import LABEL_ENDINGS, Listing, list_files
@@ -18,6 +18,7 @@ _TRUE_ENDINGS = (*LABEL_ENDINGS, "_truth", "_groundtruth")
 _PREDICTION_ENDINGS = (*_TRUE_ENDINGS, "_prediction", "_predicted", "_pred", "_image", "_img", "_0000")
 """Predictions may be named after the image."""
 _VOLUMES = (*VOLUME_ENDINGS, ".mhd", ".nhdr", ".dcm", ".hdr", ".img", ".mgz")
+_LISTED = f"{', '.join(VOLUME_ENDINGS[:-1])} or {VOLUME_ENDINGS[-1]}"
 _NAMED = 20
 """Number of files named in an error."""
 
@@ -51,14 +52,14 @@ def find_pairs(
 ) -> Pairs:
     """Pair the label maps of two folders.
 
-    A file belongs to the file of the same name on the other side, without ``.nii`` and ``.nii.gz``; where there is
-    none, known endings are taken off one after the other. Probability maps of predict are left out. With a pattern the
-    name is what ``{case}`` stands for.
+    A file belongs to the file of the same name on the other side, without ``.nii.gz`` or another ending of a format;
+    where there is none, known endings are taken off one after the other. Probability maps of predict are left out. With
+    a pattern the name is what ``{case}`` stands for.
 
     Args:
         predictions: folder, or a file.
         labels: folder, or a file.
-        prediction_pattern: path below the folder with ``{case}`` and ``*``; None for the NIfTI files in it.
+        prediction_pattern: path below the folder with ``{case}`` and ``*``; None for the label maps in it.
         label_pattern: the same for labels.
         allow_missing: whether files without a counterpart are left out.
 
@@ -133,7 +134,7 @@ def _files(listing: Listing, pattern: str | None, option: str) -> dict[str, Path
     expression = None if pattern is None else case_pattern(pattern, option)
     beside = {path.name for path in listing.files if path.parent == listing.root}
     for path in listing.files:
-        name = stem_before(path.name, NIFTI_ENDINGS)
+        name = stem_before(path.name, VOLUME_ENDINGS)
         if expression is not None and name is not None:
             match = expression.fullmatch(listing.relative(path))
             name = match["case"] if match else None
@@ -161,7 +162,7 @@ def _passed_over(listing: Listing, pattern: str | None, taken: Collection[Path],
     ]
     if not left:
         return ""
-    reasons = [f"only {' and '.join(reversed(NIFTI_ENDINGS))} files in the folder itself are"]
+    reasons = [f"only files in the folder itself that end in {_LISTED} are"]
     if any(path.parent != listing.root for path in left):
         reasons.append(f"for those in folders give {option}")
     return f"not read in {listing.root}, {len(left)}: {listing.some(left, _NAMED)} ({'; '.join(reasons)})"
@@ -173,18 +174,18 @@ def _nothing(listing: Listing, pattern: str | None, option: str) -> str:
             f"{listing.root}: none of {counted(len(listing.files), 'file')} matches {option} {pattern!r}: "
             f"{listing.some(listing.files)}"
         )
-    deeper = [path for path in listing.files if has_ending(path.name, NIFTI_ENDINGS)]
+    deeper = [path for path in listing.files if has_ending(path.name, VOLUME_ENDINGS)]
     if deeper:
         return (
             f"{listing.root}: no label map in the folder itself, but below it: {listing.some(deeper, 3)}; give "
             f"{option}, e.g. '{{case}}/{deeper[0].name}'"
         )
     hint = "; convert DICOM to NIfTI first" if any(map(is_dicom, listing.files)) else ""
-    return f"{listing.root}: no .nii or .nii.gz file among {counted(len(listing.files), 'file')}{hint}"
+    return f"{listing.root}: no file that ends in {_LISTED} among {counted(len(listing.files), 'file')}{hint}"
 
 
 def _stem(path: Path) -> str:
-    return stem_before(path.name, NIFTI_ENDINGS) or path.name
+    return stem_before(path.name, VOLUME_ENDINGS) or path.name
 
 
 def _names(stem: str, endings: Sequence[str]) -> Iterator[str]:

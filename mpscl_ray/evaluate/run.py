@@ -15,6 +15,7 @@ from mpscl_ray.evaluate.scoring import evaluate_checkpoint, find_dataset
 from mpscl_ray.evaluate.tables import default_measures
 from mpscl_ray.predict.model import read_model
 from mpscl_ray.predict.predictor import choose_device
+from mpscl_ray.runs import json_output
 from mpscl_ray.runs.model_store import open_model
 from mpscl_ray.runs.run_directory import RunDirectory, open_run
 from mpscl_ray.runs.storage import join_location
@@ -99,5 +100,7 @@ def evaluate(options: argparse.Namespace) -> int:
     print(evaluation.table(measures=list(dict.fromkeys(measures))))
     for notice in evaluation.notices:
         print(f"note: {notice}")
-    print(f"\nwritten to {options.out or join_location(home.display_path, 'results', evaluation.name)}")
+    folder = options.out or join_location(home.display_path, "results", evaluation.name)
+    print(f"\nwritten to {folder}")
+    json_output.report(folder=folder, **evaluation.to_json())
     return 0

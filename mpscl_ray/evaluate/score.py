@@ -32,8 +32,8 @@ def score(
     """Score each structure of a label map: Dice, average surface distance (ASD), 95th percentile (HD95).
 
     Args:
-        prediction: label map, (X, Y, Z) or any number of axes; or a NIfTI file.
-        label: the true one on the same grid; or a NIfTI file.
+        prediction: label map, (X, Y, Z) or any number of axes; or a file: NIfTI, NRRD or MetaImage.
+        label: the true one on the same grid; or a file: NIfTI, NRRD or MetaImage.
         spacing: voxel size in mm along each axis of the arrays. None: distances are known in voxels only, and those in
             mm are NaN. Files bring their own.
         class_names: names by label value, background first, as :attr:`TrainedSegmenter.class_names`. Or the value of

@@ -24,7 +24,7 @@ examples:
       --labels 1=MYO,2=LV --prediction-labels 1=MYO,3=LV \\
       --prediction-pattern '{case}/segmentation.nii.gz' --resample nearest --cross-check medpy
 
-Files are paired by name without .nii, .nii.gz and endings such as _seg, _label, _gt, _pred.
+Files are paired by name without .nii.gz, .seg.nrrd, and endings such as _seg, _label, _gt, _pred.
 Without --labels the names are those of dataset.json or labels.json beside the label maps
 (dataset.json also in the folder above labelsTr and labelsTs); predictions without a table of
 their own have the ids of the labels. --out writes scores.csv (a line per case and structure),
@@ -60,7 +60,11 @@ def _parser() -> argparse.ArgumentParser:
         epilog=f"{_EXAMPLES}\n{cli.EXIT_CODES}",
     )
     add = parser.add_argument
-    add("predictions", metavar="PREDICTIONS", help="folder of predicted label maps (NIfTI), or one file")
+    add(
+        "predictions",
+        metavar="PREDICTIONS",
+        help="folder of predicted label maps (NIfTI, NRRD, MetaImage), or one file",
+    )
     add("label_maps", metavar="LABELS", help="folder of the true label maps, or one file")
     add("--labels", metavar="TABLE", help="ids and names, e.g. 1=MYO,2=LV, or a JSON file with them")
     add("--prediction-labels", metavar="TABLE", help="the same for the predictions, if their ids are others")

@@ -26,6 +26,7 @@ from mpscl_ray.evaluate.score_files import PairScores, ScoreOptions, present_ids
 from mpscl_ray.evaluate.table_files import json_text, score_json, write_tables
 from mpscl_ray.evaluate.tables import LEGEND, Summary, default_measures, format_table, scores_csv, summarise
 from mpscl_ray.prepare.label_table import doubtful_names
+from mpscl_ray.runs import json_output
 from mpscl_ray.runs.progress import ProgressLine
 from mpscl_ray.runs.storage import S3Path, output_directory, parse_location
 from mpscl_ray.runs.wording import counted
@@ -145,6 +146,7 @@ def score_label_maps(options: argparse.Namespace) -> int:
         with output_directory(out) as folder:
             write_scores(scored, folder)
         print(f"\nwritten to {options.out}")
+    json_output.report(folder=options.out, **scored.to_json())
     return _report_differences(scored) if options.cross_check else 0
 
 
@@ -304,10 +306,9 @@ def _report_differences(scored: FolderScores) -> int:
         )
     wrong = [name for name, (_, worst, _) in differences.items() if worst.difference > TOLERANCES[name]]
     if wrong:
-        print(
-            f"error: {', '.join(wrong)} differ from medpy by more than the tolerance; report this with the two files",
-            file=sys.stderr,
-        )
+        error = f"{', '.join(wrong)} differ from medpy by more than the tolerance; report this with the two files"
+        print(f"error: {error}", file=sys.stderr)
+        json_output.report(error=error)
         return CROSS_CHECK_FAILED
     return 0
 

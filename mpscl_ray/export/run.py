@@ -21,7 +21,7 @@ from mpscl_ray.export.card_text import card_text
 from mpscl_ray.export.formats import Format, output_location
 from mpscl_ray.predict.model import find_checkpoint, read_model
 from mpscl_ray.predict.predictor import Predictor, load_weights
-from mpscl_ray.runs import safe_yaml
+from mpscl_ray.runs import json_output, safe_yaml
 from mpscl_ray.runs.atomic_files import storage_errors, write_atomically
 from mpscl_ray.runs.checkpoint_format import safetensors_chunks, safetensors_layout
 from mpscl_ray.runs.model_file import CARD, CARD_TEXT, CONFIG, FORMAT, MODEL, VERSION, WEIGHTS, pack
@@ -57,10 +57,13 @@ def export(options: argparse.Namespace, out: Path | S3Path | None) -> int:
     """Export by the options of the command, or print the card if ``out`` is None; returns the exit code."""
     home = open_model(options.run)
     if out is None:
-        text = card_text(_load(home, options.checkpoint, options.licence).card)
+        shown = _load(home, options.checkpoint, options.licence).card
+        json_output.report(file=None, bytes=None, card=shown)
+        text = card_text(shown)
         print("".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in text), end="")
         return 0
     card, size = _export(home, out, options.checkpoint, options.format, options.licence, options.overwrite)
+    json_output.report(file=out, bytes=size, card=card)
     print(f"{out}: {card['weights']['checkpoint']} of {home.display_path}, {size / 1e6:.1f} MB")
     if card["scores"] is None and not isinstance(home.store, ModelStore):
         print(

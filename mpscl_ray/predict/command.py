@@ -9,6 +9,7 @@ from pathlib import Path
 
 from mpscl_ray.data.volumes.recipe import GEOMETRIES, NAN_POLICIES
 from mpscl_ray.errors import ConfigError
+from mpscl_ray.predict.output_names import FORMATS
 from mpscl_ray.runs import cli
 from mpscl_ray.runs.signals import first_signal_ends
 from mpscl_ray.runs.storage import S3Path, is_url, parse_location
@@ -19,7 +20,7 @@ examples:
   python -m mpscl_ray.predict runs/mpscl SCANS --pattern '*_LGE.nii.gz' --out predictions --preview
   python -m mpscl_ray.predict runs/mpscl BIDS --pattern '**/anat/*.nii.gz' --out maps --resume
   python -m mpscl_ray.predict runs/mpscl mr_1001.nii.gz --modality source --out predictions
-  python -m mpscl_ray.predict runs/mpscl patient8_dicom --out predictions
+  python -m mpscl_ray.predict runs/mpscl patient8_dicom --format seg.nrrd --out predictions
   python -m mpscl_ray.predict hearts.mpscl SCANS --out predictions
   python -m mpscl_ray.predict s3://hearts/runs/mpscl patient7.nii.gz --out s3://hearts/predictions
 
@@ -64,6 +65,12 @@ def _parser() -> argparse.ArgumentParser:
         choices=("index", "raw"),
         default="index",
         help="class indices, or the label ids of the original files",
+    )
+    add(
+        "--format",
+        choices=FORMATS,
+        default=FORMATS[0],
+        help="of the label maps: nii.gz (default), or seg.nrrd, which 3D Slicer opens with names and colours",
     )
     add("--largest-component", action="store_true", help="keep only the largest connected part of each structure")
     add("--probabilities", action="store_true", help="also write a probability map of each structure")

@@ -14,11 +14,12 @@ import torch
 from mpscl_ray.data.slice_selection import evenly_spaced, labelled_slices
 from mpscl_ray.data.volumes.geometry import restore_labels
 from mpscl_ray.data.volumes.nifti import read_image
-from mpscl_ray.data.volumes.nifti_output import write_label_map, write_values
+from mpscl_ray.data.volumes.nifti_output import write_values
 from mpscl_ray.data.volumes.recipe import GeometryFrom, NanPolicy
 from mpscl_ray.errors import ConfigError, DataError
+from mpscl_ray.predict.label_files import write_labels
 from mpscl_ray.predict.model import Checkpoint, Domain, Model
-from mpscl_ray.predict.output_names import PREVIEW_SUFFIX, SUFFIX, mirrored_folder, probability_name, stem
+from mpscl_ray.predict.output_names import PREVIEW_SUFFIX, mirrored_folder, probability_name, stem
 from mpscl_ray.predict.predictor import Predictor, cached_predictor
 from mpscl_ray.predict.volume import (
     PROBABILITY_INTENT,
@@ -46,6 +47,8 @@ class Job:
     out: Path | S3Path
     raw_ids: Mapping[str, int] | None = None
     """Label id of each structure in the output; None for class indices."""
+    format: str = "nii.gz"
+    """Of the label maps, one of :data:`mpscl_ray.predict.output_names.FORMATS`."""
     device: str | None = None
     largest_component: bool = False
     probabilities: bool = False
@@ -79,7 +82,7 @@ class Prediction:
 def outputs(image: Path, job: Job, classes: Sequence[str]) -> tuple[str, ...]:
     """Names of the output files of an image, below the output folder; the label map first."""
     base = mirrored_folder(image, job.roots) + stem(image)
-    names = [base + SUFFIX]
+    names = [f"{base}_prediction.{job.format}"]
     if job.probabilities:
         names += [probability_name(base, structure) for structure in classes[1:]]
     if job.preview:
@@ -153,12 +156,7 @@ def _predict(predictor: Predictor, domain: Domain, job: Job, folder: Path, image
             )
     if job.preview:
         save_png(folder / names[-1], preview(done.slices, found.slices, classes))
-    if job.raw_ids is None:
-        write_label_map(folder / names[0], found.labels, volume, classes)
-    else:
-        table = np.array([0, *(job.raw_ids[name] for name in classes[1:])])
-        kind = np.int16 if np.abs(table).max() < 2**15 else np.int32
-        write_values(folder / names[0], table.astype(kind)[found.labels], volume)
+    write_labels(folder / names[0], found.labels, volume, classes, job.raw_ids)
     voxel_ml = abs(float(np.linalg.det(volume.affine[:3, :3]))) / 1000.0
     counts = np.bincount(found.labels.ravel(order="K"), minlength=len(classes))
     return Prediction(

@@ -8,8 +8,10 @@ from pathlib import Path
 from mpscl_ray.data.volumes.dicom_paths import is_series
 from mpscl_ray.data.volumes.file_names import VOLUME_ENDINGS, stem_before
 
-SUFFIX = "_prediction.nii.gz"
-"""A label map's name is the stem of the image's with this suffix."""
+FORMATS = ("nii.gz", "seg.nrrd")
+"""Of label maps: NIfTI, and segmentations of 3D Slicer."""
+SUFFIXES = tuple(f"_prediction.{format}" for format in FORMATS)
+"""A label map's name is the stem of the image's with the suffix of its format."""
 ITKSNAP_LABELS = "itksnap_labels.txt"
 SLICER_LABELS = "slicer_labels.ctbl"
 VOLUMES = "volumes.json"
@@ -48,4 +50,4 @@ def mirrored_folder(image: Path, roots: Sequence[Path]) -> str:
 def is_probability_map(name: str, siblings: Collection[str]) -> bool:
     """Whether a file is a probability map of predict, by its name and those of the files beside it."""
     base, mark, _ = name.rpartition(_PROBABILITY)
-    return bool(mark) and (base + SUFFIX in siblings or SLICER_LABELS in siblings)
+    return bool(mark) and (SLICER_LABELS in siblings or any(base + suffix in siblings for suffix in SUFFIXES))

@@ -19,13 +19,12 @@ from typing import Any
 from mpscl_ray import __version__
 from mpscl_ray.data.volumes.dicom import series_sha256
 from mpscl_ray.data.volumes.dicom_paths import is_series
-from mpscl_ray.data.volumes.label_maps import write_itksnap_labels
 from mpscl_ray.errors import ConfigError, DataError
 from mpscl_ray.predict.image import Job, Prediction, outputs
-from mpscl_ray.predict.output_names import ITKSNAP_LABELS, SLICER_LABELS, VOLUMES, plain
+from mpscl_ray.predict.label_files import label_values, slicer_table, write_label_tables
+from mpscl_ray.predict.output_names import SLICER_LABELS, VOLUMES
 from mpscl_ray.runs import safe_json
 from mpscl_ray.runs.atomic_files import write_atomically
-from mpscl_ray.runs.palette import colour
 from mpscl_ray.runs.storage import S3Path, output_directory
 
 _MAPPINGS = ("checkpoint", "settings")
@@ -67,7 +66,7 @@ class Record:
                 "images, --overwrite to replace them, or another --out"
             )
         table = self._job.out / SLICER_LABELS
-        wanted = slicer_table(self._classes, self._job.raw_ids).encode()
+        wanted = slicer_table(label_values(self._classes, self._job.raw_ids)).encode()
         if not self._overwrite and table.exists() and table.read_bytes() != wanted:
             raise ConfigError(
                 f"{table} names other labels than this run; give another --out, or --overwrite to replace it"
@@ -134,7 +133,7 @@ class Record:
         entries = {**_read_entries(self._job.out / VOLUMES, overwrite=True), **self._added}
         with output_directory(self._job.out) as folder:
             if len(self._added) == 1:
-                _write_label_tables(folder, self._classes, self._job.raw_ids)
+                write_label_tables(folder, self._classes, self._job.raw_ids)
             _write_entries(folder, entries)
 
     def _origin(self) -> dict[str, Any]:
@@ -174,8 +173,10 @@ class Record:
         content = (self._job.out / label_map).read_bytes()
         if hashlib.sha256(content).hexdigest() == self._entries[label_map]["label_map_sha256"]:
             return ""
+        # In .seg.nrrd the voxels follow the header and an empty line.
+        compressed = content.partition(b"\n\n")[2] if content.startswith(b"NRRD") else content
         try:
-            with gzip.open(io.BytesIO(content)) as stream:
+            with gzip.open(io.BytesIO(compressed)) as stream:
                 while stream.read(1 << 20):
                     pass
         except (OSError, EOFError, zlib.error):
@@ -232,20 +233,3 @@ def _sha256(file: Path) -> str | None:
 
 def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-def _write_label_tables(folder: Path, classes: Sequence[str], raw_ids: Mapping[str, int] | None) -> None:
-    """Write names and colours for 3D Slicer and, if label maps have class indices, for ITK-SNAP."""
-    if raw_ids is None:
-        write_itksnap_labels(folder / ITKSNAP_LABELS, classes)
-    write_atomically(folder / SLICER_LABELS, slicer_table(classes, raw_ids).encode())
-
-
-def slicer_table(classes: Sequence[str], raw_ids: Mapping[str, int] | None = None) -> str:
-    """Colour table for 3D Slicer: id, name, red, green, blue and opacity on each line."""
-    lines = ["# label names and colours for 3D Slicer"]
-    for index, name in enumerate(classes):
-        value = index if raw_ids is None else raw_ids.get(name, 0)
-        red, green, blue = colour(index)
-        lines.append(f"{value} {plain(name)} {red} {green} {blue} {255 if index else 0}")
-    return "\n".join(lines) + "\n"

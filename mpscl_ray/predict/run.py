@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from mpscl_ray.data.volumes.dicom_paths import is_dicom
-from mpscl_ray.data.volumes.file_names import VOLUME_ENDINGS, has_ending
+from mpscl_ray.data.volumes.file_names import SEGMENTATION_ENDING, VOLUME_ENDINGS, has_ending
 from mpscl_ray.distributed.parallel_map import map_volumes
 from mpscl_ray.distributed.places import inference_place
 from mpscl_ray.distributed.ray_session import connect
@@ -26,7 +26,7 @@ from mpscl_ray.predict.output_names import (
     ITKSNAP_LABELS,
     PREVIEW_SUFFIX,
     SLICER_LABELS,
-    SUFFIX,
+    SUFFIXES,
     VOLUMES,
     is_probability_map,
     mirrored_folder,
@@ -35,6 +35,7 @@ from mpscl_ray.predict.output_names import (
 from mpscl_ray.predict.predictor import Predictor, choose_device, load_weights, num_inference_workers
 from mpscl_ray.predict.record import Record
 from mpscl_ray.prepare.file_listing import LABEL_ENDINGS
+from mpscl_ray.runs import json_output
 from mpscl_ray.runs.model_store import open_model
 from mpscl_ray.runs.progress import ProgressLine
 from mpscl_ray.runs.run_directory import RunDirectory
@@ -74,6 +75,20 @@ def predict(options: argparse.Namespace, out: Path | S3Path) -> int:
     failed += [prediction for prediction in done if prediction.error]
     good = [prediction for prediction in done if not prediction.error]
     print_outcome(good, failed, options.out)
+    json_output.report(
+        folder=options.out,
+        label_maps=[
+            {
+                "image": prediction.image,
+                "files": prediction.files,
+                "volumes_ml": prediction.volumes_ml,
+                "notices": prediction.notices,
+            }
+            for prediction in good
+        ],
+        kept=len(images) - len(left),
+        failed=[{"image": prediction.image, "error": prediction.error} for prediction in failed],
+    )
     return DataError.exit_code if failed else 0
 
 
@@ -115,6 +130,7 @@ def _job(options: argparse.Namespace, home: RunDirectory, model: Model, weights:
         domain=options.modality,
         out=out,
         raw_ids=output_ids(model, model.domain(options.modality)) if raw else None,
+        format=options.format,
         device=options.device,
         largest_component=options.largest_component,
         probabilities=options.probabilities,
@@ -214,7 +230,7 @@ def _no_image(folder: Path, pattern: str | None, files: Sequence[Path]) -> str:
 
 def _say_skipped(folder: Path, there: Sequence[Path], found: Sequence[Path]) -> None:
     """Warn of what a folder holds besides its images: label maps by their names, other formats, folders."""
-    ours = (SUFFIX, ITKSNAP_LABELS, SLICER_LABELS, VOLUMES, PREVIEW_SUFFIX)
+    ours = (*SUFFIXES, ITKSNAP_LABELS, SLICER_LABELS, VOLUMES, PREVIEW_SUFFIX)
     taken = set(found)
     skipped = sorted(
         path.relative_to(folder).as_posix() + "/" * path.is_dir()
@@ -235,7 +251,7 @@ def _images_among(files: Sequence[Path], folder: Path, pattern: str | None) -> l
     inputs = [
         path
         for path in files
-        if not path.name.endswith(SUFFIX)
+        if not path.name.endswith(SUFFIXES)
         and not is_probability_map(path.relative_to(folder).as_posix(), names)
         and not is_dicom(path)
     ]
@@ -253,7 +269,7 @@ def _images_among(files: Sequence[Path], folder: Path, pattern: str | None) -> l
 
 
 def _is_label(path: Path) -> bool:
-    return has_ending(stem(path), LABEL_ENDINGS)
+    return has_ending(path.name, (SEGMENTATION_ENDING,)) or has_ending(stem(path), LABEL_ENDINGS)
 
 
 def _without_long_names(
@@ -284,6 +300,8 @@ def print_outcome(good: Sequence[Prediction], failed: Sequence[Prediction], out:
     if failed:
         total = len(failed) + len(good)
         inputs = "input was" if total == 1 else "inputs were"
-        print(f"error: {len(failed)} of {total} {inputs} not segmented:", file=sys.stderr)
+        error = f"{len(failed)} of {total} {inputs} not segmented"
+        json_output.report(error=error)
+        print(f"error: {error}:", file=sys.stderr)
         for prediction in failed:
             print(f"  {prediction.error}", file=sys.stderr)

@@ -11,13 +11,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from mpscl_ray.data.volumes.file_names import NIFTI_ENDINGS, has_ending
+from mpscl_ray.data.volumes.file_names import NIFTI_ENDINGS, SEGMENTATION_ENDING, has_ending
 from mpscl_ray.data.volumes.nifti import read_image
-from mpscl_ray.data.volumes.nifti_output import write_label_map, write_values
 from mpscl_ray.data.volumes.recipe import GEOMETRIES, NAN_POLICIES, GeometryFrom, NanPolicy
 from mpscl_ray.errors import ConfigError, DataError
 from mpscl_ray.predict import predictor as predictors
 from mpscl_ray.predict.image import output_ids
+from mpscl_ray.predict.label_files import write_labels
 from mpscl_ray.predict.model import Checkpoint, Model
 from mpscl_ray.predict.predictor import Predictor
 from mpscl_ray.predict.volume import refuse_probability_map, segment_volume
@@ -99,11 +99,13 @@ class TrainedSegmenter:
             UserWarning: each warning that the command predict writes into volumes.json, such as a voxel size that no
                 training volume had, or a structure at the edge of the crop.
         """
-        table = self._table(label_values)
+        raw_ids = self._raw_ids(label_values)
         labels = self._predict(
             _volume(volume), _affine(affine), modality, largest_component, any_modality, "the volume"
         )
-        return labels if table is None else table[labels]
+        if raw_ids is None:
+            return labels
+        return np.array([0, *(raw_ids[name] for name in self.class_names[1:])], dtype=np.int32)[labels]
 
     def predict_file(
         self,
@@ -118,11 +120,12 @@ class TrainedSegmenter:
         geometry: GeometryFrom | None = None,
         nan_policy: NanPolicy = "error",
     ) -> Path:
-        """Segment a NIfTI file and write the label map in its geometry.
+        """Segment an image file and write the label map in its geometry, in the format that ``out`` ends in.
 
         Args:
-            path: image, ``.nii`` or ``.nii.gz``.
-            out: label map, ``.nii`` or ``.nii.gz``; its folder is made, and a file of that name replaced. Returned.
+            path: image: ``.nii``, ``.nii.gz``, ``.nrrd``, ``.mha``, or a folder with a DICOM series.
+            out: label map: ``.nii``, ``.nii.gz``, or ``.seg.nrrd``, which 3D Slicer opens as a segmentation with names
+                and colours; its folder is made, and a file of that name replaced. Returned.
             modality, largest_component, label_values, any_modality: see :meth:`predict`.
             assume_spacing: voxel size in mm, for a file without a usable geometry.
             geometry: ``sform``, ``qform`` or ``pixdim``: which part of a header is right, if its parts contradict each
@@ -131,7 +134,7 @@ class TrainedSegmenter:
 
         Raises:
             ConfigError: the run does not know the modality, an option has another value, or ``out`` is the image or
-                not the name of a NIfTI file.
+                not the name of a file of these formats.
             DataError: the image is damaged or cannot be used, or looks like another modality, a label map, or a
                 probability map of predict.
             StorageError: ``out`` cannot be written.
@@ -140,11 +143,11 @@ class TrainedSegmenter:
             UserWarning: as :meth:`predict`, and what is unusual in the file.
         """
         path, out = Path(path), Path(out)
-        if not has_ending(out.name, NIFTI_ENDINGS):
-            raise ConfigError(f"out is {out}; expected the name of a file that ends in .nii or .nii.gz")
+        if not has_ending(out.name, (*NIFTI_ENDINGS, SEGMENTATION_ENDING)):
+            raise ConfigError(f"out is {out}; expected the name of a file that ends in .nii, .nii.gz or .seg.nrrd")
         if out.resolve() == path.resolve():
             raise ConfigError(f"out is the image {path} itself; give the label map another name")
-        table = self._table(label_values)
+        raw_ids = self._raw_ids(label_values)
         _check_reading(assume_spacing, geometry, nan_policy)
         image = read_image(path, assume_spacing_mm=assume_spacing, geometry=geometry, nan_policy=nan_policy)
         refuse_probability_map(image)
@@ -159,19 +162,13 @@ class TrainedSegmenter:
             str(path),
             image.notices_for(self._model.domain(modality).recipe),
         )
-        if table is None:
-            write_label_map(out, labels, image, self.class_names)
-        else:
-            write_values(out, table[labels], image)
+        write_labels(out, labels, image, self.class_names, raw_ids)
         return out
 
-    def _table(self, label_values: str) -> npt.NDArray[np.int32] | None:
-        """Value of each class index; None where they are the same."""
+    def _raw_ids(self, label_values: str) -> dict[str, int] | None:
+        """Value of each structure; None where it is the class index."""
         _check_choice("label_values", label_values, ("index", "raw"))
-        if label_values == "index":
-            return None
-        known = self.label_values
-        return np.array([0, *(known[name] for name in self.class_names[1:])], dtype=np.int32)
+        return None if label_values == "index" else self.label_values
 
     def _predict(
         self,

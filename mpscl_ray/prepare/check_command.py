@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from mpscl_ray.errors import ConfigError
 from mpscl_ray.prepare.arguments import add_input, from_values, with_negative_values
 from mpscl_ray.prepare.layouts import LAYOUTS
-from mpscl_ray.runs import cli
+from mpscl_ray.runs import cli, json_output
 from mpscl_ray.runs.storage import is_url
 
 _EXAMPLES = """\
@@ -30,7 +29,7 @@ a problem is what prepare or train would refuse, a note is what they would only 
 0 means that there is no problem, 3 that there are some.
 """
 
-_ALWAYS = ("data", "layout", "json", "workers", "pictures")
+_ALWAYS = ("data", "layout", "workers", "pictures")
 """Arguments that go with images and with datasets."""
 
 
@@ -39,7 +38,6 @@ def main(arguments: Sequence[str]) -> int:
     parser = _parser()
     values = vars(parser.parse_intermixed_args(with_negative_values(arguments)))
     folders = [local_folder(location) for location in dict.fromkeys(values.pop("data"))]
-    as_json = values.pop("json")
     pictures: Path | None = values["pictures"]
     if values["layout"] is None:
         given = [name for name, value in values.items() if name not in _ALWAYS and value != parser.get_default(name)]
@@ -56,10 +54,11 @@ def main(arguments: Sequence[str]) -> int:
         from mpscl_ray.prepare.check_run import check_images, report, write_pictures
 
         checked = [check_images(one) for one in options]
-    code = report(checked, as_json=as_json)
+    code = report(checked)
+    json_output.report(pictures=pictures)
     if pictures is not None:
         write_pictures(checked, pictures)
-        print(f"pictures: {pictures}", file=sys.stderr if as_json else sys.stdout)
+        print(f"pictures: {pictures}")
     return code
 
 
@@ -84,7 +83,6 @@ def _parser() -> cli.CommandParser:
     parser.add_argument("data", nargs="+", metavar="DATA", help="folder with images, or a prepared dataset")
     parser.add_argument("--layout", choices=LAYOUTS, help="how image files are named; without it: prepared datasets")
     parser.add_argument("--pictures", type=Path, metavar="FILE", help="also write a page of pictures, e.g. look.html")
-    parser.add_argument("--json", action="store_true", help="print the findings as JSON")
     parser.add_workers()
     add_input(parser)
     return parser

@@ -5,10 +5,9 @@ Images are read and checked by the code that prepares them, which stages nothing
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -46,6 +45,7 @@ from mpscl_ray.prepare.splits import UNDECIDED, overlaps
 from mpscl_ray.prepare.staged_case import Request, StagedCase
 from mpscl_ray.prepare.staging import stage_case
 from mpscl_ray.prepare.workers import map_cases, worker_count
+from mpscl_ray.runs import json_output
 from mpscl_ray.runs.atomic_files import write_atomically
 from mpscl_ray.runs.wording import counted
 
@@ -103,16 +103,11 @@ class Checked:
         return [*general, *summarise_notices((one.case or "", [one.message]) for one in cases)]
 
 
-def report(checked: Sequence[Checked], *, as_json: bool) -> int:
+def report(checked: Sequence[Checked]) -> int:
     """Print all findings; returns the exit code."""
     problems = sum(len(one.messages("problem")) for one in checked)
-    if as_json:
-        data = [
-            {"folder": one.folder, "about": one.about, "findings": [asdict(found) for found in one.findings]}
-            for one in checked
-        ]
-        print(json.dumps({"problems": problems, "data": data}, indent=1))
-        return DataError.exit_code if problems else 0
+    data = [{"folder": one.folder, "about": one.about, "findings": one.findings} for one in checked]
+    json_output.report(problems=problems, data=data)
     for one in checked:
         wrong = one.messages("problem")
         print(f"{one.folder}: {one.about}: {counted(len(wrong), 'problem') if wrong else 'nothing is wrong'}")
@@ -120,9 +115,12 @@ def report(checked: Sequence[Checked], *, as_json: bool) -> int:
             print(f"  - {line}")
         for line in one.messages("note"):
             print(f"  note: {line}")
-    if problems:
-        print(f"{counted(problems, 'problem')} to solve; nothing was written")
-    return DataError.exit_code if problems else 0
+    if not problems:
+        return 0
+    verdict = f"{counted(problems, 'problem')} to solve; nothing was written"
+    print(verdict)
+    json_output.report(error=verdict)
+    return DataError.exit_code
 
 
 def write_pictures(checked: Sequence[Checked], file: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mpscl_ray.prepare.arguments import parse
+from mpscl_ray.runs import json_output
 from mpscl_ray.runs.signals import first_signal_ends
 
 
@@ -13,7 +14,7 @@ def main(arguments: Sequence[str]) -> int:
     options = parse(arguments)
     # Imported here: help and refused arguments need no scipy and no pyarrow.
     from mpscl_ray.prepare.pictures.page import PICTURES
-    from mpscl_ray.prepare.run import next_command, prepare, summary
+    from mpscl_ray.prepare.run import next_command, prepare, summary, summary_json
 
     with first_signal_ends("before the dataset was finished; nothing was written, give the same command again"):
         folders = prepare(options)
@@ -21,5 +22,7 @@ def main(arguments: Sequence[str]) -> int:
         print(summary(folder))
         if options.pictures:
             print(f"  pictures: {folder / PICTURES}")
-    print(f"next: {next_command(folders)}")
+    following = next_command(folders)
+    print(f"next: {following}")
+    json_output.report(datasets=[summary_json(folder) for folder in folders.values()], next=[following])
     return 0

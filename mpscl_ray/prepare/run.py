@@ -14,6 +14,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from mpscl_ray.data import SPLITS
 from mpscl_ray.data.dataset import Manifest, Scaling, load_manifest, save_manifest
@@ -272,6 +273,23 @@ def summary(folder: Path | S3Path) -> str:
     lines += ["  " + "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
     lines += [f"  note: {notice}" for notice in manifest.notices]
     return "\n".join(lines)
+
+
+def summary_json(folder: Path | S3Path) -> dict[str, Any]:
+    """The same as plain values."""
+    manifest = load_manifest(folder)
+    splits = {
+        split: {
+            "patients": len({case.patient for case in cases}),
+            "cases": [case.id for case in cases],
+            "labelled": sum(case.labelled for case in cases),
+            "slices": sum(case.slices for case in cases),
+        }
+        for split in SPLITS
+        for cases in [manifest.split(split)]
+    }
+    about = {"modality": manifest.modality, "folder": folder, "classes": manifest.classes, "size": manifest.size}
+    return {**about, "splits": splits, "notices": manifest.notices}
 
 
 def next_command(folders: dict[str, Path | S3Path]) -> str:

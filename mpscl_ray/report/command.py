@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mpscl_ray.errors import ConfigError
-from mpscl_ray.runs import cli
+from mpscl_ray.runs import cli, json_output
 from mpscl_ray.runs.storage import is_url
 
 _EXAMPLES = """\
@@ -71,6 +71,7 @@ def main(arguments: Sequence[str]) -> int:
         volumes=not options.no_volumes,
         max_size_mb=options.max_size,
     )
+    json_output.report(page=file, figures=file.parent / "figures")
     print(
         f"written: {file}\n\nOpen it in any browser; it needs no server. The figures are in {file.parent / 'figures'}"
     )

@@ -14,10 +14,11 @@ import platform
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from mpscl_ray import __version__
 from mpscl_ray.errors import ConfigError, MpsclError
+from mpscl_ray.runs import json_output
 
 EXIT_CODES = (
     "exit codes: 0 done, 2 usage or config, 3 data, 4 cluster or resources, 5 storage,\n"
@@ -39,23 +40,32 @@ def run(main: Callable[[list[str]], int], arguments: list[str] | None = None) ->
     """Run a command's ``main(arguments)``, by default with those of the process, and exit with its code.
 
     An :class:`MpsclError` is printed as one sentence; anything else is a defect and keeps its traceback.
-    ``MPSCL_RAY_DEBUG=1`` shows the traceback of the former too.
+    ``MPSCL_RAY_DEBUG=1`` shows the traceback of the former too. With ``--json`` see
+    :mod:`mpscl_ray.runs.json_output`.
     """
     atexit.register(gc.freeze)  # Otherwise Python collects garbage in all of torch and Ray at exit, for seconds.
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # File names may have characters that the terminal lacks.
+    words = sys.argv[1:] if arguments is None else arguments
+    work = functools.partial(_exit_code, main, words)
+    sys.exit(json_output.run(work) if json_output.is_asked_for(words) else work())
+
+
+def _exit_code(main: Callable[[list[str]], int], words: list[str]) -> int:
+    """Exit code of a command, whose error is printed."""
     try:
-        code = main(sys.argv[1:] if arguments is None else arguments)
+        return main(words)
     except MpsclError as error:
+        json_output.report(error=str(error))
         if os.environ.get("MPSCL_RAY_DEBUG") == "1":
             raise
         print(f"error: {error}", file=sys.stderr, flush=True)
-        code = error.exit_code
+        return error.exit_code
     except KeyboardInterrupt:
+        json_output.report(error="interrupted")
         print("interrupted", file=sys.stderr, flush=True)
-        code = 130
-    sys.exit(code)
+        return 130
 
 
 def help_width() -> int:
@@ -94,6 +104,13 @@ class _VersionAction(argparse.Action):
         parser.exit()
 
 
+class _JsonAction(argparse.Action):
+    """``--json``: :func:`run` has seen it already; parsers only take it."""
+
+    def __call__(self, *_: Any) -> None:
+        pass
+
+
 class _WorkersAction(argparse.Action):
     """``--workers``: refuses a negative number."""
 
@@ -110,9 +127,15 @@ class CommandParser(argparse.ArgumentParser):
         formatter = functools.partial(argparse.RawDescriptionHelpFormatter, width=help_width())
         super().__init__(**({"allow_abbrev": False} | options | {"formatter_class": formatter}))
         none = argparse.SUPPRESS  # It is no attribute of the parsed options.
-        self.add_argument(
-            "--version", action=_VersionAction, nargs=0, dest=none, default=none, help="print the versions and exit"
-        )
+        add = functools.partial(self.add_argument, nargs=0, dest=none, default=none)
+        add("--version", action=_VersionAction, help="print the versions and exit")
+        add(json_output.OPTION, action=_JsonAction, help="print one JSON document, and text for people on stderr")
+        json_output.report(command=self.prog.rpartition(".")[2])
+
+    def error(self, message: str) -> NoReturn:
+        """As argparse does: usage and message on stderr, exit code 2."""
+        json_output.report(error=message)
+        super().error(message)
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As argparse does, after answering a shell that completes."""

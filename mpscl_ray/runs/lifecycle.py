@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from mpscl_ray.errors import Interrupted, MpsclError
+from mpscl_ray.runs import json_output
 from mpscl_ray.runs.position import position
 from mpscl_ray.runs.run_directory import RunDirectory, State
 from mpscl_ray.runs.signals import signals_end
@@ -33,6 +34,7 @@ def carry_out(run: RunDirectory, resume_command: str, work: Callable[[], None]) 
                 raise Interrupted(f"stopped by {name} while Ray started or ended") from stop
     except Interrupted as stop:
         print(f"{stop}; to resume:\n  {resume_command}", flush=True)
+        json_output.report(error=str(stop), next=[resume_command])
         return Interrupted.exit_code
     return 0
 

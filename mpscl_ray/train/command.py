@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from mpscl_ray.config import Config, load_command_line, preset_names, require_datasets, split_words, to_yaml
+from mpscl_ray.config import Config, load_command_line, preset_names, require_datasets, split_words, to_dict, to_yaml
 from mpscl_ray.config.help import (
     LEGEND,
     complete_settings,
@@ -15,7 +15,7 @@ from mpscl_ray.config.help import (
     list_presets,
 )
 from mpscl_ray.config.load import check_no_bare_key, setting_keys
-from mpscl_ray.runs import cli
+from mpscl_ray.runs import cli, json_output
 from mpscl_ray.runs.storage import parse_location
 
 if TYPE_CHECKING:
@@ -58,6 +58,7 @@ def main(arguments: Sequence[str], fit: Fit | None = None) -> int:
     config = config_from_arguments(options.settings)
     if options.print_config:
         print(to_yaml(config), end="")
+        json_output.report(config=to_dict(config))
         return 0
     parse_location(config.run.storage)
     require_datasets(config)

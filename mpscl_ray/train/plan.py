@@ -19,6 +19,7 @@ from mpscl_ray.evaluate.tables import text_table
 from mpscl_ray.methods.base import Batch, Method
 from mpscl_ray.predict.predictor import choose_device
 from mpscl_ray.prepare import phantom_dataset
+from mpscl_ray.runs import json_output
 from mpscl_ray.runs.checkpoint import Snapshot
 from mpscl_ray.runs.wording import counted
 from mpscl_ray.train.domains import Domains, load_domains
@@ -68,6 +69,7 @@ def plan(config: Config) -> str:
     torch.manual_seed(config.run.seed)
     costs = [_cost(config, domains, name, iterations, device) for name, iterations in config.schedule]
     on = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    json_output.report(device=on, workers=workers, phases=costs)
     share, parts = config.data.global_batch_size // workers, config.optim.accumulate
     lines = [
         f"{title_of(config.method_name)}: {counted(workers, 'worker')} on {on}, {counted(share, 'slice')} of "

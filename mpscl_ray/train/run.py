@@ -95,6 +95,7 @@ def train(
             if folder.read_status().get("state") == "finished" and not (changes and allow_change):
                 print(f"the run {folder.name} is finished; for another one give it a name with run.name=NAME")
                 print_results(folder)
+                print_next_steps(folder, config.run.loggers)
                 return 0
             for change in changes:
                 print(f"changed for the rest of the run: {change}", flush=True)

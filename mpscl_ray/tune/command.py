@@ -20,7 +20,7 @@ from mpscl_ray.config.help import (
 from mpscl_ray.config.load import check_no_bare_key, setting_keys
 from mpscl_ray.config.systems import common_phases
 from mpscl_ray.errors import ConfigError
-from mpscl_ray.runs import cli
+from mpscl_ray.runs import cli, json_output, safe_yaml
 from mpscl_ray.runs.storage import parse_location
 from mpscl_ray.tune.criteria import CRITERIA, LABEL_FREE
 from mpscl_ray.tune.space import EXAMPLE, describe_spaces, load_space, space_names
@@ -72,7 +72,9 @@ def main(arguments: Sequence[str], fit: Fit | None = None) -> int:
     given = None if options.warm_up is None else parse_location(options.warm_up)
     if options.print_config:
         shared = ", ".join(name for name, _ in common_phases(space.base, space.keys)) or "nothing"
-        print(f"# shared by all trials: {shared}\n{space.to_yaml(given)}", end="")
+        text = space.to_yaml(given)
+        print(f"# shared by all trials: {shared}\n{text}", end="")
+        json_output.report(search=safe_yaml.load(text))
         return 0
     require_datasets(space.base)
     # Imported here: help and refused arguments need not wait for torch and Ray.

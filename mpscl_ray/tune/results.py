@@ -14,7 +14,7 @@ from mpscl_ray.evaluate.evaluation import PROTOCOLS, write_rows
 from mpscl_ray.evaluate.run import evaluate_phases
 from mpscl_ray.evaluate.table_files import without_nan, write_tables
 from mpscl_ray.evaluate.tables import Summary, csv_text
-from mpscl_ray.runs import safe_json
+from mpscl_ray.runs import json_output, safe_json
 from mpscl_ray.runs.atomic_files import write_atomically
 from mpscl_ray.runs.next_steps import command_line, logger_lines
 from mpscl_ray.runs.storage import join_location
@@ -31,6 +31,9 @@ from mpscl_ray.tune.study import TRIALS, Study
 PRESET = "best.yaml"
 ENOUGH_TRIALS = 5
 """Rank correlations are shown from this number of trials in full."""
+
+SUMMARY = "summary.json"
+"""Best trial, number of trials, iterations, criteria."""
 
 TEST_TABLE = "test.txt"
 """Scores of the evaluated trials on the target's test volumes; ``test.md``, ``.csv`` and ``.json`` have the same."""
@@ -152,7 +155,7 @@ def write_results(study: Study) -> None:
         {
             "trials.csv": trials_csv(trials, keys),
             "trials.md": trials_markdown(trials, keys, metric),
-            "summary.json": json.dumps(content, indent=1, allow_nan=False) + "\n",
+            SUMMARY: json.dumps(content, indent=1, allow_nan=False) + "\n",
         },
     )
     figures.curves(trials, metric, study.rungs, best.number if best else None, results / "curves.png")
@@ -243,12 +246,19 @@ def print_results(study: Study) -> None:
     if table.exists():
         print(f"\n{table.read_text(encoding='utf-8')}")
     location = study.folder.display_path
-    print(f"\n{location} has tables and figures (results/), and the trials. Next:")
+    following = {}
     if best is not None:
-        print(f"  {command_line('train', join_location(location, PRESET))}  # the best settings, from scratch")
+        following[command_line("train", join_location(location, PRESET))] = "  # the best settings, from scratch"
         if best.state == "finished":
             run = join_location(location, TRIALS, f"{best.number:03d}")
-            line = command_line("predict", run, "IMAGE.nii.gz", "--out", "predictions")
-            print(f"  {line}  # with the best trial")
-    for line in logger_lines(join_location(location), study.resolved.run.loggers):
-        print(f"  {line}")
+            following[command_line("predict", run, "IMAGE.nii.gz", "--out", "predictions")] = "  # with the best trial"
+    following |= dict.fromkeys(logger_lines(join_location(location), study.resolved.run.loggers), "")
+    print(f"\n{location} has tables and figures (results/), and the trials. Next:")
+    for line, remark in following.items():
+        print(f"  {line}{remark}")
+    json_output.report(
+        folder=location,
+        preset=None if best is None else join_location(location, PRESET),
+        **safe_json.read_object(study.folder.results / SUMMARY),
+        next=list(following),
+    )

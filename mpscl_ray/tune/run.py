@@ -29,7 +29,7 @@ from mpscl_ray.train.ray.room import Room
 from mpscl_ray.tune.criteria import CRITERIA
 from mpscl_ray.tune.display import TrialTable, trial_rows
 from mpscl_ray.tune.ledger import Ledger
-from mpscl_ray.tune.ray_tune import run_trials
+from mpscl_ray.tune.ray_tune import run_study
 from mpscl_ray.tune.results import PRESET, print_results, write_results
 from mpscl_ray.tune.search_page import search_page
 from mpscl_ray.tune.space import Space
@@ -121,7 +121,7 @@ def _search(
                 table = TrialTable(lambda: trial_rows(study))
                 page = search_page(study) if resolved.run.progress_page else None
                 try:
-                    run_trials(study, parent, room, interruption, lambda: _show(table, page))
+                    run_study(study, parent, room, interruption, lambda: _show(table, page))
                 finally:
                     table.close()
                     if page is not None:

@@ -5,19 +5,17 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from mpscl_ray.config import Config, override, to_dict
 from mpscl_ray.config.systems import common_phases
 from mpscl_ray.errors import ClusterError, ConfigError, MpsclError, StorageError
-from mpscl_ray.runs.control_files import STOP_FILE
 from mpscl_ray.runs.run_directory import RunDirectory, open_run
-from mpscl_ray.runs.signals import Interruption
 from mpscl_ray.runs.storage import join_location
 from mpscl_ray.runs.tensorboard import TensorBoard
 from mpscl_ray.runs.trackers import Tracking
@@ -69,14 +67,13 @@ class Study:
                 self.scheduler.report(number, iteration, score(known[number].reports[iteration], self.metric))
         self.active: set[int] = set()
         """Trials that Ray Tune has and that have neither ended nor paused."""
-        self._next_look = 0.0
         self._seconds: dict[int, float] = {}
         self._boards: dict[int, TensorBoard] = {}
         self._folders: dict[int, RunDirectory] = {}
         self._tracking: dict[int, Tracking] = {}
         self.errors: list[MpsclError] = []
         """Errors of the cluster or the storage that kept trials from continuing."""
-        self.stopping = False
+        self.stopping = threading.Event()
         """Whether all trials are asked to write a checkpoint and end."""
         self.unreachable: dict[int, str] = {}
         """Trials that could not write how they ended, with the reason."""
@@ -121,15 +118,6 @@ class Study:
             location = join_location(self.folder.uri, TRIALS, f"{number:03d}")
             self._folders[number] = open_run(location, patience_s=60 * self.resolved.run.storage_retry_minutes)
         return self._folders[number]
-
-    def look_for_stop(self, interruption: Interruption) -> None:
-        """Pass on STOP_FILE in the folder of the search, which is read no more often than its storage allows."""
-        if interruption.requested or time.monotonic() < self._next_look:
-            return
-        self._next_look = time.monotonic() + self.folder.store.poll_interval_s
-        with suppress(StorageError):  # the folder itself reports a storage that fails for long
-            if self.folder.control_files.read(STOP_FILE) is not None:
-                interruption.request(f"the file {STOP_FILE} in its folder")
 
     # ------------------------------------------------------------------------------------------------ the next trial
 
@@ -189,7 +177,8 @@ class Study:
             trial.ended,
         )
         # As bytes: Ray Tune searches a dict for values to resolve, and shows a string among the settings.
-        return {**trial.settings, "number": number, "ended": trial.ended, "task": json.dumps(asdict(task)).encode()}
+        known = {"number": number, "name": f"{number:03d}", "ended": trial.ended}
+        return {**trial.settings, **known, "task": json.dumps(asdict(task)).encode()}
 
     # ------------------------------------------------------------------------------------------------ events
 
@@ -256,7 +245,7 @@ class Study:
 
     def stop_waiting_trials(self) -> None:
         """Stop all trials that still wait, at the end of a search that was neither interrupted nor had errors."""
-        if not self.errors and not self.stopping:
+        if not self.errors and not self.stopping.is_set():
             for number in self.remaining():
                 self._stop(number)
 
@@ -297,7 +286,7 @@ class Study:
         elif pause is not None:
             if not self._is_over(number):
                 self.log(f"trial {number:03d} {pause}")
-        elif state == "interrupted" or self.stopping:
+        elif state == "interrupted" or self.stopping.is_set():
             self.log(f"trial {number:03d} is interrupted and will resume")
         else:
             self._record_end(number, "failed", f"its process was lost {self.resolved.run.max_failures + 1} times")

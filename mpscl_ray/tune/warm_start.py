@@ -15,6 +15,7 @@ from mpscl_ray.runs.storage import join_location
 from mpscl_ray.train.domains import Domains, model_description
 from mpscl_ray.train.ray import launch
 from mpscl_ray.train.ray.concurrent import Shared, run_trial
+from mpscl_ray.train.ray.trials import StopFile
 from mpscl_ray.tune.criteria import LABEL_FREE, ORACLE, WITHOUT_SOURCE
 from mpscl_ray.tune.space import NO_RESULT
 from mpscl_ray.tune.study import Study
@@ -84,11 +85,11 @@ def train_shared_phases(
         _check_given(given, config, common, keys, study.shared)
         return given
     run = open_run(join_location(folder.uri, SHARED_RUN), "command", 60 * config.run.storage_retry_minutes)
-    seen = 0
+    seen, stop_file = 0, StopFile(folder)
 
     def poll(training: launch.Launch) -> None:
         nonlocal seen
-        study.look_for_stop(interruption)
+        stop_file.look(interruption)
         if interruption.requested:
             training.request_stop()
         for record in run.read_metrics():

@@ -24,11 +24,11 @@ from tests.tiny_presets import write_presets
 
 
 def processes_of_cells() -> list[int]:
-    """Those of the cluster that was started here, which is below this process."""
+    """Trials of Ray Tune, of the cluster that was started here, which is below this process."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         with suppress(OSError, ValueError):  # ended meanwhile
-            if (process / "cmdline").read_text(encoding="utf-8").startswith("ray::run_cell"):
+            if (process / "cmdline").read_text(encoding="utf-8").startswith("ray::ImplicitFunc"):
                 parents = [int(process.name)]
                 while parents[-1] > 1 and parents[-1] != os.getpid():
                     status = (Path("/proc") / str(parents[-1]) / "status").read_text(encoding="utf-8")

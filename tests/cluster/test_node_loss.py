@@ -29,7 +29,7 @@ LENGTHS = (
     "run.max_failures=1",
     "scaling.num_workers=1",
 )
-OF_TRAININGS = re.compile(r"ray::(RayTrainWorker|TrainController|ImplicitFunc|run_cell)")
+OF_TRAININGS = re.compile(r"ray::(RayTrainWorker|TrainController|ImplicitFunc)")
 """Not of them is Ray Train's PlacementGroupCleaner, which holds nothing: one may stay for each controller that was
 killed."""
 

@@ -12,7 +12,8 @@ ROOT = Path(__file__).resolve().parents[2]
 GUIDES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "cluster" / "README.md"]
 """Documents whose commands are tested."""
 
-DOCUMENTS = [*GUIDES, *(ROOT / name for name in ("CHANGELOG.md", "CONTRIBUTING.md", "tests/benchmarks/EXPERIMENTS.md"))]
+_OTHERS = ("AGENTS.md", "CHANGELOG.md", "CONTRIBUTING.md", "tests/benchmarks/EXPERIMENTS.md")
+DOCUMENTS = [*GUIDES, *(ROOT / name for name in _OTHERS)]
 """Documents whose links are tested."""
 
 PRODUCT = ("python -m mpscl_ray", "mpscl-ray", "ray job submit")

@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 
+from mpscl_ray.__main__ import COMMANDS
 from mpscl_ray.config import load_config
 from mpscl_ray.config.systems import SYSTEMS
+from mpscl_ray.errors import MpsclError
 from tests.docs import settings_page
 from tests.docs.markdown import DOCUMENTS, GUIDES, ROOT, anchors, blocks, code, links, table_rows
 from tests.unit.test_layers import ORDER
@@ -30,6 +32,18 @@ def test_links_lead_somewhere(file: Path) -> None:
 def test_every_document_is_in_the_index() -> None:
     named = {path for path, _ in links(DOCS / "README.md")}
     assert {file.name for file in DOCS.glob("*.md")} - {"README.md"} <= named
+
+
+def test_agents_are_told_in_short_what_is_there() -> None:
+    text = (ROOT / "AGENTS.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 80
+    for path in re.findall(r"`((?:tests|docs|mpscl_ray)/[\w/.]+)`", text):
+        assert (ROOT / path).exists() or "NAME" in path, path
+    for code_, meaning in ((error.exit_code, error.__name__) for error in MpsclError.__subclasses__()):
+        assert re.search(rf"\b{code_} \w", text), meaning
+    named = re.search(r"order of use: (.*?)\.", text, re.DOTALL)
+    assert named is not None
+    assert set(code(named[1])) == set(COMMANDS)
 
 
 def test_the_readme_is_short_and_keeps_the_blocks_of_ci() -> None:

@@ -36,6 +36,7 @@ REQUIRED = {"torch.load": ("weights_only", True), "np.load": ("allow_pickle", Fa
 """Calls that are safe with this argument alone."""
 
 PARSE_THEIR_OWN_JSON = {
+    "compare/runner.py",  # what a cell has reported
     "distributed/collectives.py",  # what the other workers of the training send
     "export/card.py",  # what it has just written
     "runs/safe_json.py",

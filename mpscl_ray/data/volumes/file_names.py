@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 NIFTI_ENDINGS = (".nii.gz", ".nii")
-ITK_ENDINGS = (".nrrd", ".mha")
+SEGMENTATION_ENDING = ".seg.nrrd"
+"""Of a segmentation of 3D Slicer: a label map in NRRD whose header has names and colours."""
+ITK_ENDINGS = (SEGMENTATION_ENDING, ".nrrd", ".mha")
 VOLUME_ENDINGS = (*NIFTI_ENDINGS, *ITK_ENDINGS)
 """Of all formats with a volume in a file that are read."""
 

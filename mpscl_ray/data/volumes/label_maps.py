@@ -1,8 +1,8 @@
-"""Label ids of a file to class indices, and the colours and names of classes for viewers."""
+"""Label ids of a file to class indices."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Any, Literal
@@ -11,8 +11,6 @@ import numpy as np
 import numpy.typing as npt
 
 from mpscl_ray.errors import ConfigError, DataError
-from mpscl_ray.runs.atomic_files import write_atomically
-from mpscl_ray.runs.palette import colour
 from mpscl_ray.runs.wording import counted
 
 KNOWN_TYPOS = {421: 420}
@@ -113,23 +111,3 @@ def _describe_unknown(unknown_ids: Mapping[int, int], table: Mapping[int, int], 
                 f" ({typo} is known to be written by mistake for {meant}: to map it likewise, add {typo} to the table)"
             )
     return sentence
-
-
-def write_itksnap_labels(path: Path, classes: Sequence[str]) -> None:
-    """Write names and colours of the classes as a label description file that ITK-SNAP opens.
-
-    Args:
-        path: File to write.
-        classes: Names by class index, background first.
-
-    Raises:
-        StorageError: The file cannot be written.
-    """
-    rule = "#" * 48
-    lines = [rule, "# ITK-SnAP Label Description File", "# IDX   -R-  -G-  -B-  -A--  VIS MSH  LABEL", rule]
-    for index, name in enumerate(classes):
-        red, green, blue = colour(index)
-        shown = int(index > 0)
-        text = name.replace('"', "'") if index else "Clear Label"
-        lines.append(f'{index:5d}  {red:4d} {green:4d} {blue:4d}  {shown:7.2g}  {shown:2d} {shown:2d}    "{text}"')
-    write_atomically(path, ("\n".join(lines) + "\n").encode())

@@ -13,12 +13,11 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from mpscl_ray.data.volumes.label_maps import write_itksnap_labels
 from mpscl_ray.data.volumes.nifti import Volume, read_image, read_label
 from mpscl_ray.data.volumes.nifti_output import write_label_map
 from mpscl_ray.data.volumes.personal_data import private_fields
 from mpscl_ray.errors import DataError, StorageError
-from mpscl_ray.runs.palette import COLOURS, colour
+from mpscl_ray.runs.palette import COLOURS
 from tests.nifti_files import AFFINE, SHAPE, ramp, rotated, save
 
 CLASSES = ["background", "MYO", "LAC"]
@@ -112,22 +111,6 @@ def test_a_broken_extension_is_ignored(tmp_path: Path) -> None:
     volume = read_image(path)
     np.testing.assert_array_equal(volume.array, ramp("f4"))
     assert any("extension" in notice for notice in volume.notices)
-
-
-def test_itksnap_reads_index_colour_and_name(tmp_path: Path) -> None:
-    classes = ["background", 'the "left" atrium', *(f"class {i}" for i in range(2, 12))]
-    write_itksnap_labels(tmp_path / "labels.txt", classes)
-    rows = [
-        line for line in (tmp_path / "labels.txt").read_text(encoding="utf-8").splitlines() if not line.startswith("#")
-    ]
-    assert len(rows) == 12
-    for index, row in enumerate(rows):
-        numbers, name = row.split('"')[0].split(), row.split('"')[1]
-        assert int(numbers[0]) == index
-        assert tuple(int(n) for n in numbers[1:4]) == colour(index)
-        assert [float(n) for n in numbers[4:]] == [float(index > 0)] * 3
-        assert row.count('"') == 2
-        assert name == ("Clear Label" if index == 0 else classes[index].replace('"', "'"))
 
 
 # Linear RGB of a colour as seen without the one or the other kind of cone (Vienot, Brettel and Mollon 1999).

@@ -236,7 +236,7 @@ def test_pairs_by_pattern(tmp_path: Path) -> None:
         ("a.nii", "a_seg.nii a_gt.nii", "a.nii belongs to .*a_gt.nii and .*a_seg.nii alike; give --label-pattern"),
         ("a.nii a_pred.nii", "a.nii", "a.nii belongs to .*a.nii and .*a_pred.nii alike; give --prediction-pattern"),
         ("a.nii a.nii.gz", "a.nii", "are both of the case a"),
-        ("a.nii", "readme.txt", "no .nii or .nii.gz file among 1 file$"),
+        ("a.nii", "readme.txt", "or .mha among 1 file$"),
         ("a.nii", "a.dcm", "convert DICOM to NIfTI first"),
         ("a_image.nii", "a_image.nii a_label.nii", "labels without a prediction, 1: a_label.nii"),
     ],

@@ -87,13 +87,13 @@ def test_files_without_a_position_are_scored_with_an_assumed_spacing(tmp_path: P
 
 def test_files_that_are_not_read_are_said(cohort: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = cohort / "pred"
-    (folder / "c9.mha").touch()
+    (folder / "c9.mgz").touch()
     (folder / "volumes.json").touch()
     (folder / "fold").mkdir()
     shutil.copy(folder / "c0.nii.gz", folder / "fold")
     assert run(cohort, *NAMES) == 0
     (note,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: not read")]
-    assert f"not read in {folder}, 2: c9.mha, fold/c0.nii.gz (only .nii and .nii.gz files in" in note
+    assert f"not read in {folder}, 2: c9.mgz, fold/c0.nii.gz (only files in" in note
     assert "for those in folders give --prediction-pattern" in note
     (folder / "c0.nii.gz").rename(folder / "C0.NII.GZ")
     said = refused(cohort)

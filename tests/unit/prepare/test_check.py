@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +11,7 @@ import pytest
 from mpscl_ray.data.dataset import load_manifest, save_manifest
 from mpscl_ray.errors import ConfigError
 from mpscl_ray.prepare.check_command import main
+from tests.json_command import json_of
 from tests.raw_volumes import made, mmwhs, volume, write
 
 MMWHS = ("--layout", "mmwhs", "--workers", "0")
@@ -78,13 +78,13 @@ def test_all_problems_of_all_cases(source: Path, capsys: pytest.CaptureFixture[s
     assert lines[-1] == "7 problems to solve; nothing was written"
 
 
-def test_json_names_the_file_of_each_problem(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_names_the_file_of_each_problem(source: Path) -> None:
     expected = spoil(source)
-    code, lines = checked(capsys, source, *MMWHS, "--json")
-    found = json.loads("\n".join(lines))
+    found = json_of(main, source, *MMWHS)
     (folder,) = found["data"]
     wrong = [one for one in folder["findings"] if one["level"] == "problem"]
-    assert (code, found["problems"], folder["folder"]) == (3, 7, str(source))
+    assert (found["exit_code"], found["problems"], folder["folder"]) == (3, 7, str(source))
+    assert found["error"] == "7 problems to solve; nothing was written"
     assert sorted(Path(one["file"]).name for one in wrong) == [file for file, _ in expected]
     assert {one["modality"] for one in wrong} == {"ct"}
     assert {one["case"] for one in wrong} == {f"ct_{number}" for number in range(1001, 1007)}
@@ -194,7 +194,7 @@ def test_good_datasets(prepared: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert checked(capsys, prepared / "ct")[0] == 0
 
 
-def test_damaged_datasets(prepared: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_damaged_datasets(prepared: Path) -> None:
     ct = load_manifest(prepared / "ct").cases
     flipped, missing = prepared / "ct" / ct[0].file, prepared / "ct" / ct[1].file
     data = bytearray(flipped.read_bytes())
@@ -202,23 +202,22 @@ def test_damaged_datasets(prepared: Path, capsys: pytest.CaptureFixture[str]) ->
     flipped.write_bytes(data)
     missing.unlink()
     (prepared / "mr" / "manifest.json").write_text("{")
-    code, lines = checked(capsys, prepared, "--json")
-    found = json.loads("\n".join(lines))
+    found = json_of(main, prepared)
     wrong = [one for folder in found["data"] for one in folder["findings"] if one["level"] == "problem"]
-    assert (code, found["problems"]) == (3, 3)
+    assert (found["exit_code"], found["problems"]) == (3, 3)
     assert [one["file"] for one in wrong] == [str(flipped), str(missing), None]
     for one, part in zip(wrong, ("its SHA-256 is not", "missing, though", "no longer JSON"), strict=True):
         assert part in one["message"]
 
 
-def test_damaged_label_maps(prepared: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_damaged_label_maps(prepared: Path) -> None:
     maps = [prepared / "ct" / case.label_map.file for case in load_manifest(prepared / "ct").cases if case.label_map]
     write(maps[0], np.zeros((20, 24, 18), dtype=np.uint8))
     maps[1].write_bytes(maps[1].read_bytes()[:-30])
     maps[2].unlink()
-    code, lines = checked(capsys, prepared / "ct", "--json")
-    wrong = [one for one in json.loads("\n".join(lines))["data"][0]["findings"] if one["level"] == "problem"]
-    assert code == 3
+    found = json_of(main, prepared / "ct")
+    wrong = [one for one in found["data"][0]["findings"] if one["level"] == "problem"]
+    assert found["exit_code"] == 3
     assert [one["file"] for one in wrong] == [str(path) for path in maps[:3]]
     for one, part in zip(wrong, ("its SHA-256 is not", "its SHA-256 is not", "missing, though"), strict=True):
         assert part in one["message"]

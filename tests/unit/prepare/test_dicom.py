@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import pytest
 from mpscl_ray.data.parquet_reader import read_case
 from mpscl_ray.prepare.check_command import main
 from tests.dicom_files import series, with_identifier
+from tests.json_command import json_of
 from tests.raw_volumes import made, refusal, volume, write
 
 AFFINE = np.array([[-1.5, 0, 0, -5], [0, -1.25, 0, -6], [0, 0, 3, 10], [0, 0, 0, 1.0]])
@@ -85,8 +85,9 @@ def test_check_lists_what_is_wrong_with_series(tmp_path: Path, capsys: pytest.Ca
     with_identifier(folder / "p1" / "IM0005.dcm", 16, b"1.2.840.10008.1.2.4.201")
     write(folder / "p2" / "seg.nii.gz", np.full((20, 24, 17), 205, np.int16), AFFINE)
     words = [word for name, value in OPTIONS.items() for word in (f"--{name.replace('_', '-')}", value)]
-    assert main([str(folder), *words, "--workers", "0", "--json"]) == 3
-    (found,) = json.loads(capsys.readouterr().out)["data"]
+    document = json_of(main, folder, *words, "--workers", "0")
+    assert document["exit_code"] == 3
+    (found,) = document["data"]
     wrong = {one["case"]: one["message"] for one in found["findings"] if one["level"] == "problem"}
     assert set(wrong) == {"p0", "p1", "p2"}
     for case, part in (("p0", "1 slice missing, it seems"), ("p1", "is compressed"), ("p2", "has shape")):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import itertools
-import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +26,7 @@ from mpscl_ray.prepare.pictures.page import page
 from mpscl_ray.prepare.pictures.tiles import BOX, HATCH, Plane, Tile, draw
 from mpscl_ray.runs.palette import colour
 from mpscl_ray.runs.structures import NOT_ANNOTATED
+from tests.json_command import json_of
 from tests.raw_volumes import made, mmwhs, volume, write
 from tests.tiny import make_dataset
 
@@ -272,10 +272,10 @@ def test_check_draws_datasets(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     make_dataset(tmp_path / "mr", "mr")
     make_dataset(tmp_path / "ct", "ct", labelled=())
     file = tmp_path / "look.html"
-    assert check([str(tmp_path), "--json", "--pictures", str(file)]) == 0
-    out, err = capsys.readouterr()
-    assert set(json.loads(out)["data"][0]) == {"folder", "about", "findings"}
-    assert err.endswith(f"pictures: {file}\n")
+    found = json_of(check, tmp_path, "--pictures", file)
+    assert set(found["data"][0]) == {"folder", "about", "findings"}
+    assert found["pictures"] == str(file)
+    assert capsys.readouterr().err.endswith(f"pictures: {file}\n")
     html = file.read_text(encoding="utf-8")
     assert sorted(shown(html)) == sorted(
         f"{modality}_{split}_{number}"

@@ -90,7 +90,8 @@ def test_the_end_of_a_trial_is_read_from_its_folder(
     run.write_status(state, exit_code=code, reason="a reason" if state == "failed" else "")
     if paused:
         run.control_files.write(PAUSE, "waits at iteration 6")
-    study.stopping = search_stops
+    if search_stops:
+        study.stopping.set()
     study.trial_ended(1)
     trial = Ledger(study.ledger.file).trials[1]
     assert (trial.state, trial.reason) == expected
