@@ -12,6 +12,7 @@ from typing import Any, Literal
 from mpscl_ray.config import PRESETS, Config, load_command_line
 from mpscl_ray.config.systems import SYSTEMS, shared_phase
 from mpscl_ray.errors import ConfigError, DataError
+from mpscl_ray.runs import safe_json
 from mpscl_ray.runs.atomic_files import write_atomically
 from mpscl_ray.runs.cli import did_you_mean
 from mpscl_ray.runs.environment import now
@@ -187,7 +188,7 @@ class CellLedger:
     def __init__(self, file: Path, flush: Callable[[], object] = lambda: None) -> None:
         self.file, self._flush = file, flush
         try:
-            cells = json.loads(file.read_text(encoding="utf-8"))["cells"] if file.exists() else {}
+            cells = safe_json.read(file)["cells"] if file.exists() else {}
             self.entries = {name: Entry(**entry) for name, entry in cells.items()}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(

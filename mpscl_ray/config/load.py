@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import functools
 import math
+import os
 import re
 import types
 import typing
@@ -114,11 +115,11 @@ def _preset_path(preset: str | Path) -> Path:
             raise ConfigError(f"there is no preset file {remote}; look at the folder {remote.parent}") from None
         return copy
     named = PRESETS / f"{preset}.yaml"
-    if named.is_file():
+    if os.path.isfile(named):  # False also where the system takes no such name
         return named
     path = Path(preset)
     if path.suffix in (".yaml", ".yml"):
-        if path.is_file():
+        if os.path.isfile(path):
             return path
         raise ConfigError(f"there is no preset file {path}; {_near_preset(preset)}")
     raise ConfigError(f"there is no preset '{preset}'; {_near_preset(preset)}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from mpscl_ray.data import SPLITS
 from mpscl_ray.errors import DataError
+from mpscl_ray.runs import safe_json
 from mpscl_ray.runs.atomic_files import write_atomically
 from mpscl_ray.runs.storage import S3Path, parse_location
 
@@ -26,6 +28,10 @@ LABEL_MAPS = "label_maps"
 """Folder of the label maps on the grids of the image files."""
 Size = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 """Size of a voxel in mm."""
+Count = Annotated[int, Field(ge=0, lt=1 << 63)]
+Side = Annotated[int, Field(ge=1, le=1 << 13)]
+_MOST_VOXELS = 1 << 31
+"""Of a case."""
 _PREPARE = "python -m mpscl_ray.prepare INPUT --layout LAYOUT --out DIR"
 
 
@@ -48,7 +54,7 @@ class StoredFile:
     file: str
     """Path below the dataset folder."""
     sha256: str
-    bytes: int
+    bytes: Count
 
 
 @dataclass(frozen=True)
@@ -66,18 +72,18 @@ class Case:
     split: Annotated[str, Field(pattern="^(train|val|test)$")]
     file: str
     """Path of the Parquet file below the dataset folder."""
-    slices: Annotated[int, Field(ge=1)]
+    slices: Annotated[int, Field(ge=1, le=1 << 20)]
     labelled: bool
     sha256: str
     """SHA-256 of the Parquet file."""
-    bytes: int
+    bytes: Count
     content_sha256: str
     """SHA-256 of the voxels as read, before any step: equal for the same image under two names."""
     geometry: dict[str, Any]
     """What maps a prediction back to the original image; empty if the input was slices already."""
     spacing_mm: tuple[Size, Size, Size] | None
     """Size of the prepared voxels, (slice, row, column); None if the input does not say."""
-    class_voxels: tuple[int, ...] | None
+    class_voxels: tuple[Count, ...] | None
     class_centres: tuple[tuple[float, float] | None, ...] | None
     """Mean (row, column) of each class as fractions of height and width; None for an absent class."""
     structure_width: float | None
@@ -101,7 +107,7 @@ class Manifest:
     modality: str
     classes: tuple[str, ...]
     """Names in the order of the label values, background first; empty if no label table was given."""
-    size: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]
+    size: tuple[Side, Side]
     """Height and width of every slice."""
     scaling: Scaling
     recipe: dict[str, Any]
@@ -144,7 +150,7 @@ def _checksum(content: Mapping[str, Any]) -> str:
 
 def save_manifest(folder: Path, manifest: Manifest) -> None:
     """Write ``manifest.json``, the last step of preparing a dataset: only now the folder is one."""
-    content = json.loads(_MANIFEST_TYPE.dump_json(manifest))
+    content = _MANIFEST_TYPE.dump_python(manifest, mode="json")
     content["checksum"] = _checksum(content)
     text = json.dumps(content, indent=1, ensure_ascii=False, sort_keys=True)
     write_atomically(folder / MANIFEST, text.encode())
@@ -161,14 +167,12 @@ def load_manifest(folder: Path | S3Path | str) -> Manifest:
     folder = parse_location(folder)
     path = folder / MANIFEST
     try:
-        raw = path.read_bytes()
+        content = safe_json.read(path)
     except (FileNotFoundError, NotADirectoryError):
         raise DataError(_no_dataset(folder)) from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from error
-    try:
-        content = json.loads(raw)
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except ValueError as error:
         raise DataError(f"{path}: damaged, no longer JSON ({error}); prepare it again: {_PREPARE}") from None
     if not isinstance(content, dict):
         raise DataError(f"{path}: not the manifest of a prepared dataset; prepare one: {_PREPARE}")
@@ -193,6 +197,11 @@ def load_manifest(folder: Path | S3Path | str) -> Manifest:
     if not manifest.scaling.low < manifest.scaling.high:
         raise DataError(f"{path}: scaling.low is not below scaling.high; {again}")
     for case in manifest.cases:
+        if case.slices * math.prod(manifest.size) > _MOST_VOXELS:
+            raise DataError(
+                f"{path}: case {case.id!r} has {case.slices} slices of {manifest.size[0]} x {manifest.size[1]} pixels, "
+                f"more than {_MOST_VOXELS} voxels; {again}"
+            )
         expected = case_file(case.split, case.id)
         if case.file != expected:
             raise DataError(f"{path}: case {case.id!r} names the file {case.file!r}, expected {expected!r}; {again}")

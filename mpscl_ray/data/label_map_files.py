@@ -10,6 +10,8 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import math
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,13 +19,16 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import numpy.typing as npt
+from nibabel.spatialimages import HeaderDataError
 
 from mpscl_ray.data import NOT_ANNOTATED
 from mpscl_ray.data.dataset import LABEL_MAPS, Case, StoredFile, label_map_file
 from mpscl_ray.errors import DataError
 from mpscl_ray.runs.atomic_files import write_atomically
-from mpscl_ray.runs.storage import S3Path, cached_file, parse_location
+from mpscl_ray.runs.storage import S3Path, cached_file, parse_location, read_limited
 
+_LARGEST_MAP = 1 << 31
+"""Bytes of a label map, unpacked."""
 _AGAIN = "prepare the dataset again"
 
 
@@ -70,12 +75,27 @@ def read_label_map(dataset: Path | S3Path | str, case: Case) -> npt.NDArray[np.u
     path = parse_location(dataset) / stored.file
     try:
         local = cached_file(path, stored.sha256, stored.bytes) if isinstance(path, S3Path) else path
-        content = local.read_bytes()
+        content = read_limited(local, stored.bytes)
     except FileNotFoundError:
         raise DataError(f"{path}: missing, though the manifest lists it; {_AGAIN}") from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); {_AGAIN}") from error
+    except ValueError as error:
+        raise DataError(f"{path}: damaged or replaced: {error}, as in the manifest; {_AGAIN}") from None
     if hashlib.sha256(content).hexdigest() != stored.sha256:
         raise DataError(f"{path}: damaged or replaced: its SHA-256 is not the manifest's; {_AGAIN}")
-    image: Any = nib.Nifti1Image.from_bytes(gzip.decompress(content))
+    try:
+        return _decode_label_map(content)
+    except (ValueError, OSError, zlib.error, nib.filebasedimages.ImageFileError, HeaderDataError) as error:
+        raise DataError(f"{path}: no label map that prepare wrote ({error}); {_AGAIN}") from error
+
+
+def _decode_label_map(content: bytes) -> npt.NDArray[np.uint8]:
+    decompressor = zlib.decompressobj(wbits=31)
+    data = decompressor.decompress(content, _LARGEST_MAP)
+    if not decompressor.eof:
+        raise ValueError(f"it unpacks to more than {_LARGEST_MAP} bytes, or ends too early")
+    image: Any = nib.Nifti1Image.from_bytes(data)
+    if image.get_data_dtype() != np.uint8 or math.prod(image.shape) > len(data):
+        raise ValueError(f"its header says {image.get_data_dtype()} voxels of shape {image.shape}")
     return np.asarray(image.dataobj)

@@ -7,7 +7,6 @@ the labels. Nothing here needs torch, so a process that only reads starts quickl
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from mpscl_ray.data.label_values import show_a_structure
 from mpscl_ray.data.parquet_writer import METADATA_KEY
 from mpscl_ray.data.sampler import Rows
 from mpscl_ray.errors import DataError
+from mpscl_ray.runs import safe_json
 from mpscl_ray.runs.storage import S3Path, cached_file, parse_location
 
 Arrays = dict[str, NDArray[Any]]
@@ -32,6 +32,10 @@ Arrays = dict[str, NDArray[Any]]
 
 _DTYPES: dict[str, type[np.generic]] = {"image": np.float32, "label": np.uint8}
 _AGAIN = "prepare the dataset again"
+_LZ4_LIMIT = 256
+"""No LZ4 block holds more than this many bytes per compressed byte."""
+_LARGEST_OVERHEAD = 1 << 24
+"""Bytes of names, indices and page headers."""
 
 
 @dataclass(frozen=True)
@@ -213,7 +217,8 @@ def _readable(path: Path | S3Path) -> Iterator[None]:
     except FileNotFoundError:
         raise DataError(f"{path}: missing, though the manifest lists it; {_AGAIN}") from None
     except (pa.ArrowException, OSError, ValueError, LookupError) as error:
-        raise DataError(f"{path}: damaged or unreadable ({error}); {_AGAIN}") from error
+        reason = " ".join(str(error).split())
+        raise DataError(f"{path}: damaged or unreadable ({reason}); {_AGAIN}") from error
 
 
 def _check(
@@ -233,11 +238,10 @@ def _check(
         size: height and width of a slice; None for those of the first column.
     """
     schema = file.schema_arrow
-    about = json.loads((schema.metadata or {}).get(METADATA_KEY, b"{}"))
-    if about.get("version") != FORMAT_VERSION:
-        raise DataError(
-            f"{path}: format version {about.get('version')!r}, this program reads {FORMAT_VERSION}; {_AGAIN}"
-        )
+    about = safe_json.loads((schema.metadata or {}).get(METADATA_KEY, b"{}"))
+    version = about.get("version") if isinstance(about, dict) else None
+    if version != FORMAT_VERSION:
+        raise DataError(f"{path}: format version {version!r}, this program reads {FORMAT_VERSION}; {_AGAIN}")
     if file.metadata.num_rows != case.slices:
         raise DataError(f"{path}: {file.metadata.num_rows} slices, the manifest says {case.slices}; {_AGAIN}")
     for name in ("slice_index", *columns):
@@ -254,3 +258,17 @@ def _check(
             expected = pa.fixed_shape_tensor(pa.from_numpy_dtype(columns[name]), size)
         if isinstance(expected, str) or found != expected:
             raise DataError(f"{path}: column {name!r} is {found}, expected {expected}; {_AGAIN}")
+    assert size is not None
+    _check_room(file.metadata, path, case, size)
+
+
+def _check_room(about: pq.FileMetaData, path: Path | S3Path, case: Case, size: tuple[int, int]) -> None:
+    """Refuse a file whose pages say that they unpack to much more than its slices are, before any is unpacked."""
+    voxels = case.slices * size[0] * size[1] * sum(np.dtype(dtype).itemsize for dtype in _DTYPES.values())
+    # Not of the columns one by one: to ask a damaged file for these ends the process, in C++.
+    unpacked = sum(about.row_group(index).total_byte_size for index in range(about.num_row_groups))
+    if voxels > case.bytes * _LZ4_LIMIT or not 0 <= unpacked <= 2 * voxels + _LARGEST_OVERHEAD:
+        raise DataError(
+            f"{path}: {case.bytes} bytes that unpack to {unpacked}, expected {voxels} for {case.slices} slices of "
+            f"{size[0]} x {size[1]} pixels; {_AGAIN}"
+        )

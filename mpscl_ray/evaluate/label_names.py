@@ -18,7 +18,9 @@ from mpscl_ray.prepare.label_table import (
     read_json,
 )
 from mpscl_ray.runs.cli import did_you_mean
+from mpscl_ray.runs.storage import read_limited
 
+_LARGEST_TABLE = 1 << 20
 _MOST = 254
 
 
@@ -110,7 +112,11 @@ def _entry(path: Path, key: str, value: Any) -> tuple[int, str]:
 
 def _slicer_names(path: Path) -> LabelNames:
     try:
-        lines = [line.split() for line in path.read_text(encoding="utf-8").splitlines() if line[:1] not in ("#", "")]
+        lines = [
+            line.split()
+            for line in read_limited(path, _LARGEST_TABLE).decode().splitlines()
+            if line[:1] not in ("#", "")
+        ]
         return _checked(path, [(int(words[0]), words[1]) for words in lines if int(words[0])])
     except (OSError, ValueError, IndexError) as error:
         raise DataError(f"{path}: no colour table of 3D Slicer ({error}); give the names as 1=MYO,2=LV") from None

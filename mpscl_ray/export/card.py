@@ -16,7 +16,7 @@ from mpscl_ray.evaluate.run import PHASES_JSON
 from mpscl_ray.predict.model import Checkpoint, Domain, Model
 from mpscl_ray.predict.postprocessing import Postprocessing
 from mpscl_ray.predict.predictor import Predictor
-from mpscl_ray.runs import safe_yaml
+from mpscl_ray.runs import safe_json, safe_yaml
 from mpscl_ray.runs.run_directory import RunDirectory
 
 INTENDED_USE = (
@@ -181,7 +181,7 @@ def _phase_that_ended(config: Mapping[str, Any], step: int) -> str | None:
 def _json(home: RunDirectory, name: str) -> dict[str, Any]:
     """A file of the run that may be missing or damaged; {} then."""
     try:
-        content = json.loads((home.path / name).read_bytes())
+        content = safe_json.read(home.path / name)
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}

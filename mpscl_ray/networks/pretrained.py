@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import pickle
 import warnings
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from tokenize import TokenError
 
 import numpy as np
 import torch
@@ -107,8 +109,8 @@ def load_prototypes(path: Path, num_classes: int, channels: int) -> Tensor:
         DataError: the file is missing, no plain array of numbers, not finite, or of another shape.
     """
     try:
-        array = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)  # an absurd shape is found before memory is taken
+    except (OSError, ValueError, EOFError, OverflowError, SyntaxError, TokenError) as error:
         raise DataError(f"{path} cannot be read as an npy file of numbers ({_first_line(error)})") from error
     if not isinstance(array, np.ndarray) or array.dtype.kind != "f":
         raise DataError(f"{path} must hold one array of floating-point numbers, the class centres")
@@ -130,9 +132,7 @@ def _read_state_dict(path: Path) -> dict[str, Tensor]:
         with warnings.catch_warnings():
             # torch.load warns of unusual pickles, which are refused below.
             warnings.simplefilter("ignore", UserWarning)
-            content: object = (
-                load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-            )
+            content: object = load_file(path) if path.suffix == ".safetensors" else _torch_load(path)
     except pickle.UnpicklingError as error:
         raise DataError(
             f"{path} is damaged or holds Python objects besides weights, which could run code and are refused; "
@@ -150,6 +150,15 @@ def _read_state_dict(path: Path) -> dict[str, Tensor]:
             raise DataError(f"{path} holds {key!r} of type {type(value).__name__}, expected named dense tensors alone")
         weights[key] = value
     return weights
+
+
+def _torch_load(path: Path) -> object:
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(entry.file_size for entry in archive.infolist())
+        if unpacked > path.stat().st_size:  # torch.save compresses nothing
+            raise ValueError(f"it unpacks to {unpacked} bytes, more than it has")
+    return torch.load(path, "cpu", weights_only=True)
 
 
 def _list(names: list[str]) -> str:

@@ -18,7 +18,7 @@ from mpscl_ray.data.volumes.recipe import Recipe
 from mpscl_ray.errors import ConfigError, DataError
 from mpscl_ray.predict.postprocessing import Postprocessing
 from mpscl_ray.predict.tta import MIRROR_AXES, MirrorAxis
-from mpscl_ray.runs.checkpoint import SUMS
+from mpscl_ray.runs.checkpoint_files import SUMS
 from mpscl_ray.runs.model_store import ModelStore, open_model
 from mpscl_ray.runs.run_directory import RunDirectory
 from mpscl_ray.runs.storage import S3Path, parse_location

@@ -8,6 +8,7 @@ from __future__ import annotations
 import glob
 import gzip
 import hashlib
+import io
 import json
 import sys
 import zlib
@@ -23,6 +24,7 @@ from mpscl_ray.predict.ensemble import Member
 from mpscl_ray.predict.image import Job, Prediction, outputs
 from mpscl_ray.predict.label_files import label_values, slicer_table, write_label_tables
 from mpscl_ray.predict.output_names import SLICER_LABELS, VOLUMES
+from mpscl_ray.runs import safe_json
 from mpscl_ray.runs.atomic_files import write_atomically
 from mpscl_ray.runs.storage import S3Path, output_directory
 
@@ -185,7 +187,9 @@ class Record:
         # In .seg.nrrd the voxels follow the header and an empty line.
         compressed = content.partition(b"\n\n")[2] if content.startswith(b"NRRD") else content
         try:
-            gzip.decompress(compressed)
+            with gzip.open(io.BytesIO(compressed)) as stream:
+                while stream.read(1 << 20):
+                    pass
         except (OSError, EOFError, zlib.error):
             return _DAMAGED
         return "changed since it was written"  # by hand, perhaps: such work is not replaced unasked
@@ -205,7 +209,7 @@ def _remove_unfinished(path: Path | S3Path) -> None:
 def _read_entries(file: Path | S3Path, overwrite: bool) -> dict[str, Any]:
     wrong = "was not written by predict"
     try:
-        entries = json.loads(file.read_bytes())["predictions"]
+        entries = safe_json.read(file)["predictions"]
         if all(isinstance(entry, dict) for entry in entries.values()):
             bad = [name for name, entry in entries.items() if not _well_formed(entry)]
             if not bad:

@@ -71,6 +71,12 @@ def parser() -> argparse.ArgumentParser:
         help="each modality becomes DIR/<modality>; a folder or a URL",
     )
     top.add_argument("--modality", help="name of the modality (folder, nnunet), or the only one to prepare (others)")
+    top.add_argument(
+        "--hash-ids",
+        type=Path,
+        metavar="FILE",
+        help="hashes instead of the names of cases, patients and files; FILE is private and says what each stands for",
+    )
     top.add_argument("--overwrite", action="store_true", help="replace a finished dataset of the same name")
     top.add_argument("--no-pictures", dest="pictures", action="store_false", help="write no page of pictures")
     top.add_argument(

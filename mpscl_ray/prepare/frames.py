@@ -13,6 +13,9 @@ import numpy as np
 from mpscl_ray.errors import ConfigError
 from mpscl_ray.prepare.source_cases import SourceCase
 
+_MOST_FRAMES = 1 << 12
+"""A header with more time points than this is wrong."""
+
 
 def expand_frames(cases: Sequence[SourceCase], frames: str | None, problems: list[str]) -> list[SourceCase]:
     """The cases, each volume with a time axis replaced by one case for each of its chosen time points.
@@ -80,7 +83,7 @@ def _length(path: Path) -> int:
         shape = volume.shape
     except Exception:  # noqa: BLE001 nibabel raises many kinds; reading the case says what is wrong
         return 1
-    return int(shape[3]) if len(shape) == 4 else 1
+    return int(shape[3]) if len(shape) == 4 and shape[3] <= _MOST_FRAMES else 1
 
 
 def _labelled(labels: Sequence[Path], count: int) -> list[int]:

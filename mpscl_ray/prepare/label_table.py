@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from mpscl_ray.data import NOT_ANNOTATED
 from mpscl_ray.errors import ConfigError, DataError
+from mpscl_ray.runs import safe_json
 
 BACKGROUND = "background"
 _NOT_ANNOTATED = frozenset(("void", "unannotated", "notannotated", "unlabelled", "unlabeled", "dontcare"))
@@ -81,7 +82,7 @@ def read_json(path: Path) -> Any:
         DataError: it is not JSON, or a name in it has two values.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=partial(_once, path))
+        return safe_json.read(path, pairs=partial(_once, path))
     except ValueError as error:
         raise DataError(f"{path}: not JSON: {error}") from None
 

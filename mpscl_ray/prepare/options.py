@@ -58,6 +58,7 @@ class PrepareOptions:
     fix_geometry: Literal["copy-from-image"] | None = None
     any_modality: bool = False
     allow_missing_classes: bool = False
+    hash_ids: Path | None = None
     overwrite: bool = False
     pictures: bool = True
     workers: int | None = None

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import re
-import zipfile
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,7 @@ from mpscl_ray.data.volumes.same_grid import check_same_geometry
 from mpscl_ray.errors import DataError
 from mpscl_ray.prepare.source_cases import Flip, SourceCase
 from mpscl_ray.prepare.tfrecord import read_slices
+from mpscl_ray.runs import safe_npz
 
 _MOST_VOXELS = 2**31
 
@@ -86,7 +86,7 @@ def _load_npy(path: Path) -> NDArray[Any]:
         if not 0 < array.size <= _MOST_VOXELS or array.dtype.kind not in "fiub":
             raise ValueError(f"{array.size} values of type {array.dtype}")
         array = np.squeeze(np.array(array))
-    except (ValueError, OverflowError, EOFError, OSError) as error:
+    except (ValueError, OverflowError, EOFError, OSError, SyntaxError, TokenError) as error:
         raise DataError(f"{path}: not a readable npy array of numbers ({error}); copy or download it again") from None
     if array.ndim != 2:
         raise DataError(f"{path}: an array of shape {array.shape}, expected one slice (H, W)")
@@ -96,23 +96,15 @@ def _load_npy(path: Path) -> NDArray[Any]:
 def _load_npz(path: Path) -> tuple[NDArray[np.float32], NDArray[Any] | None]:
     """``arr_0``, the image, and ``arr_1``, its label."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            unpacked = sum(entry.file_size for entry in archive.infolist())
-            if unpacked > 8 * _MOST_VOXELS:
-                raise ValueError(f"it unpacks to {unpacked} bytes")
-            damaged = archive.testzip()
-            if damaged:
-                raise ValueError(f"wrong checksum of {damaged}")
-        with np.load(path, allow_pickle=False) as arrays:
-            if "arr_0" not in arrays.files:
-                found = ", ".join(sorted(arrays.files)) or "nothing"
-                raise ValueError(f"it holds {found}, expected arr_0 (image) and arr_1 (label)")
-            image = arrays["arr_0"]
-            if image.dtype.kind not in "fiub":
-                raise ValueError(f"arr_0 holds values of type {image.dtype}")
-            return image.astype(np.float32), arrays["arr_1"] if "arr_1" in arrays.files else None
-    # RuntimeError: the archive is encrypted, or compressed in a way that Python does not know.
-    except (ValueError, OverflowError, EOFError, OSError, zipfile.BadZipFile, zlib.error, RuntimeError) as error:
+        arrays = safe_npz.read(path, 8 * _MOST_VOXELS)
+        if "arr_0" not in arrays:
+            found = ", ".join(sorted(arrays)) or "nothing"
+            raise ValueError(f"it holds {found}, expected arr_0 (image) and arr_1 (label)")
+        image = arrays["arr_0"]
+        if image.dtype.kind not in "fiub":
+            raise ValueError(f"arr_0 holds values of type {image.dtype}")
+        return image.astype(np.float32), arrays.get("arr_1")
+    except (ValueError, OSError) as error:
         raise DataError(f"{path}: not a readable npz volume ({error}); copy or download it again") from None
 
 

@@ -8,6 +8,7 @@ a command which was stopped or killed is taken over by the next, which does not 
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -23,6 +24,7 @@ from mpscl_ray.errors import DataError
 from mpscl_ray.prepare import plan as prepare_plan
 from mpscl_ray.prepare.checks import check_cases, check_staged, shared_images, summarise_notices, summarise_problems
 from mpscl_ray.prepare.frames import expand_frames
+from mpscl_ray.prepare.hashed_ids import HashedIds
 from mpscl_ray.prepare.label_table import LabelTable
 from mpscl_ray.prepare.layouts import Scan, scan
 from mpscl_ray.prepare.options import PrepareOptions
@@ -77,6 +79,7 @@ def prepare(options: PrepareOptions, *, progress: bool = True) -> dict[str, Path
     out = options.out
     assert out is not None
     found = scan(options.input, options.layout, prepare_plan.layout_options(options))
+    hashed = None if options.hash_ids is None else HashedIds(options.hash_ids)
     table = prepare_plan.label_table(options, found.table)
     settings = prepare_plan.settings(options, table)
     problems = list(found.problems)
@@ -89,7 +92,8 @@ def prepare(options: PrepareOptions, *, progress: bool = True) -> dict[str, Path
         for modality in modalities:
             folder = stack.enter_context(temporary_output_dir(out, modality))
             cases = [case for case in found.cases if case.modality == modality]
-            datasets.append(_plan(modality, cases, options, folder, table, problems, found))
+            dataset = _plan(modality, cases, options, folder, table, problems, found)
+            datasets.append(dataset if hashed is None else _without_names(dataset, hashed))
         workers = worker_count(options.workers, [request for dataset in datasets for request in dataset.requests])
         if workers:
             stack.enter_context(connect(workers))
@@ -102,9 +106,15 @@ def prepare(options: PrepareOptions, *, progress: bool = True) -> dict[str, Path
                 allow_missing_classes=options.allow_missing_classes,
             )
             problems += [f"{dataset.modality}: {problem}" for problem in wrong]
-            dataset.notices += [*notices, *personal_notices(dataset.staged, options.input)]
+            dataset.notices += notices
+            if hashed is None:
+                dataset.notices += personal_notices(dataset.staged, options.input)
+            else:
+                dataset.staged = list(map(hashed.staged, dataset.staged))
         if problems:
             raise DataError(_listed(options.input, problems, found.notices))
+        if hashed is not None:
+            hashed.save()
         by_modality = {dataset.modality: dataset for dataset in datasets}
         for modality, notice in shared_images({name: dataset.staged for name, dataset in by_modality.items()}):
             by_modality[modality].notices.append(notice)
@@ -146,6 +156,14 @@ def _plan(
     if not requests:
         problems.append(f"{modality}: every case is left out by --split {options.split}")
     return _Dataset(modality, folder, splitting, requests, notices, [])
+
+
+def _without_names(dataset: _Dataset, hashed: HashedIds) -> _Dataset:
+    """With hashes for names; what was found in files by name is printed, and not kept."""
+    for notice in (*dataset.notices, *dataset.splitting.notices):
+        print(f"note: {notice}", file=sys.stderr)
+    splitting, requests = hashed.splitting(dataset.splitting), hashed.requests(dataset.requests)
+    return replace(dataset, splitting=splitting, requests=requests, notices=[])
 
 
 def _stage(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,6 +13,7 @@ import numpy as np
 
 from mpscl_ray.data import SPLITS
 from mpscl_ray.errors import ConfigError, DataError
+from mpscl_ray.runs import safe_json
 from mpscl_ray.runs.wording import counted
 
 PUBLISHED_TEST = {
@@ -154,10 +154,10 @@ def read_split_file(
         ConfigError: the file is missing or has another content.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = safe_json.read(path)
     except OSError as error:
         raise ConfigError(f"--split {path}: cannot be read: {error.strerror}") from error
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except ValueError as error:
         raise ConfigError(f"--split {path}: not JSON: {error}") from None
     if isinstance(content, dict) and modality in content:
         content = content[modality]

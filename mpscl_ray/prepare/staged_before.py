@@ -18,6 +18,7 @@ from mpscl_ray.data.volumes.dicom_paths import is_series, series_files
 from mpscl_ray.prepare.pictures.case import CasePicture
 from mpscl_ray.prepare.pictures.tiles import Tile
 from mpscl_ray.prepare.staged_case import Request, Settings, StagedCase
+from mpscl_ray.runs import safe_json
 from mpscl_ray.runs.atomic_files import replacing, storage_errors
 
 _PATTERN = "*_staged.json"
@@ -35,7 +36,7 @@ def take(request: Request, settings: Settings) -> StagedCase | None:
     """
     file = _file(request)
     with suppress(OSError, ValueError):  # nothing was kept, or its files are gone
-        kept = json.loads(file.read_bytes())
+        kept = safe_json.read(file)
         if kept["key"] == _key(request, settings) and kept["bytes"] == _sizes(request):
             values: dict[str, Any] = kept["case"] | {"picture": _picture(kept["case"]["picture"])}
             tuples = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}

@@ -19,12 +19,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpscl_ray.errors import DataError
+from mpscl_ray.runs.storage import read_limited
 
 Feature = list[bytes] | NDArray[np.float32] | list[int]
 
 _POLYNOMIAL = 0x82F63B78  # CRC-32C (Castagnoli), bits reversed
 _MASK_DELTA = 0xA282EAD8
-_MAX_RECORD_BYTES = 1 << 30
+_MAX_FILE_BYTES = 1 << 30
+_MAX_RECORD_BYTES = 1 << 27
+_MAX_INTEGERS = 1 << 16
+"""Of one list; the sizes of slices are single ones."""
 _LANES = 1024
 
 
@@ -117,7 +121,10 @@ def read_records(path: Path) -> Iterator[memoryview]:
     Raises:
         DataError: the file is empty, cut short, damaged or no TFRecord file.
     """
-    data = memoryview(path.read_bytes())
+    try:
+        data = memoryview(read_limited(path, _MAX_FILE_BYTES))
+    except ValueError as error:
+        raise DataError(f"{path}: {error}, expected one file for each slice, as in the release") from None
     if not data:
         raise DataError(f"{path}: the file is empty; copy or download it again")
     start = 0
@@ -214,6 +221,8 @@ def _feature(data: memoryview) -> Feature:
                 while at < len(value):
                     number, at = _varint(value, at)
                     integers.append(_signed(number))
+                    if len(integers) > _MAX_INTEGERS:
+                        raise ValueError(f"a list of more than {_MAX_INTEGERS} integers")
             return integers
     return []
 

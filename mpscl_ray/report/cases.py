@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from mpscl_ray.evaluate.metrics import StructureScore
 from mpscl_ray.predict.predictor import Predictor
 from mpscl_ray.report.runs import ReportedRun
 from mpscl_ray.report.volumes import display_affine, encode_image, original_units, plane_of
+from mpscl_ray.runs import safe_json
 from mpscl_ray.runs.storage import S3Path
 
 Scores = Sequence[StructureScore]
@@ -102,7 +102,7 @@ def read_scores(held_out: HeldOut, column: int, run: ReportedRun, phase: str) ->
     suffix = "" if held_out.protocol == "file" else f"_{held_out.protocol}_protocol"
     file = run.folder.results / f"{phase}_{held_out.split}{suffix}" / "summary.json"
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = safe_json.read(file)
         if content["dataset"]["fingerprint"] != held_out.manifest.fingerprint:
             return
         volumes = {name: [_score(row) for row in found["scores"]] for name, found in content["volumes"].items()}

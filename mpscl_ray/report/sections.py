@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -22,6 +21,7 @@ from mpscl_ray.report.figures.style import house_style, save
 from mpscl_ray.report.groups import Group
 from mpscl_ray.report.html import Section, Table
 from mpscl_ray.report.runs import ReportedRun
+from mpscl_ray.runs import safe_json
 from mpscl_ray.runs.structures import display_indices
 from mpscl_ray.runs.wording import counted
 from mpscl_ray.train.feature_log import FeatureRecord
@@ -93,7 +93,7 @@ def _scores(run: ReportedRun) -> dict[str, Any]:
     """Content of the run's ``results/phases.json``; {} where it was not evaluated."""
     file = run.folder.results / "phases.json"
     try:
-        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        content: dict[str, Any] = safe_json.read(file)
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:

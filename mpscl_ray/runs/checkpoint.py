@@ -31,29 +31,35 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import safetensors.torch
 import torch
 
 from mpscl_ray.errors import DataError, StorageError
+from mpscl_ray.runs import safe_json
 from mpscl_ray.runs.atomic_files import disk_full, free_bytes, fsync_directory, partial_path, storage_errors
+from mpscl_ray.runs.checkpoint_files import FIXED as FIXED
+from mpscl_ray.runs.checkpoint_files import (
+    FORMAT,
+    VERSION,
+    compare_sums,
+    files,
+    hash_file,
+    read_document,
+    read_file,
+    sums_text,
+)
+from mpscl_ray.runs.checkpoint_files import STATE as STATE
+from mpscl_ray.runs.checkpoint_files import SUMS as SUMS
+from mpscl_ray.runs.checkpoint_files import TENSORS as TENSORS
+from mpscl_ray.runs.checkpoint_files import CheckpointDamaged as CheckpointDamaged
 from mpscl_ray.runs.checkpoint_format import decode, encode, safetensors_chunks, safetensors_layout
-
-FORMAT = "mpscl_ray checkpoint"
-VERSION = 1
-TENSORS = "tensors.safetensors"
-FIXED = "fixed.safetensors"
-STATE = "state.json"
-SUMS = "SHA256SUMS"
 
 _NAME = re.compile(r"step-\d{7,}")
 _LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<kind>partial|replaced|removed)-\d+")
 _CHUNK = 1 << 24
 # Room for the folder itself and the blocks that files are rounded up to.
 _SLACK = 1 << 16
-
-
-class CheckpointDamaged(DataError):
-    """A checkpoint whose files are missing, unreadable or not what SHA256SUMS says."""
 
 
 def checkpoint_name(step: int) -> str:
@@ -125,6 +131,7 @@ def write(directory: Path, snapshot: Snapshot, *, same_tensors: Path | None = No
         content["fixed"] = snapshot.encoded_fixed
         layouts[FIXED] = safetensors_layout(snapshot.fixed)
     document = json.dumps(content, allow_nan=False).encode("ascii")
+    assert len(document) <= safe_json.MAX_BYTES, "a state has its numbers in tensors"
     size = sum(len(header) + sum(tensor.nbytes for tensor in ordered) for header, ordered in layouts.values())
     needed = size + len(document) + _SLACK
 
@@ -147,7 +154,7 @@ def write(directory: Path, snapshot: Snapshot, *, same_tensors: Path | None = No
                 if linked is None and name == FIXED and before is not None:
                     linked = _link(before, partial / name, _sha256(safetensors_chunks(*layout)))
                 sums.append((name, linked or _write(partial / name, safetensors_chunks(*layout))))
-            _write(partial / SUMS, [memoryview(_sums_text(sums))])
+            _write(partial / SUMS, [memoryview(sums_text(sums))])
             fsync_directory(partial)
             _rename(partial, directory)
         except BaseException:
@@ -165,26 +172,28 @@ def load(directory: Path) -> dict[str, Any]:
         DataError: Intact, but not a checkpoint that this version understands.
     """
     _recover(directory.parent, directory.name)
-    contents = {name: _read(directory, name) for name in files(_read(directory, SUMS))}
-    _compare_sums(directory, [(name, hashlib.sha256(data).hexdigest()) for name, data in contents.items()])
-    document = _document(directory, contents[STATE], list(contents))
-    state = decode(document["state"], safetensors.torch.load(contents[TENSORS]))
-    assert isinstance(state, dict)
-    if FIXED in contents:
-        state["fixed"] = decode(document["fixed"], safetensors.torch.load(contents[FIXED]))
+    contents = {name: read_file(directory, name) for name in files(read_file(directory, SUMS))}
+    compare_sums(directory, [(name, hashlib.sha256(data).hexdigest()) for name, data in contents.items()])
+    document = read_document(directory, contents[STATE], list(contents))
+    try:
+        state = decode(document["state"], safetensors.torch.load(contents[TENSORS]))
+        if not isinstance(state, dict):
+            raise TypeError("its state is no object")
+        if FIXED in contents:
+            state["fixed"] = decode(document["fixed"], safetensors.torch.load(contents[FIXED]))
+    except (safetensors.SafetensorError, LookupError, TypeError, ValueError, RuntimeError) as error:
+        raise DataError(
+            f"{directory} is not a checkpoint of mpscl_ray, though its hashes are right: {STATE} and the tensors do "
+            f"not belong together ({error}); use it only if you know who changed it"
+        ) from error
     return state
 
 
 def verify(directory: Path) -> None:
     """Check the hashes of a checkpoint without loading it. Raises as :func:`load` does."""
-    document, names = _read(directory, STATE), files(_read(directory, SUMS))
-    _compare_sums(directory, [(name, _hash(directory, name)) for name in names])
-    _document(directory, document, names)
-
-
-def files(sums: bytes) -> list[str]:
-    """Names of the other files of a checkpoint, from its SHA256SUMS."""
-    return [STATE, TENSORS, *([FIXED] if f"  {FIXED}\n".encode() in sums else [])]
+    document, names = read_file(directory, STATE), files(read_file(directory, SUMS))
+    compare_sums(directory, [(name, hash_file(directory, name)) for name in names])
+    read_document(directory, document, names)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -282,10 +291,6 @@ def _link(other: Path, file: Path, sha256: str | None = None) -> str | None:
     return match.group(1)
 
 
-def _sums_text(hashes: Sequence[tuple[str, str]]) -> bytes:
-    return "".join(f"{digest}  {name}\n" for name, digest in hashes).encode("ascii")
-
-
 def _rename(partial: Path, directory: Path) -> None:
     """Give a complete checkpoint its name. A folder cannot replace another, so an old one is renamed first."""
     aside = directory.with_name(f".{directory.name}.replaced-{os.getpid()}")
@@ -327,70 +332,3 @@ def _clean(parent: Path) -> None:
     for entry, kind, target in _leftovers(parent):
         if kind != "replaced" or target.exists():
             shutil.rmtree(entry, ignore_errors=True)
-
-
-def _damaged(directory: Path, what: str) -> CheckpointDamaged:
-    return CheckpointDamaged(
-        f"checkpoint {directory} is damaged: {what}; use an earlier checkpoint, or copy this one again"
-    )
-
-
-def _unreadable(directory: Path, name: str, error: OSError) -> DataError | StorageError:
-    if isinstance(error, PermissionError):
-        return StorageError(f"cannot read {directory / name}: {error.strerror}")
-    if isinstance(error, FileNotFoundError):
-        return _damaged(directory, f"{name} is missing")
-    if isinstance(error, NotADirectoryError):
-        return DataError(f"{directory} is a file, expected the folder of a checkpoint, such as {checkpoint_name(300)}")
-    return _damaged(directory, f"{name} cannot be read ({error.strerror})")
-
-
-def _read(directory: Path, name: str) -> bytes:
-    try:
-        return (directory / name).read_bytes()
-    except OSError as error:
-        raise _unreadable(directory, name, error) from error
-
-
-def _hash(directory: Path, name: str) -> str:
-    try:
-        with open(directory / name, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise _unreadable(directory, name, error) from error
-
-
-def _compare_sums(directory: Path, hashes: Sequence[tuple[str, str]]) -> None:
-    """Compare SHA256SUMS, byte for byte, with what it must say of the files as they are."""
-    text = _read(directory, SUMS)
-    if text == _sums_text(hashes):
-        return
-    for name, found in hashes:
-        match = re.search(rf"^([0-9a-f]{{64}})  {re.escape(name)}$", text.decode("ascii", "replace"), re.MULTILINE)
-        if match is None:
-            raise _damaged(directory, f"{SUMS} has no readable line for {name}")
-        if match.group(1) != found:
-            raise _damaged(directory, f"{name} has the SHA-256 {found}, {SUMS} says {match.group(1)}")
-    raise _damaged(directory, f"{SUMS} has lines that do not belong there")
-
-
-def _document(directory: Path, data: bytes, names: Sequence[str]) -> dict[str, Any]:
-    """Parse a verified state.json, and compare the files that SHA256SUMS names with those that it needs.
-
-    Refuses one that this version of mpscl_ray does not understand.
-    """
-    try:
-        document = json.loads(data)
-    except ValueError:
-        document = None
-    if not isinstance(document, dict) or document.get("format") != FORMAT:
-        raise DataError(f'{directory} is not a checkpoint of mpscl_ray: {STATE} lacks "format": "{FORMAT}"')
-    if document.get("version") != VERSION:
-        raise DataError(
-            f"checkpoint {directory} has version {document.get('version')!r}, this mpscl_ray reads version {VERSION}; "
-            f"use the mpscl_ray that wrote it"
-        )
-    if ("fixed" in document) != (FIXED in names):
-        lacks, has = (SUMS, STATE) if "fixed" in document else (STATE, SUMS)
-        raise _damaged(directory, f"{has} names {FIXED}, and {lacks} does not")
-    return document

@@ -13,8 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from mpscl_ray.errors import DataError, StorageError
+from mpscl_ray.runs import safe_json
 from mpscl_ray.runs.atomic_files import storage_errors, write_atomically
+from mpscl_ray.runs.storage import read_limited
 
+MAX_BYTES = 1 << 30
+"""Of a whole file: a million records."""
 _NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
@@ -80,11 +84,13 @@ class JsonLines:
     def _parse(self) -> tuple[list[dict[str, Any]], int]:
         """The whole records, and the number of bytes that they take."""
         try:
-            data = self.file.read_bytes()
+            data = read_limited(self.file, MAX_BYTES)
         except FileNotFoundError:
             return [], 0
         except OSError as error:
             raise StorageError(f"cannot read {self.file}: {error.strerror}") from error
+        except ValueError as error:
+            raise DataError(f"{self.file} is damaged: {error}; move it away") from error
         records: list[dict[str, Any]] = []
         whole = 0
         for number, line in enumerate(data.splitlines(keepends=True), start=1):
@@ -102,7 +108,7 @@ class JsonLines:
         if not line.endswith(b"\n"):
             return None
         try:
-            record = json.loads(line)
+            record = safe_json.loads(line)
         except ValueError:
             return None
         return _decode(record) if isinstance(record, dict) and self._is_valid(record) else None

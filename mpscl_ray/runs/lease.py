@@ -18,6 +18,7 @@ import time
 from typing import Any
 
 from mpscl_ray.errors import ClusterError, ConfigError
+from mpscl_ray.runs import safe_json
 from mpscl_ray.runs.environment import now
 from mpscl_ray.runs.lock import process_alive
 from mpscl_ray.runs.storage import S3Path
@@ -111,7 +112,7 @@ class Lease:
 
     def _read(self) -> dict[str, Any]:
         try:
-            content = json.loads(self._remote.read_bytes())
+            content = safe_json.read(self._remote)
         except (FileNotFoundError, ValueError):
             return {}
         return content if isinstance(content, dict) else {}

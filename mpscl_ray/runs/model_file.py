@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import re
 import struct
 import zipfile
@@ -26,6 +25,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from mpscl_ray.errors import DataError
+from mpscl_ray.runs import safe_json
 
 FORMAT = "mpscl_ray model"
 VERSION = 1
@@ -139,7 +139,7 @@ def _check_entries(entries: list[zipfile.ZipInfo], available: int) -> None:
 def _check_version(text: bytes) -> None:
     """Refuse a newer format, which may have other members; what is damaged is found by its hash."""
     try:
-        version = json.loads(text)["format_version"]
+        version = safe_json.loads(text)["format_version"]
     except (ValueError, KeyError, TypeError, RecursionError):
         return
     if isinstance(version, int) and version > VERSION:
@@ -158,7 +158,7 @@ def _check_sums(members: Mapping[str, bytes]) -> None:
 def _check_contents(members: Mapping[str, bytes]) -> None:
     """Whether description and weights are of one network, found without making one."""
     try:
-        model = json.loads(members[MODEL])
+        model = safe_json.loads(members[MODEL])
         network, size = model["network"], model["size"]
         if model["format"] != FORMAT or model["format_version"] != VERSION:
             raise ValueError(f"format {model['format']!r}, version {model['format_version']!r}")
@@ -192,7 +192,7 @@ def _stored_tensors(data: bytes) -> dict[str, tuple[str, list[int]]]:
     length = int.from_bytes(data[:8], "little")
     if length > min(_LARGEST_TEXT, len(data) - 8):
         raise ValueError(f"a header of {length} bytes in {WEIGHTS}")
-    header = json.loads(data[8 : 8 + length])
+    header = safe_json.loads(data[8 : 8 + length])
     return {name: (str(entry["dtype"]), list(entry["shape"])) for name, entry in header.items()}
 
 

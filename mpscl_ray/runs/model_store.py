@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 from mpscl_ray.errors import ConfigError, DataError, StorageError
-from mpscl_ray.runs import checkpoint
+from mpscl_ray.runs import checkpoint, safe_json
 from mpscl_ray.runs.atomic_files import storage_errors
 from mpscl_ray.runs.local_store import LocalStore
 from mpscl_ray.runs.model_file import (
@@ -79,12 +78,12 @@ class ModelStore(LocalStore):
     @property
     def weights_name(self) -> str:
         """Name of the checkpoint in the run that the model was exported from."""
-        return str(json.loads((self.path / MODEL).read_bytes())["weights"]["name"])
+        return str(safe_json.read_object(self.path / MODEL)["weights"]["name"])
 
     @property
     def card(self) -> dict[str, Any]:
         """The model card, as somebody wrote it. Raises ValueError or TypeError where it is no JSON object."""
-        return dict(json.loads((self.path / CARD).read_bytes()))
+        return dict(safe_json.read(self.path / CARD))
 
 
 def _unpacked(file: Path | S3Path) -> Path:
@@ -117,7 +116,7 @@ def _state(members: dict[str, bytes], file: str) -> dict[str, Any]:
     import safetensors
     import safetensors.torch
 
-    model = json.loads(members[MODEL])
+    model = safe_json.loads(members[MODEL])
     try:
         origin = model["weights"]
         if not isinstance(origin["name"], str):

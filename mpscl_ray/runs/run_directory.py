@@ -45,7 +45,7 @@ from typing import Any, Literal
 import yaml
 
 from mpscl_ray.errors import ConfigError, DataError, StorageError
-from mpscl_ray.runs import safe_yaml
+from mpscl_ray.runs import safe_json, safe_yaml
 from mpscl_ray.runs.atomic_files import storage_errors
 from mpscl_ray.runs.bucket_store import BucketStore
 from mpscl_ray.runs.config_diff import check_config_change
@@ -207,7 +207,7 @@ class RunDirectory:
 
     def read_model(self) -> dict[str, Any]:
         """Raises DataError where model.json is missing or damaged. Datasets may have moved together with the run."""
-        model = _read_json(self.model_file)
+        model = safe_json.read_object(self.model_file)
         return with_moved_datasets(model, self.path) if isinstance(self.store, LocalStore) else model
 
     def add_postprocessing(self, weights_sha256: str, chosen: Mapping[str, Any]) -> None:
@@ -253,7 +253,7 @@ class RunDirectory:
     def read_status(self) -> dict[str, Any]:
         """status.json, or {}. A killed run still says ``running``: its store's ``lock_owner()`` is None then."""
         file = self.store.refresh(self.status_file)
-        return _read_json(file) if file.exists() else {}
+        return safe_json.read_object(file) if file.exists() else {}
 
     def append_metrics(self, record: Mapping[str, Any]) -> None:
         """Add a record to metrics.jsonl; it is on the disk when this returns. Raises StorageError."""
@@ -280,23 +280,9 @@ def _json(content: Mapping[str, Any]) -> bytes:
     return (json.dumps(content, indent=1, allow_nan=False) + "\n").encode()
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_bytes())
-    except FileNotFoundError as error:
-        raise DataError(f"{file} is missing: the run was stopped before it wrote one") from error
-    except OSError as error:
-        raise StorageError(f"cannot read {file}: {error.strerror}") from error
-    except ValueError as error:
-        raise DataError(f"{file} is damaged: it does not read as JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise DataError(f"{file} is damaged: expected a JSON object")
-    return content
-
-
 def _lenient(file: Path) -> dict[str, Any]:
     """Contents of a JSON file that is about to be replaced; {} where it is missing or damaged."""
     try:
-        return _read_json(file)
+        return safe_json.read_object(file)
     except (DataError, StorageError):
         return {}

@@ -71,6 +71,18 @@ def join_location(location: str | Path | S3Path, *names: str) -> Path | S3Path:
     return found
 
 
+def read_limited(file: Path | S3Path, max_bytes: int) -> bytes:
+    """Contents of a file or an object that anyone may have written. Raises OSError; ValueError where it is larger."""
+    if isinstance(file, S3Path):
+        content = file.read_bytes(max_bytes + 1)
+    else:
+        with file.open("rb") as stream:
+            content = stream.read(min(os.fstat(stream.fileno()).st_size, max_bytes) + 1)  # read takes memory for all
+    if len(content) > max_bytes:
+        raise ValueError(f"it is larger than {max_bytes} bytes")
+    return content
+
+
 def delete_file(file: Path | S3Path) -> None:
     """Remove a file or an object, if there is one. Raises StorageError."""
     if isinstance(file, S3Path):
@@ -163,9 +175,9 @@ class S3Path:
         """Name of the server, for messages."""
         return _endpoint(self.query) or "AWS"
 
-    def read_bytes(self) -> bytes:
-        """Contents of the object. Raises FileNotFoundError where there is none."""
-        return self._read_one_version(lambda stream: bytes(stream.read()))
+    def read_bytes(self, at_most: int | None = None) -> bytes:
+        """Contents of the object, or its first bytes. Raises FileNotFoundError where there is none."""
+        return self._read_one_version(lambda stream: bytes(stream.read(at_most)))
 
     def write_bytes(self, data: bytes) -> None:
         """Make or replace the object."""

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from mpscl_ray.errors import StorageError
 from mpscl_ray.runs.atomic_files import partial_path
-from mpscl_ray.runs.checkpoint import SUMS, files
+from mpscl_ray.runs.checkpoint_files import LARGEST_SUMS, SUMS, files
 from mpscl_ray.runs.storage import S3Path
 
 INTERVAL_S = 2.0
@@ -267,7 +267,7 @@ def delete_path(remote: S3Path) -> None:
 def download_checkpoint(remote: S3Path, target: Path) -> bool:
     """Download a checkpoint, unless the same one is here; False where there is no complete one. Verifies no hash."""
     try:
-        sums = (remote / SUMS).read_bytes()
+        sums = (remote / SUMS).read_bytes(LARGEST_SUMS)
         if (target / SUMS).is_file() and (target / SUMS).read_bytes() == sums:
             return True
         partial = partial_path(target)

@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 from mpscl_ray.errors import ConfigError, MpsclError
+from mpscl_ray.runs import safe_json
 from mpscl_ray.runs.atomic_files import write_atomically
 from mpscl_ray.runs.environment import now
 from mpscl_ray.runs.run_directory import RunDirectory
@@ -216,7 +217,7 @@ class _Destination:
 
     def _read(self) -> dict[str, Any]:
         try:
-            content: dict[str, Any] = json.loads(self._file.read_bytes())
+            content: dict[str, Any] = safe_json.read(self._file)
         except (OSError, ValueError):
             return {}
         return content

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 from mpscl_ray.config import Config, reads_target
 from mpscl_ray.config.titles import phase_title
 from mpscl_ray.evaluate.run import PHASES_JSON, PHASES_TABLE
-from mpscl_ray.runs import json_output
+from mpscl_ray.runs import json_output, safe_json
 from mpscl_ray.runs.control_files import WARNINGS_FILE, WORKER_FAILURES_FILE
 from mpscl_ray.runs.next_steps import command_line, logger_lines
 from mpscl_ray.runs.progress import ProgressLine
@@ -129,7 +128,7 @@ class ProgressDisplay:
 def print_results(folder: RunDirectory) -> None:
     """Print the table of the phases' scores."""
     table, scores = folder.results / PHASES_TABLE, folder.results / PHASES_JSON
-    json_output.report(run=folder.display_path, scores=json.loads(scores.read_bytes()) if scores.exists() else None)
+    json_output.report(run=folder.display_path, scores=safe_json.read_object(scores) if scores.exists() else None)
     if table.exists():
         print(f"\n{table.read_text(encoding='utf-8')}")
     else:
@@ -146,7 +145,7 @@ def print_next_steps(folder: RunDirectory, loggers: Sequence[str]) -> None:
     ]
     table = folder.results / PHASES_JSON
     if table.exists():
-        split = json.loads(table.read_text(encoding="utf-8"))["split"]
+        split = safe_json.read_object(table)["split"]
         commands.insert(0, command_line("evaluate", run, *(["--split", split] if split != "test" else [])))
     json_output.report(next=commands)
     print(

@@ -38,8 +38,10 @@ from mpscl_ray.data.parquet_reader import Arrays
 from mpscl_ray.data.slice_selection import evenly_spaced
 from mpscl_ray.data.slices import Slices
 from mpscl_ray.distributed import collectives
+from mpscl_ray.errors import DataError
 from mpscl_ray.methods.base import Method
 from mpscl_ray.methods.prototypes import PrototypeClassifier, downsample_labels, self_paced_pseudo_labels
+from mpscl_ray.runs import safe_npz
 from mpscl_ray.runs.atomic_files import storage_errors, write_atomically
 from mpscl_ray.runs.json_lines import MetricsLog
 
@@ -128,11 +130,11 @@ class FeatureRecord:
     def read_slices(self) -> dict[str, NDArray[Any]] | None:
         """Contents of slices.npz; None where nothing was recorded."""
         file = self.panels / SLICES_FILE
-        return dict(np.load(file, allow_pickle=False)) if file.exists() else None
+        return _load(file) if file.exists() else None
 
     def read_panels(self) -> list[PseudoLabels]:
         """Pseudo-labels of the kept slices, in the order of the steps."""
-        return [PseudoLabels(step, **np.load(file, allow_pickle=False)) for step, file in self._panel_files()]
+        return [PseudoLabels(step, **_load(file)) for step, file in self._panel_files()]
 
     def _panel_files(self) -> list[tuple[int, Path]]:
         found = ((re.fullmatch(r"step-(\d+)\.npz", file.name), file) for file in self.panels.glob("step-*.npz"))
@@ -174,6 +176,13 @@ class _Counts:
         nearest, selected, label, confusion = (total.long().tolist() for total in sums)
         found: dict[str, Any] = {"delta_th": self.classifier.delta_th, "nearest": nearest, "selected": selected}
         return found | ({"label": label, "selected_confusion": confusion} if labelled else {})
+
+
+def _load(file: Path) -> dict[str, NDArray[Any]]:
+    try:
+        return safe_npz.read(file)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{file} is damaged ({error}); remove it") from error
 
 
 def _save(file: Path, arrays: Mapping[str, NDArray[Any]]) -> None:

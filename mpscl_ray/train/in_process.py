@@ -5,7 +5,6 @@ It writes the same run folder as the train command, which can resume it, evaluat
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import shlex
@@ -24,7 +23,7 @@ from mpscl_ray.errors import ConfigError, TrainingError
 from mpscl_ray.evaluate.run import evaluate_phases
 from mpscl_ray.predict.predictor import choose_device
 from mpscl_ray.prepare import phantom_dataset
-from mpscl_ray.runs import checkpoint
+from mpscl_ray.runs import checkpoint, safe_json
 from mpscl_ray.runs.lifecycle import record_status
 from mpscl_ray.runs.position import training_status
 from mpscl_ray.runs.run_directory import RunDirectory
@@ -160,7 +159,7 @@ def _result(folder: RunDirectory, config: Config) -> TrainingResult:
     scores: dict[str, dict[str, dict[str, float]]] = {}
     table = folder.results / "phases.json"
     if table.exists():
-        rows = json.loads(table.read_text(encoding="utf-8"))["rows"].values()
+        rows = safe_json.read_object(table)["rows"].values()
         for (phase, _), row in zip(config.schedule, rows, strict=True):
             scores[phase] = {
                 structure: {measure: _number(values[measure]["mean"]) for measure in _MEASURES}

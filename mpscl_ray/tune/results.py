@@ -14,7 +14,7 @@ from mpscl_ray.evaluate.evaluation import PROTOCOLS, write_rows
 from mpscl_ray.evaluate.run import evaluate_phases
 from mpscl_ray.evaluate.table_files import without_nan, write_tables
 from mpscl_ray.evaluate.tables import Summary, csv_text
-from mpscl_ray.runs import json_output
+from mpscl_ray.runs import json_output, safe_json
 from mpscl_ray.runs.atomic_files import write_atomically
 from mpscl_ray.runs.next_steps import command_line, logger_lines
 from mpscl_ray.runs.storage import join_location
@@ -206,7 +206,7 @@ def _evaluate(study: Study, trials: list[Trial], best: Trial | None) -> None:
 def _evaluated_phases(file: Path) -> dict[str, list[str]]:
     """Phases of each trial that an earlier evaluation has scored; {} where there was none."""
     try:
-        return dict(json.loads(file.read_bytes())["trials"])
+        return dict(safe_json.read(file)["trials"])
     except (OSError, ValueError, KeyError, TypeError):
         return {}
 
@@ -259,6 +259,6 @@ def print_results(study: Study) -> None:
     json_output.report(
         folder=location,
         preset=None if best is None else join_location(location, PRESET),
-        **json.loads((study.folder.results / SUMMARY).read_bytes()),
+        **safe_json.read_object(study.folder.results / SUMMARY),
         next=list(following),
     )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import configparser
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -18,7 +20,7 @@ from mpscl_ray import __version__
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = (
     "mpscl_ray tune_spaces setup.cfg pyproject.toml MANIFEST.in README.md CHANGELOG.md LICENSE CITATION.cff "
-    "constraints.txt"
+    "constraints.txt constraints-hashes.txt"
 )
 
 pytest.importorskip("setuptools", minversion="77")  # Builds here, without an isolated environment from the network.
@@ -32,6 +34,34 @@ def test_the_citation_has_what_its_format_requires() -> None:
     for author in (*citation["authors"], *citation["preferred-citation"]["authors"]):
         assert author.keys() in ({"name"}, {"family-names", "given-names"})
     assert citation["version"] == __version__
+
+
+def pin(line: str) -> tuple[str, str]:
+    """Name as pip compares it, and version."""
+    name, _, version = line.partition(";")[0].strip(" \\").partition("==")
+    return re.sub(r"[-_.]+", "-", name.lower()), version
+
+
+def test_the_versions_with_hashes_are_those_of_the_constraints() -> None:
+    """What ``pip install --require-hashes`` takes: for each package a version and at least one hash."""
+    first, *rest = (ROOT / "constraints-hashes.txt").read_text(encoding="utf-8").splitlines()
+    assert first.startswith("#")
+    name, hashes = "", dict[str, int]()
+    versions: dict[str, str] = {}
+    for line in rest:
+        if line.startswith("    --hash=sha256:"):
+            hashes[name] = hashes.get(name, 0) + 1
+        else:
+            name, version = pin(line)
+            versions[name] = version
+    assert hashes.keys() == versions.keys()
+    plain = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pinned = dict(pin(line) for line in plain if not line.startswith("#"))
+    assert {name: version for name, version in versions.items() if pinned.get(name, version) != version} == {}
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    needed = [re.split(r"[\[><=]", line)[0] for line in setup["options"]["install_requires"].split()]
+    assert {pin(name)[0] for name in needed} <= versions.keys()
 
 
 def build(source: Path, kind: str, out: Path) -> Path:

@@ -1,4 +1,4 @@
-"""Files from strangers: nothing in the package can run what a file holds, and a small YAML file stays small."""
+"""Files from strangers: nothing in the package can run what a file holds, and a small file stays small."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ UNSAFE_MODULES = {"cloudpickle", "dill", "joblib", "marshal", "shelve"}
 UNSAFE_CALLS = {
     "eval",
     "exec",
+    "json.load",
+    "json.loads",  # runs.safe_json has limits beside
     "os.system",
     "os.popen",
     "pickle.load",
@@ -32,6 +34,15 @@ UNSAFE_CALLS = {
 UNSAFE_METHODS = {"extract", "extractall"}
 REQUIRED = {"torch.load": ("weights_only", True), "np.load": ("allow_pickle", False)}
 """Calls that are safe with this argument alone."""
+
+PARSE_THEIR_OWN_JSON = {
+    "compare/runner.py",  # what a cell has reported
+    "distributed/collectives.py",  # what the other workers of the training send
+    "export/card.py",  # what it has just written
+    "runs/safe_json.py",
+    "tune/trainable.py",  # what the command has given to its trial
+}
+"""Modules with a call of json.loads that never sees a file of others."""
 
 
 def unsafe(text: str) -> Iterator[str]:
@@ -60,7 +71,9 @@ def test_no_module_can_run_what_a_file_holds() -> None:
     files = sorted(PACKAGE.rglob("*.py"))
     assert len(files) > 100
     found = {str(file.relative_to(PACKAGE)): list(unsafe(file.read_text(encoding="utf-8"))) for file in files}
-    assert {file: calls for file, calls in found.items() if calls} == {}
+    assert {file: calls for file, calls in found.items() if calls} == {
+        file: ["json.loads"] for file in PARSE_THEIR_OWN_JSON
+    }
 
 
 @pytest.mark.parametrize(
@@ -74,6 +87,7 @@ def test_no_module_can_run_what_a_file_holds() -> None:
         "torch.load(path)",
         "yaml.load(text, Loader=yaml.Loader)",
         "yaml.safe_load(text)",
+        "json.loads(file.read_bytes())",
         "archive.extractall(folder)",
         "subprocess.run(command, shell=True)",
         "eval(text)",

@@ -212,7 +212,7 @@ def _refuse_two_meanings(path: Path, header: Any) -> None:
             f"{'qform' if has_qform else 'pixdim'}"
         )
     qform = _qform(header) if has_qform else None
-    if qform is None:
+    if qform is None or not np.isfinite(qform).all():  # a quaternion that is none says nothing against the sform
         return
     letters = orientation_letters(sform), orientation_letters(qform)
     cosines = (sform[:3, :3] / voxel_sizes(sform) * (qform[:3, :3] / voxel_sizes(qform))).sum(axis=0)

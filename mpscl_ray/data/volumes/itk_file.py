@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,10 @@ from mpscl_ray.data.volumes.personal_data import is_private_key
 from mpscl_ray.errors import DataError
 
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0])
+DEFLATE_LIMIT = 1040
+"""No deflate stream holds more than this many bytes per compressed byte."""
 _UNIT_MM = 2
+_LARGEST_HEADER = 1 << 20
 
 
 def read_itk(
@@ -29,8 +33,10 @@ def read_itk(
         with texts that may name a person.
 
     Raises:
-        DataError: The file is damaged, too large, or has vectors or complex numbers as voxels.
+        DataError: The file is damaged, too large, keeps its voxels in another file, or has vectors or complex numbers
+            as voxels.
     """
+    _check_one_file(path)
     import SimpleITK  # Not at the top: few datasets need it, and it takes a while.
 
     itk: Any = SimpleITK
@@ -44,8 +50,15 @@ def read_itk(
             raise DataError(f"{path} has voxels of type {kind}; expected one real number each")
         if math.prod(shape) > max_voxels:
             raise DataError(f"{path} has {math.prod(shape)} voxels, more than the limit of {max_voxels}; crop it first")
+        size_in_bytes = path.stat().st_size
+        if math.prod(shape) > size_in_bytes * DEFLATE_LIMIT:
+            raise DataError(
+                f"{path} is truncated or its header is wrong: its {size_in_bytes} bytes cannot hold "
+                f"{math.prod(shape)} voxels; copy or export it again"
+            )
         image = reader.Execute()
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1].removeprefix("ITK ERROR: ")
         raise DataError(f"{path} cannot be read by SimpleITK ({reason}); copy or export it again") from None
@@ -62,6 +75,26 @@ def read_itk(
     header["pixdim"][1 : len(shape) + 1] = image.GetSpacing()
     private = tuple(key for key in reader.GetMetaDataKeys() if is_private_key(key) and reader.GetMetaData(key).strip())
     return header, array.reshape(-1), shape, digest, (), private
+
+
+def _check_one_file(path: Path) -> None:
+    """Refuse a header whose voxels are in another file, which could be any file of this machine."""
+    with path.open("rb") as file:
+        start = file.read(_LARGEST_HEADER)
+    if start.startswith(b"NRRD"):
+        others = re.findall(rb"^\s*data ?file\s*:\s*([^\r\n]*)", start, re.MULTILINE | re.IGNORECASE)
+        whole = re.search(rb"\n\r?\n", start) is not None
+    else:
+        named = re.findall(rb"^\s*ElementDataFile\s*[=:]\s*([^\r\n]*)", start, re.MULTILINE | re.IGNORECASE)
+        others = [name for name in named if name.strip().lower() != b"local"]
+        whole = bool(named)
+    if others:
+        raise DataError(
+            f"{path} keeps its voxels in another file ({others[0].decode('utf-8', 'replace').strip()!r}), which is not "
+            "read; export it as one file"
+        )
+    if not whole:
+        raise DataError(f"{path} has no whole header of an NRRD or MetaImage file; copy or export it again")
 
 
 def nifti_header(dtype: np.dtype[Any], shape: tuple[int, ...], affine: FloatArray) -> Any:

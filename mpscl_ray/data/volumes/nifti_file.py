@@ -24,12 +24,10 @@ from mpscl_ray.data.volumes.dicom import read_dicom
 from mpscl_ray.data.volumes.dicom_files import is_directory_file
 from mpscl_ray.data.volumes.dicom_paths import is_dicom, is_series
 from mpscl_ray.data.volumes.file_names import ITK_ENDINGS, VOLUME_ENDINGS, has_ending
-from mpscl_ray.data.volumes.itk_file import read_itk
+from mpscl_ray.data.volumes.itk_file import DEFLATE_LIMIT, read_itk
 from mpscl_ray.errors import DataError
 
 _CHUNK = 1 << 20
-_DEFLATE_LIMIT = 1040
-"""No deflate stream holds more than this many bytes per compressed byte."""
 _TRAILING_LIMIT = 1 << 20
 """Largest number of bytes after the voxels that is ignored; some writers pad their files."""
 _EXTENSIONS_LIMIT = 1 << 28
@@ -136,7 +134,7 @@ def _read(path: Path, file: BinaryIO, size: int, zipped: bool, max_voxels: int) 
     shape, dtype = _check_header(path, header, max_voxels)
     offset = _check_offset(path, header, len(start), dtype.itemsize)
     wanted = math.prod(shape) * dtype.itemsize
-    room = size * _DEFLATE_LIMIT if zipped else size
+    room = size * DEFLATE_LIMIT if zipped else size
     if offset + wanted > room:
         held = f"its {size} bytes" + (" of gzip data" if zipped else "")
         raise DataError(

@@ -6,7 +6,6 @@ The train command, searches and comparisons share it. Ray must be connected (``r
 from __future__ import annotations
 
 import functools
-import json
 import math
 import os
 import threading
@@ -32,6 +31,7 @@ from mpscl_ray.errors import (
     StorageError,
     TrainingError,
 )
+from mpscl_ray.runs import safe_json
 from mpscl_ray.runs.control_files import FAILURE_FILE, STOP_FILE
 from mpscl_ray.runs.run_directory import RunDirectory
 from mpscl_ray.train.loop import TrainResult
@@ -183,7 +183,7 @@ class Launch:
         (self.folder.path / STOP_FILE).unlink(missing_ok=True)
         failure = self.folder.path / FAILURE_FILE
         if failure.exists():
-            content = json.loads(failure.read_text(encoding="utf-8"))
+            content = safe_json.read_object(failure)
             failure.unlink()
             raise _final(content)
         if self._error is not None:

@@ -20,6 +20,7 @@ import torch
 from mpscl_ray.config import Config, config_from_dict
 from mpscl_ray.distributed import collectives
 from mpscl_ray.errors import MpsclError, StorageError
+from mpscl_ray.runs import safe_json
 from mpscl_ray.runs.atomic_files import write_atomically
 from mpscl_ray.runs.control_files import FAILURE_FILE, STOP_FILE, VALIDATION_GATE_FILE
 from mpscl_ray.runs.run_directory import RunDirectory, open_run
@@ -55,7 +56,7 @@ def run_worker(
     run.store.init_worker_dir()
     failure = run.path / FAILURE_FILE
     if failure.exists():
-        return {"state": "failed", **json.loads(failure.read_text(encoding="utf-8"))}
+        return {"state": "failed", **safe_json.read_object(failure)}
     log_to(run.logs / f"worker-{rank}.log")
     torch.set_num_threads(max(1, int(config.scaling.cpus_per_worker)))
     device = ray.train.torch.get_device()

@@ -1,6 +1,10 @@
 """Kill processes that write checkpoints, check what is left, and print a report as JSON.
 
-Run by test_checkpoint.py in its own process, which loads torch once and forks the writers.
+    python -m tests.unit.runs.checkpoint_kills EMPTY_FOLDER [KILLS]
+
+KILLS is the number of kills at random moments, half of them while new checkpoints are written and half while one is
+replaced (20 by default). Forty more of each hit a writer before its first system calls, one after the other.
+test_checkpoint_writing.py runs this in its own process, which loads torch once and forks the writers.
 """
 
 from __future__ import annotations
@@ -20,7 +24,7 @@ import torch
 
 from mpscl_ray.runs import checkpoint
 
-RANDOM_KILLS = 10
+RANDOM_KILLS = 20
 CALLS = 40
 LARGE, SMALL = 500_000, 1_000
 """Numbers in a state: writing takes a share of the time that a kill can hit, or next to none of the test's time."""
@@ -111,16 +115,16 @@ def judge(folder: Path, size: int, acknowledged: int) -> tuple[str | None, bool]
     return None, half_way
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, random_kills: int) -> None:
     start = time.perf_counter()
     for step in range(3):
         checkpoint.save(folder / "timing" / f"{step}", state(step, LARGE))
     one_save = (time.perf_counter() - start) / 3
     random_numbers = random.Random(20)
-    report: dict[str, Any] = {"kills": 0, "half_way": 0, "lost": []}
+    report: dict[str, Any] = {"kills": 0, "random": 0, "half_way": 0, "lost": []}
     for mode in ("new", "replace"):
         plans: list[tuple[int, dict[str, Any]]] = [
-            (LARGE, {"seconds": random_numbers.uniform(0.5, 5) * one_save}) for _ in range(RANDOM_KILLS)
+            (LARGE, {"seconds": random_numbers.uniform(0.5, 5) * one_save}) for _ in range(random_kills // 2)
         ]
         # As many calls as the first checkpoints of either mode take, removals and replacements included.
         plans += [(SMALL, {"call": number}) for number in range(1, CALLS + 1)]
@@ -128,6 +132,7 @@ def main(folder: Path) -> None:
             where = folder / "writer"
             lost, half_way = judge(where, size, run_and_kill(where, mode, size, **plan))
             report["kills"] += 1
+            report["random"] += "seconds" in plan
             report["half_way"] += half_way
             if lost:
                 report["lost"].append({"mode": mode, **plan, "lost": lost})
@@ -136,4 +141,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else RANDOM_KILLS)
