@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -19,7 +18,7 @@ from mpscl_ray.evaluate.subject import find_dataset
 from mpscl_ray.evaluate.tables import default_measures
 from mpscl_ray.predict.model import read_model
 from mpscl_ray.predict.predictor import choose_device
-from mpscl_ray.runs import json_output, safe_yaml
+from mpscl_ray.runs import json_output, safe_json, safe_yaml
 from mpscl_ray.runs.model_store import open_model
 from mpscl_ray.runs.run_directory import RunDirectory, open_run
 from mpscl_ray.runs.storage import join_location
@@ -139,7 +138,7 @@ def _choose_and_evaluate_phases(home: RunDirectory, how: Mapping[str, Any]) -> i
     if not evaluate_phases(home, phases, choose=False, **how):
         print("no volume of the target is labelled, so nothing was scored")
         return 0
-    json_output.report(scores=json.loads((home.results / PHASES_JSON).read_bytes()))
+    json_output.report(scores=safe_json.read_object(home.results / PHASES_JSON))
     print(f"\n{(home.results / PHASES_TABLE).read_text(encoding='utf-8')}")
     print(f"written to {join_location(home.display_path, 'results')}; predict and export take the rules from now on")
     return 0

@@ -218,7 +218,7 @@ class RunDirectory:
 
     def read_postprocessing(self) -> dict[str, Any]:
         """By the SHA-256 of the weights; {} where nothing was chosen. Raises DataError for a damaged file."""
-        return _read_json(self.postprocessing_file) if self.store.has(self.postprocessing_file) else {}
+        return safe_json.read_object(self.postprocessing_file) if self.store.has(self.postprocessing_file) else {}
 
     def write_environment(self, command: list[str] | None = None) -> None:
         """Keep versions and platform; what an earlier start wrote moves to ``logs/environment-<its time>.json``."""
