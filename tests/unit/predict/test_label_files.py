@@ -172,5 +172,5 @@ def test_python_takes_the_format_from_the_name(run: Path, scans: Path, tmp_path:
     )
     np.testing.assert_array_equal(slicerio.read_segmentation(str(own))["voxels"], np.asarray(nib.load(plain).dataobj))
     for name in ("a.nrrd", "a.seg", "a.mha"):
-        with pytest.raises(ConfigError, match=r"ends in \.nii, \.nii\.gz or \.seg\.nrrd"):
+        with pytest.raises(ConfigError, match=r"ends in \.nii\.gz, \.nii or \.seg\.nrrd"):
             trained.predict_file(scans / "a.nii.gz", tmp_path / name, modality="mr")
