@@ -60,6 +60,8 @@ class RunConfig:
     ] = "label_free"
     """What the checkpoint `best` is chosen by: source validation Dice minus target entropy; another label-free
     criterion (see `search.metric`); or target validation Dice ("oracle")."""
+    choose_postprocessing: bool = False
+    """Whether training ends with `evaluate --choose-postprocessing`: scores are then those with the chosen rules."""
     max_failures: Annotated[int, Field(ge=0)] = 3
     """Worker failures after which the run restarts by itself; the next one ends it (resumable)."""
     progress_page: bool = True
@@ -128,6 +130,9 @@ class DataConfig:
     """Keep the decoded slices in shared memory; auto: if they fit."""
     augmentation: AugmentConfig = field(default_factory=AugmentConfig)
     """Random changes of the slices, drawn from the seed and the position in the stream."""
+
+    mirror_axes: tuple[Literal["rows", "columns"], ...] = ()
+    """Axes of a slice along which the anatomy is its own mirror image, as no heart is; `predict --tta` flips them."""
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,9 @@ from mpscl_ray.data.volumes.preprocess import unscale
 from mpscl_ray.evaluate.evaluation import Protocol
 from mpscl_ray.evaluate.metrics import StructureScore, released_protocol_scores, volume_scores
 from mpscl_ray.predict.model import Domain
-from mpscl_ray.predict.predictor import Labels, Predictor, keep_largest_component
-from mpscl_ray.predict.segmentation import segment
+from mpscl_ray.predict.postprocessing import NO_POSTPROCESSING, Labels, Postprocessing
+from mpscl_ray.predict.predictor import Predictor
+from mpscl_ray.predict.segmentation import millilitres, segment
 from mpscl_ray.runs.storage import S3Path
 
 
@@ -30,13 +31,43 @@ class CaseToScore:
     """How the run prepared this modality; None if the run does not know it."""
 
 
-def segment_and_score(
-    predictor: Predictor, subject: CaseToScore, protocol: Protocol, *, largest_component: bool = False
-) -> tuple[Labels, list[StructureScore] | None]:
-    """Segment a case and score it.
+def read_truth(dataset: Path | S3Path, case: Case) -> tuple[Labels, float | None]:
+    """Labels of a case, on the grid of its file if the dataset keeps them there, and the volume of a voxel in ml.
 
-    Returns:
-        (D, H, W) class indices of the prepared slices, and the score of each structure; None without labels.
+    Raises:
+        DataError: a file is missing or damaged.
+    """
+    if case.label_map is not None:
+        return read_label_map(dataset, case), millilitres(Geometry.from_json(case.geometry).voxel_mm)
+    voxel_ml = None if case.spacing_mm is None else millilitres(case.spacing_mm)
+    return read_case(dataset, case, ("label",))["label"], voxel_ml
+
+
+@dataclass(frozen=True)
+class SegmentedCase:
+    """A case with its label map on the grid that a protocol says."""
+
+    labels: Labels
+    truth: Labels | None
+    """On the same grid; None without labels."""
+    voxel_mm: tuple[float, float, float] | None
+    """Of that grid; None where it is unknown."""
+    slices: Labels
+    """(D, H, W) class indices of the prepared slices."""
+
+    @property
+    def voxel_ml(self) -> float | None:
+        """Volume of a voxel of the grid."""
+        return None if self.voxel_mm is None else millilitres(self.voxel_mm)
+
+
+def segment_case(
+    predictor: Predictor,
+    subject: CaseToScore,
+    protocol: Protocol,
+    postprocessing: Postprocessing = NO_POSTPROCESSING,
+) -> SegmentedCase:
+    """Segment a case as predict does.
 
     Raises:
         DataError: a file is missing or damaged, or the weights give values that are not finite.
@@ -49,16 +80,32 @@ def segment_and_score(
         slices = domain.scale(unscale(slices, low, high))
     if protocol == "file":
         geometry = Geometry.from_json(case.geometry)
-        found = segment(predictor, slices, geometry, largest_component=largest_component)
-        if not case.labelled:
-            return found.slices, None
-        truth = read_label_map(subject.dataset, case)
-        return found.slices, volume_scores(found.labels, truth, predictor.classes, geometry.voxel_mm)
-    labels = predictor.predict_slices(slices)
-    if largest_component:
-        labels = keep_largest_component(labels, len(predictor.classes))
-    if not case.labelled:
-        return labels, None
+        found = segment(predictor, slices, geometry, postprocessing=postprocessing)
+        truth = read_label_map(subject.dataset, case) if case.labelled else None
+        return SegmentedCase(found.labels, truth, geometry.voxel_mm, found.slices)
+    voxel_ml = None if case.spacing_mm is None else millilitres(case.spacing_mm)
+    labels = postprocessing(predictor.predict_slices(slices), predictor.classes, voxel_ml)
+    return SegmentedCase(labels, arrays.get("label"), case.spacing_mm, labels)
+
+
+def segment_and_score(
+    predictor: Predictor,
+    subject: CaseToScore,
+    protocol: Protocol,
+    *,
+    postprocessing: Postprocessing = NO_POSTPROCESSING,
+) -> tuple[Labels, list[StructureScore] | None]:
+    """Segment a case and score it.
+
+    Returns:
+        (D, H, W) class indices of the prepared slices, and the score of each structure; None without labels.
+
+    Raises:
+        DataError: as :func:`segment_case`.
+    """
+    found = segment_case(predictor, subject, protocol, postprocessing)
+    if found.truth is None:
+        return found.slices, None
     if protocol == "released":
-        return labels, released_protocol_scores(labels, arrays["label"], predictor.classes)
-    return labels, volume_scores(labels, arrays["label"], predictor.classes, case.spacing_mm)
+        return found.slices, released_protocol_scores(found.labels, found.truth, predictor.classes)
+    return found.slices, volume_scores(found.labels, found.truth, predictor.classes, found.voxel_mm)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 
 from mpscl_ray.data import SPLITS
+from mpscl_ray.errors import ConfigError
 from mpscl_ray.runs import cli
 
 _EXAMPLES = """\
@@ -17,6 +19,8 @@ examples:
       another dataset or split
   python -m mpscl_ray.evaluate runs/mpscl --checkpoint mr2ct.pth --protocol released
       released weights, scored as the released code does
+  python -m mpscl_ray.evaluate runs/mpscl --choose-postprocessing
+      choose the postprocessing of each structure, then score every phase with it
 
 Writes per_volume.csv, summary.csv, summary.md and summary.json to RUN/results/NAME/.
 """
@@ -42,7 +46,13 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_workers()
     parser.add_ray()
     add("--device", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
-    add("--largest-component", action="store_true", help="keep only the largest connected part of each structure")
+    parser.add_postprocessing()
+    add(
+        "--choose-postprocessing",
+        action="store_true",
+        help="first choose, on validation volumes, which parts of each structure predict keeps and whether it fills "
+        "holes: for the end of every phase and for best, or for --checkpoint alone",
+    )
     add(
         "--protocol",
         choices=("file", "prepared", "released"),
@@ -50,7 +60,25 @@ def main(arguments: Sequence[str]) -> int:
         "with papers: prepared (the prepared slices) or released (these as the released code does)",
     )
     options = parser.parse_args(list(arguments))
+    if options.choose_postprocessing:
+        _check_choosing(options)
     # Imported here: help and refused arguments need no torch.
     from mpscl_ray.evaluate.run import evaluate
 
     return evaluate(options)
+
+
+def _check_choosing(options: argparse.Namespace) -> None:
+    """Raises ConfigError for options that choosing the postprocessing does not take."""
+    other = {
+        "--data": options.data,
+        "--out": options.out,
+        "--protocol": options.protocol,
+        f"--split {options.split}": options.split != "test",
+        "--no-postprocessing and --largest-component": options.postprocessing != "chosen",
+    }
+    if given := [name for name, value in other.items() if value]:
+        raise ConfigError(
+            f"--choose-postprocessing takes the validation volumes of the run's own datasets; leave out "
+            f"{', '.join(given)} here, and evaluate once more with it"
+        )

@@ -20,6 +20,7 @@ from mpscl_ray.evaluate.tables import (
     summary_csv,
 )
 from mpscl_ray.predict.model import Checkpoint
+from mpscl_ray.predict.postprocessing import Postprocessing
 from mpscl_ray.runs.storage import S3Path
 from mpscl_ray.runs.wording import counted
 
@@ -53,7 +54,7 @@ class Evaluation:
     fingerprint: str
     """Fingerprint of the dataset."""
     split: str
-    largest_component: bool
+    postprocessing: Postprocessing
     protocol: Protocol
     classes: tuple[str, ...]
     slices: Mapping[str, int]
@@ -66,8 +67,8 @@ class Evaluation:
 
     @property
     def row_label(self) -> str:
-        """Label of its row in a table; says if target labels selected the checkpoint."""
-        return self.weights.name + (" (oracle)" if self.weights.oracle else "")
+        """Label of its row in a table; says if target labels selected the checkpoint or the postprocessing."""
+        return self.weights.name + (" (oracle)" if self.weights.oracle or self.postprocessing.oracle else "")
 
     def table(self, style: Style = "text", measures: Sequence[str] | None = None) -> str:
         """The summary as a table with one row."""
@@ -87,7 +88,7 @@ class Evaluation:
             "checkpoint": {**asdict(self.weights), "path": str(self.weights.path), "oracle": self.weights.oracle},
             "dataset": {"path": str(self.dataset), "modality": self.modality, "fingerprint": self.fingerprint},
             "split": self.split,
-            "largest_component": self.largest_component,
+            "postprocessing": self.postprocessing.described(),
             "protocol": self.protocol,
             "explanation": PROTOCOLS[self.protocol] + ("" if self.protocol == "released" else f". {LEGEND}"),
             "classes": list(self.classes),
@@ -110,6 +111,7 @@ def write_evaluation(evaluation: Evaluation, folder: Path) -> None:
         f"{counted(sum(evaluation.slices.values()), 'slice')}, all predicted) of the split "
         f"{evaluation.split} of `{evaluation.dataset}` ({evaluation.modality}).",
         *([] if evaluation.protocol == "released" else [f"Scored: {PROTOCOLS[evaluation.protocol]}."]),
+        *([f"Postprocessing: {evaluation.postprocessing}."] if evaluation.postprocessing else []),
         *(f"Note: {notice}." for notice in evaluation.notices),
         evaluation.table("markdown", (*default_measures([evaluation.summary]), *_FURTHER)),
     ]

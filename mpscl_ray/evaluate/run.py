@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from mpscl_ray.distributed.places import TaskPlace, inference_place
 from mpscl_ray.distributed.ray_session import connect
+from mpscl_ray.errors import DataError
+from mpscl_ray.evaluate.choose_postprocessing import choose_for_phases, choose_postprocessing
 from mpscl_ray.evaluate.evaluation import PROTOCOLS, Evaluation, write_rows
-from mpscl_ray.evaluate.scoring import evaluate_checkpoint, find_dataset
+from mpscl_ray.evaluate.scoring import evaluate_checkpoint
+from mpscl_ray.evaluate.subject import find_dataset
 from mpscl_ray.evaluate.tables import default_measures
 from mpscl_ray.predict.model import read_model
 from mpscl_ray.predict.predictor import choose_device
-from mpscl_ray.runs import json_output
+from mpscl_ray.runs import json_output, safe_json, safe_yaml
 from mpscl_ray.runs.model_store import open_model
 from mpscl_ray.runs.run_directory import RunDirectory, open_run
 from mpscl_ray.runs.storage import join_location
@@ -33,6 +36,7 @@ def evaluate_phases(
     workers: int | None = None,
     progress: bool = True,
     place: TaskPlace | None = None,
+    choose: bool | None = None,
 ) -> dict[str, Evaluation]:
     """Evaluate the end of each phase on the target and write ``results/phases.{txt,md,csv,json}``, a row per phase.
 
@@ -46,6 +50,8 @@ def evaluate_phases(
         workers: see :func:`~mpscl_ray.evaluate.scoring.evaluate_checkpoint`.
         progress: whether to show progress lines.
         place: see :func:`~mpscl_ray.evaluate.scoring.evaluate_checkpoint`.
+        choose: whether to choose the postprocessing first (:mod:`mpscl_ray.evaluate.choose_postprocessing`); None does
+            what the run's ``run.choose_postprocessing`` says.
 
     Returns:
         Phase -> evaluation; empty, and nothing is written, if no volume of the target is labelled.
@@ -54,11 +60,17 @@ def evaluate_phases(
         As :func:`evaluate_checkpoint`.
     """
     home = open_run(run)
+    how: dict[str, Any] = {"device": device, "workers": workers, "progress": progress, "place": place}
+    if choose is None:
+        choose = bool(safe_yaml.load(home.read_config()).get("run", {}).get("choose_postprocessing"))
+    if choose:
+        for chosen in choose_for_phases(home, phases, **how):
+            if progress:
+                print(f"postprocessing of {chosen}", flush=True)
     folder, manifest, _ = find_dataset(home.display_path, read_model(home), None)
     split = next((name for name in ("test", "val") if any(case.labelled for case in manifest.split(name))), None)
     if split is None:
         return {}
-    how: dict[str, Any] = {"device": device, "workers": workers, "progress": progress, "place": place}
     done = {phase: evaluate_checkpoint(home, phase, split=split, **how) for phase in phases}
     rows = {evaluation.row_label: evaluation.summary for evaluation in done.values()}
     volumes = next(iter(rows.values())).volumes
@@ -68,7 +80,8 @@ def evaluate_phases(
         heading += " (no test volume is labelled)"
     protocol = next(iter(done.values())).protocol
     heading += f"; scored: {PROTOCOLS[protocol]}"
-    about = {"split": split, "dataset": str(folder), "protocol": protocol}
+    rules = {phase: evaluation.postprocessing.to_json() for phase, evaluation in done.items()}
+    about = {"split": split, "dataset": str(folder), "protocol": protocol, "postprocessing": rules}
     write_rows(home.results, "phases", heading, rows, about)
     home.store.upload(home.results)
     return done
@@ -79,7 +92,13 @@ def evaluate(options: argparse.Namespace) -> int:
     if options.ray is None:
         choose_device(options.device)
     home = open_model(options.run)
+    place = inference_place(options.device) if options.ray else None
     with connect(address=options.ray) if options.ray else nullcontext():
+        if options.choose_postprocessing:
+            how: dict[str, Any] = {"device": options.device, "workers": options.workers, "place": place}
+            if options.checkpoint == "last":
+                return _choose_and_evaluate_phases(home, how)
+            print(f"postprocessing of {choose_postprocessing(home, options.checkpoint, **how)}", flush=True)
         evaluation = evaluate_checkpoint(
             home,
             options.checkpoint,
@@ -88,9 +107,9 @@ def evaluate(options: argparse.Namespace) -> int:
             out=options.out,
             device=options.device,
             workers=options.workers,
-            largest_component=options.largest_component,
+            postprocessing=options.postprocessing,
             protocol=options.protocol,
-            place=inference_place(options.device) if options.ray else None,
+            place=place,
         )
     measures = (*default_measures([evaluation.summary]), *(["asd_voxel"] if evaluation.protocol != "file" else []))
     print(f"{evaluation.modality}, {counted(len(evaluation.scores), 'volume')} of the split {evaluation.split}")
@@ -103,4 +122,23 @@ def evaluate(options: argparse.Namespace) -> int:
     folder = options.out or join_location(home.display_path, "results", evaluation.name)
     print(f"\nwritten to {folder}")
     json_output.report(folder=folder, **evaluation.to_json())
+    return 0
+
+
+def _choose_and_evaluate_phases(home: RunDirectory, how: Mapping[str, Any]) -> int:
+    """Choose the postprocessing of every phase, score the phases with it, and print their table."""
+    home.require()
+    phases = [phase for phase in read_model(home).phases if phase in home.store.finished_phases()]
+    if not phases:
+        raise DataError(f"the run {home.display_path} has finished no phase yet; train it, or give a --checkpoint")
+    chosen = choose_for_phases(home, phases, **how)
+    json_output.report(folder=join_location(home.display_path, "results"), postprocessing=chosen, scores=None)
+    for rules in chosen:
+        print(f"postprocessing of {rules}", flush=True)
+    if not evaluate_phases(home, phases, choose=False, **how):
+        print("no volume of the target is labelled, so nothing was scored")
+        return 0
+    json_output.report(scores=safe_json.read_object(home.results / PHASES_JSON))
+    print(f"\n{(home.results / PHASES_TABLE).read_text(encoding='utf-8')}")
+    print(f"written to {join_location(home.display_path, 'results')}; predict and export take the rules from now on")
     return 0

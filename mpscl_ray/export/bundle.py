@@ -24,6 +24,7 @@ _INFERENCE = {
     "dataset_dir": "$@bundle_root + '/images'",
     "output_dir": "$@bundle_root + '/predictions'",
     "modality": "target",
+    "postprocessing": "chosen",
     "images": "$sorted(glob.glob(@dataset_dir + '/*.nii*'))",
     "network_def": {
         "_target_": "torch.jit.load",
@@ -33,10 +34,11 @@ _INFERENCE = {
     "segmenter": {"_target_": "mpscl_ray.load_segmenter", "run": "$@bundle_root + '/models/model.mpscl'"},
     "run": [
         "$[@segmenter.predict_file(image, os.path.join(@output_dir, os.path.basename(image).split('.nii')[0] "
-        "+ '_prediction.nii.gz'), modality=@modality) for image in @images]"
+        "+ '_prediction.nii.gz'), modality=@modality, postprocessing=@postprocessing) for image in @images]"
     ],
 }
-"""``modality`` is ``target``, ``source`` or a modality; ``dataset_dir`` has the NIfTI files."""
+"""``modality`` is ``target``, ``source`` or a modality; ``postprocessing`` is as in ``predict_file``; ``dataset_dir``
+has the NIfTI files."""
 
 
 def bundle_files(card: Mapping[str, Any], script: bytes, model: bytes) -> dict[str, bytes]:

@@ -14,6 +14,7 @@ from mpscl_ray.data.dataset import Manifest, load_manifest
 from mpscl_ray.errors import MpsclError
 from mpscl_ray.evaluate.run import PHASES_JSON
 from mpscl_ray.predict.model import Checkpoint, Domain, Model
+from mpscl_ray.predict.postprocessing import Postprocessing
 from mpscl_ray.predict.predictor import Predictor
 from mpscl_ray.runs import safe_json, safe_yaml
 from mpscl_ray.runs.run_directory import RunDirectory
@@ -48,6 +49,7 @@ def card_of(home: RunDirectory, predictor: Predictor, licence: str | None) -> di
     config, described = safe_yaml.load(home.read_config()), home.read_model()
     labelled = described.get("labelled", "source")
     environment = _json(home, "environment.json")
+    rules = predictor.postprocessing("chosen")
     card = {
         "name": config.get("run", {}).get("name", home.name),
         "warning": WARNING,
@@ -64,7 +66,8 @@ def card_of(home: RunDirectory, predictor: Predictor, licence: str | None) -> di
         },
         "selection": _selection(weights, labelled),
         "data": {role: _data(domain, role == labelled) for role, domain in model.domains.items()},
-        "scores": _scores(home, model, weights, config),
+        "postprocessing": {**rules.described(), "target_labels_chose_it": rules.oracle},
+        "scores": _scores(home, model, weights, config, rules),
         "licence": {"weights": licence, "software": "Apache-2.0"},
         "versions": {
             "exported_by": __version__,
@@ -124,8 +127,10 @@ def _splits(domain: Domain) -> dict[str, dict[str, int]] | None:
 # ------------------------------------------------------------------------------------------------------- scores
 
 
-def _scores(home: RunDirectory, model: Model, weights: Checkpoint, config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Scores of these weights on the target, which evaluate or train wrote; None where they were not scored."""
+def _scores(
+    home: RunDirectory, model: Model, weights: Checkpoint, config: Mapping[str, Any], rules: Postprocessing
+) -> dict[str, Any] | None:
+    """Scores of what predict gives with these weights on the target, which evaluate or train wrote; None without."""
     if weights.step is None or not weights.path.is_relative_to(home.path):
         return None
     target = model.domains["target"]
@@ -134,11 +139,12 @@ def _scores(home: RunDirectory, model: Model, weights: Checkpoint, config: Mappi
         result = _json(home, f"results/{file.parent.name}/summary.json")
         scored = result.get("checkpoint", {})
         same = (scored.get("step"), scored.get("phase")) == (weights.step, weights.phase)
-        if same and not result["largest_component"] and result["dataset"]["fingerprint"] == target.fingerprint:
+        same = same and result.get("postprocessing", {}).get("rules") == rules.to_json()
+        if same and result["dataset"]["fingerprint"] == target.fingerprint:
             found.append(_scored(result, result["summary"], target.modality))
     table = _json(home, f"results/{PHASES_JSON}")
     phase = _phase_that_ended(config, weights.step)
-    if phase in table.get("rows", {}):
+    if phase in table.get("rows", {}) and table.get("postprocessing", {}).get(phase, {}) == rules.to_json():
         found.append(_scored(table, table["rows"][phase], target.modality))
     preferred = [(split, protocol) for protocol in ("file", "prepared") for split in ("test", "val")]
     usable = [score for score in found if (score["split"], score["protocol"]) in preferred]

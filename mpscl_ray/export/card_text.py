@@ -8,6 +8,7 @@ from typing import Any
 from mpscl_ray.data import SPLITS
 from mpscl_ray.evaluate.evaluation import PROTOCOLS
 from mpscl_ray.evaluate.tables import markdown_table
+from mpscl_ray.predict.postprocessing import Postprocessing
 from mpscl_ray.runs.structures import display_order
 
 _UNKNOWN = "not known"
@@ -25,6 +26,7 @@ def card_text(card: Mapping[str, Any]) -> str:
         *_scores(card["scores"], card["weights"]["checkpoint"]),
         "## Choice of the weights",
         _selection(card["selection"]),
+        *_postprocessing(card.get("postprocessing")),
         "## Preparation of a volume",
         "\n".join(_preparation(role, values) for role, values in card["data"].items()),
         "## Intended use",
@@ -110,6 +112,16 @@ def _selection(selection: Mapping[str, Any]) -> str:
         f"Chosen by: {selection['explanation']}. Did labels of the target choose the weights? "
         f"{said('target_labels_chose_the_weights')}. Did they train them? {said('target_labels_trained_the_weights')}."
     )
+
+
+def _postprocessing(chosen: Mapping[str, Any] | None) -> list[str]:
+    """None in model files of earlier versions."""
+    if not chosen or not chosen["rules"]:
+        return []
+    return [
+        f"Postprocessing of label maps: {Postprocessing.from_json(chosen['rules'])}. Did labels of the target choose "
+        f"it? {'yes' if chosen['target_labels_chose_it'] else 'no'}."
+    ]
 
 
 def _preparation(role: str, values: Mapping[str, Any]) -> str:

@@ -200,6 +200,8 @@ def _description(home: RunDirectory, predictor: Predictor) -> dict[str, Any]:
         **domains,
         "phases": list(model.phases),
         "labelled": described.get("labelled", "source"),
+        "postprocessing": _rules(predictor),
+        "mirror_axes": list(model.mirror_axes),
         "weights": {
             "name": weights.name,
             "phase": weights.phase,
@@ -207,6 +209,13 @@ def _description(home: RunDirectory, predictor: Predictor) -> dict[str, Any]:
             "selected_by": weights.selected_by,
         },
     }
+
+
+def _rules(predictor: Predictor) -> dict[str, Any]:
+    """What was chosen for these weights, by their digest; {} if nothing was."""
+    assert predictor.model is not None
+    chosen = predictor.model.postprocessing.get(predictor.weights_digest)
+    return {} if chosen is None else {predictor.weights_digest: chosen.described()}
 
 
 def _settings(config: str) -> str:

@@ -22,6 +22,7 @@ examples:
   python -m mpscl_ray.predict runs/mpscl mr_1001.nii.gz --modality source --out predictions
   python -m mpscl_ray.predict runs/mpscl patient8_dicom --format seg.nrrd --out predictions
   python -m mpscl_ray.predict hearts.mpscl SCANS --out predictions
+  python -m mpscl_ray.predict runs/seed1 SCANS --ensemble runs/seed2 --tta --out predictions
   python -m mpscl_ray.predict s3://hearts/runs/mpscl patient7.nii.gz --out s3://hearts/predictions
 
 For patient7.nii.gz the folder gets patient7_prediction.nii.gz (same grid, affine and orientation),
@@ -34,6 +35,8 @@ def main(arguments: Sequence[str]) -> int:
     """Segment images; returns the exit code, 3 if some failed."""
     options = _parser().parse_args(list(arguments))
     out = _output_location(options.inputs, options.out)
+    if options.disagreement and not (options.ensemble or options.tta):
+        raise ConfigError("--disagreement needs --ensemble or --tta: one prediction has nothing to disagree with")
     # Imported here: help and refused arguments need no torch and no Ray.
     from mpscl_ray.predict.run import predict
 
@@ -66,13 +69,22 @@ def _parser() -> argparse.ArgumentParser:
         default="index",
         help="class indices, or the label ids of the original files",
     )
+    parser.add_postprocessing()
+    add(
+        "--ensemble",
+        action="append",
+        default=[],
+        metavar="RUN",
+        help="average the probabilities of this run with those of RUN, such as another seed; give it for each run",
+    )
+    add("--tta", action="store_true", help="average over slices that are moved a little (five times as long)")
+    add("--disagreement", action="store_true", help="also write a map of how much runs and moved slices disagree")
     add(
         "--format",
         choices=FORMATS,
         default=FORMATS[0],
         help="of the label maps: nii.gz (default), or seg.nrrd, which 3D Slicer opens with names and colours",
     )
-    add("--largest-component", action="store_true", help="keep only the largest connected part of each structure")
     add("--probabilities", action="store_true", help="also write a probability map of each structure")
     add("--preview", action="store_true", help="also write a picture of some slices with their labels")
     add("--assume-spacing", type=spacing, metavar="X,Y,Z", help="voxel size in mm for files without a usable geometry")

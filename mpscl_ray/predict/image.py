@@ -12,21 +12,22 @@ import numpy.typing as npt
 import torch
 
 from mpscl_ray.data.slice_selection import evenly_spaced, labelled_slices
-from mpscl_ray.data.volumes.geometry import restore_labels
 from mpscl_ray.data.volumes.nifti import read_image
-from mpscl_ray.data.volumes.nifti_output import write_values
 from mpscl_ray.data.volumes.recipe import GeometryFrom, NanPolicy
 from mpscl_ray.errors import ConfigError, DataError
+from mpscl_ray.predict.ensemble import Member, cached_predictor
 from mpscl_ray.predict.label_files import write_labels
-from mpscl_ray.predict.model import Checkpoint, Domain, Model
-from mpscl_ray.predict.output_names import PREVIEW_SUFFIX, mirrored_folder, probability_name, stem
-from mpscl_ray.predict.predictor import Predictor, cached_predictor
-from mpscl_ray.predict.volume import (
-    PROBABILITY_INTENT,
-    PROBABILITY_STEPS,
-    refuse_probability_map,
-    segment_volume,
+from mpscl_ray.predict.model import Domain, Model
+from mpscl_ray.predict.output_names import (
+    DISAGREEMENT_SUFFIX,
+    PREVIEW_SUFFIX,
+    mirrored_folder,
+    probability_name,
+    stem,
 )
+from mpscl_ray.predict.postprocessing import NO_POSTPROCESSING, Postprocessing
+from mpscl_ray.predict.predictor import Predictor
+from mpscl_ray.predict.volume import refuse_probability_map, segment_volume, write_unit_map
 from mpscl_ray.runs.atomic_files import storage_errors
 from mpscl_ray.runs.plots import panel, save_png
 from mpscl_ray.runs.storage import S3Path, output_directory
@@ -38,10 +39,8 @@ _PREVIEW_SLICES = 6
 class Job:
     """Settings of every image."""
 
-    run: str
-    weights: Checkpoint
-    stamp: int
-    """Stamp of the weights, see :meth:`Checkpoint.stamp`."""
+    members: tuple[Member, ...]
+    """The run, or those of an ensemble."""
     domain: str
     """``source`` or ``target``: decides how images are prepared."""
     out: Path | S3Path
@@ -50,7 +49,7 @@ class Job:
     format: str = "nii.gz"
     """Of the label maps, one of :data:`mpscl_ray.predict.output_names.FORMATS`."""
     device: str | None = None
-    largest_component: bool = False
+    postprocessing: Postprocessing = NO_POSTPROCESSING
     probabilities: bool = False
     preview: bool = False
     assume_spacing_mm: tuple[float, float, float] | None = None
@@ -59,7 +58,11 @@ class Job:
     nan_policy: NanPolicy = "error"
     roots: tuple[Path, ...] = ()
     """Folders that were given; label maps of images below them keep the folders in between."""
-    weights_sha256: str = ""
+    weights_sha256: tuple[str, ...] = ()
+    """Of each member."""
+    tta: bool = False
+    """Average over slices that are moved a little."""
+    disagreement: bool = False
     any_modality: bool = False
     """Segment images whose intensities look like another modality."""
 
@@ -85,6 +88,8 @@ def outputs(image: Path, job: Job, classes: Sequence[str]) -> tuple[str, ...]:
     names = [f"{base}_prediction.{job.format}"]
     if job.probabilities:
         names += [probability_name(base, structure) for structure in classes[1:]]
+    if job.disagreement:
+        names.append(base + DISAGREEMENT_SUFFIX)
     if job.preview:
         names.append(base + PREVIEW_SUFFIX)
     return tuple(names)
@@ -92,7 +97,7 @@ def outputs(image: Path, job: Job, classes: Sequence[str]) -> tuple[str, ...]:
 
 def predict_in_worker(job: Job, image: Path) -> Prediction:
     """:func:`predict_image` with the cached segmenter of this worker process."""
-    return predict_image(cached_predictor(job.run, job.weights, job.stamp, job.device), job, image)
+    return predict_image(cached_predictor(job.members, job.device, tta=job.tta), job, image)
 
 
 def predict_image(predictor: Predictor, job: Job, image: Path) -> Prediction:
@@ -135,8 +140,9 @@ def _predict(predictor: Predictor, domain: Domain, job: Job, folder: Path, image
         str(image),
         scanner=volume.scanner,
         any_modality=job.any_modality,
-        largest_component=job.largest_component,
+        postprocessing=job.postprocessing,
         probabilities=job.probabilities,
+        disagreement=job.disagreement,
     )
     found = done.found
     names = outputs(image, job, classes)
@@ -146,14 +152,10 @@ def _predict(predictor: Predictor, domain: Domain, job: Job, folder: Path, image
     if job.probabilities:
         assert found.probabilities is not None
         for name, values in zip(names[1:], found.probabilities[1:], strict=False):
-            steps = np.rint(values * PROBABILITY_STEPS).astype(np.uint8)
-            write_values(
-                folder / name,
-                restore_labels(steps, done.geometry),
-                volume,
-                slope=1.0 / PROBABILITY_STEPS,
-                intent=PROBABILITY_INTENT,
-            )
+            write_unit_map(folder / name, values, done.geometry, volume)
+    if found.disagreement is not None:
+        name = mirrored_folder(image, job.roots) + stem(image) + DISAGREEMENT_SUFFIX
+        write_unit_map(folder / name, found.disagreement, done.geometry, volume)
     if job.preview:
         save_png(folder / names[-1], preview(done.slices, found.slices, classes))
     write_labels(folder / names[0], found.labels, volume, classes, job.raw_ids)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -16,6 +16,8 @@ from mpscl_ray.data.training_range import TrainingRange
 from mpscl_ray.data.volumes.preprocess import scale
 from mpscl_ray.data.volumes.recipe import Recipe
 from mpscl_ray.errors import ConfigError, DataError
+from mpscl_ray.predict.postprocessing import Postprocessing
+from mpscl_ray.predict.tta import MIRROR_AXES, MirrorAxis
 from mpscl_ray.runs.checkpoint_files import SUMS
 from mpscl_ray.runs.model_store import ModelStore, open_model
 from mpscl_ray.runs.run_directory import RunDirectory
@@ -77,6 +79,11 @@ class Model:
     domains: Mapping[str, Domain]
     """``source`` and ``target``."""
     phases: tuple[str, ...]
+    postprocessing: Mapping[str, Postprocessing] = field(default_factory=dict)
+    """What was chosen for some weights, by :attr:`mpscl_ray.predict.predictor.Predictor.weights_digest`."""
+
+    mirror_axes: tuple[MirrorAxis, ...] = ()
+    """See :func:`mpscl_ray.predict.tta.augmented`."""
 
     def domain(self, name: str) -> Domain:
         """The domain called ``source`` or ``target``, or by its modality.
@@ -143,6 +150,12 @@ def _scaling(values: Mapping[str, Any]) -> tuple[float, float]:
     return low, high
 
 
+def _mirror_axes(axes: Sequence[Any]) -> tuple[MirrorAxis, ...]:
+    if wrong := [axis for axis in axes if axis not in MIRROR_AXES]:
+        raise ValueError(f"{wrong[0]!r} is none of {', '.join(MIRROR_AXES)}")
+    return tuple(axis for axis in MIRROR_AXES if axis in axes)
+
+
 def _raw_ids(labels: Mapping[str, Any]) -> dict[str, int]:
     """The lowest label id of each class."""
     ids: dict[str, int] = {}
@@ -164,6 +177,8 @@ def read_model(run: RunDirectory | Path | str) -> Model:
             network={"num_classes": len(values["classes"]), **values["network"]},
             domains={role: _read(values, role, Domain.from_json) for role in ("source", "target")},
             phases=tuple(values.get("phases", ())),
+            postprocessing=_postprocessing(folder, values),
+            mirror_axes=_read(values, "mirror_axes", _mirror_axes) if "mirror_axes" in values else (),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         reason = str(error) if isinstance(error, _EntryError) else f"{type(error).__name__}: {error}"
@@ -177,6 +192,24 @@ def read_model(run: RunDirectory | Path | str) -> Model:
             f"{model.network['num_classes']}; restore it from a copy"
         )
     return model
+
+
+def _postprocessing(folder: RunDirectory, values: Mapping[str, Any]) -> dict[str, Postprocessing]:
+    """What was chosen for weights of a run: in a file of its own, or in ``model.json`` of a model file."""
+    if isinstance(folder.store, ModelStore):
+        return _read(values, "postprocessing", _chosen) if values.get("postprocessing") else {}
+    entries = folder.read_postprocessing()
+    try:
+        return _chosen(entries)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise DataError(
+            f"{folder.postprocessing_file} is not what evaluate --choose-postprocessing writes ({error}); give that "
+            "command again, or delete the file to do without"
+        ) from error
+
+
+def _chosen(entries: Mapping[str, Any]) -> dict[str, Postprocessing]:
+    return {digest: Postprocessing.from_json(entry["rules"], entry["chosen_by"]) for digest, entry in entries.items()}
 
 
 def find_checkpoint(run: RunDirectory | Path | str, checkpoint: str = "last") -> tuple[Checkpoint, list[str]]:

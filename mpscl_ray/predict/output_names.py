@@ -17,6 +17,7 @@ SLICER_LABELS = "slicer_labels.ctbl"
 VOLUMES = "volumes.json"
 """File in the output folder with the volume of each structure in ml, by label map."""
 PREVIEW_SUFFIX = "_preview.png"
+DISAGREEMENT_SUFFIX = "_disagreement.nii.gz"
 _PROBABILITY = "_probability_"
 
 

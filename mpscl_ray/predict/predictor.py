@@ -2,28 +2,36 @@
 
 from __future__ import annotations
 
+import hashlib
+import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from functools import lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import scipy.ndimage
 import torch
 from torch import Tensor
 
 from mpscl_ray.errors import ConfigError, DataError
 from mpscl_ray.networks import Segmenter, build
 from mpscl_ray.networks.pretrained import load_pretrained
-from mpscl_ray.predict.model import Checkpoint, Model, Slices, find_checkpoint, read_model
+from mpscl_ray.predict.model import Checkpoint, Domain, Model, Slices, find_checkpoint, read_model
+from mpscl_ray.predict.postprocessing import (
+    NO_POSTPROCESSING,
+    Labels,
+    Postprocessing,
+    PostprocessingChoice,
+    check_choice,
+    largest_component_of_each,
+)
+from mpscl_ray.predict.tta import augmented
 from mpscl_ray.runs import checkpoint as checkpoints
 from mpscl_ray.runs.model_store import open_model
 from mpscl_ray.runs.run_directory import RunDirectory
-
-Labels = npt.NDArray[np.uint8]
 
 _BATCH_SLICES = {"cuda": 32, "cpu": 8}
 _VOLUMES_PER_WORKER = 4
@@ -43,6 +51,7 @@ class Predictor:
         batch_slices: slices at a time; None for 32 on a GPU and 8 on a CPU.
         model: description of the run's model; None for a segmenter without a run.
         weights: checkpoint of the network.
+        tta: average over slices that are moved a little (:mod:`mpscl_ray.predict.tta`), in one batch after the other.
     """
 
     def __init__(
@@ -54,6 +63,7 @@ class Predictor:
         batch_slices: int | None = None,
         model: Model | None = None,
         weights: Checkpoint | None = None,
+        tta: bool = False,
     ) -> None:
         if network.num_classes != len(classes):
             raise ValueError(f"the segmenter has {network.num_classes} classes, but {len(classes)} names are given")
@@ -63,6 +73,25 @@ class Predictor:
         self.batch_slices = batch_slices or _BATCH_SLICES.get(self.device.type, 8)
         self.model = model
         self.weights = weights
+        self.tta = tta
+
+    def postprocessing(self, choice: PostprocessingChoice) -> Postprocessing:
+        """The rules that a choice stands for with these weights. Raises ConfigError for another choice."""
+        check_choice(choice)
+        if choice == "largest_component":
+            return largest_component_of_each(self.classes)
+        if choice == "none" or self.model is None or not self.model.postprocessing:
+            return NO_POSTPROCESSING
+        return self.model.postprocessing.get(self.weights_digest, NO_POSTPROCESSING)
+
+    @cached_property
+    def weights_digest(self) -> str:
+        """SHA-256 of the tensors, the same whatever file they come from."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.network.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().numpy().data)
+        return digest.hexdigest()
 
     def predict_slices(self, slices: Slices) -> Labels:
         """Labels of all slices of a volume.
@@ -77,19 +106,59 @@ class Predictor:
             DataError: the weights give values that are not finite.
         """
         labels = np.empty(slices.shape, dtype=np.uint8)
-        for start, probabilities in self._batches(slices):
+        for start, probabilities, _ in self._batches(slices):
             labels[start : start + len(probabilities)] = probabilities.argmax(1).cpu().numpy()
         return labels
 
     def predict_probabilities(self, slices: Slices) -> npt.NDArray[np.float32]:
         """Probabilities (C, D, H, W) of all slices (D, H, W) of a volume, which take C times their memory."""
         result = np.empty((len(self.classes), *slices.shape), dtype=np.float32)
-        for start, probabilities in self._batches(slices):
+        for start, probabilities, _ in self._batches(slices):
             result[:, start : start + len(probabilities)] = probabilities.transpose(0, 1).cpu().numpy()
         return result
 
-    def _batches(self, slices: Slices) -> Iterator[tuple[int, Tensor]]:
-        """Position of the first slice and probabilities (B, C, H, W) of each batch."""
+    def predict_disagreement(self, slices: Slices) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+        """Probabilities (C, D, H, W), and how much the passes that they are the mean of disagree (D, H, W).
+
+        The disagreement is the entropy of the mean minus the mean of the entropies, over log C: 0 where all passes
+        agree, or where there is only one, and at most 1.
+        """
+        result = np.empty((len(self.classes), *slices.shape), dtype=np.float32)
+        disagreement = np.empty(slices.shape, dtype=np.float32)
+        for start, probabilities, entropy in self._batches(slices):
+            batch = slice(start, start + len(probabilities))
+            result[:, batch] = probabilities.transpose(0, 1).cpu().numpy()
+            difference = torch.special.entr(probabilities).sum(dim=1) - entropy
+            disagreement[batch] = (difference.clamp(min=0) / math.log(len(self.classes))).cpu().numpy()
+        return result, disagreement
+
+    def prepared_as(self, domain: Domain) -> Predictor:
+        """The predictor for slices that were prepared as a domain of its model."""
+        return self
+
+    def _passes(self, images: Tensor) -> Iterator[Tensor]:
+        """Probabilities (B, C, H, W) of slices (B, 1, H, W), once for each pass."""
+
+        def probabilities(batch: Tensor) -> Tensor:
+            return torch.softmax(self.network.logits(batch), dim=1)
+
+        if self.tta:
+            yield from augmented(probabilities, images, self.model.mirror_axes if self.model else ())
+        else:
+            yield probabilities(images)
+
+    def _mean(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Means over all passes: probabilities (B, C, H, W) and their entropy (B, H, W). Two passes are in memory."""
+        passes = self._passes(images)
+        total = next(passes)
+        entropy, count = torch.special.entr(total).sum(dim=1), 1
+        for found in passes:
+            total, count = total + found, count + 1
+            entropy += torch.special.entr(found).sum(dim=1)
+        return total / count, entropy / count
+
+    def _batches(self, slices: Slices) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Of each batch: position of its first slice, mean probabilities (B, C, H, W) and mean entropy (B, H, W)."""
         if slices.ndim != 3:
             raise ValueError(f"slices must have shape (D, H, W), got {slices.shape}")
         for start in range(0, len(slices), self.batch_slices):
@@ -100,12 +169,12 @@ class Predictor:
             exact = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
             with exact, torch.inference_mode():
                 images = torch.from_numpy(batch)[:, None].to(self.device)
-                probabilities = torch.softmax(self.network.logits(images), dim=1)
+                probabilities, entropy = self._mean(images)
                 finite = bool(torch.isfinite(probabilities).all())
             if not finite:
                 origin = f"the weights in {self.weights.path}" if self.weights else "the segmenter's weights"
                 raise DataError(f"{origin} give values that are not finite; choose an earlier checkpoint")
-            yield start, probabilities
+            yield start, probabilities, entropy
 
 
 def load_segmenter(
@@ -113,6 +182,8 @@ def load_segmenter(
     checkpoint: str = "last",
     device: torch.device | str | None = None,
     batch_slices: int | None = None,
+    *,
+    tta: bool = False,
 ) -> Predictor:
     """The segmenter of a run, ready to predict.
 
@@ -121,6 +192,7 @@ def load_segmenter(
         checkpoint: see :func:`mpscl_ray.predict.model.find_checkpoint`.
         device: see :class:`Predictor`.
         batch_slices: see :class:`Predictor`.
+        tta: see :class:`Predictor`.
 
     Raises:
         ConfigError: no such run or checkpoint.
@@ -129,11 +201,16 @@ def load_segmenter(
     folder = open_model(run)
     model = read_model(folder)
     weights, _ = find_checkpoint(folder, checkpoint)
-    return load_weights(model, weights, device, batch_slices)
+    return load_weights(model, weights, device, batch_slices, tta=tta)
 
 
 def load_weights(
-    model: Model, weights: Checkpoint, device: torch.device | str | None = None, batch_slices: int | None = None
+    model: Model,
+    weights: Checkpoint,
+    device: torch.device | str | None = None,
+    batch_slices: int | None = None,
+    *,
+    tta: bool = False,
 ) -> Predictor:
     """Build the segmenter and read its weights.
 
@@ -149,7 +226,9 @@ def load_weights(
                 f"{weights.path} has no weights for {len(missing)} tensors of the segmenter, such as {missing[0]}; it "
                 "can start a training (network.pretrained) but not predict"
             )
-        return Predictor(network, model.classes, device=device, batch_slices=batch_slices, model=model, weights=weights)
+        return Predictor(
+            network, model.classes, device=device, batch_slices=batch_slices, model=model, weights=weights, tta=tta
+        )
     state = checkpoints.load(weights.path)
     # The network of a phase may differ from the run's last one.
     model = replace(model, network=state.get("network", model.network))
@@ -176,7 +255,9 @@ def load_weights(
         step=state.get("position", {}).get("step"),
         selected_by=state.get("selected_by"),
     )
-    return Predictor(network, model.classes, device=device, batch_slices=batch_slices, model=model, weights=weights)
+    return Predictor(
+        network, model.classes, device=device, batch_slices=batch_slices, model=model, weights=weights, tta=tta
+    )
 
 
 def _misfit(network: Segmenter, stored: Mapping[str, Tensor]) -> str:
@@ -198,20 +279,6 @@ def _build(description: Mapping[str, Any], origin: str) -> Segmenter:
         return build(description)
     except (TypeError, ValueError) as error:
         raise DataError(f"{origin} describes no network that this version knows: {error}") from error
-
-
-@lru_cache(maxsize=1)
-def cached_predictor(run: str, weights: Checkpoint, stamp: int, device: str | None) -> Predictor:
-    """The segmenter of this worker process, kept for its next volume; read again when the stamp changes.
-
-    Args:
-        run: address of the run or the model file.
-        weights: their path may be relative to the run's folder, which may differ between nodes.
-        stamp: see :meth:`mpscl_ray.predict.model.Checkpoint.stamp`.
-        device: see :class:`Predictor`.
-    """
-    folder = open_model(run)
-    return load_weights(read_model(folder), replace(weights, path=folder.store.localize(weights.path)), device)
 
 
 def num_inference_workers(volumes: int, device: torch.device) -> int:
@@ -237,25 +304,3 @@ def choose_device(device: torch.device | str | None = None) -> torch.device:
             f"the device {chosen} was asked for, but this machine has {torch.cuda.device_count()} usable GPUs"
         )
     return chosen
-
-
-def keep_largest_component(labels: Labels, num_classes: int) -> Labels:
-    """Keep only the largest connected part (by faces) of each structure; other parts become background.
-
-    Args:
-        labels: (D, H, W) class indices.
-        num_classes: C, background included.
-
-    Returns:
-        A new array. Of equally large parts the first in memory is kept.
-    """
-    kept = np.zeros_like(labels)
-    boxes = scipy.ndimage.find_objects(labels, max_label=num_classes - 1)
-    for index, box in enumerate(boxes, start=1):
-        if box is None:
-            continue
-        parts, _ = scipy.ndimage.label(labels[box] == index)
-        sizes = np.bincount(parts.ravel())
-        sizes[0] = 0
-        kept[box][parts == sizes.argmax()] = index
-    return kept

@@ -20,6 +20,7 @@ from mpscl_ray import __version__
 from mpscl_ray.data.volumes.dicom import series_sha256
 from mpscl_ray.data.volumes.dicom_paths import is_series
 from mpscl_ray.errors import ConfigError, DataError
+from mpscl_ray.predict.ensemble import Member
 from mpscl_ray.predict.image import Job, Prediction, outputs
 from mpscl_ray.predict.label_files import label_values, slicer_table, write_label_tables
 from mpscl_ray.predict.output_names import SLICER_LABELS, VOLUMES
@@ -27,7 +28,7 @@ from mpscl_ray.runs import safe_json
 from mpscl_ray.runs.atomic_files import write_atomically
 from mpscl_ray.runs.storage import S3Path, output_directory
 
-_MAPPINGS = ("checkpoint", "settings")
+_MAPPINGS = ("checkpoint", "settings", "postprocessing")
 """What is a mapping in each entry."""
 _DAMAGED = "damaged"
 
@@ -125,7 +126,7 @@ class Record:
             "files": list(prediction.files),
             "volumes_ml": dict(prediction.volumes_ml or {}),
             "notices": list(prediction.notices),
-            "run": self._job.run,
+            "run": self._job.members[0].run,
             **self._origin(),
             "product_version": __version__,
         }
@@ -138,15 +139,21 @@ class Record:
 
     def _origin(self) -> dict[str, Any]:
         """Weights and settings as JSON has them: what decides a label map, besides the image."""
-        job, weights = self._job, self._job.weights
+        job, (first, *others) = self._job, self._job.members
         return {
-            "checkpoint": {"name": weights.name, "path": str(weights.path), "sha256": job.weights_sha256},
+            "checkpoint": _weights(first, job.weights_sha256[0]),
+            "ensemble": [
+                {"run": other.run, **_weights(other, sha256)}
+                for other, sha256 in zip(others, job.weights_sha256[1:], strict=True)
+            ],
             "prepared_as": job.domain,
+            "postprocessing": job.postprocessing.to_json(),
             "settings": {
                 "label_values": None if job.raw_ids is None else dict(job.raw_ids),
-                "largest_component": job.largest_component,
                 "probabilities": job.probabilities,
                 "preview": job.preview,
+                "tta": job.tta,
+                "disagreement": job.disagreement,
                 "assume_spacing": None if job.assume_spacing_mm is None else list(job.assume_spacing_mm),
                 "geometry": job.geometry,
                 "nan_policy": job.nan_policy,
@@ -156,14 +163,18 @@ class Record:
     def _difference(self, image: Path, entry: Mapping[str, Any]) -> str:
         """What an entry was made from that this command does not have; empty if it is all the same."""
         now = self._origin()
-        if not entry.keys() >= {"image_sha256", "label_map_sha256", "prepared_as", *_MAPPINGS}:
+        if not entry.keys() >= {"image_sha256", "label_map_sha256", "prepared_as", "ensemble", *_MAPPINGS}:
             return "entry incomplete"
         if entry["image_sha256"] != _sha256(image):
             return "another image"
         if entry["checkpoint"].get("sha256") != now["checkpoint"]["sha256"]:
             return "other weights"
+        if [one["sha256"] for one in entry["ensemble"]] != [one["sha256"] for one in now["ensemble"]]:
+            return "another --ensemble"
         if entry["prepared_as"] != now["prepared_as"]:
             return "another --modality"
+        if entry["postprocessing"] != now["postprocessing"]:
+            return "another postprocessing"
         before = entry["settings"]
         changed = [name for name, value in now["settings"].items() if before.get(name) != value]
         return f"another {', '.join('--' + name.replace('_', '-') for name in changed)}" if changed else ""
@@ -182,6 +193,10 @@ class Record:
         except (OSError, EOFError, zlib.error):
             return _DAMAGED
         return "changed since it was written"  # by hand, perhaps: such work is not replaced unasked
+
+
+def _weights(member: Member, sha256: str) -> dict[str, str]:
+    return {"name": member.weights.name, "path": str(member.weights.path), "sha256": sha256}
 
 
 def _remove_unfinished(path: Path | S3Path) -> None:
@@ -213,7 +228,10 @@ def _read_entries(file: Path | S3Path, overwrite: bool) -> dict[str, Any]:
 
 def _well_formed(entry: Mapping[str, Any]) -> bool:
     """Whether what an entry has is of the right kind; it may lack parts."""
-    return all(isinstance(entry.get(name, {}), dict) for name in _MAPPINGS)
+    members = entry.get("ensemble", [])
+    return all(isinstance(entry.get(name, {}), dict) for name in _MAPPINGS) and (
+        isinstance(members, list) and all(isinstance(one, dict) and "sha256" in one for one in members)
+    )
 
 
 def _write_entries(folder: Path, entries: Mapping[str, Any]) -> None:

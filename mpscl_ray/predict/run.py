@@ -20,9 +20,11 @@ from mpscl_ray.distributed.places import inference_place
 from mpscl_ray.distributed.ray_session import connect
 from mpscl_ray.errors import ConfigError, DataError
 from mpscl_ray.predict.dicom_inputs import both_kinds, series_below, single_slices
+from mpscl_ray.predict.ensemble import Member, ensemble_of
 from mpscl_ray.predict.image import Job, Prediction, output_ids, outputs, predict_image, predict_in_worker
-from mpscl_ray.predict.model import Checkpoint, Model, find_checkpoint, read_model
+from mpscl_ray.predict.model import find_checkpoint, read_model
 from mpscl_ray.predict.output_names import (
+    DISAGREEMENT_SUFFIX,
     ITKSNAP_LABELS,
     PREVIEW_SUFFIX,
     SLICER_LABELS,
@@ -38,7 +40,6 @@ from mpscl_ray.prepare.file_listing import LABEL_ENDINGS
 from mpscl_ray.runs import json_output
 from mpscl_ray.runs.model_store import open_model
 from mpscl_ray.runs.progress import ProgressLine
-from mpscl_ray.runs.run_directory import RunDirectory
 from mpscl_ray.runs.storage import S3Path, output_directory
 from mpscl_ray.runs.structures import display_order
 from mpscl_ray.runs.wording import counted
@@ -57,17 +58,26 @@ def predict(options: argparse.Namespace, out: Path | S3Path) -> int:
         options.inputs = [given.absolute() for given in options.inputs]  # tasks have another working directory
     # Elsewhere this process only checks the weights.
     device = choose_device(options.device if options.ray is None else "cpu")
-    home = open_model(options.run)
-    model = read_model(home)
-    model.domain(options.modality)  # refused before anything is read
-    weights, warnings = find_checkpoint(home, options.checkpoint)
-    for warning in warnings:
-        print(f"warning: {warning}", file=sys.stderr)
-    predictor = load_weights(model, weights, device)  # also before workers start: errors are reported at once
-    job = _job(options, home, model, weights, out)
+    members, loaded, names = [], [], [options.run, *options.ensemble]
+    for run in names:
+        home = open_model(run)
+        model = read_model(home)
+        model.domain(options.modality)  # refused before anything is read
+        weights, warnings = find_checkpoint(home, options.checkpoint)
+        for warning in warnings:
+            print(f"warning: {warning}", file=sys.stderr)
+        # Also before workers start: errors are reported at once.
+        loaded.append(load_weights(model, weights, device, tta=options.tta))
+        members.append(Member(home.uri, replace(weights, path=home.relative_to_run(weights.path)), weights.stamp()))
+    predictor = ensemble_of(loaded, names)
+    assert predictor.model is not None
+    predictor.prepared_as(predictor.model.domain(options.modality))
+    job = _job(options, predictor, tuple(members), tuple(one.weights.sha256() for one in loaded if one.weights), out)
     images, failed = find_images(options.inputs, options.pattern)
-    images = _without_long_names(images, job, model.classes, failed)
-    record = Record(job, model.classes, overwrite=options.overwrite)
+    images = _without_long_names(images, job, predictor.classes, failed)
+    if job.postprocessing and options.postprocessing == "chosen":
+        print(f"postprocessing: {job.postprocessing} (--no-postprocessing leaves it out)")
+    record = Record(job, predictor.classes, overwrite=options.overwrite)
     left = record.to_do(images, resume=options.resume)
     if len(left) < len(images):
         print(f"{len(images) - len(left)} of {len(images)} images have their label map already")
@@ -121,18 +131,23 @@ def _segment(
         )
 
 
-def _job(options: argparse.Namespace, home: RunDirectory, model: Model, weights: Checkpoint, out: Path | S3Path) -> Job:
-    raw = options.label_values == "raw"
+def _job(
+    options: argparse.Namespace,
+    predictor: Predictor,
+    members: tuple[Member, ...],
+    weights_sha256: tuple[str, ...],
+    out: Path | S3Path,
+) -> Job:
+    raw, model = options.label_values == "raw", predictor.model
+    assert model is not None
     return Job(
-        run=home.uri,
-        weights=replace(weights, path=home.relative_to_run(weights.path)),
-        stamp=weights.stamp(),
+        members=members,
         domain=options.modality,
         out=out,
         raw_ids=output_ids(model, model.domain(options.modality)) if raw else None,
         format=options.format,
         device=options.device,
-        largest_component=options.largest_component,
+        postprocessing=predictor.postprocessing(options.postprocessing),
         probabilities=options.probabilities,
         preview=options.preview,
         assume_spacing_mm=options.assume_spacing,
@@ -140,7 +155,9 @@ def _job(options: argparse.Namespace, home: RunDirectory, model: Model, weights:
         nan_policy=options.nan_policy,
         any_modality=options.any_modality,
         roots=tuple(given for given in options.inputs if given.is_dir()),
-        weights_sha256=weights.sha256(),
+        weights_sha256=weights_sha256,
+        tta=options.tta,
+        disagreement=options.disagreement,
     )
 
 
@@ -230,7 +247,7 @@ def _no_image(folder: Path, pattern: str | None, files: Sequence[Path]) -> str:
 
 def _say_skipped(folder: Path, there: Sequence[Path], found: Sequence[Path]) -> None:
     """Warn of what a folder holds besides its images: label maps by their names, other formats, folders."""
-    ours = (*SUFFIXES, ITKSNAP_LABELS, SLICER_LABELS, VOLUMES, PREVIEW_SUFFIX)
+    ours = (*SUFFIXES, DISAGREEMENT_SUFFIX, ITKSNAP_LABELS, SLICER_LABELS, VOLUMES, PREVIEW_SUFFIX)
     taken = set(found)
     skipped = sorted(
         path.relative_to(folder).as_posix() + "/" * path.is_dir()
@@ -251,7 +268,7 @@ def _images_among(files: Sequence[Path], folder: Path, pattern: str | None) -> l
     inputs = [
         path
         for path in files
-        if not path.name.endswith(SUFFIXES)
+        if not path.name.endswith((*SUFFIXES, DISAGREEMENT_SUFFIX))
         and not is_probability_map(path.relative_to(folder).as_posix(), names)
         and not is_dicom(path)
     ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,7 +11,8 @@ import numpy.typing as npt
 
 from mpscl_ray.data.volumes.geometry import Geometry, restore_labels, restore_most_probable
 from mpscl_ray.predict.model import Slices
-from mpscl_ray.predict.predictor import Labels, Predictor, keep_largest_component
+from mpscl_ray.predict.postprocessing import NO_POSTPROCESSING, Labels, Postprocessing
+from mpscl_ray.predict.predictor import Predictor
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,8 @@ class Segmentation:
     """(D, H, W) class indices of the prepared slices."""
     probabilities: npt.NDArray[np.float32] | None
     """(C, D, H, W) of the prepared slices, where they were asked for or needed."""
+    disagreement: npt.NDArray[np.float32] | None = None
+    """(D, H, W) of the prepared slices, in [0, 1], where it was asked for."""
 
 
 def segment(
@@ -29,8 +34,9 @@ def segment(
     slices: Slices,
     geometry: Geometry,
     *,
-    largest_component: bool = False,
+    postprocessing: Postprocessing = NO_POSTPROCESSING,
     probabilities: bool = False,
+    disagreement: bool = False,
 ) -> Segmentation:
     """Segment the slices of a volume and put the labels back on the grid of its file.
 
@@ -41,16 +47,22 @@ def segment(
         predictor: segmenter.
         slices: (D, H, W), scaled to [-1, 1].
         geometry: how they were made from the array of the file.
-        largest_component: whether only the largest connected part of each structure is kept.
+        postprocessing: rules for both label maps; probabilities stay those of the network.
         probabilities: whether the probabilities are to be returned; they take C times the memory of the slices.
+        disagreement: whether that of several passes is to be returned
+            (:meth:`mpscl_ray.predict.predictor.Predictor.predict_disagreement`).
 
     Raises:
         DataError: the weights give values that are not finite.
     """
     found: npt.NDArray[np.float32] | None = None
     resampled = any(axis.step != 1.0 for axis in geometry.axes)
-    if resampled or probabilities:
-        found = predictor.predict_probabilities(slices)
+    spread: npt.NDArray[np.float32] | None = None
+    if resampled or probabilities or disagreement:
+        if disagreement:
+            found, spread = predictor.predict_disagreement(slices)
+        else:
+            found = predictor.predict_probabilities(slices)
         labels = found.argmax(axis=0).astype(np.uint8)
     else:
         labels = predictor.predict_slices(slices)
@@ -58,6 +70,11 @@ def segment(
         restored = restore_most_probable(found, geometry)
     else:
         restored = restore_labels(labels, geometry)
-    if largest_component:
-        labels, restored = (keep_largest_component(part, len(predictor.classes)) for part in (labels, restored))
-    return Segmentation(restored, labels, found)
+    labels = postprocessing(labels, predictor.classes, millilitres(geometry.spacing_mm))
+    restored = postprocessing(restored, predictor.classes, millilitres(geometry.voxel_mm))
+    return Segmentation(restored, labels, found, spread)
+
+
+def millilitres(voxel_mm: Sequence[float]) -> float:
+    """Volume of a voxel in ml, from its size in mm along each axis."""
+    return math.prod(voxel_mm) / 1000.0

@@ -15,12 +15,13 @@ from mpscl_ray.data.volumes.file_names import NIFTI_ENDINGS, SEGMENTATION_ENDING
 from mpscl_ray.data.volumes.nifti import read_image
 from mpscl_ray.data.volumes.recipe import GEOMETRIES, NAN_POLICIES, GeometryFrom, NanPolicy
 from mpscl_ray.errors import ConfigError, DataError
-from mpscl_ray.predict import predictor as predictors
+from mpscl_ray.predict.ensemble import load_ensemble
 from mpscl_ray.predict.image import output_ids
 from mpscl_ray.predict.label_files import write_labels
 from mpscl_ray.predict.model import Checkpoint, Model
+from mpscl_ray.predict.postprocessing import PostprocessingChoice
 from mpscl_ray.predict.predictor import Predictor
-from mpscl_ray.predict.volume import refuse_probability_map, segment_volume
+from mpscl_ray.predict.volume import SegmentedVolume, refuse_probability_map, segment_volume, write_unit_map
 from mpscl_ray.runs.atomic_files import storage_errors
 
 LabelValues = Literal["index", "raw"]
@@ -71,7 +72,7 @@ class TrainedSegmenter:
         affine: npt.ArrayLike,
         *,
         modality: str = "target",
-        largest_component: bool = False,
+        postprocessing: PostprocessingChoice = "chosen",
         label_values: LabelValues = "index",
         any_modality: bool = False,
     ) -> npt.NDArray[np.integer[Any]]:
@@ -82,7 +83,9 @@ class TrainedSegmenter:
             affine: (4, 4), voxel index to RAS+ millimetres, as ``nibabel.load(file).affine``. It says which way the
                 patient lies and how large voxels are.
             modality: ``target``, ``source``, or the name of one of :attr:`modalities`.
-            largest_component: whether only the largest connected part of each structure is kept.
+            postprocessing: ``chosen``: by the rules that were chosen for these weights on validation volumes, if any
+                were. ``none``: as the network gives it. ``largest_component``: only the largest connected part of each
+                structure is kept.
             label_values: ``index``: indices into :attr:`class_names`, uint8. ``raw``: those of :attr:`label_values`,
                 int32.
             any_modality: whether what looks like another modality or a label map is segmented as well.
@@ -100,9 +103,8 @@ class TrainedSegmenter:
                 training volume had, or a structure at the edge of the crop.
         """
         raw_ids = self._raw_ids(label_values)
-        labels = self._predict(
-            _volume(volume), _affine(affine), modality, largest_component, any_modality, "the volume"
-        )
+        done = self._predict(_volume(volume), _affine(affine), modality, postprocessing, any_modality, "the volume")
+        labels = done.found.labels
         if raw_ids is None:
             return labels
         return np.array([0, *(raw_ids[name] for name in self.class_names[1:])], dtype=np.int32)[labels]
@@ -113,12 +115,13 @@ class TrainedSegmenter:
         out: Path | str,
         *,
         modality: str = "target",
-        largest_component: bool = False,
+        postprocessing: PostprocessingChoice = "chosen",
         label_values: LabelValues = "index",
         any_modality: bool = False,
         assume_spacing: tuple[float, float, float] | None = None,
         geometry: GeometryFrom | None = None,
         nan_policy: NanPolicy = "error",
+        disagreement: Path | str | None = None,
     ) -> Path:
         """Segment an image file and write the label map in its geometry, in the format that ``out`` ends in.
 
@@ -126,14 +129,15 @@ class TrainedSegmenter:
             path: image: ``.nii``, ``.nii.gz``, ``.nrrd``, ``.mha``, or a folder with a DICOM series.
             out: label map: ``.nii``, ``.nii.gz``, or ``.seg.nrrd``, which 3D Slicer opens as a segmentation with names
                 and colours; its folder is made, and a file of that name replaced. Returned.
-            modality, largest_component, label_values, any_modality: see :meth:`predict`.
+            modality, postprocessing, label_values, any_modality: see :meth:`predict`.
             assume_spacing: voxel size in mm, for a file without a usable geometry.
             geometry: ``sform``, ``qform`` or ``pixdim``: which part of a header is right, if its parts contradict each
                 other.
             nan_policy: what becomes of voxels that are NaN or infinite: ``error``, ``lowest`` or ``zero``.
+            disagreement: another NIfTI file, for a map in [0, 1] of how much runs and moved slices disagree.
 
         Raises:
-            ConfigError: the run does not know the modality, an option has another value, or ``out`` is the image or
+            ConfigError: the run does not know the modality, an option has another value, or an output is the image or
                 not the name of a file of these formats.
             DataError: the image is damaged or cannot be used, or looks like another modality, a label map, or a
                 probability map of predict.
@@ -142,27 +146,30 @@ class TrainedSegmenter:
         Warns:
             UserWarning: as :meth:`predict`, and what is unusual in the file.
         """
-        path, out = Path(path), Path(out)
-        if not has_ending(out.name, (*NIFTI_ENDINGS, SEGMENTATION_ENDING)):
-            raise ConfigError(f"out is {out}; expected the name of a file that ends in .nii, .nii.gz or .seg.nrrd")
-        if out.resolve() == path.resolve():
-            raise ConfigError(f"out is the image {path} itself; give the label map another name")
+        path, out, spread = Path(path), Path(out), None if disagreement is None else Path(disagreement)
+        _check_output("out", out, path, (*NIFTI_ENDINGS, SEGMENTATION_ENDING))
+        if spread is not None:
+            _check_output("disagreement", spread, path, NIFTI_ENDINGS)
         raw_ids = self._raw_ids(label_values)
         _check_reading(assume_spacing, geometry, nan_policy)
         image = read_image(path, assume_spacing_mm=assume_spacing, geometry=geometry, nan_policy=nan_policy)
         refuse_probability_map(image)
-        with storage_errors(out.parent):
-            out.parent.mkdir(parents=True, exist_ok=True)
-        labels = self._predict(
+        for file in (out, spread or out):
+            with storage_errors(file.parent):
+                file.parent.mkdir(parents=True, exist_ok=True)
+        done = self._predict(
             image.array,
             image.affine,
             modality,
-            largest_component,
+            postprocessing,
             any_modality,
             str(path),
             image.notices_for(self._model.domain(modality).recipe),
+            spread is not None,
         )
-        write_labels(out, labels, image, self.class_names, raw_ids)
+        if spread is not None and done.found.disagreement is not None:
+            write_unit_map(spread, done.found.disagreement, done.geometry, image)
+        write_labels(out, done.found.labels, image, self.class_names, raw_ids)
         return out
 
     def _raw_ids(self, label_values: str) -> dict[str, int] | None:
@@ -175,11 +182,12 @@ class TrainedSegmenter:
         volume: npt.NDArray[np.float32],
         affine: npt.NDArray[np.float64],
         modality: str,
-        largest_component: bool,
+        postprocessing: PostprocessingChoice,
         any_modality: bool,
         name: str,
         notices: tuple[str, ...] = (),
-    ) -> npt.NDArray[np.uint8]:
+        disagreement: bool = False,
+    ) -> SegmentedVolume:
         done = segment_volume(
             self._predictor,
             self._model.domain(modality),
@@ -188,32 +196,49 @@ class TrainedSegmenter:
             name,
             any_modality=any_modality,
             option="any_modality=True",
-            largest_component=largest_component,
+            postprocessing=self._predictor.postprocessing(postprocessing),
+            disagreement=disagreement,
         )
         for notice in (*notices, *done.notices):
             warnings.warn(f"{name}: {notice}", stacklevel=3)  # the line that called predict or predict_file
-        return done.found.labels
+        return done
 
 
 def load_segmenter(
-    run: Path | str, checkpoint: str = "last", *, device: torch.device | str | None = None
+    run: Path | str | Sequence[Path | str],
+    checkpoint: str = "last",
+    *,
+    device: torch.device | str | None = None,
+    tta: bool = False,
 ) -> TrainedSegmenter:
-    """The segmenter of a run, ready to predict.
+    """The segmenter of a run, ready to predict; of several runs the mean of their probabilities.
 
     Args:
-        run: folder of the run, a model file that ``export`` wrote, or the URL of either.
+        run: folder of the run, a model file that ``export`` wrote, or the URL of either; or a list of these.
         checkpoint: ``last``, ``best``, the name of a phase (``source_only``, ``warm_up``, ``adaptation``) for its end,
             the name of one in the run's ``checkpoints``, or a path.
         device: ``cpu``, ``cuda`` or ``cuda:N``; None takes a GPU where there is one.
+        tta: whether probabilities are averaged over slices that are moved a little, which takes five times as long.
 
     Raises:
-        ConfigError: there is no such run, checkpoint or device; says which there are.
+        ConfigError: there is no such run, checkpoint or device, which says which there are; or runs that differ in
+            classes, label ids, target modality or preparation.
         DataError: the run has no checkpoint yet, or one that is damaged or does not fit the network.
     """
     with torch.random.fork_rng([]):  # a network draws initial weights before it gets its own
-        predictor = predictors.load_segmenter(run, checkpoint, device)
+        runs = [run] if isinstance(run, str | Path) or not isinstance(run, Sequence) else run
+        predictor = load_ensemble(runs, checkpoint, device, tta=tta)
     assert predictor.model is not None
     return TrainedSegmenter(predictor, predictor.model)
+
+
+def _check_output(name: str, file: Path, image: Path, endings: Sequence[str]) -> None:
+    """Check where a file is to be written, by the name of the argument. Raises ConfigError."""
+    if not has_ending(file.name, tuple(endings)):
+        listed = f"{', '.join(endings[:-1])} or {endings[-1]}"
+        raise ConfigError(f"{name} is {file}; expected the name of a file that ends in {listed}")
+    if file.resolve() == image.resolve():
+        raise ConfigError(f"{name} is the image {image} itself; give it another name")
 
 
 def _check_reading(assume_spacing: tuple[float, float, float] | None, geometry: str | None, nan_policy: str) -> None:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from mpscl_ray.data.volumes.geometry import Geometry, across_thick_voxels
+from mpscl_ray.data.volumes.geometry import Geometry, across_thick_voxels, restore_labels
 from mpscl_ray.data.volumes.intensities import few_values, kind_of, other_modality, unusual_intensities
 from mpscl_ray.data.volumes.nifti import Volume
+from mpscl_ray.data.volumes.nifti_output import write_values
 from mpscl_ray.data.volumes.preprocess import prepare_volume
 from mpscl_ray.errors import DataError
 from mpscl_ray.predict.model import Domain, Slices
-from mpscl_ray.predict.predictor import Predictor, keep_largest_component
+from mpscl_ray.predict.postprocessing import NO_POSTPROCESSING, Postprocessing, largest_component
+from mpscl_ray.predict.predictor import Predictor
 from mpscl_ray.predict.segmentation import Segmentation, segment
 
 PROBABILITY_STEPS = 255
@@ -46,8 +49,9 @@ def segment_volume(
     scanner: str = "",
     any_modality: bool = False,
     option: str = "--any-modality",
-    largest_component: bool = False,
+    postprocessing: Postprocessing = NO_POSTPROCESSING,
     probabilities: bool = False,
+    disagreement: bool = False,
 ) -> SegmentedVolume:
     """Prepare a volume as those of training, segment it, and compare it with what the model was trained on.
 
@@ -60,7 +64,7 @@ def segment_volume(
         scanner: modality that its DICOM header names, in capitals, if there is one.
         any_modality: whether what looks like another modality or a label map is segmented as well.
         option: what a user sets for that, for messages.
-        largest_component, probabilities: see :func:`mpscl_ray.predict.segmentation.segment`.
+        postprocessing, probabilities, disagreement: see :func:`mpscl_ray.predict.segmentation.segment`.
 
     Raises:
         DataError: another modality, a label map, a crop without contrast, or weights that give no finite values.
@@ -72,7 +76,14 @@ def segment_volume(
     # Never by labels: a new image has none.
     prepared = prepare_volume(array, affine, None, replace(domain.recipe, centre="image"), case=name)
     geometry, slices = prepared.geometry, domain.scale(prepared.image)
-    found = segment(predictor, slices, geometry, largest_component=largest_component, probabilities=probabilities)
+    found = segment(
+        predictor.prepared_as(domain),
+        slices,
+        geometry,
+        postprocessing=postprocessing,
+        probabilities=probabilities,
+        disagreement=disagreement,
+    )
     thick = across_thick_voxels(affine, geometry)
     notices = (
         *((f"{thick[0]}, as the model takes them: the scan was acquired in another direction",) if thick else ()),
@@ -81,6 +92,13 @@ def segment_volume(
         *_quality_warnings(found.slices, geometry),
     )
     return SegmentedVolume(found, slices, geometry, notices)
+
+
+def write_unit_map(path: Path, values: npt.NDArray[np.float32], geometry: Geometry, image: Volume) -> None:
+    """Write values (D, H, W) in [0, 1] of prepared slices as NIfTI on the grid of the image, 0 outside the crop."""
+    steps = np.rint(values * PROBABILITY_STEPS).astype(np.uint8)
+    slope = 1.0 / PROBABILITY_STEPS
+    write_values(path, restore_labels(steps, geometry), image, slope=slope, intent=PROBABILITY_INTENT)
 
 
 def refuse_probability_map(volume: Volume) -> None:
@@ -124,7 +142,7 @@ def _quality_warnings(labels: npt.NDArray[np.uint8], geometry: Geometry) -> list
 
 def _is_cut_off(labels: npt.NDArray[np.uint8], geometry: Geometry) -> bool:
     """Whether much of the heart, the largest connected part, lies at an edge beyond which the image goes on."""
-    heart = keep_largest_component((labels > 0).astype(np.uint8), 2)
+    heart = largest_component(labels > 0)
     width = float(np.sqrt(np.count_nonzero(heart, axis=(1, 2))).sum())
     rows, columns = geometry.axes[1:]
     at_edge = 0

@@ -125,7 +125,12 @@ def predict_cases(held_out: HeldOut, column: int, run: ReportedRun, predictor: P
         if entry.volumes is None:
             entry.volumes = _volumes(held_out, entry.case)
         subject = CaseToScore(held_out.dataset, entry.case, held_out.manifest.scaling, run.model.domains["target"])
-        labels, scores = segment_and_score(predictor, subject, held_out.protocol if entry.case.labelled else "prepared")
+        labels, scores = segment_and_score(
+            predictor,
+            subject,
+            held_out.protocol if entry.case.labelled else "prepared",
+            postprocessing=predictor.postprocessing("chosen"),
+        )
         entry.scores[column] = entry.scores[column] or scores
         entry.volumes.predictions.append(_label_map(held_out, entry.case, labels))
 

@@ -124,6 +124,9 @@ def predict_group(group: Group, case: str | None, device: str | None, volumes: b
         if saved.name != "last":
             read_scores(group.held_out, number, run, saved.name)
         predictor = load_weights(run.model, saved, device)
+        if rules := predictor.postprocessing("chosen"):
+            oracle = " (oracle: chosen with labels of the target)" if rules.oracle else ""
+            group.notes.append(f"Postprocessing of {title}: {rules}{oracle}.")
         group.predictions.append(predict_case(predictor, group.shown, title))
         if volumes:
             predict_cases(group.held_out, number, run, predictor)

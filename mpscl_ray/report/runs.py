@@ -24,6 +24,7 @@ from mpscl_ray.methods.prototypes import downsample_labels, initial_prototypes, 
 from mpscl_ray.networks.deeplab import DeepLabV2, network_input
 from mpscl_ray.predict.model import Checkpoint, Model, find_checkpoint, read_model
 from mpscl_ray.predict.predictor import Predictor
+from mpscl_ray.predict.segmentation import millilitres
 from mpscl_ray.report.figures.feature_space import FeatureSample, sample_of
 from mpscl_ray.report.figures.segmentations import Segmented
 from mpscl_ray.runs import checkpoint, safe_yaml
@@ -183,7 +184,12 @@ def predict_case(predictor: Predictor, shown: ShownCase, title: str) -> Predicti
     for plane in probabilities:
         entropy -= plane * np.log(np.maximum(plane, 1e-12))
     entropy /= math.log(len(predictor.classes))
-    labels = probabilities.argmax(axis=0).astype(np.uint8)
+    spacing_mm = shown.case.spacing_mm
+    labels = predictor.postprocessing("chosen")(
+        probabilities.argmax(axis=0).astype(np.uint8),
+        predictor.classes,
+        None if spacing_mm is None else millilitres(spacing_mm),
+    )
     loss = math.nan
     if shown.label is not None:
         annotated = shown.label != NOT_ANNOTATED

@@ -51,7 +51,10 @@ LEASE = ".lease"
 _FINAL_UPLOAD_S = 60.0
 """Longest time that a command waits at its end for a storage that does not answer."""
 
-_COMMAND_UPLOADS = ("config.yaml", "model.json", "environment.json", "status.json", "results", "trackers", STOP_FILE)
+_COMMAND_UPLOADS = (
+    *("config.yaml", "model.json", "postprocessing.json", "environment.json", "status.json", "results", "trackers"),
+    STOP_FILE,
+)
 _WORKER_0_UPLOADS = tuple(
     "checkpoints best phases metrics.jsonl features.jsonl pseudo_labels progress.png progress.html slices tensorboard "
     "profile".split()

@@ -182,6 +182,21 @@ class CommandParser(argparse.ArgumentParser):
         help = "volumes at a time, on Ray; 0: in this process (default: by their number)"
         self.add_argument("--workers", action=_WorkersAction, type=int, metavar="N", help=help)
 
+    def add_postprocessing(self) -> None:
+        """Add ``--no-postprocessing`` and ``--largest-component``: ``postprocessing`` is a PostprocessingChoice."""
+        add = functools.partial(
+            self.add_mutually_exclusive_group().add_argument,
+            action="store_const",
+            dest="postprocessing",
+            default="chosen",
+        )
+        add("--no-postprocessing", const="none", help="leave out the rules that were chosen for these weights")
+        add(
+            "--largest-component",
+            const="largest_component",
+            help="keep only the largest connected part of each structure, instead of the chosen rules",
+        )
+
     def add_ray(self) -> None:
         """Add ``--ray``: an address, or None where it is not given."""
         help = "spread the volumes over a Ray cluster: its address, or auto (RAY_ADDRESS, or the one running here)"

@@ -74,6 +74,11 @@ def load_domains(config: Config) -> tuple[Domains, list[str]]:
         )
     own = (domains.target if config.data.labelled_domain == TARGET_DOMAIN else domains.source).split("val")
     if config.run.select != "oracle" and not (own and all(case.labelled for case in own)):
+        if config.run.choose_postprocessing:
+            raise ConfigError(
+                f"run.choose_postprocessing=true needs labelled validation cases of the {config.data.labelled_domain}, "
+                "and it has none; prepare it with some, or leave the setting out"
+            )
         warnings.append(
             f"the {config.data.labelled_domain} dataset has no labelled validation cases to choose the best checkpoint "
             "by; the run keeps the last one and the end of each phase"
@@ -121,6 +126,7 @@ def model_description(config: Config, domains: Domains) -> dict[str, Any]:
         "target": domain(domains.target, domains.target_folder),
         "phases": [name for name, _ in config.schedule],
         "labelled": config.data.labelled_domain,
+        "mirror_axes": list(config.data.mirror_axes),
     }
 
 

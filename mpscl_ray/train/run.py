@@ -43,12 +43,14 @@ MAY_CHANGE = (
     "run.progress_page",
     "run.loggers",
     "run.profile",
+    "run.choose_postprocessing",
     "optim.recompute",
     "run.storage",
     "run.storage_retry_minutes",
     "data.source",
     "data.target",
     "data.in_memory",
+    "data.mirror_axes",
     "precision.compile",
 )
 """Keys that a resumed run may change; none of them changes what is computed. The datasets may have moved, but must be

@@ -62,13 +62,14 @@ def test_a_segmenter_says_what_it_is(segmenter: TrainedSegmenter, result: Traini
 
 
 @pytest.mark.parametrize("kind", ["index", "raw"])
-@pytest.mark.parametrize("largest_component", [False, True])
+@pytest.mark.parametrize("postprocessing", ["none", "largest_component"])
 def test_arrays_and_files_get_the_label_map_of_the_command(
-    speckled: TrainedSegmenter, hearts: Path, tmp_path: Path, kind: Any, largest_component: bool
+    speckled: TrainedSegmenter, hearts: Path, tmp_path: Path, kind: Any, postprocessing: Any
 ) -> None:
     image = hearts / "scans" / "mr_train_1001_image.nii.gz"
     raw = speckled.label_values if kind == "raw" else None
-    job = Job("", speckled.checkpoint, 0, "target", tmp_path, raw, largest_component=largest_component)
+    rules = speckled._predictor.postprocessing(postprocessing)
+    job = Job((), "target", tmp_path, raw, postprocessing=rules)
     assert predict_image(speckled._predictor, job, image).error is None
     written = nib.load(tmp_path / "mr_train_1001_image_prediction.nii.gz")
     expected = np.asarray(written.dataobj)
@@ -76,7 +77,7 @@ def test_arrays_and_files_get_the_label_map_of_the_command(
     assert len(found) > 1
     assert found <= set(speckled.label_values.values() if raw else range(1, 5))
     loaded = nib.load(image)
-    options: Any = {"label_values": kind, "largest_component": largest_component}
+    options: Any = {"label_values": kind, "postprocessing": postprocessing}
     np.testing.assert_array_equal(speckled.predict(loaded.get_fdata(), loaded.affine, **options), expected)
     out = speckled.predict_file(image, tmp_path / "new" / "label.nii.gz", **options)
     np.testing.assert_array_equal(np.asarray(nib.load(out).dataobj), expected)
@@ -141,6 +142,7 @@ def test_wrong_arguments_of_prediction_are_refused(
     calls: list[tuple[Callable[[], object], type[MpsclError], str]] = [
         (lambda: segmenter.predict(GOOD, AFFINE, modality="pet"), ConfigError, "the run knows no modality 'pet'"),
         (lambda: segmenter.predict(GOOD, AFFINE, label_values="ids"), ConfigError, "label_values is 'ids'"),  # type: ignore[arg-type]
+        (lambda: segmenter.predict(GOOD, AFFINE, postprocessing=True), ConfigError, "postprocessing is True"),  # type: ignore[arg-type]
         (lambda: segmenter.predict_file(image, out, geometry="affine"), ConfigError, "expected None, 'sform'"),  # type: ignore[arg-type]
         (lambda: segmenter.predict_file(image, out, nan_policy=0), ConfigError, "nan_policy is 0"),  # type: ignore[arg-type]
         (lambda: segmenter.predict_file(image, out, assume_spacing=(1, 0, 1)), ConfigError, "three sizes in mm"),

@@ -21,6 +21,7 @@ from mpscl_ray.evaluate import score_command as score
 from mpscl_ray.evaluate.run import evaluate_phases
 from mpscl_ray.evaluate.scoring import evaluate_checkpoint
 from mpscl_ray.predict import command as predict
+from mpscl_ray.predict.postprocessing import PostprocessingChoice
 from tests.dataset_run import write_run
 from tests.raw_volumes import RAW_IDS, made, volume, write
 
@@ -70,7 +71,8 @@ def test_train_evaluate_score_and_medpy_agree(run: Path, tmp_path: Path, largest
     option = ["--largest-component"] * largest
     out = written(run, tmp_path, *option)
     table = evaluate_phases(run, ["adaptation"], workers=0, progress=False)["adaptation"]
-    own = evaluate_checkpoint(run, "adaptation", workers=0, largest_component=largest, progress=False)
+    choice: PostprocessingChoice = "largest_component" if largest else "chosen"
+    own = evaluate_checkpoint(run, "adaptation", workers=0, postprocessing=choice, progress=False)
     assert own.protocol == table.protocol == "file"
     assert largest or table.summary.to_json() == own.summary.to_json()
     words = ["--prediction-pattern", "{case}_image_prediction.nii.gz", "--label-pattern", "{case}_label.nii.gz"]

@@ -14,6 +14,7 @@ from mpscl_ray.errors import ConfigError
 from mpscl_ray.evaluate.command import main as evaluate
 from mpscl_ray.export.command import main as export
 from mpscl_ray.predict.command import main as predict
+from mpscl_ray.predict.ensemble import Member
 from mpscl_ray.predict.image import Job, predict_in_worker
 from mpscl_ray.predict.model import Checkpoint
 from tests.hearts_run import CLASSES, oblique, write_hearts_run, write_image
@@ -60,7 +61,8 @@ def test_label_maps_are_those_of_the_run_bit_for_bit(
     for file in files:
         assert (tmp_path / "run" / file).read_bytes() == (tmp_path / "model" / file).read_bytes()
     if not options:  # what a worker on another node does
-        job = Job(str(model), Checkpoint("best", Path("weights")), 0, "target", tmp_path / "worker")
+        member = Member(str(model), Checkpoint("best", Path("weights")), 0)
+        job = Job((member,), "target", tmp_path / "worker")
         assert predict_in_worker(job, scans / "p0.nii.gz").error is None
         assert (tmp_path / "worker" / files[0]).read_bytes() == (tmp_path / "run" / files[0]).read_bytes()
     entry = json.loads((tmp_path / "model" / "volumes.json").read_text(encoding="utf-8"))["predictions"][files[0]]

@@ -15,14 +15,14 @@ from mpscl_ray.data.volumes.recipe import Recipe
 from mpscl_ray.errors import ConfigError, DataError
 from mpscl_ray.predict.command import main
 from mpscl_ray.predict.image import Job, outputs
-from mpscl_ray.predict.model import Checkpoint, Domain
+from mpscl_ray.predict.model import Domain
 from mpscl_ray.predict.output_names import SLICER_LABELS
 from mpscl_ray.predict.run import _without_long_names, find_images
 from mpscl_ray.predict.segmenter import load_segmenter
 from mpscl_ray.predict.volume import refuse_other_modality
 from tests.untrained_run import save, segmenter, write_run
 
-JOB = Job("run", Checkpoint("last", Path("weights")), 0, "target", Path("out"), probabilities=True)
+JOB = Job((), "target", Path("out"), probabilities=True)
 
 
 def names(paths: list[Path]) -> list[str]:

@@ -18,13 +18,12 @@ from mpscl_ray.data.volumes.recipe import Recipe
 from mpscl_ray.errors import ConfigError, DataError
 from mpscl_ray.networks import DeepLabV2
 from mpscl_ray.networks.deeplab import network_input, upsample_logits
+from mpscl_ray.predict.ensemble import Member, cached_predictor
 from mpscl_ray.predict.image import Job, Prediction, outputs, predict_image
-from mpscl_ray.predict.model import Checkpoint, Domain, Model, find_checkpoint, read_model
+from mpscl_ray.predict.model import Domain, Model, find_checkpoint, read_model
 from mpscl_ray.predict.predictor import (
     Predictor,
-    cached_predictor,
     choose_device,
-    keep_largest_component,
     load_segmenter,
     num_inference_workers,
 )
@@ -125,7 +124,7 @@ def test_relative_paths_lead_to_the_same_weights_from_another_folder(
         given = dataclasses.replace(predictor.weights, path=folder.relative_to_run(predictor.weights.path))
         with monkeypatch.context() as elsewhere:
             elsewhere.chdir("/")
-            worker = cached_predictor(str(tmp_path / "runs" / "run"), given, number, "cpu")
+            worker = cached_predictor((Member(str(tmp_path / "runs" / "run"), given, number),), "cpu")
         assert torch.equal(worker.network.conv1.weight, expected), name
 
 
@@ -211,19 +210,6 @@ def test_the_device_is_checked() -> None:
     assert num_inference_workers(1000, torch.device("cuda")) == 0
 
 
-def test_only_the_largest_part_of_each_structure_is_kept() -> None:
-    labels = np.zeros((6, 8, 8), np.uint8)
-    labels[0:3, 0:3, 0:3] = 1
-    labels[4:6, 6:8, 6:8] = 1  # the smaller part
-    labels[3, 3, 3] = 1  # touches the larger one only at a corner
-    labels[3:6, 0:2, 0:2] = 3
-    kept = keep_largest_component(labels, 4)
-    assert (kept[0:3, 0:3, 0:3] == 1).all()
-    assert np.count_nonzero(kept == 1) == 27
-    assert np.array_equal(kept == 3, labels == 3)
-    assert np.count_nonzero(labels == 1) == 27 + 8 + 1  # the argument is not changed
-
-
 class Levels(nn.Module):
     """A segmenter that separates three intensities, so that its result is known beforehand."""
 
@@ -256,7 +242,7 @@ def stub(image: np.ndarray, affine: np.ndarray, recipe: Recipe) -> Predictor:
 
 def job(out: Path, **options: Any) -> Job:
     # The landmarks have three intensities, as a label map has.
-    return Job(out, Checkpoint("last", out), 0, "target", out, **{"any_modality": True, **options})
+    return Job((), "target", out, **{"any_modality": True, **options})
 
 
 def affine_of(

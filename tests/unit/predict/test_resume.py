@@ -103,7 +103,7 @@ def test_label_maps_of_other_images_weights_or_settings_are_not_kept(batch: list
     with pytest.raises(ConfigError, match=r"b_prediction.nii.gz \(another image\); give --overwrite as well"):
         main([*batch, "--resume"])
     for more in (["--largest-component"], ["--largest-component", "--preview"]):
-        with pytest.raises(ConfigError, match=r"a_prediction.nii.gz \(another --largest-component"):
+        with pytest.raises(ConfigError, match=r"a_prediction.nii.gz \(another postprocessing"):
             main([*batch, "--resume", *more])
     with pytest.raises(ConfigError, match=r"a_prediction.nii.gz \(another --modality\)"):
         main([*batch[:5], "ct", *batch[6:], "--resume"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import pytest
 import ray
 
 from mpscl_ray.data.slices import LocalSlices
-from mpscl_ray.errors import ClusterError, StorageError, TrainingError
+from mpscl_ray.errors import ClusterError, ConfigError, StorageError, TrainingError
 from mpscl_ray.runs.control_files import FAILURE_FILE, STOP_FILE
 from mpscl_ray.runs.run_directory import RunDirectory
 from mpscl_ray.train.domains import load_domains, open_data
@@ -63,6 +64,9 @@ def test_validation_slices_are_opened_with_labels_only_if_all_have_them(pair: Pa
     domains, warnings = load_domains(config)
     assert open_data(config, domains, open_slices).validation == {}
     assert any("no labelled validation cases" in warning for warning in warnings)
+    config = dataclasses.replace(config, run=dataclasses.replace(config.run, choose_postprocessing=True))
+    with pytest.raises(ConfigError, match="choose_postprocessing=true needs labelled validation cases of the source"):
+        load_domains(config)
 
 
 def test_causes_name_the_worker_that_died_not_those_that_noticed() -> None:
