@@ -73,12 +73,14 @@ def join_location(location: str | Path | S3Path, *names: str) -> Path | S3Path:
 
 def read_limited(file: Path | S3Path, max_bytes: int) -> bytes:
     """Contents of a file or an object that anyone may have written. Raises OSError; ValueError where it is larger."""
+    size = 0
     if isinstance(file, S3Path):
         content = file.read_bytes(max_bytes + 1)
     else:
         with file.open("rb") as stream:
-            content = stream.read(min(os.fstat(stream.fileno()).st_size, max_bytes) + 1)  # read takes memory for all
-    if len(content) > max_bytes:
+            size = os.fstat(stream.fileno()).st_size  # before read, which takes memory for all that it is asked for
+            content = stream.read(size + 1) if size <= max_bytes else b""
+    if max(size, len(content)) > max_bytes:
         raise ValueError(f"it is larger than {max_bytes} bytes")
     return content
 

@@ -8,6 +8,7 @@ import os
 import struct
 import subprocess
 import sys
+import tracemalloc
 import zipfile
 from pathlib import Path
 
@@ -131,8 +132,13 @@ def test_a_checkpoint_of_huge_files_is_refused(tmp_path: Path, name: str) -> Non
     path = checkpoint.save(tmp_path / "step-0000001", small_state(1))
     with (path / name).open("wb") as stream:
         stream.truncate(1 << 40)
-    with pytest.raises(checkpoint.CheckpointDamaged, match=f"{name} cannot be read: it is larger than"):
-        checkpoint.load(path)
+    tracemalloc.start()
+    try:
+        with pytest.raises(checkpoint.CheckpointDamaged, match=f"{name} cannot be read: it is larger than"):
+            checkpoint.load(path)
+        assert tracemalloc.get_traced_memory()[1] < 16 << 20
+    finally:
+        tracemalloc.stop()
 
 
 # --------------------------------------------------------------------------------------------------- volumes
