@@ -52,8 +52,7 @@ class HashedIds:
     def save(self) -> None:
         """Write the file, for its owner alone. Raises StorageError."""
         text = json.dumps({"salt": self._salt, "names": self._names}, indent=1)
-        write_atomically(self.file, text.encode())
-        self.file.chmod(0o600)
+        write_atomically(self.file, text.encode(), private=True)
 
     def requests(self, requests: Iterable[Request]) -> list[Request]:
         """Requests whose cases and patients have hashes for names."""

@@ -93,14 +93,21 @@ def replacing(path: Path) -> Iterator[Path]:
         raise
 
 
-def write_atomically(path: Path, data: bytes) -> None:
+def write_atomically(path: Path, data: bytes, *, private: bool = False) -> None:
     """Replace a file as a whole: a reader, or a restart after a crash, finds the old contents or the new.
+
+    Args:
+        path: The file.
+        data: Its contents.
+        private: Whether its owner alone may read it.
 
     Raises:
         StorageError: The file cannot be written; the old one is intact.
     """
     with storage_errors(path, len(data)):
         with replacing(path) as partial, open(partial, "wb") as file:
+            if private:
+                os.fchmod(file.fileno(), 0o600)
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
