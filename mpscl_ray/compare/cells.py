@@ -16,8 +16,6 @@ from mpscl_ray.runs import safe_json
 from mpscl_ray.runs.atomic_files import write_atomically
 from mpscl_ray.runs.cli import did_you_mean
 from mpscl_ray.runs.environment import now
-from mpscl_ray.runs.run_directory import RunDirectory
-from mpscl_ray.runs.storage import S3Path, join_location
 
 DIRECTIONS = ("forward", "backward")
 """From data.source to data.target, and from data.target to data.source."""
@@ -152,11 +150,6 @@ def _with_parent(cell: Cell, earlier: Sequence[Cell]) -> Cell:
     if last is None:
         return cell
     return dataclasses.replace(cell, parent=earlier[shared.index(last)].name, fork_phase=last)
-
-
-def cell_location(comparison: RunDirectory, name: str) -> Path | S3Path:
-    """Run folder of a cell, or its URL."""
-    return join_location(comparison.uri, "cells", name)
 
 
 @dataclass

@@ -11,9 +11,9 @@ from typing import Any
 
 from ray import tune
 
-from mpscl_ray.compare.cells import Cell, CellLedger, Entry, cell_location
+from mpscl_ray.compare.cells import Cell, CellLedger, Entry
 from mpscl_ray.compare.comparison_page import comparison_page
-from mpscl_ray.compare.trainable import OUTCOME, train_cell
+from mpscl_ray.compare.trainable import OUTCOME, cell_location, train_cell
 from mpscl_ray.errors import MpsclError, StorageError
 from mpscl_ray.runs.control_files import STOP_FILE
 from mpscl_ray.runs.live_page import LivePage

@@ -6,17 +6,19 @@ import json
 import time
 from collections.abc import Mapping
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from ray import tune
 
-from mpscl_ray.compare.cells import Cell, cell_location
+from mpscl_ray.compare.cells import Cell
 from mpscl_ray.config import Config
 from mpscl_ray.errors import MpsclError, StorageError
 from mpscl_ray.evaluate.run import evaluate_phases
 from mpscl_ray.runs.control_files import STOP_FILE
 from mpscl_ray.runs.fork import fork
 from mpscl_ray.runs.run_directory import RunDirectory, open_run
+from mpscl_ray.runs.storage import S3Path, join_location
 from mpscl_ray.train.ray import trials
 from mpscl_ray.train.ray.concurrent import Shared, run_trial
 from mpscl_ray.train.ray.launch import Launch
@@ -25,6 +27,11 @@ from mpscl_ray.train.ray.resources import evaluation_place
 
 OUTCOME = "outcome"
 """Key of a cell's report: what became of it, as JSON in bytes."""
+
+
+def cell_location(comparison: RunDirectory, name: str) -> Path | S3Path:
+    """Run folder of a cell, or its URL."""
+    return join_location(comparison.uri, "cells", name)
 
 
 def train_cell(
