@@ -120,10 +120,6 @@ def test_methods_are_the_systems_with_their_phases() -> None:
 
 
 def test_the_numbers_of_the_readme_are_those_of_the_table_of_methods() -> None:
-    earlier = {
-        row[0]: row[4].strip("*").split(" ")[0]
-        for row in table_rows(DOCS / "methods.md", "## Three seeds on the phantom hearts, prepared slices")
-    }
     table = {
         row[0]: row[5]
         for row in table_rows(DOCS / "methods.md", "## One seed on the phantom hearts, as predict writes")
@@ -132,12 +128,8 @@ def test_the_numbers_of_the_readme_are_those_of_the_table_of_methods() -> None:
     assert {name for row in rows for name in code(row[0])} == set(SYSTEMS)
     for names, _, numbers in rows:
         titles = [SYSTEMS[name] for name in code(names)]
-        if not {*table, *earlier} & set(titles):
-            assert numbers == "not measured"
-            continue
-        expected = dict.fromkeys(f"{(earlier | table)[title]} %" for title in titles)
-        remark = "" if set(titles) <= set(table) else " before their last changes"
-        assert numbers == ", ".join(expected) + remark
+        expected = dict.fromkeys(f"{table[title]} %" for title in titles)
+        assert numbers == ", ".join(expected)
 
 
 def test_python_blocks_are_python() -> None:
