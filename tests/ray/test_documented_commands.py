@@ -55,6 +55,9 @@ ELSEWHERE = {
     ),
     "python -m mpscl_ray.evaluate runs/mr2ct --checkpoint best": EXPORT + "test_the_card_has_the_scores_of_evaluate",
     "python -m mpscl_ray.export *": EXPORT + "test_the_card_says_what_it_is",
+    "python -m mpscl_ray.predict runs/seed1 *": (
+        "tests/unit/predict/test_ensemble.py::test_the_command_the_worker_and_the_api_give_the_same"
+    ),
     "python -m mpscl_ray.predict mr2ct.mpscl *": EXPORT + "test_label_maps_are_those_of_the_run_bit_for_bit",
     "ray job submit *": JOB,
 }

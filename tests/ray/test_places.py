@@ -11,7 +11,7 @@ import pytest
 import ray
 import torch
 
-from mpscl_ray.compare import runner
+from mpscl_ray.compare import trainable
 from mpscl_ray.config import load_config
 from mpscl_ray.data.dataset import load_manifest
 from mpscl_ray.distributed.parallel_map import map_volumes
@@ -71,7 +71,7 @@ def test_the_scores_of_tasks_are_those_of_this_process(run: Path, cluster: None)
     evaluate_phases(run, ["source_only", "adaptation"], place=PLACE, progress=False)
     assert (run / TABLE).read_bytes() == table
     assert (run / "results" / "phases.csv").read_bytes() == phases
-    of_a_cell = runner._scores(RunDirectory(run), load_config("phantom", ["scaling.num_workers=2"]), use_gpu=False)
+    of_a_cell = trainable._scores(RunDirectory(run), load_config("phantom", ["scaling.num_workers=2"]), use_gpu=False)
     assert of_a_cell["summary"] == alone["adaptation"].summary.to_json()
 
 
