@@ -92,8 +92,8 @@ def evaluate(options: argparse.Namespace) -> int:
     if options.ray is None:
         choose_device(options.device)
     home = open_model(options.run)
-    place = inference_place(options.device) if options.ray else None
     with connect(address=options.ray) if options.ray else nullcontext():
+        place = inference_place(options.device) if options.ray else None
         if options.choose_postprocessing:
             how: dict[str, Any] = {"device": options.device, "workers": options.workers, "place": place}
             if options.checkpoint == "last":
