@@ -62,7 +62,7 @@ def main(folder: Path, settings: list[str]) -> None:
     config = load_config("small/mpscl", [*data, f"run.storage={folder / 'runs'}", "run.name=a-to-b", *settings])
     print(config.schedule)
 
-    # 6. Train, and score the end of each phase. The same call goes on where it was interrupted.
+    # 6. Train, and score the end of each phase. The same call resumes a run that was interrupted.
     result = train_segmenter(config, progress=True)
 
     # 7. Did the adaptation help? Dice of hospital B before and after it.
