@@ -32,6 +32,8 @@ Count = Annotated[int, Field(ge=0, lt=1 << 63)]
 Side = Annotated[int, Field(ge=1, le=1 << 13)]
 _MOST_VOXELS = 1 << 31
 """Of a case."""
+_MOST_BYTES = 1 << 28
+"""Of a manifest, which has about 3,000 for each case."""
 _PREPARE = "python -m mpscl_ray.prepare INPUT --layout LAYOUT --out DIR"
 
 
@@ -167,7 +169,7 @@ def load_manifest(folder: Path | S3Path | str) -> Manifest:
     folder = parse_location(folder)
     path = folder / MANIFEST
     try:
-        content = safe_json.read(path)
+        content = safe_json.read(path, _MOST_BYTES)
     except (FileNotFoundError, NotADirectoryError):
         raise DataError(_no_dataset(folder)) from None
     except OSError as error:

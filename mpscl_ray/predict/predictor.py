@@ -125,7 +125,7 @@ class Predictor:
         """
         result = np.empty((len(self.classes), *slices.shape), dtype=np.float32)
         disagreement = np.empty(slices.shape, dtype=np.float32)
-        for start, probabilities, entropy in self._batches(slices):
+        for start, probabilities, entropy in self._batches(slices, entropies=True):
             batch = slice(start, start + len(probabilities))
             result[:, batch] = probabilities.transpose(0, 1).cpu().numpy()
             difference = torch.special.entr(probabilities).sum(dim=1) - entropy
@@ -147,18 +147,20 @@ class Predictor:
         else:
             yield probabilities(images)
 
-    def _mean(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Means over all passes: probabilities (B, C, H, W) and their entropy (B, H, W). Two passes are in memory."""
-        passes = self._passes(images)
-        total = next(passes)
-        entropy, count = torch.special.entr(total).sum(dim=1), 1
-        for found in passes:
+    def _mean(self, images: Tensor, entropies: bool) -> tuple[Tensor, Tensor]:
+        """Means over all passes: probabilities (B, C, H, W), and their entropy (B, H, W), which is 0 if not asked for.
+
+        Two passes are in memory.
+        """
+        total, entropy, count = images.new_zeros(()), images.new_zeros(images[:, 0].shape), 0
+        for found in self._passes(images):
             total, count = total + found, count + 1
-            entropy += torch.special.entr(found).sum(dim=1)
+            if entropies:
+                entropy += torch.special.entr(found).sum(dim=1)
         return total / count, entropy / count
 
-    def _batches(self, slices: Slices) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """Of each batch: position of its first slice, mean probabilities (B, C, H, W) and mean entropy (B, H, W)."""
+    def _batches(self, slices: Slices, *, entropies: bool = False) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Of each batch: position of its first slice, and the means of :meth:`_mean`."""
         if slices.ndim != 3:
             raise ValueError(f"slices must have shape (D, H, W), got {slices.shape}")
         for start in range(0, len(slices), self.batch_slices):
@@ -169,7 +171,7 @@ class Predictor:
             exact = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
             with exact, torch.inference_mode():
                 images = torch.from_numpy(batch)[:, None].to(self.device)
-                probabilities, entropy = self._mean(images)
+                probabilities, entropy = self._mean(images, entropies)
                 finite = bool(torch.isfinite(probabilities).all())
             if not finite:
                 origin = f"the weights in {self.weights.path}" if self.weights else "the segmenter's weights"
