@@ -33,7 +33,7 @@ from ray.train import DataConfig
 
 from mpscl_ray.data.parquet_reader import Arrays, SplitFiles, table_column
 from mpscl_ray.data.sampler import Rows
-from mpscl_ray.data.slices import InMemorySlices, Slices
+from mpscl_ray.data.slices import InMemorySlices, LocalSlices, Slices
 from mpscl_ray.errors import ClusterError, MpsclError
 from mpscl_ray.runs.storage import S3Path
 
@@ -63,7 +63,8 @@ def open_slices(
     labels: bool,
     in_memory: bool | Literal["auto"] = "auto",
     capacity: int | None = None,
-) -> DatasetSlices:
+    one_worker: bool = False,
+) -> Slices:
     """Open a split of a prepared dataset for the workers of a run.
 
     Ray must be initialised. The result can be sent to other processes. It is valid while the process that opened it
@@ -76,6 +77,8 @@ def open_slices(
         in_memory: True keeps the decoded slices in the object store, False streams them from the files, "auto" keeps
             them if they take at most 30 % of the object store of the smallest node.
         capacity: size of that object store in bytes; None asks Ray.
+        one_worker: whether a single worker reads them. This process then reads those to be kept, instead of processes
+            that Ray Data starts.
 
     Raises:
         DataError: no such dataset or split, labels missing, or a file missing or damaged, which it names.
@@ -93,6 +96,8 @@ def open_slices(
         )
     if not in_memory:
         return StreamedSlices(files)
+    if one_worker:
+        return LocalSlices(folder, split, labels=labels)
     with _plain_errors(files):
         return ObjectStoreSlices(files, _cases(files).materialize())
 

@@ -22,6 +22,8 @@ from mpscl_ray.data.sampler import Rows, shard_range
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from mpscl_ray.runs.storage import S3Path
+
 
 class Slices(ABC):
     """All slices of one split of a prepared dataset, opened for reading."""
@@ -112,7 +114,7 @@ class InMemorySlices(Slices):
 class LocalSlices(InMemorySlices):
     """Slices in the memory of this process, read when opened; needs no Ray."""
 
-    def __init__(self, folder: Path | str, split: str, *, labels: bool) -> None:
+    def __init__(self, folder: Path | S3Path | str, split: str, *, labels: bool) -> None:
         """Read all cases of a split, one after the other.
 
         Raises:

@@ -9,6 +9,7 @@ import sys
 
 from mpscl_ray.config import Config, default_settings, reads_target, to_yaml
 from mpscl_ray.data.preflight import check_nodes
+from mpscl_ray.data.ray_source import open_slices
 from mpscl_ray.distributed.places import TaskPlace
 from mpscl_ray.distributed.ray_session import connect
 from mpscl_ray.errors import ConfigError, Interrupted, TrainingError
@@ -29,6 +30,7 @@ from mpscl_ray.train.loop import TrainResult
 from mpscl_ray.train.phase_images import draw_phases
 from mpscl_ray.train.phases import build_segmenter, load_pretrained_weights
 from mpscl_ray.train.ray import launch, resources
+from mpscl_ray.train.ray.one_process import fit_in_one_worker, needs_no_ray_train
 from mpscl_ray.train.ray.placement_groups import release_orphaned_placement_groups
 from mpscl_ray.train.tracking import TrackedTraining, final_scores, tracked
 
@@ -77,7 +79,7 @@ def train(
         command: words of the command line, for the line that resumes.
         dashboard: whether a Ray that is started here serves its dashboard.
         allow_change: whether a run resumes although settings that change what is computed differ from its own.
-        fit: what trains; None is Ray Train.
+        fit: what trains; None is Ray Train, or one worker without it where that does.
     """
     resources.check_machine(config)
     check_installed(config.run.loggers)
@@ -154,12 +156,13 @@ def _train_and_evaluate(config: Config, folder: RunDirectory, fit: launch.Fit | 
         for warning in warnings:
             print(f"warning: {warning}", flush=True)
         check_nodes(folder.uri, domains.fingerprints())
-        data = open_data(config, domains)
+        alone = fit is None and needs_no_ray_train(config)
+        data = open_data(config, domains, functools.partial(open_slices, one_worker=alone))
         print(summary(config, folder, domains, data, use_gpu), flush=True)
         advice = bf16.advice(config, use_gpu)
         if advice and not folder.store.step_checkpoints():  # a resumed run cannot change its precision
             print(advice, flush=True)
-        training = launch.Launch(config, folder, data, use_gpu, fit=fit)
+        training = launch.Launch(config, folder, data, use_gpu, fit=fit_in_one_worker if alone else fit)
     with tracked(config, folder, functools.partial(print, file=sys.stderr, flush=True)) as tracking:
         _wait_and_evaluate(config, folder, training, resources.evaluation_place(config, use_gpu), tracking)
 

@@ -17,18 +17,21 @@ from mpscl_ray.runs.run_directory import RunDirectory
 from mpscl_ray.train.ray.prometheus import count_restart
 
 
+def record_restart(folder: RunDirectory, display_name: str, worker_exceptions: Mapping[int, BaseException]) -> None:
+    """Count that workers failed and are replaced, and leave a warning."""
+    count_restart(display_name)
+    folder.add_warning(f"{causes(worker_exceptions)}; the workers are replaced and resume", WORKER_FAILURES_FILE)
+
+
 class WorkerFailureCallback(UserCallback):
-    """Counts each worker failure and leaves a warning; runs in the controller of Ray Train."""
+    """Records each worker failure that a restart may mend; runs in the controller of Ray Train."""
 
     def __init__(self, folder: RunDirectory, display_name: str) -> None:
         self.folder, self.display_name = folder, display_name
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         if not (self.folder.path / FAILURE_FILE).exists():
-            count_restart(self.display_name)
-            self.folder.add_warning(
-                f"{causes(worker_exceptions)}; the workers are replaced and resume", WORKER_FAILURES_FILE
-            )
+            record_restart(self.folder, self.display_name, worker_exceptions)
 
 
 _PEER_IS_GONE = re.compile(
@@ -53,7 +56,7 @@ def causes(worker_exceptions: Mapping[int, BaseException]) -> str:
 
 def _is_death(error: BaseException) -> bool:
     chain = (error, getattr(error, "health_check_failure", None), error.__cause__)
-    return any(isinstance(cause, ray.exceptions.ActorDiedError) for cause in chain)
+    return any(isinstance(cause, (ray.exceptions.ActorDiedError, ray.exceptions.WorkerCrashedError)) for cause in chain)
 
 
 def last_line(error: BaseException) -> str:
