@@ -146,11 +146,9 @@ class Comparison(trials.Trials):
         if OUTCOME in result:
             self._end(self.cells[trial["name"]], json.loads(result[OUTCOME]))
 
-    def lost(self, trial: trials.Settings) -> None:
+    def lost(self, trial: trials.Settings, error: str) -> None:
         self._running.discard(trial["name"])
-        self._messages.append(
-            f"{trial['name']} lost its process, for example with its node, and will resume from a checkpoint"
-        )
+        self._messages.append(f"{trial['name']} lost its process and resumes from its last checkpoint: {error}")
 
     def ended(self, trial: trials.Settings, error: str) -> None:
         name = trial["name"]

@@ -94,10 +94,10 @@ class StudyTrials(trials.Trials):
         elif "score" in result:
             self._study.report(trial["number"], result["iteration"], result["score"], result["values"])
 
-    def lost(self, trial: trials.Settings) -> None:
+    def lost(self, trial: trials.Settings, error: str) -> None:
         if not trial["ended"]:
-            self._study.trial_lost(trial["number"])
+            self._study.trial_lost(trial["number"], error)
 
     def ended(self, trial: trials.Settings, error: str) -> None:
         if not trial["ended"]:
-            self._study.trial_ended(trial["number"])
+            self._study.trial_ended(trial["number"], error)

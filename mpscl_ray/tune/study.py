@@ -226,22 +226,27 @@ class Study:
         for tracking in list(self._tracking.values()):  # another thread adds some
             tracking.update()
 
-    def trial_lost(self, number: int) -> None:
-        """A trial's process does not run any more; Ray Tune may start another."""
+    def trial_lost(self, number: int, error: str) -> None:
+        """A trial's process failed or was lost, as ``error`` says; Ray Tune starts another."""
+        self._count_seconds(number)
+        self.log(f"trial {number:03d} lost its process and resumes from its last checkpoint: {error}")
+
+    def _count_seconds(self, number: int) -> None:
+        """A trial's process does not run any more."""
         started = self.started.pop(number, time.monotonic())
         self._seconds[number] = self._seconds.get(number, 0.0) + time.monotonic() - started
 
-    def trial_ended(self, number: int) -> None:
-        """A trial's process has ended, or was lost for good."""
+    def trial_ended(self, number: int, error: str = "") -> None:
+        """A trial's process has ended, or was lost for good, as ``error`` says."""
         self.active.discard(number)
-        self.trial_lost(number)
+        self._count_seconds(number)
         try:
             if number in self.unreachable:
                 raise StorageError(self.unreachable.pop(number))
-            self._read_end(number)
+            self._read_end(number, error)
             self._stop_hopeless_trials()
-        except StorageError as error:
-            self._record_error(number, error)
+        except StorageError as unreachable:
+            self._record_error(number, unreachable)
 
     def stop_waiting_trials(self) -> None:
         """Stop all trials that still wait, at the end of a search that was neither interrupted nor had errors."""
@@ -265,7 +270,7 @@ class Study:
         self.errors.append(error)
         self.log(f"trial {number:03d} cannot continue now, and no other is started: {error}")
 
-    def _read_end(self, number: int) -> None:
+    def _read_end(self, number: int, lost_by: str) -> None:
         """Write the end of a trial into the ledger, from its status.json; nothing where it is to resume later."""
         folder = self.trial_folder(number)
         release(folder)
@@ -289,7 +294,8 @@ class Study:
         elif state == "interrupted" or self.stopping.is_set():
             self.log(f"trial {number:03d} is interrupted and will resume")
         else:
-            self._record_end(number, "failed", f"its process was lost {self.resolved.run.max_failures + 1} times")
+            times = self.resolved.run.max_failures + 1
+            self._record_end(number, "failed", f"its process failed or was lost {times} times: {lost_by}")
 
     def _stop_hopeless_trials(self) -> None:
         """Stop trials that can never continue, so that no checkpoint is kept without need."""

@@ -74,7 +74,10 @@ def test_a_lost_cell_resumes_a_signal_stops_it_after_a_checkpoint_and_the_same_c
         finally:
             process.kill()
     assert 3 <= run.read_metrics()[-1]["global_step"] < 180
-    assert "to resume" in output.read_text(encoding="utf-8")
+    text = output.read_text(encoding="utf-8")
+    assert "to resume" in text
+    assert "lost its process and resumes from its last checkpoint: " in text
+    assert "Traceback" not in text
     assert json.loads((out / "status.json").read_text(encoding="utf-8"))["state"] == "interrupted"
     assert compare.main(words) == 0
     assert [record["global_step"] for record in run.read_metrics()] == list(range(1, 181))

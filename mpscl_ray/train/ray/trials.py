@@ -5,6 +5,7 @@ Each start runs Ray Tune from scratch: what must last is in the files of the sea
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import threading
@@ -76,12 +77,12 @@ class Trials(ABC):
         """A trial has called ``ray.tune.report``."""
 
     @abstractmethod
-    def lost(self, trial: Settings) -> None:
-        """A trial's process does not run any more, and Ray Tune starts another."""
+    def lost(self, trial: Settings, error: str) -> None:
+        """A trial's process failed or was lost, as ``error`` says, and Ray Tune starts another."""
 
     @abstractmethod
     def ended(self, trial: Settings, error: str) -> None:
-        """A trial is over; ``error`` says what its process failed with each time, or is empty."""
+        """A trial is over; ``error`` says what its process failed with the last time, or is empty."""
 
 
 def trial_resources(config: Config, use_gpu: bool) -> tune.PlacementGroupFactory:
@@ -116,6 +117,8 @@ def run_trials(
     """
     for name, value in _TUNE_SETTINGS.items():
         os.environ.setdefault(name, value)
+    # Ray Tune prints the traceback of each failure, which `lost` and `ended` say in a sentence.
+    logging.getLogger("ray.tune.execution.tune_controller").setLevel(logging.CRITICAL)
     shutil.rmtree(trials.folder.path / TUNE_FOLDER, ignore_errors=True)
     tuner = tune.Tuner(
         tune.with_resources(trainable, resources),
@@ -247,11 +250,16 @@ class _Callback(_NotPicklable, Callback):
         self._trials.started(trial.config)
 
     def on_trial_recover(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-        self._trials.lost(trial.config)
+        self._trials.lost(trial.config, _error_of(trial))
 
     def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         self._trials.ended(trial.config, "")
 
     def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-        text = Path(trial.error_file).read_text(encoding="utf-8", errors="replace") if trial.error_file else ""
-        self._trials.ended(trial.config, (text.strip().splitlines() or ["no message"])[-1][:300])
+        self._trials.ended(trial.config, _error_of(trial))
+
+
+def _error_of(trial: Any) -> str:
+    """What the process of a trial failed with the last time: Ray Tune writes the text of every failure."""
+    text = Path(trial.error_file).read_text(encoding="utf-8", errors="replace") if trial.error_file else ""
+    return (text.strip().splitlines() or ["no message"])[-1][:300]

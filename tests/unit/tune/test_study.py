@@ -76,7 +76,7 @@ def test_the_page_of_a_search_has_its_trials_and_their_scores(tmp_path: Path) ->
         ("failed", 6, False, False, ("failed", "a reason")),
         ("failed", 1, False, False, ("failed", "a reason")),
         ("failed", 6, True, False, ("failed", "a reason")),
-        ("running", None, False, False, ("failed", "its process was lost 4 times")),
+        ("running", None, False, False, ("failed", "its process failed or was lost 4 times: it died")),
         ("interrupted", 130, False, False, (None, "")),
         ("running", None, False, True, (None, "")),
         ("failed", 5, False, False, (None, "")),
@@ -92,7 +92,7 @@ def test_the_end_of_a_trial_is_read_from_its_folder(
         run.control_files.write(PAUSE, "waits at iteration 6")
     if search_stops:
         study.stopping.set()
-    study.trial_ended(1)
+    study.trial_ended(1, "it died")
     trial = Ledger(study.ledger.file).trials[1]
     assert (trial.state, trial.reason) == expected
     assert (1 in study.remaining()) == (expected[0] is None)
