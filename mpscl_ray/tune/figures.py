@@ -129,7 +129,11 @@ def _effect(axes: Axes, scored: Sequence[tuple[Trial, float]], entry: Distributi
             if scores:
                 axes.hlines(float(np.mean(scores)), position - 0.2, position + 0.2, color="black")
     elif entry.kind == "loguniform":
+        low, high = entry.values
+        ticks = (low, math.sqrt(low * high), high)  # those of a logarithmic axis overlap within one decade
         axes.set_xscale("log")
+        axes.set_xticks(ticks, [f"{tick:.2g}" for tick in ticks])
+        axes.set_xticks([], minor=True)
     numeric = entry.kind != "choice" and len(full) > 2
     rho = rank_correlation([at for at, _ in full], [value for _, value in full]) if numeric else math.nan
     axes.set_xlabel(_label(entry), fontsize=9)
