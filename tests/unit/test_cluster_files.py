@@ -148,7 +148,14 @@ def test_pods_are_guarded_by_a_token_and_run_without_rights(name: str) -> None:
     for pod in pods(spec):
         assert pod["spec"]["securityContext"]["runAsNonRoot"] is True
         (container,) = pod["spec"]["containers"]
-        assert container["securityContext"] == {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+        assert container["securityContext"] == {
+            "allowPrivilegeEscalation": False,
+            "capabilities": {"drop": ["ALL"]},
+            "readOnlyRootFilesystem": True,
+        }
+        writable = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
+        empty = {volume["name"] for volume in pod["spec"]["volumes"] if "emptyDir" in volume}
+        assert {writable[name] for name in empty} == {"/tmp", "/home/ray"}
         assert {"name": "RAY_USAGE_STATS_ENABLED", "value": "0"} in container["env"]
         assert not any("token" in entry["name"].lower() for entry in container["env"])
 
