@@ -14,7 +14,8 @@ def main(arguments: Sequence[str]) -> int:
     options = parse(arguments)
     # Imported here: help and refused arguments need no scipy and no pyarrow.
     from mpscl_ray.prepare.pictures.page import PICTURES
-    from mpscl_ray.prepare.run import next_command, prepare, summary, summary_json
+    from mpscl_ray.prepare.run import prepare
+    from mpscl_ray.prepare.summary import datasets_of, next_command, summary, summary_json
 
     with first_signal_ends("before the dataset was finished; nothing was written, give the same command again"):
         folders = prepare(options)
@@ -24,5 +25,6 @@ def main(arguments: Sequence[str]) -> int:
             print(f"  pictures: {folder / PICTURES}")
     following = next_command(folders)
     print(f"next: {following}")
-    json_output.report(datasets=[summary_json(folder) for folder in folders.values()], next=[following])
+    datasets = [dataset for folder in folders.values() for dataset in datasets_of(folder)]
+    json_output.report(datasets=list(map(summary_json, datasets)), next=[following])
     return 0

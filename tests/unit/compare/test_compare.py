@@ -41,7 +41,7 @@ ADAPTS = ["baseline", "cscl", "mpscl"]
 def cells_of(systems: list[str], seeds: tuple[int, ...] = (1,), overrides: tuple[str, ...] = ()) -> dict[str, Cell]:
     names = {"forward": ("ct", "mr"), "backward": ("mr", "ct")}
     plan = Plan(tuple(systems), seeds, tuple(names), dict.fromkeys(names, "phantom"), overrides)
-    cells = make_cells(plan, names, ("data/ct", "data/mr"), "cells")
+    cells = make_cells(plan, names, {None: ("data/ct", "data/mr")}, "cells")
     return {cell.name: cell for cell in cells}
 
 
@@ -193,7 +193,7 @@ def direction(**results: list[CellResult]) -> Direction:
         structures=("MYO", "LAC", "LVC", "AA"),
         rows=SYSTEMS,
         results=results,
-        seeds=3,
+        runs=3,
         unit="mm",
         published=published_for("ct", "mr", STRUCTURES),
     )
@@ -213,13 +213,13 @@ def test_rows_by_hand() -> None:
     assert (lower.mean, lower.sd) == pytest.approx((30.0, 10.0))
     assert rows["baseline"].gap == pytest.approx(60.0)
     assert (rows["source_only"].gap, rows["supervised"].gap) == pytest.approx((0.0, 100.0))
-    assert (rows["mpscl"].seeds, rows["mpscl"].missed) == (2, 4)
+    assert (rows["mpscl"].runs, rows["mpscl"].missed) == (2, 4)
     assert rows["mpscl"].gap == pytest.approx(100 * 0.45 / 0.55), "between the bounds of its two seeds, not of three"
     (alone,) = (row for row in rows_of(direction(baseline=[result(1, 0.7)])) if row.system == "baseline")
     assert math.isnan(alone.gap)
     assert math.isnan(rows["mpscl"].asd["mean"].mean), "a seed without ASD must not make the method better"
     assert rows["baseline"].minutes == pytest.approx(2.0)
-    assert (rows["cscl"].seeds, rows["cscl"].iterations) == (0, None)
+    assert (rows["cscl"].runs, rows["cscl"].iterations) == (0, None)
 
 
 def test_the_best_is_bold_but_not_the_upper_bound() -> None:
