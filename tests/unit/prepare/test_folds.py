@@ -275,6 +275,27 @@ def test_data_that_cannot_be_folded(tmp_path: Path) -> None:
     assert not any(case.labelled for case in load_manifest(folder / "fold0").cases)
 
 
+def test_the_test_cases_of_an_nnunet_folder_are_in_no_fold(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    for number in range(5):
+        image, label = volume(number)
+        part = "Tr" if number < 4 else "Ts"
+        write(folder / f"images{part}" / f"heart_{number}_0000.nii.gz", image)
+        write(folder / f"labels{part}" / f"heart_{number}.nii.gz", label)
+    labels = {"background": 0, "MYO": 205, "LAC": 420, "LVC": 500, "AA": 820}
+    (folder / "dataset.json").write_text(json.dumps({"channel_names": {"0": "MRI"}, "labels": labels}))
+    out = prepare(options(folder, layout="nnunet", folds=2, split="1,0,0"), progress=False)["mr"]
+    manifest = load_manifest(out / "fold0")
+    assert [case.id for case in manifest.cases] == sorted(
+        (f"heart_{number}" for number in range(4)), key=lambda name: (name in tested(manifest), name)
+    )
+    assert "test cases of imagesTs, in no fold, 1: heart_4" in manifest.notices
+
+
+def tested(manifest: Manifest) -> set[str]:
+    return {case.id for case in manifest.split("test")}
+
+
 def test_two_names_of_a_scan_are_one_problem(tmp_path: Path) -> None:
     source = mmwhs(tmp_path / "in", numbers=range(1001, 1006))
     for kind in ("image", "label"):
