@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -36,7 +36,9 @@ from mpscl_ray.prepare.source_cases import SourceCase
 from mpscl_ray.prepare.splits import UNDECIDED, Splitting
 from mpscl_ray.prepare.staged_case import Request, Settings, StagedCase, with_split
 from mpscl_ray.prepare.staging import finish_case, stage_case
+from mpscl_ray.prepare.summary import datasets_of, next_command, summary, summary_json
 from mpscl_ray.prepare.workers import map_cases, worker_count
+from mpscl_ray.runs import json_output
 from mpscl_ray.runs.atomic_files import fsync_directory, storage_errors, write_atomically
 from mpscl_ray.runs.storage import S3Path
 from mpscl_ray.runs.wording import counted
@@ -132,6 +134,18 @@ def prepare(options: PrepareOptions, *, progress: bool = True) -> dict[str, Path
         return {
             dataset.modality: publish(dataset.folder, out / dataset.modality, options.overwrite) for dataset in datasets
         }
+
+
+def report(folders: Mapping[str, Path | S3Path], *, pictures: bool) -> None:
+    """Say what prepare has made, and what to do next."""
+    for folder in folders.values():
+        print(summary(folder))
+        if pictures:
+            print(f"  pictures: {folder / PICTURES}")
+    following = next_command(folders)
+    print(f"next: {following}")
+    datasets = [dataset for folder in folders.values() for dataset in datasets_of(folder)]
+    json_output.report(datasets=list(map(summary_json, datasets)), next=[following])
 
 
 def _plan(

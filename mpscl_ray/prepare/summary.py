@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +90,7 @@ def summary_json(folder: Path | S3Path) -> dict[str, Any]:
     return {**about, "splits": splits, "notices": manifest.notices}
 
 
-def next_command(folders: dict[str, Path | S3Path]) -> str:
+def next_command(folders: Mapping[str, Path | S3Path]) -> str:
     """The command to give next, with the small preset for slices that a CPU can train on."""
     first = next(iter(folders.values()))
     source, target = (str(folders["mr"]), str(folders["ct"])) if {"ct", "mr"} <= set(folders) else (str(first), "OTHER")
