@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from mpscl_ray.config import METHOD_CONFIGS, Config, load_config, reads_target
-from mpscl_ray.data import NOT_ANNOTATED, TARGET_DOMAIN
-from mpscl_ray.data.dataset import load_manifest
+from mpscl_ray.data import NOT_ANNOTATED, SPLITS, TARGET_DOMAIN
+from mpscl_ray.data.dataset import Scaling, in_fold, load_manifest
+from mpscl_ray.data.parquet_reader import read_case
 from mpscl_ray.data.slices import LocalSlices
 from mpscl_ray.train.streams import TrainingData
 from tests.written_dataset import save_plain_manifest, write_plain_case
@@ -124,6 +126,27 @@ def make_dataset(
                 )
             )
     save_plain_manifest(folder, modality, classes, size, entries)
+    return folder
+
+
+def make_folds(folder: Path, modality: str, *, folds: int = 2, seed: int = 0) -> Path:
+    """Write folds of six cases, each fold with a range of its own; ``seed`` is that of the images and of the folds."""
+    plain = load_manifest(make_dataset(folder / "plain", modality, seed=seed, cases={"train": 6}))
+    cases = []
+    for case in plain.cases:
+        arrays = read_case(folder / "plain", case)
+        about = {"content_sha256": case.content_sha256, "spacing_mm": case.spacing_mm}
+        cases.append(write_plain_case(folder, case.id, "cases", arrays["image"], arrays["label"], CLASSES, **about))
+    shutil.rmtree(folder / "plain")
+    for fold in range(folds):
+        scaling = Scaling(-1.0 - fold / 10, 1.0, "given")
+        splits = ["test" if number % folds == fold else "train" for number in range(len(cases))]
+        splits[splits.index("train")] = "val"
+        own = [in_fold(case, split, scaling) for case, split in zip(cases, splits, strict=True)]
+        own.sort(key=lambda case: (SPLITS.index(case.split), case.id))
+        (folder / f"fold{fold}").mkdir()
+        about = {"method": "folds", "fold": fold, "folds": folds, "seed": seed}
+        save_plain_manifest(folder / f"fold{fold}", modality, CLASSES, SIZE, own, scaling, about)
     return folder
 
 

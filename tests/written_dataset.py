@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mpscl_ray.data.dataset import FORMAT_VERSION, Case, Manifest, Scaling, save_manifest
 from mpscl_ray.data.parquet_writer import write_case
+
+_PLAIN = Scaling(-1.0, 1.0, "given")
 
 
 def write_plain_case(
@@ -40,7 +43,13 @@ def write_plain_case(
 
 
 def save_plain_manifest(
-    folder: Path, modality: str, classes: tuple[str, ...], size: tuple[int, int], cases: list[Case]
+    folder: Path,
+    modality: str,
+    classes: tuple[str, ...],
+    size: tuple[int, int],
+    cases: list[Case],
+    scaling: Scaling = _PLAIN,
+    splitting: dict[str, Any] | None = None,
 ) -> None:
     """The manifest of these cases, scaled from -1 to 1."""
     manifest = Manifest(
@@ -48,9 +57,9 @@ def save_plain_manifest(
         modality=modality,
         classes=classes,
         size=size,
-        scaling=Scaling(-1.0, 1.0, "given"),
+        scaling=scaling,
         recipe={},
-        splitting={},
+        splitting=splitting or {},
         labels={},
         steps=(),
         notices=(),

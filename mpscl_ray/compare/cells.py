@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -43,6 +44,8 @@ class Plan:
     """Folder, or URL, of the comparison; None for ``STORAGE/compare``."""
     max_concurrent: int | None = None
     """Cells that run concurrently at most; None for as many as there is room for."""
+    folds: bool = False
+    """Whether both datasets are folders of folds, all of which are compared over."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,8 @@ class Cell:
     system: str
     """Key of :data:`mpscl_ray.config.systems.SYSTEMS`."""
     config: Config
+    fold: int | None = None
+    """Of both datasets; None where they have no folds."""
     parent: str | None = None
     """Name of the cell that it shares its first phases with; None if it trains all phases itself."""
     fork_phase: str | None = None
@@ -117,27 +122,31 @@ def system_config(group: str, system: str, overrides: Sequence[str]) -> Config:
 
 
 def make_cells(
-    plan: Plan, directions: Mapping[str, tuple[str, str]], datasets: tuple[str, str], storage: str
+    plan: Plan,
+    directions: Mapping[str, tuple[str, str]],
+    datasets: Mapping[int | None, tuple[str, str]],
+    storage: str,
 ) -> list[Cell]:
     """All cells, in the order of the table; a cell that shares phases names the earlier cell that it is forked from.
 
     Args:
         plan: systems, seeds, presets and overrides.
         directions: direction -> names of source and target, for the names of the cells.
-        datasets: folders of the two prepared datasets.
+        datasets: fold -> folders of the two prepared datasets; a single entry, None, without folds.
         storage: folder, or URL, of the run folders.
     """
     cells: list[Cell] = []
     for direction, (source_name, target_name) in directions.items():
-        source, target = datasets if direction == "forward" else datasets[::-1]
-        for seed in plan.seeds:
+        for (fold, pair), seed in itertools.product(datasets.items(), plan.seeds):
+            source, target = pair if direction == "forward" else pair[::-1]
             same_data: list[Cell] = []
             for system in plan.systems:
-                name = f"{source_name}2{target_name}-seed{seed}-{system}"
+                of_fold = "" if fold is None else f"fold{fold}-"
+                name = f"{source_name}2{target_name}-{of_fold}seed{seed}-{system}"
                 own = [f"run.name={name}", f"run.seed={seed}", f"run.storage={storage}"]
                 own += [f"data.source={source}", f"data.target={target}"]
                 config = system_config(plan.preset_groups[direction], system, [*plan.overrides, *own])
-                same_data.append(_with_parent(Cell(name, direction, seed, system, config), same_data))
+                same_data.append(_with_parent(Cell(name, direction, seed, system, config, fold), same_data))
             cells += same_data
     return cells
 

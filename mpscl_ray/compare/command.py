@@ -23,6 +23,7 @@ examples:
   python -m mpscl_ray.compare source_only mpscl supervised --seeds 1 --directions forward
   python -m mpscl_ray.compare --data data/bssfp data/lge --directions forward --out runs/lge-table
   python -m mpscl_ray.compare --data data/mr data/ct --presets mr2ct,ct2mr scaling.num_workers=2
+  python -m mpscl_ray.compare --folds --data folds/mr folds/ct --seeds 1 --out runs/folds-table
   python -m mpscl_ray.compare --data s3://b/mr s3://b/ct --presets small --out s3://b/runs/table
 
 The same command again resumes a stopped comparison, tries failed runs again, and may be given more
@@ -53,6 +54,11 @@ def main(arguments: Sequence[str], fit: Fit | None = None) -> int:
         help="forward is SOURCE to TARGET (default: both)",
     )
     add("--data", nargs=2, metavar=("SOURCE", "TARGET"), help="prepared datasets (default: the phantom hearts)")
+    add(
+        "--folds",
+        action="store_true",
+        help="cross-validation: SOURCE and TARGET hold folds, as prepare --folds makes them; mean and sd over folds",
+    )
     add(
         "--presets",
         metavar="GROUP",
@@ -102,6 +108,7 @@ def _plan(options: argparse.Namespace) -> Plan:
         overrides=tuple(overrides),
         out=options.out,
         max_concurrent=options.max_concurrent,
+        folds=options.folds,
     )
 
 

@@ -34,7 +34,8 @@ def comparison_page(
         done = sum(_share(cell, entries[cell.name], running.get(cell.name, 0)) for cell in cells)
         total = sum(cell.own_iterations for cell in cells)
         states = [entry.state for entry in entries.values()]
-        header = ["run", "system", "seed", "state", "iterations", "mean Dice %", "time"]
+        of_fold = ["fold"] if any(cell.fold is not None for cell in cells) else []
+        header = ["run", "system", *of_fold, "seed", "state", "iterations", "mean Dice %", "time"]
         rows = [_row(cell, entries[cell.name], running.get(cell.name, 0)) for cell in cells]
         over = all(state in ("finished", "failed") for state in states)
         return Content(
@@ -59,6 +60,7 @@ def _row(cell: Cell, entry: Entry, iterations: int) -> list[str]:
     return [
         cell.name,
         SYSTEMS[cell.system],
+        *([] if cell.fold is None else [str(cell.fold)]),
         str(cell.seed),
         entry.state,
         f"{done} of {cell.own_iterations}",

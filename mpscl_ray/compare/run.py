@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mpscl_ray.compare.cells import DIRECTIONS, Cell, CellLedger, Plan, make_cells
+from mpscl_ray.compare.folds import check_folds, pairs_of
 from mpscl_ray.compare.published import published_for
 from mpscl_ray.compare.runner import Comparison, is_done, total_seconds
 from mpscl_ray.compare.table import CellResult, Direction, Style, comparison_csv, comparison_rows, format_comparison
@@ -47,6 +48,7 @@ def compare(
         Interrupted: stopped from outside; the same command resumes.
         TrainingError: some cells failed; the table is written nevertheless.
     """
+    pairs_of(base.data.source, base.data.target, folds=plan.folds)  # what is wrong is said before anything is made
     check_machine(base)
     check_installed(base.run.loggers)
     location = plan.out or join_location(base.run.storage, "compare")
@@ -65,11 +67,15 @@ def _run(plan: Plan, base: Config, folder: RunDirectory, resume: str, fit: Fit |
     phantom_dataset.check(base)
     with connect(dashboard=dashboard), release_orphaned_placement_groups(folder):
         base = phantom_dataset.resolve(base)
-        datasets = (base.data.source, base.data.target)
-        manifests = tuple(load_manifest(parse_location(dataset)) for dataset in datasets)
+        pairs = pairs_of(base.data.source, base.data.target, folds=plan.folds)
+        of_folds = {fold: [load_manifest(parse_location(dataset)) for dataset in pair] for fold, pair in pairs.items()}
+        for warning in check_folds(pairs, of_folds):
+            print(f"warning: {warning}", flush=True)
+        for fold, pair in pairs.items():
+            _check_labels(plan.directions, pair, of_folds[fold])
+        manifests = next(iter(of_folds.values()))
         names = _direction_names(plan.directions, manifests)
-        _check_labels(plan.directions, datasets, manifests)
-        cells = make_cells(plan, names, datasets, str(out / "cells"))
+        cells = make_cells(plan, names, pairs, str(out / "cells"))
         for cell in cells:
             run = open_run(out / "cells" / cell.name)
             if run.store.step_checkpoints() and run.exists:
@@ -134,15 +140,17 @@ def _check_labels(directions: Sequence[str], datasets: Sequence[str], manifests:
 
 def _open(cells: Sequence[Cell], folder: RunDirectory, fit: Fit | None) -> dict[str, Shared]:
     """Open the data that each cell needs, once for all cells that read the same."""
-    opened: dict[tuple[str, str], Shared] = {}
+    opened: dict[tuple[str, int | None, str], Shared] = {}
+    folds = len({cell.fold for cell in cells})
     # Data opened for a cell that reads the target serves the cells that do not.
     for cell in sorted(cells, key=lambda cell: not any(reads_target(name) for name, _ in cell.config.schedule)):
-        key = (cell.direction, cell.config.data.labelled_domain)
+        key = (cell.direction, cell.fold, cell.config.data.labelled_domain)
         if key not in opened:
-            opened[key], warnings = open_shared(cell.config, folder, fit)
+            opened[key], warnings = open_shared(cell.config, folder, fit, pairs=folds)
+            said = "warning" if cell.fold is None else f"warning: fold {cell.fold}"
             for warning in warnings:
-                print(f"warning: {warning}", flush=True)
-    return {cell.name: opened[cell.direction, cell.config.data.labelled_domain] for cell in cells}
+                print(f"{said}: {warning}", flush=True)
+    return {cell.name: opened[cell.direction, cell.fold, cell.config.data.labelled_domain] for cell in cells}
 
 
 def _summary(
@@ -153,9 +161,11 @@ def _summary(
     own = sum(cell.own_iterations for cell in cells)
     titles = ", ".join(SYSTEMS[system] for system in plan.systems)
     names = [f"{source} to {target}" for source, target in _direction_names(plan.directions, manifests).values()]
+    folds = len({cell.fold for cell in cells})
+    over = f"{counted(folds, 'fold')}, " if plan.folds else ""
     return (
         f"comparison in {out}: {titles}\n"
-        f"  {' and '.join(names)}, seeds {', '.join(map(str, plan.seeds))}: {counted(len(cells), 'run')}, "
+        f"  {' and '.join(names)}, {over}seeds {', '.join(map(str, plan.seeds))}: {counted(len(cells), 'run')}, "
         f"{_finished(cells, ledger)} of them finished\n"
         f"  {spread} iterations each; phases that runs share are trained once, {own} iterations in all"
     )
@@ -181,37 +191,47 @@ def _directions(
         results: dict[str, list[CellResult]] = {}
         for cell, summary in zip(done, summaries, strict=True):
             result = CellResult.from_summary(
-                cell.seed, summary, cell.iterations, total_seconds(cell.name, ledger), unit
+                cell.seed, summary, cell.iterations, total_seconds(cell.name, ledger), unit, cell.fold
             )
             results.setdefault(cell.system, []).append(result)
-        scored = ledger[done[0].name].scored_on if done else {}
-        # Cells of an earlier version name no protocol: they were scored on prepared slices.
-        protocols = {ledger[cell.name].scored_on.get("protocol", "prepared") for cell in done}
-        kind = "test" if scored.get("split") == "test" else "validation"
-        volumes = (
-            f"{counted(scored['volumes'], f'labelled {kind} volume')} of {scored['modality'].upper()} in "
-            f"{scored['dataset']}: {' or '.join(PROTOCOLS[name] for name in protocols)}"
-            if scored
-            else "nothing yet"
-        )
+        folds = tuple(dict.fromkeys(cell.fold for cell in own if cell.fold is not None))
         found.append(
             Direction(
                 title=f"{source.upper()} to {target.upper()}",
-                data=f"Presets {plan.preset_groups[direction]}, scored on {volumes}.",
+                data=f"Presets {plan.preset_groups[direction]}, scored on {_scored_on(done, ledger)}.",
                 structures=structures,
                 rows={system: SYSTEMS[system] for system in plan.systems},
                 results=results,
-                seeds=len(plan.seeds),
+                runs=len(plan.seeds) * max(1, len(folds)),
                 unit=unit,
                 published=published_for(source, target, frozenset(structures)),
+                folds=folds,
             )
         )
     return found
 
 
+def _scored_on(done: Sequence[Cell], ledger: CellLedger) -> str:
+    """The volumes that finished cells of a direction were scored on; those of folds are different ones."""
+    scored = [ledger[cell.name].scored_on for cell in {cell.fold: cell for cell in reversed(done)}.values()]
+    if not scored:
+        return "nothing yet"
+    # Cells of an earlier version name no protocol: they were scored on prepared slices.
+    protocols = {ledger[cell.name].scored_on.get("protocol", "prepared") for cell in done}
+    kind = "test" if all(one.get("split") == "test" for one in scored) else "validation"
+    where = scored[0]["dataset"]
+    if done[0].fold is not None:
+        where = f"{counted(len(scored), 'fold')} of {parse_location(where).parent}"
+    return (
+        f"{counted(sum(one['volumes'] for one in scored), f'labelled {kind} volume')} of "
+        f"{scored[0]['modality'].upper()} in {where}: {' or '.join(PROTOCOLS[name] for name in protocols)}"
+    )
+
+
 def _print_next_steps(out: Path | S3Path, cells: Sequence[Cell], ledger: CellLedger) -> list[str]:
     """Print what to do next; returns the commands."""
-    first = [cell for cell in cells if (cell.direction, cell.seed) == (cells[0].direction, cells[0].seed)]
+    key = (cells[0].direction, cells[0].fold, cells[0].seed)
+    first = [cell for cell in cells if (cell.direction, cell.fold, cell.seed) == key]
     runs = [out / "cells" / cell.name for cell in first if is_done(ledger[cell.name])]
     print(f"{out} has the table as comparison.txt, .md, .csv and .tex, and each run in cells/. Next:")
     page = out / "report" if isinstance(out, Path) else "report"

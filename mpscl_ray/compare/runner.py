@@ -137,6 +137,7 @@ class Comparison(trials.Trials):
         run = self.run_folder(cell.name)
         self._tracking[cell.name] = tracking_of(cell.config, run, self.folder, self._messages.append, cell.name)
         shown = {"direction": cell.direction, "system": cell.system, "seed": cell.seed}
+        shown |= {} if cell.fold is None else {"fold": cell.fold}
         return {"name": cell.name, **shown, "fork": " ".join(fork_point).encode()}
 
     def started(self, trial: trials.Settings) -> None:

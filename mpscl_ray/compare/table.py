@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -13,6 +13,7 @@ import numpy as np
 from mpscl_ray.compare.published import NOTE, TITLE, Published
 from mpscl_ray.evaluate.tables import csv_text, markdown_table, text_table
 from mpscl_ray.runs.structures import display_order
+from mpscl_ray.runs.wording import counted
 
 LOWER, UPPER = "source_only", "supervised"
 
@@ -36,10 +37,17 @@ class CellResult:
     """Of all phases."""
     seconds: float
     """Wall time of training and evaluation, shared phases included."""
+    fold: int | None = None
 
     @classmethod
     def from_summary(
-        cls, seed: int, summary: Mapping[str, Any], iterations: int, seconds: float, unit: str
+        cls,
+        seed: int,
+        summary: Mapping[str, Any],
+        iterations: int,
+        seconds: float,
+        unit: str,
+        fold: int | None = None,
     ) -> CellResult:
         """From the summary of an evaluation as in its JSON file; ``unit`` is mm or voxel."""
         measures: dict[str, dict[str, float]] = {}
@@ -47,7 +55,7 @@ class CellResult:
             means = {name: entry[measure]["mean"] for name, entry in summary["structures"].items()}
             measures[key] = {name: math.nan if mean is None else float(mean) for name, mean in means.items()}
         missed = int(summary["structures"]["mean"]["counts"]["missed"])
-        return cls(seed, measures["dice"], measures["asd"], missed, iterations, seconds)
+        return cls(seed, measures["dice"], measures["asd"], missed, iterations, seconds, fold)
 
 
 @dataclass(frozen=True)
@@ -64,12 +72,27 @@ class Direction:
     """System -> title; the order of the rows."""
     results: Mapping[str, Sequence[CellResult]]
     """System -> its finished runs; a system without any has an empty row."""
-    seeds: int
-    """Planned runs of each system."""
+    runs: int
+    """Planned ones of each system: its seeds, in each fold."""
     unit: str
     """Of ASD: mm or voxel."""
     published: Mapping[str, Published]
     """System -> numbers on MM-WHS; empty for other data."""
+    folds: Sequence[int] = ()
+    """Those that the results are of; empty without folds."""
+
+    @property
+    def seeds(self) -> int:
+        """Planned seeds of each system, in each fold."""
+        return self.runs // max(1, len(self.folds))
+
+    def of_fold(self, fold: int) -> Direction:
+        """The results of one fold."""
+        results = {
+            system: [replace(one, fold=None) for one in found if one.fold == fold]
+            for system, found in self.results.items()
+        }
+        return replace(self, results=results, runs=self.seeds, folds=(), published={})
 
     @property
     def columns(self) -> list[str]:
@@ -79,7 +102,7 @@ class Direction:
 
 @dataclass(frozen=True)
 class Value:
-    """Mean and standard deviation over seeds; NaN mean where a seed has no value, NaN sd for one seed."""
+    """Mean and standard deviation over seeds or folds; NaN mean where one has no value, NaN sd for a single one."""
 
     mean: float
     sd: float
@@ -95,6 +118,16 @@ def over_seeds(values: Sequence[float]) -> Value:
     return Value(float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else math.nan)
 
 
+def over_runs(values: Mapping[tuple[int | None, int], float]) -> Value:
+    """Mean and sd of one number per (fold, seed): over seeds; with folds over these, of the mean over seeds of each."""
+    by_fold: dict[int | None, list[float]] = {}
+    for (fold, _), value in values.items():
+        by_fold.setdefault(fold, []).append(value)
+    if by_fold.keys() <= {None}:
+        return over_seeds(list(values.values()))
+    return over_seeds([over_seeds(found).mean for found in by_fold.values()])
+
+
 def gap_closed(system: float, lower: float, upper: float) -> float:
     """Share of the way from the lower to the upper bound, in [0, 1] between them; NaN where there is no gap."""
     return (system - lower) / (upper - lower) if upper > lower else math.nan
@@ -102,21 +135,23 @@ def gap_closed(system: float, lower: float, upper: float) -> float:
 
 @dataclass(frozen=True)
 class Row:
-    """One system in one direction, over its seeds."""
+    """One system in one direction, over its seeds and folds."""
 
     system: str
     """Key of SYSTEMS."""
     title: str
-    seeds: int
+    runs: int
     """Finished ones."""
+    folds: int
+    """Those with a finished run."""
     dice: Mapping[str, Value]
     """Column -> value, percent."""
     asd: Mapping[str, Value]
     """Column -> value."""
     missed: int
-    """See :class:`CellResult`; over all seeds."""
+    """See :class:`CellResult`; over all runs."""
     gap: float
-    """Percent of the gap closed, over the seeds that both bounds have too; NaN where there is none."""
+    """Percent of the gap closed, over the seeds and folds that both bounds have too; NaN where there is none."""
     iterations: int | None
     """Of a run; None where there is none."""
     minutes: float
@@ -129,25 +164,28 @@ def rows_of(direction: Direction) -> list[Row]:
     def values(results: Sequence[CellResult], measure: str) -> dict[str, Value]:
         scale = 100.0 if measure == "dice" else 1.0
         return {
-            column: over_seeds([scale * getattr(result, measure)[column] for result in results])
+            column: over_runs(
+                {(result.fold, result.seed): scale * getattr(result, measure)[column] for result in results}
+            )
             for column in direction.columns
         }
 
     def gap(system: str) -> float:
-        """Over the seeds that the system and both bounds have: means over different seeds are not comparable."""
+        """Over the runs that the system and both bounds have: means over different seeds are not comparable."""
         dice = [
-            {result.seed: result.dice["mean"] for result in direction.results.get(name, ())}
+            {(result.fold, result.seed): result.dice["mean"] for result in direction.results.get(name, ())}
             for name in (system, LOWER, UPPER)
         ]
-        common = set.intersection(*map(set, dice))
-        return gap_closed(*(over_seeds([of_seed[seed] for seed in common]).mean for of_seed in dice))
+        common = [run for run in dice[0] if all(run in found for found in dice)]
+        return gap_closed(*(over_runs({run: found[run] for run in common}).mean for found in dice))
 
     def row(system: str, title: str) -> Row:
         results = direction.results.get(system, ())
         return Row(
             system=system,
             title=title,
-            seeds=len(results),
+            runs=len(results),
+            folds=len({result.fold for result in results} - {None}),
             dice=values(results, "dice"),
             asd=values(results, "asd"),
             missed=sum(result.missed for result in results),
@@ -174,14 +212,23 @@ def best(rows: Sequence[Row], measure: str, column: str) -> frozenset[str]:
 def legend(directions: Sequence[Direction]) -> str:
     """What the numbers are, in a paragraph."""
     seeds = max((direction.seeds for direction in directions), default=1)
+    folds = max((len(direction.folds) for direction in directions), default=0)
+    over, each = counted(seeds, "seed"), "seed"
+    if folds:
+        over, each = f"{counted(folds, 'fold')} (n = {folds}) of the mean over {over}", "run"
     text = (
-        f"Mean ± sd (ddof 1) over {seeds} seed{'s' * (seeds > 1)} of the mean over volumes; every slice counts, a "
-        "missed structure has Dice 0 and no ASD, and where that leaves a seed without ASD the cell is n/a. The mean "
+        f"Mean ± sd (ddof 1) over {over} of the mean over volumes; every slice counts, a missed structure has Dice 0 "
+        f"and no ASD, and where that leaves a {each} without ASD the cell is n/a. The mean "
         "column is the mean of the structures. In bold the best system, Supervised excluded. Gap closed: share of the "
-        "gap in mean Dice between W/o adaptation and Supervised, over the seeds that both have too. Minutes: wall "
+        f"gap in mean Dice between W/o adaptation and Supervised, over the {each}s that both have too. Minutes: wall "
         "time of a run from its first phase to its scores; shared phases count for each run that uses them, and "
         "concurrent runs share the machine."
     )
+    if folds:
+        text += (
+            " Each volume is for test in one fold. The training volumes of two folds are partly the same: the sd over "
+            "folds is smaller than one over independent data would be."
+        )
     return f"{text} {NOTE}" if any(direction.published for direction in directions) else text
 
 
@@ -206,15 +253,22 @@ def comparison_csv(directions: Sequence[Direction]) -> str:
 
 
 def comparison_rows(directions: Sequence[Direction]) -> list[dict[str, str | float | None]]:
-    """An entry per direction, system and column; published numbers have keys of their own."""
+    """An entry per direction, system and column, and the same of each fold; published numbers have keys of their own.
+
+    ``mean`` and ``sd`` of an entry with a ``fold`` are over its seeds, of another one over ``folds`` folds if there are
+    any.
+    """
     unit = directions[0].unit if directions else "mm"
     found: list[dict[str, str | float | None]] = []
     names = (
         "direction system title structure seeds seeds_planned dice_percent_mean dice_percent_sd "
         f"asd_{unit}_mean asd_{unit}_sd missed gap_closed_percent iterations minutes "
-        "published_mmwhs_dice_percent published_mmwhs_asd_voxel"
+        "published_mmwhs_dice_percent published_mmwhs_asd_voxel fold folds"
     ).split()
-    for direction in directions:
+    parts = [
+        (fold, whole if fold is None else whole.of_fold(fold)) for whole in directions for fold in (None, *whole.folds)
+    ]
+    for fold, direction in parts:
         for row in rows_of(direction):
             for column in direction.columns:
                 whole = column == "mean"
@@ -228,10 +282,11 @@ def comparison_rows(directions: Sequence[Direction]) -> list[dict[str, str | flo
                     row.system,
                     row.title,
                     column,
-                    row.seeds,
-                    direction.seeds,
+                    row.runs,
+                    direction.runs,
                 ]
-                found.append(dict(zip(names, [*about, *numbers], strict=True)))
+                of_folds = [fold, row.folds if direction.folds else None]
+                found.append(dict(zip(names, [*about, *numbers, *of_folds], strict=True)))
     return found
 
 
@@ -249,7 +304,8 @@ def _cells(direction: Direction, bold: tuple[str, str], sd: str) -> tuple[list[s
         header += [f"Dice % ({TITLE})", f"ASD voxels ({TITLE})"]
     found = []
     for row in rows:
-        line = [row.title if row.seeds == direction.seeds else f"{row.title} ({row.seeds} of {direction.seeds} seeds)"]
+        unit = "runs" if direction.folds else "seeds"
+        line = [row.title if row.runs == direction.runs else f"{row.title} ({row.runs} of {direction.runs} {unit})"]
         for measure, column in itertools.product(_DIGITS, direction.columns):
             value = getattr(row, measure)[column]
             text = _number(value.mean, _DIGITS[measure])
@@ -257,13 +313,26 @@ def _cells(direction: Direction, bold: tuple[str, str], sd: str) -> tuple[list[s
                 text += sd + _number(value.sd, _DIGITS[measure])
             line.append(text.join(bold) if row.system in best(rows, measure, column) else text)
         line += [_number(row.gap, 0), str(row.iterations), _number(row.minutes, 1)]
-        if not row.seeds:
+        if not row.runs:
             line[1:] = [""] * (len(line) - 1)
         if direction.published:
             published = direction.published.get(row.system, Published(None, None))
             line += ["" if n is None else _number(n, 2) for n in (published.dice, published.asd)]
         found.append(line)
     return header, found
+
+
+def _by_fold(direction: Direction) -> list[list[str]]:
+    """Header and rows with the mean Dice of each fold; [] without folds."""
+    if not direction.folds:
+        return []
+    columns = [[_mean_dice(row) for row in rows_of(direction.of_fold(fold))] for fold in direction.folds]
+    header = ["mean Dice %", *(f"fold {fold}" for fold in direction.folds)]
+    return [header, *([title, *cells] for title, *cells in zip(direction.rows.values(), *columns, strict=True))]
+
+
+def _mean_dice(row: Row) -> str:
+    return _number(row.dice["mean"].mean, _DIGITS["dice"]) if row.runs else ""
 
 
 def _number(value: float, digits: int) -> str:
@@ -279,14 +348,20 @@ def _text(direction: Direction) -> str:
     for measure, own, others in (("Dice %", dice, further), (f"ASD {direction.unit}", asd, range(0))):
         cells = [[measure, *direction.columns, *(header[column] for column in others)]]
         cells += [[line[column] for column in (0, *own, *others)] for line in rows]
-        widths = [max(len(line[at]) for line in cells) for at in range(len(cells[0]))]
-        lines += [text_table(cells, widths), ""]
+        lines += [_aligned(cells), ""]
+    if direction.folds:
+        lines.append(_aligned(_by_fold(direction)))
     return "\n".join(lines).rstrip()
+
+
+def _aligned(cells: Sequence[Sequence[str]]) -> str:
+    return text_table(cells, [max(map(len, column)) for column in zip(*cells, strict=True)])
 
 
 def _markdown(direction: Direction) -> str:
     header, rows = _cells(direction, ("**", "**"), " ± ")
-    return f"## {direction.title}\n\n{direction.data}\n\n{markdown_table([header, *rows])}"
+    tables = [markdown_table(cells) for cells in ([header, *rows], _by_fold(direction)) if cells]
+    return "\n\n".join([f"## {direction.title}", direction.data, *tables])
 
 
 def _latex(direction: Direction) -> str:

@@ -2,6 +2,10 @@
 
 ``FOLDER/manifest.json`` says what the files hold, how they were made and what their SHA-256 is. They are written by
 :mod:`mpscl_ray.data.parquet_writer` and read by :mod:`mpscl_ray.data.parquet_reader`.
+
+Folds for cross-validation are datasets ``FOLDER/fold0``, ``FOLDER/fold1``, ... that have a manifest alone: the files of
+all cases are in ``FOLDER/cases`` and ``FOLDER/label_maps/cases``. Their intensities are z-scored only; what becomes -1
+and 1 is decided by the training cases of each fold, and applied where a case is read.
 """
 
 from __future__ import annotations
@@ -9,8 +13,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,6 +31,10 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 LABEL_MAPS = "label_maps"
 """Folder of the label maps on the grids of the image files."""
+CASES = "cases"
+"""In the place of a split in the paths of files that folds share."""
+_BESIDE = "../"
+"""Begins the path of a file that folds share: it is beside the folder of the fold."""
 Size = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 """Size of a voxel in mm."""
 Count = Annotated[int, Field(ge=0, lt=1 << 63)]
@@ -54,7 +63,7 @@ class StoredFile:
 
     __pydantic_config__ = ConfigDict(extra="forbid")
     file: str
-    """Path below the dataset folder."""
+    """Path as :func:`label_map_file` gives it."""
     sha256: str
     bytes: Count
 
@@ -73,7 +82,7 @@ class Case:
     patient: str
     split: Annotated[str, Field(pattern="^(train|val|test)$")]
     file: str
-    """Path of the Parquet file below the dataset folder."""
+    """Path of the Parquet file as :func:`case_file` gives it."""
     slices: Annotated[int, Field(ge=1, le=1 << 20)]
     labelled: bool
     sha256: str
@@ -98,6 +107,9 @@ class Case:
     label_map: StoredFile | None = None
     """Class indices on the grid of the image file, a NIfTI file that scores are taken on; None for an unlabelled case
     and for input that was slices already."""
+    scale_by: tuple[float, float] | None = None
+    """What becomes -1 and 1 where the case is read, the scaling of the manifest; only in a fold, whose files are
+    z-scored alone. None: the file is scaled."""
 
 
 @dataclass(frozen=True)
@@ -204,15 +216,48 @@ def load_manifest(folder: Path | S3Path | str) -> Manifest:
                 f"{path}: case {case.id!r} has {case.slices} slices of {manifest.size[0]} x {manifest.size[1]} pixels, "
                 f"more than {_MOST_VOXELS} voxels; {again}"
             )
-        expected = case_file(case.split, case.id)
-        if case.file != expected:
-            raise DataError(f"{path}: case {case.id!r} names the file {case.file!r}, expected {expected!r}; {again}")
-        expected = label_map_file(case.split, case.id)
-        if case.label_map is not None and case.label_map.file != expected:
-            raise DataError(
-                f"{path}: case {case.id!r} names the file {case.label_map.file!r}, expected {expected!r}; {again}"
-            )
+        if case.scale_by not in (None, (manifest.scaling.low, manifest.scaling.high)):
+            raise DataError(f"{path}: case {case.id!r} is scaled by {case.scale_by}, not as the manifest says; {again}")
+        # These names alone: nothing outside the dataset, or the folder of its folds, is ever read.
+        beside, kind = ("", case.split) if case.scale_by is None else (_BESIDE, CASES)
+        files = [(case.file, beside + case_file(kind, case.id))]
+        files += [(case.label_map.file, beside + label_map_file(kind, case.id))] if case.label_map else []
+        for file, expected in files:
+            if file != expected:
+                raise DataError(f"{path}: case {case.id!r} names the file {file!r}, expected {expected!r}; {again}")
     return manifest
+
+
+def in_fold(case: Case, split: str, scaling: Scaling) -> Case:
+    """A case whose files folds share, as the manifest of a fold has it."""
+    label_map = case.label_map and replace(case.label_map, file=_BESIDE + case.label_map.file)
+    return replace(
+        case, split=split, file=_BESIDE + case.file, label_map=label_map, scale_by=(scaling.low, scaling.high)
+    )
+
+
+def stored_file(folder: Path | S3Path | str, file: str) -> Path | S3Path:
+    """Where a file of a manifest is, by the address of the dataset."""
+    location = parse_location(folder)
+    if isinstance(location, S3Path) and file.startswith(_BESIDE):  # In a bucket .. is a name like any other.
+        return location.parent / file.removeprefix(_BESIDE)
+    return location / file
+
+
+def fold_folder(number: int) -> str:
+    """Name of the folder of a fold."""
+    return f"fold{number}"
+
+
+def fold_numbers(folder: Path | S3Path | str) -> list[int]:
+    """The folds in a folder, ascending; [] where it has none. Raises StorageError where a bucket cannot be read."""
+    location = parse_location(folder)
+    if isinstance(location, S3Path):
+        names = location.folders()
+    else:
+        names = [path.name for path in location.glob("fold*")]
+    numbers = (int(found[1]) for name in names if (found := re.fullmatch(r"fold(0|[1-9]\d{0,3})", name)))
+    return sorted(number for number in numbers if (location / fold_folder(number) / MANIFEST).exists())
 
 
 def _no_dataset(folder: Path | S3Path) -> str:
@@ -231,10 +276,10 @@ def _no_dataset(folder: Path | S3Path) -> str:
 
 
 def label_map_file(split: str, case: str) -> str:
-    """Path of a case's label map below the dataset folder."""
+    """Path of a case's label map below the dataset folder; ``split`` may be CASES, below the folder of the folds."""
     return f"{LABEL_MAPS}/{split}/{case}.nii.gz"
 
 
 def case_file(split: str, case: str) -> str:
-    """Path of a case's Parquet file below the dataset folder."""
+    """Path of a case's Parquet file below the dataset folder; ``split`` may be CASES, below the folder of the folds."""
     return f"{split}/{case}.parquet"

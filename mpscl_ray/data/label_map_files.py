@@ -22,10 +22,10 @@ import numpy.typing as npt
 from nibabel.spatialimages import HeaderDataError
 
 from mpscl_ray.data import NOT_ANNOTATED
-from mpscl_ray.data.dataset import LABEL_MAPS, Case, StoredFile, label_map_file
+from mpscl_ray.data.dataset import LABEL_MAPS, Case, StoredFile, label_map_file, stored_file
 from mpscl_ray.errors import DataError
 from mpscl_ray.runs.atomic_files import write_atomically
-from mpscl_ray.runs.storage import S3Path, cached_file, parse_location, read_limited
+from mpscl_ray.runs.storage import S3Path, cached_file, read_limited
 
 _LARGEST_MAP = 1 << 31
 """Bytes of a label map, unpacked."""
@@ -72,7 +72,7 @@ def read_label_map(dataset: Path | S3Path | str, case: Case) -> npt.NDArray[np.u
     """
     stored = case.label_map
     assert stored is not None, f"{case.id} has no label map"
-    path = parse_location(dataset) / stored.file
+    path = stored_file(dataset, stored.file)
     try:
         local = cached_file(path, stored.sha256, stored.bytes) if isinstance(path, S3Path) else path
         content = read_limited(local, stored.bytes)

@@ -18,10 +18,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from mpscl_ray.data.dataset import FORMAT_VERSION, Case, load_manifest
+from mpscl_ray.data.dataset import FORMAT_VERSION, Case, load_manifest, stored_file
 from mpscl_ray.data.label_values import show_a_structure
 from mpscl_ray.data.parquet_writer import METADATA_KEY
 from mpscl_ray.data.sampler import Rows
+from mpscl_ray.data.scaling import scale
 from mpscl_ray.errors import DataError
 from mpscl_ray.runs import safe_json
 from mpscl_ray.runs.storage import S3Path, cached_file, parse_location
@@ -145,7 +146,7 @@ def read_case(
     Raises:
         DataError: naming the file, if it is missing, damaged or not the one that was prepared.
     """
-    path = parse_location(folder) / case.file
+    path = stored_file(folder, case.file)
     data = _read_verified(folder, case)
     expected = _columns(case.labelled)
     with (
@@ -155,7 +156,13 @@ def read_case(
     ):
         _check(file, path, case, expected)
         table = file.read(columns=[name for name in expected if name in columns], use_threads=False)
-    return {name: table_column(table, name) for name in table.column_names}
+    return {name: _column(table, name, case) for name in table.column_names}
+
+
+def _column(table: pa.Table, name: str, case: Case) -> NDArray[Any]:
+    """Values of a column; images of a fold are scaled here."""
+    values = table_column(table, name)
+    return values if name != "image" or case.scale_by is None else scale(values, *case.scale_by)
 
 
 def _columns(labels: bool) -> dict[str, type[np.generic]]:
@@ -164,7 +171,7 @@ def _columns(labels: bool) -> dict[str, type[np.generic]]:
 
 def _read_case_slices(files: SplitFiles, case: Case, wanted: Rows, arrays: Arrays, positions: Rows) -> None:
     """Read slices of one case into their positions in the arrays."""
-    path = files.folder / case.file
+    path = stored_file(files.folder, case.file)
     with (
         _readable(path),
         pq.ParquetFile(_local_file(files.folder, case), page_checksum_verification=True) as file,
@@ -180,7 +187,7 @@ def _read_case_slices(files: SplitFiles, case: Case, wanted: Rows, arrays: Array
                 raise DataError(f"{path}: the slices from {start} on are not in order; {_AGAIN}")
             members = groups == group
             for name, array in arrays.items():
-                array[positions[members]] = table_column(table, name)[wanted[members] - start]
+                array[positions[members]] = _column(table, name, case)[wanted[members] - start]
 
 
 # ------------------------------------------------------------------------------------------------- verification
@@ -191,7 +198,7 @@ def _local_file(folder: Path | S3Path | str, case: Case) -> Path:
 
     A file in a bucket is downloaded once and compared with its SHA-256.
     """
-    path = parse_location(folder) / case.file
+    path = stored_file(folder, case.file)
     local = cached_file(path, case.sha256, case.bytes) if isinstance(path, S3Path) else path
     found = local.stat().st_size
     if found != case.bytes:
@@ -201,7 +208,7 @@ def _local_file(folder: Path | S3Path | str, case: Case) -> Path:
 
 def _read_verified(folder: Path | S3Path | str, case: Case) -> bytes:
     """Content of a case's file, its SHA-256 compared with the manifest."""
-    path = parse_location(folder) / case.file
+    path = stored_file(folder, case.file)
     with _readable(path):
         data = _local_file(folder, case).read_bytes()
     if hashlib.sha256(data).hexdigest() != case.sha256:

@@ -1,9 +1,9 @@
 """Writing the Parquet file of one case.
 
 ``FOLDER/<split>/<case>.parquet`` has one row for each slice: ``case`` (string), ``slice_index`` (int32), ``image``
-(float32 tensor [H, W], scaled to [-1, 1]) and, for a labelled case, ``label`` (uint8 tensor [H, W]): class indices,
-and 255 (``NOT_ANNOTATED``) for voxels that nobody annotated. Any Arrow reader can read the files. Every page carries a
-checksum.
+(float32 tensor [H, W], scaled to [-1, 1]; z-scored alone in ``FOLDER/cases``, the files of folds) and, for a labelled
+case, ``label`` (uint8 tensor [H, W]): class indices, and 255 (``NOT_ANNOTATED``) for voxels that nobody annotated. Any
+Arrow reader can read the files. Every page carries a checksum.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def write_case(
     """Write the Parquet file of one case, sync it to disk, and return its entry for the manifest.
 
     Args:
-        image: (D, H, W), scaled to [-1, 1].
+        image: (D, H, W), scaled to [-1, 1]; z-scored alone where ``split`` is ``CASES``.
         label: (D, H, W) with values below ``len(classes)``, or ``NOT_ANNOTATED``; or None.
     """
     assert image.ndim == 3, image.shape

@@ -63,6 +63,7 @@ def open_slices(
     labels: bool,
     in_memory: bool | Literal["auto"] = "auto",
     capacity: int | None = None,
+    pairs: int = 1,
     one_worker: bool = False,
 ) -> Slices:
     """Open a split of a prepared dataset for the workers of a run.
@@ -77,6 +78,7 @@ def open_slices(
         in_memory: True keeps the decoded slices in the object store, False streams them from the files, "auto" keeps
             them if they take at most 30 % of the object store of the smallest node.
         capacity: size of that object store in bytes; None asks Ray.
+        pairs: number of pairs of datasets that are open at the same time: with "auto" each may fill its part.
         one_worker: whether a single worker reads them. This process then reads those to be kept, instead of processes
             that Ray Data starts.
 
@@ -87,7 +89,7 @@ def open_slices(
     files = SplitFiles.find(folder, split, labels=labels)
     need, capacity = files.rows * files.slice_bytes, object_store_bytes() if capacity is None else capacity
     if in_memory == "auto":
-        in_memory = need <= KEPT_FRACTION * capacity
+        in_memory = need <= KEPT_FRACTION * capacity / pairs
     elif in_memory and need > 0.9 * capacity:
         raise ClusterError(
             f"{folder}: the slices of the split {split!r} take {need / 2**20:.0f} MiB in memory, and the object store "

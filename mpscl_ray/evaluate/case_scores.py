@@ -8,8 +8,8 @@ from pathlib import Path
 from mpscl_ray.data.dataset import Case, Scaling
 from mpscl_ray.data.label_map_files import read_label_map
 from mpscl_ray.data.parquet_reader import read_case
+from mpscl_ray.data.scaling import unscale
 from mpscl_ray.data.volumes.geometry import Geometry
-from mpscl_ray.data.volumes.preprocess import unscale
 from mpscl_ray.evaluate.evaluation import Protocol
 from mpscl_ray.evaluate.metrics import StructureScore, released_protocol_scores, volume_scores
 from mpscl_ray.predict.model import Domain

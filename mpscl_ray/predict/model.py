@@ -12,8 +12,8 @@ from typing import Any, Self, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from mpscl_ray.data.scaling import scale
 from mpscl_ray.data.training_range import TrainingRange
-from mpscl_ray.data.volumes.preprocess import scale
 from mpscl_ray.data.volumes.recipe import Recipe
 from mpscl_ray.errors import ConfigError, DataError
 from mpscl_ray.predict.postprocessing import Postprocessing

@@ -31,6 +31,8 @@ examples:
   an nnU-Net dataset, split 80 : 20 by patient, for a small network:
     python -m mpscl_ray.prepare Dataset042_Heart --layout nnunet --out DATA --split 0.8,0.2,0 \\
         --crop 192,192 --size 64,64
+  five folds for cross-validation, which share their files; then compare --folds:
+    python -m mpscl_ray.prepare MMWHS --layout mmwhs --out FOLDS --fix-label 421=420 --folds 5
 """
 
 
@@ -157,7 +159,14 @@ def _add_splits(add: Callable[..., Any]) -> None:
     add(
         "--fold", type=int, metavar="N", help="which split of a FILE with one for each fold (splits_final.json), from 0"
     )
-    add("--seed", type=int, default=0, help="seed of the random split by fractions")
+    add(
+        "--folds",
+        type=int,
+        metavar="K",
+        help="K splits for cross-validation, DIR/<modality>/fold0 and so on, each patient for test in one of them; "
+        "--split TRAIN,VAL,0 divides the others (default 0.875,0.125,0)",
+    )
+    add("--seed", type=int, default=0, help="seed of the random split by fractions, and of the folds")
 
 
 def _add_transductive(add: Callable[..., Any]) -> None:

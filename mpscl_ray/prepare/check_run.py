@@ -16,7 +16,7 @@ import numpy as np
 
 from mpscl_ray.data import SPLITS
 from mpscl_ray.data.compatibility import pair_notices, pair_problems
-from mpscl_ray.data.dataset import MANIFEST, Case, Manifest, Scaling, load_manifest
+from mpscl_ray.data.dataset import MANIFEST, Case, Manifest, Scaling, load_manifest, stored_file
 from mpscl_ray.data.label_map_files import read_label_map
 from mpscl_ray.data.label_values import count_voxels
 from mpscl_ray.data.parquet_reader import read_case
@@ -281,7 +281,8 @@ def check_datasets(
 def _datasets(folder: Path) -> list[Path]:
     if (folder / MANIFEST).exists() or not folder.is_dir():
         return [folder]
-    inside = sorted(path.parent for path in folder.glob(f"*/{MANIFEST}") if not path.parent.name.startswith("."))
+    found = [*folder.glob(f"*/{MANIFEST}"), *folder.glob(f"*/fold*/{MANIFEST}")]
+    inside = sorted(path.parent for path in found if not path.relative_to(folder).parts[0].startswith("."))
     if not inside:
         raise ConfigError(
             f"{folder}: no prepared dataset, nor a folder of some (there is no {MANIFEST}); for images give --layout, "
@@ -312,7 +313,8 @@ def _check_dataset(
     for case, (wrong, picture) in zip(manifest.cases, results, strict=True):
         if picture is not None:
             shown.append(prepared_case(case, manifest.size, picture))
-        files = [folder / case.file, *([folder / case.label_map.file] if case.label_map else [])]
+        files = [stored_file(folder, case.file)]
+        files += [stored_file(folder, case.label_map.file)] if case.label_map else []
         for line in wrong:
             file = next((file for file in files if line.startswith(str(file))), files[0])
             checked.findings.append(Finding("problem", line, manifest.modality, case.id, str(file)))
@@ -332,7 +334,7 @@ def _check_case(
     case: Case, folder: Path, size: tuple[int, int], classes: int, drawn: Scaling | None
 ) -> tuple[list[str], CasePicture | None]:
     """What is wrong with the files of a case: checksums, sizes, counts, values; and its picture, where it is wanted."""
-    path = folder / case.file
+    path = stored_file(folder, case.file)
     wrong = []
     try:
         if case.label_map is not None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mpscl_ray.prepare.arguments import parse
-from mpscl_ray.runs import json_output
 from mpscl_ray.runs.signals import first_signal_ends
 
 
@@ -13,16 +12,9 @@ def main(arguments: Sequence[str]) -> int:
     """The command line; returns its exit code."""
     options = parse(arguments)
     # Imported here: help and refused arguments need no scipy and no pyarrow.
-    from mpscl_ray.prepare.pictures.page import PICTURES
-    from mpscl_ray.prepare.run import next_command, prepare, summary, summary_json
+    from mpscl_ray.prepare.run import prepare, report
 
     with first_signal_ends("before the dataset was finished; nothing was written, give the same command again"):
         folders = prepare(options)
-    for folder in folders.values():
-        print(summary(folder))
-        if options.pictures:
-            print(f"  pictures: {folder / PICTURES}")
-    following = next_command(folders)
-    print(f"next: {following}")
-    json_output.report(datasets=[summary_json(folder) for folder in folders.values()], next=[following])
+    report(folders, pictures=options.pictures)
     return 0

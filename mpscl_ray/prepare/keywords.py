@@ -40,7 +40,8 @@ def prepare_dataset(
             process; without it Ray is started for more than 500 MB of images.
 
     Returns:
-        Modality -> folder of its dataset; it goes into ``data.source`` or ``data.target`` of a config.
+        Modality -> folder of its dataset; it goes into ``data.source`` or ``data.target`` of a config. With ``folds=K``
+        the folders ``fold0``, ``fold1``, ... in it do.
 
     Raises:
         ConfigError: an option does not exist or cannot be used, or there is a dataset already.

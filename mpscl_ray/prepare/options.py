@@ -47,6 +47,7 @@ class PrepareOptions:
     unknown_labels: Literal["error", "background"] | None = None
     split: str | None = None
     fold: int | None = None
+    folds: int | None = None
     seed: int = 0
     unlabelled: tuple[str, ...] = ()
     transductive: bool = False
@@ -81,12 +82,37 @@ class PrepareOptions:
             raise ConfigError(f"--channel {self.channel}: expected 0 or more")
         if self.seed < 0:
             raise ConfigError(f"--seed {self.seed}: expected 0 or more")
+        if self.folds is not None:
+            self._check_folds(self.folds)
         spacing = self.assume_spacing
         if spacing is not None and not all(size is not None and 0 < size < math.inf for size in spacing):
             raise ConfigError(f"--assume-spacing {_text(spacing)}: expected three sizes in mm above 0")
         if self.modality is not None and not self.modality.replace("_", "").replace("-", "").isalnum():
             raise ConfigError(f"--modality {self.modality!r}: expected a short name such as ct, mr, lge")
         self.given_range(self.modality or "ct")
+
+    def _check_folds(self, folds: int) -> None:
+        if not 2 <= folds <= 1000:
+            raise ConfigError(f"--folds {folds}: expected 2 or more, usually 5, and at most 1000")
+        fractions = None if self.split is None else numbers(self.split)
+        if self.fold is not None or (self.split is not None and fractions is None):
+            given = f"--split {self.split}" if self.fold is None else f"--fold {self.fold}"
+            raise ConfigError(f"--folds {folds} draws the patients of all folds itself; leave out {given}")
+        if fractions is not None and (len(fractions) != 3 or fractions[2] != 0):
+            raise ConfigError(
+                f"--split {self.split}: with --folds {folds} each fold tests on 1 patient in {folds}, and --split "
+                "divides the others into train and val alone, e.g. --split 0.9,0.1,0"
+            )
+        if self.transductive:
+            raise ConfigError(
+                f"--folds {folds} with --transductive: the test patients of a fold would be in its training; leave "
+                "out one of the two"
+            )
+        if self.unlabelled and set(self.unlabelled) != set(SPLITS):
+            raise ConfigError(
+                f"--unlabelled {','.join(self.unlabelled)}: with --folds {folds} a case is in another split of each "
+                "fold; leave it out (labels of a target are never read in training), or name no split"
+            )
 
     @property
     def splits_without_labels(self) -> tuple[str, ...]:

@@ -9,8 +9,9 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from mpscl_ray.data.dataset import MANIFEST
+from mpscl_ray.data.dataset import MANIFEST, fold_folder, fold_numbers
 from mpscl_ray.errors import ConfigError, Interrupted, StorageError
 from mpscl_ray.prepare.staged_before import has_staged
 from mpscl_ray.runs.atomic_files import fsync_directory, storage_errors
@@ -26,10 +27,16 @@ def check_target(target: Path | S3Path, overwrite: bool) -> None:
     inside = target.files() if isinstance(target, S3Path) else target.is_dir() and any(target.iterdir())
     if not inside and (isinstance(target, S3Path) or target.is_dir() or not target.exists()):
         return
-    if not (target / MANIFEST).exists():
+    if not _manifests(target):
         raise StorageError(f"{target}: there is something else than a dataset; move it away or choose another --out")
     if not overwrite:
         raise ConfigError(f"{target}: there is a finished dataset already; give --overwrite to replace it")
+
+
+def _manifests(target: Path | S3Path) -> list[Any]:
+    """Where the manifest of a dataset is, or those of its folds."""
+    folders = [target, *(target / fold_folder(number) for number in fold_numbers(target))]
+    return [folder / MANIFEST for folder in folders if (folder / MANIFEST).exists()]
 
 
 @contextmanager
@@ -77,7 +84,8 @@ def publish(folder: Path, target: Path | S3Path, overwrite: bool) -> Path | S3Pa
     check_target(target, overwrite)
     if isinstance(target, S3Path):
         # The old manifest goes first: an interruption never leaves a manifest whose files are not all there.
-        (target / MANIFEST).delete()
+        for manifest in _manifests(target):
+            manifest.delete()
         target.delete_folder()
         upload(folder, target)
         return target
@@ -93,7 +101,7 @@ def publish(folder: Path, target: Path | S3Path, overwrite: bool) -> Path | S3Pa
 
 
 def upload(folder: Path, target: S3Path) -> None:
-    """Upload a dataset folder, its manifest last."""
+    """Upload a dataset folder, its manifest, or those of its folds, last."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     for path in sorted(files, key=lambda path: path.name == MANIFEST):
         with path.open("rb") as stream:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from mpscl_ray.prepare.splits import (
     Member,
     Splitting,
     read_split_file,
+    split_folds,
     split_fractions,
     split_listed,
     split_published,
@@ -34,6 +35,7 @@ from mpscl_ray.prepare.staged_case import Request, Settings, StagedCase
 from mpscl_ray.runs.wording import counted
 
 _DEFAULT_FRACTIONS = "0.7,0.1,0.2"
+_DEFAULT_OF_FOLDS = "0.875,0.125,0"
 _LEAK_OF_THE_RELEASE = (
     "in the public release the MR validation slices come from the MR test patients: never select a model for MR on them"
 )
@@ -165,6 +167,26 @@ def split_cases(options: PrepareOptions, modality: str, cases: Sequence[SourceCa
     return Splitting({**rest.cases, "test": test}, {**rest.record, "test": "as in the folder"}, rest.notices)
 
 
+def fold_cases(options: PrepareOptions, modality: str, cases: Sequence[SourceCase]) -> list[Splitting]:
+    """Assign cases to the splits of each fold.
+
+    Raises:
+        DataError: there are too few patients.
+    """
+    assert options.folds is not None
+    # The own test cases of a folder (imagesTs) stay out of cross-validation, as in nnU-Net.
+    apart = sorted(case.id for case in cases if case.split == "test" and options.layout not in SLICE_LAYOUTS)
+    members = [Member(case.id, case.patient) for case in cases if case.id not in apart]
+    fractions = numbers(options.split or _DEFAULT_OF_FOLDS)
+    assert fractions is not None
+    try:
+        found = split_folds(members, options.folds, fractions, options.seed)
+    except DataError as error:
+        raise DataError(f"{modality}: {error}") from None
+    notices = (f"test cases of imagesTs, in no fold, {len(apart)}: {', '.join(apart[:8])}",) if apart else ()
+    return [replace(splitting, notices=notices) for splitting in found]
+
+
 def _default_split(layout: str) -> str:
     if layout == "mmwhs":
         return "mmwhs"
@@ -175,7 +197,7 @@ def requests(
     options: PrepareOptions,
     modality: str,
     cases: Sequence[SourceCase],
-    splitting: Splitting,
+    splits: Mapping[str, Sequence[str]],
     folder: Path | None,
     table: LabelTable | None,
     problems: list[str],
@@ -184,18 +206,22 @@ def requests(
     by_id = {case.id: case for case in cases}
     found: list[Request] = []
     missing: list[str] = []
-    for split in SPLITS:
-        keep = split not in options.splits_without_labels
-        for name in splitting.cases[split]:
+    without = options.splits_without_labels
+    for split, names in splits.items():
+        keep = split not in without if split in SPLITS else not without
+        for name in names:
             source = by_id[name]
             if keep and source.lacks_labels:
                 looked_for = f" ({source.label_hint})" if source.label_hint else ""
-                missing.append(f"{modality}: case {name} ({split}) has no label{looked_for}")
+                where = f" ({split})" if split in SPLITS else ""
+                missing.append(f"{modality}: case {name}{where} has no label{looked_for}")
             found.append(Request(source, split, keep, folder, len(found)))
     if missing:
         problems += missing
         problems.append(
             "cases without labels are fine in splits that are named with --unlabelled, e.g. --unlabelled train"
+            if options.folds is None
+            else "with --folds each case is tested on: leave out cases without a label, or all labels with --unlabelled"
         )
     else:
         check_meaning(table, found)
@@ -256,7 +282,8 @@ def manifest(
             steps.append(f"not annotated: label value {NOT_ANNOTATED}, which counts in no loss and no score")
     if options.splits_without_labels:
         steps.append(f"labels left out of {', '.join(options.splits_without_labels)}")
-    steps.append(f"split by patient: {splitting.record['method']}{', transductive' if options.transductive else ''}")
+    how = splitting.record["method"] if options.folds is None else f"fold {splitting.record['fold']} of {options.folds}"
+    steps.append(f"split by patient: {how}{', transductive' if options.transductive else ''}")
     released = list(dict.fromkeys(step for case in staged for step in case.steps))
     steps += released or _recipe_steps(recipe)
     steps.append(f"{scaling.low:g} to {scaling.high:g} mapped to [-1, 1], not clipped; range {scaling.origin}")

@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from mpscl_ray.data import SPLITS
-from mpscl_ray.data.dataset import Manifest, Scaling, load_manifest, save_manifest
+from mpscl_ray.data.dataset import CASES, Manifest, Scaling, fold_folder, in_fold, save_manifest
 from mpscl_ray.data.label_map_files import write_class_names
 from mpscl_ray.distributed.ray_session import connect
 from mpscl_ray.errors import DataError
@@ -34,18 +33,17 @@ from mpscl_ray.prepare.personal_data import personal_notices
 from mpscl_ray.prepare.pictures.album import Album, staged_cases
 from mpscl_ray.prepare.pictures.page import PICTURES, page
 from mpscl_ray.prepare.source_cases import SourceCase
-from mpscl_ray.prepare.splits import Splitting
-from mpscl_ray.prepare.staged_case import Request, Settings, StagedCase
+from mpscl_ray.prepare.splits import UNDECIDED, Splitting
+from mpscl_ray.prepare.staged_case import Request, Settings, StagedCase, with_split
 from mpscl_ray.prepare.staging import finish_case, stage_case
+from mpscl_ray.prepare.summary import datasets_of, next_command, summary, summary_json
 from mpscl_ray.prepare.workers import map_cases, worker_count
+from mpscl_ray.runs import json_output
 from mpscl_ray.runs.atomic_files import fsync_directory, storage_errors, write_atomically
-from mpscl_ray.runs.next_steps import command_line
 from mpscl_ray.runs.storage import S3Path
-from mpscl_ray.runs.structures import display_indices
 from mpscl_ray.runs.wording import counted
 
 _LISTED_PROBLEMS = 50
-_SMALL = 128
 
 
 @dataclass
@@ -55,10 +53,24 @@ class _Dataset:
     modality: str
     folder: Path
     """Temporary output folder."""
-    splitting: Splitting
+    splittings: list[Splitting]
+    """One for each fold; a single one without folds."""
     requests: list[Request]
     notices: list[str]
+    """Of all folds."""
     staged: list[StagedCase]
+    split_notices: list[list[str]] = field(default_factory=list)
+    """Of each fold."""
+
+    def views(self) -> list[list[StagedCase]]:
+        """The staged cases of each fold, with their split there."""
+        if len(self.splittings) == 1:
+            return [self.staged]
+        found = []
+        for splitting in self.splittings:
+            split_of = {name: split for split, names in splitting.cases.items() for name in names}
+            found.append([with_split(case, split_of[case.request.source.id]) for case in self.staged])
+        return found
 
 
 def prepare(options: PrepareOptions, *, progress: bool = True) -> dict[str, Path | S3Path]:
@@ -69,7 +81,7 @@ def prepare(options: PrepareOptions, *, progress: bool = True) -> dict[str, Path
         progress: whether to show a progress line.
 
     Returns:
-        Modality -> folder of its dataset, local or in a bucket.
+        Modality -> folder of its dataset, local or in a bucket; with ``options.folds`` of those of its folds.
 
     Raises:
         ConfigError: options are wrong or contradict each other, or the dataset exists already.
@@ -99,14 +111,7 @@ def prepare(options: PrepareOptions, *, progress: bool = True) -> dict[str, Path
             stack.enter_context(connect(workers))
         _stage(datasets, options, settings, workers, problems, progress)
         for dataset in datasets:
-            wrong, notices = check_staged(
-                dataset.staged,
-                table.classes if table else (),
-                transductive=options.transductive,
-                allow_missing_classes=options.allow_missing_classes,
-            )
-            problems += [f"{dataset.modality}: {problem}" for problem in wrong]
-            dataset.notices += notices
+            problems += [f"{dataset.modality}: {problem}" for problem in _check(dataset, options, settings)]
             if hashed is None:
                 dataset.notices += personal_notices(dataset.staged, options.input)
             else:
@@ -118,15 +123,29 @@ def prepare(options: PrepareOptions, *, progress: bool = True) -> dict[str, Path
         by_modality = {dataset.modality: dataset for dataset in datasets}
         for modality, notice in shared_images({name: dataset.staged for name, dataset in by_modality.items()}):
             by_modality[modality].notices.append(notice)
-        scalings = [prepare_plan.scaling(options, dataset.modality, dataset.staged) for dataset in datasets]
-        for dataset, scaling in zip(datasets, scalings, strict=True):
-            manifest = _finish(dataset, scaling, options, settings, workers, progress)
+        scalings = [
+            [prepare_plan.scaling(options, dataset.modality, view) for view in dataset.views()] for dataset in datasets
+        ]
+        for dataset, by_fold in zip(datasets, scalings, strict=True):
+            manifests = _finish(dataset, by_fold, options, settings, workers, progress)
             if options.pictures:
-                _write_pictures(dataset, manifest)
-            save_manifest(dataset.folder, manifest)
+                _write_pictures(dataset, manifests)
+            _save(dataset.folder, manifests)
         return {
             dataset.modality: publish(dataset.folder, out / dataset.modality, options.overwrite) for dataset in datasets
         }
+
+
+def report(folders: Mapping[str, Path | S3Path], *, pictures: bool) -> None:
+    """Say what prepare has made, and what to do next."""
+    for folder in folders.values():
+        print(summary(folder))
+        if pictures:
+            print(f"  pictures: {folder / PICTURES}")
+    following = next_command(folders)
+    print(f"next: {following}")
+    datasets = [dataset for folder in folders.values() for dataset in datasets_of(folder)]
+    json_output.report(datasets=list(map(summary_json, datasets)), next=[following])
 
 
 def _plan(
@@ -140,30 +159,36 @@ def _plan(
 ) -> _Dataset:
     notices = list(found.notices)
     try:
-        splitting = prepare_plan.split_cases(options, modality, cases)
-        if found.ambiguous_patients and splitting.drawn:
+        if options.folds is None:
+            splittings = [prepare_plan.split_cases(options, modality, cases)]
+        else:
+            splittings = prepare_plan.fold_cases(options, modality, cases)
+        if found.ambiguous_patients and splittings[0].drawn:
             problems.append(f"{modality}: {found.ambiguous_patients}")
         elif found.ambiguous_patients:
             notices.append(found.ambiguous_patients)
-        notices += apart(found.uncertain_patients, splitting.cases)
+        splits = splittings[0].cases
+        if options.folds is not None:
+            splits = {UNDECIDED: tuple(sorted(name for names in splits.values() for name in names))}
+        notices += apart(found.uncertain_patients, splits)
     except DataError as error:
         # Told before volumes are read, which takes much longer.
         raise DataError(_listed(options.input, [*problems, str(error)], notices)) from None
     staging = folder / STAGED
     with storage_errors(staging):
         staging.mkdir(exist_ok=True)
-    requests = prepare_plan.requests(options, modality, cases, splitting, staging, table, problems)
+    requests = prepare_plan.requests(options, modality, cases, splits, staging, table, problems)
     if not requests:
         problems.append(f"{modality}: every case is left out by --split {options.split}")
-    return _Dataset(modality, folder, splitting, requests, notices, [])
+    return _Dataset(modality, folder, splittings, requests, notices, [])
 
 
 def _without_names(dataset: _Dataset, hashed: HashedIds) -> _Dataset:
     """With hashes for names; what was found in files by name is printed, and not kept."""
-    for notice in (*dataset.notices, *dataset.splitting.notices):
+    for notice in (*dataset.notices, *dataset.splittings[0].notices):
         print(f"note: {notice}", file=sys.stderr)
-    splitting, requests = hashed.splitting(dataset.splitting), hashed.requests(dataset.requests)
-    return replace(dataset, splitting=splitting, requests=requests, notices=[])
+    splittings, requests = list(map(hashed.splitting, dataset.splittings)), hashed.requests(dataset.requests)
+    return replace(dataset, splittings=splittings, requests=requests, notices=[])
 
 
 def _stage(
@@ -195,12 +220,36 @@ def _stage(
     problems += sorted(wrong)
 
 
+def _check(dataset: _Dataset, options: PrepareOptions, settings: Settings) -> list[str]:
+    """Problems of all cases together, in each fold; what is only to be said is noted."""
+    check = partial(
+        check_staged,
+        classes=settings.table.classes if settings.table else (),
+        transductive=options.transductive,
+        allow_missing_classes=options.allow_missing_classes,
+    )
+    found = [check(view) for view in dataset.views()]
+    dataset.split_notices = [notices for _, notices in found]
+    if len(found) == 1:
+        return found[0][0]
+    # What is wrong whatever the splits are, such as two names of one scan, is said once.
+    problems, _ = check(dataset.staged)
+    return problems or [f"fold {fold}: {problem}" for fold, (wrong, _) in enumerate(found) for problem in wrong]
+
+
 def _finish(
-    dataset: _Dataset, scaling: Scaling, options: PrepareOptions, settings: Settings, workers: int, progress: bool
-) -> Manifest:
+    dataset: _Dataset,
+    scalings: Sequence[Scaling],
+    options: PrepareOptions,
+    settings: Settings,
+    workers: int,
+    progress: bool,
+) -> list[Manifest]:
+    """Write the files of all cases; returns the manifest of each fold."""
     classes = settings.table.classes if settings.table else ()
+    folds = len(scalings) > 1
     cases = map_cases(
-        partial(finish_case, scaling=scaling, classes=classes, folder=dataset.folder),
+        partial(finish_case, scaling=None if folds else scalings[0], classes=classes, folder=dataset.folder),
         dataset.staged,
         workers,
         lambda staged: staged.request.source.id,
@@ -209,23 +258,47 @@ def _finish(
         progress=progress,
     )
     shutil.rmtree(dataset.folder / STAGED)
-    for split in SPLITS:
+    for split in (*SPLITS, CASES):
         write_class_names(dataset.folder, split, classes, partly=bool(settings.table and settings.table.not_annotated))
         if (dataset.folder / split).is_dir():
             fsync_directory(dataset.folder / split)
-    notices = [
-        *dataset.notices,
-        *check_cases(cases),
-        *summarise_notices((case.id, case.notices) for case in cases),
-    ]
-    return prepare_plan.manifest(
-        options, settings, dataset.modality, dataset.splitting, scaling, dataset.staged, cases, notices
-    )
+    of_cases = summarise_notices((case.id, case.notices) for case in cases)
+    manifests = []
+    for splitting, scaling, staged, found in zip(
+        dataset.splittings, scalings, dataset.views(), dataset.split_notices, strict=True
+    ):
+        own = cases
+        if folds:
+            own = [in_fold(case, view.request.split, scaling) for case, view in zip(cases, staged, strict=True)]
+        notices = [*dataset.notices, *found, *check_cases(own), *of_cases]
+        manifests.append(
+            prepare_plan.manifest(options, settings, dataset.modality, splitting, scaling, staged, own, notices)
+        )
+    return manifests
 
 
-def _write_pictures(dataset: _Dataset, manifest: Manifest) -> None:
-    found = [("note", notice) for notice in manifest.notices]
-    album = Album(dataset.modality, manifest.classes, staged_cases(dataset.staged), found)
+def _save(folder: Path, manifests: Sequence[Manifest]) -> None:
+    """Write the manifests, which make the folder a dataset, or one of folds."""
+    if len(manifests) == 1:
+        save_manifest(folder, manifests[0])
+        return
+    for number, manifest in enumerate(manifests):
+        fold = folder / fold_folder(number)
+        with storage_errors(fold):
+            fold.mkdir()
+        save_manifest(fold, manifest)
+
+
+def _write_pictures(dataset: _Dataset, manifests: Sequence[Manifest]) -> None:
+    """The page of pictures; with folds each case is shown with the one that tests on it."""
+    sentences = dict.fromkeys(notice for manifest in manifests for notice in manifest.notices)
+    shown = dataset.staged
+    if len(manifests) > 1:
+        views = enumerate(dataset.views())
+        shown = [
+            with_split(case, fold_folder(fold)) for fold, view in views for case in view if case.request.split == "test"
+        ]
+    album = Album(dataset.modality, manifests[0].classes, staged_cases(shown), [("note", line) for line in sentences])
     text = page([album], f"Pictures of the dataset {dataset.modality}")
     write_atomically(dataset.folder / PICTURES, text.encode())
 
@@ -240,61 +313,3 @@ def _listed(folder: Path, problems: Sequence[str], notices: Sequence[str]) -> st
         lines.append(f"  - and {len(shown) - _LISTED_PROBLEMS} more")
     lines += [f"  note: {notice}" for notice in notices]
     return "\n".join(lines)
-
-
-# ------------------------------------------------------------------------------------------------------ summary
-
-
-def summary(folder: Path | S3Path) -> str:
-    """Text on a finished dataset: splits, classes, range and warnings."""
-    manifest = load_manifest(folder)
-    lines = [
-        f"{manifest.modality}: {folder}",
-        f"  slices of {manifest.size[0]} x {manifest.size[1]}; z-scored intensities {manifest.scaling.low:g} to "
-        f"{manifest.scaling.high:g} are [-1, 1] ({manifest.scaling.origin})",
-    ]
-    order = [0, *display_indices(manifest.classes)] if manifest.classes else []
-    rows = [["split", "patients", "cases", "labelled", "slices", *(manifest.classes[index] for index in order)]]
-    for split in SPLITS:
-        cases = manifest.split(split)
-        voxels = [sum(case.class_voxels[index] for case in cases if case.class_voxels) for index in order]
-        total = sum(voxels)
-        rows.append(
-            [
-                split,
-                str(len({case.patient for case in cases})),
-                str(len(cases)),
-                str(sum(case.labelled for case in cases)),
-                str(sum(case.slices for case in cases)),
-                *(f"{100 * count / total:.2f} %" if total else "-" for count in voxels),
-            ]
-        )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines += ["  " + "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-    lines += [f"  note: {notice}" for notice in manifest.notices]
-    return "\n".join(lines)
-
-
-def summary_json(folder: Path | S3Path) -> dict[str, Any]:
-    """The same as plain values."""
-    manifest = load_manifest(folder)
-    splits = {
-        split: {
-            "patients": len({case.patient for case in cases}),
-            "cases": [case.id for case in cases],
-            "labelled": sum(case.labelled for case in cases),
-            "slices": sum(case.slices for case in cases),
-        }
-        for split in SPLITS
-        for cases in [manifest.split(split)]
-    }
-    about = {"modality": manifest.modality, "folder": folder, "classes": manifest.classes, "size": manifest.size}
-    return {**about, "splits": splits, "notices": manifest.notices}
-
-
-def next_command(folders: dict[str, Path | S3Path]) -> str:
-    """The command to give next, with the small preset for slices that a CPU can train on."""
-    first = next(iter(folders.values()))
-    source, target = (str(folders["mr"]), str(folders["ct"])) if {"ct", "mr"} <= set(folders) else (str(first), "OTHER")
-    preset = "small/mpscl" if max(load_manifest(first).size) <= _SMALL else "mr2ct/mpscl"
-    return command_line("train", preset, f"data.source={source}", f"data.target={target}")

@@ -53,7 +53,7 @@ class Splitting:
     @property
     def drawn(self) -> bool:
         """Whether patients were drawn for more than one split."""
-        return self.record["method"] == "fractions" and sum(bool(names) for names in self.cases.values()) > 1
+        return self.record["method"] in ("fractions", "folds") and sum(bool(names) for names in self.cases.values()) > 1
 
 
 def _patients(members: Iterable[Member]) -> list[str]:
@@ -140,6 +140,32 @@ def split_fractions(members: Sequence[Member], fractions: Sequence[float], seed:
         start += count
     record = {"method": "fractions", "fractions": list(fractions), "seed": seed, "patients": chosen}
     return Splitting(_by_patient(members, chosen), record)
+
+
+def split_folds(members: Sequence[Member], folds: int, fractions: Sequence[float], seed: int) -> list[Splitting]:
+    """A split for each fold: its patients are for test, those of the other folds for training and validation.
+
+    Patients are dealt to the folds at random, so that the folds differ by at most one patient, and each patient is for
+    test in one of them. The others are divided by ``fractions`` = (train, val, 0) as :func:`split_fractions` does.
+
+    Raises:
+        DataError: there are fewer patients than folds, or the others are fewer than their splits.
+    """
+    patients = _patients(members)
+    if len(patients) < folds:
+        raise DataError(
+            f"--folds {folds}: there are {counted(len(patients), 'patient')}, and each fold needs one to test on; give "
+            f"--folds {len(patients)} or less"
+        )
+    order = np.random.default_rng(seed).permutation(len(patients))
+    found = []
+    for fold in range(folds):
+        test = sorted(patients[index] for index in order[fold::folds])
+        rest = split_fractions([member for member in members if member.patient not in test], fractions, seed)
+        chosen = {**rest.record["patients"], "test": test}
+        about = {"method": "folds", "folds": folds, "fold": fold, "fractions": list(fractions), "seed": seed}
+        found.append(Splitting(_by_patient(members, chosen), {**about, "patients": chosen}))
+    return found
 
 
 def read_split_file(

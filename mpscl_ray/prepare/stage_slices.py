@@ -8,8 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpscl_ray.data.compatibility import structure_width
+from mpscl_ray.data.scaling import unscale
 from mpscl_ray.data.volumes.label_maps import whole_ids
-from mpscl_ray.data.volumes.preprocess import intensity_range, prepare_volume, unscale
+from mpscl_ray.data.volumes.preprocess import intensity_range, prepare_volume
 from mpscl_ray.data.volumes.recipe import Recipe
 from mpscl_ray.errors import DataError
 from mpscl_ray.prepare.file_listing import printable

@@ -106,6 +106,11 @@ class StagedCase:
     """Kinds of texts in the headers of its files that may name a person."""
 
 
+def with_split(staged: StagedCase, split: str) -> StagedCase:
+    """The same case in a split."""
+    return replace(staged, request=replace(staged.request, split=split))
+
+
 def content_hash(image: NDArray[np.float32]) -> str:
     """SHA-256 of the voxels and their shape."""
     digest = hashlib.sha256(repr(image.shape).encode())

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
-from mpscl_ray.data.dataset import Case, Scaling
+from mpscl_ray.data.dataset import CASES, Case, Scaling
 from mpscl_ray.data.label_map_files import write_label_map_file
 from mpscl_ray.data.parquet_writer import write_case
-from mpscl_ray.data.volumes.preprocess import scale, unscale
+from mpscl_ray.data.scaling import scale, unscale
 from mpscl_ray.errors import DataError, StorageError
 from mpscl_ray.prepare import staged_before
 from mpscl_ray.prepare.stage_slices import stage_slices
@@ -46,8 +46,10 @@ def stage_case(request: Request, settings: Settings) -> StagedCase | list[str]:
         return [f"{request.source.images[0]}: does not fit into memory; give fewer --workers, or a smaller --crop"]
 
 
-def finish_case(staged: StagedCase, scaling: Scaling, classes: Sequence[str], folder: Path) -> Case:
+def finish_case(staged: StagedCase, scaling: Scaling | None, classes: Sequence[str], folder: Path) -> Case:
     """Scale the staged slices to [-1, 1] and write them as the case's Parquet file.
+
+    Without a scaling they stay z-scored, in a file for all folds.
 
     Raises:
         StorageError: the staged slices are gone, or the file cannot be written.
@@ -60,21 +62,24 @@ def finish_case(staged: StagedCase, scaling: Scaling, classes: Sequence[str], fo
             f"{request.image_file}: written by another worker and not visible here; --out has to be on storage that "
             "all nodes of the cluster share"
         ) from None
-    if staged.scaled_by != (scaling.low, scaling.high):
+    wanted = None if scaling is None else (scaling.low, scaling.high)
+    if staged.scaled_by != wanted:
         if staged.scaled_by is not None:
             image = unscale(image, *staged.scaled_by)
-        image = scale(image, scaling.low, scaling.high)
+        if wanted is not None:
+            image = scale(image, *wanted)
     label = np.load(request.label_file, allow_pickle=False) if staged.class_voxels is not None else None
+    split = CASES if scaling is None else request.split
     label_map = None
     if request.label_map_file.exists():
         content = request.label_map_file.read_bytes()
-        label_map = write_label_map_file(folder, request.split, request.source.id, content)
+        label_map = write_label_map_file(folder, split, request.source.id, content)
     with storage_errors(folder, needed=image.nbytes):
         case = write_case(
             folder,
             id=request.source.id,
             patient=request.source.patient,
-            split=request.split,
+            split=split,
             image=image,
             label=label,
             classes=classes,

@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from mpscl_ray.data.dataset import Case, Manifest
+from mpscl_ray.data.scaling import unscale
 from mpscl_ray.data.volumes.geometry import Geometry
-from mpscl_ray.data.volumes.preprocess import unscale
 from mpscl_ray.data.volumes.recipe import PLANES, Recipe
 
 _UNKNOWN_PLANE = "axial"

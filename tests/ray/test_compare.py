@@ -13,7 +13,7 @@ from mpscl_ray.errors import ConfigError, TrainingError
 from mpscl_ray.runs import checkpoint
 from mpscl_ray.runs.run_directory import RunDirectory
 from tests.stub_fit import fit
-from tests.tiny import make_pair
+from tests.tiny import make_folds, make_pair
 from tests.tiny_presets import METHOD, write_presets
 
 
@@ -104,3 +104,46 @@ def test_a_cell_that_fails_does_not_stop_the_rest_and_is_tried_again(cluster: No
     assert compare.main(words, fit=fit) == 0
     cells = json.loads((out / "cells.json").read_text(encoding="utf-8"))["cells"]
     assert {cell["state"] for cell in cells.values()} == {"finished"}
+
+
+def test_folds_are_trained_scored_and_resumed_as_cells(
+    cluster: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, out = tmp_path / "data", tmp_path / "out"
+    for number, modality in enumerate(("mr", "ct")):
+        make_folds(data / modality, modality, seed=number)
+    presets = write_presets(tmp_path / "presets")
+    words = arguments(data, presets, out, "--folds", "--seeds", "1", "--directions", "forward")
+    assert compare.main([*words, "source_only", "baseline", "mpscl"], fit=fit) == 0
+    said = capsys.readouterr().out
+    assert "warning: the folds of source and target were drawn with other seeds, 0 and 1" in said
+    assert "mr to ct, 2 folds, seeds 1: 6 runs" in said
+    assert "mr2ct-fold0-seed1-source_only" in said.rpartition("mpscl_ray.report")[2]
+    assert "fold1" not in said.rpartition("mpscl_ray.report")[2].splitlines()[0], "runs of one fold go together"
+    cells = json.loads((out / "cells.json").read_text(encoding="utf-8"))["cells"]
+    assert cells.keys() == {
+        f"mr2ct-fold{k}-seed1-{system}" for k in (0, 1) for system in ("source_only", "baseline", "mpscl")
+    }
+    for fold in (0, 1):
+        assert cells[f"mr2ct-fold{fold}-seed1-mpscl"]["forked"] == [f"mr2ct-fold{fold}-seed1-baseline", "warm_up"]
+        scored = cells[f"mr2ct-fold{fold}-seed1-mpscl"]["scored_on"]
+        assert (scored["split"], scored["volumes"]) == ("test", 3)
+        assert scored["dataset"] == str(data / "ct" / f"fold{fold}")
+    rows = [
+        row
+        for row in csv.DictReader((out / "comparison.csv").open())
+        if (row["system"], row["structure"]) == ("mpscl", "mean")
+    ]
+    assert [(row["fold"], row["folds"]) for row in rows] == [("", "2"), ("0", ""), ("1", "")]
+    whole, *parts = (float(row["dice_percent_mean"]) for row in rows)
+    assert whole == pytest.approx(sum(parts) / 2)
+    page = RunDirectory(out).progress_page.read_text(encoding="utf-8")
+    assert "<th>fold</th>" in page.replace(' class="number"', "")
+    assert "fold 1" in page
+    assert f"6 labelled test volumes of CT in 2 folds of {data / 'ct'}" in page
+
+    runs = {name: RunDirectory(out / "cells" / name) for name in cells}
+    before = {name: run.metrics_file.stat().st_mtime_ns for name, run in runs.items()}
+    assert compare.main([*words, "source_only", "baseline", "mpscl", "supervised"], fit=fit) == 0
+    assert {name: run.metrics_file.stat().st_mtime_ns for name, run in runs.items()} == before
+    assert "8 runs, 6 of them finished" in capsys.readouterr().out

@@ -47,6 +47,9 @@ ELSEWHERE = {
     "python -m mpscl_ray.tune mpscl data.source=s3://*": (
         "tests/cluster/test_search_in_bucket.py::test_a_killed_search_in_a_bucket_goes_on_and_stops_what_falls_behind"
     ),
+    "python -m mpscl_ray.compare --folds *": (
+        "tests/ray/test_compare.py::test_folds_are_trained_scored_and_resumed_as_cells"
+    ),
     "python -m mpscl_ray.predict s3://*": BUCKET,
     "python -m mpscl_ray.evaluate * --ray *": SPREAD,
     "python -m mpscl_ray.predict * --ray *": SPREAD,

@@ -22,7 +22,7 @@ from mpscl_ray.data.volumes.geometry import (
     voxel_sizes,
 )
 from mpscl_ray.data.volumes.recipe import AIR_HU, LOWEST_HU, Recipe
-from mpscl_ray.errors import ConfigError, DataError
+from mpscl_ray.errors import DataError
 
 _SAME_SPACING = 1e-4
 """Relative difference of spacings that counts as rounding in a header, not as a reason to interpolate."""
@@ -301,24 +301,6 @@ def _steps(
     done.append(f"clipped at percentile {recipe.clip_percentile:g} of the crop, {clip_value:g}")
     done.append(f"z-score of the crop: mean {mean:g}, standard deviation {deviation:g}; outside the volume 0")
     return tuple(done)
-
-
-def scale(image: npt.NDArray[np.float32], low: float, high: float) -> npt.NDArray[np.float32]:
-    """Intensities mapped so that low becomes -1 and high becomes 1: 2 (x - low) / (high - low) - 1, not clipped.
-
-    Raises:
-        ConfigError: The range is empty or not finite.
-    """
-    if not (np.isfinite(low) and np.isfinite(high) and low < high):
-        raise ConfigError(
-            f"the intensity range is {low:g} to {high:g}; expected two finite numbers, the lower one first"
-        )
-    return ((image - np.float32(low)) * np.float32(2.0 / (high - low)) - np.float32(1.0)).astype(np.float32, copy=False)
-
-
-def unscale(image: npt.NDArray[np.float32], low: float, high: float) -> npt.NDArray[np.float32]:
-    """Inverse of `scale`."""
-    return (image + np.float32(1)) * np.float32((high - low) / 2) + np.float32(low)
 
 
 def intensity_range(image: npt.NDArray[np.float32]) -> tuple[float, float]:

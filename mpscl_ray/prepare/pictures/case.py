@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpscl_ray.data.dataset import Case, Scaling
+from mpscl_ray.data.scaling import unscale
 from mpscl_ray.data.slice_selection import evenly_spaced
 from mpscl_ray.data.volumes.geometry import Axis, Geometry, oriented_view
-from mpscl_ray.data.volumes.preprocess import unscale
 from mpscl_ray.prepare.pictures.tiles import Plane, Tile, draw
 from mpscl_ray.runs.structures import NOT_ANNOTATED
 

@@ -12,9 +12,11 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 
 from mpscl_ray.config import Config, to_yaml
 from mpscl_ray.data.preflight import check_nodes
+from mpscl_ray.data.ray_source import open_slices
 from mpscl_ray.distributed.places import free_worker_slots, worker_slots
 from mpscl_ray.distributed.ray_session import enable_state_tracking, state_tracking_enabled
 from mpscl_ray.errors import InsufficientResources, MpsclError, StorageError, TrainingError
@@ -51,12 +53,15 @@ class Shared:
     """Trains; None is Ray Train."""
 
 
-def open_shared(config: Config, folder: RunDirectory, fit: Fit | None = None) -> tuple[Shared, list[str]]:
+def open_shared(
+    config: Config, folder: RunDirectory, fit: Fit | None = None, *, pairs: int = 1
+) -> tuple[Shared, list[str]]:
     """Open the data of trainings whose settings differ in nothing that decides which data is read.
 
     Args:
         config: of any of them; its datasets are folders already (:mod:`mpscl_ray.prepare.phantom_dataset`).
         folder: of the command, which exists already; the runs will be below it.
+        pairs: number of pairs of datasets that the command opens, such as folds.
 
     Returns:
         What the trainings share, and warnings.
@@ -69,7 +74,7 @@ def open_shared(config: Config, folder: RunDirectory, fit: Fit | None = None) ->
     use_gpu = resources.check_cluster(config)
     domains, warnings = load_domains(config)
     check_nodes(folder.uri, domains.fingerprints())
-    data = open_data(config, domains)
+    data = open_data(config, domains, partial(open_slices, pairs=pairs))
     return Shared(domains, data, use_gpu, state_tracking_enabled(), fit), warnings
 
 

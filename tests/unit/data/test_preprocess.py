@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mpscl_ray.data.scaling import scale
 from mpscl_ray.data.volumes.geometry import Geometry
-from mpscl_ray.data.volumes.preprocess import intensity_range, label_centre, label_free_centre, prepare_volume, scale
+from mpscl_ray.data.volumes.preprocess import intensity_range, label_centre, label_free_centre, prepare_volume
 from mpscl_ray.data.volumes.recipe import Recipe
 from mpscl_ray.errors import ConfigError, DataError
 from tests.stored_volumes import RECIPES, WHOLE, ball, ras_volume

@@ -15,7 +15,7 @@ from mpscl_ray.data.dataset import Manifest
 from mpscl_ray.data.parquet_reader import read_case
 from mpscl_ray.errors import ConfigError
 from mpscl_ray.prepare.check_run import check_datasets
-from mpscl_ray.prepare.run import summary
+from mpscl_ray.prepare.summary import summary
 from tests.raw_volumes import RAW_IDS, SMALL, made, options, volume, write
 
 IGNORE = 5

@@ -15,9 +15,10 @@ import pytest
 
 from mpscl_ray.data.dataset import load_manifest
 from mpscl_ray.data.parquet_reader import read_case
+from mpscl_ray.data.scaling import scale
 from mpscl_ray.data.volumes.geometry import Geometry, restore_labels
 from mpscl_ray.data.volumes.nifti import read_image
-from mpscl_ray.data.volumes.preprocess import prepare_volume, scale
+from mpscl_ray.data.volumes.preprocess import prepare_volume
 from mpscl_ray.data.volumes.recipe import Recipe
 from mpscl_ray.errors import ConfigError
 from mpscl_ray.prepare.arguments import parse

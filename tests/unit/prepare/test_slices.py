@@ -12,8 +12,8 @@ import pytest
 
 from mpscl_ray.data.dataset import load_manifest
 from mpscl_ray.data.parquet_reader import read_case
+from mpscl_ray.data.scaling import scale
 from mpscl_ray.data.volumes.geometry import Geometry, restore_labels
-from mpscl_ray.data.volumes.preprocess import scale
 from mpscl_ray.data.volumes.recipe import Recipe
 from mpscl_ray.prepare.run import prepare
 from tests.raw_volumes import made, mmwhs, options, refusal

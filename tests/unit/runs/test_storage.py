@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import os
+import shutil
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,13 +15,16 @@ import numpy as np
 import pytest
 from pyarrow import NativeFile
 
-from mpscl_ray.data.dataset import load_manifest
+from mpscl_ray.data.dataset import fold_numbers, load_manifest
+from mpscl_ray.data.label_map_files import read_label_map
 from mpscl_ray.data.parquet_reader import SplitFiles, read_case
 from mpscl_ray.errors import ConfigError, DataError, StorageError
+from mpscl_ray.prepare.run import prepare
 from mpscl_ray.runs import checkpoint
 from mpscl_ray.runs.run_directory import open_run
-from mpscl_ray.runs.storage import S3Path
+from mpscl_ray.runs.storage import S3Path, cache_folder
 from mpscl_ray.runs.sync import LARGE_BYTES, Synchronizer, delete_path, download_checkpoint, upload_path
+from tests.raw_volumes import mmwhs, options
 from tests.s3 import PATIENCE_S, Server, serve, state, upload_folder, wait_until
 from tests.tiny import make_dataset
 
@@ -97,6 +101,35 @@ def test_a_dataset_reads_as_on_disk_and_is_downloaded_once(remote: S3Path, tmp_p
         first = np.array([6, 7])  # of the case that is gone in the bucket
         np.testing.assert_array_equal(there.read(first)[name], here.read(first)[name])
         np.testing.assert_array_equal(there.read(rows)[name], here.read(rows)[name])
+
+
+def test_folds_in_a_bucket_share_their_files(remote: S3Path, tmp_path: Path) -> None:
+    source = mmwhs(tmp_path / "in", numbers=range(1001, 1005))
+    folder, bucket = (
+        prepare(options(source, folds=2, split="1,0,0", out=out), progress=False)["ct"]
+        for out in (tmp_path / "out", remote)
+    )
+    assert fold_numbers(bucket) == [0, 1]
+    for number in (0, 1):
+        here, there = folder / f"fold{number}", bucket / f"fold{number}"
+        one, other = (SplitFiles.find(where, "train", labels=True) for where in (here, str(there)))
+        rows = np.arange(one.rows)[::-1]
+        for name, array in one.read(rows).items():
+            np.testing.assert_array_equal(other.read(rows)[name], array)
+        case = load_manifest(there).split("test")[0]
+        np.testing.assert_array_equal(read_case(there, case)["image"], read_case(here, case)["image"])
+        assert np.array_equal(read_label_map(there, case), read_label_map(here, case))
+    with pytest.raises(DataError, match=r"it holds the datasets fold0, fold1, give one of them"):
+        load_manifest(bucket)
+    (bucket / "cases" / f"{case.id}.parquet").delete()
+    shutil.rmtree(cache_folder() / "cases")
+    with pytest.raises(DataError, match=rf"ct/cases/{case.id}.parquet.*: missing, though the manifest lists it"):
+        read_case(bucket / "fold0", case)
+    with pytest.raises(ConfigError, match="there is a finished dataset already"):
+        prepare(options(source, split="1,0,0", out=remote), progress=False)
+    prepare(options(source, split="1,0,0", out=remote, overwrite=True), progress=False)
+    assert fold_numbers(bucket) == []
+    assert len(load_manifest(bucket).cases) == 4
 
 
 def test_a_dataset_that_is_damaged_or_missing(remote: S3Path, tmp_path: Path) -> None:
