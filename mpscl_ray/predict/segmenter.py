@@ -167,8 +167,8 @@ class TrainedSegmenter:
             image.notices_for(self._model.domain(modality).recipe),
             spread is not None,
         )
-        if spread is not None and done.found.disagreement is not None:
-            write_unit_map(spread, done.found.disagreement, done.geometry, image)
+        if spread is not None and done.found.maps.disagreement is not None:
+            write_unit_map(spread, done.found.maps.disagreement, done.geometry, image)
         write_labels(out, done.found.labels, image, self.class_names, raw_ids)
         return out
 
