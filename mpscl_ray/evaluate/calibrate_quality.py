@@ -41,8 +41,6 @@ STRENGTHS = (0.0, 0.3, 0.6, 1.0, 0.8, 0.3, 0.6, 1.0, 0.8, 0.3, 0.6, 1.0)
 _CHANGES = AugmentConfig(mapping_probability=1.0, degradation_probability=0.5)
 _RIDGE = 1e-3
 """Penalty of squared weights against the mean squared error of Dice: a feature that hardly varies here gets none."""
-_LEAST_SPREAD = 0.01
-"""Least standard deviation of the Dice that is to be explained."""
 
 Pairs = list[tuple[list[float], float]]
 """Values of the fitted features, and the mean Dice."""
@@ -98,7 +96,7 @@ def calibrate_quality(
 
     Raises:
         ConfigError: a model file, or no such run or checkpoint.
-        DataError: a dataset or the checkpoint is damaged, no validation volume is labelled, or Dice hardly varies.
+        DataError: a dataset or the checkpoint is damaged, no validation volume is labelled, or all have the same Dice.
     """
     home = open_model(run)
     if isinstance(home.store, ModelStore):
@@ -124,7 +122,7 @@ def calibrate_quality(
     pairs = list(map_cases(segmentations, subject, options, **how).values())
     everything = [pair for one in pairs for pair in one]
     scores = np.array([score for _, score in everything])
-    if scores.std() < _LEAST_SPREAD:
+    if scores.min() == scores.max():
         raise DataError(
             f"the mean Dice of {subject.weights.name} in {home.display_path} is {scores.mean():.2f} for all changed "
             f"validation volumes of the {domain}, so there is nothing to calibrate the quality by; train it longer"

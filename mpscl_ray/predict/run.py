@@ -344,7 +344,7 @@ def print_quality(predictions: Sequence[Prediction]) -> None:
     low = [(quality, name) for quality, name in judged if quality.rank < _LOW_DICE]
     print(
         f"estimated mean Dice: {worst.rank:.2f} to {judged[-1][0].rank:.2f}, {len(low)} of {len(judged)} below "
-        f"{_LOW_DICE:g} (calibrated on other images: it ranks label maps, its level may be off)"
+        f"{_LOW_DICE:g} (its level may be off: it was calibrated on other images)"
     )
     for quality, name in low[:_SHOWN]:
         missing = f", without {', '.join(quality.missing)}" if quality.missing else ""
