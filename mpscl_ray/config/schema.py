@@ -62,6 +62,8 @@ class RunConfig:
     criterion (see `search.metric`); or target validation Dice ("oracle")."""
     choose_postprocessing: bool = False
     """Whether training ends with `evaluate --choose-postprocessing`: scores are then those with the chosen rules."""
+    calibrate_quality: bool = False
+    """Whether training ends with `evaluate --calibrate-quality`: `predict` then estimates the Dice of label maps."""
     max_failures: Annotated[int, Field(ge=0)] = 3
     """Worker failures after which the run restarts by itself; the next one ends it (resumable)."""
     progress_page: bool = True

@@ -12,9 +12,10 @@ from mpscl_ray.data.scaling import unscale
 from mpscl_ray.data.volumes.geometry import Geometry
 from mpscl_ray.evaluate.evaluation import Protocol
 from mpscl_ray.evaluate.metrics import StructureScore, released_protocol_scores, volume_scores
-from mpscl_ray.predict.model import Domain
+from mpscl_ray.predict.model import Domain, Slices
 from mpscl_ray.predict.postprocessing import NO_POSTPROCESSING, Labels, Postprocessing
 from mpscl_ray.predict.predictor import Predictor
+from mpscl_ray.predict.quality import SliceMaps
 from mpscl_ray.predict.segmentation import millilitres, segment
 from mpscl_ray.runs.storage import S3Path
 
@@ -54,11 +55,26 @@ class SegmentedCase:
     """Of that grid; None where it is unknown."""
     slices: Labels
     """(D, H, W) class indices of the prepared slices."""
+    maps: SliceMaps | None = None
+    """Of these, as the network gives them; None for label maps from elsewhere."""
 
     @property
     def voxel_ml(self) -> float | None:
         """Volume of a voxel of the grid."""
         return None if self.voxel_mm is None else millilitres(self.voxel_mm)
+
+
+def read_slices(subject: CaseToScore, *, label: bool) -> tuple[Slices, Labels | None]:
+    """Slices (D, H, W) of a case as the run's segmenter takes them and, if wanted, their labels.
+
+    Raises:
+        DataError: the file is missing or damaged.
+    """
+    arrays = read_case(subject.dataset, subject.case, ("image", "label") if label else ("image",))
+    slices, domain, low, high = arrays["image"], subject.domain, subject.scaling.low, subject.scaling.high
+    if domain is not None and (low, high) != (domain.low, domain.high):
+        slices = domain.scale(unscale(slices, low, high))
+    return slices, arrays.get("label")
 
 
 def segment_case(
@@ -72,20 +88,17 @@ def segment_case(
     Raises:
         DataError: a file is missing or damaged, or the weights give values that are not finite.
     """
-    case, domain = subject.case, subject.domain
-    prepared_label = case.labelled and protocol != "file"
-    arrays = read_case(subject.dataset, case, ("image", "label") if prepared_label else ("image",))
-    slices, low, high = arrays["image"], subject.scaling.low, subject.scaling.high
-    if domain is not None and (low, high) != (domain.low, domain.high):
-        slices = domain.scale(unscale(slices, low, high))
+    case = subject.case
+    slices, label = read_slices(subject, label=case.labelled and protocol != "file")
     if protocol == "file":
         geometry = Geometry.from_json(case.geometry)
         found = segment(predictor, slices, geometry, postprocessing=postprocessing)
         truth = read_label_map(subject.dataset, case) if case.labelled else None
-        return SegmentedCase(found.labels, truth, geometry.voxel_mm, found.slices)
+        return SegmentedCase(found.labels, truth, geometry.voxel_mm, found.slices, found.maps)
     voxel_ml = None if case.spacing_mm is None else millilitres(case.spacing_mm)
-    labels = postprocessing(predictor.predict_slices(slices), predictor.classes, voxel_ml)
-    return SegmentedCase(labels, arrays.get("label"), case.spacing_mm, labels)
+    maps = predictor.predict_maps(slices)
+    labels = postprocessing(maps.labels, predictor.classes, voxel_ml)
+    return SegmentedCase(labels, label, case.spacing_mm, labels, maps)
 
 
 def segment_and_score(
@@ -94,18 +107,18 @@ def segment_and_score(
     protocol: Protocol,
     *,
     postprocessing: Postprocessing = NO_POSTPROCESSING,
-) -> tuple[Labels, list[StructureScore] | None]:
+) -> tuple[SegmentedCase, list[StructureScore] | None]:
     """Segment a case and score it.
 
     Returns:
-        (D, H, W) class indices of the prepared slices, and the score of each structure; None without labels.
+        The segmentation, and the score of each structure; None without labels.
 
     Raises:
         DataError: as :func:`segment_case`.
     """
     found = segment_case(predictor, subject, protocol, postprocessing)
     if found.truth is None:
-        return found.slices, None
+        return found, None
     if protocol == "released":
-        return found.slices, released_protocol_scores(found.labels, found.truth, predictor.classes)
-    return found.slices, volume_scores(found.labels, found.truth, predictor.classes, found.voxel_mm)
+        return found, released_protocol_scores(found.labels, found.truth, predictor.classes)
+    return found, volume_scores(found.labels, found.truth, predictor.classes, found.voxel_mm)

@@ -19,14 +19,14 @@ import scipy.ndimage
 
 from mpscl_ray import __version__
 from mpscl_ray.data import NOT_ANNOTATED, SOURCE_DOMAIN, TARGET_DOMAIN
-from mpscl_ray.data.dataset import Case, load_manifest
+from mpscl_ray.data.dataset import Case
 from mpscl_ray.distributed.places import TaskPlace
 from mpscl_ray.errors import ConfigError, DataError
 from mpscl_ray.evaluate.case_scores import SegmentedCase, read_truth, segment_case
 from mpscl_ray.evaluate.evaluation import Protocol
 from mpscl_ray.evaluate.metrics import dice, left_out_where
 from mpscl_ray.evaluate.over_cases import CaseOptions, map_cases
-from mpscl_ray.evaluate.subject import Subject, choose_protocol, load_subject
+from mpscl_ray.evaluate.subject import Subject, choose_protocol, load_subject, validation_cases
 from mpscl_ray.predict.model import Model, read_model
 from mpscl_ray.predict.postprocessing import Labels, Mask, Postprocessing, Rule
 from mpscl_ray.predict.predictor import Predictor
@@ -66,19 +66,6 @@ class Chosen:
         return f"{self.weights} ({self.postprocessing.chosen_by}, validation volumes: {counts}): {self.postprocessing}"
 
 
-def choose_for_phases(run: RunDirectory | str, phases: Sequence[str], **how: Any) -> list[Chosen]:
-    """Choose for the end of each phase, and for ``best`` where it has other weights.
-
-    Args:
-        run: folder of the run, or its URL.
-        phases: their names.
-        how: see :func:`choose_postprocessing`.
-    """
-    home = open_model(run)
-    names = [*phases, *(name for name in home.store.checkpoint_names() if name == "best")]
-    return [choose_postprocessing(home, name, **how) for name in names]
-
-
 def choose_postprocessing(
     run: RunDirectory | str,
     checkpoint: str = "last",
@@ -115,7 +102,7 @@ def choose_postprocessing(
     criterion = criterion_of(home)
     if criterion == "label_free":
         labels = list(_label_parts(home, model))
-        domain = TARGET_DOMAIN if _validation_cases(model, TARGET_DOMAIN) else SOURCE_DOMAIN
+        domain = TARGET_DOMAIN if validation_cases(model, TARGET_DOMAIN) else SOURCE_DOMAIN
         subject = load_subject(home, checkpoint, model.domains[domain].dataset, "val", on, labelled=False)
         protocol: Protocol = "file" if all(case.geometry for case in subject.cases) else "prepared"
         found = map_cases(_predicted_parts, subject, CaseOptions.of(home, subject, protocol, device), **how)
@@ -143,7 +130,8 @@ def criterion_of(home: RunDirectory) -> Criterion:
 
 def _keep(home: RunDirectory, subject: Subject, chosen: Chosen) -> None:
     weights = subject.weights
-    home.add_postprocessing(
+    home.add_of_weights(
+        home.postprocessing_file,
         subject.predictor.weights_digest,
         {
             "checkpoint": weights.name,
@@ -194,16 +182,9 @@ def _parts_of(labels: Labels, classes: Sequence[str], voxel_ml: float | None) ->
     return found
 
 
-def _validation_cases(model: Model, domain: str) -> tuple[Case, ...]:
-    dataset = model.domains[domain].dataset
-    if dataset is None or not dataset.exists():
-        raise DataError(f"the {domain} dataset of the run, {dataset}, no longer exists; put it back")
-    return load_manifest(dataset).split("val")
-
-
 def _label_parts(home: RunDirectory, model: Model) -> Iterator[list[_Parts]]:
     """Of the labels of the source's validation volumes."""
-    cases = [case for case in _validation_cases(model, SOURCE_DOMAIN) if case.labelled]
+    cases = [case for case in validation_cases(model, SOURCE_DOMAIN) if case.labelled]
     dataset = model.domains[SOURCE_DOMAIN].dataset
     assert dataset is not None
     if not cases:

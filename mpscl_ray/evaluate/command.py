@@ -21,6 +21,8 @@ examples:
       released weights, scored as the released code does
   python -m mpscl_ray.evaluate runs/mpscl --choose-postprocessing
       choose the postprocessing of each structure, then score every phase with it
+  python -m mpscl_ray.evaluate runs/mpscl --calibrate-quality
+      let predict estimate the Dice of each label map that it makes
 
 Writes per_volume.csv, summary.csv, summary.md and summary.json to RUN/results/NAME/.
 """
@@ -54,22 +56,31 @@ def main(arguments: Sequence[str]) -> int:
         "holes: for the end of every phase and for best, or for --checkpoint alone",
     )
     add(
+        "--calibrate-quality",
+        action="store_true",
+        help="calibrate predict's quality estimate on labelled validation volumes of the source, for the same "
+        "checkpoints; nothing is scored",
+    )
+    add(
         "--protocol",
         choices=("file", "prepared", "released"),
         help="what is scored: file (default where the dataset has it): label maps as predict writes them; to compare "
         "with papers: prepared (the prepared slices) or released (these as the released code does)",
     )
     options = parser.parse_args(list(arguments))
-    if options.choose_postprocessing:
-        _check_choosing(options)
+    if options.choose_postprocessing and options.calibrate_quality:
+        raise ConfigError("give --choose-postprocessing first, then --calibrate-quality, which counts with its rules")
+    if options.choose_postprocessing or options.calibrate_quality:
+        _check_own_volumes(options)
     # Imported here: help and refused arguments need no torch.
     from mpscl_ray.evaluate.run import evaluate
 
     return evaluate(options)
 
 
-def _check_choosing(options: argparse.Namespace) -> None:
-    """Raises ConfigError for options that choosing the postprocessing does not take."""
+def _check_own_volumes(options: argparse.Namespace) -> None:
+    """Raises ConfigError for options that choosing the postprocessing, or calibrating, does not take."""
+    what = "--choose-postprocessing" if options.choose_postprocessing else "--calibrate-quality"
     other = {
         "--data": options.data,
         "--out": options.out,
@@ -79,6 +90,6 @@ def _check_choosing(options: argparse.Namespace) -> None:
     }
     if given := [name for name, value in other.items() if value]:
         raise ConfigError(
-            f"--choose-postprocessing takes the validation volumes of the run's own datasets; leave out "
+            f"{what} takes the validation volumes of the run's own datasets; leave out "
             f"{', '.join(given)} here, and evaluate once more with it"
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -11,15 +12,16 @@ from typing import Any
 from mpscl_ray.distributed.places import TaskPlace, inference_place
 from mpscl_ray.distributed.ray_session import connect
 from mpscl_ray.errors import DataError
-from mpscl_ray.evaluate.choose_postprocessing import choose_for_phases, choose_postprocessing
+from mpscl_ray.evaluate.calibrate_quality import calibrate_quality
+from mpscl_ray.evaluate.choose_postprocessing import choose_postprocessing
 from mpscl_ray.evaluate.evaluation import PROTOCOLS, Evaluation, write_rows
 from mpscl_ray.evaluate.scoring import evaluate_checkpoint
-from mpscl_ray.evaluate.subject import find_dataset
+from mpscl_ray.evaluate.subject import find_dataset, weights_of
 from mpscl_ray.evaluate.tables import default_measures
 from mpscl_ray.predict.model import read_model
 from mpscl_ray.predict.predictor import choose_device
 from mpscl_ray.runs import json_output, safe_json, safe_yaml
-from mpscl_ray.runs.model_store import open_model
+from mpscl_ray.runs.model_store import ModelStore, open_model
 from mpscl_ray.runs.run_directory import RunDirectory, open_run
 from mpscl_ray.runs.storage import join_location
 from mpscl_ray.runs.wording import counted
@@ -51,7 +53,7 @@ def evaluate_phases(
         progress: whether to show progress lines.
         place: see :func:`~mpscl_ray.evaluate.scoring.evaluate_checkpoint`.
         choose: whether to choose the postprocessing first (:mod:`mpscl_ray.evaluate.choose_postprocessing`); None does
-            what the run's ``run.choose_postprocessing`` says.
+            what the run's ``run.choose_postprocessing`` says, and ``run.calibrate_quality``.
 
     Returns:
         Phase -> evaluation; empty, and nothing is written, if no volume of the target is labelled.
@@ -61,12 +63,14 @@ def evaluate_phases(
     """
     home = open_run(run)
     how: dict[str, Any] = {"device": device, "workers": workers, "progress": progress, "place": place}
-    if choose is None:
-        choose = bool(safe_yaml.load(home.read_config()).get("run", {}).get("choose_postprocessing"))
-    if choose:
-        for chosen in choose_for_phases(home, phases, **how):
+    settings = safe_yaml.load(home.read_config()).get("run", {}) if choose is None else {}
+    for name in weights_of(home, phases):
+        if choose or settings.get("choose_postprocessing"):
+            chosen = choose_postprocessing(home, name, **how)
             if progress:
                 print(f"postprocessing of {chosen}", flush=True)
+        if settings.get("calibrate_quality"):
+            _calibrate_or_say(home, name, how)
     folder, manifest, _ = find_dataset(home.display_path, read_model(home), None)
     split = next((name for name in ("test", "val") if any(case.labelled for case in manifest.split(name))), None)
     if split is None:
@@ -87,6 +91,17 @@ def evaluate_phases(
     return done
 
 
+def _calibrate_or_say(home: RunDirectory, name: str, how: Mapping[str, Any]) -> None:
+    """Calibrate the quality of some weights; data that do not allow it do not fail a finished training."""
+    try:
+        found = calibrate_quality(home, name, **how)
+    except DataError as error:
+        print(f"note: {error}", file=sys.stderr)
+    else:
+        if how["progress"]:
+            print(f"quality of {found}", flush=True)
+
+
 def evaluate(options: argparse.Namespace) -> int:
     """Evaluate one checkpoint and print its table; returns the exit code."""
     if options.ray is None:
@@ -94,8 +109,10 @@ def evaluate(options: argparse.Namespace) -> int:
     home = open_model(options.run)
     with connect(address=options.ray) if options.ray else nullcontext():
         place = inference_place(options.device) if options.ray else None
+        how: dict[str, Any] = {"device": options.device, "workers": options.workers, "place": place}
+        if options.calibrate_quality:
+            return _calibrate(home, options.checkpoint, how)
         if options.choose_postprocessing:
-            how: dict[str, Any] = {"device": options.device, "workers": options.workers, "place": place}
             if options.checkpoint == "last":
                 return _choose_and_evaluate_phases(home, how)
             print(f"postprocessing of {choose_postprocessing(home, options.checkpoint, **how)}", flush=True)
@@ -127,11 +144,8 @@ def evaluate(options: argparse.Namespace) -> int:
 
 def _choose_and_evaluate_phases(home: RunDirectory, how: Mapping[str, Any]) -> int:
     """Choose the postprocessing of every phase, score the phases with it, and print their table."""
-    home.require()
-    phases = [phase for phase in read_model(home).phases if phase in home.store.finished_phases()]
-    if not phases:
-        raise DataError(f"the run {home.display_path} has finished no phase yet; train it, or give a --checkpoint")
-    chosen = choose_for_phases(home, phases, **how)
+    phases = _finished_phases(home)
+    chosen = [choose_postprocessing(home, name, **how) for name in weights_of(home, phases)]
     json_output.report(folder=join_location(home.display_path, "results"), postprocessing=chosen, scores=None)
     for rules in chosen:
         print(f"postprocessing of {rules}", flush=True)
@@ -142,3 +156,25 @@ def _choose_and_evaluate_phases(home: RunDirectory, how: Mapping[str, Any]) -> i
     print(f"\n{(home.results / PHASES_TABLE).read_text(encoding='utf-8')}")
     print(f"written to {join_location(home.display_path, 'results')}; predict and export take the rules from now on")
     return 0
+
+
+def _calibrate(home: RunDirectory, checkpoint: str, how: Mapping[str, Any]) -> int:
+    """Calibrate the quality of every phase and of ``best``, or of another checkpoint than ``last`` alone."""
+    names = [checkpoint]
+    if checkpoint == "last" and not isinstance(home.store, ModelStore):
+        names = weights_of(home, _finished_phases(home))
+    found = [calibrate_quality(home, name, **how) for name in names]
+    for calibrated in found:
+        print(f"quality of {calibrated}")
+    file = join_location(home.display_path, home.quality_file.name)
+    print(f"written to {file}; predict, report and export take it from now on")
+    json_output.report(folder=home.display_path, quality=found)
+    return 0
+
+
+def _finished_phases(home: RunDirectory) -> list[str]:
+    home.require()
+    phases = [phase for phase in read_model(home).phases if phase in home.store.finished_phases()]
+    if not phases:
+        raise DataError(f"the run {home.display_path} has finished no phase yet; train it, or give a --checkpoint")
+    return phases

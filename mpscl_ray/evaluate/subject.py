@@ -88,6 +88,14 @@ def choose_protocol(protocol: Protocol | None, subject: Subject) -> tuple[Protoc
     return protocol, []
 
 
+def validation_cases(model: Model, domain: str) -> tuple[Case, ...]:
+    """Cases of the validation split of ``source`` or ``target``. Raises DataError where the dataset is not there."""
+    dataset = model.domains[domain].dataset
+    if dataset is None or not dataset.exists():
+        raise DataError(f"the {domain} dataset of the run, {dataset}, no longer exists; put it back")
+    return load_manifest(dataset).split("val")
+
+
 def find_dataset(
     run: str, model: Model, data: Path | S3Path | str | None
 ) -> tuple[Path | S3Path, Manifest, Domain | None]:
@@ -119,6 +127,11 @@ def find_dataset(
     domains = [target, model.domains["source"]]
     same = [domain for domain in domains if domain.dataset == folder or domain.fingerprint == manifest.fingerprint]
     return folder, manifest, next(iter(same + [d for d in domains if d.modality == manifest.modality]), None)
+
+
+def weights_of(home: RunDirectory, phases: Sequence[str]) -> list[str]:
+    """Names of the checkpoints at the ends of phases, and of ``best`` where there is one."""
+    return [*phases, *(name for name in home.store.checkpoint_names() if name == "best")]
 
 
 def _without_labels(manifest: Manifest, split: str) -> list[Case]:

@@ -201,6 +201,9 @@ def _description(home: RunDirectory, predictor: Predictor) -> dict[str, Any]:
         "phases": list(model.phases),
         "labelled": described.get("labelled", "source"),
         "postprocessing": _rules(predictor),
+        "quality": {
+            digest: one.to_json() for digest, one in model.quality.items() if digest == predictor.weights_digest
+        },
         "mirror_axes": list(model.mirror_axes),
         "weights": {
             "name": weights.name,

@@ -14,6 +14,7 @@ from mpscl_ray.errors import ConfigError
 from mpscl_ray.predict.model import Checkpoint, Domain, Model, read_model
 from mpscl_ray.predict.postprocessing import Postprocessing, PostprocessingChoice, Rule
 from mpscl_ray.predict.predictor import Predictor, load_segmenter, load_weights
+from mpscl_ray.predict.quality import Calibration
 from mpscl_ray.runs.model_store import open_model
 
 
@@ -28,6 +29,8 @@ class Ensemble(Predictor):
         ConfigError: they differ in classes, label ids, size of the slices, or in the modality or preparation of the
             target.
     """
+
+    several = True
 
     def __init__(self, members: Sequence[Predictor], names: Sequence[str]) -> None:
         first = members[0]
@@ -81,6 +84,12 @@ class Ensemble(Predictor):
         }
         by = sorted({str(other.chosen_by) for other in chosen if other.chosen_by}, key=lambda name: name != "oracle")
         return Postprocessing(rules, by[0] if rules and by else None)
+
+    @property
+    def calibrations(self) -> tuple[Calibration, ...]:
+        """Of each member; empty where one has none."""
+        found = [member.calibrations for member in self.members]
+        return tuple(one for (one,) in found) if all(found) else ()
 
     def _passes(self, images: Tensor) -> Iterator[Tensor]:
         for member, (factor, offset) in zip(self.members, self._rescaled, strict=True):

@@ -27,6 +27,7 @@ from mpscl_ray.predict.output_names import (
 )
 from mpscl_ray.predict.postprocessing import NO_POSTPROCESSING, Postprocessing
 from mpscl_ray.predict.predictor import Predictor
+from mpscl_ray.predict.quality import Quality
 from mpscl_ray.predict.volume import refuse_probability_map, segment_volume, write_unit_map
 from mpscl_ray.runs.atomic_files import storage_errors
 from mpscl_ray.runs.plots import panel, save_png
@@ -79,6 +80,7 @@ class Prediction:
     image_sha256: str = ""
     label_map_sha256: str = ""
     volumes_ml: Mapping[str, float] | None = None
+    quality: Quality | None = None
     notices: tuple[str, ...] = ()
 
 
@@ -153,9 +155,10 @@ def _predict(predictor: Predictor, domain: Domain, job: Job, folder: Path, image
         assert found.probabilities is not None
         for name, values in zip(names[1:], found.probabilities[1:], strict=False):
             write_unit_map(folder / name, values, done.geometry, volume)
-    if found.disagreement is not None:
+    if job.disagreement:
+        assert found.maps.disagreement is not None
         name = mirrored_folder(image, job.roots) + stem(image) + DISAGREEMENT_SUFFIX
-        write_unit_map(folder / name, found.disagreement, done.geometry, volume)
+        write_unit_map(folder / name, found.maps.disagreement, done.geometry, volume)
     if job.preview:
         save_png(folder / names[-1], preview(done.slices, found.slices, classes))
     write_labels(folder / names[0], found.labels, volume, classes, job.raw_ids)
@@ -167,6 +170,7 @@ def _predict(predictor: Predictor, domain: Domain, job: Job, folder: Path, image
         image_sha256=volume.sha256,
         label_map_sha256=hashlib.sha256((folder / names[0]).read_bytes()).hexdigest(),
         volumes_ml={name: float(count * voxel_ml) for name, count in zip(classes[1:], counts[1:], strict=True)},
+        quality=done.quality,
         notices=(*volume.notices_for(domain.recipe), *done.notices),
     )
 

@@ -6,6 +6,7 @@ import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -17,6 +18,7 @@ from mpscl_ray.data.training_range import TrainingRange
 from mpscl_ray.data.volumes.recipe import Recipe
 from mpscl_ray.errors import ConfigError, DataError
 from mpscl_ray.predict.postprocessing import Postprocessing
+from mpscl_ray.predict.quality import Calibration
 from mpscl_ray.predict.tta import MIRROR_AXES, MirrorAxis
 from mpscl_ray.runs.checkpoint_files import SUMS
 from mpscl_ray.runs.model_store import ModelStore, open_model
@@ -81,6 +83,8 @@ class Model:
     phases: tuple[str, ...]
     postprocessing: Mapping[str, Postprocessing] = field(default_factory=dict)
     """What was chosen for some weights, by :attr:`mpscl_ray.predict.predictor.Predictor.weights_digest`."""
+    quality: Mapping[str, Calibration] = field(default_factory=dict)
+    """What estimates the quality of label maps of some weights, by their digest as well."""
 
     mirror_axes: tuple[MirrorAxis, ...] = ()
     """See :func:`mpscl_ray.predict.tta.augmented`."""
@@ -171,13 +175,16 @@ def read_model(run: RunDirectory | Path | str) -> Model:
     where = f"{folder.display_path}: model.json" if isinstance(folder.store, ModelStore) else folder.model_file
     values = folder.read_model()
     try:
+        classes = tuple(str(name) for name in values["classes"])
+        calibration = partial(Calibration.from_json, classes=classes)
         model = Model(
-            classes=tuple(str(name) for name in values["classes"]),
+            classes=classes,
             size=(int(values["size"][0]), int(values["size"][1])),
             network={"num_classes": len(values["classes"]), **values["network"]},
             domains={role: _read(values, role, Domain.from_json) for role in ("source", "target")},
             phases=tuple(values.get("phases", ())),
-            postprocessing=_postprocessing(folder, values),
+            postprocessing=_of_weights(folder, values, folder.postprocessing_file, _rules),
+            quality=_of_weights(folder, values, folder.quality_file, calibration),
             mirror_axes=_read(values, "mirror_axes", _mirror_axes) if "mirror_axes" in values else (),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -194,22 +201,29 @@ def read_model(run: RunDirectory | Path | str) -> Model:
     return model
 
 
-def _postprocessing(folder: RunDirectory, values: Mapping[str, Any]) -> dict[str, Postprocessing]:
-    """What was chosen for weights of a run: in a file of its own, or in ``model.json`` of a model file."""
+def _of_weights(
+    folder: RunDirectory, values: Mapping[str, Any], file: Path, read: Callable[[Any], Result]
+) -> dict[str, Result]:
+    """What was found for weights of a run: in a file of its own, of a model file under its name in ``model.json``."""
+
+    def each(entries: Mapping[str, Any]) -> dict[str, Result]:
+        return {digest: read(entry) for digest, entry in entries.items()}
+
     if isinstance(folder.store, ModelStore):
-        return _read(values, "postprocessing", _chosen) if values.get("postprocessing") else {}
-    entries = folder.read_postprocessing()
+        return _read(values, file.stem, each) if values.get(file.stem) else {}
+    entries = folder.read_of_weights(file)
     try:
-        return _chosen(entries)
+        return each(entries)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
+        option = "--choose-postprocessing" if file == folder.postprocessing_file else "--calibrate-quality"
         raise DataError(
-            f"{folder.postprocessing_file} is not what evaluate --choose-postprocessing writes ({error}); give that "
-            "command again, or delete the file to do without"
+            f"{file} is not what evaluate {option} writes ({error}); give that command again, or delete the file to "
+            "do without"
         ) from error
 
 
-def _chosen(entries: Mapping[str, Any]) -> dict[str, Postprocessing]:
-    return {digest: Postprocessing.from_json(entry["rules"], entry["chosen_by"]) for digest, entry in entries.items()}
+def _rules(entry: Mapping[str, Any]) -> Postprocessing:
+    return Postprocessing.from_json(entry["rules"], entry["chosen_by"])
 
 
 def find_checkpoint(run: RunDirectory | Path | str, checkpoint: str = "last") -> tuple[Checkpoint, list[str]]:

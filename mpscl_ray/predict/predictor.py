@@ -28,6 +28,7 @@ from mpscl_ray.predict.postprocessing import (
     check_choice,
     largest_component_of_each,
 )
+from mpscl_ray.predict.quality import Calibration, SliceMaps
 from mpscl_ray.predict.tta import augmented
 from mpscl_ray.runs import checkpoint as checkpoints
 from mpscl_ray.runs.model_store import open_model
@@ -75,6 +76,9 @@ class Predictor:
         self.weights = weights
         self.tta = tta
 
+    several = False
+    """Whether it is an ensemble, whose members may disagree."""
+
     def postprocessing(self, choice: PostprocessingChoice) -> Postprocessing:
         """The rules that a choice stands for with these weights. Raises ConfigError for another choice."""
         check_choice(choice)
@@ -83,6 +87,12 @@ class Predictor:
         if choice == "none" or self.model is None or not self.model.postprocessing:
             return NO_POSTPROCESSING
         return self.model.postprocessing.get(self.weights_digest, NO_POSTPROCESSING)
+
+    @property
+    def calibrations(self) -> tuple[Calibration, ...]:
+        """What estimates the quality of a segmentation; empty where these weights were not calibrated."""
+        found = self.model.quality.get(self.weights_digest) if self.model is not None and self.model.quality else None
+        return () if found is None else (found,)
 
     @cached_property
     def weights_digest(self) -> str:
@@ -105,10 +115,20 @@ class Predictor:
         Raises:
             DataError: the weights give values that are not finite.
         """
-        labels = np.empty(slices.shape, dtype=np.uint8)
-        for start, probabilities, _ in self._batches(slices):
-            labels[start : start + len(probabilities)] = probabilities.argmax(1).cpu().numpy()
-        return labels
+        return self.predict_maps(slices).labels
+
+    def predict_maps(self, slices: Slices) -> SliceMaps:
+        """Labels of all slices (D, H, W) of a volume and how sure they are, without keeping the probabilities."""
+        labels, confidence = np.empty(slices.shape, dtype=np.uint8), np.empty(slices.shape, dtype=np.float32)
+        mass, disagreement = np.zeros(len(self.classes)), np.zeros(slices.shape, np.float32) if self.several else None
+        for start, probabilities, entropy in self._batches(slices, entropies=self.several):
+            batch = slice(start, start + len(probabilities))
+            labels[batch] = probabilities.argmax(1).cpu().numpy()
+            confidence[batch] = probabilities.amax(1).cpu().numpy()
+            mass += probabilities.sum(dim=(0, 2, 3), dtype=torch.float64).cpu().numpy()
+            if disagreement is not None:
+                disagreement[batch] = self._disagreement(probabilities, entropy)
+        return SliceMaps(labels, confidence, mass, disagreement)
 
     def predict_probabilities(self, slices: Slices) -> npt.NDArray[np.float32]:
         """Probabilities (C, D, H, W) of all slices (D, H, W) of a volume, which take C times their memory."""
@@ -128,9 +148,13 @@ class Predictor:
         for start, probabilities, entropy in self._batches(slices, entropies=True):
             batch = slice(start, start + len(probabilities))
             result[:, batch] = probabilities.transpose(0, 1).cpu().numpy()
-            difference = torch.special.entr(probabilities).sum(dim=1) - entropy
-            disagreement[batch] = (difference.clamp(min=0) / math.log(len(self.classes))).cpu().numpy()
+            disagreement[batch] = self._disagreement(probabilities, entropy)
         return result, disagreement
+
+    def _disagreement(self, mean: Tensor, entropy: Tensor) -> npt.NDArray[np.float32]:
+        difference = torch.special.entr(mean).sum(dim=1) - entropy
+        scaled: npt.NDArray[np.float32] = (difference.clamp(min=0) / math.log(len(self.classes))).cpu().numpy()
+        return scaled
 
     def prepared_as(self, domain: Domain) -> Predictor:
         """The predictor for slices that were prepared as a domain of its model."""

@@ -13,6 +13,7 @@ import json
 import sys
 import zlib
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,7 @@ class Record:
             "label_map_sha256": prediction.label_map_sha256,
             "files": list(prediction.files),
             "volumes_ml": dict(prediction.volumes_ml or {}),
+            "quality": None if prediction.quality is None else asdict(prediction.quality),
             "notices": list(prediction.notices),
             "run": self._job.members[0].run,
             **self._origin(),

@@ -45,6 +45,10 @@ from mpscl_ray.runs.structures import display_order
 from mpscl_ray.runs.wording import counted
 
 _LONGEST_NAME = 255
+_LOW_DICE = 0.7
+"""Label maps with a lower estimate are named."""
+_SHOWN = 5
+"""Of these the worst."""
 
 
 def predict(options: argparse.Namespace, out: Path | S3Path) -> int:
@@ -85,6 +89,7 @@ def predict(options: argparse.Namespace, out: Path | S3Path) -> int:
     failed += [prediction for prediction in done if prediction.error]
     good = [prediction for prediction in done if not prediction.error]
     print_outcome(good, failed, options.out)
+    print_quality(good)
     json_output.report(
         folder=options.out,
         label_maps=[
@@ -92,6 +97,7 @@ def predict(options: argparse.Namespace, out: Path | S3Path) -> int:
                 "image": prediction.image,
                 "files": prediction.files,
                 "volumes_ml": prediction.volumes_ml,
+                "quality": prediction.quality,
                 "notices": prediction.notices,
             }
             for prediction in good
@@ -322,3 +328,24 @@ def print_outcome(good: Sequence[Prediction], failed: Sequence[Prediction], out:
         print(f"error: {error}:", file=sys.stderr)
         for prediction in failed:
             print(f"  {prediction.error}", file=sys.stderr)
+
+
+def print_quality(predictions: Sequence[Prediction]) -> None:
+    """Say which label maps to look at first, by their estimates; without a calibration by what the network expects."""
+    judged = [(one.quality, one.files[0]) for one in predictions if one.quality is not None]
+    if not judged:
+        return
+    judged.sort(key=lambda entry: entry[0].rank)
+    worst = judged[0][0]
+    if worst.estimate is None:
+        first = f"; least sure of {', '.join(name for _, name in judged[:3])}" if len(judged) > 1 else ""
+        print(f"no estimate of the quality: {worst.reason}{first}")
+        return
+    low = [(quality, name) for quality, name in judged if quality.rank < _LOW_DICE]
+    print(
+        f"estimated mean Dice: {worst.rank:.2f} to {judged[-1][0].rank:.2f}, {len(low)} of {len(judged)} below "
+        f"{_LOW_DICE:g} (its level may be off: it was calibrated on other images)"
+    )
+    for quality, name in low[:_SHOWN]:
+        missing = f", without {', '.join(quality.missing)}" if quality.missing else ""
+        print(f"  {quality.rank:.2f} {name}{missing}")

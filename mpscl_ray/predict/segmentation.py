@@ -13,6 +13,7 @@ from mpscl_ray.data.volumes.geometry import Geometry, restore_labels, restore_mo
 from mpscl_ray.predict.model import Slices
 from mpscl_ray.predict.postprocessing import NO_POSTPROCESSING, Labels, Postprocessing
 from mpscl_ray.predict.predictor import Predictor
+from mpscl_ray.predict.quality import SliceMaps
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,9 @@ class Segmentation:
     """(D, H, W) class indices of the prepared slices."""
     probabilities: npt.NDArray[np.float32] | None
     """(C, D, H, W) of the prepared slices, where they were asked for or needed."""
-    disagreement: npt.NDArray[np.float32] | None = None
-    """(D, H, W) of the prepared slices, in [0, 1], where it was asked for."""
+    maps: SliceMaps
+    """Of the prepared slices, before any postprocessing; with the disagreement where it was asked for, and of
+    ensembles."""
 
 
 def segment(
@@ -57,22 +59,23 @@ def segment(
     """
     found: npt.NDArray[np.float32] | None = None
     resampled = any(axis.step != 1.0 for axis in geometry.axes)
-    spread: npt.NDArray[np.float32] | None = None
     if resampled or probabilities or disagreement:
-        if disagreement:
+        if disagreement or predictor.several:
             found, spread = predictor.predict_disagreement(slices)
+            maps = SliceMaps.of(found, spread)
         else:
             found = predictor.predict_probabilities(slices)
-        labels = found.argmax(axis=0).astype(np.uint8)
+            maps = SliceMaps.of(found)
     else:
-        labels = predictor.predict_slices(slices)
+        maps = predictor.predict_maps(slices)
+    labels = maps.labels
     if found is not None and resampled:
         restored = restore_most_probable(found, geometry)
     else:
         restored = restore_labels(labels, geometry)
     labels = postprocessing(labels, predictor.classes, millilitres(geometry.spacing_mm))
     restored = postprocessing(restored, predictor.classes, millilitres(geometry.voxel_mm))
-    return Segmentation(restored, labels, found, spread)
+    return Segmentation(restored, labels, found, maps)
 
 
 def millilitres(voxel_mm: Sequence[float]) -> float:

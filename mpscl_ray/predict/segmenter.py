@@ -19,8 +19,9 @@ from mpscl_ray.predict.ensemble import load_ensemble
 from mpscl_ray.predict.image import output_ids
 from mpscl_ray.predict.label_files import write_labels
 from mpscl_ray.predict.model import Checkpoint, Model
-from mpscl_ray.predict.postprocessing import PostprocessingChoice
+from mpscl_ray.predict.postprocessing import Labels, PostprocessingChoice
 from mpscl_ray.predict.predictor import Predictor
+from mpscl_ray.predict.quality import Quality
 from mpscl_ray.predict.volume import SegmentedVolume, refuse_probability_map, segment_volume, write_unit_map
 from mpscl_ray.runs.atomic_files import storage_errors
 
@@ -104,10 +105,26 @@ class TrainedSegmenter:
         """
         raw_ids = self._raw_ids(label_values)
         done = self._predict(_volume(volume), _affine(affine), modality, postprocessing, any_modality, "the volume")
-        labels = done.found.labels
-        if raw_ids is None:
-            return labels
-        return np.array([0, *(raw_ids[name] for name in self.class_names[1:])], dtype=np.int32)[labels]
+        return self._values(done.found.labels, raw_ids)
+
+    def predict_with_quality(
+        self,
+        volume: npt.ArrayLike,
+        affine: npt.ArrayLike,
+        *,
+        modality: str = "target",
+        postprocessing: PostprocessingChoice = "chosen",
+        label_values: LabelValues = "index",
+        any_modality: bool = False,
+    ) -> tuple[npt.NDArray[np.integer[Any]], Quality]:
+        """What :meth:`predict` returns, with the same arguments, errors and warnings, and how good it probably is.
+
+        The :class:`~mpscl_ray.predict.quality.Quality` has an ``estimate`` of the mean Dice, or the ``reason`` why
+        there is none, and the ``features`` of the volume and of its ``structures``.
+        """
+        raw_ids = self._raw_ids(label_values)
+        done = self._predict(_volume(volume), _affine(affine), modality, postprocessing, any_modality, "the volume")
+        return self._values(done.found.labels, raw_ids), done.quality
 
     def predict_file(
         self,
@@ -167,10 +184,16 @@ class TrainedSegmenter:
             image.notices_for(self._model.domain(modality).recipe),
             spread is not None,
         )
-        if spread is not None and done.found.disagreement is not None:
-            write_unit_map(spread, done.found.disagreement, done.geometry, image)
+        if spread is not None and done.found.maps.disagreement is not None:
+            write_unit_map(spread, done.found.maps.disagreement, done.geometry, image)
         write_labels(out, done.found.labels, image, self.class_names, raw_ids)
         return out
+
+    def _values(self, labels: Labels, raw_ids: dict[str, int] | None) -> npt.NDArray[np.integer[Any]]:
+        """A label map with the values that were asked for."""
+        if raw_ids is None:
+            return labels
+        return np.array([0, *(raw_ids[name] for name in self.class_names[1:])], dtype=np.int32)[labels]
 
     def _raw_ids(self, label_values: str) -> dict[str, int] | None:
         """Value of each structure; None where it is the class index."""

@@ -17,6 +17,7 @@ from mpscl_ray.errors import DataError
 from mpscl_ray.predict.model import Domain, Slices
 from mpscl_ray.predict.postprocessing import NO_POSTPROCESSING, Postprocessing, largest_component
 from mpscl_ray.predict.predictor import Predictor
+from mpscl_ray.predict.quality import Quality, assess
 from mpscl_ray.predict.segmentation import Segmentation, segment
 
 PROBABILITY_STEPS = 255
@@ -37,6 +38,8 @@ class SegmentedVolume:
     geometry: Geometry
     notices: tuple[str, ...]
     """Warnings, each a sentence without the name of the volume."""
+    quality: Quality
+    """Judged by the network's own label map, before any postprocessing."""
 
 
 def segment_volume(
@@ -76,8 +79,9 @@ def segment_volume(
     # Never by labels: a new image has none.
     prepared = prepare_volume(array, affine, None, replace(domain.recipe, centre="image"), case=name)
     geometry, slices = prepared.geometry, domain.scale(prepared.image)
+    predictor = predictor.prepared_as(domain)
     found = segment(
-        predictor.prepared_as(domain),
+        predictor,
         slices,
         geometry,
         postprocessing=postprocessing,
@@ -91,7 +95,8 @@ def segment_volume(
         *(domain.trained_on.unusual(geometry, hounsfield=domain.recipe.hounsfield) if domain.trained_on else ()),
         *_quality_warnings(found.slices, geometry),
     )
-    return SegmentedVolume(found, slices, geometry, notices)
+    quality = assess(found.maps, predictor.classes, predictor.calibrations)
+    return SegmentedVolume(found, slices, geometry, notices, quality)
 
 
 def write_unit_map(path: Path, values: npt.NDArray[np.float32], geometry: Geometry, image: Volume) -> None:

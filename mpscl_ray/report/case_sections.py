@@ -63,6 +63,11 @@ def _about_cases(group: Group, held_out: HeldOut) -> list[str]:
             if not any(entry.case.labelled for entry in held_out.cases)
             else "There are no scores yet: python -m mpscl_ray.evaluate RUN makes them, and a report with volumes."
         )
+    if any(entry.estimates for entry in held_out.cases):
+        notes.append(
+            "The estimate of the mean Dice uses no label of the target. It was calibrated on labelled validation "
+            "volumes that the network was trained like: it ranks cases, and its level may be off."
+        )
     if any(entry.volumes for entry in held_out.cases):
         notes.append(
             "The viewer shows patients: give this page only to those who may see the images. It has the prepared "

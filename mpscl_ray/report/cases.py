@@ -18,6 +18,7 @@ from mpscl_ray.evaluate.case_scores import CaseToScore, segment_and_score
 from mpscl_ray.evaluate.evaluation import Protocol
 from mpscl_ray.evaluate.metrics import StructureScore
 from mpscl_ray.predict.predictor import Predictor
+from mpscl_ray.predict.quality import assess
 from mpscl_ray.report.runs import ReportedRun
 from mpscl_ray.report.volumes import display_affine, encode_image, original_units, plane_of
 from mpscl_ray.runs import safe_json
@@ -50,6 +51,8 @@ class HeldOutCase:
     """Of each column; None where the case has no label, or no evaluation and no prediction was made."""
     volumes: CaseVolumes | None = None
     """None where they are left out."""
+    estimates: dict[int, float] = field(default_factory=dict)
+    """Of the mean Dice, by column; only where a segmenter was calibrated for that."""
 
     def mean_dice(self, column: int) -> float:
         """Mean over the structures that are there; NaN without scores."""
@@ -125,14 +128,18 @@ def predict_cases(held_out: HeldOut, column: int, run: ReportedRun, predictor: P
         if entry.volumes is None:
             entry.volumes = _volumes(held_out, entry.case)
         subject = CaseToScore(held_out.dataset, entry.case, held_out.manifest.scaling, run.model.domains["target"])
-        labels, scores = segment_and_score(
+        found, scores = segment_and_score(
             predictor,
             subject,
             held_out.protocol if entry.case.labelled else "prepared",
             postprocessing=predictor.postprocessing("chosen"),
         )
         entry.scores[column] = entry.scores[column] or scores
-        entry.volumes.predictions.append(_label_map(held_out, entry.case, labels))
+        assert found.maps is not None
+        quality = assess(found.maps, predictor.classes, predictor.calibrations)
+        if quality.estimate is not None:
+            entry.estimates[column] = quality.estimate
+        entry.volumes.predictions.append(_label_map(held_out, entry.case, found.slices))
 
 
 def _volumes(held_out: HeldOut, case: Case) -> CaseVolumes:
@@ -149,8 +156,13 @@ def _label_map(held_out: HeldOut, case: Case, labels: np.ndarray[Any, np.dtype[n
 
 
 def worst_first(held_out: HeldOut, column: int) -> None:
-    """Sort the cases by their mean Dice in a column; those without scores come last."""
-    held_out.cases.sort(key=lambda entry: (math.isnan(entry.mean_dice(column)), entry.mean_dice(column)))
+    """Sort the cases by their mean Dice in a column; those without scores come last, by their estimate."""
+
+    def key(entry: HeldOutCase) -> tuple[bool, float]:
+        scored = entry.mean_dice(column)
+        return math.isnan(scored), entry.estimates.get(column, 1.0) if math.isnan(scored) else scored
+
+    held_out.cases.sort(key=key)
 
 
 def leave_out_volumes(cases: Sequence[HeldOutCase], limit: int) -> int:

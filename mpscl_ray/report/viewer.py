@@ -56,11 +56,14 @@ def _table(group: Group, held_out: HeldOut, number: int) -> CaseTable:
     main = group.contrast[-1]
     structures = display_indices(group.classes)
     titles = [title for title, _, _ in group.columns]
-    columns = ["case", *titles, *(group.classes[index] for index in structures), "ASD mm", "HD95 mm"]
-    above = [("", 1), ("mean Dice %", len(titles)), (f"{titles[main]}: Dice %", len(structures)), (titles[main], 2)]
+    estimated = ["estimate"] if any(main in entry.estimates for entry in held_out.cases) else []
+    columns = ["case", *titles, *estimated, *(group.classes[index] for index in structures), "ASD mm", "HD95 mm"]
+    above = [("", 1), ("mean Dice %", len(titles)), (titles[main], 1)][: 2 + len(estimated)]
+    above += [(f"{titles[main]}: Dice %", len(structures)), (titles[main], 2)]
     rows = []
     for at, entry in enumerate(held_out.cases):
         cells = [(entry.case.id, False), *((_percent(entry.mean_dice(column)), False) for column in range(len(titles)))]
+        cells += [(_percent(entry.estimates.get(main, math.nan)), False) for _ in estimated]
         scores = entry.scores[main]
         cells += [_structure(scores[index - 1]) if scores else ("", False) for index in structures]
         cells += [(_mean(scores, name), False) for name in ("asd_mm", "hd95_mm")]

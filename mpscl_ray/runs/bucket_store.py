@@ -52,7 +52,8 @@ _FINAL_UPLOAD_S = 60.0
 """Longest time that a command waits at its end for a storage that does not answer."""
 
 _COMMAND_UPLOADS = (
-    *("config.yaml", "model.json", "postprocessing.json", "environment.json", "status.json", "results", "trackers"),
+    *("config.yaml", "model.json", "postprocessing.json", "quality.json", "environment.json"),
+    *("status.json", "results", "trackers"),
     STOP_FILE,
 )
 _WORKER_0_UPLOADS = tuple(

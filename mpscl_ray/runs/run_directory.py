@@ -6,6 +6,7 @@ Layout::
         config.yaml        the resolved config, as the run was started with
         model.json         what a prediction needs besides the weights: classes, scaling, recipe, network
         postprocessing.json  rules for label maps by the weights that they were chosen for, if they were chosen
+        quality.json       what estimates the quality of label maps, by the weights that it was calibrated for
         environment.json   versions, platform, GPUs, commit, command line of the newest start (logs/ has older ones)
         metrics.jsonl      one record a line (mpscl_ray.runs.json_lines): global_step, phase, iteration and tags of
                            mpscl_ray.runs.tensorboard
@@ -106,6 +107,7 @@ class RunDirectory:
         self.config_file = path / "config.yaml"
         self.model_file = path / "model.json"
         self.postprocessing_file = path / "postprocessing.json"
+        self.quality_file = path / "quality.json"
         self.environment_file = path / "environment.json"
         self.status_file = path / "status.json"
         self.progress_image = path / "progress.png"
@@ -210,15 +212,14 @@ class RunDirectory:
         model = safe_json.read_object(self.model_file)
         return with_moved_datasets(model, self.path) if isinstance(self.store, LocalStore) else model
 
-    def add_postprocessing(self, weights_sha256: str, chosen: Mapping[str, Any]) -> None:
-        """Keep what was chosen for some weights (:mod:`mpscl_ray.evaluate.choose_postprocessing`)."""
-        self.store.refresh(self.postprocessing_file)
-        entries = _lenient(self.postprocessing_file) | {weights_sha256: chosen}
-        self.store.write(self.postprocessing_file, _json(entries))
+    def add_of_weights(self, file: Path, weights_sha256: str, entry: Mapping[str, Any]) -> None:
+        """Keep what was found for some weights: in the file of the postprocessing, or of the quality."""
+        self.store.refresh(file)
+        self.store.write(file, _json(_lenient(file) | {weights_sha256: entry}))
 
-    def read_postprocessing(self) -> dict[str, Any]:
-        """By the SHA-256 of the weights; {} where nothing was chosen. Raises DataError for a damaged file."""
-        return safe_json.read_object(self.postprocessing_file) if self.store.has(self.postprocessing_file) else {}
+    def read_of_weights(self, file: Path) -> dict[str, Any]:
+        """Entries of such a file by the SHA-256 of the weights; {} without one. Raises DataError for a damaged file."""
+        return safe_json.read_object(file) if self.store.has(file) else {}
 
     def write_environment(self, command: list[str] | None = None) -> None:
         """Keep versions and platform; what an earlier start wrote moves to ``logs/environment-<its time>.json``."""

@@ -46,6 +46,7 @@ MAY_CHANGE = (
     "run.loggers",
     "run.profile",
     "run.choose_postprocessing",
+    "run.calibrate_quality",
     "optim.recompute",
     "run.storage",
     "run.storage_retry_minutes",

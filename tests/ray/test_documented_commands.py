@@ -57,6 +57,10 @@ ELSEWHERE = {
         "tests/unit/evaluate/test_score_labels.py::test_swapped_ids_are_told_apart_by_the_tables"
     ),
     "python -m mpscl_ray.evaluate runs/mr2ct --checkpoint best": EXPORT + "test_the_card_has_the_scores_of_evaluate",
+    "python -m mpscl_ray.evaluate runs/mr2ct --calibrate-quality": (
+        "tests/unit/evaluate/test_calibrate_quality.py::"
+        "test_every_phase_is_calibrated_and_predict_takes_it_from_the_run_and_its_model_file"
+    ),
     "python -m mpscl_ray.export *": EXPORT + "test_the_card_says_what_it_is",
     "python -m mpscl_ray.predict runs/seed1 *": (
         "tests/unit/predict/test_ensemble.py::test_the_command_the_worker_and_the_api_give_the_same"

@@ -7,6 +7,7 @@ import io
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,16 @@ from mpscl_ray.data.parquet_reader import read_case
 from mpscl_ray.data.volumes.geometry import Geometry, sample_image
 from mpscl_ray.data.volumes.recipe import Recipe
 from mpscl_ray.errors import ConfigError
+from mpscl_ray.evaluate.calibrate_quality import calibrate_quality
 from mpscl_ray.evaluate.scoring import evaluate_checkpoint
+from mpscl_ray.predict.predictor import load_segmenter
+from mpscl_ray.predict.quality import assess
 from mpscl_ray.report import command
 from mpscl_ray.report.cases import CaseVolumes, HeldOutCase, leave_out_volumes
 from mpscl_ray.report.groups import group_runs, predict_group
 from mpscl_ray.report.run import report
 from mpscl_ray.report.runs import read_runs
+from mpscl_ray.report.viewer import case_tables
 from mpscl_ray.report.volumes import display_affine, encode_image, original_units, plane_of, unit_of
 from mpscl_ray.runs.palette import colour
 from tests.browser import opened
@@ -61,6 +66,24 @@ def on_page(page: Path, name: str) -> str:
     found = re.search(rf'<script type="[^"]*" id="{name}">(.*?)</script>', page.read_text(encoding="utf-8"), re.DOTALL)
     assert found is not None, name
     return found.group(1)
+
+
+def test_a_calibrated_run_has_a_column_with_the_estimates(run: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(run, tmp_path / "run")
+    calibrate_quality(str(copy), "adaptation", device="cpu", workers=0, progress=False)
+    (group,) = group_runs(read_runs([copy]))
+    predict_group(group, None, "cpu", volumes=True)
+    assert group.held_out is not None
+    predictor, last = load_segmenter(copy, "adaptation", "cpu"), len(group.columns) - 1
+    expected = []
+    for entry in group.held_out.cases:
+        maps = predictor.predict_maps(read_case(group.held_out.dataset, entry.case)["image"])
+        expected.append(assess(maps, CLASSES, predictor.calibrations).estimate)
+        assert entry.estimates == {last: expected[-1]}, "the first phase is not calibrated"
+    (table,) = case_tables([group])
+    column = table.columns.index("estimate")
+    assert [row.cells[column][0] for row in table.rows] == [f"{100 * (value or 0):.1f}" for value in expected]
+    assert sum(columns for _, columns in table.above) == len(table.columns) == len(table.rows[0].cells)
 
 
 @pytest.mark.parametrize(
