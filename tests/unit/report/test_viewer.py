@@ -21,10 +21,9 @@ from mpscl_ray.data.parquet_reader import read_case
 from mpscl_ray.data.volumes.geometry import Geometry, sample_image
 from mpscl_ray.data.volumes.recipe import Recipe
 from mpscl_ray.errors import ConfigError
-from mpscl_ray.evaluate.calibrate_quality import calibrate_quality
 from mpscl_ray.evaluate.scoring import evaluate_checkpoint
 from mpscl_ray.predict.predictor import load_segmenter
-from mpscl_ray.predict.quality import assess
+from mpscl_ray.predict.quality import FITTED, Calibration, Reference, assess
 from mpscl_ray.report import command
 from mpscl_ray.report.cases import CaseVolumes, HeldOutCase, leave_out_volumes
 from mpscl_ray.report.groups import group_runs, predict_group
@@ -33,6 +32,7 @@ from mpscl_ray.report.runs import read_runs
 from mpscl_ray.report.viewer import case_tables
 from mpscl_ray.report.volumes import display_affine, encode_image, original_units, plane_of, unit_of
 from mpscl_ray.runs.palette import colour
+from mpscl_ray.runs.run_directory import RunDirectory
 from tests.browser import opened
 from tests.heart_scans import cohort, prepared
 from tests.tiny import make_dataset
@@ -70,7 +70,10 @@ def on_page(page: Path, name: str) -> str:
 
 def test_a_calibrated_run_has_a_column_with_the_estimates(run: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(run, tmp_path / "run")
-    calibrate_quality(str(copy), "adaptation", device="cpu", workers=0, progress=False)
+    home, known = RunDirectory(copy), Reference((0.4, 0.6), ((0.0, 1.0, 1.0),) * 3)
+    calibration = Calibration(0.3, dict.fromkeys(FITTED, 0.2), known)  # too short a training for one of its own
+    digest = load_segmenter(copy, "adaptation", "cpu").weights_digest
+    home.add_of_weights(home.quality_file, digest, calibration.to_json())
     (group,) = group_runs(read_runs([copy]))
     predict_group(group, None, "cpu", volumes=True)
     assert group.held_out is not None
