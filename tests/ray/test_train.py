@@ -33,6 +33,7 @@ from tests.train_command import (
     assert_same_run,
     check_status,
     contents,
+    signal_worker,
     started_commands,
     starts,
 )
@@ -149,12 +150,6 @@ def test_a_streamed_run_is_the_same_and_ray_train_lists_its_datasets(
     tracked = ray.get(get_state_actor().get_train_runs.remote()).values()
     (listed,) = (run.run_settings.datasets for run in tracked if run.name == "streamed")
     assert sorted(listed) == ["source", "source_validation", "target", "target_validation"]
-
-
-def signal_worker(run: RunDirectory, rank: int, number: signal.Signals) -> None:
-    """Send a signal to the process of a worker alone."""
-    log = (run.logs / f"worker-{rank}.log").read_text(encoding="utf-8")
-    os.kill(int(re.findall(r"pid (\d+) INFO worker starts", log)[-1]), number)
 
 
 def test_a_run_that_loses_workers_and_is_stopped_ends_as_if_it_had_not(
