@@ -44,8 +44,9 @@ _NO_ANSWER = re.compile(r"no answer from another worker within (\S+) s, after st
 def causes(worker_exceptions: Mapping[int, BaseException]) -> str:
     """Which workers failed and how. Where one died, the errors of the others are its consequence and left out."""
     died = {rank: error for rank, error in worker_exceptions.items() if _is_death(error)}
-    unanswered = [found for error in worker_exceptions.values() if (found := _NO_ANSWER.search(str(error)))]
-    if unanswered and not died:
+    texts = [str(error) for error in worker_exceptions.values()]
+    unanswered = [found for text in texts if (found := _NO_ANSWER.search(text))]
+    if unanswered and not died and all(_NO_ANSWER.search(text) or _PEER_IS_GONE.search(text) for text in texts):
         return _silence(unanswered[0], worker_exceptions)
     lines = []
     for rank, error in sorted((died or worker_exceptions).items()):

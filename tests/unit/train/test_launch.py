@@ -94,6 +94,7 @@ def test_causes_name_the_workers_that_did_not_answer(tmp_path: Path) -> None:
     cut = "the network between 10.0.0.1, 10.0.0.1, 10.0.0.2 is cut or too slow"
     assert causes({0: waited, 1: waited, 2: waited}) == f"the workers did not hear from each other {after}: {cut}"
     assert causes({0: waited, 1: ray.exceptions.ActorDiedError()}) == "worker 1 was lost: its process died"
+    assert causes({0: waited, 1: ValueError("of its own")}).endswith("worker 1 failed: of its own")
 
 
 def test_workers_that_fail_too_often_end_the_run_with_their_causes(pair: Path, tmp_path: Path) -> None:
