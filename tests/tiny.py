@@ -64,6 +64,12 @@ STAGES = {
 """Overrides of the methods with stages, for several short ones."""
 
 
+TINY_SIFA = (
+    *(f"method.{width}=1" for width in ("generator_width", "generator_blocks", "encoder_width", "discriminator_width")),
+)
+"""Overrides that make the networks of SIFA tiny, which the other settings leave as they are."""
+
+
 def make_dataset(
     folder: Path,
     modality: str,

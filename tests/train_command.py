@@ -190,6 +190,12 @@ def starts(run: RunDirectory) -> list[int]:
     return [int(step) for step in re.findall(r"training starts at step (\d+)", log)]
 
 
+def signal_worker(run: RunDirectory, rank: int, number: signal.Signals) -> None:
+    """Send a signal to the process of a worker alone."""
+    log = (run.logs / f"worker-{rank}.log").read_text(encoding="utf-8")
+    os.kill(int(re.findall(r"pid (\d+) INFO worker starts", log)[-1]), number)
+
+
 def check_status(run: RunDirectory, state: str, exit_code: int, reason: str) -> str:
     """Check status.json; returns the command to resume with."""
     status = run.read_status()

@@ -21,12 +21,14 @@ from mpscl_ray.data.loader import collate
 from mpscl_ray.data.slice_selection import evenly_spaced
 from mpscl_ray.data.slices import Slices
 from mpscl_ray.distributed import collectives
+from mpscl_ray.errors import TrainingError
 from mpscl_ray.methods.base import Batch, Method, TrainingSlices
 from mpscl_ray.runs import checkpoint
 from mpscl_ray.runs.run_directory import RunDirectory
 from mpscl_ray.train.checkpointing import Checkpointer, TrainerState
 from mpscl_ray.train.feature_log import FeatureRecord
 from mpscl_ray.train.notices import Notices, lost_shares
+from mpscl_ray.train.out_of_memory import describe_out_of_memory, is_out_of_memory
 from mpscl_ray.train.phases import (
     build_method,
     build_segmenter,
@@ -115,11 +117,18 @@ def train(
         ConfigError: the newest checkpoint is of a phase that the settings do not have.
         DataError: a dataset or all checkpoints are damaged.
         StorageError: a checkpoint cannot be written.
+        TrainingError: the weights of the workers differ, or the memory of a worker does not suffice.
     """
     requests = stop_requested, save_requested
     trainer = _Trainer(config, data, run, device, callback or Callback(), *requests, poll_interval_s, dtype)
     try:
         return trainer.run()
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        state, rank = trainer.state, trainer.rank
+        phase = config.schedule[state.phase][0]
+        raise TrainingError(describe_out_of_memory(config, error, rank, phase, state.step)) from error
     finally:
         trainer.checkpointer.close()
 

@@ -151,6 +151,7 @@ def measure(kind: str, repeats: int) -> list[tuple[float, int]]:
             wait_until(lambda: job.step >= job.starts[-1] + EVERY + EVERY // 2, "a checkpoint")
             killed, reached = kill(kind, job)
             at, start = job.next_step(begun + 1)
+            assert reached - start <= EVERY, "at most one checkpoint interval is done again"
             found.append((at - killed, reached - start))
             print(f"{kind} {number}: {at - killed:.1f} s, {reached - start} steps again", flush=True)
             if kind in ("spare", "shrink"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import time
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from tests.train_command import (
     Runs,
     Start,
     check_status,
+    signal_worker,
     started_commands,
     starts,
     wait_for_free_cpus,
@@ -82,6 +84,25 @@ def test_a_run_that_is_stopped_and_killed_resumes_each_time_to_its_end(start: St
     assert steps[3] == stopped
     assert [record["global_step"] for record in run.read_metrics()] == list(range(1, STEPS + 1))
     left_at_once.assert_nothing_left(seconds=150)  # Agents of a Ray that was left give up only after a minute.
+
+
+def test_a_worker_that_stops_answering_is_named_and_replaced(start: Start, runs: Runs) -> None:
+    """SIGSTOP, as when the network to it is cut; the log of the worker that waits says where it does."""
+    run, words = runs["silent"], runs.arguments("silent", *LONG, "scaling.collective_timeout_s=10")
+    command = start(words, cluster=True)
+    reached = command.wait_for_steps(run, EVERY + 3)
+    signal_worker(run, 1, signal.SIGSTOP)
+    command.wait_for_steps(run, 3, start=2)
+    command.process.terminate()
+    assert command.wait() == 130, command.text
+    told = re.search(r"worker 1 on [\d.]+ did not answer for 10 s .* after step (\d+): its process hangs", command.text)
+    assert told is not None, command.text
+    assert reached - 1 <= int(told[1])
+    assert reached - EVERY <= starts(run)[1], "at most one checkpoint interval is done again"
+    log = (run.logs / "worker-0.log").read_text(encoding="utf-8")
+    assert "Thread 0x" in log
+    assert "in all_reduce" in log
+    wait_for_free_cpus()
 
 
 def test_a_flipped_bit_in_slices_that_workers_stream(start: Start, runs: Runs, tmp_path: Path) -> None:

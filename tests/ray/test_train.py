@@ -1,4 +1,4 @@
-"""The train command on a real local Ray: undisturbed, and with a worker killed and a stop in between."""
+"""The train command on a real local Ray: undisturbed, and with two workers lost and a stop in between."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ from tests.train_command import (
     assert_same_run,
     check_status,
     contents,
+    signal_worker,
     started_commands,
     starts,
 )
@@ -151,19 +152,21 @@ def test_a_streamed_run_is_the_same_and_ray_train_lists_its_datasets(
     assert sorted(listed) == ["source", "source_validation", "target", "target_validation"]
 
 
-def test_a_run_that_loses_a_worker_and_is_stopped_ends_as_if_it_had_not(
+def test_a_run_that_loses_workers_and_is_stopped_ends_as_if_it_had_not(
     calm: tuple[str, RunDirectory], cluster: None, start: Start, runs: Runs
 ) -> None:
-    """SIGKILL to a worker, then Ctrl-C, on a Ray of its own; then the same command on another Ray."""
+    """SIGKILL to a worker, SIGTERM to the other, Ctrl-C, on a Ray of its own; then the same command on another Ray."""
     run, words = runs["disturbed"], runs.arguments("disturbed", *LONG)
     command = start(words)
-    reached = command.wait_for_steps(run, PHASE + 3)
-    pid = re.findall(r"pid (\d+) INFO worker starts", (run.logs / "worker-1.log").read_text(encoding="utf-8"))[-1]
-    os.kill(int(pid), signal.SIGKILL)
-    command.wait_for_steps(run, 3, start=2)
+    reached = [command.wait_for_steps(run, PHASE + 3)]
+    signal_worker(run, 1, signal.SIGKILL)
+    reached.append(command.wait_for_steps(run, 3, start=2))
+    signal_worker(run, 0, signal.SIGTERM)
+    command.wait_for_steps(run, 3, start=3)
     os.killpg(command.process.pid, signal.SIGINT)  # as a terminal does, to all processes of the command
     assert command.wait() == 130, command.text
-    assert "worker 1 was lost: its process died; the workers are replaced and resume" in command.text
+    for rank in (0, 1):
+        assert f"worker {rank} was lost: its process died; the workers are replaced and resume" in command.text
     assert "resuming from the checkpoint step-" in command.text
     assert check_status(run, "interrupted", 130, "stopped by SIGINT at iteration") in command.text
     assert "Traceback" not in command.text
@@ -175,10 +178,11 @@ def test_a_run_that_loses_a_worker_and_is_stopped_ends_as_if_it_had_not(
     command = start(words, cluster=True)
     assert command.wait() == 0, command.text
     check_status(run, "finished", 0, "")
-    first, second, third = starts(run)
-    assert (first, third) == (0, stopped)
-    assert reached - EVERY <= second <= stopped, "at most one checkpoint interval is done again"
+    first, *again, last = starts(run)
+    assert (first, last) == (0, stopped)
+    for step, begun in zip(reached, again, strict=True):
+        assert step - EVERY <= begun <= stopped, "at most one checkpoint interval is done again"
     assert_same_run(run, calm[1])
     events = (event for file in sorted(run.tensorboard.iterdir()) for event in read_events(file))
     resumed = [event.step - 1 for event in events if event.HasField("session_log")]
-    assert resumed == [first, second, third], "TensorBoard hides what a start had written beyond the next one's begin"
+    assert resumed == [first, *again, last], "TensorBoard hides what a start had written beyond the next one's begin"

@@ -40,9 +40,17 @@ _PEER_IS_GONE = re.compile(
 """Errors of gloo and NCCL when another process is gone, which Ray Train may notice only later."""
 
 
+_NO_ANSWER = re.compile(r"no answer from another worker within (\S+) s, after step (\d+); the workers are on (.+)")
+"""What :mod:`mpscl_ray.train.ray.hanging` makes of a collective that another worker did not join."""
+
+
 def causes(worker_exceptions: Mapping[int, BaseException]) -> str:
     """Which workers failed and how. Where one died, the errors of the others are its consequence and left out."""
     died = {rank: error for rank, error in worker_exceptions.items() if _is_death(error)}
+    texts = [str(error) for error in worker_exceptions.values()]
+    unanswered = [found for text in texts if (found := _NO_ANSWER.search(text))]
+    if unanswered and not died and all(_NO_ANSWER.search(text) or _PEER_IS_GONE.search(text) for text in texts):
+        return _silence(unanswered[0], worker_exceptions)
     lines = []
     for rank, error in sorted((died or worker_exceptions).items()):
         if _is_death(error):
@@ -52,6 +60,18 @@ def causes(worker_exceptions: Mapping[int, BaseException]) -> str:
         else:
             lines.append(f"worker {rank} failed: {last_line(error)}")
     return "; ".join(lines)
+
+
+def _silence(unanswered: re.Match[str], worker_exceptions: Mapping[int, BaseException]) -> str:
+    """Who did not answer: the workers that have failed did not hang."""
+    seconds, step, nodes = unanswered.groups()
+    after = f"for {seconds} s (scaling.collective_timeout_s) after step {step}"
+    silent = [
+        f"worker {rank} on {node}" for rank, node in enumerate(nodes.split(", ")) if rank not in worker_exceptions
+    ]
+    if not silent:
+        return f"the workers did not hear from each other {after}: the network between {nodes} is cut or too slow"
+    return f"{' or '.join(silent)} did not answer {after}: its process hangs, or the network to it is cut"
 
 
 def _is_death(error: BaseException) -> bool:

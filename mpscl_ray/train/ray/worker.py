@@ -20,6 +20,7 @@ import torch
 from mpscl_ray.config import Config, config_from_dict
 from mpscl_ray.distributed import collectives
 from mpscl_ray.errors import MpsclError, StorageError
+from mpscl_ray.methods.base import Batch
 from mpscl_ray.runs import safe_json
 from mpscl_ray.runs.atomic_files import write_atomically
 from mpscl_ray.runs.control_files import FAILURE_FILE, STOP_FILE, VALIDATION_GATE_FILE
@@ -27,6 +28,7 @@ from mpscl_ray.runs.run_directory import RunDirectory, open_run
 from mpscl_ray.train import loop
 from mpscl_ray.train.ray.account import CheckpointReports
 from mpscl_ray.train.ray.datasets import take_shards
+from mpscl_ray.train.ray.hanging import StepWatch
 from mpscl_ray.train.ray.placement_groups import record_placement_group
 from mpscl_ray.train.ray.preemption import PreemptionNotice
 from mpscl_ray.train.ray.prometheus import Monitoring
@@ -85,8 +87,11 @@ def run_worker(
         write_atomically(failure, json.dumps(content).encode())
         run.store.upload(failure)
         raise
-    except Exception:
+    except Exception as error:
         log.exception("this worker fails")
+        no_answer = callback.watch.explain(error)
+        if no_answer is not None:
+            raise no_answer from error
         raise
     finally:
         callback.close()
@@ -145,6 +150,7 @@ class WorkerCallback(RunCallback):
     ) -> None:
         super().__init__(folder, config, classes, writes)
         self.monitoring, self.scaling, self.reports = monitoring, config.scaling, reports
+        self.watch = StepWatch(folder.logs / f"worker-{collectives.rank()}.log", config.scaling.collective_timeout_s)
         self.waits = False
         """Whether a scheduler decides after each validation if the run continues."""
 
@@ -159,7 +165,11 @@ class WorkerCallback(RunCallback):
         self.monitoring.saved()
         if step > 0 and self.reports is not None:
             self.reports.resumed(step)
+        self.watch.start(step)
         super().on_start(step)
+
+    def on_batch(self, batch: Batch) -> None:
+        self.watch.step_begins()
 
     def on_warning(self, text: str) -> None:
         log.warning("%s", text)
@@ -175,6 +185,7 @@ class WorkerCallback(RunCallback):
                 self.waits = wait_for_decision(self.folder, record["global_step"])
 
     def close(self) -> None:
+        self.watch.close()
         self.monitoring.close()
         super().close()
 

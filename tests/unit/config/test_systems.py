@@ -16,12 +16,8 @@ from mpscl_ray.runs import checkpoint
 from mpscl_ray.runs.fork import fork
 from mpscl_ray.runs.run_directory import RunDirectory
 from mpscl_ray.train.domains import load_domains, model_description
-from tests.tiny import make_pair, tiny_config
+from tests.tiny import TINY_SIFA, make_pair, tiny_config
 from tests.tiny_runs import train
-
-TINY_SIFA = [
-    f"method.{width}=1" for width in ("generator_width", "generator_blocks", "encoder_width", "discriminator_width")
-]
 
 
 @pytest.mark.parametrize("folder", ["phantom", "small", "mr2ct", "ct2mr"])

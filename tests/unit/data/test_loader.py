@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from mpscl_ray.data import NOT_ANNOTATED
 from mpscl_ray.data.augment import AugmentConfig
 from mpscl_ray.data.loader import SliceStream
 from mpscl_ray.data.parquet_reader import SplitFiles
+from mpscl_ray.data.sampler import Foreground
 from mpscl_ray.data.slices import LocalSlices, Slices
 from mpscl_ray.data.subset import SubsetSlices
 from mpscl_ray.errors import DataError
@@ -212,6 +214,21 @@ def test_augmented_batches_do_not_depend_on_the_number_of_workers(local: LocalSl
 def test_a_resumed_stream_continues_at_its_step(local: LocalSlices) -> None:
     options = {"augment": AugmentConfig(rotation_deg=20, random_conv_probability=0.5)}
     assert_equal_batches(batches(local, 26, **options)[20:], batches(local, 6, start_step=20, **options))
+
+
+@pytest.mark.parametrize("share", [None, 0.9])
+def test_an_epoch_of_two_one_and_two_workers_has_each_slice_as_often(local: LocalSlices, share: float | None) -> None:
+    """Three epochs of 170 slices; the number of workers changes within the first and the second one."""
+    foreground = None if share is None else Foreground(share, np.arange(20, 120), sum(DEPTHS))
+    taken: list[int] = []
+    for workers, start, steps in ((2, 0, 13), (1, 13, 18), (2, 31, 33)):
+        options = {"world_size": workers, "start_step": start, "foreground": foreground}
+        ranks = [batches(local, steps, rank=rank, **options) for rank in range(workers)]
+        taken += [row for parts in zip(*ranks, strict=True) for part in parts for row in row_numbers(part)]
+    undisturbed = [row for batch in batches(local, 64, foreground=foreground) for row in row_numbers(batch)]
+    for epoch in (slice(0, 170), slice(170, 340), slice(340, 510)):
+        assert Counter(taken[epoch]) == Counter(undisturbed[epoch])
+        assert share is not None or sorted(taken[epoch]) == list(range(170))
 
 
 class Slow(Slices):

@@ -19,6 +19,7 @@ from mpscl_ray.runs.run_directory import RunDirectory
 from mpscl_ray.train.domains import load_domains, open_data
 from mpscl_ray.train.ray import launch
 from mpscl_ray.train.ray.failures import causes
+from mpscl_ray.train.ray.hanging import StepWatch
 from tests.tiny import local_data, make_dataset, make_pair, tiny_config
 
 
@@ -76,6 +77,24 @@ def test_causes_name_the_worker_that_died_not_those_that_noticed() -> None:
     gone = "worker 0 was cut off: a process or a node that it communicated with was lost"
     assert causes({0: noticed}) == gone
     assert causes({0: RuntimeError("of its own")}) == "worker 0 failed: of its own"
+
+
+def test_causes_name_the_workers_that_did_not_answer(tmp_path: Path) -> None:
+    watch = StepWatch(tmp_path / "log", 15.0)
+    watch._nodes = ["10.0.0.1", "10.0.0.1", "10.0.0.2"]
+    for _ in range(34):
+        watch.step_begins()
+    waited = watch.explain(RuntimeError("[unbound_buffer.cc:78] Timed out waiting 15000ms for recv operation"))
+    assert waited is not None
+    assert watch.explain(RuntimeError("Connection closed by peer")) is None
+    after = "for 15 s (scaling.collective_timeout_s) after step 33"
+    hangs = f"did not answer {after}: its process hangs, or the network to it is cut"
+    assert causes({0: waited, 1: waited}) == f"worker 2 on 10.0.0.2 {hangs}"
+    assert causes({1: waited}) == f"worker 0 on 10.0.0.1 or worker 2 on 10.0.0.2 {hangs}"
+    cut = "the network between 10.0.0.1, 10.0.0.1, 10.0.0.2 is cut or too slow"
+    assert causes({0: waited, 1: waited, 2: waited}) == f"the workers did not hear from each other {after}: {cut}"
+    assert causes({0: waited, 1: ray.exceptions.ActorDiedError()}) == "worker 1 was lost: its process died"
+    assert causes({0: waited, 1: ValueError("of its own")}).endswith("worker 1 failed: of its own")
 
 
 def test_workers_that_fail_too_often_end_the_run_with_their_causes(pair: Path, tmp_path: Path) -> None:

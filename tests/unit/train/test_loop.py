@@ -14,7 +14,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from mpscl_ray.data.loader import SliceStream
 from mpscl_ray.data.slices import LocalSlices
-from mpscl_ray.errors import ConfigError, DataError
+from mpscl_ray.errors import ConfigError, DataError, TrainingError
 from mpscl_ray.runs import checkpoint
 from mpscl_ray.runs.run_directory import RunDirectory
 from mpscl_ray.train import loop, timing
@@ -285,6 +285,45 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_anything_moves(pair: Path
     assert train(calm, tmp_path / "wild")[0].state == "finished"
     _, other = train(calm, tmp_path / "calm")
     assert_same_state(run.phases / "adaptation", other.phases / "adaptation")
+
+
+CUDA_SAYS = (
+    "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 15.89 GiB of which 1.00 GiB is free."
+)
+CPU_SAYS = (
+    "[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried to allocate 64 bytes."
+)
+
+
+@pytest.mark.parametrize(
+    ("error", "settings", "told"),
+    [
+        (torch.OutOfMemoryError(CUDA_SAYS), [], "(tried to allocate 2.50 GiB); give optim.recompute=true or a larger"),
+        (
+            RuntimeError(CPU_SAYS),
+            ["optim.recompute=true"],
+            "(tried to allocate 64 bytes); give a larger scaling.num_wo",
+        ),
+        (MemoryError(), ["precision.dtype=bf16", "optim.accumulate=2"], "; give optim.recompute=true or a larger"),
+    ],
+)
+def test_a_step_that_does_not_fit_into_memory_says_what_to_change(
+    pair: Path, tmp_path: Path, error: Exception, settings: list[str], told: str
+) -> None:
+    class Full(loop.Callback):
+        def on_batch(self, batch: object) -> None:
+            if newest_checkpoint(RunDirectory(tmp_path))[0]:
+                raise error
+
+    with pytest.raises(TrainingError) as ended:
+        train(tiny_config(pair / "mr", pair / "ct", [*TEN_STEPS, *settings]), tmp_path, callback=Full())
+    sentence = str(ended.value)
+    assert "worker 0 ran out of memory after step" in sentence
+    assert told in sentence
+    assert "data.global_batch_size=2" in sentence
+    assert ("precision.dtype=bf16" in sentence) == ("precision.dtype=bf16" not in settings)
+    assert ("optim.accumulate=4" in sentence) == ("optim.accumulate=2" in settings)
+    assert train(tiny_config(pair / "mr", pair / "ct", [*TEN_STEPS, *settings]), tmp_path)[0].state == "finished"
 
 
 def test_a_stop_is_polled_about_twice_a_second() -> None:

@@ -1,4 +1,4 @@
-"""Methods with stages: a run killed within or between stages ends like one that was not. No target labels."""
+"""Methods with stages: what each stage is made of. No target labels."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ import torch
 from mpscl_ray.config import Config
 from mpscl_ray.data.dataset import load_manifest
 from mpscl_ray.runs import checkpoint
-from mpscl_ray.runs.run_directory import RunDirectory
 from tests.tiny import STAGES, local_data, make_dataset, tiny_config
-from tests.tiny_runs import Killed, Killer, RecordingCallback, train
+from tests.tiny_runs import RecordingCallback, train
 
 
 @pytest.fixture(scope="module")
@@ -28,40 +27,6 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def config_of(data: Path, name: str) -> Config:
     return tiny_config(data / "mr", data / "ct", STAGES[name], preset=f"small/{name}")
-
-
-def ends(folder: RunDirectory) -> dict[str, tuple[bytes, bytes]]:
-    """Tensors, and sums of all files, of the checkpoint at the end of each phase."""
-    return {
-        path.name: ((path / checkpoint.TENSORS).read_bytes(), (path / checkpoint.SUMS).read_bytes())
-        for path in folder.phases.glob("[!.]*")
-    }
-
-
-@pytest.fixture(scope="module")
-def straight(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, tuple[bytes, bytes]]]:
-    return {name: ends(train(config_of(data, name), tmp_path_factory.mktemp(name))[1]) for name in STAGES}
-
-
-@pytest.mark.parametrize(("name", "cut"), [("intrada", 4), ("intrada", 7), ("cag", 5), ("cag", 6), ("mean_teacher", 6)])
-def test_a_stopped_run_resumes_bit_for_bit(
-    data: Path, straight: dict[str, dict[str, tuple[bytes, bytes]]], tmp_path: Path, name: str, cut: int
-) -> None:
-    """After step 4 the stages of IntraDA and CAG begin, after 6 and 8 the next rounds of CAG."""
-    config = config_of(data, name)
-    train(config, tmp_path, stop_after=cut)
-    assert ends(train(config, tmp_path)[1]) == straight[name]
-
-
-@pytest.mark.parametrize("name", STAGES)
-def test_a_killed_run_resumes_bit_for_bit(
-    data: Path, straight: dict[str, dict[str, tuple[bytes, bytes]]], tmp_path: Path, name: str
-) -> None:
-    """Killed after the first step of a stage, before its first checkpoint: the stage is prepared again."""
-    config = config_of(data, name)
-    with pytest.raises(Killed):
-        train(config, tmp_path, None, Killer(lambda record: record["phase"].startswith("adaptation")))
-    assert ends(train(config, tmp_path)[1]) == straight[name]
 
 
 def test_the_second_stage_of_intrada_sees_the_target_alone(data: Path, tmp_path: Path) -> None:
