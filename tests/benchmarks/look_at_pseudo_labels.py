@@ -23,6 +23,7 @@ from mpscl_ray.methods import MPSCL
 from mpscl_ray.methods.cag import CAG, IGNORE
 from mpscl_ray.methods.losses import cosine_to_prototypes
 from mpscl_ray.methods.prototypes import downsample_labels, self_paced_pseudo_labels
+from mpscl_ray.prepare import phantom_dataset
 from mpscl_ray.runs import checkpoint
 from mpscl_ray.train.phases import build_method, build_segmenter, transfer_weights
 from mpscl_ray.train.streams import training_slices
@@ -49,7 +50,7 @@ def labellers(method: MPSCL | CAG) -> dict[str, Callable[[Tensor], Tensor]]:
 
 
 def look(folder: Path, phase: str) -> None:
-    config = load_config(str(folder / "config.yaml"))
+    config = phantom_dataset.resolve(load_config(str(folder / "config.yaml")), progress=False)
     data = local_data(config)
     classes = len(data.classes)
     adaptation = next(name for name, _ in config.schedule if is_adaptation(name))

@@ -59,11 +59,20 @@ class Room:
             return cluster_shortage(self._config, self._use_gpu)
         return None
 
+    def yield_place(self) -> None:
+        """Give up what was asked for once Ray has placed it; to be called every now and then.
+
+        Otherwise it would keep a training waiting that has lost its own place.
+        """
+        asked = self._asked
+        if asked is not None and asked.wait(0):
+            self.close()
+
     def close(self) -> None:
         """Ask for nothing any more."""
-        if self._asked is not None:
-            remove_placement_group(self._asked)
-            self._asked = None
+        asked, self._asked = self._asked, None  # threads of Ray Tune and of the command call this
+        if asked is not None:
+            remove_placement_group(asked)
 
     def _worker_slots(self) -> int:
         now = time.monotonic()
@@ -76,5 +85,5 @@ class Room:
         if self._asked is None and now >= self._ask_at:
             self._ask_at = now + _ASK_AGAIN_S
             self._asked = self._worker.reserve(scaling.most_workers, scaling.placement_strategy)
-        elif self._asked is not None and self._asked.wait(0):
-            self.close()
+        else:
+            self.yield_place()

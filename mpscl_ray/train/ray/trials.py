@@ -190,6 +190,7 @@ def _wait(
             # Written now: a job manager may kill the command before the trials have ended.
             reason = f"stopped by {interruption.signal_name}; what runs resumes from its last checkpoint"
             folder.write_status("interrupted", exit_code=Interrupted.exit_code, reason=reason)
+        room.yield_place()
         idle = not (trials.running or trials.stopping.is_set() or trials.errors)
         shortage = room.shortage() if idle else None
         if shortage is not None:
