@@ -62,7 +62,7 @@ def test_one_that_is_lost_too_often_ends_the_run(here: Here, runs: Runs) -> None
     threading.Thread(target=kill_the_worker, args=(run, 2, []), daemon=True).start()
     code, text = here(train, *runs.arguments("often", *ONE, "run.max_failures=0"))
     assert code == 6
-    assert "workers failed 1 times, which is once more than run.max_failures allows (worker 0 was lost" in text
+    assert "workers failed 1 time, which is once more than run.max_failures allows (worker 0 was lost" in text
     assert "Traceback" not in text
 
 

@@ -34,6 +34,7 @@ from mpscl_ray.errors import (
 from mpscl_ray.runs import safe_json
 from mpscl_ray.runs.control_files import FAILURE_FILE, STOP_FILE
 from mpscl_ray.runs.run_directory import RunDirectory
+from mpscl_ray.runs.wording import counted
 from mpscl_ray.train.loop import TrainResult
 from mpscl_ray.train.ray.account import experiment, remove_account
 from mpscl_ray.train.ray.datasets import named_slices
@@ -206,9 +207,10 @@ class Launch:
             final = [failure for failure in error.worker_failures.values() if isinstance(failure, StorageError)]
             if final:
                 return final[0]
+            times = counted(self.config.run.max_failures + 1, "time")
             return TrainingError(
-                f"workers failed {self.config.run.max_failures + 1} times, which is once more than run.max_failures "
-                f"allows ({causes(error.worker_failures)}); {logs}"
+                f"workers failed {times}, which is once more than run.max_failures allows "
+                f"({causes(error.worker_failures)}); {logs}"
             )
         if isinstance(error, ray.train.ControllerError):
             return InsufficientResources(
