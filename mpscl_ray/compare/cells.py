@@ -171,7 +171,9 @@ class Entry:
     forked: list[str] = field(default_factory=list)
     """Cell and phase that it was forked from; empty where it trained all phases itself."""
     seconds: float = 0.0
-    """Wall time of its own training and evaluation, over all starts."""
+    """Wall time of its own training and evaluation, over all starts that have ended."""
+    unfinished_seconds: float = 0.0
+    """Wall time of its last start, which runs or was lost."""
     phase_seconds: dict[str, float] = field(default_factory=dict)
     """Phase -> wall time of the cell's own training up to the end of the phase."""
     summary: dict[str, Any] | None = None

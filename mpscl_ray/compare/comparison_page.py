@@ -56,6 +56,7 @@ def _share(cell: Cell, entry: Entry, iterations: int) -> int:
 
 def _row(cell: Cell, entry: Entry, iterations: int) -> list[str]:
     done = _share(cell, entry, iterations) if entry.state != "failed" else iterations
+    spent = entry.seconds + entry.unfinished_seconds
     mean = entry.summary["structures"]["mean"]["dice"]["mean"] if entry.summary else None
     return [
         cell.name,
@@ -65,5 +66,5 @@ def _row(cell: Cell, entry: Entry, iterations: int) -> list[str]:
         entry.state,
         f"{done} of {cell.own_iterations}",
         "" if mean is None else f"{100 * mean:.1f}",
-        duration(entry.seconds) if entry.seconds else "",
+        duration(spent) if spent else "",
     ]

@@ -63,6 +63,8 @@ class Comparison(trials.Trials):
         self._done = 0
         self._line = ProgressLine(self._total, "all runs, iteration")
         self._messages: deque[str] = deque()
+        for cell in self._waiting:
+            self._end_start(cell)
         self._status = StatusUpdates(folder, self._counts)
         self._tracking: dict[str, Tracking] = {}
         self._gauges = CommandGauges(folder.name, self._readings)
@@ -144,11 +146,16 @@ class Comparison(trials.Trials):
         self._running.add(trial["name"])
 
     def reported(self, trial: trials.Settings, result: dict[str, Any]) -> None:
+        cell = self.cells[trial["name"]]
         if OUTCOME in result:
-            self._end(self.cells[trial["name"]], json.loads(result[OUTCOME]))
+            self._end(cell, json.loads(result[OUTCOME]))
+        else:
+            self.ledger[cell.name].unfinished_seconds = result["seconds"]
+            self.ledger.write()
 
     def lost(self, trial: trials.Settings, error: str) -> None:
         self._running.discard(trial["name"])
+        self._end_start(self.cells[trial["name"]])
         self._messages.append(f"{trial['name']} lost its process and resumes from its last checkpoint: {error}")
 
     def ended(self, trial: trials.Settings, error: str) -> None:
@@ -172,7 +179,8 @@ class Comparison(trials.Trials):
         entry = self.ledger[cell.name]
         entry.state, entry.reason = found["state"], found.get("reason", "")
         before = entry.seconds
-        entry.seconds += found.get("seconds", 0.0)
+        entry.unfinished_seconds = found.get("seconds", entry.unfinished_seconds)
+        self._end_start(cell)
         for phase, seconds in found.get("phase_seconds", {}).items():
             entry.phase_seconds.setdefault(phase, before + seconds)
         entry.summary = found.get("summary")
@@ -185,6 +193,12 @@ class Comparison(trials.Trials):
             self._done += cell.own_iterations
         self._messages.append(f"{cell.name} {_description(entry)}")
         self.finished()
+
+    def _end_start(self, cell: Cell) -> None:
+        """Count the wall time of a start of a cell that does not run any more."""
+        entry = self.ledger[cell.name]
+        entry.seconds += entry.unfinished_seconds
+        entry.unfinished_seconds = 0.0
 
     # ---------------------------------------------------------------------------------------------------- for display
 

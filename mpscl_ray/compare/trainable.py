@@ -26,7 +26,10 @@ from mpscl_ray.train.ray.one_process import trains_in_one_process
 from mpscl_ray.train.ray.resources import evaluation_place
 
 OUTCOME = "outcome"
-"""Key of a cell's report: what became of it, as JSON in bytes."""
+"""Key of a cell's last report: what became of it, as JSON in bytes."""
+
+_REPORT_S = 30.0
+"""Seconds between two reports of how long a cell has run: what a kill loses of its wall time."""
 
 
 def cell_location(comparison: RunDirectory, name: str) -> Path | S3Path:
@@ -41,7 +44,7 @@ def train_cell(
     resume_command: str,
     shared: Mapping[str, Shared],
 ) -> None:
-    """The trainable of Ray Tune: reports, in one report, what :func:`run_cell` returns."""
+    """The trainable of Ray Tune: reports what :func:`run_cell` returns, and until then how long it has run."""
     name = settings["name"]
     found = run_cell(
         cells[name], tuple(settings["fork"].decode().split()), comparison_uri, resume_command, shared[name]
@@ -63,7 +66,8 @@ def run_cell(
         shared: of :func:`~mpscl_ray.train.ray.concurrent.open_shared`.
 
     Returns:
-        Fields of :class:`Entry`; an MpsclError is in ``reason`` and not raised: to try again would not help.
+        Fields of :class:`~mpscl_ray.compare.cells.Entry`; an MpsclError is in ``reason`` and not raised: to try again
+        would not help.
     """
     started = time.monotonic()
     config, comparison = cell.config, open_run(comparison_uri)
@@ -71,7 +75,7 @@ def run_cell(
     folder = open_run(cell_location(comparison, cell.name), "command", patience_s)
     phases = [name for name, _ in config.schedule]
     found: dict[str, Any] = {"phase_seconds": {}}
-    next_poll = 0.0
+    next_poll, next_report = 0.0, started + _REPORT_S
 
     def note_phases() -> None:
         for phase in folder.store.finished_phases():
@@ -79,10 +83,14 @@ def run_cell(
                 found["phase_seconds"].setdefault(phase, time.monotonic() - started)
 
     def poll(training: Launch) -> None:
-        nonlocal next_poll
-        if time.monotonic() < next_poll:
+        nonlocal next_poll, next_report
+        now = time.monotonic()
+        if now >= next_report:
+            next_report = now + _REPORT_S
+            tune.report({"seconds": now - started})
+        if now < next_poll:
             return
-        next_poll = time.monotonic() + folder.store.poll_interval_s
+        next_poll = now + folder.store.poll_interval_s
         # The training itself reports a storage that does not answer.
         with suppress(StorageError):
             note_phases()

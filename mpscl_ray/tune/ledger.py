@@ -36,7 +36,7 @@ class Trial:
     reason: str = ""
     """Why it failed or was stopped."""
     seconds: float = 0.0
-    """From its first start to its end, without pauses of the whole search."""
+    """In which its processes ran, over all starts; the time after its last report is lost if the search is killed."""
 
     @property
     def ended(self) -> bool:
@@ -94,11 +94,12 @@ class Ledger(JsonLines):
         self._write({"event": "trial", "number": number, "settings": settings})
         return self.trials[number]
 
-    def report(self, number: int, iteration: int, values: dict[str, float]) -> bool:
+    def report(self, number: int, iteration: int, values: dict[str, float], seconds: float = 0.0) -> bool:
         """Metrics of a trial; False where they are known, as after a trial has resumed from an older checkpoint."""
         if iteration <= self.trials[number].iteration:
             return False
-        self._write({"event": "report", "number": number, "iteration": iteration, "values": values})
+        record = {"event": "report", "number": number, "iteration": iteration, "values": values}
+        self._write({**record, "seconds": round(seconds, 1)})
         return True
 
     def end(self, number: int, state: End, reason: str = "", seconds: float = 0.0) -> None:
@@ -119,6 +120,7 @@ class Ledger(JsonLines):
         trial = self.trials[number]
         if record["event"] == "report":
             trial.reports[record["iteration"]] = {key: float(value) for key, value in record["values"].items()}
+            trial.seconds = record.get("seconds", 0.0)  # earlier ledgers have none
             self.order.append((number, record["iteration"]))
         else:
             trial.state, trial.reason, trial.seconds = record["state"], record["reason"], record["seconds"]

@@ -67,7 +67,8 @@ class Study:
                 self.scheduler.report(number, iteration, score(known[number].reports[iteration], self.metric))
         self.active: set[int] = set()
         """Trials that Ray Tune has and that have neither ended nor paused."""
-        self._seconds: dict[int, float] = {}
+        self._seconds: dict[int, float] = {number: trial.seconds for number, trial in known.items()}
+        """Time in which processes of trials ran that do not run any more."""
         self._boards: dict[int, TensorBoard] = {}
         self._folders: dict[int, RunDirectory] = {}
         self._tracking: dict[int, Tracking] = {}
@@ -192,7 +193,7 @@ class Study:
 
     def report(self, number: int, iteration: int, value: float, values: dict[str, float]) -> None:
         """Write a report into the ledger, and ask the trial to end there if the scheduler says so."""
-        if not self.ledger.report(number, iteration, values):
+        if not self.ledger.report(number, iteration, values, self._seconds_of(number)):
             return
         if number in self._boards:
             self._boards[number].record({"global_step": iteration, "search/score": value, **values})
@@ -231,10 +232,14 @@ class Study:
         self._count_seconds(number)
         self.log(f"trial {number:03d} lost its process and resumes from its last checkpoint: {error}")
 
+    def _seconds_of(self, number: int) -> float:
+        now = time.monotonic()
+        return self._seconds.get(number, 0.0) + now - self.started.get(number, now)
+
     def _count_seconds(self, number: int) -> None:
         """A trial's process does not run any more."""
-        started = self.started.pop(number, time.monotonic())
-        self._seconds[number] = self._seconds.get(number, 0.0) + time.monotonic() - started
+        self._seconds[number] = self._seconds_of(number)
+        self.started.pop(number, None)
 
     def trial_ended(self, number: int, error: str = "") -> None:
         """A trial's process has ended, or was lost for good, as ``error`` says."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from mpscl_ray.compare import run as compare_run
 from mpscl_ray.compare.cells import Cell, CellLedger, Entry, Plan, check_presets, make_cells, system_config
 from mpscl_ray.compare.comparison_page import comparison_page
 from mpscl_ray.compare.published import PUBLISHED, STRUCTURES, published_for
-from mpscl_ray.compare.runner import total_seconds
+from mpscl_ray.compare.runner import Comparison, total_seconds
 from mpscl_ray.compare.table import (
     CellResult,
     Direction,
@@ -27,12 +28,14 @@ from mpscl_ray.compare.table import (
     over_seeds,
     rows_of,
 )
+from mpscl_ray.compare.trainable import OUTCOME
 from mpscl_ray.config import to_dict
 from mpscl_ray.config.systems import SYSTEMS, shared_phase
 from mpscl_ray.config.titles import system_of
 from mpscl_ray.data.dataset import load_manifest
 from mpscl_ray.errors import ConfigError, DataError
 from mpscl_ray.runs.run_directory import RunDirectory
+from mpscl_ray.train.ray.room import Room
 from tests.tiny import make_dataset, make_pair
 
 ADAPTS = ["baseline", "cscl", "mpscl"]
@@ -63,6 +66,38 @@ def test_the_page_of_a_comparison_has_its_runs_and_the_table(tmp_path: Path) -> 
     assert f"<td>40 of {cells[1].own_iterations}</td>" in text
     assert "no &lt;room&gt;" in text
     assert "<pre>Dice %  mean\n&lt;table&gt;</pre>" in text
+
+
+def test_a_comparison_that_was_killed_knows_how_long_its_cells_had_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (cell,) = list(cells_of(["source_only"]).values())[:1]
+
+    def start() -> Comparison:
+        ledger = CellLedger(tmp_path / "cells.json")
+        room = Room(cell.config, use_gpu=False)
+        return Comparison([cell], ledger, RunDirectory(tmp_path), room, lambda: None, lambda: "")
+
+    lost = start()
+    trial = lost.next()
+    assert isinstance(trial, dict)
+    lost.started(trial)
+    lost.reported(trial, {"seconds": 30})
+    lost.lost(trial, "it died")
+    lost.reported(trial, {"seconds": 30})
+    lost.reported(trial, {"seconds": 60})
+
+    resumed = start()
+    trial = resumed.next()
+    assert isinstance(trial, dict)
+    resumed.started(trial)
+    resumed.reported(trial, {"seconds": 30})
+    outcome = {"state": "interrupted", "seconds": 45, "phase_seconds": {"source_only": 12}}
+    resumed.reported(trial, {OUTCOME: json.dumps(outcome).encode()})
+    entry = CellLedger(tmp_path / "cells.json")[cell.name]
+    assert (entry.seconds, entry.unfinished_seconds) == (30 + 60 + 45, 0)
+    assert entry.phase_seconds == {"source_only": 30 + 60 + 12}
 
 
 # --------------------------------------------------------------------------------------------------------- cells

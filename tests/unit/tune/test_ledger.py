@@ -42,7 +42,8 @@ def test_a_ledger_is_read_back_as_it_was_written(tmp_path: Path) -> None:
     assert ledger.report(1, 10, {DICE: 0.5})
     assert ledger.report(2, 10, {DICE: math.nan})
     assert not ledger.report(1, 10, {DICE: 0.7}), "the first report of an iteration is the one that counts"
-    ledger.report(1, 20, {DICE: 0.6})
+    ledger.report(1, 20, {DICE: 0.6}, 7.89)
+    assert Ledger(ledger.file).trials[1].seconds == 7.9
     ledger.end(1, "stopped", "fell behind", 12.34)
     read = Ledger(tmp_path / "ledger.jsonl")
     assert read.order == ledger.order == [(1, 10), (2, 10), (1, 20)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -97,6 +98,29 @@ def test_the_end_of_a_trial_is_read_from_its_folder(
     assert (trial.state, trial.reason) == expected
     assert (1 in study.remaining()) == (expected[0] is None)
     assert [type(error) for error in study.errors] == ([StorageError] if code == 5 else [])
+
+
+def test_a_search_that_was_killed_knows_how_long_its_trials_had_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds = 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: seconds)
+    study = study_in(tmp_path)
+    study.trial_started(1)
+    seconds += 10
+    study.trial_lost(1, "it died")
+    seconds += 1000
+    study.trial_started(1)
+    seconds += 20
+    study.report(1, 8, 0.5, {"val/dice/mean": 0.5})
+    study.close()
+
+    study = study_in(tmp_path)
+    study.trial_started(1)
+    seconds += 300
+    study.trial_folder(1).write_status("failed", exit_code=6, reason="a reason")
+    study.trial_ended(1)
+    assert Ledger(study.ledger.file).trials[1].seconds == 330
 
 
 def test_a_trial_whose_adaptation_was_ended_by_its_guard_is_not_trained_in_full(tmp_path: Path) -> None:
