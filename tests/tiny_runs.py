@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,7 +19,8 @@ from mpscl_ray.methods.base import Batch
 from mpscl_ray.runs.run_directory import RunDirectory
 from mpscl_ray.train import loop
 from mpscl_ray.train.domains import load_domains, model_description
-from mpscl_ray.train.loop import Callback, TrainResult
+from mpscl_ray.train.loop import Callback
+from mpscl_ray.train.outcome import TrainResult
 from tests.tiny import local_data, tiny_config
 
 
@@ -47,6 +49,25 @@ class RecordingCallback(Callback):
 
     def on_images(self, step: int, images: Tensor, predictions: Tensor, labels: Tensor | None) -> None:
         self.panels.append((step, images, predictions, labels))
+
+
+class Spoilt(RecordingCallback):
+    """Makes a pixel of the batch of some steps NaN, of each as often as it is named."""
+
+    def __init__(self, *steps: int) -> None:
+        super().__init__()
+        self.steps, self.step = list(steps), 0
+
+    def on_start(self, step: int) -> None:
+        super().on_start(step)
+        self.step = step
+
+    def on_batch(self, batch: Batch) -> None:
+        self.step += 1
+        super().on_batch(batch)
+        if self.step in self.steps:
+            self.steps.remove(self.step)
+            batch.source_image[0, 0, 3, 3] = math.nan
 
 
 class Killed(BaseException):

@@ -68,6 +68,9 @@ class RunConfig:
     """Worker failures after which the run restarts by itself; the next one ends it (resumable)."""
     progress_page: bool = True
     """Whether `progress.html` in the run's folder is kept up to date: curves, validation slices, notices, time left."""
+    images: bool = True
+    """Whether slices of patients are kept as pictures: in TensorBoard, `progress.html`, `pseudo_labels/` and
+    `results/phases.png`."""
     loggers: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = ("tensorboard",)
     """What gets the metrics beside metrics.jsonl: TensorBoard files, MLflow, Weights & Biases (docs/trackers.md)."""
     profile: Annotated[int, Field(ge=0)] = 0
@@ -209,6 +212,12 @@ class OptimConfig:
     recompute: bool = False
     """Compute the blocks of the DeepLab once more in the backward pass instead of keeping their activations, for less
     memory and one more forward pass: the first to try where memory is short, because no number changes."""
+    max_skipped_steps: Annotated[int, Field(ge=0)] = 3
+    """Steps of a phase that are skipped, without any update, because a loss or gradient is not finite. SIFA skips none:
+    its networks are updated one after the other."""
+    retry_lr_factor: Annotated[float, Field(gt=0, lt=1)] | None = 0.5
+    """After one such step more, training goes back to the newest checkpoint and continues, once in a phase, with
+    learning rates times this. null, or the second time: the run ends with the losses of that step."""
 
     @property
     def segmenter_weight_decay(self) -> float:

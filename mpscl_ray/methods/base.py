@@ -116,6 +116,9 @@ class Method(ABC):
     agreement falls by more than this below its value there. The state with that agreement does not compete, and the
     phase ends with the best one instead."""
 
+    may_skip: int = 0
+    """Steps of a phase that may be skipped because a loss or gradient is not finite."""
+
     fixed_state: tuple[str, ...] = ()
     """Keys of :meth:`state_dict` whose tensors stay as :meth:`prepare` has left them to the end of the phase."""
 
@@ -162,8 +165,9 @@ class Method(ABC):
 
         Returns:
             Detached 0-dim tensors whose mean over the workers is the global value: read them with
-            ``collectives.reduce_metrics``. ``non_finite`` is 1 from the first step on that was not finite on some
-            worker: from then on nothing is updated, and ``non_finite_losses`` has the losses of that step.
+            ``collectives.reduce_metrics``. ``non_finite`` is 1 where nothing was updated: a loss or gradient was not
+            finite on some worker, or more than ``may_skip`` steps before were so, and ``non_finite_losses`` has the
+            losses of the one too many.
         """
 
     def end_phase(self, slices: TrainingSlices) -> bool:
@@ -177,12 +181,15 @@ class Method(ABC):
         return False
 
     def diagnostics(self) -> dict[str, Tensor]:
-        """Numbers of the state as it is, to be reported beside those of a step: 0-dim, the same on every worker."""
+        """Numbers of the state as it is, to be reported beside those of a step: 0-dim, the same on every worker.
+
+        ``skipped_steps`` is the number of steps of the phase that were not finite.
+        """
         return {}
 
     @abstractmethod
     def non_finite_losses(self) -> dict[str, Tensor]:
-        """This worker's component losses at the first non-finite step, by name; only if there was one."""
+        """This worker's component losses, by name, at the step from which on nothing is updated, if there was one."""
 
     @abstractmethod
     def predict(self, images: Tensor) -> Tensor:

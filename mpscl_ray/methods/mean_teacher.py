@@ -68,7 +68,7 @@ class MeanTeacher(SegmenterMethod[MeanTeacherConfig]):
         prepare_network(collectives.broadcast_parameters(self.teacher.to(self.device)), self.device, self.precision)
         self.teacher.requires_grad_(False)
         self.networks = {"segmenter": self.teacher, "student": self.segmenter}
-        self.optimisers = Optimisers(self.networks, self.device)
+        self.optimisers = Optimisers(self.networks, self.device, self.may_skip)
         self.guard = self.config.guard
         uniform = torch.full((self.num_classes,), 1 / self.num_classes, dtype=torch.float64, device=self.device)
         self.source_shares, self.target_shares, self.thresholds = uniform, uniform, uniform

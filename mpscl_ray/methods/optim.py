@@ -15,7 +15,7 @@ from mpscl_ray.distributed import collectives
 from mpscl_ray.distributed.batch_norm import changing_buffers, convert_batch_norm
 from mpscl_ray.errors import DataError
 
-GRADIENT_NORM = "gradient_norm"
+GRADIENT_NORM, SKIPPED_STEPS = "gradient_norm", "skipped_steps"
 """Key of the L2 norm of all averaged gradients of a step."""
 
 
@@ -236,15 +236,22 @@ def parameter_kind(name: str) -> ParameterKind:
 
 
 class NonFiniteGuard:
-    """Checks on all workers whether a step is finite, and keeps the losses of the first that was not.
+    """Checks on all workers whether a step is finite, and keeps the losses of the last that was counted.
 
-    ``flag`` is 0-dim float32 on the device: 0, and 1 from the first non-finite step on. It is changed in place.
+    ``flag`` is 0-dim float32 on the device: 1 where nothing may be updated, which is a step that is not finite, and
+    every step once more than ``may_skip`` were not. ``skipped`` counts them. Both are changed in place.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, may_skip: int = 0) -> None:
         self.flag = torch.zeros((), dtype=torch.float32, device=device)
+        self.skipped = torch.zeros((), dtype=torch.float32, device=device)
+        self._may_skip = may_skip
         self._names: tuple[str, ...] = ()
         self._losses = torch.zeros(0, dtype=torch.float64, device=device)
+
+    def begin(self) -> None:
+        """Begin a step."""
+        self.flag.copy_(self.skipped > self._may_skip)
 
     @torch.no_grad()
     def update(self, losses: Mapping[str, Tensor], gradients: Sequence[Tensor]) -> None:
@@ -258,10 +265,11 @@ class NonFiniteGuard:
         torch.where(self.flag > 0, self._losses, values, out=self._losses)
         # Zero times a value is NaN where the value is not finite.
         bad = collectives.all_reduce_any((values * 0.0).sum() != 0)
+        self.skipped.add_(torch.relu(bad - self.flag))
         torch.maximum(self.flag, bad, out=self.flag)
 
     def losses(self) -> dict[str, Tensor]:
-        """This worker's losses and gradient norm at the first non-finite step; while all are finite, at the last."""
+        """This worker's losses and gradient norm at the last step, or at the first from which on nothing is updated."""
         return dict(zip(self._names, self._losses.unbind(), strict=True))
 
 
@@ -287,17 +295,18 @@ class Snapshot:
 class Optimisers:
     """All optimisers of a method and the buffers of its networks: an iteration updates all of them or none."""
 
-    def __init__(self, networks: Mapping[str, nn.Module], device: torch.device) -> None:
+    def __init__(self, networks: Mapping[str, nn.Module], device: torch.device, may_skip: int = 0) -> None:
         self._networks = networks
         self._buffers: list[Tensor] = []
         self._before = Snapshot([])
         self._optimisers: dict[str, Optimiser] = {}
-        self.guard = NonFiniteGuard(device)
+        self.guard = NonFiniteGuard(device, may_skip)
         self.iterations = 0
 
     def start(self, optimisers: Mapping[str, Optimiser], iterations: int) -> None:
         """Begin a phase of so many iterations with fresh optimisers, the networks in training mode."""
         self._optimisers, self.iterations = dict(optimisers), iterations
+        self.guard.skipped.zero_()
         self._buffers = [buffer for network in self._networks.values() for buffer in changing_buffers(network)]
         for network in self._networks.values():
             network.train()
@@ -315,12 +324,13 @@ class Optimisers:
 
     def begin(self) -> None:
         """What begins an iteration besides: copy the buffers, clear the gradients."""
+        self.guard.begin()
         self._before = Snapshot(self._buffers)
         for optimiser in self._optimisers.values():
             optimiser.clear_gradients()
 
     def step(self, losses: Mapping[str, Tensor]) -> Tensor:
-        """Update all, unless this or an earlier step had a loss or gradient that was not finite on some worker.
+        """Update all, unless a loss or gradient is not finite on some worker, or too many steps before were not.
 
         ``losses`` are this worker's component losses, 0-dim, by name. Returns the flag: 1 where nothing was updated.
         """
@@ -332,19 +342,20 @@ class Optimisers:
         return self.guard.flag.clone()
 
     def diagnostics(self) -> dict[str, Tensor]:
-        """Learning rate of each network, and the norm of all gradients of the last step, over all networks."""
+        """Learning rate of each network, norm of all gradients of the last step, over all networks, skipped steps."""
         norm = {key: value for key, value in self.guard.losses().items() if key == GRADIENT_NORM}
-        return learning_rates(self._optimisers) | norm
+        return learning_rates(self._optimisers) | norm | {SKIPPED_STEPS: self.guard.skipped}
 
     def state_dict(self) -> dict[str, Any]:
         """State of the optimisers by name, in live tensors, and the phase."""
         return {
             "optimisers": {name: optimiser.state_dict() for name, optimiser in self._optimisers.items()},
-            "phase": {"iterations": self.iterations},
+            "phase": {"iterations": self.iterations, "skipped": self.guard.skipped},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Load what :meth:`state_dict` returned into the optimisers of a started phase."""
+        self.guard.skipped.fill_(state["phase"].get("skipped", 0))
         for name, optimiser in self._optimisers.items():
             optimiser.load_state_dict(state["optimisers"].get(name, {}))
 

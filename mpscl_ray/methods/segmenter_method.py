@@ -57,7 +57,8 @@ class SegmenterMethod(Method, Generic[Config]):
         both = PerDomainForward(self.segmenter, update_running_stats, self.optim.accumulate)
         self._wrapped = collectives.wrap(both, self.device)
         self.networks = {"segmenter": self.segmenter}
-        self.optimisers = Optimisers(self.networks, self.device)
+        self.may_skip = self.optim.max_skipped_steps
+        self.optimisers = Optimisers(self.networks, self.device, self.may_skip)
 
     def start_phase(self, iterations: int) -> None:
         optim = self.optim
@@ -121,7 +122,7 @@ class SegmenterMethod(Method, Generic[Config]):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         base.load_networks(self.networks, state["networks"])
-        self.optimisers = Optimisers(self.networks, self.device)
+        self.optimisers = Optimisers(self.networks, self.device, self.may_skip)
         if state["phase"]["iterations"]:
             self.start_phase(state["phase"]["iterations"])
             self.optimisers.load_state_dict(state)

@@ -16,7 +16,15 @@ from mpscl_ray.methods.base import Batch
 from mpscl_ray.methods.batch_losses import batch_dice_loss
 from mpscl_ray.methods.image_pool import ImagePool
 from mpscl_ray.methods.losses import at_least_float32, class_counts
-from mpscl_ray.methods.optim import GRADIENT_NORM, NetworkAdam, NonFiniteGuard, Snapshot, autocast, learning_rates
+from mpscl_ray.methods.optim import (
+    GRADIENT_NORM,
+    SKIPPED_STEPS,
+    NetworkAdam,
+    NonFiniteGuard,
+    Snapshot,
+    autocast,
+    learning_rates,
+)
 from mpscl_ray.methods.sifa_losses import (
     clipped_cross_entropy,
     half_squared_norm,
@@ -232,7 +240,7 @@ class SIFA(SIFANetworks):
     def diagnostics(self) -> dict[str, Tensor]:
         losses = {name: guard.losses() for name, guard in self._guards.items()}
         norms = {f"{GRADIENT_NORM}_{name}": own[GRADIENT_NORM] for name, own in losses.items() if GRADIENT_NORM in own}
-        return learning_rates(self._optimisers) | norms
+        return learning_rates(self._optimisers) | norms | {SKIPPED_STEPS: self._flag}
 
     def non_finite_losses(self) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}

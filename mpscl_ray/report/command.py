@@ -43,6 +43,7 @@ def main(arguments: Sequence[str]) -> int:
     )
     add("--case", metavar="ID", help="volume of the target in the figures (default: the first labelled test volume)")
     add("--no-volumes", action="store_true", help="no viewer: the other test cases are not predicted")
+    add("--no-images", action="store_true", help="no images of patients: scores and curves alone, at once")
     add(
         "--max-size",
         type=float,
@@ -68,6 +69,7 @@ def main(arguments: Sequence[str]) -> int:
         options.out,
         case=options.case,
         device=options.device,
+        images=not options.no_images,
         volumes=not options.no_volumes,
         max_size_mb=options.max_size,
     )

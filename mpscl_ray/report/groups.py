@@ -41,6 +41,8 @@ class Group:
     """All cases of the test split, worst first; None where there is no dataset."""
     samples: dict[str, FeatureSample] = field(default_factory=dict)
     """Title -> features of the columns of :attr:`contrast` that have any."""
+    images: bool = True
+    """Whether images of patients may be shown."""
     notes: list[str] = field(default_factory=list)
     """What is missing and why."""
 
@@ -92,6 +94,25 @@ def _columns(runs: Sequence[ReportedRun]) -> list[tuple[str, ReportedRun, Checkp
                 if saved.name == "source_only":
                     return [(f"{phase_title(saved.name)} ({run.title})", run, saved), *columns]
     return columns
+
+
+def read_group(group: Group) -> None:
+    """What a page without images has: the scores that the runs have of their held-out cases."""
+    group.images = False
+    group.notes.append(
+        "There are no images of patients, and nothing was predicted: the page was made with --no-images."
+    )
+    if not group.columns or group.runs[0].model.domains["target"].dataset is None:
+        return
+    try:
+        group.held_out = held_out_cases(group.runs[0], len(group.columns))
+    except DataError as error:
+        group.notes.append(f"No cases are listed: {error}.")
+        return
+    for number, (_, run, saved) in enumerate(group.columns):
+        if saved.name != "last":
+            read_scores(group.held_out, number, run, saved.name)
+    worst_first(group.held_out, group.contrast[-1])
 
 
 def predict_group(group: Group, case: str | None, device: str | None, volumes: bool) -> None:

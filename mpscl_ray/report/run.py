@@ -10,7 +10,7 @@ import yaml
 from mpscl_ray.predict.predictor import choose_device
 from mpscl_ray.report.case_sections import case_by_case, curves_section
 from mpscl_ray.report.figures.style import DPI
-from mpscl_ray.report.groups import group_runs, predict_group
+from mpscl_ray.report.groups import group_runs, predict_group, read_group
 from mpscl_ray.report.html import page
 from mpscl_ray.report.runs import read_runs
 from mpscl_ray.report.sections import overview, sections
@@ -32,6 +32,7 @@ def report(
     device: str | None = None,
     dpi: float = DPI,
     pdf: bool = True,
+    images: bool = True,
     volumes: bool = True,
     max_size_mb: float = MAX_SIZE_MB,
 ) -> Path:
@@ -44,6 +45,7 @@ def report(
         device: of the predictions; None takes a GPU where there is one.
         dpi: pixels of the figures per inch.
         pdf: whether to write each figure as PDF too.
+        images: whether there are images of patients; without, nothing is predicted, and the page has numbers alone.
         volumes: whether the page has a viewer with the volumes of all test cases, which are predicted for it.
         max_size_mb: largest size of these volumes on the page; of the best cases they are left out.
 
@@ -63,7 +65,10 @@ def report(
         (folder / "figures").mkdir(parents=True, exist_ok=True)
     groups = group_runs(found)
     for group in groups:
-        predict_group(group, case, device, volumes)
+        if images:
+            predict_group(group, case, device, volumes)
+        else:
+            read_group(group)
     print("drawing", flush=True)
     directions = list(dict.fromkeys(run.direction for run in found))
     names = ", ".join(f"{run.title} ({run.folder.name}, {run.state})" for run in found)

@@ -229,9 +229,11 @@ def _pseudo_labels(group: Group) -> Section | None:
     for run in group.runs:
         record = FeatureRecord(run.folder.path)
         panels, shown = record.read_panels(), record.read_slices()
-        if not run.feature_records or not panels or shown is None:
+        if not run.feature_records:
             continue
         recorded[run.title] = run.feature_records
+        if not group.images or not panels or shown is None:
+            continue
         iterations = {entry["global_step"]: entry["iteration"] for entry in run.feature_records}
         delta_th = float(run.feature_records[-1]["delta_th"])
         figure = pseudo_labels.refinement(panels, shown, iterations, group.classes, delta_th)

@@ -18,6 +18,7 @@ val/unsupervised/*               criteria of the target's predictions, larger is
 val/selection_score              the score that decides which checkpoint is the best
 train/learning_rate_*            learning rate of each network
 train/gradient_norm              L2 norm of all gradients of the step, averaged over the workers; SIFA: of each network
+train/skipped_steps              steps of the phase so far that were not finite and changed nothing
 perf/step_s                      seconds per step
 perf/images_per_s                training images of both domains per second, all workers
 perf/data_stall_fraction         share of the time that the step waits for data

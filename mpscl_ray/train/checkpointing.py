@@ -38,6 +38,8 @@ class TrainerState:
     """The same at the last validation."""
     ended: bool = False
     """Whether the guard has ended this phase."""
+    lr_factor: float = 1.0
+    """Of all learning rates of this phase: below 1 after steps that were not finite."""
 
     def note_agreement(self, value: float | None) -> None:
         """Keep the agreement that a validation has found; None where it cannot be computed."""

@@ -68,10 +68,10 @@ class PseudoLabels:
 
 
 class FeatureRecord:
-    """The log of one run, by its folder. The constructor touches no file."""
+    """The log of one run, by its folder, and without ``images`` numbers alone. The constructor touches no file."""
 
-    def __init__(self, run: Path) -> None:
-        self._log = MetricsLog(run / "features.jsonl")
+    def __init__(self, run: Path, *, images: bool = True) -> None:
+        self._log, self._images = MetricsLog(run / "features.jsonl"), images
         self.panels = run / "pseudo_labels"
 
     # ---- writing ----
@@ -91,7 +91,7 @@ class FeatureRecord:
             volume = collate(arrays)
             for start in range(0, len(volume["image"]), batch_size):
                 counts.add(*(volume[name][start : start + batch_size] for name in ("image", "label") if name in volume))
-            if rank == 0 and number == 0:
+            if rank == 0 and number == 0 and self._images:
                 self._write_panel(classifier, case.id, arrays, int(position["global_step"]))
         record = {**position, "volumes": len(slices.files.cases), **counts.reduce(slices.files.labels)}
         if rank == 0:

@@ -32,6 +32,7 @@ from mpscl_ray.runs.trackers import Tracking, check_installed
 from mpscl_ray.train import loop
 from mpscl_ray.train.display import ProgressDisplay
 from mpscl_ray.train.domains import open_data
+from mpscl_ray.train.outcome import TrainResult
 from mpscl_ray.train.phase_images import draw_phases
 from mpscl_ray.train.run import MAY_CHANGE, read_domains
 from mpscl_ray.train.run_callback import RunCallback
@@ -131,7 +132,7 @@ def _train_and_evaluate(config: Config, folder: RunDirectory, device: torch.devi
 def _evaluate(
     config: Config,
     folder: RunDirectory,
-    outcome: loop.TrainResult,
+    outcome: TrainResult,
     training: TrackedTraining,
     *,
     device: torch.device,
@@ -146,7 +147,8 @@ def _evaluate(
     scored = evaluate_phases(folder, phases, device=str(device), workers=0, progress=progress)
     for phase, evaluation in scored.items():
         training.scores |= final_scores(phase, evaluation.summary.to_json())
-    draw_phases(folder, phases)
+    if config.run.images:
+        draw_phases(folder, phases)
 
 
 def _open_slices(folder: Any, split: str, *, labels: bool, in_memory: object) -> Slices:

@@ -8,8 +8,8 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from mpscl_ray.train.checkpointing import Checkpointer, TrainerState
 from mpscl_ray.train.feature_log import FeatureRecord
 from mpscl_ray.train.notices import Notices, lost_shares
 from mpscl_ray.train.out_of_memory import describe_out_of_memory, is_out_of_memory
+from mpscl_ray.train.outcome import TrainResult
 from mpscl_ray.train.phases import (
     build_method,
     build_segmenter,
@@ -43,30 +44,6 @@ from mpscl_ray.train.validation import Validation, selection_score, validate, va
 
 IMAGE_SLICES = 4
 """Slices that are shown as image, prediction and label."""
-
-
-@dataclass
-class TrainResult:
-    """How training ended."""
-
-    state: Literal["finished", "interrupted", "non_finite"]
-    """interrupted can be resumed, and non_finite from the checkpoint before it."""
-    phase: str
-    """Phase it ended in."""
-    iteration: int
-    """Iterations done in this phase; for non_finite, when it was detected."""
-    step: int
-    """Iterations done in all phases."""
-    losses: dict[str, float] = field(default_factory=dict)
-    """Component losses of the first non-finite step."""
-
-    def describe_non_finite(self) -> str:
-        """What was not finite, and where."""
-        losses = ", ".join(f"{name} {value:g}" for name, value in self.losses.items())
-        return (
-            f"a loss or gradient was not finite, seen at iteration {self.iteration} of the phase {self.phase} "
-            f"({losses})"
-        )
 
 
 class Callback:
@@ -149,33 +126,59 @@ class _Trainer:
 
     def __post_init__(self) -> None:
         self.checkpointer = Checkpointer(self.config, self.data.classes, self.folder, self.device)
-        self.features = FeatureRecord(self.folder.path)
+        self.features = FeatureRecord(self.folder.path, images=self.config.run.images)
         self.rank, self.world_size = collectives.rank(), collectives.world_size()
         self.num_classes = len(self.data.classes)
         self.state = TrainerState()
         self.notices = Notices()
         # Whether to stop, and the step of a checkpoint that is complete now.
         self.poller = Poller(lambda: [self.stop_requested(), self.checkpointer.poll()], self.poll_interval_s)
-        torch.manual_seed(self.config.run.seed)
+        self.lowered: set[str] = set()
+        """Phases that go on with lower learning rates after steps that were not finite."""
 
     def run(self) -> TrainResult:
+        while True:
+            result = self._train_phases()
+            if result.state != "non_finite" or not self._lower_rates(result):
+                return result
+
+    def _lower_rates(self, result: TrainResult) -> bool:
+        """Whether to go back to the newest checkpoint with lower learning rates: once in a phase."""
+        factor = self.config.optim.retry_lr_factor
+        if factor is None or result.retried:
+            return False
+        self.lowered.add(result.phase)
+        self.poller.poll_soon()
+        self._warn(
+            f"{result.describe_non_finite()}: training goes back to the newest checkpoint and continues this phase "
+            f"with learning rates times optim.retry_lr_factor={factor:g}"
+        )
+        return True
+
+    def _train_phases(self) -> TrainResult:
+        torch.manual_seed(self.config.run.seed)
+        self.state = TrainerState()
         resumed = self._load_newest()
         self.callback.on_start(self.state.step)
         weights: dict[str, dict[str, Tensor]] = {}
         schedule = self.config.schedule
         for number in range(self.state.phase, len(schedule)):
             name, iterations = schedule[number]
+            if resumed is None:
+                self.state = TrainerState(number, 0, self.state.step)
+            if name in self.lowered:
+                self.state.lr_factor = self.config.optim.retry_lr_factor or 1.0
             # Each phase has a new segmenter: DistributedDataParallel leaves hooks on the parameters it wrapped.
             segmenter = build_segmenter(self.config, self.num_classes, name).to(self.dtype)
             if resumed is None and not weights:
                 self._warn(load_pretrained_weights(segmenter, self.config))
-            method = build_method(self.config, name, segmenter, self.num_classes, self.device)
+            rates = self.state.lr_factor
+            method = build_method(self.config, name, segmenter, self.num_classes, self.device, rates)
             transfer_weights(method.networks, weights)
             if resumed is not None:
                 self.checkpointer.restore(resumed, method, iterations)
                 resumed = None
             else:
-                self.state = TrainerState(number, 0, self.state.step)
                 method.start_phase(iterations)
                 if is_adaptation(name):
                     self._prepare_adaptation(name, method)
@@ -238,9 +241,10 @@ class _Trainer:
                 if not (state.iteration % run.log_every == 0 or validating or saving or stopping):
                     continue
                 record = self._read_metrics(name, iterations, metrics | method.diagnostics(), meter)
-                if record["train/non_finite"]:
+                if record["train/skipped_steps"] > method.may_skip:
                     losses = collectives.reduce_metrics(method.non_finite_losses())
-                    return TrainResult("non_finite", name, state.iteration, state.step, losses)
+                    retried = state.lr_factor < 1
+                    return TrainResult("non_finite", name, state.iteration, state.step, losses, retried)
                 for sentence in self.notices.of_metrics(record):
                     self._warn(sentence)
                 if at_end and is_adaptation(name):
@@ -334,7 +338,7 @@ class _Trainer:
         """Validate on both domains, keep the weights if they are the best of the phase, and record features."""
         record = self._score(name, method)
         self._record_features(name, method)
-        if self.rank == 0 and TARGET_DOMAIN in self.data.validation:
+        if self.rank == 0 and self.config.run.images and TARGET_DOMAIN in self.data.validation:
             self._show_images(method, self.data.validation[TARGET_DOMAIN])
         return record
 

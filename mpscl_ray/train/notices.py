@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
+from mpscl_ray.runs.wording import counted
+
 PATIENCE = 10
 """Readings in a row (run.log_every iterations apart) that show the sign before it is reported."""
 
@@ -23,6 +25,8 @@ SELECTED_SHARES = (0.001, 0.999)
 LOST_STRUCTURE = 0.01
 """A structure is lost whose share of the target's pixels is below this part of its share of the labelled ones."""
 
+_SKIPPED = "skipped steps"
+
 
 class Notices:
     """Sentences about one training; each is reported once a phase."""
@@ -34,6 +38,14 @@ class Notices:
     def of_metrics(self, record: Mapping[str, Any]) -> Iterator[str]:
         """What a record of metrics.jsonl shows, with those before it."""
         self._start(record["phase"])
+        skipped = int(record.get("train/skipped_steps", 0))
+        if skipped > self._seen.get(_SKIPPED, 0):
+            self._seen[_SKIPPED] = skipped
+            yield (
+                f"by iteration {record['iteration']} of {record['phase']} {counted(skipped, 'step')} had a loss or "
+                "gradient that was not finite, and changed nothing; after more than optim.max_skipped_steps training "
+                "goes back to a checkpoint: try smaller learning rates"
+            )
         for sign, sentence in _signs(record):
             if sentence is None:
                 self._seen[sign] = min(self._seen.get(sign, 0), 0)

@@ -18,6 +18,8 @@ from mpscl_ray.networks.pretrained import load_pretrained, load_tensors
 from mpscl_ray.runs import checkpoint
 from mpscl_ray.runs.run_directory import RunDirectory
 
+_LEARNING_RATES = ("lr", "lr_discriminator", "lr_generator", "lr_segmenter")
+
 
 def network_arguments(config: Config, num_classes: int, phase: str | None = None) -> dict[str, Any]:
     """What :func:`mpscl_ray.networks.build` makes the segmenter of a phase from; None for the last one."""
@@ -78,11 +80,25 @@ def _layer(key: str) -> str:
     return key.rpartition(".")[0]
 
 
-def build_method(config: Config, phase: str, segmenter: Segmenter, num_classes: int, device: torch.device) -> Method:
-    """The method that trains the segmenter in one phase."""
+def build_method(
+    config: Config,
+    phase: str,
+    segmenter: Segmenter,
+    num_classes: int,
+    device: torch.device,
+    lr_factor: float = 1.0,
+) -> Method:
+    """The method that trains the segmenter in one phase, with all learning rates times ``lr_factor``."""
     settings = method_of_phase(config, phase)
     optim = config.optim
     if not reads_target(phase) and config.phases.source_only_lr is not None:
         optim = dataclasses.replace(optim, lr=config.phases.source_only_lr)
     kind = METHODS[method_name(settings)]
+    settings, optim = _with_rates(settings, lr_factor), _with_rates(optim, lr_factor)
     return kind(segmenter, settings, optim, num_classes, device, config.precision, config.run.seed)
+
+
+def _with_rates(settings: Any, factor: float) -> Any:
+    """Settings of a method or of the optimisers with their learning rates multiplied."""
+    names = [entry.name for entry in dataclasses.fields(settings) if entry.name in _LEARNING_RATES]
+    return dataclasses.replace(settings, **{name: factor * getattr(settings, name) for name in names})

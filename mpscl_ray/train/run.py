@@ -26,7 +26,7 @@ from mpscl_ray.train import bf16
 from mpscl_ray.train.checkpointing import newest_checkpoint
 from mpscl_ray.train.display import ProgressDisplay, print_next_steps, print_results, summary
 from mpscl_ray.train.domains import Domains, load_domains, model_description, open_data
-from mpscl_ray.train.loop import TrainResult
+from mpscl_ray.train.outcome import TrainResult
 from mpscl_ray.train.phase_images import draw_phases
 from mpscl_ray.train.phases import build_segmenter, load_pretrained_weights
 from mpscl_ray.train.ray import launch, resources
@@ -186,7 +186,8 @@ def _wait_and_evaluate(
         phases = [name for name, _ in config.schedule]
         for phase, evaluation in evaluate_phases(folder, phases, place=place).items():
             tracked.scores |= final_scores(phase, evaluation.summary.to_json())
-        draw_phases(folder, phases)
+        if config.run.images:
+            draw_phases(folder, phases)
 
 
 def _wait(
@@ -216,10 +217,11 @@ def _wait(
 
 def _non_finite(config: Config, folder: RunDirectory, result: TrainResult) -> str:
     found, _ = newest_checkpoint(folder)
+    lower = 0.5 * (config.optim.retry_lr_factor or 1 if result.retried else 1)
     if not reads_target(result.phase) and config.phases.source_only_lr is not None:
-        setting = f"phases.source_only_lr={config.phases.source_only_lr / 2:g}"
+        setting = f"phases.source_only_lr={lower * config.phases.source_only_lr:g}"
     else:
-        setting = f"optim.lr={config.optim.lr / 2:g}"
+        setting = f"optim.lr={lower * config.optim.lr:g}"
     advice = (
         f"the checkpoint {found.name} is from before it: resume from it with other settings, for example {setting} "
         "--allow-change"

@@ -32,6 +32,8 @@ class RunCallback(loop.Callback):
         self.page = TrainingPage(folder, config, classes) if writes and config.run.progress_page else None
 
     def on_start(self, step: int) -> None:
+        if self.board is not None:  # training has gone back
+            self.board.close()
         if self.writes and self.tensorboard:
             self.board = TensorBoard(self.folder.tensorboard, resume_step=step, warn=self.on_warning)
         if self.page is not None:

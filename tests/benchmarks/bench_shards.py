@@ -28,11 +28,12 @@ from mpscl_ray.distributed.ray_session import connect
 from mpscl_ray.runs.run_directory import RunDirectory
 from mpscl_ray.train import loop
 from mpscl_ray.train.domains import Domains, open_data
+from mpscl_ray.train.outcome import TrainResult
 from mpscl_ray.train.ray import launch
 from tests.benchmarks.bench_loader import write
 
 
-def read(config: Any, data: Any, run: Any, device: Any, callback: Any, *more: Any, seconds: float) -> loop.TrainResult:
+def read(config: Any, data: Any, run: Any, device: Any, callback: Any, *more: Any, seconds: float) -> TrainResult:
     """Take batches in place of training; the result's losses are the time of the first and slices per second."""
     order = {"seed": 0, "global_batch": config.data.global_batch_size, "device": device}
     order |= {"rank": collectives.rank(), "world_size": collectives.world_size()}
@@ -47,7 +48,7 @@ def read(config: Any, data: Any, run: Any, device: Any, callback: Any, *more: An
             count += sum(len(stream.next()["image"]) for stream in (source, target))
             rate = count / elapsed if elapsed else 0.0
     collectives.barrier()
-    return loop.TrainResult("finished", "", 0, 0, {"first": first, "rate": rate})
+    return TrainResult("finished", "", 0, 0, {"first": first, "rate": rate})
 
 
 def reading_worker(worker: Any, seconds: float, settings: dict[str, Any], **more: Any) -> dict[str, Any]:

@@ -15,7 +15,7 @@ Run = Callable[[str, int], list[dict[str, np.ndarray[Any, Any]]]]
 def test_nothing_moves_on_any_rank(run: Run, case: str) -> None:
     for arrays in run(case, 2):
         np.testing.assert_array_equal(arrays["flags"], [0, 0, 1, 1])
-        names = [name.removeprefix("before.") for name in arrays if name.startswith("before.")]
+        names = {name.removeprefix("before.") for name in arrays if name.startswith("before.")} - {"phase.skipped"}
         moved = [name for name in names if not np.array_equal(arrays[f"first.{name}"], arrays[f"before.{name}"])]
         for part in ("networks.segmenter.", "networks.discriminator_main.", "optimisers.segmenter.", "prototypes"):
             assert any(name.startswith(part) for name in moved), f"{part} does not move in a good step"

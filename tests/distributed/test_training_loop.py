@@ -15,8 +15,9 @@ from mpscl_ray.errors import TrainingError
 from mpscl_ray.runs import checkpoint
 from mpscl_ray.runs.run_directory import RunDirectory
 from mpscl_ray.train.feature_log import FeatureRecord
+from mpscl_ray.train.outcome import TrainResult
 from tests.tiny import make_pair, tiny_config
-from tests.tiny_runs import train, train_and_watch
+from tests.tiny_runs import RecordingCallback, Spoilt, train, train_and_watch
 from tests.worker_processes import on_workers
 
 SINGLE = ("phases.source_only=3", "phases.warm_up=2", "phases.adaptation=2", "optim.lr=1e-5", "run.log_every=1")
@@ -136,6 +137,21 @@ def test_workers_whose_weights_drift_apart_write_no_checkpoint(tmp_path: Path) -
     told = on_workers(2, drift, tiny_config(data / "mr", data / "ct", SINGLE), tmp_path / "run")
     assert all("the weights of segmenter are not the same on all 2 workers" in sentence for sentence in told)
     assert RunDirectory(tmp_path / "run").store.checkpoint_names() == []
+
+
+def go_back(config: Config, run: Path) -> tuple[TrainResult, list[int]]:
+    """Train while two batches of worker 1 are spoilt."""
+    callback = Spoilt(8, 9) if collectives.rank() == 1 else RecordingCallback()
+    return train(config, run, callback=callback)[0], callback.starts
+
+
+def test_all_workers_go_back_where_steps_of_one_are_not_finite(tmp_path: Path) -> None:
+    data = make_pair(tmp_path / "data")
+    settings = [*DOUBLE, "run.checkpoint_every=2", "optim.max_skipped_steps=1"]
+    for outcome, starts in on_workers(2, go_back, tiny_config(data / "mr", data / "ct", settings), tmp_path / "run"):
+        assert (outcome.state, outcome.step, starts) == ("finished", 10, [0, 8])
+    rates = [record["train/learning_rate_segmenter"] for record in RunDirectory(tmp_path / "run").read_metrics()]
+    assert rates[8] < 0.6 * rates[7]
 
 
 def test_angle_histograms_do_not_depend_on_the_number_of_workers(runs: Runs) -> None:

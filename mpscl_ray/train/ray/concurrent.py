@@ -24,7 +24,7 @@ from mpscl_ray.runs.lifecycle import record_failure
 from mpscl_ray.runs.position import position, training_status
 from mpscl_ray.runs.run_directory import RunDirectory
 from mpscl_ray.train.domains import Domains, load_domains, model_description, open_data
-from mpscl_ray.train.loop import TrainResult
+from mpscl_ray.train.outcome import TrainResult
 from mpscl_ray.train.ray import resources
 from mpscl_ray.train.ray.launch import Fit, Launch
 from mpscl_ray.train.ray.one_process import fit_in_this_process, trains_in_one_process

@@ -36,6 +36,7 @@ class StepWatch:
 
     def start(self, step: int) -> None:
         """Training starts after this step; every worker calls it."""
+        self.close()
         self._step = step - 1
         if collectives.world_size() > 1:
             address: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]

@@ -35,7 +35,7 @@ from mpscl_ray.runs import safe_json
 from mpscl_ray.runs.control_files import FAILURE_FILE, STOP_FILE
 from mpscl_ray.runs.run_directory import RunDirectory
 from mpscl_ray.runs.wording import counted
-from mpscl_ray.train.loop import TrainResult
+from mpscl_ray.train.outcome import TrainResult
 from mpscl_ray.train.ray.account import experiment, remove_account
 from mpscl_ray.train.ray.datasets import named_slices
 from mpscl_ray.train.ray.failures import WorkerFailureCallback, causes, last_line

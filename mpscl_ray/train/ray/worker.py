@@ -26,6 +26,7 @@ from mpscl_ray.runs.atomic_files import write_atomically
 from mpscl_ray.runs.control_files import FAILURE_FILE, STOP_FILE, VALIDATION_GATE_FILE
 from mpscl_ray.runs.run_directory import RunDirectory, open_run
 from mpscl_ray.train import loop
+from mpscl_ray.train.outcome import TrainResult
 from mpscl_ray.train.ray.account import CheckpointReports
 from mpscl_ray.train.ray.datasets import take_shards
 from mpscl_ray.train.ray.hanging import StepWatch
@@ -66,7 +67,7 @@ def run_worker(
     callback = WorkerCallback(
         run, config, data.classes, Monitoring(display_name, rank, device), CheckpointReports(rank), rank == 0
     )
-    result: loop.TrainResult | None = None
+    result: TrainResult | None = None
 
     def stop_requested() -> bool:
         return (run.path / STOP_FILE).exists() or run.store.sync_error is not None

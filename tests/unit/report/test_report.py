@@ -14,11 +14,13 @@ import torch
 from mpscl_ray.data.dataset import load_manifest
 from mpscl_ray.data.parquet_reader import read_case
 from mpscl_ray.errors import ConfigError, DataError
+from mpscl_ray.evaluate.run import evaluate_phases
 from mpscl_ray.evaluate.scoring import evaluate_checkpoint
 from mpscl_ray.methods.losses import class_counts, weighted_cross_entropy
 from mpscl_ray.predict.model import find_checkpoint
 from mpscl_ray.predict.predictor import load_weights
 from mpscl_ray.report import command as report
+from mpscl_ray.report import groups as report_groups
 from mpscl_ray.report import run as report_run
 from mpscl_ray.report.runs import choose_case, predict_case, read_runs
 from mpscl_ray.runs.run_directory import RunDirectory
@@ -102,6 +104,19 @@ def test_two_runs_side_by_side(data: Path, margin: Path, tmp_path: Path) -> None
     for text in ("CSCL", "MPSCL", "source-only (CSCL)", "MR to CT", "ct_test_0", *CLASSES[1:]):
         assert text in page.text, text
     assert "No scores yet for without, margin" in page.text
+
+
+def test_without_images_the_page_has_scores_and_curves_and_predicts_nothing(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tiny_run(tmp_path / "run", data / "mr", data / "ct")
+    evaluate_phases(run, ["adaptation"], workers=0, progress=False)
+    monkeypatch.setattr(report_groups, "load_weights", lambda *_: pytest.fail("nothing may be predicted"))
+    file = report_run.report([run], tmp_path / "report", dpi=20, pdf=False, images=False)
+    page = assert_whole(file, {"losses", "angles-run", "selection", "cases"})
+    assert "There are no images of patients" in page.text
+    assert "ct_test_0" in page.text
+    assert "viewer-data" not in file.read_text(encoding="utf-8")
 
 
 def test_a_target_without_labels_gives_fewer_figures_and_says_so(data: Path, tmp_path: Path) -> None:

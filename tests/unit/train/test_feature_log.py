@@ -112,6 +112,17 @@ def test_panel_shows_slices_of_the_first_volume(method: MPSCL, data: Path, tmp_p
     assert (panel.selected == (panel.difference > method.config.delta_th)).all()
 
 
+def test_without_images_numbers_alone_are_kept(method: MPSCL, data: Path, tmp_path: Path) -> None:
+    slices = LocalSlices(data / "ct", "val", labels=True)
+    for images in (True, False):
+        (tmp_path / str(images)).mkdir()
+        FeatureRecord(tmp_path / str(images), images=images).record(method, slices, 4, POSITION)
+    with_images, without = (FeatureRecord(tmp_path / str(images)) for images in (True, False))
+    assert without.read() == with_images.read()
+    assert with_images.panels.exists()
+    assert not without.panels.exists()
+
+
 def test_recording_changes_neither_network_nor_random_numbers(method: MPSCL, data: Path, tmp_path: Path) -> None:
     before = {name: tensor.clone() for name, tensor in method.segmenter.state_dict().items()}
     random = torch.get_rng_state()

@@ -12,7 +12,7 @@ import torch
 from mpscl_ray.config import Config
 from mpscl_ray.runs import checkpoint
 from mpscl_ray.runs.run_directory import RunDirectory
-from mpscl_ray.train.loop import TrainResult
+from mpscl_ray.train.outcome import TrainResult
 from tests.tiny import make_dataset, make_pair, tiny_config
 from tests.tiny_runs import Killed, Killer, RecordingCallback, train
 

@@ -38,6 +38,15 @@ def test_a_sign_is_told_once_when_it_lasts(wrong: dict[str, float], sane: float,
     assert told([{key: sane}] * 3 * PATIENCE) == []
 
 
+def test_skipped_steps_are_told_whenever_there_are_more() -> None:
+    numbers = (0, 1, 1, 3, 3)
+    found = told([{"train/skipped_steps": number} for number in numbers])
+    assert [sentence.split(" had ")[0] for sentence in found] == [
+        "by iteration 10 of adaptation 1 step",
+        "by iteration 30 of adaptation 3 steps",
+    ]
+
+
 def test_each_phase_counts_for_itself() -> None:
     notices, wrong = Notices(), {"train/discriminator_accuracy_main": 1.0}
     found = []
