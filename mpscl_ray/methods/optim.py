@@ -238,20 +238,32 @@ def parameter_kind(name: str) -> ParameterKind:
 class NonFiniteGuard:
     """Checks on all workers whether a step is finite, and keeps the losses of the last that was counted.
 
-    ``flag`` is 0-dim float32 on the device: 1 where nothing may be updated, which is a step that is not finite, and
-    every step once more than ``may_skip`` were not. ``skipped`` counts them. Both are changed in place.
+    ``flag`` is 0-dim float32 on the device, changed in place: 1 where nothing may be updated, which is a step that is
+    not finite, and every step once more than ``may_skip`` were not.
     """
 
     def __init__(self, device: torch.device, may_skip: int = 0) -> None:
         self.flag = torch.zeros((), dtype=torch.float32, device=device)
-        self.skipped = torch.zeros((), dtype=torch.float32, device=device)
         self._may_skip = may_skip
+        # Steps in which nothing was updated, before this one, less those that may be skipped.
+        self._excess = torch.tensor(-may_skip, dtype=torch.float32, device=device)
         self._names: tuple[str, ...] = ()
         self._losses = torch.zeros(0, dtype=torch.float64, device=device)
 
+    @property
+    def skipped(self) -> Tensor:
+        """0-dim: number of steps so far in which nothing was updated."""
+        return self._excess + self._may_skip + self.flag
+
     def begin(self) -> None:
         """Begin a step."""
-        self.flag.copy_(self.skipped > self._may_skip)
+        self._excess.add_(self.flag)
+        torch.clamp(self._excess, 0, 1, out=self.flag)
+
+    def restart(self, skipped: Tensor | float = 0) -> None:
+        """Begin a phase, or continue one in which so many steps were skipped."""
+        self._excess.fill_(skipped).sub_(self._may_skip)
+        self.flag.zero_()
 
     @torch.no_grad()
     def update(self, losses: Mapping[str, Tensor], gradients: Sequence[Tensor]) -> None:
@@ -265,7 +277,6 @@ class NonFiniteGuard:
         torch.where(self.flag > 0, self._losses, values, out=self._losses)
         # Zero times a value is NaN where the value is not finite.
         bad = collectives.all_reduce_any((values * 0.0).sum() != 0)
-        self.skipped.add_(torch.relu(bad - self.flag))
         torch.maximum(self.flag, bad, out=self.flag)
 
     def losses(self) -> dict[str, Tensor]:
@@ -306,7 +317,7 @@ class Optimisers:
     def start(self, optimisers: Mapping[str, Optimiser], iterations: int) -> None:
         """Begin a phase of so many iterations with fresh optimisers, the networks in training mode."""
         self._optimisers, self.iterations = dict(optimisers), iterations
-        self.guard.skipped.zero_()
+        self.guard.restart()
         self._buffers = [buffer for network in self._networks.values() for buffer in changing_buffers(network)]
         for network in self._networks.values():
             network.train()
@@ -355,7 +366,7 @@ class Optimisers:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Load what :meth:`state_dict` returned into the optimisers of a started phase."""
-        self.guard.skipped.fill_(state["phase"].get("skipped", 0))
+        self.guard.restart(state["phase"].get("skipped", 0))
         for name, optimiser in self._optimisers.items():
             optimiser.load_state_dict(state["optimisers"].get(name, {}))
 

@@ -142,7 +142,7 @@ class TestContract:
 
         flags = [float(method.step(part, 1)["non_finite"]) for part in (bad, batch(2), batch(3))]
         assert flags == [1, 1, 1]
-        assert float(method.diagnostics()["skipped_steps"]) == method.may_skip + 1
+        assert float(method.diagnostics()["skipped_steps"]) > method.may_skip
         after = method.state_dict()
         after["phase"].pop("skipped", None)
         # SIFA's pools count on, and its steps follow the iteration: they are no part of what is trained, and a run that
