@@ -37,11 +37,16 @@ def write(path: Path, array: NDArray[Any], affine: NDArray[Any] | None = None) -
     nib.save(nib.Nifti1Image(array, np.diag([1.5, 1.5, 2.0, 1.0]) if affine is None else affine), path)
 
 
-def mmwhs(folder: Path, modality: str = "ct", numbers: range = range(1001, 1007)) -> Path:
+def mmwhs(
+    folder: Path,
+    modality: str = "ct",
+    numbers: range = range(1001, 1007),
+    affine: NDArray[Any] | None = None,
+) -> Path:
     for number in numbers:
         image, label = volume(number, low=-1000.0 if modality == "ct" else 0.0)
-        write(folder / f"{modality}_train_{number}_image.nii.gz", image)
-        write(folder / f"{modality}_train_{number}_label.nii.gz", label)
+        write(folder / f"{modality}_train_{number}_image.nii.gz", image, affine)
+        write(folder / f"{modality}_train_{number}_label.nii.gz", label, affine)
     return folder
 
 

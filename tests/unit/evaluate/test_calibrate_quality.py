@@ -24,7 +24,7 @@ from mpscl_ray.predict.quality import FITTED
 from mpscl_ray.runs.run_directory import RunDirectory
 from tests.dataset_run import write_run
 from tests.json_command import json_of
-from tests.raw_volumes import made, volume, write
+from tests.raw_volumes import made, mmwhs
 
 AFFINE = np.diag([1.5, 1.5, 2.25, 1])
 WEIGHTS = {"checkpoints/step-0000020": 2, "phases/source_only": 1, "phases/adaptation": 2, "best": 3}
@@ -35,11 +35,8 @@ HOW: dict[str, Any] = {"workers": 0, "progress": False}
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Datasets of both modalities with labelled validation volumes."""
     folder = tmp_path_factory.mktemp("quality")
-    for modality, low in (("ct", -1000.0), ("mr", 0.0)):
-        for number in range(1001, 1007):
-            image, label = volume(number, low)
-            write(folder / "raw" / f"{modality}_train_{number}_image.nii.gz", image, AFFINE)
-            write(folder / "raw" / f"{modality}_train_{number}_label.nii.gz", label, AFFINE)
+    for modality in ("ct", "mr"):
+        mmwhs(folder / "raw", modality, affine=AFFINE)
     made(folder / "raw")
     return folder
 

@@ -25,7 +25,7 @@ from mpscl_ray.predict.model import read_model
 from mpscl_ray.predict.postprocessing import Postprocessing, Rule
 from mpscl_ray.runs.run_directory import RunDirectory
 from tests.dataset_run import write_run
-from tests.raw_volumes import made, volume, write
+from tests.raw_volumes import made, mmwhs
 
 CLASSES = ("background", "LV", "RV")
 AFFINE = np.diag([1.5, 1.5, 2.25, 1])
@@ -35,11 +35,8 @@ AFFINE = np.diag([1.5, 1.5, 2.25, 1])
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Datasets of both modalities with labelled validation volumes, and a run whose network was never trained."""
     folder = tmp_path_factory.mktemp("choice")
-    for modality, low in (("ct", -1000.0), ("mr", 0.0)):
-        for number in range(1001, 1007):
-            image, label = volume(number, low)
-            write(folder / "raw" / f"{modality}_train_{number}_image.nii.gz", image, AFFINE)
-            write(folder / "raw" / f"{modality}_train_{number}_label.nii.gz", label, AFFINE)
+    for modality in ("ct", "mr"):
+        mmwhs(folder / "raw", modality, affine=AFFINE)
     made(folder / "raw")
     return folder
 
