@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mpscl_ray.data import NOT_ANNOTATED
-from mpscl_ray.data.volumes.label_maps import map_labels
+from mpscl_ray.data.volumes.label_maps import check_segment_names, map_labels
 from mpscl_ray.data.volumes.nifti import Volume, read_label
 from mpscl_ray.data.volumes.recipe import GeometryFrom
 from mpscl_ray.errors import DataError
@@ -81,6 +81,8 @@ def _score(options: ScoreOptions, pair: Pair) -> PairScores:
         read_label(path, assume_spacing_mm=options.assume_spacing_mm, geometry=options.geometry)
         for path in (pair.prediction, pair.label)
     )
+    for volume, table in ((prediction, options.prediction_index), (label, options.label_index)):
+        check_segment_names(volume.path, volume.segments, options.classes, table)
     label_ids, prediction_ids = present_ids(label.array), present_ids(prediction.array)
     index = dict(options.label_index) | ({} if options.ignored is None else {options.ignored: NOT_ANNOTATED})
     _refuse_image(prediction, prediction_ids - set(options.prediction_index))
