@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from mpscl_ray.data.volumes.label_maps import check_segment_names, map_labels
 from mpscl_ray.data.volumes.nifti import Volume, read_label
 from mpscl_ray.data.volumes.recipe import GeometryFrom
 from mpscl_ray.errors import DataError
+from mpscl_ray.evaluate.doubtful_pairs import Overlap, overlap
 from mpscl_ray.evaluate.file_pairs import Pair
 from mpscl_ray.evaluate.medpy_check import Comparison, compare_with_medpy
 from mpscl_ray.evaluate.metrics import StructureScore, left_out_where, volume_scores
@@ -64,6 +65,11 @@ class PairScores:
     notices: tuple[str, ...] = ()
     """Warnings on the label file."""
     comparisons: tuple[Comparison, ...] = ()
+    overlap: Overlap = field(default_factory=Overlap)
+    """Overlap of structures with ids of the prediction; nothing where it was resampled."""
+    equal: bool = False
+    """Whether prediction and label show the same structures, and some, in every voxel."""
+    prediction_sha256: str = ""
     error: str = ""
     """Why the pair cannot be scored."""
 
@@ -105,6 +111,9 @@ def _score(options: ScoreOptions, pair: Pair) -> PairScores:
         ignored_voxels=int(np.count_nonzero(ignored)),
         resampled=resampled,
         notices=label.notices,
+        overlap=Overlap() if resampled else overlap(prediction.array, true, ignored),
+        equal=bool(true.any() and np.array_equal(predicted, true)),
+        prediction_sha256=prediction.sha256 if prediction_ids - {0} else pair.case,
         comparisons=compare_with_medpy(predicted, true, scores, label.spacing_mm) if options.cross_check else (),
     )
 
