@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mpscl_ray.data.volumes.dicom_paths import is_dicom
-from mpscl_ray.data.volumes.file_names import VOLUME_ENDINGS, has_ending, stem_before
+from mpscl_ray.data.volumes.file_names import VOLUME_ENDINGS, composed, has_ending, stem_before
 from mpscl_ray.errors import DataError
 from mpscl_ray.predict.output_names import is_probability_map
 from mpscl_ray.prepare.file_listing import LABEL_ENDINGS, Listing, list_files
@@ -134,9 +134,9 @@ def _files(listing: Listing, pattern: str | None, option: str) -> dict[str, Path
     expression = None if pattern is None else case_pattern(pattern, option)
     beside = {path.name for path in listing.files if path.parent == listing.root}
     for path in listing.files:
-        name = stem_before(path.name, VOLUME_ENDINGS)
+        name = stem_before(composed(path.name), VOLUME_ENDINGS)
         if expression is not None and name is not None:
-            match = expression.fullmatch(listing.relative(path))
+            match = expression.fullmatch(composed(listing.relative(path)))
             name = match["case"] if match else None
         elif path.parent != listing.root or is_probability_map(path.name, beside):
             name = None

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from mpscl_ray.data import NOT_ANNOTATED
-from mpscl_ray.data.volumes.label_maps import map_labels
+from mpscl_ray.data.volumes.label_maps import check_segment_names, map_labels
 from mpscl_ray.data.volumes.nifti import Volume, read_label
 from mpscl_ray.data.volumes.recipe import GeometryFrom
 from mpscl_ray.errors import DataError
+from mpscl_ray.evaluate.doubtful_pairs import Overlap, overlap
 from mpscl_ray.evaluate.file_pairs import Pair
 from mpscl_ray.evaluate.medpy_check import Comparison, compare_with_medpy
 from mpscl_ray.evaluate.metrics import StructureScore, left_out_where, volume_scores
@@ -64,6 +65,11 @@ class PairScores:
     notices: tuple[str, ...] = ()
     """Warnings on the label file."""
     comparisons: tuple[Comparison, ...] = ()
+    overlap: Overlap = field(default_factory=Overlap)
+    """Overlap of structures with ids of the prediction; nothing where it was resampled."""
+    equal: bool = False
+    """Whether prediction and label show the same structures, and some, in every voxel."""
+    prediction_sha256: str = ""
     error: str = ""
     """Why the pair cannot be scored."""
 
@@ -81,6 +87,8 @@ def _score(options: ScoreOptions, pair: Pair) -> PairScores:
         read_label(path, assume_spacing_mm=options.assume_spacing_mm, geometry=options.geometry)
         for path in (pair.prediction, pair.label)
     )
+    for volume, table in ((prediction, options.prediction_index), (label, options.label_index)):
+        check_segment_names(volume.path, volume.segments, options.classes, table)
     label_ids, prediction_ids = present_ids(label.array), present_ids(prediction.array)
     index = dict(options.label_index) | ({} if options.ignored is None else {options.ignored: NOT_ANNOTATED})
     _refuse_image(prediction, prediction_ids - set(options.prediction_index))
@@ -103,6 +111,9 @@ def _score(options: ScoreOptions, pair: Pair) -> PairScores:
         ignored_voxels=int(np.count_nonzero(ignored)),
         resampled=resampled,
         notices=label.notices,
+        overlap=Overlap() if resampled else overlap(prediction.array, true, ignored),
+        equal=bool(true.any() and np.array_equal(predicted, true)),
+        prediction_sha256=prediction.sha256 if prediction_ids - {0} else pair.case,
         comparisons=compare_with_medpy(predicted, true, scores, label.spacing_mm) if options.cross_check else (),
     )
 

@@ -19,6 +19,7 @@ from mpscl_ray.data.volumes.nifti import read_label
 from mpscl_ray.distributed.parallel_map import map_volumes
 from mpscl_ray.distributed.ray_session import connect
 from mpscl_ray.errors import ConfigError, DataError, TrainingError
+from mpscl_ray.evaluate.doubtful_pairs import other_ids, repeated
 from mpscl_ray.evaluate.file_pairs import Pairs, find_pairs
 from mpscl_ray.evaluate.label_names import LabelNames, given_names, match_names, names_beside
 from mpscl_ray.evaluate.medpy_check import TOLERANCES, Comparison, largest_differences
@@ -282,6 +283,8 @@ def _notices(
     ):
         if alone:
             yield f"{what}, left out: {_listed(path.name for path in alone)}"
+    yield from other_ids([result.overlap for result in results.values()], options.classes, options.prediction_index)
+    yield from repeated({case: (result.prediction_sha256, result.equal) for case, result in results.items()})
     yield from pairs.passed_over
     alike: dict[str, list[tuple[str, str]]] = {}  # warnings that differ in their numbers are one
     for case, result in results.items():

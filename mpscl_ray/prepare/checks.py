@@ -19,6 +19,8 @@ _REPEATED = 3
 _VARYING = re.compile(r"\bcase \S+|\S*[\d/]\S*")
 """Parts of a problem that differ where it is the same in several files."""
 _FEWEST_WIDTHS, _NOTABLE_WIDTH = 4, 1.9
+_FEW_LACK = 0.25
+"""Part of the cases that may lack a class to be named."""
 
 
 def check_staged(
@@ -62,7 +64,7 @@ def check_staged(
     if training and 2 * len(empty_volumes) <= len(volumes):
         for index, name in enumerate(classes[1:], start=1):
             if any(case.class_voxels is not None and case.class_voxels[index] for case in training):
-                notices += _absent_from_held_out(staged, index, name)
+                notices += [*_absent_from_held_out(staged, index, name), *_absent_from_few(staged, index, name)]
                 continue
             sentence = f"no training case shows the class {name}"
             if allow_missing_classes:
@@ -94,6 +96,16 @@ def _absent_from_held_out(staged: Sequence[StagedCase], index: int, name: str) -
         if voxels and not any(voxels):
             notices.append(f"no {split} case shows the class {name}, so it has no score there")
     return notices
+
+
+def _absent_from_few(staged: Sequence[StagedCase], index: int, name: str) -> list[str]:
+    """A warning on few cases that show other classes, but not one that nearly all show: a mask that is empty."""
+    shown = [case for case in staged if case.class_voxels is not None and any(case.class_voxels[1:])]
+    lacking = list(dict.fromkeys(case.request.source.id for case in shown if not (case.class_voxels or ())[index]))
+    volumes = all(case.request.source.kind == "nifti" for case in shown)
+    if not volumes or not lacking or len(lacking) > _FEW_LACK * len(shown):
+        return []
+    return [f"{_some(lacking)}: the class {name}, which all others show, is absent; check the label map"]
 
 
 def check_cases(cases: Sequence[Case]) -> list[str]:

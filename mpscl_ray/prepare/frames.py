@@ -44,7 +44,7 @@ def expand_frames(cases: Sequence[SourceCase], frames: str | None, problems: lis
         with_time = [path for path in case.labels if _length(path) == count]
         if frames == "labelled" and not with_time:
             problems.append(
-                f"case {case.id} has {count} time points and no label map with a time axis; give --frames N for the "
+                f"case {case.id} has {count} time points and no label map with as many; give --frames N for the "
                 "one that its label map belongs to"
             )
             continue
@@ -56,8 +56,8 @@ def expand_frames(cases: Sequence[SourceCase], frames: str | None, problems: lis
             continue
         if case.labels and not with_time and len(chosen) > 1:
             problems.append(
-                f"case {case.id}: {len(chosen)} of {count} time points are wanted, but its label map has no time axis; "
-                "give --frames N for the one that it belongs to"
+                f"case {case.id}: {len(chosen)} of {count} time points are wanted, but its label map does not have as "
+                "many; give --frames N for the one that it belongs to"
             )
             continue
         found += [replace(case, id=f"{case.id}_t{number:02d}", frame=number) for number in chosen]

@@ -11,12 +11,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mpscl_ray.data import NOT_ANNOTATED
+from mpscl_ray.data.volumes.file_names import composed
 from mpscl_ray.errors import ConfigError, DataError
 from mpscl_ray.runs import safe_json
 
 BACKGROUND = "background"
-_NOT_ANNOTATED = frozenset(("void", "unannotated", "notannotated", "unlabelled", "unlabeled", "dontcare"))
-_DOUBTFUL = ("unknown", "uncertain", "exclude", "ambiguous")
+_NOT_ANNOTATED = frozenset(("void", "unannotated", "notannotated", "unlabelled", "unlabeled", "dontcare", "donotcare"))
+_DOUBTFUL = re.compile(
+    r"unknown|uncertain|exclu|ambiguous|outside|masked|invalid|undefined|unclear|unspecified|unassigned|missing|"
+    r"\b(none|nan|na|n/a|fov|other)\b"
+)
 UnknownLabels = Literal["error", "background"]
 
 
@@ -70,12 +74,12 @@ def doubtful_names(classes: Iterable[str]) -> list[str]:
         f"{name!r} is a class like the others, trained and scored; if it marks voxels that nobody annotated, "
         "call it ignore"
         for name in classes
-        if any(word in name.lower() for word in _DOUBTFUL)
+        if _DOUBTFUL.search(name.lower().replace("_", " "))
     ]
 
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON file with a label table.
+    """The content of a JSON file with a label table or a split.
 
     Raises:
         OSError: it cannot be read.
@@ -153,6 +157,7 @@ def parse_label_table(text: str) -> LabelTable:
     Raises:
         ConfigError: the text is anything else.
     """
+    text = composed(text)
     classes = [BACKGROUND]
     values = {0: 0}
     masks = mask_names(text)
@@ -191,7 +196,7 @@ def mask_names(text: str | None) -> tuple[str, ...]:
     Raises:
         ConfigError: ids and names are mixed, or a name is there twice.
     """
-    entries = [part.partition("=") for part in (text or "").split(",") if "=" in part]
+    entries = [part.partition("=") for part in composed(text or "").split(",") if "=" in part]
     keys = [key.strip() for key, _, name in entries if not name.strip().isdecimal()]  # NAME=ID is a slip
     names = [key for key in keys if not re.fullmatch(r"-?\d+", key) and re.fullmatch(r"[^\s=]+", key)]
     if not names:

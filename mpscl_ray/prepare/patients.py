@@ -204,7 +204,9 @@ def _repeated_in(names: Sequence[str]) -> list[tuple[str, ...]]:
     ``p01_a, p01_b``, ``case12, case12b``, ``p1, p01``, ``ED1, ES1`` and ``anna1, anna2, bob1, cleo1`` do;
     ``case_001, case_002`` do not: what they share has no number. More than 25 cases of a prefix are those of a site.
     """
-    forms = {name: re.sub(r"(?<!\d)0+(?=\d)", "", _join_dates(name)) for name in names}
+    # p1 (2) and p1_35% end in no letter or digit.
+    plain = {name: re.sub(r"[\W_]+$", "", _join_dates(name)) or name for name in names}
+    forms = {name: re.sub(r"(?<!\d)0+(?=\d)", "", form) for name, form in plain.items()}
     heads = _heads(sorted(set(forms.values())))
     times = Counter(forms.values())
     stems = {head for form, head in heads.items() if head != form} | {form for form in times if times[form] > 1}

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from mpscl_ray.data import SPLITS
+from mpscl_ray.data.volumes.file_names import composed
 from mpscl_ray.errors import ConfigError, DataError
-from mpscl_ray.runs import safe_json
+from mpscl_ray.prepare.label_table import read_json
 from mpscl_ray.runs.wording import counted
 
 PUBLISHED_TEST = {
@@ -180,11 +181,11 @@ def read_split_file(
         ConfigError: the file is missing or has another content.
     """
     try:
-        content = safe_json.read(path)
+        content = read_json(path)
     except OSError as error:
         raise ConfigError(f"--split {path}: cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise ConfigError(f"--split {path}: not JSON: {error}") from None
+    except DataError as error:
+        raise ConfigError(f"--split {error}") from None
     if isinstance(content, dict) and modality in content:
         content = content[modality]
     if isinstance(content, list) and content:
@@ -202,7 +203,7 @@ def read_split_file(
         repeated = sorted(str(name) for name, times in Counter(names).items() if times > 1)
         if repeated:
             raise ConfigError(f"--split {path}: listed twice under {split!r}: {', '.join(repeated)}")
-    return {split: [str(name) for name in content.get(split, [])] for split in SPLITS}
+    return {split: [composed(str(name)) for name in content.get(split, [])] for split in SPLITS}
 
 
 def _fold(path: Path, folds: list[Any], fold: int | None) -> Any:

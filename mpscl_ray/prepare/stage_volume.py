@@ -14,13 +14,14 @@ from mpscl_ray.data.label_map_files import encode_label_map
 from mpscl_ray.data.volumes.geometry import Geometry, across_thick_voxels, closest_world_axes, covered_voxels
 from mpscl_ray.data.volumes.header_geometry import NoPosition
 from mpscl_ray.data.volumes.intensities import few_values, other_modality, unusual_intensities
-from mpscl_ray.data.volumes.label_maps import class_voxels
+from mpscl_ray.data.volumes.label_maps import check_segment_names, class_voxels
 from mpscl_ray.data.volumes.nifti import SeveralVolumesError, Volume, read_image, read_label
 from mpscl_ray.data.volumes.preprocess import PreparedVolume, intensity_range, prepare_volume
 from mpscl_ray.data.volumes.same_grid import check_same_geometry, turned_to
 from mpscl_ray.errors import DataError
 from mpscl_ray.prepare.copies import sketch
 from mpscl_ray.prepare.file_listing import printable
+from mpscl_ray.prepare.label_content import better_turned, blank_slices, check_background
 from mpscl_ray.prepare.masks import read_masks
 from mpscl_ray.prepare.pictures.case import picture
 from mpscl_ray.prepare.source_cases import SourceCase
@@ -62,6 +63,8 @@ def stage_volume(request: Request, settings: Settings) -> StagedCase | list[str]
     notices += [*image.notices_for(settings.recipe), *unusual_intensities(image.array, source.modality)]
     recipe = settings.recipe_of(source.modality)
     prepared = prepare_volume(image.array, image.affine, mapped, recipe, case=str(source.images[0]))
+    if mapped is not None:
+        notices += [*better_turned(image.array, mapped), *blank_slices(image.array, mapped)]
     notices += [*_hardly_a_heart(image), *_thick(image, prepared.geometry)]
     if request.folder is not None:  # A check knows no crop.
         notices += _mostly_padding(prepared.geometry)
@@ -175,7 +178,11 @@ def _class_indices(
     except DataError as error:
         problems.append(str(error))
     try:
+        assert settings.table is not None
+        if not settings.table.masks:
+            check_segment_names(path, label.segments, settings.table.classes, settings.table.effective())
         mapped, notices = to_class_indices(label.array, settings.table, path)
+        notices += check_background(mapped, settings.table.classes, path)
         return mapped, [
             *notices,
             *(notice for notice in label.notices if "turned to the image" in notice or "overlaps" in notice),

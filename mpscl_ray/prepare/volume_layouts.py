@@ -9,7 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from mpscl_ray.data.volumes.file_names import NIFTI_ENDINGS, VOLUME_ENDINGS, stem_before
+from mpscl_ray.data.volumes.file_names import NIFTI_ENDINGS, VOLUME_ENDINGS, composed, stem_before
 from mpscl_ray.errors import ConfigError, DataError
 from mpscl_ray.prepare.file_listing import LABEL_ENDINGS, Listing, pair_by_name
 from mpscl_ray.prepare.label_table import (
@@ -111,7 +111,7 @@ def nnunet_cases(listing: Listing, options: LayoutOptions) -> Found:
 
 def _stems(listing: Listing, folder: str, endings: Sequence[str]) -> Iterator[tuple[str, Path]]:
     for file in listing.files:
-        stem = stem_before(file.name, endings)
+        stem = stem_before(composed(file.name), endings)
         if stem is not None and file.parent.name == folder:
             yield stem, file
 
@@ -224,7 +224,7 @@ def folder_cases(listing: Listing, options: LayoutOptions) -> Found:
 
 
 def _match(pattern: re.Pattern[str], names: Sequence[str]) -> re.Match[str] | None:
-    return next(filter(None, map(pattern.fullmatch, names)), None)
+    return next(filter(None, map(pattern.fullmatch, map(composed, names))), None)
 
 
 def _name(match: re.Match[str]) -> str:
@@ -258,6 +258,7 @@ def case_pattern(text: str, option: str) -> re.Pattern[str]:
         raise ConfigError(f"{option} {text!r}: must contain {{case}}, e.g. '{{case}}_image.nii.gz'")
     if unknown := re.search(r"\{(?!case\}|patient\})[^}]*\}", text):
         raise ConfigError(f"{option} {text!r}: {unknown[0]} is none of {{case}} and {{patient}}")
+    text = composed(text)
     before_ending = stem_before(text, VOLUME_ENDINGS) or text
     expression = ""
     for part in re.split(r"(\{case\}|\{patient\}|\*\*/|\*)", before_ending):

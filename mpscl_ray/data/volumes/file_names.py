@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 
 NIFTI_ENDINGS = (".nii.gz", ".nii")
@@ -20,3 +21,8 @@ def has_ending(name: str, endings: Sequence[str]) -> bool:
 def stem_before(name: str, endings: Sequence[str]) -> str | None:
     """The name without the first of the endings (in lower case) that it has; None if it has none."""
     return next((name[: -len(ending)] for ending in endings if has_ending(name, (ending,))), None)
+
+
+def composed(name: str) -> str:
+    """The name with accents and letters as one character (NFC): macOS stores them apart, and both look the same."""
+    return unicodedata.normalize("NFC", name)

@@ -16,6 +16,8 @@ _PIECE = 1 << 22
 _MOST_LABELS = 12
 _PADDING_SHARE = 0.005
 _BORDER_SHARE = 0.1
+_BRIGHT, _DARKER = 0.75, 0.15
+"""Intensity of an inverted border, and how much darker the middle is, from the 1st (0) to the 99th percentile (1)."""
 _FAT = 860
 """Where fat begins in a CT plus 1024."""
 _MR_NAMES = frozenset(("t1", "t1w", "t2", "t2w", "t2star", "flair", "pd", "lge", "cine", "bssfp", "c0", "dwi", "adc"))
@@ -94,8 +96,8 @@ def _not_hounsfield(real: NDArray[np.float32], modality: str) -> str | None:
         meaning = "as in a CT that was divided by 1000"
     elif _stored_with_offset(1024 - real, _FAT):
         meaning = "as in a CT whose sign was changed, so that air is brightest"
-    elif low > -20 and high > 20:
-        meaning = f"an MR image among the {modality} ones"
+    elif high > 20 and low > -max(20, min(60, 0.02 * high)):  # noise around air that lost its offset, times a slope
+        meaning = f"an MR image among the {modality} ones, or a CT in another unit"
     else:
         return None
     return f"the intensities, {low:.4g} to {high:.4g}, are no Hounsfield units: {meaning}"
@@ -160,6 +162,8 @@ def unusual_intensities(image: NDArray[np.float32], modality: str) -> list[str]:
         )
     if kind == "ct":
         notices += _cut_or_padded(image, low, high)
+    elif image.ndim == 3:
+        notices += _bright_border(image)
     flat = image.ravel(order="K")
     pieces = [flat[start : start + _PIECE] for start in range(0, flat.size, _PIECE)]
     mean = float(image.mean(dtype=np.float64))
@@ -172,9 +176,31 @@ def unusual_intensities(image: NDArray[np.float32], modality: str) -> list[str]:
         notices.append("intensities are within [0, 1], as if scaled already; they are normalised again")
     elif abs(mean) < 0.02 and abs(deviation - 1) < 0.02:
         notices.append("intensities have mean 0 and deviation 1, as if z-scored already; they are normalised again")
+    elif kind == "ct" and high - low < 20:
+        notices.append(
+            f"intensities from {low:.3g} to {high:.3g} are no Hounsfield units, as if scaled already; they are "
+            "normalised again"
+        )
     elif low >= 0 and high <= 255 and all(np.array_equal(piece, np.rint(piece)) for piece in pieces):
         notices.append("intensities are whole numbers within 0..255, as if reduced to 8 bits")
     return notices
+
+
+def _bright_border(image: NDArray[np.float32]) -> list[str]:
+    """A warning on a volume whose border is nearly its brightest part, though air is dark in MR."""
+    along = np.argsort(image.shape)[1:]  # the border of its slices: the first and the last one may be within the body
+    rim = np.concatenate([image.take(end, axis).ravel() for axis in along for end in (0, -1)])
+    inside = image[tuple(slice(length // 4, max(1, 3 * length // 4)) for length in image.shape)]
+    low, high = np.percentile(image.ravel(order="K")[:: image.size // _SAMPLE + 1], (1, 99))
+    if high <= low:
+        return []
+    border, middle = (float((np.median(part) - low) / (high - low)) for part in (rim, inside))
+    if border < _BRIGHT or middle > border - _DARKER:
+        return []
+    return [
+        "the border of the volume is brighter than its middle, as if black and white were exchanged; if so, invert the "
+        "intensities: air is dark"
+    ]
 
 
 def _cut_or_padded(image: NDArray[np.float32], low: float, high: float) -> list[str]:

@@ -12,6 +12,7 @@ import nibabel as nib
 import numpy as np
 import numpy.typing as npt
 
+from mpscl_ray.data.volumes.file_names import SEGMENTATION_ENDING, has_ending
 from mpscl_ray.data.volumes.geometry import FloatArray
 from mpscl_ray.data.volumes.personal_data import is_private_key
 from mpscl_ray.errors import DataError
@@ -21,22 +22,24 @@ DEFLATE_LIMIT = 1040
 """No deflate stream holds more than this many bytes per compressed byte."""
 _UNIT_MM = 2
 _LARGEST_HEADER = 1 << 20
+_NO_DIRECTIONS = "the header has no directions; its axes are taken as left, posterior, superior"
 
 
 def read_itk(
     path: Path, max_voxels: int
-) -> tuple[Any, npt.NDArray[Any], tuple[int, ...], str, tuple[str, ...], tuple[str, ...]]:
+) -> tuple[Any, npt.NDArray[Any], tuple[int, ...], str, tuple[str, ...], tuple[str, ...], str, dict[int, str]]:
     """Read a whole file.
 
     Returns:
-        nibabel header, flat voxels with the first axis fastest, shape, SHA-256 of the file, warnings (none), and keys
-        with texts that may name a person.
+        nibabel header, flat voxels with the first axis fastest, shape, SHA-256 of the file, warnings, keys with texts
+        that may name a person, the modality (unknown, empty), and the names of label values in a segmentation of 3D
+        Slicer. A header without voxel sizes has none here either.
 
     Raises:
         DataError: The file is damaged, too large, keeps its voxels in another file, or has vectors or complex numbers
             as voxels.
     """
-    _check_one_file(path)
+    start = _check_one_file(path)
     import SimpleITK  # Not at the top: few datasets need it, and it takes a while.
 
     itk: Any = SimpleITK
@@ -47,7 +50,9 @@ def read_itk(
         shape = tuple(int(length) for length in reader.GetSize())
         kind = itk.GetPixelIDValueAsString(reader.GetPixelID())
         if reader.GetNumberOfComponents() != 1 or "complex" in kind:
-            raise DataError(f"{path} has voxels of type {kind}; expected one real number each")
+            layers = "; overlapping segments of 3D Slicer are in layers: export them as one label map"
+            hint = layers if has_ending(path.name, (SEGMENTATION_ENDING,)) else ""
+            raise DataError(f"{path} has voxels of type {kind}; expected one real number each{hint}")
         if math.prod(shape) > max_voxels:
             raise DataError(f"{path} has {math.prod(shape)} voxels, more than the limit of {max_voxels}; crop it first")
         size_in_bytes = path.stat().st_size
@@ -73,12 +78,40 @@ def read_itk(
         affine[:3, 3] = LPS_TO_RAS @ np.asarray(image.GetOrigin()[:3])
     header = nifti_header(array.dtype, shape, affine)
     header["pixdim"][1 : len(shape) + 1] = image.GetSpacing()
+    sizes, directions_given = _stated(start)
+    if not sizes:  # SimpleITK makes them 1 mm
+        header["pixdim"][1:4], header["sform_code"], header["qform_code"] = 0, 0, 0
+    notices = () if directions_given or not sizes else (_NO_DIRECTIONS,)
     private = tuple(key for key in reader.GetMetaDataKeys() if is_private_key(key) and reader.GetMetaData(key).strip())
-    return header, array.reshape(-1), shape, digest, (), private
+    return header, array.reshape(-1), shape, digest, notices, private, "", _segments(reader)
 
 
-def _check_one_file(path: Path) -> None:
-    """Refuse a header whose voxels are in another file, which could be any file of this machine."""
+def _stated(start: bytes) -> tuple[bool, bool]:
+    """Whether a header has voxel sizes, and whether it has directions."""
+    nrrd = start.startswith(b"NRRD")
+    end = re.search(rb"\n\r?\n" if nrrd else rb"ElementDataFile", start)
+    keys = {
+        re.sub(r"[\s_]", "", key.decode("latin-1")).lower()
+        for key in re.findall(rb"^\s*([A-Za-z _]+?)\s*[:=]", start[: end.start() if end else None], re.MULTILINE)
+    }
+    if nrrd:
+        return bool(keys & {"spacings", "spacedirections"}), "spacedirections" in keys
+    return bool(keys & {"elementspacing", "elementsize"}), bool(keys & {"transformmatrix", "rotation", "orientation"})
+
+
+def _segments(reader: Any) -> dict[int, str]:
+    """Label value -> name, as 3D Slicer writes them."""
+    keys, found = set(reader.GetMetaDataKeys()), {}
+    for key in keys:
+        named = re.fullmatch(r"(Segment\d+)_LabelValue", key)
+        value = reader.GetMetaData(key).strip() if named else ""
+        if named and re.fullmatch(r"\d{1,9}", value) and f"{named[1]}_Name" in keys:
+            found[int(value)] = reader.GetMetaData(f"{named[1]}_Name").strip()
+    return found
+
+
+def _check_one_file(path: Path) -> bytes:
+    """Begin of the file; a header whose voxels are in another file, which could be any of this machine, is refused."""
     with path.open("rb") as file:
         start = file.read(_LARGEST_HEADER)
     if start.startswith(b"NRRD"):
@@ -95,6 +128,7 @@ def _check_one_file(path: Path) -> None:
         )
     if not whole:
         raise DataError(f"{path} has no whole header of an NRRD or MetaImage file; copy or export it again")
+    return start
 
 
 def nifti_header(dtype: np.dtype[Any], shape: tuple[int, ...], affine: FloatArray) -> Any:

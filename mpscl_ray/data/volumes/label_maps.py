@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Any, Literal
@@ -85,6 +85,31 @@ def map_labels(
         notices.append(f"{path.name}: no voxel belongs to any class")
     fortran = array.flags.f_contiguous and not array.flags.c_contiguous
     return mapped.reshape(array.shape, order="F" if fortran else "C"), tuple(notices)
+
+
+def check_segment_names(
+    path: Path, segments: Mapping[int, str], classes: Sequence[str], table: Mapping[int, int]
+) -> None:
+    """Refuse a segmentation of 3D Slicer that calls another id by the name of a class: Slicer numbers them in order.
+
+    Args:
+        path: File, for messages.
+        segments: Id -> name in the file.
+        classes: Names by class index.
+        table: Id -> class index that is meant.
+
+    Raises:
+        DataError: There is such an id.
+    """
+    index = {name.casefold(): number for number, name in enumerate(classes) if number}
+    for value, name in sorted(segments.items()):
+        wanted = index.get(name.casefold())
+        if wanted is not None and table.get(value, 0) != wanted:
+            ids = ", ".join(str(other) for other, number in sorted(table.items()) if number == wanted)
+            raise DataError(
+                f"{path} calls its label {value} {name!r}, but by the label table {name!r} is {ids}; give the segments "
+                "of this file the label values of the table, or correct the table"
+            )
 
 
 def class_voxels(label: npt.NDArray[np.uint8], num_classes: int) -> npt.NDArray[np.int64]:

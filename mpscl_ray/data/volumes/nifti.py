@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,8 @@ class Volume:
     """Kinds of texts in the header that may name a person; the texts themselves are not kept."""
     scanner: str = ""
     """Modality by the DICOM header, such as CT or MR; empty for files of other formats."""
+    segments: Mapping[int, str] = field(default_factory=dict)
+    """Names of label values, as a segmentation of 3D Slicer has them."""
 
     def notices_for(self, recipe: Recipe) -> tuple[str, ...]:
         """The warnings that matter to a recipe: slices that are taken as stored may be oblique."""
@@ -196,6 +199,7 @@ class _Opened:
             told,
             private,
             stored.scanner,
+            stored.segments,
         )
 
 

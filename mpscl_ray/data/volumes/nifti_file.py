@@ -11,8 +11,8 @@ import math
 import os
 import struct
 import zlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -83,6 +83,8 @@ class StoredVolume:
     """Kinds of texts that may name a person and are not in the header."""
     scanner: str = ""
     """Modality by the DICOM header."""
+    segments: Mapping[int, str] = field(default_factory=dict)
+    """Names of label values in a segmentation of 3D Slicer."""
 
 
 def read_stored(path: Path, max_voxels: int) -> StoredVolume:

@@ -78,3 +78,23 @@ def test_a_ct_cut_to_a_window() -> None:
     assert "intensities were cut to -160 to 240, as by a window" in notice
     assert unusual_intensities(np.clip(heart("ct"), -1024, 240), "ct") == []
     assert unusual_intensities(heart("ct")[20:40, 20:40], "ct") == []  # no air in it
+
+
+def test_a_ct_in_another_unit() -> None:
+    """Stored values times a slope that was lost; attenuation by cm."""
+    image = heart("ct")
+    assert "or a CT in another unit" in str(other_modality(4 * (image + 1024), "ct"))
+    noisy = 4 * (image + 1012)
+    assert np.percentile(noisy, 0.1) < -20
+    assert "or a CT in another unit" in str(other_modality(noisy, "ct"))
+    attenuation = np.clip(1.93 * (1 + image / 1000), 0, None)
+    assert "no Hounsfield units" in unusual_intensities(attenuation, "ct")[0]
+    assert unusual_intensities(heart("ct"), "ct") == []
+
+
+def test_an_mr_whose_black_and_white_were_exchanged() -> None:
+    image = heart("mr")
+    for modality in ("mr", "heart"):
+        assert unusual_intensities(image, modality) == []
+        assert "black and white were exchanged" in unusual_intensities(image.max() - image, modality)[0]
+    assert unusual_intensities(image[20:40, 20:40], "mr") == []  # no air in it

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import unicodedata
 from pathlib import Path
 
 import nibabel as nib
@@ -108,3 +109,31 @@ def test_endings_in_upper_case_are_read(cohort: Path) -> None:
     assert [pair.case for pair in found] == ["c0", "c1", "c2"]
     assert found == find_pairs(cohort / "pred", cohort / "truth", "{case}.nii.gz", "{case}.NII.GZ").pairs
     assert run(cohort, *NAMES) == 0
+
+
+def test_names_whose_accents_are_stored_apart_are_the_same(cohort: Path) -> None:
+    before = scored(cohort, *NAMES)
+    for side, form in (("pred", "NFD"), ("truth", "NFC")):
+        (cohort / side / "c0.nii.gz").rename(cohort / side / unicodedata.normalize(form, "é0.nii.gz"))
+    assert len(scored(cohort, *NAMES)) == len(before)
+    patterns = (
+        "--prediction-pattern",
+        "{case}.nii.gz",
+        "--label-pattern",
+        unicodedata.normalize("NFD", "{case}.nii.gz"),
+    )
+    assert len(find_pairs(cohort / "pred", cohort / "truth", *patterns[1::2]).pairs) == 3
+
+
+@pytest.mark.parametrize("side", ["pred", "truth"])
+def test_segments_that_slicer_numbered_otherwise(side: str, cohort: Path) -> None:
+    path = cohort / side / "c0.nii.gz"
+    label = np.asanyarray(nib.load(path).dataobj).astype(np.uint8)
+    path.unlink()
+    header = (
+        f"NRRD0004\ntype: uchar\ndimension: 3\nsizes: {' '.join(map(str, label.shape))}\n"
+        "space: left-posterior-superior\nspace directions: (1,0,0) (0,1,0) (0,0,1)\nencoding: raw\n"
+        "space origin: (0,0,0)\nSegment0_LabelValue:=1\nSegment0_Name:=LV\n\n"
+    )
+    (cohort / side / "c0.seg.nrrd").write_bytes(header.encode() + label.tobytes("F"))
+    assert "c0.seg.nrrd calls its label 1 'LV', but by the label table 'LV' is 2" in refused(cohort)

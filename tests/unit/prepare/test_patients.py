@@ -90,6 +90,8 @@ def two(*forms: str) -> tuple[str, ...]:
         (tuple(f"{name}_{day}-03-2019" for name in ("meier", "huber", "wolf") for day in (1, 2)), "^([^_]+)"),
         (("anna1", "anna2", "bob1", "cleo1"), r"^(\D+)"),
         (("h0", "h1", "h2", "h3", "h0_copy", "h1_aug"), "^([^_]+)"),
+        (two("p{} (1)", "p{} (2)"), r"^(\D*\d+)"),
+        (two("p{}_35%", "p{}_75%"), "^([^_]+)"),
     ],
 )
 def test_the_example_of_a_pattern_fits_the_names(names: tuple[str, ...], example: str) -> None:

@@ -107,6 +107,7 @@ def test_a_split_file_for_one_or_more_modalities(tmp_path: Path) -> None:
     ("content", "message"),
     [
         ("{", "not JSON"),
+        ('{"train": ["a"], "train": ["b"]}', "'train' is there twice"),
         ([], "found list"),
         ({}, "expected lists under train, val and test"),
         ({"training": ["a"]}, "found 'training'"),

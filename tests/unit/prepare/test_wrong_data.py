@@ -218,7 +218,7 @@ def test_time_points_of_a_cine_scan(tmp_path: Path) -> None:
             np.testing.assert_array_equal(read_case(found, case)[kind], read_case(expected, other)[kind])
     assert "has 4 time points, 0 to 3, and no time point 4" in problems(folder, frames="4")
     change(folder / "c0_label.nii.gz", lambda label: label[..., 0])
-    assert "no label map with a time axis" in problems(folder, frames="labelled")
+    assert "no label map with as many" in problems(folder, frames="labelled")
     with pytest.raises(ConfigError, match="expected labelled, all, or numbers from 0"):
         prepared(folder, frames="ED")
 
