@@ -177,12 +177,14 @@ def _class_indices(
             check_same_geometry(image, label)
     except DataError as error:
         problems.append(str(error))
+    on_grid = not problems
     try:
         assert settings.table is not None
         if not settings.table.masks:
             check_segment_names(path, label.segments, settings.table.classes, settings.table.effective())
         mapped, notices = to_class_indices(label.array, settings.table, path)
-        notices += check_background(mapped, settings.table.classes, path)
+        if on_grid:  # Of another map nothing else is worth saying.
+            notices += check_background(mapped, settings.table.classes, path)
         return mapped, [
             *notices,
             *(notice for notice in label.notices if "turned to the image" in notice or "overlaps" in notice),
