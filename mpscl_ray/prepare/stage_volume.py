@@ -21,7 +21,7 @@ from mpscl_ray.data.volumes.same_grid import check_same_geometry, turned_to
 from mpscl_ray.errors import DataError
 from mpscl_ray.prepare.copies import sketch
 from mpscl_ray.prepare.file_listing import printable
-from mpscl_ray.prepare.label_content import better_turned, blank_slices, check_background
+from mpscl_ray.prepare.label_content import better_placed, blank_slices, check_background
 from mpscl_ray.prepare.masks import read_masks
 from mpscl_ray.prepare.pictures.case import picture
 from mpscl_ray.prepare.source_cases import SourceCase
@@ -64,7 +64,7 @@ def stage_volume(request: Request, settings: Settings) -> StagedCase | list[str]
     recipe = settings.recipe_of(source.modality)
     prepared = prepare_volume(image.array, image.affine, mapped, recipe, case=str(source.images[0]))
     if mapped is not None:
-        notices += [*better_turned(image.array, mapped), *blank_slices(image.array, mapped)]
+        notices += [*better_placed(image.array, mapped), *blank_slices(image.array, mapped)]
     notices += [*_hardly_a_heart(image), *_thick(image, prepared.geometry)]
     if request.folder is not None:  # A check knows no crop.
         notices += _mostly_padding(prepared.geometry)

@@ -12,7 +12,7 @@ import pytest
 from numpy.typing import NDArray
 
 from mpscl_ray.errors import DataError
-from mpscl_ray.prepare.label_content import better_turned, blank_slices, check_background
+from mpscl_ray.prepare.label_content import better_placed, blank_slices, check_background
 from tests.heart_scans import change, cohort, prepared, problems, scan
 
 NAMES = ("background", "MYO", "LV")
@@ -64,17 +64,26 @@ def test_a_structure_at_the_border_is_none(tmp_path: Path) -> None:
 def test_a_turned_label_map_is_said(axes: tuple[int, ...], signs: tuple[int, ...], how: str) -> None:
     """With headers that agree, only the intensities tell; the turn that is named brings the map back."""
     image, label = off_centre()
-    assert not better_turned(image, label)
+    assert not better_placed(image, label)
     turned = label.transpose(axes)[tuple(slice(None, None, sign) for sign in signs)]
-    assert how in better_turned(image, np.ascontiguousarray(turned))[0]
+    assert how in better_placed(image, np.ascontiguousarray(turned))[0]
+
+
+@pytest.mark.parametrize(("axis", "shift"), [(0, 3), (1, -6)])
+def test_a_shifted_label_map_is_said(axis: int, shift: int) -> None:
+    image, label = off_centre()
+    said = better_placed(image, np.roll(label, shift, axis))
+    assert "a shift by about" in said[0]
+    assert f"along axis {axis}" in said[0]
+    assert ("about -" in said[0]) == (shift > 0)
 
 
 def test_maps_without_content_are_not_judged() -> None:
     image, label = off_centre()
-    assert not better_turned(image, label * 0)
-    assert not better_turned(image, np.full_like(label, 255))
-    assert not better_turned(np.zeros_like(image), label)
-    assert not better_turned(image[:1], label[:1])
+    assert not better_placed(image, label * 0)
+    assert not better_placed(image, np.full_like(label, 255))
+    assert not better_placed(np.zeros_like(image), label)
+    assert not better_placed(image[:1], label[:1])
 
 
 def test_an_image_that_is_empty_where_it_is_labelled_is_said() -> None:
