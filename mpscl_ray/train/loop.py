@@ -241,7 +241,9 @@ class _Trainer:
                 if not (state.iteration % run.log_every == 0 or validating or saving or stopping):
                     continue
                 record = self._read_metrics(name, iterations, metrics | method.diagnostics(), meter)
-                if record["train/skipped_steps"] > method.may_skip:
+                # The step before may have ruined the weights: no phase ends so, and no checkpoint is written.
+                skipped = record["train/non_finite"] > 0
+                if record["train/skipped_steps"] > method.may_skip or (skipped and at_end):
                     losses = collectives.reduce_metrics(method.non_finite_losses())
                     retried = state.lr_factor < 1
                     return TrainResult("non_finite", name, state.iteration, state.step, losses, retried)
@@ -257,7 +259,7 @@ class _Trainer:
                     saving = True
                 if validating:
                     self.poller.poll_soon()  # a validation often decides whether a run is stopped
-                if saving or stopping:
+                if (saving and not skipped) or stopping:
                     directory = self.folder.checkpoints / checkpoint.checkpoint_name(state.step)
                     self.checkpointer.save(directory, method, name, state)
                 if stopping:

@@ -34,11 +34,13 @@ def nuclear_norm(second_moment: Tensor) -> float:
     """Nuclear norm of the matrix of all predictions (N, C) over its largest value: confident and diverse at once.
 
     From the mean (C, C) over pixels of p p^T, whose eigenvalues are the squared singular values over N. In (0, 1]; 1
-    where the classes are certain and equally frequent.
+    where the classes are certain and equally frequent; NaN where a prediction is.
 
     Source: Cui et al. 2020, "Towards discriminability and diversity: batch nuclear-norm maximization", Eq. (9), over
     the whole set instead of a batch.
     """
+    if not bool(second_moment.isfinite().all()):  # LAPACK then fails to converge
+        return math.nan
     return float(torch.linalg.eigvalsh(second_moment).clamp(min=0).sqrt().sum()) / math.sqrt(len(second_moment))
 
 

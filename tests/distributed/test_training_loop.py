@@ -141,7 +141,7 @@ def test_workers_whose_weights_drift_apart_write_no_checkpoint(tmp_path: Path) -
 
 def go_back(config: Config, run: Path) -> tuple[TrainResult, list[int]]:
     """Train while two batches of worker 1 are spoilt."""
-    callback = Spoilt(8, 9) if collectives.rank() == 1 else RecordingCallback()
+    callback = Spoilt(9, 10) if collectives.rank() == 1 else RecordingCallback()
     return train(config, run, callback=callback)[0], callback.starts
 
 

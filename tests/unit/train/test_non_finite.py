@@ -60,13 +60,13 @@ def test_steps_that_are_not_finite_are_skipped_then_training_goes_back_once_then
     assert "by iteration 2 of adaptation 1 step had a loss or gradient that was not finite" in skipping.warnings[0]
 
     for checkpoints, starts, lowered in (("2", [0, 8], range(9, 11)), ("1000", [0, 6], range(7, 11))):
-        returning = Spoilt(8, 9)
+        returning = Spoilt(9, 10)
         overrides = [*settings, f"run.checkpoint_every={checkpoints}"]
         outcome, run = train(
             tiny_config(pair / "mr", pair / "ct", overrides), tmp_path / f"returning-{checkpoints}", None, returning
         )
         assert (outcome.state, outcome.step, returning.starts) == ("finished", 10, starts)
-        told = "seen at iteration 3 of the phase adaptation"
+        told = "seen at iteration 4 of the phase adaptation"
         assert any(told in text and "times optim.retry_lr_factor=0.25" in text for text in returning.warnings)
         records = run.read_metrics()
         assert [record["global_step"] for record in records] == list(range(1, 11))
@@ -77,8 +77,19 @@ def test_steps_that_are_not_finite_are_skipped_then_training_goes_back_once_then
                 assert ours.get(rate) == pytest.approx(None if rate not in theirs else factor * theirs[rate])
     assert checkpoint.load(run.phases / "adaptation")["position"]["lr_factor"] == 0.25
 
-    ending = Spoilt(8, 9, 9, 10)
+    ending = Spoilt(9, 10, 9, 10)
     outcome, run = train(config, tmp_path / "ending", None, ending)
-    assert (outcome.state, outcome.retried, outcome.iteration) == ("non_finite", True, 3)
+    assert (outcome.state, outcome.retried, outcome.iteration) == ("non_finite", True, 4)
     assert "also with lower learning rates" in outcome.describe_non_finite()
     assert ending.starts == [0, 8]
+
+
+def test_a_phase_does_not_end_with_a_step_that_is_not_finite(pair: Path, tmp_path: Path) -> None:
+    """The rate ruins the weights in the first step, and the phase is over before too many steps are skipped."""
+    settings = [*TEN_STEPS, "run.validate_every=1", "run.checkpoint_every=1", "phases.source_only_lr=1e30"]
+    config = tiny_config(pair / "mr", pair / "ct", [*settings, "optim.retry_lr_factor=null"])
+    outcome, run = train(config, tmp_path)
+    assert (outcome.state, outcome.phase, outcome.iteration) == ("non_finite", "source_only", 3)
+    assert run.store.checkpoint_names() == ["step-0000001"], "of steps that were not finite there is none"
+    assert not run.best.exists()
+    assert math.isnan(run.read_metrics()[-1]["val/unsupervised/nuclear_norm"])

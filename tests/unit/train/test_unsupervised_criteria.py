@@ -36,6 +36,7 @@ def test_nuclear_norm_is_that_of_the_matrix_of_predictions() -> None:
     predictions = torch.rand(50, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).softmax(dim=1)
     expected = torch.linalg.matrix_norm(predictions, "nuc") / math.sqrt(50 * 4)
     assert criteria.nuclear_norm(moments(predictions)) == pytest.approx(float(expected))
+    assert math.isnan(criteria.nuclear_norm(torch.full((3, 3), math.nan)))
 
 
 def test_neighbourhood_density_counts_similar_predictions() -> None:
