@@ -152,7 +152,7 @@ def soak(folder: Path, hours: float, every_minutes: float, iterations: int) -> b
                 time.sleep(SAMPLE_S)
         exit_code = job.commands[-1].process.wait()
         print(job.commands[-1].text[-3000:])
-        recorded = [record["global_step"] for record in job.run.read_metrics() if "train/loss_main" in record]
+        recorded = [record["global_step"] for record in job.run.read_metrics() if "train/non_finite" in record]
         total = max(recorded, default=0)
         once = recorded == list(range(1, total + 1))
         state = job.run.read_status()["state"]
