@@ -134,7 +134,7 @@ class _Trainer:
         # Whether to stop, and the step of a checkpoint that is complete now.
         self.poller = Poller(lambda: [self.stop_requested(), self.checkpointer.poll()], self.poll_interval_s)
         self.lowered: set[str] = set()
-        """Phases that go on with lower learning rates after steps that were not finite."""
+        """Phases that continue with lower learning rates after steps that were not finite."""
 
     def run(self) -> TrainResult:
         while True:

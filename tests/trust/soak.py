@@ -3,7 +3,7 @@
     python -m tests.trust.soak EMPTY_FOLDER --hours 2 --every 5 --iterations 9000
 
 In turn a worker is killed (SIGKILL), a worker is stopped (SIGTERM), and so on; every eighth time the command itself is
-killed, and started again at once. After the hours nothing is killed, and the training goes on to its end. Every ten
+killed, and started again at once. After the hours nothing is killed, and the training continues to its end. Every ten
 seconds the memory (each page shared by n processes counts 1/n), open files and processes are written to
 EMPTY_FOLDER/samples.csv; the table at the end compares their medians in the second tenth of the time and in the last.
 Exits with 1 if the training did not finish, or a step of its metrics is missing or there twice.
